@@ -121,6 +121,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INTERNAL or job error: a bug of ours; the server's log has the details under metadata.incident."""
     ERROR_REASON_MODEL_NOT_RUNNABLE: _ErrorReason.ValueType  # 27
     """Job error: no step could run the model (it does not load or run in onnxruntime)."""
+    ERROR_REASON_UPLOAD_IDLE: _ErrorReason.ValueType  # 28
+    """DEADLINE_EXCEEDED: no bytes came for too long; resume from committed_size."""
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 29
+    """UNAUTHENTICATED: no token, or none that the server knows."""
+    ERROR_REASON_BLOB_MISSING: _ErrorReason.ValueType  # 30
+    """FAILED_PRECONDITION: a blob is not there (any more); upload it, then call again."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or a job failed: `google.rpc.ErrorInfo.reason` in domain "modelpress", without the prefix ERROR_REASON_."""
@@ -181,6 +187,12 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 26
 """INTERNAL or job error: a bug of ours; the server's log has the details under metadata.incident."""
 ERROR_REASON_MODEL_NOT_RUNNABLE: ErrorReason.ValueType  # 27
 """Job error: no step could run the model (it does not load or run in onnxruntime)."""
+ERROR_REASON_UPLOAD_IDLE: ErrorReason.ValueType  # 28
+"""DEADLINE_EXCEEDED: no bytes came for too long; resume from committed_size."""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 29
+"""UNAUTHENTICATED: no token, or none that the server knows."""
+ERROR_REASON_BLOB_MISSING: ErrorReason.ValueType  # 30
+"""FAILED_PRECONDITION: a blob is not there (any more); upload it, then call again."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
