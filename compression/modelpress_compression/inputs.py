@@ -1,0 +1,210 @@
+"""Representative and evaluation inputs: read from .npz without holding them in memory, checked against the model.
+
+An array holds one sample per entry of its first axis. Where it has as many axes as the model's input, samples are
+slices of the batch axis; where it has one axis more, every entry is a whole feed (for models without a batch axis, or
+with a state that travels beside it).
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy_format
+from numpy.typing import NDArray
+
+from modelpress_compression.errors import InvalidDataError
+from modelpress_compression.specs import TensorSpec
+
+Array = NDArray[np.generic]
+Feeds = dict[str, Array]
+
+# An .npz may be deflated; more than this is a bomb or a mistake.
+MAX_UNPACKED_BYTES = 64 * 1024**3  # 64 GiB
+LABELS = "labels"
+_CHECK_CHUNK_BYTES = 16 * 1024**2  # 16 MiB
+
+
+@dataclass(frozen=True)
+class InputData:
+    """Samples for every input of a model.
+
+    `arrays[name]`: first axis = samples, already of the model's element type or cast on the way out.
+    `provided`: given by the user; False: synthetic.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    arrays: Mapping[str, Array]
+    provided: bool = True
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+        return min((len(array) for array in self.arrays.values()), default=0)
+
+    @property
+    def whole_feeds(self) -> bool:
+        """Whether every sample is a feed of its own, so that samples cannot be put together into batches."""
+        return any(self.arrays[spec.name].ndim == len(spec.shape) + 1 for spec in self.specs)
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch size that the model insists on, if it does."""
+        sizes = {spec.shape[0] for spec in self.specs if spec.shape and isinstance(spec.shape[0], int)}
+        fixed = [size for size in sizes if isinstance(size, int)]
+        return fixed[0] if len(fixed) == 1 and not self.whole_feeds else None
+
+    def feeds(self, batch_size: int = 1, limit: int | None = None) -> Iterator[Feeds]:
+        """Feeds of `batch_size` samples (or the model's own fixed batch), at most `limit` samples, in order.
+
+        A last batch that the model's fixed batch size does not permit is left out.
+        """
+        count = len(self) if limit is None else min(limit, len(self))
+        if self.whole_feeds:
+            for index in range(count):
+                yield {spec.name: self._take(spec, slice(index, index + 1)) for spec in self.specs}
+            return
+        size = self.fixed_batch or batch_size
+        for start in range(0, count, size):
+            stop = min(start + size, len(self) if self.fixed_batch else count)
+            if self.fixed_batch and stop - start < size:
+                return
+            yield {spec.name: self._take(spec, slice(start, stop)) for spec in self.specs}
+
+    def head(self, samples: int) -> InputData:
+        """The first `samples` samples; nothing is copied."""
+        return replace(self, arrays={name: array[:samples] for name, array in self.arrays.items()})
+
+    def _take(self, spec: TensorSpec, samples: slice) -> Array:
+        array = self.arrays[spec.name]
+        taken = array[samples.start] if array.ndim == len(spec.shape) + 1 else array[samples]
+        return np.ascontiguousarray(taken, dtype=np.dtype(spec.dtype))
+
+    @classmethod
+    def from_arrays(
+        cls, arrays: Mapping[str, Array], specs: tuple[TensorSpec, ...], where: str = "The data"
+    ) -> InputData:
+        """Checks names, ranks, fixed dimensions, types, counts and values. Raises InvalidDataError."""
+        arrays = _match_names({name: np.asanyarray(array) for name, array in arrays.items()}, specs, where)
+        for spec in specs:
+            _check_array(spec, arrays[spec.name], where)
+        counts = {name: len(array) for name, array in arrays.items()}
+        if len(set(counts.values())) > 1:
+            raise InvalidDataError(f"{where}: the arrays hold different numbers of samples: {counts}.")
+        if 0 in counts.values():
+            raise InvalidDataError(f"{where} holds no samples.")
+        data = cls(specs, arrays)
+        if data.fixed_batch and len(data) < data.fixed_batch:
+            raise InvalidDataError(
+                f"{where} holds {len(data)} samples, but the model takes {data.fixed_batch} at a time."
+            )
+        return data
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], specs: tuple[TensorSpec, ...], work_directory: Path) -> InputData:
+        """Reads an .npz; its arrays are unpacked into `work_directory` and memory-mapped. Raises InvalidDataError."""
+        arrays = _unpack(Path(path), work_directory)
+        arrays.pop(LABELS, None)
+        return cls.from_arrays(arrays, specs, where="The data file")
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Inputs with labels. `labels[i]` belongs to sample i: a class index, or an array of the output's sample shape."""
+
+    inputs: InputData
+    labels: Array
+
+    @classmethod
+    def from_arrays(
+        cls, arrays: Mapping[str, Array], specs: tuple[TensorSpec, ...], where: str = "The evaluation data"
+    ) -> EvaluationData:
+        """As InputData.from_arrays, and `labels` with as many entries. Raises InvalidDataError."""
+        if LABELS not in arrays:
+            raise InvalidDataError(f"{where} holds no array 'labels'; it has {', '.join(sorted(arrays)) or 'nothing'}.")
+        labels = np.asanyarray(arrays[LABELS])
+        if labels.dtype.kind not in "biuf":
+            raise InvalidDataError(f"{where}: 'labels' must be numbers, not {labels.dtype}.")
+        inputs = InputData.from_arrays({name: arrays[name] for name in arrays if name != LABELS}, specs, where)
+        if labels.ndim == 0 or len(labels) != len(inputs):
+            raise InvalidDataError(f"{where}: {len(inputs)} samples, but labels of shape {labels.shape}.")
+        return cls(inputs, labels)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], specs: tuple[TensorSpec, ...], work_directory: Path) -> EvaluationData:
+        """Reads an .npz with inputs and `labels`. Raises InvalidDataError."""
+        return cls.from_arrays(_unpack(Path(path), work_directory), specs, where="The evaluation file")
+
+
+def _match_names(arrays: dict[str, Array], specs: tuple[TensorSpec, ...], where: str) -> dict[str, Array]:
+    """Arrays under the inputs' names. One array for one input fits whatever its name is: exporters rename inputs."""
+    wanted = [spec.name for spec in specs]
+    if len(wanted) == 1 and len(arrays) == 1:
+        return {wanted[0]: next(iter(arrays.values()))}
+    missing = [name for name in wanted if name not in arrays]
+    if missing:
+        raise InvalidDataError(
+            f"{where} has no array for {', '.join(map(repr, missing))}; it has {', '.join(sorted(arrays)) or 'nothing'}, "
+            f"the model's inputs are {', '.join(map(str, specs))}."
+        )
+    return {name: arrays[name] for name in wanted}
+
+
+def _check_array(spec: TensorSpec, array: Array, where: str) -> None:
+    rank = len(spec.shape)
+    if array.ndim not in (rank, rank + 1) or array.ndim == 0:
+        raise InvalidDataError(
+            f"{where}: array {spec.name!r} has shape {array.shape}, which does not fit the input {spec}; its first axis "
+            f"must count the samples."
+        )
+    got = array.shape[array.ndim - rank :]
+    # Without an axis of its own the samples lie along the batch axis, whatever its extent.
+    first = 1 if array.ndim == rank else 0
+    for dim, extent in list(zip(spec.shape, got, strict=True))[first:]:
+        if isinstance(dim, int) and dim != extent:
+            raise InvalidDataError(
+                f"{where}: array {spec.name!r} has shape {array.shape}, which does not fit the input {spec}."
+            )
+    if not np.can_cast(array.dtype, np.dtype(spec.dtype), "same_kind"):
+        raise InvalidDataError(f"{where}: array {spec.name!r} is {array.dtype}, the input {spec} cannot take that.")
+    if array.dtype.kind == "f" and not _all_finite(array):
+        raise InvalidDataError(f"{where}: array {spec.name!r} holds NaN or infinite values.")
+
+
+def _all_finite(array: Array) -> bool:
+    """Checked piece by piece, since the array may be a file larger than memory."""
+    rows = max(1, _CHECK_CHUNK_BYTES // max(1, array[:1].nbytes))
+    return all(bool(np.isfinite(array[start : start + rows]).all()) for start in range(0, len(array), rows))
+
+
+def _unpack(path: Path, work_directory: Path) -> dict[str, Array]:
+    """Arrays of an .npz, each unpacked to a file and memory-mapped."""
+    arrays: dict[str, Array] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+            if not members:
+                raise InvalidDataError(
+                    "The data file holds no arrays; write it with numpy.savez(FILE, NAME=ARRAY, ...)."
+                )
+            if sum(info.file_size for info in members) > MAX_UNPACKED_BYTES:
+                raise InvalidDataError(f"The data file unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB.")
+            for number, info in enumerate(members):
+                target = work_directory / f"{path.stem}-{number}.npy"
+                with archive.open(info) as source, target.open("wb") as sink:
+                    while piece := source.read(1 << 20):
+                        sink.write(piece)
+                arrays[info.filename.removesuffix(".npy")] = _map(target)
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+        raise InvalidDataError(f"The data file is not a readable .npz ({error}); write it with numpy.savez.") from error
+    return arrays
+
+
+def _map(path: Path) -> Array:
+    with path.open("rb") as file:
+        npy_format.read_magic(file)
+    array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array

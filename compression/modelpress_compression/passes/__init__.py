@@ -1,0 +1,1 @@
+"""The techniques, one package each. A pass never imports another pass."""

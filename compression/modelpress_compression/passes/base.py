@@ -1,0 +1,79 @@
+"""The contract of a pass: `Model -> PassResult(model, changes, skipped)`.
+
+A pass keeps nothing between calls and never changes the model that it is given: it works on `model.clone()`. Its frozen
+configuration comes from `modelpress_compression.techniques`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Protocol
+
+from modelpress_compression.errors import TimeLimitError
+from modelpress_compression.inputs import InputData
+from modelpress_compression.model import Model
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Why something was left as it was: the node (or weight) and one sentence."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass made. `changes`: how often each rewrite fired. `warnings` go into the report."""
+
+    model: Model
+    changes: Mapping[str, int | float] = field(default_factory=dict)
+    skipped: tuple[Skip, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> bool:
+        return any(self.changes.values())
+
+
+def _silent(message: str) -> None:
+    """No one listens."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may use besides the model.
+
+    `data`: representative inputs; `data.provided` is False where they are synthetic.
+    `work_directory`: a private folder for temporary files.
+    `deadline`: `time.monotonic()` at which the job's time is up; None: no limit.
+    `log`: one line for the job's log; `progress`: share of this pass done, 0 to 1, and one line for people.
+    """
+
+    data: InputData
+    work_directory: Path
+    deadline: float | None = None
+    log: Callable[[str], None] = _silent
+    progress: Callable[[float, str], None] = lambda fraction, message: None
+
+    def check_time(self) -> None:
+        """Raises TimeLimitError when the job's time is up; passes call it in their outer loops."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise TimeLimitError("The job's time limit ran out; give it more time, or leave out the slowest step.")
+
+
+class Pass(Protocol):
+    """One configured technique."""
+
+    def __call__(self, model: Model, context: Context) -> PassResult:
+        """Works on a clone of `model`; raises CompressionError for what the user can mend."""
+        ...
+
+
+def is_excluded(name: str | None, patterns: tuple[str, ...]) -> bool:
+    """Whether a node's or weight's name matches one of the globs."""
+    return name is not None and any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,87 @@
+"""onnxruntime, as everything here uses it: sessions from files, with errors that a person can act on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnxruntime as ort
+
+from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOperatorError
+from modelpress_compression.inputs import Array, Feeds
+from modelpress_compression.model import Model
+
+EXECUTION_PROVIDER = "CPUExecutionProvider"
+_UNKNOWN_OPERATOR = re.compile(
+    r"(?:No Op registered for|Could not find an implementation for) (?P<op>[\w.:]+)(?:\((?P<version>\d+)\))?"
+    r"(?: node with name '(?P<node>[^']*)')?"
+)
+
+ort.set_default_logger_severity(3)  # errors only: warnings of onnxruntime speak of its internals
+
+
+def open_session(
+    path: Path, *, threads: int = 1, optimize: bool = True, outputs: Sequence[str] | None = None
+) -> ort.InferenceSession:
+    """A session on the file. Raises UnsupportedOperatorError or ModelNotRunnableError.
+
+    `optimize=False` runs the graph as it is written, for what must not depend on onnxruntime's own rewriting.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # failures come as exceptions; the log would repeat them
+    # Spinning threads would disturb whatever else is measured in this process.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return ort.InferenceSession(str(path), options, providers=[EXECUTION_PROVIDER])
+    except Exception as error:  # noqa: BLE001  # onnxruntime raises a dozen unrelated classes, all mean the same here
+        raise explain(error) from error
+
+
+@contextmanager
+def session_of(model: Model, *, threads: int = 1, optimize: bool = True) -> Iterator[ort.InferenceSession]:
+    """A session on a model that lies in memory; its file lives as long as the session."""
+    with TemporaryDirectory(prefix="modelpress-") as folder:
+        path = Path(folder) / "model.onnx"
+        model.save(path)
+        yield open_session(path, threads=threads, optimize=optimize)
+
+
+def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """All outputs by name; feeds that the graph does not take (any more) are left out. Raises ModelNotRunnableError."""
+    names = {value.name for value in session.get_inputs()}
+    try:
+        values = session.run(None, {name: array for name, array in feeds.items() if name in names})
+    except Exception as error:  # noqa: BLE001  # see open_session
+        raise explain(error) from error
+    return {output.name: np.asarray(value) for output, value in zip(session.get_outputs(), values, strict=True)}
+
+
+def run_all(session: ort.InferenceSession, feeds: Iterable[Feeds]) -> Iterator[dict[str, Array]]:
+    """Outputs of one feed after the other."""
+    return (run(session, feed) for feed in feeds)
+
+
+def explain(error: Exception) -> ModelNotRunnableError | UnsupportedOperatorError:
+    """onnxruntime's exception as one of ours, without its source locations and file paths."""
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
+    text = re.sub(r"(?:Load model from )?\S*/\S+ failed:", "", text)
+    text = re.sub(r"(?:/[\w.+-]+){2,}(?:\.\w+)?(?::\d+)?", "", text)
+    text = " ".join(text.split())[:600]
+    if match := _UNKNOWN_OPERATOR.search(text):
+        where = f"Node {match['node']!r}: " if match["node"] else ""
+        return UnsupportedOperatorError(
+            f"{where}onnxruntime has no operator {match['op']}"
+            f"{f' in version {match["version"]}' if match['version'] else ''} for CPU; "
+            f"export the model with standard ONNX operators.",
+            op_type=match["op"],
+            node=match["node"] or "",
+        )
+    return ModelNotRunnableError(f"onnxruntime cannot run the model: {text}")

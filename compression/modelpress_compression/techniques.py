@@ -1,0 +1,152 @@
+"""The techniques: the frozen configuration of each, and the registry that ties it to its pass.
+
+Adding one is a config class and a registry row here, a package under `passes`, and a message in recipe.proto;
+docs/writing_a_pass.md walks through it. This module imports neither torch nor onnx: the server reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from modelpress_compression.errors import Violation
+
+if TYPE_CHECKING:
+    from modelpress_compression.passes.base import Pass
+
+
+class ConfigError(ValueError):
+    """A configuration holds values outside their range; `violations` names each field."""
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        super().__init__("; ".join(str(violation) for violation in violations))
+        self.violations = tuple(violations)
+
+
+class _Checks:
+    """Collects violations, so that all are reported at once."""
+
+    def __init__(self, config: object) -> None:
+        self._config = config
+        self._violations: list[Violation] = []
+
+    def one_of(self, name: str, permitted: tuple[str, ...]) -> None:
+        value = getattr(self._config, name)
+        if value not in permitted:
+            self._violations.append(Violation(name, f"{value!r} is not one of {', '.join(permitted)}"))
+
+    def within(self, name: str, condition: bool, permitted: str) -> None:
+        if not condition:
+            self._violations.append(Violation(name, f"{getattr(self._config, name)} is not in {permitted}"))
+
+    def finish(self) -> None:
+        if self._violations:
+            raise ConfigError(self._violations)
+
+
+@dataclass(frozen=True)
+class FuseConfig:
+    """Lossless rewriting: `activations` into Conv and Gemm, `transformers` for attention, LayerNorm, GELU and skips."""
+
+    activations: bool = True
+    transformers: bool = True
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Zeroing of weights. `sparsity` in [0, 1): share of weights removed; `n:m` removes n of every m along the input axis."""
+
+    structure: str = "unstructured"
+    sparsity: float = 0.5
+    criterion: str = "l1"
+    scope: str = "layer"
+    n: int = 2
+    m: int = 4
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = _Checks(self)
+        checks.one_of("structure", ("unstructured", "n:m"))
+        checks.one_of("criterion", ("l1", "random"))
+        checks.one_of("scope", ("layer", "global"))
+        checks.within("sparsity", 0 <= self.sparsity < 1, "[0, 1)")
+        checks.within("m", 2 <= self.m <= 64, "[2, 64]")
+        checks.within("n", 1 <= self.n <= 64, "[1, 64]")
+        if self.structure == "n:m":
+            checks.within("n", self.n < self.m, f"[1, m) with m = {self.m}")
+        checks.within("seed", self.seed >= 0, "[0, ...)")
+        checks.finish()
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Fewer bits. `scheme` auto tries none, dynamic and static and keeps the fastest that agrees with the original."""
+
+    scheme: str = "auto"
+    weights: str = "int8"
+    activations: str = "uint8"
+    per_channel: bool = True
+    calibration: str = "percentile"
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks = _Checks(self)
+        checks.one_of("scheme", ("auto", "dynamic", "static", "float16"))
+        checks.one_of("weights", ("int8", "uint8"))
+        checks.one_of("activations", ("uint8", "int8"))
+        checks.one_of("calibration", ("minmax", "percentile", "entropy"))
+        checks.finish()
+
+
+@dataclass(frozen=True)
+class Technique:
+    """One registry row: the name in a recipe, its config class, and where its pass is (imported when first used)."""
+
+    name: str
+    summary: str
+    config_class: type[Any]
+    pass_class: str = field(repr=False)
+
+    def make_pass(self, config: Any) -> Pass:
+        """Imports the pass and gives it its configuration."""
+        module, _, name = self.pass_class.partition(":")
+        made: Pass = getattr(import_module(module), name)(config)
+        return made
+
+
+TECHNIQUES = MappingProxyType(
+    {
+        technique.name: technique
+        for technique in (
+            Technique(
+                "fuse",
+                "Fold and fuse operators without changing what the model computes.",
+                FuseConfig,
+                "modelpress_compression.passes.fuse:Fuse",
+            ),
+            Technique(
+                "prune",
+                "Set the least important weights to zero.",
+                PruneConfig,
+                "modelpress_compression.passes.prune:Prune",
+            ),
+            Technique(
+                "quantize",
+                "Store weights, and compute where it pays, in fewer bits.",
+                QuantizeConfig,
+                "modelpress_compression.passes.quantize:Quantize",
+            ),
+        )
+    }
+)
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """All fields of a config in the shape of the recipe's YAML."""
+    values = {item.name: getattr(config, item.name) for item in fields(config)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
