@@ -147,8 +147,8 @@ def _match_names(arrays: dict[str, Array], specs: tuple[TensorSpec, ...], where:
     missing = [name for name in wanted if name not in arrays]
     if missing:
         raise InvalidDataError(
-            f"{where} has no array for {', '.join(map(repr, missing))}; it has {', '.join(sorted(arrays)) or 'nothing'}, "
-            f"the model's inputs are {', '.join(map(str, specs))}."
+            f"{where} has no array for {', '.join(map(repr, missing))}; it has "
+            f"{', '.join(sorted(arrays)) or 'nothing'}, the model's inputs are {', '.join(map(str, specs))}."
         )
     return {name: arrays[name] for name in wanted}
 
@@ -157,8 +157,8 @@ def _check_array(spec: TensorSpec, array: Array, where: str) -> None:
     rank = len(spec.shape)
     if array.ndim not in (rank, rank + 1) or array.ndim == 0:
         raise InvalidDataError(
-            f"{where}: array {spec.name!r} has shape {array.shape}, which does not fit the input {spec}; its first axis "
-            f"must count the samples."
+            f"{where}: array {spec.name!r} has shape {array.shape}, which does not fit the input {spec}; its first "
+            f"axis must count the samples."
         )
     got = array.shape[array.ndim - rank :]
     # Without an axis of its own the samples lie along the batch axis, whatever its extent.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import onnx_ir as ir
+import onnx_ir
 
 from modelpress_compression.specs import TensorSpec
 
@@ -32,12 +32,12 @@ class Provenance:
 class Model:
     """An ONNX graph and what is known about it. Treat it as immutable: passes change a `clone()`."""
 
-    ir: ir.Model
+    ir: onnx_ir.Model
     provenance: Provenance
     warnings: tuple[str, ...] = field(default=())
 
     @property
-    def graph(self) -> ir.Graph:
+    def graph(self) -> onnx_ir.Graph:
         return self.ir.graph
 
     @property
@@ -61,12 +61,12 @@ class Model:
     def with_warnings(self, *warnings: str) -> Model:
         return replace(self, warnings=(*self.warnings, *warnings))
 
-    def graphs(self) -> Iterator[ir.Graph]:
+    def graphs(self) -> Iterator[onnx_ir.Graph]:
         """The main graph and every subgraph, functions not included."""
         yield self.ir.graph
         yield from self.ir.graph.subgraphs()
 
-    def nodes(self) -> Iterator[ir.Node]:
+    def nodes(self) -> Iterator[onnx_ir.Node]:
         """All nodes, those of subgraphs included."""
         return iter(self.ir.graph.all_nodes())
 
@@ -74,7 +74,7 @@ class Model:
         """Bytes of all initializers and Constant nodes' tensors."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
-    def tensors(self) -> Iterator[ir.TensorProtocol]:
+    def tensors(self) -> Iterator[onnx_ir.TensorProtocol]:
         """Every constant tensor of the model: initializers, then tensors of Constant nodes; shared ones once."""
         seen: set[int] = set()
         for graph in self.graphs():
@@ -84,7 +84,11 @@ class Model:
                     yield value.const_value
         for node in self.nodes():
             attribute = node.attributes.get("value") if node.op_type == "Constant" else None
-            if attribute is not None and attribute.type == ir.AttributeType.TENSOR and id(attribute.value) not in seen:
+            if (
+                attribute is not None
+                and attribute.type == onnx_ir.AttributeType.TENSOR
+                and id(attribute.value) not in seen
+            ):
                 seen.add(id(attribute.value))
                 yield attribute.as_tensor()
 
@@ -96,14 +100,14 @@ class Model:
         """
         path = Path(path)
         if self.weight_bytes() <= EXTERNAL_DATA_THRESHOLD_BYTES:
-            ir.save(ir.external_data.load_to_model(self.ir.clone()), path, format="protobuf")
+            onnx_ir.save(onnx_ir.external_data.load_to_model(self.ir.clone()), path, format="protobuf")
             return [path]
         data = path.with_name(path.name + ".data")
-        ir.save(self.ir.clone(), path, format="protobuf", external_data=data.name)
+        onnx_ir.save(self.ir.clone(), path, format="protobuf", external_data=data.name)
         return [path, data]
 
 
-def _spec(value: ir.Value) -> TensorSpec:
-    dtype = value.dtype.numpy().name if value.dtype is not None and value.dtype != ir.DataType.STRING else "string"
+def _spec(value: onnx_ir.Value) -> TensorSpec:
+    dtype = value.dtype.numpy().name if value.dtype is not None and value.dtype != onnx_ir.DataType.STRING else "string"
     dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape) if value.shape is not None else ()
     return TensorSpec(value.name or "", dtype, dims)

@@ -41,7 +41,7 @@ def open_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return ort.InferenceSession(str(path), options, providers=[EXECUTION_PROVIDER])
-    except Exception as error:  # noqa: BLE001  # onnxruntime raises a dozen unrelated classes, all mean the same here
+    except Exception as error:  # onnxruntime raises a dozen unrelated classes, all mean the same here
         raise explain(error) from error
 
 
@@ -59,7 +59,7 @@ def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, 
     names = {value.name for value in session.get_inputs()}
     try:
         values = session.run(None, {name: array for name, array in feeds.items() if name in names})
-    except Exception as error:  # noqa: BLE001  # see open_session
+    except Exception as error:  # see open_session
         raise explain(error) from error
     return {output.name: np.asarray(value) for output, value in zip(session.get_outputs(), values, strict=True)}
 
@@ -77,10 +77,10 @@ def explain(error: Exception) -> ModelNotRunnableError | UnsupportedOperatorErro
     text = " ".join(text.split())[:600]
     if match := _UNKNOWN_OPERATOR.search(text):
         where = f"Node {match['node']!r}: " if match["node"] else ""
+        version = f" in version {match['version']}" if match["version"] else ""
         return UnsupportedOperatorError(
-            f"{where}onnxruntime has no operator {match['op']}"
-            f"{f' in version {match["version"]}' if match['version'] else ''} for CPU; "
-            f"export the model with standard ONNX operators.",
+            f"{where}onnxruntime has no operator {match['op']}{version} for CPU; export the model with standard ONNX "
+            f"operators.",
             op_type=match["op"],
             node=match["node"] or "",
         )
