@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 from google.protobuf.message import Message
@@ -209,7 +210,7 @@ def _scalar(field: Field, value: object) -> bool | int | float | str:
         or (rule.HasField("lt") and number >= rule.lt)
     )
     if outside:
-        raise ValueError(f"{show(number)} is not in {schema.range_text(field)}")
+        raise ValueError(f"{show(number if isinstance(value, str) else value)} is not in {schema.range_text(field)}")
     return number
 
 
@@ -325,12 +326,15 @@ def _set_path(document: dict[str, Any], path: str, value: object) -> None:
     if keys[0] in Step.DESCRIPTOR.fields_by_name:
         keys = ["steps", _only_step(document, str(keys[0])), *keys]
     holder: Any = document
-    for key, following in zip(keys, keys[1:], strict=False):
+    for key, following in pairwise(keys):
         child = _get(holder, key)
         if child is None:
             child = [] if isinstance(following, int) else {}
             holder[key] = child
         holder = child
+    if isinstance(holder, list) and keys[-1] == len(holder):
+        holder.append(value)
+        return
     _get(holder, keys[-1])
     holder[keys[-1]] = value
 
