@@ -1,0 +1,85 @@
+"""Measures the original and the result against each other, and holds the figures against the recipe's constraints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from modelpress_compression.inputs import EvaluationData, InputData
+from modelpress_compression.measure.accuracy import Accuracy, compare_accuracy
+from modelpress_compression.measure.fidelity import Fidelity, compare_outputs
+from modelpress_compression.measure.latency import LatencyRow, compare_latency
+from modelpress_compression.pipeline.steps import file_size_bytes, scaled
+from modelpress_compression.recipe import Constraints, Recipe
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All figures of a result; `violations`: one sentence for each constraint that is not met."""
+
+    latency: tuple[LatencyRow, ...]
+    fidelity: Fidelity
+    accuracy: Accuracy | None
+    violations: tuple[str, ...]
+
+
+def measure(
+    original: Path,
+    optimized: Path,
+    data: InputData,
+    eval_data: EvaluationData | None,
+    recipe: Recipe,
+    progress: Callable[[float, str], None],
+) -> Measured:
+    """Fidelity on `data`, the task metric on `eval_data`, and one latency row for each of threads x batch sizes."""
+    progress(0.0, "comparing the outputs")
+    fidelity = compare_outputs(original, optimized, data)
+    accuracy = None
+    if eval_data is not None:
+        progress(0.2, "evaluating the task metric")
+        accuracy = compare_accuracy(original, optimized, eval_data, recipe.constraints.metric)
+    rows: list[LatencyRow] = []
+    settings = list(product(recipe.benchmark.threads, recipe.benchmark.batch_sizes))
+    for index, (threads, batch_size) in enumerate(settings):
+        scaled(progress, 0.4, 1.0)(index / len(settings), f"timing: {threads} threads, batch size {batch_size}")
+        rounds = recipe.benchmark.rounds
+        row = compare_latency(original, optimized, data, threads=threads, batch_size=batch_size, rounds=rounds)
+        rows.append(row)
+    violations = _violations(recipe.constraints, tuple(rows), fidelity, accuracy, file_size_bytes(optimized))
+    return Measured(tuple(rows), fidelity, accuracy, violations)
+
+
+def not_better(measured: Measured, original_size_bytes: int, optimized_size_bytes: int) -> str | None:
+    """Why the result is worse than what was given: surely slower (95 %) on the first row, and not smaller."""
+    speedup = measured.latency[0].speedup
+    if speedup.high >= 1.0 or optimized_size_bytes < original_size_bytes:
+        return None
+    return (
+        f"The result was slower ({speedup.median:.2f} times the original's speed) and not smaller, "
+        f"so the model is returned as it was."
+    )
+
+
+def _violations(
+    constraints: Constraints,
+    latency: tuple[LatencyRow, ...],
+    fidelity: Fidelity,
+    accuracy: Accuracy | None,
+    size_bytes: int,
+) -> tuple[str, ...]:
+    found: list[str] = []
+    if constraints.max_drop is not None:
+        drop = accuracy.drop if accuracy is not None else 1.0 - fidelity.agreement
+        name = accuracy.metric if accuracy is not None else "agreement with the original"
+        if drop > constraints.max_drop:
+            found.append(f"{name} falls by {drop:.4f}, more than max_drop {constraints.max_drop:g}")
+    if constraints.max_size_bytes is not None and size_bytes > constraints.max_size_bytes:
+        found.append(f"the result has {size_bytes} bytes, more than max_size_bytes {constraints.max_size_bytes}")
+    if constraints.max_latency_ms is not None and latency[0].optimized.p50_ms > constraints.max_latency_ms:
+        found.append(
+            f"median latency is {latency[0].optimized.p50_ms:.3f} ms, more than max_latency_ms "
+            f"{constraints.max_latency_ms:g}"
+        )
+    return tuple(found)

@@ -1,0 +1,36 @@
+"""Progress of a job: stages in order, one fraction that never falls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+# stage, stage_index, stage_count, fraction of the whole job, one line for people
+ProgressListener = Callable[[str, int, int, float, str], None]
+
+# Shares of the whole: loading was done before, measuring takes about as long as a step.
+_WEIGHTS = {"load": 1.0, "measure": 3.0, "report": 0.2}
+_STEP_WEIGHT = 3.0
+
+
+@dataclass
+class Progress:
+    """Turns progress within a stage into progress of the whole job."""
+
+    stages: Sequence[str]
+    listener: ProgressListener | None = None
+    _index: int = 0
+    _fraction: float = 0.0
+
+    def begin(self, index: int, message: str) -> None:
+        """Enters stage number `index`."""
+        self._index = index
+        self.update(0.0, message)
+
+    def update(self, share: float, message: str) -> None:
+        """`share` of the current stage is done, 0 to 1."""
+        weights = [_WEIGHTS.get(stage, _STEP_WEIGHT) for stage in self.stages]
+        done = sum(weights[: self._index]) + weights[self._index] * min(max(share, 0.0), 1.0)
+        self._fraction = max(self._fraction, done / sum(weights))
+        if self.listener is not None:
+            self.listener(self.stages[self._index], self._index, len(self.stages), self._fraction, message)

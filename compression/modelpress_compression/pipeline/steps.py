@@ -1,0 +1,96 @@
+"""One step of a recipe: run the pass, prove that its result runs, or keep the model as it was and say why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOperatorError
+from modelpress_compression.inputs import InputData
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import Context, PassResult, Skip
+from modelpress_compression.recipe import Step
+from modelpress_compression.runtime import open_session, run_all
+from modelpress_compression.techniques import TECHNIQUES
+
+# Feeds that every intermediate model must survive with finite outputs.
+CHECK_FEEDS = 2
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did; a row of `steps` in the report. `model` is what the next step works on, `path` its file."""
+
+    step: Step
+    model: Model
+    path: Path
+    changes: dict[str, int | float] = field(default_factory=dict)
+    skipped: tuple[Skip, ...] = ()
+    warnings: tuple[str, ...] = ()
+    duration_s: float = 0.0
+    candidates: tuple[dict[str, Any], ...] = ()
+
+
+def apply_step(step: Step, model: Model, path: Path, context: Context, target: Path) -> StepRecord:
+    """Runs the step's pass on `model`, whose file is `path`; the result's file is `target`.
+
+    A result that does not load or does not answer with finite numbers is dropped: the model stays as it was.
+    """
+    began = time.monotonic()
+    context.check_time()
+    result = TECHNIQUES[step.technique].make_pass(step.config)(model, context)
+    record = StepRecord(step, model, path, skipped=result.skipped, warnings=result.warnings)
+    if result.changed:
+        record = _checked(record, result, context, target)
+    return replace(record, duration_s=time.monotonic() - began)
+
+
+def _checked(record: StepRecord, result: PassResult, context: Context, target: Path) -> StepRecord:
+    save(result.model, target)
+    problem = broken(target, context.data, reference=record.path)
+    if problem is not None:
+        warning = f"{record.step.technique} was undone: {problem}"
+        context.log(warning)
+        return replace(record, warnings=(*record.warnings, warning))
+    return replace(record, model=result.model, path=target, changes=dict(result.changes))
+
+
+def save(model: Model, path: Path) -> None:
+    """Writes the model into a folder of its own, so that external data never meets another model's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model.save(path)
+
+
+def file_size_bytes(path: Path) -> int:
+    """Size of a saved model, its external data included."""
+    data = path.with_name(path.name + ".data")
+    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+
+
+def broken(path: Path, data: InputData, reference: Path) -> str | None:
+    """Why the model in `path` cannot be used: it does not run, or is not finite where `reference` is."""
+    feeds = list(data.feeds(1, limit=CHECK_FEEDS * (data.fixed_batch or 1)))
+    try:
+        outputs = list(run_all(open_session(path), feeds))
+    except (ModelNotRunnableError, UnsupportedOperatorError) as error:
+        return error.message
+    if all(_finite(output) for output in outputs):
+        return None
+    expected = run_all(open_session(reference), feeds)
+    if all(_finite(output) for output in expected):
+        return "its outputs hold NaN or infinite values where the model's did not."
+    return None
+
+
+def _finite(outputs: dict[str, Any]) -> bool:
+    return all(value.dtype.kind != "f" or bool(np.isfinite(value).all()) for value in outputs.values())
+
+
+def scaled(progress: Callable[[float, str], None], start: float, stop: float) -> Callable[[float, str], None]:
+    """A listener for a part of a stage: its 0 to 1 is `start` to `stop` of the whole."""
+    return lambda share, message: progress(start + (stop - start) * share, message)
