@@ -56,12 +56,13 @@ class TechniqueInfo:
 def techniques() -> list[TechniqueInfo]:
     """What a step can be, with every option."""
     return [
-        TechniqueInfo(field.name, rules_of(field).description, tuple(map(_option_info, message_type(field).fields)))
+        TechniqueInfo(field.name, rules_of(field).description, tuple(map(option_info, message_type(field).fields)))
         for field in Step.DESCRIPTOR.fields
     ]
 
 
-def _option_info(field: Field) -> OptionInfo:
+def option_info(field: Field) -> OptionInfo:
+    """One field of a recipe message, described."""
     rule = rules_of(field)
     kind = {BOOL: "bool", STRING: "string"}.get(field.type, "float" if field.type in FLOATS else "int")
     return OptionInfo(
