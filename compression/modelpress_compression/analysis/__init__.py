@@ -1,0 +1,1 @@
+"""Reads a graph: figures, shapes, multiply-accumulates, inputs that make it run."""

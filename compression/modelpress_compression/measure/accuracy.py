@@ -1,0 +1,206 @@
+"""A task metric on labelled data, of one model or of two.
+
+- top1, top5: share of right answers. The output is [N, C] or [N, T, C]; labels are class indices [N] or [N, T], of
+  which negative ones are left out, or scores of the output's shape, whose largest element is the class.
+- mse, mae: mean over all elements. Labels are numbers of the output's shape; axes of extent 1 do not matter.
+- cosine: mean over samples of the cosine between output and label; labels as for mse.
+
+The output is the first whose shape fits the labels. NaN counts as a wrong answer, and makes mse and mae infinite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelpress_compression.errors import InvalidDataError
+from modelpress_compression.inputs import Array, EvaluationData
+from modelpress_compression.runtime import open_session, run
+
+Floats = NDArray[np.float64]
+
+METRICS = ("top1", "top5", "mse", "mae", "cosine")
+LOWER_IS_BETTER = ("mse", "mae")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The metric of both models. `drop` > 0: the optimized model is worse, whichever way the metric points.
+
+    An infinite figure (mse of outputs that are not finite) makes `drop` infinite; in the report both are null.
+    """
+
+    metric: str
+    samples: int
+    original: float
+    optimized: float
+    drop: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report's `accuracy`."""
+        return {
+            "metric": self.metric,
+            "samples": self.samples,
+            "original": _finite(self.original),
+            "optimized": _finite(self.optimized),
+            "drop": _finite(self.drop),
+        }
+
+
+def compare_accuracy(
+    original: Path,
+    optimized: Path,
+    data: EvaluationData,
+    metric: str | None,
+    *,
+    threads: int = 2,
+    batch_size: int = 1,
+) -> Accuracy:
+    """The metric of both models on all samples. `metric` None: top1 for class indices, else mse.
+
+    Raises InvalidDataError where the labels fit no output, ModelNotRunnableError, UnsupportedOperatorError.
+    """
+    before = _evaluate(original, data, metric, threads, batch_size)
+    after = _evaluate(optimized, data, before.metric, threads, batch_size)
+    drop = after.value - before.value if before.metric in LOWER_IS_BETTER else before.value - after.value
+    # inf - inf: neither answers, so there is nothing to lose.
+    return Accuracy(before.metric, before.samples, before.value, after.value, 0.0 if math.isnan(drop) else drop)
+
+
+def evaluate(
+    path: Path, data: EvaluationData, metric: str | None = None, *, threads: int = 2, batch_size: int = 1
+) -> float:
+    """The metric of one model on all samples; see `compare_accuracy`."""
+    return _evaluate(path, data, metric, threads, batch_size).value
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    metric: str
+    value: float
+    samples: int
+
+
+def _evaluate(path: Path, data: EvaluationData, metric: str | None, threads: int, batch_size: int) -> _Evaluated:
+    if metric is not None and metric not in METRICS:
+        raise InvalidDataError(f"There is no metric {metric!r}; use one of {', '.join(METRICS)}.")
+    session = open_session(path, threads=threads)
+    labels = data.labels
+    size = 1 if data.inputs.whole_feeds else data.inputs.fixed_batch or batch_size
+    chosen, output = metric, ""
+    total, weight, start = 0.0, 0, 0
+    for feed in data.inputs.feeds(batch_size):
+        stop = min(start + size, len(labels))
+        outputs = run(session, feed)
+        if not output:
+            chosen, output = _fit(outputs, labels, stop - start, metric)
+        assert chosen is not None  # noqa: S101  # set with the first output
+        added, count = _SCORES[chosen](outputs[output], np.asarray(labels[start:stop]))
+        total, weight, start = total + added, weight + count, stop
+    if chosen is None or not weight:
+        raise InvalidDataError("The evaluation data: no sample has a usable label; class indices start at 0.")
+    return _Evaluated(chosen, total / weight, start)
+
+
+def _fit(outputs: Mapping[str, Array], labels: Array, count: int, metric: str | None) -> tuple[str, str]:
+    """The metric, and the first output that the labels fit for it. Raises InvalidDataError."""
+    candidates = (metric,) if metric else ("top1", "mse") if labels.dtype.kind in "iub" else ("mse",)
+    sample_shape = labels.shape[1:]
+    for candidate in candidates:
+        fits = _fits_classes if candidate in ("top1", "top5") else _fits_values
+        for name, output in outputs.items():
+            if output.dtype.kind in "biuf" and fits(output, sample_shape, count, labels.dtype.kind in "iub"):
+                _check_classes(candidate, name, output, labels)
+                return candidate, name
+    shapes = ", ".join(f"{name} {list(output.shape)}" for name, output in outputs.items())
+    raise InvalidDataError(
+        f"The evaluation data: labels of shape {labels.shape} ({labels.dtype}) fit no output for "
+        f"{metric or 'any metric'}. Outputs for {count} sample(s): {shapes}. For top1 and top5 give one class index "
+        f"per sample (or per position of [N, T, C]); for mse, mae and cosine one array of the output's sample shape."
+    )
+
+
+def _fits_classes(output: Array, sample_shape: tuple[int, ...], count: int, integers: bool) -> bool:
+    if output.ndim not in (2, 3) or output.shape[-1] < 2 or output.shape[0] != count:
+        return False
+    positions = output.shape[1:-1]
+    if sample_shape == output.shape[1:]:
+        return True
+    return integers and _squeezed(sample_shape) == _squeezed(positions)
+
+
+def _fits_values(output: Array, sample_shape: tuple[int, ...], count: int, integers: bool) -> bool:
+    # Whole feeds may answer without a batch axis: then all of the output belongs to the one sample.
+    mine = output.shape[1:] if output.ndim and output.shape[0] == count else output.shape if count == 1 else None
+    return mine is not None and _squeezed(mine) == _squeezed(sample_shape)
+
+
+def _check_classes(metric: str, name: str, output: Array, labels: Array) -> None:
+    if metric not in ("top1", "top5"):
+        return
+    classes = output.shape[-1]
+    if metric == "top5" and classes <= 5:
+        raise InvalidDataError(f"Output {name!r} has {classes} classes: top5 says nothing there; use top1.")
+    if labels.shape[1:] != output.shape[1:] and labels.size and int(labels.max()) >= classes:
+        raise InvalidDataError(
+            f"The evaluation data: label {int(labels.max())} does not fit output {name!r}, whose {classes} classes are "
+            f"0 to {classes - 1}."
+        )
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(extent for extent in shape if extent != 1)
+
+
+def _top(output: Array, labels: Array, k: int) -> tuple[float, int]:
+    scores = output.astype(np.float64).reshape(-1, output.shape[-1])
+    # Scores as labels (one-hot, or a teacher's): their largest element is the class.
+    indices = np.argmax(labels, axis=-1) if labels.shape == output.shape else labels
+    classes = indices.reshape(-1).astype(np.int64)
+    usable = classes >= 0
+    scores, classes = scores[usable], classes[usable]
+    largest = np.argmax(scores, axis=-1)[:, None] if k == 1 else np.argpartition(-scores, k - 1, axis=-1)[:, :k]
+    right = (largest == classes[:, None]).any(axis=-1) & ~np.isnan(scores).any(axis=-1)
+    return float(np.count_nonzero(right)), len(classes)
+
+
+def _values(output: Array, labels: Array) -> tuple[Floats, Floats]:
+    """Output and labels as [samples, elements] in float64."""
+    count = len(labels)
+    return output.astype(np.float64).reshape(count, -1), labels.astype(np.float64).reshape(count, -1)
+
+
+def _error_score(error: Callable[[Floats], Floats]) -> Callable[[Array, Array], tuple[float, int]]:
+    def score(output: Array, labels: Array) -> tuple[float, int]:
+        got, wanted = _values(output, labels)
+        total = float(error(got - wanted).sum())
+        return (total if math.isfinite(total) else math.inf), got.size
+
+    return score
+
+
+def _cosine(output: Array, labels: Array) -> tuple[float, int]:
+    got, wanted = _values(output, labels)
+    norms = np.linalg.norm(got, axis=1) * np.linalg.norm(wanted, axis=1)
+    dots = (got * wanted).sum(axis=1)
+    cosines = np.where(norms > 0, dots / np.where(norms > 0, norms, 1.0), 0.0)
+    return float(np.nan_to_num(cosines, nan=0.0).sum()), len(got)
+
+
+_SCORES: dict[str, Callable[[Array, Array], tuple[float, int]]] = {
+    "top1": lambda output, labels: _top(output, labels, 1),
+    "top5": lambda output, labels: _top(output, labels, 5),
+    "mse": _error_score(np.square),
+    "mae": _error_score(np.abs),
+    "cosine": _cosine,
+}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,216 @@
+"""How far an optimized model's outputs are from the original's, streamed: no output is kept.
+
+Per output, pooled over all elements of all samples, in float64:
+
+- `cosine`: <a, b> / (|a| |b|). Two all-zero outputs have 1.
+- `sqnr_db`: 10 log10(sum a^2 / sum (a - b)^2), held within +-200 dB: 200 means "identical to float precision".
+- `max_abs_error`: largest |a - b|.
+
+Where both are NaN, or the same infinity, the element counts as equal and is left out of the sums. Where only one of
+them is finite, the element is left out too, but counted: one such element makes `cosine` 0. Integer, bool and string outputs
+have `equal`, the share of equal elements, instead.
+
+`top1_agreement`: share of positions with the same largest element, for the first output [N, C] or [N, T, C], C >= 2,
+that may hold class scores; see `outputs.classification_outputs`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelpress_compression.inputs import Array, InputData
+from modelpress_compression.measure.outputs import classification_outputs
+from modelpress_compression.runtime import open_session, run
+
+MAX_SQNR_DB = 200.0
+DEFAULT_LIMIT = 256
+
+
+@dataclass(frozen=True)
+class OutputFidelity:
+    """One output. Floats have `cosine`, `sqnr_db`, `max_abs_error`; other types `equal`. None: not measured."""
+
+    cosine: float | None
+    sqnr_db: float | None
+    max_abs_error: float | None
+    equal: float | None = None
+
+    def to_dict(self) -> dict[str, float | None]:
+        figures = {"cosine": self.cosine, "sqnr_db": self.sqnr_db, "max_abs_error": self.max_abs_error}
+        return figures if self.equal is None else figures | {"equal": self.equal}
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """All outputs. `agreement`, in [0, 1], is what `max_drop` is held against without labels: `top1_agreement` where
+    there is one, else the mean over outputs of cosine (at least 0) or share of equal elements. `notes`: what is odd."""
+
+    data: str
+    samples: int
+    outputs: Mapping[str, OutputFidelity]
+    top1_agreement: float | None
+    agreement: float
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report's `fidelity`."""
+        return {
+            "data": self.data,
+            "samples": self.samples,
+            "outputs": {name: output.to_dict() for name, output in self.outputs.items()},
+            "top1_agreement": self.top1_agreement,
+            "agreement": self.agreement,
+            "notes": list(self.notes),
+        }
+
+
+def compare_outputs(
+    original: Path,
+    optimized: Path,
+    data: InputData,
+    *,
+    threads: int = 2,
+    limit: int = DEFAULT_LIMIT,
+    budget_s: float | None = None,
+) -> Fidelity:
+    """Runs both models on at most `limit` samples, one at a time, and compares the outputs.
+
+    One at a time, because dynamic quantization chooses its ranges per batch. `budget_s`: stop taking samples after so
+    many seconds; `samples` says how many there were. Raises ModelNotRunnableError, UnsupportedOperatorError.
+    """
+    sessions = [open_session(path, threads=threads) for path in (original, optimized)]
+    names = [[value.name for value in session.get_outputs()] for session in sessions]
+    partners = _partners(*names)
+    sums = {name: _OutputSums() for name in names[0]}
+    classes = classification_outputs(original)
+    deadline = math.inf if budget_s is None else time.monotonic() + budget_s
+    samples = 0
+    for feed in data.feeds(1, limit):
+        before, after = (run(session, feed) for session in sessions)
+        for name in names[0]:
+            other = after.get(partners.get(name, ""))
+            sums[name].add(before[name], other, name in classes)
+        samples += data.fixed_batch or 1
+        if time.monotonic() > deadline:
+            break
+    return _summary("provided" if data.provided else "synthetic", samples, sums)
+
+
+def _partners(original: list[str], optimized: list[str]) -> dict[str, str]:
+    """Outputs of the same name, or, where names were changed throughout, in the same place."""
+    if set(original) <= set(optimized):
+        return {name: name for name in original}
+    if len(original) == len(optimized):
+        return dict(zip(original, optimized, strict=True))
+    return {name: name for name in set(original) & set(optimized)}
+
+
+@dataclass
+class _OutputSums:
+    """Running sums of one output."""
+
+    dot: float = 0.0
+    squares: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    error_squares: float = 0.0
+    max_abs_error: float = 0.0
+    elements: int = 0
+    equal_elements: int = 0
+    not_finite: int = 0
+    floats: bool = False
+    top1_positions: int = 0
+    top1_agreed: int = 0
+    problem: str = ""
+
+    def add(self, before: Array, after: Array | None, classes: bool) -> None:
+        if after is None:
+            self.problem = "is missing in the optimized model"
+            return
+        if before.shape != after.shape:
+            self.problem = f"has shape {before.shape} in the original and {after.shape} in the optimized model"
+            return
+        if before.dtype.kind not in "fV" or after.dtype.kind not in "fV":
+            self.elements += before.size
+            self.equal_elements += int(np.count_nonzero(before == after))
+            return
+        self.floats = True
+        self._add_floats(before.astype(np.float64), after.astype(np.float64))
+        if classes and before.ndim in (2, 3) and before.shape[-1] >= 2:
+            top = [np.argmax(array, axis=-1) for array in (before, after)]
+            self.top1_positions += top[0].size
+            self.top1_agreed += int(np.count_nonzero(top[0] == top[1]))
+
+    def _add_floats(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> None:
+        finite = np.isfinite(before) & np.isfinite(after)
+        if not finite.all():
+            same = (before == after) | (np.isnan(before) & np.isnan(after))
+            self.not_finite += int(np.count_nonzero(~finite & ~same))
+            before, after = before[finite], after[finite]
+        self.elements += before.size
+        if not before.size:
+            return
+        first, second = before.ravel(), after.ravel()
+        error = first - second
+        self.dot += float(first @ second)
+        self.squares[0] += float(first @ first)
+        self.squares[1] += float(second @ second)
+        self.error_squares += float(error @ error)
+        self.max_abs_error = max(self.max_abs_error, float(np.abs(error).max()))
+
+    def cosine(self) -> float:
+        if self.not_finite:
+            return 0.0
+        norms = math.sqrt(self.squares[0]) * math.sqrt(self.squares[1])
+        if norms == 0.0:
+            return 1.0 if self.squares[0] == self.squares[1] else 0.0
+        return min(1.0, max(-1.0, self.dot / norms))
+
+    def sqnr_db(self) -> float:
+        if self.error_squares == 0.0:
+            return MAX_SQNR_DB
+        if self.squares[0] == 0.0:
+            return -MAX_SQNR_DB
+        # A difference of logarithms, since the quotient itself may overflow.
+        decibels = 10.0 * (math.log10(self.squares[0]) - math.log10(self.error_squares))
+        return min(MAX_SQNR_DB, max(-MAX_SQNR_DB, decibels))
+
+    def figures(self) -> OutputFidelity:
+        if self.problem or not (self.elements or self.not_finite):
+            return OutputFidelity(None, None, None)
+        if not self.floats:
+            return OutputFidelity(None, None, None, equal=self.equal_elements / self.elements)
+        if not self.elements:
+            return OutputFidelity(self.cosine(), None, None)
+        return OutputFidelity(self.cosine(), self.sqnr_db(), self.max_abs_error)
+
+    def agreement(self) -> float | None:
+        """In [0, 1]; None where the output was empty throughout."""
+        if self.problem:
+            return 0.0
+        if not (self.elements or self.not_finite):
+            return None
+        return max(0.0, self.cosine()) if self.floats else self.equal_elements / self.elements
+
+
+def _summary(data: str, samples: int, sums: Mapping[str, _OutputSums]) -> Fidelity:
+    notes = [f"Output {name!r} {total.problem}." for name, total in sums.items() if total.problem]
+    notes += [
+        f"Output {name!r}: {total.not_finite} elements are finite in only one of the models."
+        for name, total in sums.items()
+        if total.not_finite
+    ]
+    classifier = next((total for total in sums.values() if total.top1_positions), None)
+    top1 = classifier.top1_agreed / classifier.top1_positions if classifier else None
+    agreements = [value for total in sums.values() if (value := total.agreement()) is not None]
+    agreement = top1 if top1 is not None else (sum(agreements) / len(agreements) if agreements else 1.0)
+    if any(total.problem for total in sums.values()):
+        agreement = 0.0
+    outputs = {name: total.figures() for name, total in sums.items()}
+    return Fidelity(data, samples, outputs, top1, agreement, tuple(notes))

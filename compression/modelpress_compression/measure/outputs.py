@@ -1,0 +1,49 @@
+"""What the outputs of a model mean, as far as its graph tells."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import onnx_ir
+
+# Through these the meaning of the last axis stays what it was.
+_TRANSPARENT = frozenset((
+    "Identity", "Cast", "Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid", "Reshape", "Squeeze", "Unsqueeze",
+    "Flatten", "Transpose", "Dropout", "QuantizeLinear", "DequantizeLinear", "QLinearSoftmax", "QLinearSigmoid",
+    "Add", "QLinearAdd", "Mul",
+))  # fmt: skip
+# What a classifier's last layer is.
+_HEADS = frozenset((
+    "Gemm", "MatMul", "Conv", "FusedGemm", "FusedMatMul", "FusedConv", "GlobalAveragePool", "QGemm",
+    "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulNBits", "QLinearConv",
+    "ConvInteger",
+))  # fmt: skip
+_EMBEDDING_NAME = re.compile(r"embed|hidden|feature|state", re.IGNORECASE)
+_MAX_HOPS = 24
+
+
+def classification_outputs(path: Path) -> frozenset[str]:
+    """Names of the outputs whose last axis may be class scores: what ends in a linear layer, softmax or not.
+
+    Hidden states, which end in a normalization, and what is named as an embedding have no meaningful largest element.
+    """
+    graph = onnx_ir.load(path).graph
+    return frozenset(value.name for value in graph.outputs if value.name and _is_classifier(value))
+
+
+def _is_classifier(value: onnx_ir.Value) -> bool:
+    if value.name is None or _EMBEDDING_NAME.search(value.name):
+        return False
+    current: onnx_ir.Value | None = value
+    for _ in range(_MAX_HOPS):
+        node = current.producer() if current is not None else None
+        if node is None:
+            return False
+        if node.op_type in _HEADS:
+            return True
+        if node.op_type not in _TRANSPARENT:
+            return False
+        # A bias may stand on either side of an Add; the computed side is the one that matters.
+        current = next((item for item in node.inputs if item is not None and item.producer() is not None), None)
+    return False
