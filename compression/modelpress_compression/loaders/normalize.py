@@ -1,0 +1,106 @@
+"""One shape for every graph, so that everything downstream may rely on it:
+
+- operator set 13 to 26, IR version at most 13 (what onnxruntime loads);
+- no functions: they are inlined; no initializer is listed as an input;
+- tensors of Constant nodes are initializers, in subgraphs too;
+- every node has a name, and no two values of a graph share one;
+- shapes and types are inferred as far as ONNX can.
+"""
+
+from __future__ import annotations
+
+import onnx_ir
+from onnx_ir.passes import common
+
+from modelpress_compression.errors import RejectedModelError
+from modelpress_compression.loaders.opset import fit_opset
+from modelpress_compression.loaders.quiet import quiet
+from modelpress_compression.model import MAX_IR_VERSION, Model
+
+MIN_IR_VERSION = 8  # below 4 initializers had to be inputs, 8 brought functions; nothing that is written needs older
+
+
+def normalize(model: Model) -> Model:
+    """The same model in the shape described above. Raises RejectedModelError, ModelNotRunnableError."""
+    model = model.clone()
+    ir = model.ir
+    ir.ir_version = max(MIN_IR_VERSION, min(ir.ir_version, MAX_IR_VERSION))
+    try:
+        with quiet():
+            _inline(ir)
+            _tidy(ir)
+    except (onnx_ir.passes.PassError, ValueError, KeyError, TypeError, AssertionError) as error:
+        cause = error.__cause__ or error
+        raise RejectedModelError(
+            f"The ONNX graph is not valid: {' '.join(str(cause).split())[:300]}", finding="INVALID_GRAPH"
+        ) from error
+    model = fit_opset(model)
+    with quiet():
+        _tidy(model.ir)
+    name_nodes(model)
+    infer_shapes(model.ir)
+    return model
+
+
+def _inline(ir: onnx_ir.Model) -> None:
+    if ir.functions:
+        common.InlinePass()(ir)
+        ir.functions.clear()
+        common.RemoveUnusedOpsetsPass()(ir)
+
+
+def _tidy(ir: onnx_ir.Model) -> None:
+    common.RemoveInitializersFromInputsPass()(ir)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(ir)
+    for graph in (ir.graph, *ir.graph.subgraphs()):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.shape = onnx_ir.Shape(value.const_value.shape.numpy())
+                value.dtype = value.const_value.dtype
+
+
+def name_nodes(model: Model) -> None:
+    """Names for nodes without one: `OpType_N`, counted per operator in the graph's order, so the same every time."""
+    taken: set[str] = set()
+    unnamed: list[onnx_ir.Node] = []
+    for node in model.nodes():
+        if node.name and node.name not in taken:
+            taken.add(node.name)
+        else:
+            unnamed.append(node)
+    counts: dict[str, int] = {}
+    for node in unnamed:
+        stem = node.name or node.op_type
+        while (name := f"{stem}_{counts.setdefault(stem, 0)}") in taken:
+            counts[stem] += 1
+        node.name = name
+        taken.add(name)
+
+
+def infer_shapes(ir: onnx_ir.Model) -> None:
+    """Shapes and types in place, as far as ONNX can tell; weights of size are left out of the serialized copy.
+
+    A known shape is never replaced by a vaguer one.
+    """
+    known = {id(value): value.shape for value in _values(ir)}
+    with quiet():
+        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(ir)
+    for value in _values(ir):
+        before = known.get(id(value))
+        if before is not None and (value.shape is None or len(value.shape) == len(before)):
+            value.shape = onnx_ir.Shape(
+                [_sharper(old, new) for old, new in zip(before, value.shape or before, strict=True)]
+            )
+
+
+def _sharper(old: int | onnx_ir.SymbolicDim, new: int | onnx_ir.SymbolicDim) -> int | onnx_ir.SymbolicDim:
+    if isinstance(new, int):
+        return new
+    return old if isinstance(old, int) or old.value is not None else new
+
+
+def _values(ir: onnx_ir.Model) -> list[onnx_ir.Value]:
+    graphs = (ir.graph, *ir.graph.subgraphs())
+    return [
+        value for graph in graphs for value in (*graph.inputs, *(output for node in graph for output in node.outputs))
+    ]

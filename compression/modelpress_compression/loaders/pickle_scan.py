@@ -1,0 +1,147 @@
+"""What a pickle would import, read from its opcodes; nothing is executed.
+
+A pickle is a program: `GLOBAL` names any importable object and `REDUCE` calls it. The scan follows the few opcodes that
+can lead a name to STACK_GLOBAL, and refuses what it cannot follow.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from modelpress_compression.errors import RejectedModelError, UnsupportedFormatError
+
+MAX_OPCODES = 5_000_000
+MAX_PICKLE_BYTES = 256 * 1024 * 1024  # 256 MiB; weights lie beside the pickle, not in it
+
+# Opcodes whose argument is a string, the only ones that may feed STACK_GLOBAL.
+_STRINGS = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "SHORT_BINSTRING", "BINSTRING", "STRING"}
+_MEMO_PUTS = {"MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"}
+_MEMO_GETS = {"GET", "BINGET", "LONG_BINGET"}
+_EXTENSIONS = {"EXT1", "EXT2", "EXT4"}
+
+_STORAGES = (
+    "FloatStorage", "DoubleStorage", "HalfStorage", "BFloat16Storage", "LongStorage", "IntStorage", "ShortStorage",
+    "CharStorage", "ByteStorage", "BoolStorage", "ComplexFloatStorage", "ComplexDoubleStorage",
+)  # fmt: skip
+_DTYPES = (
+    "float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32",
+    "uint64", "bool", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2",
+)  # fmt: skip
+
+# What rebuilding tensors takes; none of these calls anything else that the pickle names.
+TENSOR_GLOBALS = frozenset(
+    {f"torch {name}" for name in (*_STORAGES, *_DTYPES)}
+    | {
+        "collections OrderedDict",
+        "torch Size",
+        "torch device",
+        "torch.storage UntypedStorage",
+        "torch.storage TypedStorage",
+        "torch UntypedStorage",
+        "torch._utils _rebuild_tensor",
+        "torch._utils _rebuild_tensor_v2",
+        "torch._utils _rebuild_parameter",
+        "torch.nn.parameter Parameter",
+        "torch.serialization _get_layout",
+    }
+)
+
+# TorchScript's own unpickler, in C++, imports nothing; it knows these and the classes of the archive.
+TORCHSCRIPT_GLOBALS = TENSOR_GLOBALS | frozenset(
+    f"torch.jit._pickle {name}"
+    for name in (
+        "build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "build_complexlist",
+        "build_tensor_from_id", "restore_type_tag",
+    )
+) | {"torch._utils _rebuild_qtensor", "torch per_tensor_affine", "torch per_channel_affine"}  # fmt: skip
+_TORCHSCRIPT_CLASSES = "__torch__"
+# Classes written in C++; only the packed weights of quantized layers belong into a model.
+_TORCHSCRIPT_NATIVE = "__torch__.torch.classes."
+_TORCHSCRIPT_NATIVE_ALLOWED = "__torch__.torch.classes.quantized"
+
+
+@dataclass(frozen=True)
+class PickleScan:
+    """`globals`: every `module name` that the pickle may import. `end`: where its STOP opcode ends, in bytes."""
+
+    globals: frozenset[str]
+    end: int
+
+    def outside(self, allowed: Iterable[str]) -> list[str]:
+        """Globals that are not allowed, sorted."""
+        return sorted(self.globals - set(allowed))
+
+
+def scan_pickle(data: bytes, what: str) -> PickleScan:
+    """Names that one pickle may import. Raises UnsupportedFormatError, RejectedModelError (PICKLE_GLOBAL)."""
+    found: set[str] = set()
+    memo: dict[int, str | None] = {}
+    strings: list[str | None] = []  # what the last opcodes pushed, None for anything but a string
+    end = 0
+    try:
+        for count, (opcode, argument, position) in enumerate(pickletools.genops(io.BytesIO(data))):
+            if count > MAX_OPCODES:
+                raise RejectedModelError(f"{what} has more than {MAX_OPCODES} opcodes.", finding="PICKLE_SIZE")
+            name = opcode.name
+            end = (position or 0) + 1
+            if name in ("GLOBAL", "INST"):
+                found.add(str(argument))
+                strings.append(None)
+            elif name == "STACK_GLOBAL":
+                found.add(_stack_global(strings, what))
+                strings[-2:] = [None]
+            elif name in _EXTENSIONS:
+                raise RejectedModelError(f"{what} uses pickle extension codes.", finding="PICKLE_GLOBAL")
+            elif name in _MEMO_PUTS:
+                memo[len(memo) if name == "MEMOIZE" else int(argument or 0)] = strings[-1] if strings else None
+            elif name in _MEMO_GETS:
+                strings.append(memo.get(int(argument or 0)))
+            elif name in _STRINGS:
+                strings.append(argument if isinstance(argument, str) else None)
+            elif name not in ("PROTO", "FRAME"):
+                strings.append(None)
+            del strings[:-2]
+    except RejectedModelError:
+        raise
+    except (ValueError, OverflowError, UnicodeDecodeError, IndexError, AttributeError) as error:
+        raise UnsupportedFormatError(f"{what} is no readable pickle ({error}); write the file again.") from error
+    return PickleScan(frozenset(found), end)
+
+
+def _stack_global(strings: list[str | None], what: str) -> str:
+    if len(strings) < 2 or strings[-1] is None or strings[-2] is None:
+        raise RejectedModelError(f"{what} builds the names of what it imports as it runs.", finding="PICKLE_GLOBAL")
+    return f"{strings[-2]} {strings[-1]}"
+
+
+def check_tensors_only(data: bytes, what: str) -> None:
+    """Refuses a pickle that needs anything but tensors. Raises RejectedModelError with finding=PICKLE_GLOBAL."""
+    if outside := scan_pickle(data, what).outside(TENSOR_GLOBALS):
+        raise foreign_global(what, outside)
+
+
+def check_torchscript(data: bytes, what: str) -> None:
+    """Refuses a pickle that TorchScript's writer would not write. Raises RejectedModelError."""
+    outside = []
+    for name in scan_pickle(data, what).outside(TORCHSCRIPT_GLOBALS):
+        module = name.split(" ", maxsplit=1)[0]
+        own = module == _TORCHSCRIPT_CLASSES or module.startswith(_TORCHSCRIPT_CLASSES + ".")
+        native = f"{module}.".startswith(_TORCHSCRIPT_NATIVE) and module != _TORCHSCRIPT_NATIVE_ALLOWED
+        if not own or native:
+            outside.append(name)
+    if outside:
+        raise foreign_global(what, outside)
+
+
+def foreign_global(what: str, names: list[str]) -> RejectedModelError:
+    """The refusal of a pickle that imports `names`."""
+    listed = ", ".join(name.replace(" ", ".")[:80] for name in names[:5])
+    return RejectedModelError(
+        f"{what} would import {listed}; only tensors are read from a file, nothing is executed. "
+        f"Convert the model on your own machine (--trust-pickle, or --architecture package.module:factory).",
+        finding="PICKLE_GLOBAL",
+        globals=listed,
+    )
