@@ -81,7 +81,7 @@ class InputData:
     def _take(self, spec: TensorSpec, samples: slice) -> Array:
         array = self.arrays[spec.name]
         taken = array[samples.start] if array.ndim == len(spec.shape) + 1 else array[samples]
-        return np.ascontiguousarray(taken, dtype=np.dtype(spec.dtype))
+        return np.asarray(taken, dtype=np.dtype(spec.dtype), order="C")
 
     @classmethod
     def from_arrays(

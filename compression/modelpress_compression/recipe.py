@@ -96,9 +96,13 @@ class Recipe:
             violations.append(Violation("version", f"must be {VERSION}"))
         known = {"version", "steps", "target", "constraints", "benchmark"}
         violations += [Violation(str(key), "unknown key") for key in document.keys() - known]
+        entries = document.get("steps") or []
+        if not isinstance(entries, list | tuple):
+            violations.append(Violation("steps", "must be a list of techniques"))
+            entries = []
         steps = tuple(
             step
-            for index, entry in enumerate(document.get("steps") or [])
+            for index, entry in enumerate(entries)
             if (step := _read_step(entry, f"steps[{index}]", violations)) is not None
         )
         sections = {
@@ -194,7 +198,7 @@ def _read_bool(value: Any) -> bool:
 
 
 def _read_int(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
         raise TypeError(f"{value!r} is not a whole number")
     return int(value)
 

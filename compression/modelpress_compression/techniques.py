@@ -125,19 +125,19 @@ TECHNIQUES = MappingProxyType(
         for technique in (
             Technique(
                 "fuse",
-                "Fold and fuse operators without changing what the model computes.",
+                "Folds constants, removes dead code and merges operators; lossless up to float rounding.",
                 FuseConfig,
                 "modelpress_compression.passes.fuse:Fuse",
             ),
             Technique(
                 "prune",
-                "Set the least important weights to zero.",
+                "Removes weights by importance.",
                 PruneConfig,
                 "modelpress_compression.passes.prune:Prune",
             ),
             Technique(
                 "quantize",
-                "Store weights, and compute where it pays, in fewer bits.",
+                "Stores weights, and computes where it pays, in fewer bits.",
                 QuantizeConfig,
                 "modelpress_compression.passes.quantize:Quantize",
             ),

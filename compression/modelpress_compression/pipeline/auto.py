@@ -28,6 +28,7 @@ DEFAULT_MAX_DROP = 0.01
 MIN_COSINE = 0.98
 FIDELITY_SAMPLES = 128
 LATENCY_ROUNDS = 30
+LATENCY_BUDGET_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ def choose_quantization(
         for candidate in candidates
     ]
     rows = tuple(candidate.to_dict(candidate.scheme == chosen) for candidate in candidates)
-    return replace(_outcome(step, model, path, candidates, chosen), candidates=rows, duration_s=time.monotonic() - began)
+    return replace(
+        _outcome(step, model, path, candidates, chosen), candidates=rows, duration_s=time.monotonic() - began
+    )
 
 
 def _judge(
@@ -125,6 +128,7 @@ def _judge(
         threads=benchmark.threads[0],
         batch_size=benchmark.batch_sizes[0],
         rounds=min(LATENCY_ROUNDS, benchmark.rounds),
+        budget_s=LATENCY_BUDGET_S,
     )
     candidate = replace(candidate, latency=latency)
     if latency.speedup.low < 1.0 and latency.speedup.median < 1.0:

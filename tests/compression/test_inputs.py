@@ -1,0 +1,121 @@
+"""Data files: read without holding them in memory, refused with a reason where they do not fit."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from modelpress_compression.errors import InvalidDataError
+from modelpress_compression.inputs import EvaluationData, InputData
+from modelpress_compression.specs import TensorSpec
+
+IMAGE = (TensorSpec("x", "float32", ("batch", 1, 4, 4)),)
+PAIR = (TensorSpec("a", "float32", ("n", 3)), TensorSpec("b", "int64", ("n",)))
+
+
+def images(count: int = 5) -> np.ndarray:
+    return np.arange(count * 16, dtype=np.float32).reshape(count, 1, 4, 4)
+
+
+def test_feeds_are_slices_of_the_batch_axis() -> None:
+    """Samples come in order, in batches of the size asked for, the last one smaller."""
+    feeds = list(InputData.from_arrays({"x": images()}, IMAGE).feeds(2))
+    assert [len(feed["x"]) for feed in feeds] == [2, 2, 1]
+    np.testing.assert_array_equal(np.concatenate([feed["x"] for feed in feeds]), images())
+
+
+def test_limit_counts_samples() -> None:
+    """At most `limit` samples are taken."""
+    data = InputData.from_arrays({"x": images()}, IMAGE)
+    assert [len(feed["x"]) for feed in data.feeds(2, limit=3)] == [2, 1]
+
+
+def test_one_axis_more_makes_every_sample_a_feed() -> None:
+    """A state that travels beside the input, and scalars, come as whole feeds."""
+    specs = (TensorSpec("x", "float32", ("n", 3)), TensorSpec("sr", "int64", ()))
+    data = InputData.from_arrays({"x": np.ones((4, 2, 3), np.float32), "sr": np.full(4, 16000)}, specs)
+    assert data.whole_feeds
+    assert [(feed["x"].shape, feed["sr"].shape) for feed in data.feeds(8)] == [((2, 3), ())] * 4
+
+
+def test_fixed_batch_is_kept() -> None:
+    """A model that takes four samples at a time gets four, and a rest is left out."""
+    specs = (TensorSpec("x", "float32", (4, 1, 4, 4)),)
+    data = InputData.from_arrays({"x": images(10)}, specs)
+    assert [feed["x"].shape for feed in data.feeds(1)] == [(4, 1, 4, 4)] * 2
+
+
+def test_a_single_array_fits_a_single_input_whatever_its_name() -> None:
+    """Exporters rename inputs; with one of each there is nothing to confuse."""
+    assert len(InputData.from_arrays({"input": images()}, IMAGE)) == 5
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"x": np.zeros((5, 3, 4, 4), np.float32)}, "does not fit"),
+        ({"x": np.zeros((5,), np.float32)}, "does not fit"),
+        ({"x": np.zeros((0, 1, 4, 4), np.float32)}, "no samples"),
+        ({"x": np.full((5, 1, 4, 4), np.nan, np.float32)}, "NaN"),
+        ({"x": np.zeros((5, 1, 4, 4), np.complex64)}, "cannot take"),
+        ({}, "no array"),
+        ({"y": images(), "z": images()}, "no array for 'x'"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(arrays: dict[str, np.ndarray], said: str) -> None:
+    """Shape, type, name, count and values are checked, and the message says which array."""
+    with pytest.raises(InvalidDataError, match=said):
+        InputData.from_arrays(arrays, IMAGE)
+
+
+def test_different_counts_are_refused() -> None:
+    """All arrays hold the same number of samples."""
+    with pytest.raises(InvalidDataError, match="different numbers"):
+        InputData.from_arrays({"a": np.zeros((4, 3), np.float32), "b": np.zeros(5, np.int64)}, PAIR)
+
+
+def test_types_are_cast_within_their_kind() -> None:
+    """float64 serves a float32 input, int32 an int64 one."""
+    data = InputData.from_arrays({"a": np.zeros((4, 3)), "b": np.zeros(4, np.int32)}, PAIR)
+    feed = next(data.feeds(4))
+    assert (feed["a"].dtype, feed["b"].dtype) == (np.float32, np.int64)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_files_are_memory_mapped(save, tmp_path: Path) -> None:
+    """Arrays of an .npz lie in files, not in memory, whether it is compressed or not."""
+    save(tmp_path / "data.npz", x=images())
+    data = InputData.read(tmp_path / "data.npz", IMAGE, tmp_path)
+    assert isinstance(data.arrays["x"], np.memmap)
+    np.testing.assert_array_equal(next(data.feeds(5))["x"], images())
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04truncated", b"PK\x05\x06" + b"\0" * 18])
+def test_unreadable_files_are_refused(content: bytes, tmp_path: Path) -> None:
+    """Empty, foreign and truncated files end in InvalidDataError."""
+    path = tmp_path / "data.npz"
+    path.write_bytes(content)
+    with pytest.raises(InvalidDataError):
+        InputData.read(path, IMAGE, tmp_path)
+
+
+def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
+    """Object arrays are pickles; they are never loaded."""
+    np.savez(tmp_path / "data.npz", x=np.array([{}], dtype=object))
+    with pytest.raises(InvalidDataError):
+        InputData.read(tmp_path / "data.npz", IMAGE, tmp_path)
+
+
+def test_labels_belong_to_evaluation(tmp_path: Path) -> None:
+    """Labels are read by EvaluationData and passed over by InputData."""
+    np.savez(tmp_path / "eval.npz", x=images(), labels=np.arange(5))
+    assert len(InputData.read(tmp_path / "eval.npz", IMAGE, tmp_path)) == 5
+    evaluation = EvaluationData.read(tmp_path / "eval.npz", IMAGE, tmp_path)
+    np.testing.assert_array_equal(evaluation.labels, np.arange(5))
+
+
+@pytest.mark.parametrize("labels", [None, np.arange(4), np.array("a"), np.array(3)])
+def test_labels_that_do_not_fit_are_refused(labels: np.ndarray | None) -> None:
+    """Missing labels, too few, and texts are refused."""
+    arrays = {"x": images()} | ({} if labels is None else {"labels": labels})
+    with pytest.raises(InvalidDataError, match="labels"):
+        EvaluationData.from_arrays(arrays, IMAGE)
