@@ -89,8 +89,12 @@ def write_models(model: ConvNet, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the MNIST example.")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the dropout and the order (default 0)")
-    parser.add_argument("--output-dir", type=Path, default=FOLDER, help="where the files go (default: beside this file)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the weights, the dropout and the order (default 0)"
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, default=FOLDER, help="where the files go (default: beside this file)"
+    )
     arguments = parser.parse_args()
     digits = np.load(FOLDER / "digits.npz")
     x_train, x_test = normalize(digits["images_train"]), normalize(digits["images_test"])
