@@ -1,0 +1,87 @@
+"""From the file that an exporter wrote to a checked `Model`: names, dynamic dimensions, and the proof by numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir
+
+from modelpress_compression.inputs import Array
+from modelpress_compression.loaders.normalize import infer_shapes
+from modelpress_compression.loaders.onnx_file import from_exporter
+from modelpress_compression.loaders.trials import Trial, Trials
+from modelpress_compression.loaders.verify import check_outputs
+from modelpress_compression.model import Model, Provenance
+from modelpress_compression.runtime import run, session_of
+from modelpress_compression.specs import TensorSpec
+
+
+def finish(path: str | os.PathLike[str], provenance: Provenance, specs: Sequence[TensorSpec], trials: Trials) -> Model:
+    """The exporter's graph with inputs named and shaped as `specs` say, in that order; it repeats all `trials`.
+
+    Raises Disagreement where it gives other numbers, CompressionError where it does not load or run.
+    """
+    model = from_exporter(path, provenance)
+    _shape_inputs(model, specs)
+    observed: list[list[Array]] = []
+    with session_of(model, optimize=False) as session:
+        for trial in trials.runs:
+            got = run(session, trial.feeds)
+            check_outputs(trial.expected, list(got.values()), list(got))
+            observed.append(list(got.values()))
+    _shape_outputs(model, trials.runs, observed)
+    infer_shapes(model.ir)
+    return model.with_warnings(*trials.warnings)
+
+
+def output_names(count: int, specs: Sequence[TensorSpec]) -> list[str]:
+    """`output`, or `output_0`, `output_1`, ...; never an input's name."""
+    taken = {spec.name for spec in specs}
+    names = ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
+    return [name if name not in taken else f"{name}_out" for name in names]
+
+
+def _shape_inputs(model: Model, specs: Sequence[TensorSpec]) -> None:
+    """Inputs by name, in the order of `specs`; one that the exporter dropped as unused comes back."""
+    values = {value.name: value for value in model.graph.inputs}
+    model.graph.inputs.clear()
+    for spec in specs:
+        value = values.get(spec.name) or onnx_ir.Value(name=spec.name)
+        value.shape = onnx_ir.Shape(spec.shape)
+        value.type = onnx_ir.TensorType(onnx_ir.DataType.from_numpy(_numpy_type(spec.dtype)))
+        model.graph.inputs.append(value)
+
+
+def _numpy_type(name: str) -> np.dtype[np.generic]:
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def _shape_outputs(model: Model, trials: Sequence[Trial], observed: Sequence[Sequence[Array]]) -> None:
+    """Output shapes as they were seen: a dimension that always had a dynamic dimension's extent is that dimension."""
+    for position, value in enumerate(model.graph.outputs):
+        shapes = [outputs[position].shape for outputs in observed]
+        if len({len(shape) for shape in shapes}) > 1:
+            continue
+        dims = [_dim([shape[axis] for shape in shapes], trials) for axis in range(len(shapes[0]))]
+        known = value.shape
+        if known is not None and len(known) == len(dims):
+            # What varies without being an input's dimension keeps the exporter's name for it.
+            dims = [
+                old.value if new is None and not isinstance(old, int) else new
+                for old, new in zip(known, dims, strict=True)
+            ]
+        value.shape = onnx_ir.Shape(dims)
+
+
+def _dim(extents: Sequence[int], trials: Sequence[Trial]) -> int | str | None:
+    for symbol in trials[0].sizes:
+        sizes = [trial.sizes[symbol] for trial in trials]
+        if sizes == list(extents) and len(set(sizes)) > 1:
+            return symbol
+    return extents[0] if len(set(extents)) == 1 else None

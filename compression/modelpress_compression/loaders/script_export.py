@@ -1,0 +1,118 @@
+"""Ways from a TorchScript module to an ONNX file, in the order in which they are tried.
+
+1. torch.onnx's exporter for TorchScript, on the frozen module: keeps control flow and dynamic dimensions.
+2. The same on the module as it is: freezing refuses some modules.
+3. TorchScript -> torch.export program -> ONNX.
+4. One run recorded operator by operator -> ONNX: control flow and sizes are those of that run, so it can only pass the
+   check where no dimension is dynamic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modelpress_compression.inputs import Feeds
+from modelpress_compression.loaders.torch_run import to_tensors
+from modelpress_compression.model import EXTERNAL_DATA_THRESHOLD_BYTES
+from modelpress_compression.specs import TensorSpec
+
+LEGACY_OPSET = 18
+DYNAMO_OPSET = 20
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What an exporter is given. `module()`: a fresh module in evaluation mode that takes `feeds` in order."""
+
+    module: Callable[[], Any]
+    feeds: Feeds
+    specs: tuple[TensorSpec, ...]
+    output_names: Sequence[str]
+    folder: Path
+
+    def args(self) -> tuple[torch.Tensor, ...]:
+        return tuple(to_tensors(self.feeds).values())
+
+
+def export_frozen(request: ExportRequest) -> Path:
+    """Way 1."""
+    return _legacy(torch.jit.freeze(request.module()), request, "frozen.onnx")
+
+
+def export_plain(request: ExportRequest) -> Path:
+    """Way 2; also for `nn.Module`s, which are traced."""
+    return _legacy(request.module(), request, "plain.onnx")
+
+
+def _legacy(module: Any, request: ExportRequest, name: str) -> Path:
+    path = request.folder / name
+    axes = {
+        spec.name: {
+            axis: dim or f"{spec.name}_{axis}" for axis, dim in enumerate(spec.shape) if not isinstance(dim, int)
+        }
+        for spec in request.specs
+    }
+    with torch.no_grad():
+        torch.onnx.export(
+            module,
+            request.args(),
+            str(path),
+            dynamo=False,
+            opset_version=LEGACY_OPSET,
+            input_names=[spec.name for spec in request.specs],
+            output_names=list(request.output_names),
+            dynamic_axes={key: value for key, value in axes.items() if value},
+            do_constant_folding=True,
+        )
+    return path
+
+
+def export_converted(request: ExportRequest) -> Path:
+    """Way 3."""
+    from torch._export.converter import TS2EPConverter
+
+    program = TS2EPConverter(request.module(), request.args(), {}).convert()
+    return export_program(program, request, "converted.onnx")
+
+
+def export_recorded(request: ExportRequest) -> Path:
+    """Way 4."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad():
+        graph = make_fx(request.module(), tracing_mode="real")(*request.args())
+        program = torch.export.export(graph, request.args())
+    return export_program(program, request, "recorded.onnx")
+
+
+def export_program(program: torch.export.ExportedProgram, request: ExportRequest, name: str) -> Path:
+    """A torch.export program as ONNX, weights beyond 1.5 GiB in a file of their own."""
+    path = request.folder / name
+    weights = sum(
+        value.nbytes
+        for value in (*program.state_dict.values(), *program.constants.values())
+        if isinstance(value, torch.Tensor)
+    )
+    torch.onnx.export(
+        program,
+        (),
+        str(path),
+        dynamo=True,
+        opset_version=DYNAMO_OPSET,
+        input_names=[spec.name for spec in request.specs],
+        output_names=list(request.output_names),
+        external_data=weights > EXTERNAL_DATA_THRESHOLD_BYTES,
+        verify=False,
+        optimize=True,
+    )
+    return path
+
+
+EXPORTERS: tuple[Callable[[ExportRequest], Path], ...] = (
+    export_frozen, export_plain, export_converted, export_recorded,
+)  # fmt: skip

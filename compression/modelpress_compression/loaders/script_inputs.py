@@ -1,0 +1,109 @@
+"""Which of the user's inputs is which argument of a TorchScript module's `forward`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from modelpress_compression.errors import InvalidInputsError
+from modelpress_compression.specs import TensorSpec
+
+# Arguments that an ONNX input of no dimensions can stand for, and how TorchScript makes them of a tensor.
+_SCALARS = {"int": "int({name})", "float": "float({name})", "bool": "bool({name})"}
+_TENSORS = ("Tensor", "Optional[Tensor]")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of `forward`; `type` in TorchScript's spelling."""
+
+    name: str
+    type: str
+    required: bool
+
+
+def arguments(module: torch.jit.ScriptModule) -> list[Argument]:
+    """The arguments of `forward` but for `self`. Raises InvalidInputsError where there is no `forward`."""
+    try:
+        schema: Any = module.forward.schema  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError) as error:
+        raise InvalidInputsError("The TorchScript module has no method 'forward', so it cannot be run.") from error
+    return [Argument(item.name, _type_name(item), not item.has_default_value()) for item in schema.arguments[1:]]
+
+
+def _type_name(argument: Any) -> str:
+    text = str(argument.type.annotation_str)
+    return text.replace("torch.", "").replace(" ", "")
+
+
+def signature(module: torch.jit.ScriptModule) -> str:
+    """`forward(x: Tensor, sr: int)`."""
+    listed = ", ".join(f"{item.name}: {item.type}" + ("" if item.required else " = ...") for item in arguments(module))
+    return f"forward({listed})"
+
+
+@dataclass(frozen=True)
+class Binding:
+    """`specs`: in the order of `forward`'s arguments. `names[i]`: the argument that spec i feeds."""
+
+    specs: tuple[TensorSpec, ...]
+    arguments: tuple[Argument, ...]
+    direct: bool
+
+    def wrap(self, module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+        """A module that takes tensors alone, in the order of `specs`."""
+        if self.direct:
+            return module
+        wrapper: Any = torch.jit.ScriptModule()
+        wrapper.inner = module
+        parameters = ", ".join(f"{item.name}: Tensor" for item in self.arguments)
+        given = ", ".join(
+            f"{item.name}={_SCALARS[item.type].format(name=item.name) if item.type in _SCALARS else item.name}"
+            for item in self.arguments
+        )
+        wrapper.define(f"def forward(self, {parameters}):\n    return self.inner.forward({given})\n")
+        wrapper.eval()
+        bound: torch.jit.ScriptModule = wrapper
+        return bound
+
+
+def bind(module: torch.jit.ScriptModule, specs: Sequence[TensorSpec]) -> Binding:
+    """Inputs by the arguments' names where all of them are such names, by position elsewhere.
+
+    Raises InvalidInputsError where the number or the types do not fit.
+    """
+    have = arguments(module)
+    by_name = {item.name: item for item in have}
+    if all(spec.name in by_name for spec in specs):
+        order = {item.name: index for index, item in enumerate(have)}
+        specs = sorted(specs, key=lambda spec: order[spec.name])
+        chosen = [by_name[spec.name] for spec in specs]
+    else:
+        chosen = have[: len(specs)]
+    missing = [item.name for item in have if item.required and item not in chosen]
+    if missing or len(specs) > len(have):
+        given = ", ".join(map(str, specs))
+        raise InvalidInputsError(
+            f"The module is {signature(module)}, but the inputs given are {given}; "
+            f"give one --input for each argument that has no default."
+        )
+    for spec, argument in zip(specs, chosen, strict=True):
+        _check(spec, argument)
+    direct = chosen == have[: len(chosen)] and all(item.type in _TENSORS for item in chosen)
+    return Binding(tuple(specs), tuple(chosen), direct)
+
+
+def _check(spec: TensorSpec, argument: Argument) -> None:
+    if argument.type in _SCALARS and spec.shape != ():
+        raise InvalidInputsError(
+            f"Input {spec}: the module's argument {argument.name!r} is a single {argument.type}; "
+            f"give it as '{spec.name}:{'float32' if argument.type == 'float' else 'int64'}[]'."
+        )
+    if argument.type not in (*_SCALARS, *_TENSORS):
+        raise InvalidInputsError(
+            f"The module's argument {argument.name!r} is a {argument.type}; only tensors and numbers can be inputs "
+            f"of an ONNX model. Wrap the module in one that takes tensors, and script that."
+        )

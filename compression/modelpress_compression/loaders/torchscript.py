@@ -1,0 +1,85 @@
+"""TorchScript archives: run by torch's own interpreter, exported, and checked against the original by numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from modelpress_compression.errors import InvalidInputsError, UnsupportedFormatError
+from modelpress_compression.inputs import Array, Feeds
+from modelpress_compression.loaders.exporting import export_checked
+from modelpress_compression.loaders.finish import output_names
+from modelpress_compression.loaders.hints import suggest_inputs
+from modelpress_compression.loaders.quiet import quiet
+from modelpress_compression.loaders.script_check import check_script
+from modelpress_compression.loaders.script_export import EXPORTERS, ExportRequest
+from modelpress_compression.loaders.script_inputs import Binding, bind
+from modelpress_compression.loaders.source import Source
+from modelpress_compression.loaders.torch_run import REFUSALS, runner
+from modelpress_compression.loaders.trials import Run, find_trials, first_line
+from modelpress_compression.model import Model
+from modelpress_compression.specs import TensorSpec
+
+STATE_WARNING = (
+    "The module keeps state between calls (it assigns to {names}); the ONNX model starts every call from the state "
+    "that was saved. Export it with the state as input and output to keep it."
+)
+
+
+def load_torchscript(source: Source, specs: Sequence[TensorSpec], folder: str) -> Model:
+    """`folder`: a private folder for the exporters' files. Raises as `loaders.load`."""
+    check_script(source.main)
+    module = read_script(source.main)
+    if not specs:
+        raise InvalidInputsError(suggest_inputs(module, source.main))
+    binding = bind(module, specs)
+    state = _assigned(module)
+    trials = find_trials(_Runner(source.main, binding, stateful=bool(state)), binding.specs, REFUSALS)
+    request = ExportRequest(
+        module=lambda: binding.wrap(read_script(source.main)),
+        feeds=trials.runs[0].feeds,
+        specs=binding.specs,
+        output_names=output_names(len(trials.runs[0].expected), binding.specs),
+        folder=Path(folder),
+    )
+    model = export_checked(EXPORTERS, request, source.provenance("torchscript"), trials)
+    return model.with_warnings(STATE_WARNING.format(names=", ".join(state))) if state else model
+
+
+def read_script(path: Path) -> torch.jit.ScriptModule:
+    """The module in evaluation mode, on the CPU. Raises UnsupportedFormatError."""
+    try:
+        with quiet():
+            module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location="cpu")
+            module.eval()
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise UnsupportedFormatError(
+            f"torch {torch.__version__} cannot read the TorchScript archive ({first_line(error)}); "
+            f"save it again with torch.jit.save."
+        ) from error
+    return module
+
+
+class _Runner:
+    """Runs the original; a stateful one is read anew for every run, so that each starts from the saved state."""
+
+    def __init__(self, path: Path, binding: Binding, *, stateful: bool) -> None:
+        self._path, self._binding, self._stateful = path, binding, stateful
+        self._run = self._fresh()
+
+    def _fresh(self) -> Run:
+        return runner(self._binding.wrap(read_script(self._path)))
+
+    def __call__(self, feeds: Feeds) -> list[Array]:
+        if self._stateful:
+            self._run = self._fresh()
+        with quiet():
+            return self._run(feeds)
+
+
+def _assigned(module: torch.jit.ScriptModule) -> list[str]:
+    """Attributes that `forward` assigns to, methods that it calls included."""
+    graph = module.inlined_graph
+    return sorted({node.s("name") for node in graph.findAllNodes("prim::SetAttr", recurse=True)})

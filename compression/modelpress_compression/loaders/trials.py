@@ -1,0 +1,157 @@
+"""Runs of the original that its ONNX form must repeat: sizes for its dynamic dimensions are found by trying.
+
+A TorchScript archive says nothing of its inputs' shapes, and a hint such as `x:float32[batch,3,H,W]` leaves `H` and `W`
+open. A convolutional net takes some sizes only, so likely ones are tried until the original runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from modelpress_compression.errors import InvalidInputsError
+from modelpress_compression.inputs import Array, Feeds
+from modelpress_compression.loaders.examples import batch_symbols, example_feeds, symbols_of
+from modelpress_compression.specs import TensorSpec
+
+Run = Callable[[Feeds], list[Array]]
+
+_SIZES = (32, 224, 28, 64, 16, 128, 8, 48, 256, 299, 320, 512, 100, 384, 4, 640, 1024, 16000)
+_FEW_SIZES = (32, 224, 64, 16, 8, 128, 3, 1)  # for several dimensions that cannot be the same
+_TRIES = 200
+_SEARCH_S = 90.0
+# Scalars of integer type are options rather than data: a sample rate, a step, a flag.
+_SCALARS = (None, 1, 16000, 8000, 2)
+_TRACE_BATCH = 2  # never 1, which exporters take for a constant
+_OTHER_BATCHES = (3, 1)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of the original: extents of the dynamic dimensions, what went in, what came out."""
+
+    sizes: Mapping[str, int]
+    feeds: Feeds
+    expected: list[Array]
+
+
+@dataclass(frozen=True)
+class Trials:
+    """`runs[0]` is the one to trace with. `warnings` say which dimensions turned out not to be dynamic."""
+
+    runs: tuple[Trial, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def find_trials(run: Run, specs: Sequence[TensorSpec], refusals: tuple[type[Exception], ...]) -> Trials:
+    """Runs of the original at several sizes. `run` raises one of `refusals` where the original does not take an input.
+
+    Raises InvalidInputsError, with what the original said, where it takes none, or only one batch size.
+    """
+    search = _Search(run, tuple(specs), refusals)
+    first, scalar = search.first()
+    runs = [first]
+    warnings = []
+    for symbol in symbols_of(specs):
+        other = search.other(first, symbol, scalar)
+        if other:
+            runs.append(other)
+        elif symbol in batch_symbols(specs):
+            raise InvalidInputsError(
+                f"The dimension {symbol!r} cannot vary: the model runs at {first.sizes[symbol]} only "
+                f"({search.said}). Give the number instead of the word."
+            )
+        else:
+            warnings.append(
+                f"The dimension {symbol!r} ran at {first.sizes[symbol]} and at no other size that was tried; "
+                f"give the number instead of the word if it is fixed."
+            )
+    everything = search.attempt(_merged(runs), scalar, seed=7)
+    return Trials((*runs, everything) if everything else tuple(runs), tuple(warnings))
+
+
+def _merged(runs: Sequence[Trial]) -> dict[str, int]:
+    """Every dimension at a size of its own that is not the first run's."""
+    sizes = dict(runs[0].sizes)
+    for trial in runs[1:]:
+        sizes |= {name: size for name, size in trial.sizes.items() if size != runs[0].sizes[name]}
+    return sizes
+
+
+class _Search:
+    def __init__(self, run: Run, specs: tuple[TensorSpec, ...], refusals: tuple[type[Exception], ...]) -> None:
+        self._run, self._specs, self._refusals = run, specs, refusals
+        self.said = ""
+
+    def first(self) -> tuple[Trial, int | None]:
+        """The first size at which the original runs, and the value of its scalars."""
+        batches = batch_symbols(self._specs)
+        others = [name for name in symbols_of(self._specs) if name not in batches]
+        scalars = _SCALARS if any(_is_scalar(spec) for spec in self._specs) else (None,)
+        said, deadline = "", time.monotonic() + _SEARCH_S
+        tries = itertools.product((_TRACE_BATCH, 1), _size_choices(len(others)), scalars)
+        for batch, extents, scalar in itertools.islice(tries, _TRIES):
+            sizes = dict.fromkeys(batches, batch) | dict(zip(others, extents, strict=True))
+            trial = self.attempt(sizes, scalar)
+            if trial:
+                return trial, scalar
+            said = said or self.said
+            if time.monotonic() > deadline:
+                break
+        listed = ", ".join(map(str, self._specs))
+        raise InvalidInputsError(f"The model does not run with {listed}: {said}. Check shapes, types and their order.")
+
+    def other(self, first: Trial, symbol: str, scalar: int | None) -> Trial | None:
+        """A run with another extent of one dimension."""
+        here = first.sizes[symbol]
+        is_batch = symbol in batch_symbols(self._specs)
+        choices = (
+            _OTHER_BATCHES if is_batch else (here + 1, here * 2, here + 32, max(1, here // 2), here + 16, here + 8)
+        )
+        if here == 1 and is_batch:
+            choices = (2, 3)
+        taken = {size for name, size in first.sizes.items() if name != symbol}
+        for size in sorted(choices, key=lambda extent: extent in taken):
+            if size != here and (trial := self.attempt({**first.sizes, symbol: size}, scalar, seed=size)):
+                return trial
+        return None
+
+    def attempt(self, sizes: Mapping[str, int], scalar: int | None, seed: int = 0) -> Trial | None:
+        feeds = example_feeds(self._specs, sizes, seed=seed)
+        if scalar is not None:
+            for spec in self._specs:
+                if _is_scalar(spec):
+                    feeds[spec.name][...] = scalar
+        try:
+            return Trial(dict(sizes), feeds, self._run(dict(feeds)))
+        except self._refusals as error:
+            self.said = first_line(error)
+            return None
+
+
+def _is_scalar(spec: TensorSpec) -> bool:
+    return spec.shape == () and "int" in spec.dtype
+
+
+def _size_choices(count: int) -> Iterator[tuple[int, ...]]:
+    """Extents for `count` dimensions: all alike first, then different ones."""
+    if count == 0:
+        yield ()
+        return
+    for size in _SIZES:
+        yield (size,) * count
+    if count > 1:
+        yield from (extents for extents in itertools.product(_FEW_SIZES, repeat=count) if len(set(extents)) > 1)
+
+
+def first_line(error: BaseException) -> str:
+    """What torch said, without its traceback of TorchScript and C++ frames."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    useful = [
+        line for line in lines if not line.startswith(("File ", "Traceback", "~", "<---", "The following", "at "))
+    ]
+    told = [line for line in useful if "Error: " in line or "rror:" in line] or useful[-1:] or [type(error).__name__]
+    text = told[-1] if told[-1] in useful else told[0]
+    return text.removeprefix("RuntimeError: ").rstrip(".")[:300]
