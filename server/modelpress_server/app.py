@@ -1,0 +1,182 @@
+"""The server as a whole: builds the parts, starts them in order, and takes them down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from modelpress_protos.v1 import (
+    job_service_pb2_grpc,
+    model_service_pb2_grpc,
+    server_service_pb2_grpc,
+    upload_service_pb2_grpc,
+)
+
+from modelpress_server.config import MAX_MESSAGE_BYTES, Settings, SettingsError
+from modelpress_server.executors.base import Executor
+from modelpress_server.interceptors import Gate, Tokens
+from modelpress_server.janitor import Janitor, clear_work_folders
+from modelpress_server.lock import DataDirLock
+from modelpress_server.runs import Bench
+from modelpress_server.scheduler import Scheduler
+from modelpress_server.services.job_service import JobService
+from modelpress_server.services.model_service import ModelService
+from modelpress_server.services.server_service import ServerService
+from modelpress_server.services.upload_service import UploadService
+from modelpress_server.stores.database import Database
+from modelpress_server.stores.filesystem import FileBlobStore
+from modelpress_server.stores.sql_blobs import SqlBlobIndex
+from modelpress_server.stores.sql_jobs import SqlJobStore
+from modelpress_server.stores.sql_models import SqlModelStore
+from modelpress_server.tasks import Notifier
+
+logger = logging.getLogger(__name__)
+
+SERVICES = (
+    "modelpress.v1.UploadService",
+    "modelpress.v1.ModelService",
+    "modelpress.v1.JobService",
+    "modelpress.v1.ServerService",
+)
+# How long streams get to store what they have once the server closes them.
+CLOSE_GRACE_S = 1.0
+OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", 2 * MAX_MESSAGE_BYTES),
+    # A second server on the same port must fail, not share it.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_concurrent_streams", 1000),
+    # Clients may ping every 10 s, also while nothing is called; by default such pings are answered with GOAWAY.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # A client that vanished without a word is noticed, so that its upload has a writer no longer.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+
+
+def local_executor(settings: Settings) -> Executor:
+    """The executor that runs each task in a child process of this machine."""
+    from modelpress_server.executors.local import LocalExecutor
+
+    return LocalExecutor(
+        spare_workers=settings.spare_workers,
+        sandbox=settings.sandbox,
+        temp_root=settings.data_dir / "work",
+    )
+
+
+class Server:
+    """A modelpress server; `start`, then `stop` once."""
+
+    def __init__(self, settings: Settings, make_executor: Callable[[Settings], Executor] = local_executor) -> None:
+        self._settings = settings
+        self._make_executor = make_executor
+        self._lock = DataDirLock(settings.data_dir)
+        self._notifier = Notifier()
+        self.address = ""
+
+    async def start(self) -> None:
+        """Opens the data folder, serves, and begins to schedule. Raises SettingsError."""
+        settings = self._settings
+        tokens, credentials = Tokens.load(settings), _credentials(settings)
+        self._lock.acquire()
+        try:
+            await self._open_stores()
+            self._build(tokens)
+            self._bind(credentials)
+            await self._executor.start()
+            await self._scheduler.start()
+            await self._grpc.start()
+        except BaseException:
+            self._lock.release()
+            raise
+        self._janitor.start()
+        await self._set_serving()
+        self._lock.announce(self.address)
+
+    async def stop(self) -> None:
+        """Refuses new work, lets running jobs finish within the grace or queues them again, then closes everything."""
+        self._gate.drain()
+        await self._health.enter_graceful_shutdown()
+        await self._scheduler.drain(self._settings.drain_grace_s)
+        # Ends watch streams with DRAINING: their clients come back to the next server.
+        self._notifier.close()
+        await self._grpc.stop(CLOSE_GRACE_S)
+        await self._uploads.sessions.close()
+        await self._janitor.close()
+        await self._executor.close()
+        await self._blobs.close()
+        await self._database.close()
+        self._lock.release()
+
+    async def _open_stores(self) -> None:
+        data_dir = self._settings.data_dir
+        await asyncio.to_thread(clear_work_folders, data_dir / "work")
+        self._blobs = FileBlobStore(data_dir, self._settings.reserve_bytes)
+        await asyncio.to_thread(self._blobs.open)
+        self._database = await asyncio.to_thread(Database.open, data_dir / "modelpress.db")
+
+    def _build(self, tokens: Tokens | None) -> None:
+        settings, database = self._settings, self._database
+        models, jobs, index = SqlModelStore(database), SqlJobStore(database), SqlBlobIndex(database)
+        self._executor = self._make_executor(settings)
+        bench = Bench(settings, self._executor, self._blobs, settings.data_dir / "work")
+        self._scheduler = Scheduler(bench, models, jobs, self._notifier)
+        self._gate = Gate(tokens)
+        self._grpc = grpc.aio.server(interceptors=[self._gate], options=OPTIONS)
+        self._uploads = UploadService(settings, self._blobs, index)
+        self._janitor = Janitor(settings, self._blobs, index, self._uploads.sessions)
+        upload_service_pb2_grpc.add_UploadServiceServicer_to_server(self._uploads, self._grpc)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelService(settings, models, self._scheduler.wake), self._grpc
+        )
+        job_service_pb2_grpc.add_JobServiceServicer_to_server(
+            JobService(settings, jobs, models, index, self._scheduler, self._notifier), self._grpc
+        )
+        server_service_pb2_grpc.add_ServerServiceServicer_to_server(
+            ServerService(settings, jobs, self._executor), self._grpc
+        )
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+
+    def _bind(self, credentials: grpc.ServerCredentials | None) -> None:
+        listen, host = self._settings.listen, self._settings.listen.rpartition(":")[0]
+        try:
+            if credentials is None:
+                port = self._grpc.add_insecure_port(listen)
+            else:
+                port = self._grpc.add_secure_port(listen, credentials)
+        except RuntimeError:
+            port = 0
+        if port == 0:
+            raise SettingsError(f"listen: cannot bind {listen}; is the port taken? Choose another, or port 0.")
+        self.address = f"{host}:{port}"
+
+    async def _set_serving(self) -> None:
+        for service in ("", *SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+
+def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    chain, key = _read("tls_cert", settings.tls_cert), _read("tls_key", settings.tls_key)
+    client_ca = _read("tls_client_ca", settings.tls_client_ca) if settings.tls_client_ca is not None else None
+    return grpc.ssl_server_credentials(
+        [(key, chain)], root_certificates=client_ca, require_client_auth=client_ca is not None
+    )
+
+
+def _read(name: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{name}: cannot read {path}: {error.strerror}.") from error

@@ -1,0 +1,160 @@
+"""Settings of the server: one frozen dataclass; the command line, the environment and the TOML file are made from it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+SANDBOX_MODES = ("auto", "require", "off")
+# One gRPC message must hold a chunk and its frame; above this, gRPC answers RESOURCE_EXHAUSTED by itself.
+MAX_MESSAGE_BYTES = 4 * MIB
+
+
+class SettingsError(ValueError):
+    """A setting that the server cannot start with; the message names it and says what to do."""
+
+
+def default_data_dir() -> Path:
+    """Where a user's own server keeps its data; `compress-client --local` looks in the same place."""
+    return platformdirs.user_data_path("modelpress") / "server"
+
+
+def default_worker_memory_bytes() -> int:
+    """Four fifths of the machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 4 // 5
+
+
+def _setting(default: Any, text: str, *, kind: str = "", choices: tuple[str, ...] = ()) -> Any:
+    """A field with what the command line needs to know of it; `kind` is bytes, seconds, count, path or flag."""
+    metadata = {"help": text, "kind": kind, "choices": choices}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that can be set. Units stand in the names; a limit of 0 means "none" only where the help says so."""
+
+    listen: str = _setting("127.0.0.1:50051", "HOST:PORT to serve on; port 0: any free one.")
+    data_dir: Path = _setting(default_data_dir, "Folder for blobs, jobs and models; one server at a time.", kind="path")
+    workers: int = _setting(
+        1, "Jobs that run at the same time. Each measures latency: more than one disturb each other."
+    )
+    spare_workers: int = _setting(1, "Idle worker processes kept warm, so that a job need not wait for imports.")
+
+    tls_cert: Path | None = _setting(
+        None, "Certificate chain of the server (PEM); with --tls-key, turns TLS on.", kind="path"
+    )
+    tls_key: Path | None = _setting(None, "Private key of the server (PEM).", kind="path")
+    tls_client_ca: Path | None = _setting(
+        None, "CA certificates (PEM): only clients with a certificate of theirs.", kind="path"
+    )
+    token: str | None = _setting(None, "Token that clients must send. Better in the environment or in --token-file.")
+    token_file: Path | None = _setting(
+        None, "File of tokens, one a line: TOKEN [PROJECT ...]; without projects a token is good for all.", kind="path"
+    )
+    insecure: bool = _setting(False, "Serve other machines without TLS and authentication.", kind="flag")
+
+    sandbox: str = _setting(
+        "auto", "How workers are confined; require: refuse to run with less.", choices=SANDBOX_MODES
+    )
+    worker_memory_bytes: int = _setting(
+        default_worker_memory_bytes, "Memory limit of one worker; 0: none. Default: 4/5 of the machine.", kind="bytes"
+    )
+    run_time_limit_s: float = _setting(3600.0, "Longest run of one attempt of a job.", kind="seconds")
+    inspect_time_limit_s: float = _setting(300.0, "Longest inspection of a model.", kind="seconds")
+
+    max_blob_bytes: int = _setting(16 * GIB, "Largest file that can be uploaded, and largest artifact.", kind="bytes")
+    max_queued_jobs: int = _setting(100, "Most queued jobs of one project.")
+    max_open_uploads: int = _setting(32, "Most unfinished uploads of one project.")
+    max_chunk_bytes: int = _setting(2 * MIB, "Largest chunk of an upload.", kind="bytes")
+    ack_interval_bytes: int = _setting(
+        16 * MIB, "Uploaded bytes are made durable and acknowledged so often.", kind="bytes"
+    )
+    reserve_bytes: int = _setting(256 * MIB, "Disk space that uploads leave free.", kind="bytes")
+
+    upload_idle_timeout_s: float = _setting(
+        60.0, "An upload stream without bytes for so long is closed.", kind="seconds"
+    )
+    upload_takeover_s: float = _setting(
+        10.0, "A writer that was silent for so long gives way to a new one.", kind="seconds"
+    )
+    upload_ttl_s: float = _setting(
+        24 * 3600.0, "An unfinished upload is dropped so long after its last byte.", kind="seconds"
+    )
+    blob_ttl_s: float = _setting(
+        24 * 3600.0, "A blob that no model or job uses is removed after so long.", kind="seconds"
+    )
+    event_ttl_s: float = _setting(
+        30 * 24 * 3600.0, "Events of a job are dropped so long after its end; its log stays.", kind="seconds"
+    )
+    janitor_interval_s: float = _setting(300.0, "How often the server cleans up.", kind="seconds")
+
+    heartbeat_s: float = _setting(15.0, "An idle watch stream carries a heartbeat so often.", kind="seconds")
+    drain_grace_s: float = _setting(
+        5.0, "SIGTERM: running jobs may finish for so long, then are queued again.", kind="seconds"
+    )
+    log_level: str = _setting("info", "How much is logged to stderr.", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "max_queued_jobs", "max_open_uploads", "max_blob_bytes", "ack_interval_bytes"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("spare_workers", "worker_memory_bytes", "reserve_bytes", "drain_grace_s", "upload_takeover_s"):
+            self._require(getattr(self, name) >= 0, name, "at least 0")
+        for name in ("run_time_limit_s", "inspect_time_limit_s", "upload_idle_timeout_s", "upload_ttl_s", "blob_ttl_s"):
+            self._require(getattr(self, name) > 0, name, "more than 0")
+        for name in ("event_ttl_s", "janitor_interval_s", "heartbeat_s"):
+            self._require(getattr(self, name) > 0, name, "more than 0")
+        self._require(
+            1024 <= self.max_chunk_bytes <= MAX_MESSAGE_BYTES - 64 * KIB, "max_chunk_bytes", "1 KiB to 3.9 MiB"
+        )
+        self._require(self.sandbox in SANDBOX_MODES, "sandbox", " or ".join(SANDBOX_MODES))
+        self._check_exposure()
+
+    @property
+    def host(self) -> str:
+        """Host of `listen`, without the brackets of an IPv6 address."""
+        return self.listen.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """Port of `listen`."""
+        return int(self.listen.rpartition(":")[2])
+
+    @property
+    def tls(self) -> bool:
+        """Whether the server speaks TLS."""
+        return self.tls_cert is not None
+
+    @property
+    def authenticates(self) -> bool:
+        """Whether a client must prove who it is."""
+        return self.token is not None or self.token_file is not None or self.tls_client_ca is not None
+
+    def _check_exposure(self) -> None:
+        host, _, port = self.listen.rpartition(":")
+        self._require(bool(host) and port.isdecimal() and int(port) < 65536, "listen", "HOST:PORT")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise SettingsError("tls_cert and tls_key go together; set both or none.")
+        if self.tls_client_ca is not None and not self.tls:
+            raise SettingsError("tls_client_ca needs tls_cert and tls_key.")
+        protected = self.tls and self.authenticates
+        if self.host not in LOOPBACK_HOSTS and not protected and not self.insecure:
+            raise SettingsError(
+                f"listen {self.listen}: other machines are served only with TLS (--tls-cert, --tls-key) and "
+                "authentication (--token-file or --tls-client-ca). Set them, listen on 127.0.0.1, or say --insecure."
+            )
+
+    def _require(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise SettingsError(f"{name}: {getattr(self, name)} is not {expected}.")

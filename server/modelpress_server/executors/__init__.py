@@ -1,0 +1,1 @@
+"""How a task reaches a worker process."""

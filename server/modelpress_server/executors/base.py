@@ -1,0 +1,56 @@
+"""The interface between the scheduler and whatever runs a task in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from modelpress_protos.internal.v1 import worker_pb2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one task may use; 0: no limit."""
+
+    time_s: float
+    memory_bytes: int
+
+
+class WorkerLostError(Exception):
+    """The worker ended without a terminal event.
+
+    `reason` is the ErrorReason name WORKER_OUT_OF_MEMORY, WORKER_TIMEOUT or WORKER_CRASHED; the message is for people.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Executor(Protocol):
+    """Runs tasks, each in its own child process."""
+
+    sandbox_level: int
+
+    async def start(self) -> None:
+        """Gets ready; called once, before the first `run`."""
+        ...
+
+    async def run(
+        self,
+        request: worker_pb2.WorkerRequest,
+        *,
+        limits: Limits,
+        on_event: Callable[[worker_pb2.WorkerEvent], None],
+    ) -> worker_pb2.WorkerEvent:
+        """Runs one task and returns its terminal event: inspected, compressed or failed.
+
+        Progress and log events go to `on_event`, called on the event loop. Raises WorkerLostError. Cancelling the
+        awaiting task kills the child's whole process group before CancelledError propagates.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Kills whatever runs."""
+        ...

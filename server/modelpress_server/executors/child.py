@@ -1,0 +1,242 @@
+"""One worker process as the server sees it: start it, wait until it is ready, talk to it, end it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelpress_protos.internal.v1 import worker_pb2
+from modelpress_server.executors.output import LineSplitter
+from modelpress_server.executors.process_tree import kill_tree
+from modelpress_server.worker.framing import MAX_FRAME_BYTES, FramingError, encode_frame, read_frame_async
+
+PREFIX = "worker-"
+READY_TIMEOUT_S = 120.0
+_OUTPUT_DRAIN_S = 1.0
+_START_OUTPUT_CHARS = 2000
+_READ_BYTES = 64 * 1024
+
+
+class StartError(Exception):
+    """A worker did not get ready; the message holds the end of its output, for the server's log."""
+
+
+@dataclass(frozen=True)
+class WorkerCommand:
+    """How workers are started. `root`: folder of their private folders; `tasks`: module or file that runs tasks."""
+
+    root: Path
+    sandbox: str
+    tasks: str
+
+    def arguments(self, requests_fd: int, events_fd: int, directory: Path) -> list[str]:
+        """The command line of one worker."""
+        return [
+            *python_command("modelpress_server.worker"),
+            f"--parent-pid={os.getpid()}",
+            f"--requests-fd={requests_fd}",
+            f"--events-fd={events_fd}",
+            f"--root={self.root}",
+            f"--directory={directory}",
+            f"--sandbox={self.sandbox}",
+            f"--tasks={self.tasks}",
+        ]
+
+
+def python_command(module: str) -> list[str]:
+    """Runs one of our modules with this interpreter: neither the current folder nor the user's own is looked in."""
+    return [sys.executable, "-P", "-s", "-m", module]
+
+
+def child_environment(directory: Path) -> dict[str, str]:
+    """All that a worker gets of the environment: no tokens, no proxies, no settings of libraries.
+
+    The import path is the server's own, so that every kind of installation works.
+    """
+    import_path = [entry for entry in sys.path if os.path.isabs(entry) and os.path.exists(entry)]
+    return {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "HOME": str(directory),
+        "TMPDIR": str(directory),
+        "PYTHONPATH": os.pathsep.join(import_path),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+@dataclass(frozen=True)
+class Pipes:
+    """The server's ends of the two pipes of the protocol."""
+
+    requests: asyncio.WriteTransport
+    events: asyncio.StreamReader
+    events_transport: asyncio.ReadTransport
+
+    def close(self) -> None:
+        """Closes both, without waiting for what was not yet sent."""
+        self.requests.abort()
+        self.events_transport.close()
+
+
+async def _open_pipes() -> tuple[int, int, Pipes]:
+    """Descriptors of the worker's ends (requests, events), which the caller closes, and the server's ends."""
+    loop = asyncio.get_running_loop()
+    requests_read, requests_write = os.pipe()
+    events_read, events_write = os.pipe()
+    events = asyncio.StreamReader(limit=MAX_FRAME_BYTES)
+    events_transport, _ = await loop.connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(events), os.fdopen(events_read, "rb", 0)
+    )
+    requests, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, os.fdopen(requests_write, "wb", 0))
+    return requests_read, events_write, Pipes(requests, events, events_transport)
+
+
+class Worker:
+    """A started worker. Make one with `Worker.start`; end it with `end`, whatever happened."""
+
+    def __init__(self, process: Process, directory: Path, pipes: Pipes) -> None:
+        self._process = process
+        self._directory = directory
+        self._pipes = pipes
+        self._on_line: Callable[[str], None] | None = None
+        self._start_output = ""
+        self._killed = False
+        self._output = asyncio.create_task(self._read_output())
+
+    @classmethod
+    async def start(cls, command: WorkerCommand) -> Worker:
+        """Starts a worker and waits until it is ready. Raises StartError, OSError; cancellation kills it."""
+        directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=command.root))
+        try:
+            worker = await cls._spawn(command, directory)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        try:
+            await worker._wait_ready()
+        except BaseException:
+            await worker.end()
+            raise
+        return worker
+
+    @classmethod
+    async def _spawn(cls, command: WorkerCommand, directory: Path) -> Worker:
+        requests_fd, events_fd, pipes = await _open_pipes()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command.arguments(requests_fd, events_fd, directory),
+                stdin=DEVNULL,
+                stdout=PIPE,
+                stderr=STDOUT,
+                env=child_environment(directory),
+                cwd=directory,
+                pass_fds=(requests_fd, events_fd),
+                start_new_session=True,
+            )
+        except BaseException:
+            pipes.close()
+            raise
+        finally:
+            os.close(requests_fd)
+            os.close(events_fd)
+        return cls(process, directory, pipes)
+
+    async def _wait_ready(self) -> None:
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                event = await self.receive()
+        except (TimeoutError, FramingError) as error:
+            raise StartError(f"A worker did not get ready: {error!r}. Its output: {self._start_output}") from error
+        if event is None or event.WhichOneof("event") != "ready":
+            await self.wait_output()
+            raise StartError(f"A worker ended before it was ready. Its output: {self._start_output}")
+
+    @property
+    def pid(self) -> int:
+        """Process id; also that of its process group."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended, as far as is known."""
+        return self._process.returncode is None
+
+    @property
+    def directory(self) -> Path:
+        """Its private folder."""
+        return self._directory
+
+    def limit_memory(self, limit_bytes: int) -> None:
+        """Caps its private memory, mapped files not included: a larger allocation fails at once inside the worker."""
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(self.pid, resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+
+    def listen(self, on_line: Callable[[str], None]) -> None:
+        """From now on, what the worker prints goes to `on_line`, line by line."""
+        self._on_line = on_line
+
+    def send(self, request: worker_pb2.WorkerRequest) -> None:
+        """Hands over the task; that a worker has ended shows in `receive`. Raises FramingError."""
+        self._pipes.requests.write(encode_frame(request))
+
+    async def receive(self) -> worker_pb2.WorkerEvent | None:
+        """The next event; None when the worker has closed its end. Raises FramingError."""
+        return await read_frame_async(self._pipes.events, worker_pb2.WorkerEvent)
+
+    async def wait(self) -> int:
+        """Waits for its end; the exit status, negative for a signal."""
+        return await self._process.wait()
+
+    async def wait_output(self) -> None:
+        """Waits until everything it printed has been read; after its end only, and not for long."""
+        await asyncio.wait([self._output], timeout=_OUTPUT_DRAIN_S)
+
+    def kill(self) -> None:
+        """Kills it and everything below it, at once; what it started may outlive it, so also after its end."""
+        if not self._killed:
+            self._killed = True
+            kill_tree(self.pid)
+
+    async def end(self) -> None:
+        """Kills what still runs, waits for its end, and removes its private folder."""
+        self.kill()
+        await self.wait()
+        await self.wait_output()
+        self._output.cancel()
+        self._pipes.close()
+        await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
+
+    async def _read_output(self) -> None:
+        """Reads whatever is printed, always: a full pipe would stop the worker."""
+        splitter = LineSplitter(self._take_line)
+        stream = self._process.stdout
+        assert stream is not None  # noqa: S101  # it was asked for
+        while data := await stream.read(_READ_BYTES):
+            splitter.feed(data)
+        splitter.close()
+
+    def _take_line(self, line: str) -> None:
+        if self._on_line is not None:
+            self._on_line(line)
+        else:
+            self._start_output = f"{self._start_output}\n{line}"[-_START_OUTPUT_CHARS:]
+
+
+def signal_name(status: int) -> str:
+    """An exit status in words."""
+    if status < 0:
+        try:
+            return f"was killed by {signal.Signals(-status).name}"
+        except ValueError:
+            return f"was killed by signal {-status}"
+    return f"ended with status {status}"

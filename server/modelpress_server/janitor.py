@@ -1,0 +1,88 @@
+"""Cleans up: blobs that nothing uses, expired uploads, events of old jobs, folders of dead tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from pathlib import Path
+
+from modelpress_server.config import Settings
+from modelpress_server.errors import ServiceError
+from modelpress_server.services.upload_session import UploadSessions
+from modelpress_server.stores.base import BlobIndex
+from modelpress_server.stores.filesystem import FileBlobStore
+from modelpress_server.stores.records import now_us
+
+logger = logging.getLogger(__name__)
+
+# A blob has a file a moment before it has a record; its file is left alone for so long.
+MIN_BLOB_AGE_S = 3600.0
+BATCH = 500
+
+
+class Janitor:
+    """Sweeps every `settings.janitor_interval_s`."""
+
+    def __init__(self, settings: Settings, blobs: FileBlobStore, index: BlobIndex, sessions: UploadSessions) -> None:
+        self._settings = settings
+        self._blobs = blobs
+        self._index = index
+        self._sessions = sessions
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins."""
+        self._task = asyncio.create_task(self._sweep_regularly())
+
+    async def close(self) -> None:
+        """Stops; what was begun may be finished by the next server."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def sweep(self) -> None:
+        """One pass. Records go first, then files that no record names any more."""
+        now = now_us()
+        swept = await self._index.sweep(
+            blobs_before_us=now - round(self._settings.blob_ttl_s * 1e6),
+            events_before_us=now - round(self._settings.event_ttl_s * 1e6),
+            now_us=now,
+        )
+        for upload_id in swept.uploads:
+            await self._sessions.discard(upload_id)
+        active = await self._index.active_uploads()
+        for upload_id in await self._blobs.partial_ids() - active:
+            await self._sessions.discard(upload_id)
+        removed = await self._remove_unknown_files()
+        if removed or swept.uploads or swept.jobs_compacted:
+            logger.info(
+                "cleaned up: %d blobs, %d uploads, events of %d jobs", removed, len(swept.uploads), swept.jobs_compacted
+            )
+
+    async def _remove_unknown_files(self) -> int:
+        before_s = time.time() - min(self._settings.blob_ttl_s, MIN_BLOB_AGE_S)
+        files, removed = await self._blobs.older_than(before_s), 0
+        for start in range(0, len(files), BATCH):
+            batch = files[start : start + BATCH]
+            for blob in set(batch) - await self._index.known(batch):
+                await self._blobs.remove_older_than(blob, before_s)
+                removed += 1
+        return removed
+
+    async def _sweep_regularly(self) -> None:
+        while True:
+            try:
+                await self.sweep()
+            except ServiceError as error:
+                logger.warning("cleaning up failed: %s", error)
+            except Exception:  # a bug here must not leave the disk to fill up for good
+                logger.exception("cleaning up failed")
+            await asyncio.sleep(self._settings.janitor_interval_s)
+
+
+def clear_work_folders(work: Path) -> None:
+    """Removes what tasks of a dead server left; called before any task runs."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(mode=0o700, parents=True)

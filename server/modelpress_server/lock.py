@@ -1,0 +1,52 @@
+"""One server a data folder, and where it can be found."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+from modelpress_server.config import SettingsError
+
+ADDRESS_FILE = "server.json"
+
+
+class DataDirLock:
+    """Holds the data folder for this process; the kernel lets go of it however the process ends."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+        self._fd = -1
+
+    def acquire(self) -> None:
+        """Raises SettingsError where another server has the folder, or it cannot be written."""
+        try:
+            self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._fd = os.open(self._data_dir / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise SettingsError(f"data_dir: cannot use {self._data_dir}: {error.strerror}.") from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            self._fd = -1
+            raise SettingsError(
+                f"data_dir: another server uses {self._data_dir}. Stop it, or choose another --data-dir."
+            ) from None
+        (self._data_dir / ADDRESS_FILE).unlink(missing_ok=True)
+
+    def announce(self, address: str) -> None:
+        """Writes server.json, so that `compress-client --local` finds this server."""
+        path = self._data_dir / ADDRESS_FILE
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"address": address, "pid": os.getpid()}) + "\n", "utf-8")
+        temporary.chmod(0o600)
+        temporary.replace(path)
+
+    def release(self) -> None:
+        """Takes server.json away and lets go."""
+        if self._fd >= 0:
+            (self._data_dir / ADDRESS_FILE).unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = -1

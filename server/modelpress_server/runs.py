@@ -1,0 +1,203 @@
+"""One run of one task: what the executor says becomes the outcome of a job or the state of a model."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import grpc
+from google.rpc import status_pb2
+from modelpress_protos.v1 import job_service_pb2, model_service_pb2
+
+from modelpress_server import errors
+from modelpress_server.config import Settings
+from modelpress_server.executors.base import Executor, Limits, WorkerLostError
+from modelpress_server.recorder import JobRecorder
+from modelpress_server.stores.base import BlobKey, JobRecord, JobStore, LogLine, ModelRecord, Outcome
+from modelpress_server.stores.filesystem import FileBlobStore
+from modelpress_server.stores.records import now_us, unique
+from modelpress_server.task_folder import task_folder
+from modelpress_server.tasks import Notifier
+
+logger = logging.getLogger(__name__)
+
+SUCCEEDED = job_service_pb2.JOB_STATE_SUCCEEDED
+FAILED = job_service_pb2.JOB_STATE_FAILED
+CANCELLED = job_service_pb2.JOB_STATE_CANCELLED
+CRASHED = "WORKER_CRASHED"
+INSPECT_ATTEMPTS = 3
+STORE_RETRY_S = 2.0
+# Larger messages would not fit a page of a list.
+MAX_INSPECTION_BYTES = 128 * 1024
+LOST_CODES = {
+    "WORKER_OUT_OF_MEMORY": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "WORKER_TIMEOUT": grpc.StatusCode.DEADLINE_EXCEEDED,
+    CRASHED: grpc.StatusCode.ABORTED,
+}
+
+_Model = model_service_pb2.Model
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every run works with."""
+
+    settings: Settings
+    executor: Executor
+    blobs: FileBlobStore
+    work: Path
+
+
+class JobRun:
+    """One attempt of one job."""
+
+    def __init__(self, bench: Bench, record: JobRecord, jobs: JobStore, notifier: Notifier) -> None:
+        self._bench = bench
+        self._record = record
+        self._jobs = jobs
+        self._notifier = notifier
+        self._stop: Literal["cancel", "drain"] | None = None
+        self._work: asyncio.Task[Outcome] | None = None
+
+    def stop(self, why: Literal["cancel", "drain"]) -> None:
+        """Kills the worker; the job ends as CANCELLED, or is queued again for the next server."""
+        self._stop = self._stop or why
+        if self._work is not None:
+            self._work.cancel()
+
+    async def run(self) -> None:
+        """Runs the attempt and stores how it ended."""
+        record = self._record
+        recorder = JobRecorder(record.id, self._jobs, self._notifier)
+        self._work = asyncio.create_task(self._attempt(recorder))
+        self._notifier.notify(record.id)
+        current = await self._jobs.get(record.project, record.id)
+        if current.message.state == job_service_pb2.JOB_STATE_CANCELLING:
+            # Cancelled between the claim and now, when there was no run to stop yet.
+            self.stop("cancel")
+        try:
+            outcome: Outcome | None = await self._work
+        except asyncio.CancelledError:
+            outcome = Outcome(CANCELLED) if self._stop == "cancel" else None
+        except WorkerLostError as error:
+            outcome = self._lost(error, recorder)
+        except errors.ServiceError as error:
+            outcome = Outcome(FAILED, error=errors.status_of(error))
+        except Exception:  # noqa: BLE001  # whatever it is, the job must end
+            outcome = Outcome(FAILED, error=_incident(f"job {record.id}"))
+        await recorder.close()
+        await self._store(outcome)
+        self._notifier.notify(record.id)
+
+    async def _attempt(self, recorder: JobRecorder) -> Outcome:
+        bench, job = self._bench, self._record.message
+        time_s = bench.settings.run_time_limit_s
+        if job.spec.HasField("run_timeout"):
+            time_s = min(time_s, job.spec.run_timeout.ToMilliseconds() / 1000)
+        limits = Limits(time_s=time_s, memory_bytes=bench.settings.worker_memory_bytes)
+        recorder.start()
+        async with task_folder(bench.work, bench.blobs) as folder:
+            request = await folder.compress_request(job, self._record.manifest, time_s)
+            event = await bench.executor.run(request, limits=limits, on_event=recorder.on_event)
+            if event.WhichOneof("event") == "failed":
+                return Outcome(FAILED, error=errors.sanitized(event.failed))
+            if event.WhichOneof("event") != "compressed":
+                raise WorkerLostError(CRASHED, "The worker ended without a result.")
+            artifacts = await folder.collect(event.compressed.artifacts, bench.settings.max_blob_bytes)
+        files = [entry for artifact in artifacts for entry in artifact.files]
+        return Outcome(
+            SUCCEEDED,
+            artifacts=tuple(artifacts),
+            summary=event.compressed.summary,
+            blobs=unique(BlobKey.of(entry.digest) for entry in files),
+        )
+
+    def _lost(self, error: WorkerLostError, recorder: JobRecorder) -> Outcome | None:
+        """None: the job is queued again."""
+        job = self._record.message
+        if error.reason == CRASHED and job.attempt < job.spec.max_attempts:
+            recorder.log("WARNING", f"Attempt {job.attempt} of {job.spec.max_attempts}: {error} It is tried again.")
+            return None
+        recorder.log("ERROR", f"Attempt {job.attempt} of {job.spec.max_attempts}: {error}")
+        return Outcome(FAILED, error=_lost_status(error))
+
+    async def _store(self, outcome: Outcome | None) -> None:
+        while True:
+            try:
+                if outcome is not None:
+                    await self._jobs.finish(self._record.id, outcome)
+                elif self._stop == "drain":
+                    line = LogLine(now_us(), "WARNING", "The server shut down; the job is queued again.")
+                    await self._jobs.requeue(self._record.id, count_attempt=False, log=[line])
+                else:
+                    await self._jobs.requeue(self._record.id, count_attempt=True)
+                return
+            except errors.StorageFullError:
+                if self._stop == "drain":
+                    return  # still RUNNING on disk: the next server queues it again
+                logger.warning("job %s: its end cannot be stored, the disk is full; trying again", self._record.id)
+                await asyncio.sleep(STORE_RETRY_S)
+
+
+async def inspect_model(bench: Bench, record: ModelRecord) -> model_service_pb2.Model:
+    """Has a model inspected; state, format, inspection and error of the answer are what was found."""
+    for attempt in range(1, INSPECT_ATTEMPTS + 1):
+        try:
+            return await _inspect_once(bench, record)
+        except WorkerLostError as error:
+            logger.warning("model %s: inspection %d: %s", record.id, attempt, error)
+            if error.reason != CRASHED or attempt == INSPECT_ATTEMPTS:
+                return _Model(state=_Model.STATE_REJECTED, error=_lost_status(error))
+        except errors.ServiceError as error:
+            return _Model(state=_Model.STATE_REJECTED, error=errors.status_of(error))
+        except Exception:  # noqa: BLE001  # whatever it is, the model must not stay PROCESSING
+            return _Model(state=_Model.STATE_REJECTED, error=_incident(f"model {record.id}"))
+    raise AssertionError("the last attempt returns")
+
+
+async def _inspect_once(bench: Bench, record: ModelRecord) -> model_service_pb2.Model:
+    limits = Limits(bench.settings.inspect_time_limit_s, bench.settings.worker_memory_bytes)
+    async with task_folder(bench.work, bench.blobs) as folder:
+        request = await folder.inspect_request(record.message)
+        event = await bench.executor.run(request, limits=limits, on_event=lambda _: None)
+    kind = event.WhichOneof("event")
+    if kind == "failed":
+        return _Model(state=_Model.STATE_REJECTED, error=errors.sanitized(event.failed))
+    if kind != "inspected":
+        raise WorkerLostError(CRASHED, "The worker ended without a result.")
+    found = event.inspected
+    blocking = [
+        item for item in found.inspection.findings if item.severity == model_service_pb2.Finding.SEVERITY_BLOCKING
+    ]
+    if blocking:
+        return _rejected(found.format, blocking[0].detail, blocking[0].code)
+    if found.inspection.ByteSize() > MAX_INSPECTION_BYTES:
+        return _rejected(
+            found.format, "It has more inputs, outputs or operators than this server takes.", "TOO_COMPLEX"
+        )
+    return _Model(state=_Model.STATE_ACTIVE, format=found.format, inspection=found.inspection)
+
+
+def _rejected(model_format: int, detail: str, code: str) -> model_service_pb2.Model:
+    model = _Model(state=_Model.STATE_REJECTED)
+    model.format = model_format  # type: ignore[assignment]  # an unknown number stays as it is
+    metadata = {"finding": errors.printable(detail), "code": errors.printable(code)}
+    status = errors.make_status(
+        grpc.StatusCode.FAILED_PRECONDITION, "MODEL_REJECTED", errors.printable(detail), metadata
+    )
+    model.error.CopyFrom(status)
+    return model
+
+
+def _lost_status(error: WorkerLostError) -> status_pb2.Status:
+    code = LOST_CODES.get(error.reason, grpc.StatusCode.ABORTED)
+    return errors.make_status(code, error.reason, errors.printable(str(error)))
+
+
+def _incident(what: str) -> status_pb2.Status:
+    internal = errors.InternalError()
+    logger.exception("incident %s in %s", internal.incident, what)
+    return errors.status_of(internal)

@@ -1,0 +1,137 @@
+"""Hands models to inspect and queued jobs to the executor.
+
+The store is the truth; the scheduler only remembers what it has running. Inspections have a place of their own, so that
+a new model need not wait for a long job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+from modelpress_server.runs import Bench, JobRun, inspect_model
+from modelpress_server.stores.base import JobRecord, JobStore, ModelRecord, ModelStore
+from modelpress_server.stores.records import now_us
+from modelpress_server.tasks import Notifier, wait_until
+
+logger = logging.getLogger(__name__)
+
+INSPECTION_SLOTS = 1
+IDLE_S = 60.0
+FAULT_PAUSE_S = 2.0
+
+
+class Scheduler:
+    """Runs up to `settings.workers` jobs at the same time, oldest first."""
+
+    def __init__(self, bench: Bench, models: ModelStore, jobs: JobStore, notifier: Notifier) -> None:
+        self._bench = bench
+        self._models = models
+        self._jobs = jobs
+        self._notifier = notifier
+        self._wake = asyncio.Event()
+        self._draining = False
+        self._loop: asyncio.Task[None] | None = None
+        self._runs: dict[str, JobRun] = {}
+        self._inspecting: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Takes up what a dead server left, then begins."""
+        recovered = await self._jobs.recover()
+        if recovered:
+            logger.info("%d job(s) of the last run are queued again", recovered)
+        self._loop = asyncio.create_task(self._serve())
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        self._wake.set()
+
+    def cancel(self, job_id: str) -> None:
+        """Stops the run of a job, if there is one."""
+        if job_id in self._runs:
+            self._runs[job_id].stop("cancel")
+
+    async def drain(self, grace_s: float) -> None:
+        """Starts nothing more; what runs may finish within the grace, then is stopped and queued again."""
+        self._draining = True
+        self.wake()
+        if self._loop is not None:
+            await self._loop
+        jobs = [task for task in self._tasks if task.get_name() in self._runs]
+        if jobs and grace_s > 0:
+            await asyncio.wait(jobs, timeout=grace_s)
+        for run in list(self._runs.values()):
+            run.stop("drain")
+        for task in self._tasks:
+            # A model stays PROCESSING and is inspected by the next server.
+            if task.get_name() in self._inspecting:
+                task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _serve(self) -> None:
+        while not self._draining:
+            self._wake.clear()
+            pause_s = FAULT_PAUSE_S
+            try:
+                pause_s = await self._fill()
+            except Exception:  # a full disk or a bug must not end the scheduling
+                logger.exception("the scheduler failed; it goes on in %g s", FAULT_PAUSE_S)
+            await wait_until(self._wake, pause_s)
+
+    async def _fill(self) -> float:
+        """Starts what there is room for; returns when to look again, in seconds."""
+        while len(self._inspecting) < INSPECTION_SLOTS and not self._draining:
+            model = await self._models.next_processing(tuple(self._inspecting))
+            if model is None:
+                break
+            self._inspecting.add(model.id)
+            self._spawn(model.id, self._inspect(model))
+        while len(self._runs) < self._bench.settings.workers and not self._draining:
+            claim = await self._jobs.claim(now_us())
+            for job_id in claim.ended:
+                self._notifier.notify(job_id)
+            if claim.job is None:
+                break
+            run = JobRun(self._bench, claim.job, self._jobs, self._notifier)
+            self._runs[claim.job.id] = run
+            self._spawn(claim.job.id, self._run(run, claim.job))
+        else:
+            # All workers are busy: nobody claims, so overdue jobs are looked for by their deadline.
+            await self._expire_overdue()
+        deadline_us = await self._jobs.next_queue_deadline_us()
+        if deadline_us is None:
+            return IDLE_S
+        return min(max((deadline_us - now_us()) / 1e6, 0.01), IDLE_S)
+
+    async def _expire_overdue(self) -> None:
+        for job_id in await self._jobs.expire_overdue(now_us()):
+            self._notifier.notify(job_id)
+
+    def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, run: JobRun, record: JobRecord) -> None:
+        try:
+            await run.run()
+        except Exception:  # the record stays RUNNING and is taken up at the next start
+            logger.exception("job %s: its end could not be stored", record.id)
+        finally:
+            del self._runs[record.id]
+            self.wake()
+
+    async def _inspect(self, record: ModelRecord) -> None:
+        try:
+            found = await inspect_model(self._bench, record)
+            await self._models.finish_inspection(record.id, found)
+        except Exception:  # the model stays PROCESSING and is inspected again
+            logger.exception("model %s: its inspection could not be stored", record.id)
+            await asyncio.sleep(FAULT_PAUSE_S)
+        finally:
+            self._inspecting.discard(record.id)
+            self.wake()

@@ -1,0 +1,206 @@
+"""JobService: compressions as resources, watchable and re-attachable."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from google.protobuf import empty_pb2
+from modelpress_protos.v1 import job_service_pb2, job_service_pb2_grpc
+
+from modelpress_server import errors
+from modelpress_server.config import Settings
+from modelpress_server.interceptors import check_project, draining
+from modelpress_server.listing import list_query, page_token, wrong_field
+from modelpress_server.names import parse_name, parse_project
+from modelpress_server.scheduler import Scheduler
+from modelpress_server.services.job_requests import blobs_of, check_job, new_job
+from modelpress_server.stores.base import BlobIndex, JobRecord, JobStore, ModelStore
+from modelpress_server.stores.records import now_us
+from modelpress_server.stores.sql_jobs import refuse_rejected
+from modelpress_server.tasks import Notifier, wait_until
+
+STATES = {
+    name.removeprefix("JOB_STATE_"): number
+    for name, number in job_service_pb2.JobState.items()
+    if number != job_service_pb2.JOB_STATE_UNSPECIFIED
+}
+QUEUED = job_service_pb2.JOB_STATE_QUEUED
+MAX_WAIT_S = 60.0
+BATCH = 500  # events or log lines read at once
+
+
+class JobService(job_service_pb2_grpc.JobServiceServicer):
+    """Jobs of all projects."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        jobs: JobStore,
+        models: ModelStore,
+        index: BlobIndex,
+        scheduler: Scheduler,
+        notifier: Notifier,
+    ) -> None:
+        self._settings = settings
+        self._jobs = jobs
+        self._models = models
+        self._index = index
+        self._scheduler = scheduler
+        self._notifier = notifier
+
+    async def CreateJob(  # noqa: N802  # the name of the method in the API
+        self, request: job_service_pb2.CreateJobRequest, context: Any
+    ) -> job_service_pb2.Job:
+        project = check_project(parse_project(request.parent))
+        checks, request_id = check_job(project, request, self._settings)
+        blobs = blobs_of(request.job.spec)
+        visible = await self._index.visible(project, set(blobs.values()), touch_us=now_us())
+        for field, blob in blobs.items():
+            checks.require(blob in visible, f"job.spec.{field}", "is not there; upload it first")
+        checks.finish()
+        model = await self._models.get(project, request.job.spec.model.rpartition("/")[2])
+        refuse_rejected(model.message)
+        record = new_job(project, request.job, model.message)
+        if request.validate_only:
+            return record.to_message()
+        references = {*blobs.values(), *blobs_of(model.message).values()}
+        created = await self._jobs.create(record, references, request_id, max_queued=self._settings.max_queued_jobs)
+        self._scheduler.wake()
+        return await self._message(created)
+
+    async def GetJob(  # noqa: N802
+        self, request: job_service_pb2.GetJobRequest, context: Any
+    ) -> job_service_pb2.Job:
+        return await self._message(await self._get(request.name))
+
+    async def ListJobs(  # noqa: N802
+        self, request: job_service_pb2.ListJobsRequest, context: Any
+    ) -> job_service_pb2.ListJobsResponse:
+        project = check_project(parse_project(request.parent))
+        query = list_query(project, request.page_size, request.page_token, request.filter, STATES, by_model=True)
+        page = await self._jobs.list_page(query)
+        token = page_token(query, request.filter, page.items[-1].id) if page.has_more else ""
+        queued = any(record.message.state == QUEUED for record in page.items)
+        positions = await self._jobs.queue_positions() if queued else {}
+        found = [record.to_message(positions.get(record.id, 0)) for record in page.items]
+        return job_service_pb2.ListJobsResponse(jobs=found, next_page_token=token)
+
+    async def WatchJob(  # noqa: N802
+        self, request: job_service_pb2.WatchJobRequest, context: Any
+    ) -> AsyncIterator[job_service_pb2.WatchJobResponse]:
+        record = await self._get(request.name)
+        after = request.after_sequence
+        _check_sequence(after, record.last_sequence)
+        if 0 < after < record.compacted_sequence:
+            raise errors.EventsCompactedError(
+                f"Events up to {record.compacted_sequence} are no longer kept. Read the job, watch from its sequence.",
+                metadata={"compacted_sequence": str(record.compacted_sequence)},
+            )
+        yield _event(snapshot=await self._message(record))
+        ticket = self._notifier.ticket(record.id)
+        try:
+            while True:
+                ticket.clear()
+                # The record first: an ended job has no events after those that are read next.
+                record = await self._get(request.name)
+                while events := await self._jobs.events(record.id, after, BATCH):
+                    for event in events:
+                        yield event
+                    after = events[-1].sequence
+                if record.ended:
+                    yield _event(snapshot=record.to_message())
+                    return
+                if self._notifier.closed:
+                    raise draining()
+                if not await wait_until(ticket, self._settings.heartbeat_s):
+                    yield _event(heartbeat=job_service_pb2.Heartbeat())
+        finally:
+            self._notifier.drop(record.id, ticket)
+
+    async def WaitJob(  # noqa: N802
+        self, request: job_service_pb2.WaitJobRequest, context: Any
+    ) -> job_service_pb2.Job:
+        timeout_s = MAX_WAIT_S
+        if request.HasField("timeout"):
+            timeout_s = min(max(request.timeout.ToMilliseconds() / 1000, 0.0), MAX_WAIT_S)
+        deadline_us = now_us() + round(timeout_s * 1e6)
+        record = await self._get(request.name)
+        ticket = self._notifier.ticket(record.id)
+        try:
+            while True:
+                ticket.clear()
+                record = await self._get(request.name)
+                left_s = (deadline_us - now_us()) / 1e6
+                if record.ended or left_s <= 0:
+                    return await self._message(record)
+                if self._notifier.closed:
+                    raise draining()
+                await wait_until(ticket, left_s)
+        finally:
+            self._notifier.drop(record.id, ticket)
+
+    async def CancelJob(  # noqa: N802
+        self, request: job_service_pb2.CancelJobRequest, context: Any
+    ) -> job_service_pb2.Job:
+        project, job_id = parse_name(request.name, "jobs")
+        record = await self._jobs.request_cancel(check_project(project), job_id)
+        self._scheduler.cancel(job_id)
+        self._notifier.notify(job_id)
+        return await self._message(record)
+
+    async def DeleteJob(  # noqa: N802
+        self, request: job_service_pb2.DeleteJobRequest, context: Any
+    ) -> empty_pb2.Empty:
+        project, job_id = parse_name(request.name, "jobs")
+        await self._jobs.delete(check_project(project), job_id, request.etag)
+        self._notifier.notify(job_id)
+        return empty_pb2.Empty()
+
+    async def StreamJobLogs(  # noqa: N802
+        self, request: job_service_pb2.StreamJobLogsRequest, context: Any
+    ) -> AsyncIterator[job_service_pb2.StreamJobLogsResponse]:
+        record = await self._get(request.name)
+        after = request.after_sequence
+        if after < 0:
+            raise wrong_field("after_sequence", f"{after} is negative")
+        ticket = self._notifier.ticket(record.id)
+        try:
+            while True:
+                ticket.clear()
+                record = await self._get(request.name)
+                while lines := await self._jobs.logs(record.id, after, BATCH):
+                    for line in lines:
+                        response = job_service_pb2.StreamJobLogsResponse(
+                            sequence=line.sequence, severity=line.severity, text=line.text
+                        )
+                        response.time.FromMicroseconds(line.time_us)
+                        yield response
+                    after = lines[-1].sequence
+                if record.ended or not request.follow:
+                    return
+                if self._notifier.closed:
+                    raise draining()
+                await ticket.wait()
+        finally:
+            self._notifier.drop(record.id, ticket)
+
+    async def _get(self, name: str) -> JobRecord:
+        project, job_id = parse_name(name, "jobs")
+        return await self._jobs.get(check_project(project), job_id)
+
+    async def _message(self, record: JobRecord) -> job_service_pb2.Job:
+        if record.message.state != QUEUED:
+            return record.to_message()
+        return record.to_message((await self._jobs.queue_positions()).get(record.id, 0))
+
+
+def _event(**kind: Any) -> job_service_pb2.WatchJobResponse:
+    response = job_service_pb2.WatchJobResponse(**kind)
+    response.time.FromMicroseconds(now_us())
+    return response
+
+
+def _check_sequence(after: int, last: int) -> None:
+    if after < 0 or after > last:
+        raise wrong_field("after_sequence", f"{after} is not between 0 and the job's last_sequence, {last}")

@@ -1,0 +1,122 @@
+"""ModelService: manifests of uploaded blobs, inspected by a worker before use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from google.protobuf import empty_pb2
+from modelpress_protos.v1 import model_service_pb2, model_service_pb2_grpc
+
+from modelpress_server.config import Settings
+from modelpress_server.interceptors import check_project
+from modelpress_server.listing import list_query, page_token
+from modelpress_server.names import format_name, new_id, parse_name, parse_project
+from modelpress_server.stores.base import BlobKey, ModelRecord, ModelStore
+from modelpress_server.stores.records import now_us, unique
+from modelpress_server.toolchain import toolchain_hash
+from modelpress_server.validation import MAX_DISPLAY_NAME_CHARS, Checks, check_model, message_hash, request_key
+
+_Model = model_service_pb2.Model
+STATES = {
+    "PROCESSING": int(_Model.STATE_PROCESSING),
+    "ACTIVE": int(_Model.STATE_ACTIVE),
+    "REJECTED": int(_Model.STATE_REJECTED),
+}
+MUTABLE = ("display_name", "labels")
+
+
+class ModelService(model_service_pb2_grpc.ModelServiceServicer):
+    """Standard methods (AIP-131 to 135); `on_new_model` wakes the scheduler."""
+
+    def __init__(self, settings: Settings, models: ModelStore, on_new_model: Callable[[], None]) -> None:
+        self._settings = settings
+        self._models = models
+        self._on_new_model = on_new_model
+
+    async def CreateModel(  # noqa: N802  # the name of the method in the API
+        self, request: model_service_pb2.CreateModelRequest, context: Any
+    ) -> model_service_pb2.Model:
+        project = check_project(parse_project(request.parent))
+        checks = check_model(request.model, self._settings.max_blob_bytes)
+        request_id = request_key(request.request_id, request.model, checks)
+        checks.finish()
+        model = _new_model(project, request.model)
+        record = ModelRecord(
+            project=project,
+            id=model.name.rpartition("/")[2],
+            version=1,
+            inspection_key=message_hash(content_of(model), toolchain_hash()),
+            message=model,
+        )
+        blobs = unique(BlobKey.of(entry.digest) for entry in model.files)
+        created = await self._models.create(record, blobs, request_id)
+        self._on_new_model()
+        return created.to_message()
+
+    async def GetModel(  # noqa: N802
+        self, request: model_service_pb2.GetModelRequest, context: Any
+    ) -> model_service_pb2.Model:
+        project, model_id = parse_name(request.name, "models")
+        return (await self._models.get(check_project(project), model_id)).to_message()
+
+    async def ListModels(  # noqa: N802
+        self, request: model_service_pb2.ListModelsRequest, context: Any
+    ) -> model_service_pb2.ListModelsResponse:
+        project = check_project(parse_project(request.parent))
+        query = list_query(project, request.page_size, request.page_token, request.filter, STATES, by_model=False)
+        page = await self._models.list_page(query)
+        token = page_token(query, request.filter, page.items[-1].id) if page.has_more else ""
+        found = [record.to_message() for record in page.items]
+        return model_service_pb2.ListModelsResponse(models=found, next_page_token=token)
+
+    async def UpdateModel(  # noqa: N802
+        self, request: model_service_pb2.UpdateModelRequest, context: Any
+    ) -> model_service_pb2.Model:
+        project, model_id = parse_name(request.model.name, "models", "model.name")
+        paths = set(request.update_mask.paths) or set(MUTABLE)
+        checks = Checks()
+        for path in sorted(paths - set(MUTABLE)):
+            checks.add("update_mask", f"{path!r} cannot be changed; only {' and '.join(MUTABLE)} can")
+        checks.text("model.display_name", request.model.display_name, MAX_DISPLAY_NAME_CHARS)
+        checks.labels("model.labels", request.model.labels)
+        checks.finish()
+
+        def change(stored: model_service_pb2.Model) -> None:
+            if "display_name" in paths:
+                stored.display_name = request.model.display_name
+            if "labels" in paths:
+                stored.labels.clear()
+                stored.labels.update(request.model.labels)
+
+        record = await self._models.update(check_project(project), model_id, request.model.etag, change)
+        return record.to_message()
+
+    async def DeleteModel(  # noqa: N802
+        self, request: model_service_pb2.DeleteModelRequest, context: Any
+    ) -> empty_pb2.Empty:
+        project, model_id = parse_name(request.name, "models")
+        await self._models.delete(check_project(project), model_id, request.etag)
+        # A job that waited for its inspection may now run and tell what is wrong by itself.
+        self._on_new_model()
+        return empty_pb2.Empty()
+
+
+def content_of(model: model_service_pb2.Model) -> model_service_pb2.Model:
+    """What a result depends on: the files, the hints and what they were converted from; no names of people's choice."""
+    content = model_service_pb2.Model(files=model.files, input_hints=model.input_hints)
+    if model.HasField("source"):
+        content.source.CopyFrom(model.source)
+    return content
+
+
+def _new_model(project: str, given: model_service_pb2.Model) -> model_service_pb2.Model:
+    model = content_of(given)
+    model.name = format_name(project, "models", new_id())
+    model.display_name = given.display_name or given.files[0].path.rpartition("/")[2]
+    model.labels.update(given.labels)
+    model.state = _Model.STATE_PROCESSING
+    now = now_us()
+    model.create_time.FromMicroseconds(now)
+    model.update_time.FromMicroseconds(now)
+    return model

@@ -1,0 +1,76 @@
+"""ServerService: what this server is and allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modelpress_protos.recipe import techniques
+from modelpress_protos.v1 import common_pb2, server_service_pb2, server_service_pb2_grpc
+
+from modelpress_server.config import Settings
+from modelpress_server.executors.base import Executor
+from modelpress_server.recipes import preset_messages
+from modelpress_server.stores.base import JobStore
+from modelpress_server.toolchain import toolchain
+
+API_VERSIONS = ("modelpress.v1",)
+DEVICES = ("cpu",)
+PLAIN_FORMATS = (common_pb2.MODEL_FORMAT_ONNX, common_pb2.MODEL_FORMAT_TORCH_EXPORT)
+# Loading these runs code of the file: refused where the sandbox is required and does not hold.
+CODE_BEARING_FORMATS = (common_pb2.MODEL_FORMAT_TORCHSCRIPT,)
+CONFINING_LEVEL = 2
+
+
+class ServerService(server_service_pb2_grpc.ServerServiceServicer):
+    """Versions, limits, techniques, presets, load."""
+
+    def __init__(self, settings: Settings, jobs: JobStore, executor: Executor) -> None:
+        self._settings = settings
+        self._jobs = jobs
+        self._executor = executor
+
+    async def GetServerInfo(  # noqa: N802  # the name of the method in the API
+        self, request: server_service_pb2.GetServerInfoRequest, context: Any
+    ) -> server_service_pb2.ServerInfo:
+        settings = self._settings
+        queued, running = await self._jobs.counts()
+        confined = settings.sandbox != "require" or self._executor.sandbox_level >= CONFINING_LEVEL
+        return server_service_pb2.ServerInfo(
+            version=toolchain().get("modelpress", ""),
+            api_versions=API_VERSIONS,
+            max_blob_bytes=settings.max_blob_bytes,
+            max_chunk_bytes=settings.max_chunk_bytes,
+            max_queued_jobs=settings.max_queued_jobs,
+            max_run_seconds=settings.run_time_limit_s,
+            worker_memory_bytes=settings.worker_memory_bytes,
+            formats=[*PLAIN_FORMATS, *(CODE_BEARING_FORMATS if confined else ())],
+            techniques=_techniques(),
+            presets=preset_messages(),
+            devices=DEVICES,
+            sandbox_level=self._executor.sandbox_level,
+            toolchain=toolchain(),
+            queued_jobs=queued,
+            running_jobs=running,
+            workers=settings.workers,
+        )
+
+
+def _techniques() -> list[server_service_pb2.Technique]:
+    return [
+        server_service_pb2.Technique(
+            name=technique.name,
+            summary=technique.summary,
+            options=[
+                server_service_pb2.Option(
+                    name=option.name,
+                    type=option.type,
+                    default_value=option.default_value,
+                    allowed=option.allowed,
+                    range=option.range,
+                    description=option.description,
+                )
+                for option in technique.options
+            ],
+        )
+        for technique in techniques()
+    ]

@@ -1,0 +1,203 @@
+"""UploadService: bytes in and out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+import google_crc32c
+from modelpress_protos.v1 import upload_service_pb2, upload_service_pb2_grpc
+
+from modelpress_server import errors
+from modelpress_server.config import MIB, Settings
+from modelpress_server.interceptors import check_project
+from modelpress_server.listing import wrong_field
+from modelpress_server.names import format_name, new_id, parse_name, parse_project
+from modelpress_server.services.upload_session import UploadSession, UploadSessions
+from modelpress_server.services.upload_writer import UploadWriter, next_message, offset_mismatch
+from modelpress_server.stores.base import BlobIndex, BlobKey, UploadRecord
+from modelpress_server.stores.filesystem import FileBlobStore
+from modelpress_server.stores.records import now_us
+from modelpress_server.tasks import uninterrupted
+from modelpress_server.validation import check_digest, check_digests
+
+READ_CHUNK_BYTES = MIB
+_State = upload_service_pb2.Upload
+
+
+class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
+    """Content-addressed, resumable uploads, and downloads from an offset."""
+
+    def __init__(self, settings: Settings, blobs: FileBlobStore, index: BlobIndex) -> None:
+        self._settings = settings
+        self._blobs = blobs
+        self._index = index
+        self.sessions = UploadSessions(blobs, index, settings.upload_takeover_s)
+
+    async def FindMissingBlobs(  # noqa: N802  # the name of the method in the API
+        self, request: upload_service_pb2.FindMissingBlobsRequest, context: Any
+    ) -> upload_service_pb2.FindMissingBlobsResponse:
+        project = check_project(parse_project(request.parent))
+        blobs = check_digests("digests", request.digests)
+        present = await self._present(project, blobs)
+        missing = [blob.to_digest() for blob in blobs if blob not in present]
+        return upload_service_pb2.FindMissingBlobsResponse(missing=missing)
+
+    async def CreateUpload(  # noqa: N802
+        self, request: upload_service_pb2.CreateUploadRequest, context: Any
+    ) -> upload_service_pb2.Upload:
+        project = check_project(parse_project(request.parent))
+        blob = check_digest("digest", request.digest)
+        if blob.size_bytes > self._settings.max_blob_bytes:
+            raise errors.UploadTooLargeError(
+                f"The blob has {blob.size_bytes} bytes; this server takes at most {self._settings.max_blob_bytes}.",
+                metadata={"max_blob_bytes": str(self._settings.max_blob_bytes)},
+            )
+        now = now_us()
+        record = UploadRecord(
+            project=project,
+            id=new_id(),
+            blob=blob,
+            state=_State.STATE_ACTIVE,
+            committed_size=0,
+            create_time_us=now,
+            expire_time_us=now + round(self._settings.upload_ttl_s * 1e6),
+        )
+        present = blob in await self._present(project, [blob])
+        if not present:
+            await self._blobs.check_space(blob.size_bytes)
+        max_open = self._settings.max_open_uploads
+        return self._to_message(await self._index.create_upload(record, present=present, max_open=max_open))
+
+    async def GetUpload(  # noqa: N802
+        self, request: upload_service_pb2.GetUploadRequest, context: Any
+    ) -> upload_service_pb2.Upload:
+        return self._to_message(await self._get(request.name))
+
+    async def CancelUpload(  # noqa: N802
+        self, request: upload_service_pb2.CancelUploadRequest, context: Any
+    ) -> upload_service_pb2.Upload:
+        project, upload_id = parse_name(request.name, "uploads")
+        record = await self._index.cancel_upload(check_project(project), upload_id)
+        if record.state == _State.STATE_CANCELLED:
+            await self.sessions.discard(upload_id)
+        return self._to_message(record)
+
+    async def WriteUpload(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+        # A coroutine with context.read and context.write, since acknowledgements go out while messages come in.
+        first = await next_message(context, None, self._settings.upload_idle_timeout_s)
+        if first is None:
+            raise wrong_field("name", "the stream ended before its first message")
+        record = await self._get(first.name)
+        if record.state == _State.STATE_COMPLETED:
+            await context.write(self._completed(record))
+            return
+        try:
+            response = await self._write(record, first, context)
+        except errors.DigestMismatchError:
+            await self._index.cancel_upload(record.project, record.id)
+            await self.sessions.discard(record.id)
+            raise
+        await context.write(response)
+
+    async def _write(
+        self, record: UploadRecord, first: upload_service_pb2.WriteUploadRequest, context: Any
+    ) -> upload_service_pb2.WriteUploadResponse:
+        async with self.sessions.writing(record) as (session, current):
+            if current.state == _State.STATE_COMPLETED:
+                return self._completed(current)
+            writer = UploadWriter(self._settings, self._blobs, self._index, session, current, context)
+            finished = await writer.receive(first)
+            return await uninterrupted(self._finish(session, current, finished))
+
+    async def ReadBlob(  # noqa: N802
+        self, request: upload_service_pb2.ReadBlobRequest, context: Any
+    ) -> AsyncIterator[upload_service_pb2.ReadBlobResponse]:
+        project = check_project(parse_project(request.parent))
+        blob = check_digest("digest", request.digest)
+        if blob not in await self._present(project, [blob]):
+            raise errors.ResourceNotFoundError(f"There is no blob {blob.sha256.hex()} in project {project}.")
+        if request.read_offset < 0:
+            raise wrong_field("read_offset", f"{request.read_offset} is negative")
+        if request.read_offset > blob.size_bytes:
+            raise errors.OffsetMismatchError(
+                f"Offset {request.read_offset} is beyond the end of the blob at {blob.size_bytes}.",
+                metadata={"size_bytes": str(blob.size_bytes)},
+            )
+        fd = await self._blobs.open_blob(blob)
+        reading: asyncio.Task[upload_service_pb2.ReadBlobResponse] | None = None
+        try:
+            offset = request.read_offset
+            reading = asyncio.create_task(self._blobs.run(_read_chunk, fd, offset))
+            while offset < blob.size_bytes:
+                response = await reading
+                offset += len(response.data)
+                if not response.data:
+                    raise OSError(f"blob {blob.sha256.hex()} ends at {offset}, before its {blob.size_bytes} bytes")
+                # The next chunk is read while this one is sent.
+                reading = asyncio.create_task(self._blobs.run(_read_chunk, fd, offset))
+                yield response
+        finally:
+            if reading is not None:
+                await uninterrupted(_ended(reading))
+            os.close(fd)
+
+    async def _finish(
+        self, session: UploadSession, record: UploadRecord, finished: bool
+    ) -> upload_service_pb2.WriteUploadResponse:
+        """Verifies and publishes, where the client called it finished."""
+        blob, partial = record.blob, session.partial
+        if not finished:
+            return upload_service_pb2.WriteUploadResponse(committed_size=partial.size_bytes)
+        if partial.size_bytes != blob.size_bytes:
+            raise offset_mismatch(partial.size_bytes, blob.size_bytes)
+        if partial.digest() != blob.sha256:
+            raise errors.DigestMismatchError(
+                f"The content has SHA-256 {partial.digest().hex()}, not {blob.sha256.hex()}. "
+                "Create the upload again and send the right bytes.",
+                metadata={"sha256": partial.digest().hex()},
+            )
+        await self._blobs.run(partial.sync)
+        await self._blobs.publish(partial, blob)
+        completed = await self._index.complete_upload(record.id, now_us())
+        self.sessions.committed(record)
+        await self._blobs.remove_partial(record.id)
+        return self._completed(completed)
+
+    async def _get(self, name: str) -> UploadRecord:
+        project, upload_id = parse_name(name, "uploads")
+        return await self._index.get_upload(check_project(project), upload_id)
+
+    async def _present(self, project: str, blobs: list[BlobKey]) -> set[BlobKey]:
+        visible = await self._index.visible(project, blobs, touch_us=now_us())
+        return {blob for blob in visible if await self._blobs.has(blob)}
+
+    def _completed(self, record: UploadRecord) -> upload_service_pb2.WriteUploadResponse:
+        upload = self._to_message(record)
+        return upload_service_pb2.WriteUploadResponse(committed_size=upload.committed_size, upload=upload)
+
+    def _to_message(self, record: UploadRecord) -> upload_service_pb2.Upload:
+        message = upload_service_pb2.Upload(
+            name=format_name(record.project, "uploads", record.id),
+            digest=record.blob.to_digest(),
+            committed_size=record.committed_size,
+            state=record.state,
+            max_chunk_bytes=self._settings.max_chunk_bytes,
+            ack_interval_bytes=self._settings.ack_interval_bytes,
+        )
+        message.create_time.FromMicroseconds(record.create_time_us)
+        message.expire_time.FromMicroseconds(record.expire_time_us)
+        return message
+
+
+def _read_chunk(fd: int, offset: int) -> upload_service_pb2.ReadBlobResponse:
+    data = os.pread(fd, READ_CHUNK_BYTES, offset)
+    return upload_service_pb2.ReadBlobResponse(offset=offset, crc32c=google_crc32c.value(data), data=data)
+
+
+async def _ended(task: asyncio.Task[Any]) -> None:
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,1 @@
+"""What the server keeps: records in SQL, blobs as files."""

@@ -1,0 +1,349 @@
+"""What a store keeps and does: frozen records, and protocols that SQL and the file system implement.
+
+Every method is a coroutine and one transaction: after a kill it has happened as a whole or not at all. A record holds
+the protobuf message of its resource; treat it as read-only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from google.rpc import status_pb2
+from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2, upload_service_pb2
+
+Item = TypeVar("Item")
+
+ENDED_STATES = frozenset(
+    {
+        job_service_pb2.JOB_STATE_SUCCEEDED,
+        job_service_pb2.JOB_STATE_FAILED,
+        job_service_pb2.JOB_STATE_CANCELLED,
+        job_service_pb2.JOB_STATE_EXPIRED,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BlobKey:
+    """Identity of a blob: SHA-256 (32 bytes) and length."""
+
+    sha256: bytes
+    size_bytes: int
+
+    @classmethod
+    def of(cls, digest: common_pb2.Digest) -> BlobKey:
+        return cls(digest.sha256, digest.size_bytes)
+
+    def to_digest(self) -> common_pb2.Digest:
+        return common_pb2.Digest(sha256=self.sha256, size_bytes=self.size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestKey:
+    """A client's request id with the hash of what it asked for."""
+
+    request_id: str
+    payload_sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ListQuery:
+    """One page of a list, newest first; `before_id` is the last id of the page before."""
+
+    project: str
+    page_size: int
+    before_id: str | None = None
+    state: int | None = None
+    labels: tuple[tuple[str, str], ...] = ()
+    model_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[Item]):
+    """Items of one page, and whether others follow."""
+
+    items: tuple[Item, ...]
+    has_more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """A model. `inspection_key` is the same for models that an inspection must find the same of."""
+
+    project: str
+    id: str
+    version: int
+    inspection_key: bytes
+    message: model_service_pb2.Model
+
+    def to_message(self) -> model_service_pb2.Model:
+        """A copy for the client."""
+        copy = model_service_pb2.Model()
+        copy.CopyFrom(self.message)
+        copy.etag = etag(self.version)
+        return copy
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A job. `manifest` is its model as it was when the job was created, so that the model may be deleted."""
+
+    project: str
+    id: str
+    version: int
+    cache_key: bytes
+    last_sequence: int
+    compacted_sequence: int
+    message: job_service_pb2.Job
+    manifest: model_service_pb2.Model
+
+    @property
+    def ended(self) -> bool:
+        """Whether its state is final."""
+        return self.message.state in ENDED_STATES
+
+    def to_message(self, queue_position: int = 0) -> job_service_pb2.Job:
+        """A copy for the client."""
+        copy = job_service_pb2.Job()
+        copy.CopyFrom(self.message)
+        copy.etag = etag(self.version)
+        copy.last_sequence = self.last_sequence
+        if queue_position:
+            copy.progress.queue_position = queue_position
+        return copy
+
+
+@dataclass(frozen=True, slots=True)
+class UploadRecord:
+    """An upload; times in microseconds since the epoch."""
+
+    project: str
+    id: str
+    blob: BlobKey
+    state: upload_service_pb2.Upload.State.ValueType
+    committed_size: int
+    create_time_us: int
+    expire_time_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """One line of a job's log."""
+
+    time_us: int
+    severity: str
+    text: str
+    sequence: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job ended: `state` with an `error`, or with artifacts, whose blobs become the project's."""
+
+    state: job_service_pb2.JobState.ValueType
+    error: status_pb2.Status | None = None
+    artifacts: tuple[job_service_pb2.Artifact, ...] = ()
+    summary: job_service_pb2.ReportSummary | None = None
+    blobs: tuple[BlobKey, ...] = ()
+    log: tuple[LogLine, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What a clean-up of the records removed."""
+
+    blobs: tuple[BlobKey, ...] = ()
+    uploads: tuple[str, ...] = ()
+    jobs_compacted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What came of asking for the next job: one to run, and jobs that ended without running."""
+
+    job: JobRecord | None
+    ended: tuple[str, ...] = field(default=())
+
+
+class ModelStore(Protocol):
+    """Models of all projects."""
+
+    async def create(self, record: ModelRecord, blobs: Collection[BlobKey], request: RequestKey | None) -> ModelRecord:
+        """Stores a model, or returns the one that the request id made before.
+
+        An earlier inspection of the same content in the same project is taken over. Raises BlobMissingError,
+        RequestIdReusedError.
+        """
+        ...
+
+    async def get(self, project: str, model_id: str) -> ModelRecord:
+        """Raises ResourceNotFoundError."""
+        ...
+
+    async def list_page(self, query: ListQuery) -> Page[ModelRecord]:
+        """One page, newest first."""
+        ...
+
+    async def update(
+        self, project: str, model_id: str, etag: str, change: Callable[[model_service_pb2.Model], None]
+    ) -> ModelRecord:
+        """Applies a change. Raises ResourceNotFoundError, EtagMismatchError."""
+        ...
+
+    async def delete(self, project: str, model_id: str, etag: str) -> None:
+        """Raises ResourceNotFoundError, EtagMismatchError."""
+        ...
+
+    async def next_processing(self, busy: Collection[str]) -> ModelRecord | None:
+        """The oldest model that waits for its inspection and is not in `busy`."""
+        ...
+
+    async def finish_inspection(self, model_id: str, found: model_service_pb2.Model) -> None:
+        """Stores state, format, inspection and error of `found`; nothing where the model was deleted meanwhile."""
+        ...
+
+
+class JobStore(Protocol):
+    """Jobs of all projects, with their events and logs."""
+
+    async def create(
+        self, record: JobRecord, blobs: Collection[BlobKey], request: RequestKey | None, *, max_queued: int
+    ) -> JobRecord:
+        """Stores a job, or returns the one that the request id made before.
+
+        Ends it at once with the result of an earlier identical job, unless it says skip_cache. Raises BlobMissingError,
+        RequestIdReusedError, QueueFullError, ResourceNotFoundError, ModelRejectedError.
+        """
+        ...
+
+    async def get(self, project: str, job_id: str) -> JobRecord:
+        """Raises ResourceNotFoundError."""
+        ...
+
+    async def list_page(self, query: ListQuery) -> Page[JobRecord]:
+        """One page, newest first."""
+        ...
+
+    async def delete(self, project: str, job_id: str, etag: str) -> None:
+        """Raises ResourceNotFoundError, EtagMismatchError, WrongStateError."""
+        ...
+
+    async def queue_positions(self) -> dict[str, int]:
+        """Jobs ahead of each queued job."""
+        ...
+
+    async def counts(self) -> tuple[int, int]:
+        """How many jobs are queued, and how many run."""
+        ...
+
+    async def claim(self, now_us: int) -> Claim:
+        """Takes the oldest queued job whose model is ready: RUNNING, one attempt more.
+
+        Queued jobs of a rejected model end as FAILED, overdue ones as EXPIRED.
+        """
+        ...
+
+    async def expire_overdue(self, now_us: int) -> tuple[str, ...]:
+        """Ends queued jobs whose queue_timeout is over; returns their ids."""
+        ...
+
+    async def next_queue_deadline_us(self) -> int | None:
+        """When the next queued job expires."""
+        ...
+
+    async def progress(
+        self, job_id: str, events: Sequence[job_service_pb2.WatchJobResponse], log: Sequence[LogLine]
+    ) -> None:
+        """Appends events and log lines; the last progress event becomes the job's progress."""
+        ...
+
+    async def request_cancel(self, project: str, job_id: str) -> JobRecord:
+        """QUEUED -> CANCELLED, RUNNING -> CANCELLING; others unchanged. Raises ResourceNotFoundError."""
+        ...
+
+    async def finish(self, job_id: str, outcome: Outcome) -> None:
+        """Ends a job that runs; a CANCELLING one ends as CANCELLED, whatever the outcome."""
+        ...
+
+    async def requeue(self, job_id: str, *, count_attempt: bool, log: Sequence[LogLine] = ()) -> None:
+        """Puts a job that runs back into the queue; a CANCELLING one ends as CANCELLED."""
+        ...
+
+    async def recover(self) -> int:
+        """Requeues what a dead server left running, without counting an attempt; returns how many."""
+        ...
+
+    async def events(self, job_id: str, after_sequence: int, limit: int) -> list[job_service_pb2.WatchJobResponse]:
+        """Events in order."""
+        ...
+
+    async def logs(self, job_id: str, after_sequence: int, limit: int) -> list[LogLine]:
+        """Log lines in order."""
+        ...
+
+
+class BlobIndex(Protocol):
+    """Which project may see which blob, and the uploads under way."""
+
+    async def visible(self, project: str, blobs: Collection[BlobKey], *, touch_us: int) -> set[BlobKey]:
+        """Those of `blobs` that the project has; notes that they were asked for."""
+        ...
+
+    async def create_upload(self, record: UploadRecord, *, present: bool, max_open: int) -> UploadRecord:
+        """Stores an upload, or returns the unfinished or completed one of the same digest.
+
+        `present`: the project has the blob, so that the upload is complete from the start. Raises QuotaExceededError.
+        """
+        ...
+
+    async def get_upload(self, project: str, upload_id: str) -> UploadRecord:
+        """Raises UploadExpiredError."""
+        ...
+
+    async def commit_upload(self, upload_id: str, committed_size: int, expire_time_us: int) -> None:
+        """Notes how many bytes are durable."""
+        ...
+
+    async def complete_upload(self, upload_id: str, now_us: int) -> UploadRecord:
+        """The blob is stored: the upload is COMPLETED and the project sees the blob."""
+        ...
+
+    async def cancel_upload(self, project: str, upload_id: str) -> UploadRecord:
+        """ACTIVE -> CANCELLED; a COMPLETED one is returned unchanged. Raises UploadExpiredError."""
+        ...
+
+    async def active_uploads(self) -> set[str]:
+        """Ids of the uploads that take bytes."""
+        ...
+
+    async def known(self, blobs: Collection[BlobKey]) -> set[BlobKey]:
+        """Those of `blobs` that any project has."""
+        ...
+
+    async def sweep(self, *, blobs_before_us: int, events_before_us: int, now_us: int) -> Sweep:
+        """Forgets unused blobs, expired uploads, the events of old jobs and old request ids."""
+        ...
+
+
+class BlobStore(Protocol):
+    """Blobs as files: there whole or not at all."""
+
+    async def has(self, blob: BlobKey) -> bool:
+        """Whether the blob is there."""
+        ...
+
+    async def copy_to(self, blob: BlobKey, target: Path) -> None:
+        """Makes a private copy. Raises BlobMissingError, StorageFullError."""
+        ...
+
+    async def ingest(self, folder: Path, path: str, *, max_bytes: int) -> BlobKey:
+        """Takes a worker's file: regular files below `folder` only. Raises ArtifactError, StorageFullError."""
+        ...
+
+
+def etag(version: int) -> str:
+    """The etag of a version."""
+    return f"v{version}"

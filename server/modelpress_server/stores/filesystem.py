@@ -1,0 +1,318 @@
+"""Blobs as files, named by their SHA-256.
+
+    blobs/ab/abcdef...   complete and verified, mode 0444
+    uploads/{id}         what came of an upload so far
+    tmp/                 artifacts while they are copied and hashed
+
+A blob appears by `link`, after its bytes are on the disk: it is there whole or not at all. The link is made before the
+record in SQL and the partial file goes after it, so a kill in between leaves an upload that can be finished, never one
+whose bytes are gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from modelpress_server.errors import BlobMissingError, StorageFullError
+from modelpress_server.names import new_id
+from modelpress_server.stores.base import BlobKey
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+COPY_BYTES = 1024 * 1024
+IO_THREADS = 8
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class ArtifactError(Exception):
+    """A worker left something that is not a plain file of a permitted size."""
+
+
+class PartialFile:
+    """The bytes of an unfinished upload with the hash of them; used by one thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size_bytes = 0
+        self._hash = hashlib.sha256()
+        self._fd = -1
+
+    def open(self, committed_size: int) -> None:
+        """Opens the file at its durable length; what lies beyond was never acknowledged and may not be on the disk."""
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        present = os.fstat(self._fd).st_size
+        if present < committed_size:
+            os.close(self._fd)
+            raise FileNotFoundError(errno.ENOENT, "an upload is shorter than what was acknowledged", str(self.path))
+        os.ftruncate(self._fd, committed_size)
+        if self.size_bytes != committed_size:
+            self._hash_again(committed_size)
+
+    def append(self, data: bytes) -> None:
+        """Writes and hashes. Raises StorageFullError; then nothing of `data` counts."""
+        view, offset = memoryview(data), self.size_bytes
+        with full_disk_is_told():
+            while view:
+                written = os.pwrite(self._fd, view, offset)
+                view, offset = view[written:], offset + written
+        self._hash.update(data)
+        self.size_bytes = offset
+
+    def sync(self) -> None:
+        """Returns when the bytes are on the disk."""
+        with full_disk_is_told():
+            os.fdatasync(self._fd)
+
+    def digest(self) -> bytes:
+        """SHA-256 of all bytes so far."""
+        return self._hash.digest()
+
+    def close(self) -> None:
+        """Closes the file; the hash is kept for the next writer."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _hash_again(self, size_bytes: int) -> None:
+        self._hash, self.size_bytes = hashlib.sha256(), 0
+        while self.size_bytes < size_bytes:
+            data = os.pread(self._fd, min(COPY_BYTES, size_bytes - self.size_bytes), self.size_bytes)
+            self._hash.update(data)
+            self.size_bytes += len(data)
+
+
+class FileBlobStore:
+    """BlobStore in a folder. File work runs in threads of its own, since an fsync may take seconds."""
+
+    def __init__(self, root: Path, reserve_bytes: int = 0) -> None:
+        self._blobs = root / "blobs"
+        self._uploads = root / "uploads"
+        self._tmp = root / "tmp"
+        self._root = root
+        self._reserve_bytes = reserve_bytes
+        self._threads = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="blob")
+        # A blob that is wanted again must not be removed between the janitor's look at its age and the removal.
+        self._naming = threading.Lock()
+
+    def open(self) -> None:
+        """Makes the folders; what a dead server left in tmp/ goes."""
+        shutil.rmtree(self._tmp, ignore_errors=True)
+        for folder in (self._blobs, self._uploads, self._tmp):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    async def close(self) -> None:
+        """Waits for what runs."""
+        await asyncio.to_thread(self._threads.shutdown)
+
+    async def run(
+        self, function: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> Result:
+        """Runs file work in one of the store's threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: function(*args, **kwargs))
+
+    def partial(self, upload_id: str) -> PartialFile:
+        """The file of an unfinished upload."""
+        return PartialFile(self._uploads / upload_id)
+
+    async def remove_partial(self, upload_id: str) -> None:
+        """Frees the space of an upload."""
+        await self.run((self._uploads / upload_id).unlink, missing_ok=True)
+
+    async def partial_ids(self) -> set[str]:
+        """Uploads that have a file."""
+        return set(await self.run(os.listdir, self._uploads))
+
+    async def check_space(self, size_bytes: int) -> None:
+        """Raises StorageFullError where a blob of this size would not fit beside the reserve."""
+        free_bytes = (await self.run(shutil.disk_usage, self._root)).free
+        if free_bytes - self._reserve_bytes < size_bytes:
+            raise StorageFullError(
+                f"The server has no room for {size_bytes} more bytes. Delete models or jobs, or ask its operator.",
+                retry_after_s=60.0,
+            )
+
+    async def publish(self, partial: PartialFile, blob: BlobKey) -> None:
+        """Makes a verified, complete partial file the blob."""
+        await self.run(self._publish, partial.path, blob)
+
+    async def has(self, blob: BlobKey) -> bool:
+        return await self.run(self._has, blob)
+
+    async def open_blob(self, blob: BlobKey) -> int:
+        """A file descriptor to read a blob with. Raises BlobMissingError."""
+        return await self.run(self._open, blob)
+
+    async def copy_to(self, blob: BlobKey, target: Path) -> None:
+        await self.run(self._copy_to, blob, target)
+
+    async def ingest(self, folder: Path, path: str, *, max_bytes: int) -> BlobKey:
+        return await self.run(self._ingest, folder, path, max_bytes)
+
+    async def remove_older_than(self, blob: BlobKey, time_s: float) -> None:
+        """Removes a blob unless it was published since `time_s`."""
+        await self.run(self._remove_older_than, blob, time_s)
+
+    async def older_than(self, time_s: float) -> list[BlobKey]:
+        """Blobs whose file was made before `time_s`."""
+        return await self.run(lambda: list(self._older_than(time_s)))
+
+    def _path(self, blob: BlobKey) -> Path:
+        name = blob.sha256.hex()
+        return self._blobs / name[:2] / name
+
+    def _has(self, blob: BlobKey) -> bool:
+        try:
+            return self._path(blob).lstat().st_size == blob.size_bytes
+        except FileNotFoundError:
+            return False
+
+    def _open(self, blob: BlobKey) -> int:
+        try:
+            fd = os.open(self._path(blob), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise _missing(blob) from None
+        if os.fstat(fd).st_size != blob.size_bytes:
+            os.close(fd)
+            raise _missing(blob)
+        return fd
+
+    def _publish(self, source: Path, blob: BlobKey) -> None:
+        target = self._path(blob)
+        with full_disk_is_told():
+            if not target.parent.is_dir():
+                target.parent.mkdir(mode=0o700, exist_ok=True)
+                _sync_folder(self._blobs)
+            source.chmod(0o444)
+            with self._naming:
+                with suppress(FileExistsError):
+                    os.link(source, target)
+                # The janitor goes by this time; a blob that was there already is wanted again.
+                os.utime(target)
+            _sync_folder(target.parent)
+
+    def _copy_to(self, blob: BlobKey, target: Path) -> None:
+        # A copy, not a link: the worker runs a stranger's file and must not reach the store's inode. The kernel copies
+        # (on btrfs and xfs it shares the extents), at the speed of the disk elsewhere.
+        source_fd = self._open(blob)
+        try:
+            target_fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                with full_disk_is_told():
+                    _copy_range(source_fd, target_fd, blob.size_bytes)
+            finally:
+                os.close(target_fd)
+        finally:
+            os.close(source_fd)
+
+    def _ingest(self, folder: Path, path: str, max_bytes: int) -> BlobKey:
+        source_fd = _open_below(folder, path)
+        temporary = self._tmp / new_id()
+        try:
+            found = os.fstat(source_fd)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+                raise ArtifactError(f"artifact {path!r} is not a plain file")
+            if found.st_size > max_bytes:
+                raise ArtifactError(f"artifact {path!r} has {found.st_size} bytes; at most {max_bytes} are allowed")
+            blob = _copy_and_hash(source_fd, temporary, max_bytes)
+            self._publish(temporary, blob)
+            return blob
+        finally:
+            os.close(source_fd)
+            temporary.unlink(missing_ok=True)
+
+    def _remove_older_than(self, blob: BlobKey, time_s: float) -> None:
+        path = self._path(blob)
+        with self._naming, suppress(FileNotFoundError):
+            if path.lstat().st_mtime < time_s:
+                path.unlink()
+
+    def _older_than(self, time_s: float) -> Iterator[BlobKey]:
+        for shard in os.scandir(self._blobs):
+            for entry in os.scandir(shard.path):
+                found = entry.stat(follow_symlinks=False)
+                if found.st_mtime < time_s:
+                    yield BlobKey(bytes.fromhex(entry.name), found.st_size)
+
+
+@contextmanager
+def full_disk_is_told() -> Iterator[None]:
+    """Turns "no space left" into StorageFullError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageFullError("The server's disk is full; nothing was stored. Free some space.") from error
+        raise
+
+
+def _missing(blob: BlobKey) -> BlobMissingError:
+    sha256 = blob.sha256.hex()
+    return BlobMissingError(f"Blob {sha256} is not there. Upload it, then call again.", metadata={"sha256": sha256})
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _copy_range(source_fd: int, target_fd: int, size_bytes: int) -> None:
+    left = size_bytes
+    try:
+        while left and (copied := os.copy_file_range(source_fd, target_fd, min(left, 1 << 30))):
+            left -= copied
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    while left:
+        data = os.read(source_fd, min(left, COPY_BYTES))
+        os.write(target_fd, data)
+        left -= len(data)
+
+
+def _open_below(folder: Path, path: str) -> int:
+    """Opens a file below a folder; no part of the path may be a link."""
+    *parents, name = path.split("/")
+    if any(part in ("", ".", "..") for part in (*parents, name)) or "\0" in path:
+        raise ArtifactError(f"artifact {path!r} is not a relative path")
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    current = os.open(folder, flags | os.O_DIRECTORY)
+    try:
+        for part in parents:
+            inner = os.open(part, flags | os.O_DIRECTORY, dir_fd=current)
+            os.close(current)
+            current = inner
+        # O_NONBLOCK: opening a pipe that nobody writes to must not hang.
+        return os.open(name, flags | os.O_NONBLOCK, dir_fd=current)
+    except OSError as error:
+        raise ArtifactError(f"artifact {path!r} cannot be read: {error.strerror}") from error
+    finally:
+        os.close(current)
+
+
+def _copy_and_hash(source_fd: int, target: Path, max_bytes: int) -> BlobKey:
+    sha256, size_bytes = hashlib.sha256(), 0
+    with full_disk_is_told(), target.open("xb") as output:
+        while data := os.read(source_fd, COPY_BYTES):
+            size_bytes += len(data)
+            if size_bytes > max_bytes:
+                raise ArtifactError(f"an artifact grew beyond {max_bytes} bytes while it was read")
+            sha256.update(data)
+            output.write(data)
+        output.flush()
+        os.fsync(output.fileno())
+    return BlobKey(sha256.digest(), size_bytes)

@@ -1,0 +1,172 @@
+"""Rows of jobs and their events: what every transaction on a job uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from modelpress_protos.v1 import job_service_pb2, model_service_pb2
+from sqlalchemy import Connection, Row, func, insert, select, update
+
+from modelpress_server.errors import ResourceNotFoundError
+from modelpress_server.stores import records
+from modelpress_server.stores.base import ENDED_STATES, JobRecord, LogLine, Outcome
+from modelpress_server.stores.database import insert_missing
+from modelpress_server.stores.tables import job_events, job_logs, jobs, result_cache
+
+_Job = job_service_pb2.Job
+
+
+def record_of(row: Row[Any]) -> JobRecord:
+    """The record of a row of `jobs`."""
+    return JobRecord(
+        project=row.project,
+        id=row.id,
+        version=row.version,
+        cache_key=row.cache_key,
+        last_sequence=row.last_sequence,
+        compacted_sequence=row.compacted_sequence,
+        message=_Job.FromString(row.message),
+        manifest=model_service_pb2.Model.FromString(row.manifest),
+    )
+
+
+def fetch_job(connection: Connection, job_id: str, project: str | None = None) -> JobRecord:
+    """One job, of a project where one is given. Raises ResourceNotFoundError."""
+    statement = select(jobs).where(jobs.c.id == job_id).with_for_update()
+    if project is not None:
+        statement = statement.where(jobs.c.project == project)
+    row = connection.execute(statement).first()
+    if row is None:
+        raise ResourceNotFoundError(f"There is no job {job_id} in this project.")
+    return record_of(row)
+
+
+def insert_job(connection: Connection, record: JobRecord) -> None:
+    """A new job with its first event: its state."""
+    message = record.message
+    connection.execute(
+        insert(jobs).values(
+            id=record.id,
+            project=record.project,
+            model_id=message.spec.model.rpartition("/")[2],
+            state=message.state,
+            version=record.version,
+            cache_key=record.cache_key,
+            queue_deadline_us=_queue_deadline_us(message),
+            end_time_us=None,
+            last_sequence=0,
+            compacted_sequence=0,
+            last_log_sequence=0,
+            message=message.SerializeToString(),
+            manifest=record.manifest.SerializeToString(),
+        )
+    )
+    append_events(connection, record.id, [state_event(message.state)])
+    records.set_labels(connection, record.id, message.labels)
+
+
+def move(connection: Connection, record: JobRecord, state: job_service_pb2.JobState.ValueType) -> None:
+    """Writes a changed job in its new state, with an event that says so."""
+    record.message.state = state
+    record.message.progress.queue_position = 0
+    if state in ENDED_STATES:
+        record.message.end_time.FromMicroseconds(records.now_us())
+    write(connection, record)
+    append_events(connection, record.id, [state_event(state)])
+
+
+def write(connection: Connection, record: JobRecord) -> None:
+    """Writes a changed job."""
+    message = record.message
+    message.update_time.FromMicroseconds(records.now_us())
+    ended = message.end_time.ToMicroseconds() if message.HasField("end_time") else None
+    connection.execute(
+        update(jobs)
+        .where(jobs.c.id == record.id)
+        .values(
+            state=message.state,
+            version=jobs.c.version + 1,
+            end_time_us=ended,
+            message=message.SerializeToString(),
+        )
+    )
+
+
+def append_events(connection: Connection, job_id: str, events: Sequence[job_service_pb2.WatchJobResponse]) -> None:
+    """Numbers events and stores them."""
+    if not events:
+        return
+    last = connection.execute(select(jobs.c.last_sequence).where(jobs.c.id == job_id)).scalar_one()
+    rows = []
+    for sequence, event in enumerate(events, last + 1):
+        numbered = job_service_pb2.WatchJobResponse()
+        numbered.CopyFrom(event)
+        numbered.sequence = sequence
+        rows.append({"job_id": job_id, "sequence": sequence, "message": numbered.SerializeToString()})
+    connection.execute(insert(job_events), rows)
+    connection.execute(update(jobs).where(jobs.c.id == job_id).values(last_sequence=last + len(rows)))
+
+
+def append_log(connection: Connection, job_id: str, lines: Sequence[LogLine]) -> None:
+    """Numbers log lines and stores them."""
+    if not lines:
+        return
+    last = connection.execute(select(jobs.c.last_log_sequence).where(jobs.c.id == job_id)).scalar_one()
+    rows = [
+        {"job_id": job_id, "sequence": sequence, "time_us": line.time_us, "severity": line.severity, "text": line.text}
+        for sequence, line in enumerate(lines, last + 1)
+    ]
+    connection.execute(insert(job_logs), rows)
+    connection.execute(update(jobs).where(jobs.c.id == job_id).values(last_log_sequence=last + len(rows)))
+
+
+def finish_job(connection: Connection, record: JobRecord, outcome: Outcome) -> None:
+    """Ends a job: artifacts, references, cache entry and state at once."""
+    append_log(connection, record.id, outcome.log)
+    message = record.message
+    if outcome.state == job_service_pb2.JOB_STATE_SUCCEEDED:
+        for blob in outcome.blobs:
+            records.add_project_blob(connection, record.project, blob)
+        records.refer(connection, record.project, record.id, outcome.blobs)
+        del message.artifacts[:]
+        message.artifacts.extend(outcome.artifacts)
+        if outcome.summary is not None:
+            message.summary.CopyFrom(outcome.summary)
+        message.progress.fraction = 1.0
+        message.ClearField("error")
+        if not message.from_cache:
+            entry = {"project": record.project, "cache_key": record.cache_key, "job_id": record.id}
+            insert_missing(connection, result_cache, entry)
+    if outcome.error is not None:
+        message.error.CopyFrom(outcome.error)
+    move(connection, record, outcome.state)
+
+
+def cached_result(connection: Connection, project: str, cache_key: bytes) -> JobRecord | None:
+    """The job of the project that had the same to do and succeeded."""
+    row = connection.execute(
+        select(jobs)
+        .join(result_cache, result_cache.c.job_id == jobs.c.id)
+        .where(result_cache.c.project == project, result_cache.c.cache_key == cache_key)
+    ).first()
+    return record_of(row) if row is not None else None
+
+
+def queued_count(connection: Connection, project: str) -> int:
+    """Queued jobs of a project."""
+    condition = (jobs.c.project == project) & (jobs.c.state == job_service_pb2.JOB_STATE_QUEUED)
+    return int(connection.execute(select(func.count()).select_from(jobs).where(condition)).scalar_one())
+
+
+def state_event(state: job_service_pb2.JobState.ValueType) -> job_service_pb2.WatchJobResponse:
+    """An event that says: the job is now in this state."""
+    event = job_service_pb2.WatchJobResponse(state=state)
+    event.time.FromMicroseconds(records.now_us())
+    return event
+
+
+def _queue_deadline_us(message: _Job) -> int | None:
+    if not message.spec.HasField("queue_timeout"):
+        return None
+    return int(message.create_time.ToMicroseconds() + message.spec.queue_timeout.ToMicroseconds())

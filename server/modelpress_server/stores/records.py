@@ -1,0 +1,138 @@
+"""What the SQL stores share: references, request ids, labels, pages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, Table, delete, exists, insert, select
+
+from modelpress_server.errors import BlobMissingError, EtagMismatchError, RequestIdReusedError
+from modelpress_server.stores.base import BlobKey, ListQuery, RequestKey, etag
+from modelpress_server.stores.database import insert_missing
+from modelpress_server.stores.tables import blob_references, labels, project_blobs, request_ids
+
+# SQLite allows 32,766 bound values in a statement; a manifest has at most 1,000 files.
+_CHUNK = 500
+
+
+def now_us() -> int:
+    """Microseconds since the epoch."""
+    return time.time_ns() // 1000
+
+
+def visible_blobs(connection: Connection, project: str, blobs: Collection[BlobKey]) -> set[BlobKey]:
+    """Those of `blobs` that the project has."""
+    found: set[BlobKey] = set()
+    wanted = list(blobs)
+    for start in range(0, len(wanted), _CHUNK):
+        hashes = [blob.sha256 for blob in wanted[start : start + _CHUNK]]
+        rows = connection.execute(
+            select(project_blobs.c.sha256, project_blobs.c.size_bytes).where(
+                project_blobs.c.project == project, project_blobs.c.sha256.in_(hashes)
+            )
+        )
+        found |= {BlobKey(row.sha256, row.size_bytes) for row in rows}
+    return found & set(blobs)
+
+
+def add_project_blob(connection: Connection, project: str, blob: BlobKey) -> None:
+    """Makes a stored blob visible to a project."""
+    values = {"project": project, "sha256": blob.sha256, "size_bytes": blob.size_bytes, "used_us": now_us()}
+    insert_missing(connection, project_blobs, values)
+
+
+def refer(connection: Connection, project: str, owner: str, blobs: Collection[BlobKey]) -> None:
+    """Keeps blobs alive for `owner`. Raises BlobMissingError for those that the project does not have."""
+    missing = set(blobs) - visible_blobs(connection, project, blobs)
+    if missing:
+        digests = sorted(blob.sha256.hex() for blob in missing)
+        raise BlobMissingError(
+            f"{len(missing)} blob(s) are not there, the first is {digests[0]}. Upload them, then call again.",
+            metadata={"sha256": digests[0], "count": str(len(missing))},
+        )
+    for blob in set(blobs):
+        insert_missing(connection, blob_references, {"owner": owner, "sha256": blob.sha256, "project": project})
+
+
+def earlier_request(connection: Connection, project: str, kind: str, request: RequestKey | None) -> str | None:
+    """The id of the resource that this request made before. Raises RequestIdReusedError."""
+    if request is None:
+        return None
+    row = connection.execute(
+        select(request_ids.c.payload_sha256, request_ids.c.resource_id).where(
+            request_ids.c.project == project,
+            request_ids.c.kind == kind,
+            request_ids.c.request_id == request.request_id,
+        )
+    ).first()
+    if row is None:
+        return None
+    if row.payload_sha256 != request.payload_sha256:
+        raise RequestIdReusedError(
+            f"request_id {request.request_id} was used with another request. Use a new UUID for a new request.",
+            metadata={"request_id": request.request_id},
+        )
+    return str(row.resource_id)
+
+
+def remember_request(
+    connection: Connection, project: str, kind: str, request: RequestKey | None, resource_id: str
+) -> None:
+    """Notes what a request made."""
+    if request is not None:
+        connection.execute(
+            insert(request_ids).values(
+                project=project,
+                kind=kind,
+                request_id=request.request_id,
+                payload_sha256=request.payload_sha256,
+                resource_id=resource_id,
+                create_time_us=now_us(),
+            )
+        )
+
+
+def set_labels(connection: Connection, owner: str, values: Mapping[str, str]) -> None:
+    """Replaces the labels of a model or job."""
+    connection.execute(delete(labels).where(labels.c.owner == owner))
+    rows = [{"owner": owner, "key": key, "value": value} for key, value in values.items()]
+    if rows:
+        connection.execute(insert(labels), rows)
+
+
+def forget_owner(connection: Connection, owner: str) -> None:
+    """Removes what hangs on a deleted model or job."""
+    connection.execute(delete(labels).where(labels.c.owner == owner))
+    connection.execute(delete(blob_references).where(blob_references.c.owner == owner))
+
+
+def check_etag(given: str, version: int) -> None:
+    """Raises EtagMismatchError where an etag is given and not the current one."""
+    if given and given != etag(version):
+        raise EtagMismatchError(
+            f"etag is {given!r}, but the resource is at {etag(version)!r}. Read it again, then repeat the change.",
+            metadata={"etag": etag(version)},
+        )
+
+
+def page_of(connection: Connection, table: Table, query: ListQuery) -> tuple[Sequence[Row[Any]], bool]:
+    """The rows of one page, newest first, and whether others follow."""
+    statement: Select[Any] = select(table).where(table.c.project == query.project)
+    if query.before_id is not None:
+        statement = statement.where(table.c.id < query.before_id)
+    if query.state is not None:
+        statement = statement.where(table.c.state == query.state)
+    if query.model_id is not None:
+        statement = statement.where(table.c.model_id == query.model_id)
+    for key, value in query.labels:
+        match = exists().where(labels.c.owner == table.c.id, labels.c.key == key, labels.c.value == value)
+        statement = statement.where(match)
+    rows = connection.execute(statement.order_by(table.c.id.desc()).limit(query.page_size + 1)).all()
+    return rows[: query.page_size], len(rows) > query.page_size
+
+
+def unique(blobs: Iterable[BlobKey]) -> tuple[BlobKey, ...]:
+    """Without repetitions, in order."""
+    return tuple(dict.fromkeys(blobs))

@@ -1,0 +1,209 @@
+"""Uploads, and which project sees which blob, in SQL."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from modelpress_protos.v1 import upload_service_pb2
+from sqlalchemy import Connection, Row, delete, exists, func, insert, select, tuple_, update
+
+from modelpress_server.errors import QuotaExceededError, UploadExpiredError
+from modelpress_server.stores import records
+from modelpress_server.stores.base import ENDED_STATES, BlobKey, Sweep, UploadRecord
+from modelpress_server.stores.database import Database
+from modelpress_server.stores.tables import blob_references, job_events, jobs, project_blobs, request_ids, uploads
+
+ACTIVE = upload_service_pb2.Upload.STATE_ACTIVE
+COMPLETED = upload_service_pb2.Upload.STATE_COMPLETED
+CANCELLED = upload_service_pb2.Upload.STATE_CANCELLED
+QUOTA_RETRY_S = 30.0
+REQUEST_ID_TTL_US = 7 * 24 * 3600 * 1_000_000
+
+
+class SqlBlobIndex:
+    """BlobIndex on a Database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def visible(self, project: str, blobs: Collection[BlobKey], *, touch_us: int) -> set[BlobKey]:
+        def work(connection: Connection) -> set[BlobKey]:
+            found = records.visible_blobs(connection, project, blobs)
+            for blob in found:
+                connection.execute(
+                    update(project_blobs)
+                    .where(project_blobs.c.project == project, project_blobs.c.sha256 == blob.sha256)
+                    .values(used_us=touch_us)
+                )
+            return found
+
+        return await self._database.write(work)
+
+    async def create_upload(self, record: UploadRecord, *, present: bool, max_open: int) -> UploadRecord:
+        return await self._database.write(lambda connection: _create_upload(connection, record, present, max_open))
+
+    async def get_upload(self, project: str, upload_id: str) -> UploadRecord:
+        return await self._database.read(lambda connection: _fetch(connection, upload_id, project))
+
+    async def commit_upload(self, upload_id: str, committed_size: int, expire_time_us: int) -> None:
+        def work(connection: Connection) -> None:
+            connection.execute(
+                update(uploads)
+                .where(uploads.c.id == upload_id, uploads.c.state == ACTIVE)
+                .values(committed_size=committed_size, expire_time_us=expire_time_us)
+            )
+
+        await self._database.write(work)
+
+    async def complete_upload(self, upload_id: str, now_us: int) -> UploadRecord:
+        def work(connection: Connection) -> UploadRecord:
+            record = _fetch(connection, upload_id)
+            records.add_project_blob(connection, record.project, record.blob)
+            connection.execute(
+                update(uploads)
+                .where(uploads.c.id == upload_id)
+                .values(state=COMPLETED, committed_size=record.blob.size_bytes)
+            )
+            return _fetch(connection, upload_id)
+
+        return await self._database.write(work)
+
+    async def cancel_upload(self, project: str, upload_id: str) -> UploadRecord:
+        def work(connection: Connection) -> UploadRecord:
+            row = _row(connection, upload_id, project)
+            if row.state == ACTIVE:
+                connection.execute(update(uploads).where(uploads.c.id == upload_id).values(state=CANCELLED))
+            return _record(_row(connection, upload_id, project))
+
+        return await self._database.write(work)
+
+    async def active_uploads(self) -> set[str]:
+        def work(connection: Connection) -> set[str]:
+            return {row.id for row in connection.execute(select(uploads.c.id).where(uploads.c.state == ACTIVE))}
+
+        return await self._database.read(work)
+
+    async def known(self, blobs: Collection[BlobKey]) -> set[BlobKey]:
+        def work(connection: Connection) -> set[BlobKey]:
+            hashes = [blob.sha256 for blob in blobs]
+            rows = connection.execute(select(project_blobs.c.sha256).where(project_blobs.c.sha256.in_(hashes)))
+            present = {row.sha256 for row in rows}
+            return {blob for blob in blobs if blob.sha256 in present}
+
+        return await self._database.read(work)
+
+    async def sweep(self, *, blobs_before_us: int, events_before_us: int, now_us: int) -> Sweep:
+        return await self._database.write(
+            lambda connection: Sweep(
+                blobs=_sweep_blobs(connection, blobs_before_us),
+                uploads=_sweep_uploads(connection, now_us),
+                jobs_compacted=_sweep_events(connection, events_before_us, now_us),
+            )
+        )
+
+
+def _create_upload(connection: Connection, record: UploadRecord, present: bool, max_open: int) -> UploadRecord:
+    wanted = COMPLETED if present else ACTIVE
+    same = (
+        select(uploads)
+        .where(
+            uploads.c.project == record.project,
+            uploads.c.sha256 == record.blob.sha256,
+            uploads.c.size_bytes == record.blob.size_bytes,
+            uploads.c.state == wanted,
+        )
+        .order_by(uploads.c.id.desc())
+        .limit(1)
+    )
+    earlier = connection.execute(same).first()
+    if earlier is not None:
+        return _record(earlier)
+    condition = (uploads.c.project == record.project) & (uploads.c.state == ACTIVE)
+    count = connection.execute(select(func.count()).select_from(uploads).where(condition)).scalar_one()
+    if not present and count >= max_open:
+        raise QuotaExceededError(
+            f"Project {record.project} has {count} unfinished uploads, the most that this server allows. "
+            "Finish or cancel some.",
+            subject=f"projects/{record.project}",
+            retry_after_s=QUOTA_RETRY_S,
+        )
+    connection.execute(
+        insert(uploads).values(
+            id=record.id,
+            project=record.project,
+            sha256=record.blob.sha256,
+            size_bytes=record.blob.size_bytes,
+            state=wanted,
+            committed_size=record.blob.size_bytes if present else 0,
+            create_time_us=record.create_time_us,
+            expire_time_us=record.expire_time_us,
+        )
+    )
+    return _fetch(connection, record.id)
+
+
+def _row(connection: Connection, upload_id: str, project: str | None = None) -> Row[Any]:
+    statement = select(uploads).where(uploads.c.id == upload_id)
+    if project is not None:
+        statement = statement.where(uploads.c.project == project)
+    row = connection.execute(statement).first()
+    if row is None:
+        raise UploadExpiredError("There is no such upload: it expired or was cancelled. Create it again.")
+    return row
+
+
+def _fetch(connection: Connection, upload_id: str, project: str | None = None) -> UploadRecord:
+    row = _row(connection, upload_id, project)
+    if row.state == CANCELLED:
+        raise UploadExpiredError("The upload was cancelled. Create it again.")
+    return _record(row)
+
+
+def _sweep_blobs(connection: Connection, before_us: int) -> tuple[BlobKey, ...]:
+    used = exists().where(
+        blob_references.c.project == project_blobs.c.project, blob_references.c.sha256 == project_blobs.c.sha256
+    )
+    old = select(project_blobs).where(project_blobs.c.used_us < before_us, ~used).limit(1000)
+    rows = connection.execute(old).all()
+    for row in rows:
+        key = tuple_(project_blobs.c.project, project_blobs.c.sha256)
+        connection.execute(delete(project_blobs).where(key == (row.project, row.sha256)))
+        # A completed upload vouches for the blob.
+        gone = (uploads.c.project == row.project) & (uploads.c.sha256 == row.sha256) & (uploads.c.state == COMPLETED)
+        connection.execute(delete(uploads).where(gone))
+    return records.unique(BlobKey(row.sha256, row.size_bytes) for row in rows)
+
+
+def _sweep_uploads(connection: Connection, now_us: int) -> tuple[str, ...]:
+    expired = connection.execute(select(uploads.c.id).where(uploads.c.expire_time_us < now_us).limit(1000)).scalars()
+    ids = tuple(expired)
+    connection.execute(delete(uploads).where(uploads.c.id.in_(ids)))
+    return ids
+
+
+def _sweep_events(connection: Connection, before_us: int, now_us: int) -> int:
+    connection.execute(delete(request_ids).where(request_ids.c.create_time_us < now_us - REQUEST_ID_TTL_US))
+    old = connection.execute(
+        select(jobs.c.id, jobs.c.last_sequence).where(
+            jobs.c.state.in_(ENDED_STATES),
+            jobs.c.end_time_us < before_us,
+            jobs.c.compacted_sequence < jobs.c.last_sequence,
+        )
+    ).all()
+    for row in old:
+        connection.execute(delete(job_events).where(job_events.c.job_id == row.id))
+        connection.execute(update(jobs).where(jobs.c.id == row.id).values(compacted_sequence=row.last_sequence))
+    return len(old)
+
+
+def _record(row: Row[Any]) -> UploadRecord:
+    return UploadRecord(
+        project=row.project,
+        id=row.id,
+        blob=BlobKey(row.sha256, row.size_bytes),
+        state=row.state,
+        committed_size=row.committed_size,
+        create_time_us=row.create_time_us,
+        expire_time_us=row.expire_time_us,
+    )

@@ -1,0 +1,296 @@
+"""Jobs in SQL. Every state change is one transaction with the event that tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import grpc
+from modelpress_protos.v1 import job_service_pb2, model_service_pb2
+from sqlalchemy import Connection, delete, func, select
+
+from modelpress_server import errors
+from modelpress_server.stores import job_rows, records
+from modelpress_server.stores.base import (
+    ENDED_STATES,
+    BlobKey,
+    Claim,
+    JobRecord,
+    ListQuery,
+    LogLine,
+    Outcome,
+    Page,
+    RequestKey,
+)
+from modelpress_server.stores.database import Database
+from modelpress_server.stores.sql_models import fetch_model
+from modelpress_server.stores.tables import job_events, job_logs, jobs, models
+
+_KIND = "job"
+QUEUED = job_service_pb2.JOB_STATE_QUEUED
+RUNNING = job_service_pb2.JOB_STATE_RUNNING
+CANCELLING = job_service_pb2.JOB_STATE_CANCELLING
+CANCELLED = job_service_pb2.JOB_STATE_CANCELLED
+QUEUE_FULL_RETRY_S = 15.0
+
+
+class SqlJobStore:
+    """JobStore on a Database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def create(
+        self, record: JobRecord, blobs: Collection[BlobKey], request: RequestKey | None, *, max_queued: int
+    ) -> JobRecord:
+        return await self._database.write(lambda connection: _create(connection, record, blobs, request, max_queued))
+
+    async def get(self, project: str, job_id: str) -> JobRecord:
+        return await self._database.read(lambda connection: job_rows.fetch_job(connection, job_id, project))
+
+    async def list_page(self, query: ListQuery) -> Page[JobRecord]:
+        def work(connection: Connection) -> Page[JobRecord]:
+            rows, has_more = records.page_of(connection, jobs, query)
+            return Page(tuple(job_rows.record_of(row) for row in rows), has_more)
+
+        return await self._database.read(work)
+
+    async def delete(self, project: str, job_id: str, etag: str) -> None:
+        def work(connection: Connection) -> None:
+            record = job_rows.fetch_job(connection, job_id, project)
+            records.check_etag(etag, record.version)
+            if not record.ended:
+                state = job_service_pb2.JobState.Name(record.message.state).removeprefix("JOB_STATE_")
+                raise errors.WrongStateError(
+                    f"Job {job_id} is {state}. Cancel it and wait for its end, then delete it.",
+                    metadata={"state": state},
+                )
+            connection.execute(delete(jobs).where(jobs.c.id == job_id))
+            records.forget_owner(connection, job_id)
+
+        await self._database.write(work)
+
+    async def queue_positions(self) -> dict[str, int]:
+        def work(connection: Connection) -> dict[str, int]:
+            rows = connection.execute(select(jobs.c.id).where(jobs.c.state == QUEUED).order_by(jobs.c.id))
+            return {row.id: position for position, row in enumerate(rows)}
+
+        return await self._database.read(work)
+
+    async def counts(self) -> tuple[int, int]:
+        def work(connection: Connection) -> tuple[int, int]:
+            rows = connection.execute(
+                select(jobs.c.state, func.count().label("jobs"))
+                .where(jobs.c.state.in_((QUEUED, RUNNING, CANCELLING)))
+                .group_by(jobs.c.state)
+            )
+            found = {row.state: int(row.jobs) for row in rows}
+            return found.get(QUEUED, 0), found.get(RUNNING, 0) + found.get(CANCELLING, 0)
+
+        return await self._database.read(work)
+
+    async def claim(self, now_us: int) -> Claim:
+        return await self._database.write(lambda connection: _claim(connection, now_us))
+
+    async def expire_overdue(self, now_us: int) -> tuple[str, ...]:
+        return await self._database.write(lambda connection: tuple(_expire(connection, now_us)))
+
+    async def next_queue_deadline_us(self) -> int | None:
+        def work(connection: Connection) -> int | None:
+            statement = select(func.min(jobs.c.queue_deadline_us)).where(jobs.c.state == QUEUED)
+            return connection.execute(statement).scalar()
+
+        return await self._database.read(work)
+
+    async def progress(
+        self, job_id: str, events: Sequence[job_service_pb2.WatchJobResponse], log: Sequence[LogLine]
+    ) -> None:
+        def work(connection: Connection) -> None:
+            record = job_rows.fetch_job(connection, job_id)
+            if events:
+                record.message.progress.CopyFrom(events[-1].progress)
+                job_rows.write(connection, record)
+                job_rows.append_events(connection, job_id, events)
+            job_rows.append_log(connection, job_id, log)
+
+        await self._database.write(work)
+
+    async def request_cancel(self, project: str, job_id: str) -> JobRecord:
+        def work(connection: Connection) -> JobRecord:
+            record = job_rows.fetch_job(connection, job_id, project)
+            if record.message.state == QUEUED:
+                job_rows.move(connection, record, CANCELLED)
+            elif record.message.state == RUNNING:
+                job_rows.move(connection, record, CANCELLING)
+            return job_rows.fetch_job(connection, job_id, project)
+
+        return await self._database.write(work)
+
+    async def finish(self, job_id: str, outcome: Outcome) -> None:
+        def work(connection: Connection) -> None:
+            record = job_rows.fetch_job(connection, job_id)
+            if record.message.state == CANCELLING:
+                job_rows.finish_job(connection, record, Outcome(CANCELLED, log=outcome.log))
+            elif record.message.state == RUNNING:
+                job_rows.finish_job(connection, record, outcome)
+
+        await self._database.write(work)
+
+    async def requeue(self, job_id: str, *, count_attempt: bool, log: Sequence[LogLine] = ()) -> None:
+        def work(connection: Connection) -> None:
+            _requeue(connection, job_rows.fetch_job(connection, job_id), count_attempt, log)
+
+        await self._database.write(work)
+
+    async def recover(self) -> int:
+        def work(connection: Connection) -> int:
+            rows = connection.execute(select(jobs).where(jobs.c.state.in_((RUNNING, CANCELLING)))).all()
+            for row in rows:
+                line = LogLine(records.now_us(), "WARNING", "The server was restarted; the job is queued again.")
+                _requeue(connection, job_rows.record_of(row), False, [line])
+            return len(rows)
+
+        return await self._database.write(work)
+
+    async def events(self, job_id: str, after_sequence: int, limit: int) -> list[job_service_pb2.WatchJobResponse]:
+        def work(connection: Connection) -> Sequence[bytes]:
+            statement = (
+                select(job_events.c.message)
+                .where(job_events.c.job_id == job_id, job_events.c.sequence > after_sequence)
+                .order_by(job_events.c.sequence)
+                .limit(limit)
+            )
+            return connection.execute(statement).scalars().all()
+
+        return [job_service_pb2.WatchJobResponse.FromString(row) for row in await self._database.read(work)]
+
+    async def logs(self, job_id: str, after_sequence: int, limit: int) -> list[LogLine]:
+        def work(connection: Connection) -> Sequence[LogLine]:
+            statement = (
+                select(job_logs)
+                .where(job_logs.c.job_id == job_id, job_logs.c.sequence > after_sequence)
+                .order_by(job_logs.c.sequence)
+                .limit(limit)
+            )
+            rows = connection.execute(statement)
+            return [LogLine(row.time_us, row.severity, row.text, row.sequence) for row in rows]
+
+        return list(await self._database.read(work))
+
+
+def _create(
+    connection: Connection,
+    record: JobRecord,
+    blobs: Collection[BlobKey],
+    request: RequestKey | None,
+    max_queued: int,
+) -> JobRecord:
+    project = record.project
+    earlier = records.earlier_request(connection, project, _KIND, request)
+    if earlier is not None:
+        return job_rows.fetch_job(connection, earlier, project)
+    # Read again inside the transaction: the model may have been deleted or refused since the service looked.
+    model = fetch_model(connection, project, record.message.spec.model.rpartition("/")[2])
+    refuse_rejected(model.message)
+    spec = record.message.spec
+    cached = None if spec.skip_cache else job_rows.cached_result(connection, project, record.cache_key)
+    if cached is None and job_rows.queued_count(connection, project) >= max_queued:
+        raise errors.QueueFullError(
+            f"Project {project} has {max_queued} queued jobs, the most that this server allows. Wait or cancel some.",
+            subject=f"projects/{project}",
+            retry_after_s=QUEUE_FULL_RETRY_S,
+        )
+    records.refer(connection, project, record.id, blobs)
+    records.remember_request(connection, project, _KIND, request, record.id)
+    job_rows.insert_job(connection, record)
+    if cached is not None:
+        _take_over_result(connection, job_rows.fetch_job(connection, record.id), cached)
+    return job_rows.fetch_job(connection, record.id)
+
+
+def refuse_rejected(model: model_service_pb2.Model) -> None:
+    """Raises ModelRejectedError for a model that its inspection refused."""
+    if model.state == model_service_pb2.Model.STATE_REJECTED:
+        raise errors.ModelRejectedError(
+            f"Model {model.name} was refused: {model.error.message}",
+            metadata={"finding": model.error.message, "cause": errors.reason_of(model.error)},
+        )
+
+
+def _take_over_result(connection: Connection, record: JobRecord, cached: JobRecord) -> None:
+    files = [entry for artifact in cached.message.artifacts for entry in artifact.files]
+    record.message.from_cache = True
+    outcome = Outcome(
+        job_service_pb2.JOB_STATE_SUCCEEDED,
+        artifacts=tuple(cached.message.artifacts),
+        summary=cached.message.summary,
+        blobs=records.unique(BlobKey.of(entry.digest) for entry in files),
+        log=(
+            LogLine(records.now_us(), "INFO", f"The result of {cached.message.name} was taken: nothing has changed."),
+        ),
+    )
+    job_rows.finish_job(connection, record, outcome)
+
+
+def _claim(connection: Connection, now_us: int) -> Claim:
+    ended = _expire(connection, now_us)
+    waiting = (
+        select(jobs, models.c.message.label("model_message"))
+        .outerjoin(models, models.c.id == jobs.c.model_id)
+        .where(
+            jobs.c.state == QUEUED,
+            models.c.state.is_distinct_from(model_service_pb2.Model.STATE_PROCESSING),
+        )
+        .order_by(jobs.c.id)
+        .with_for_update(of=jobs, skip_locked=True)
+    )
+    for row in connection.execute(waiting.limit(100)).all():
+        record = job_rows.record_of(row)
+        if row.model_message is not None:
+            model = model_service_pb2.Model.FromString(row.model_message)
+            try:
+                refuse_rejected(model)
+            except errors.ModelRejectedError as error:
+                outcome = Outcome(job_service_pb2.JOB_STATE_FAILED, error=errors.status_of(error))
+                job_rows.finish_job(connection, record, outcome)
+                ended.append(record.id)
+                continue
+        return Claim(_start(connection, record), tuple(ended))
+    return Claim(None, tuple(ended))
+
+
+def _expire(connection: Connection, now_us: int) -> list[str]:
+    overdue = select(jobs).where(jobs.c.state == QUEUED, jobs.c.queue_deadline_us <= now_us)
+    rows = connection.execute(overdue).all()
+    for row in rows:
+        job_rows.finish_job(connection, job_rows.record_of(row), _expired())
+    return [str(row.id) for row in rows]
+
+
+def _start(connection: Connection, record: JobRecord) -> JobRecord:
+    record.message.attempt += 1
+    record.message.ClearField("progress")
+    record.message.start_time.FromMicroseconds(records.now_us())
+    job_rows.move(connection, record, RUNNING)
+    return job_rows.fetch_job(connection, record.id)
+
+
+def _expired() -> Outcome:
+    status = errors.make_status(
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        "QUEUE_TIMEOUT",
+        "No worker was free within queue_timeout. Create the job again with a longer one, or at a quieter time.",
+    )
+    return Outcome(job_service_pb2.JOB_STATE_EXPIRED, error=status)
+
+
+def _requeue(connection: Connection, record: JobRecord, count_attempt: bool, log: Sequence[LogLine]) -> None:
+    if record.message.state in ENDED_STATES or record.message.state == QUEUED:
+        return
+    job_rows.append_log(connection, record.id, log)
+    if record.message.state == CANCELLING:
+        job_rows.move(connection, record, CANCELLED)
+        return
+    if not count_attempt:
+        record.message.attempt -= 1
+    record.message.ClearField("progress")
+    job_rows.move(connection, record, QUEUED)

@@ -1,0 +1,98 @@
+"""The working folder of one task: the model's files under their manifest paths, data files, a place for artifacts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelpress_protos.internal.v1 import worker_pb2
+from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2
+
+from modelpress_server.names import new_id, path_fault
+from modelpress_server.stores.base import BlobKey
+from modelpress_server.stores.filesystem import ArtifactError, FileBlobStore
+from modelpress_server.tasks import uninterrupted
+
+MAX_ARTIFACT_FILES = 1000
+
+
+@dataclass(frozen=True)
+class TaskFolder:
+    """A folder of its own for each run; removed with everything in it."""
+
+    root: Path
+    blobs: FileBlobStore
+
+    async def inspect_request(self, model: model_service_pb2.Model) -> worker_pb2.WorkerRequest:
+        """Lays the model out for an inspection."""
+        return worker_pb2.WorkerRequest(inspect=worker_pb2.InspectTask(model=await self._lay_out(model)))
+
+    async def compress_request(
+        self, job: job_service_pb2.Job, manifest: model_service_pb2.Model, time_limit_s: float
+    ) -> worker_pb2.WorkerRequest:
+        """Lays model and data out for a compression."""
+        output = self.root / "output"
+        await self.blobs.run(output.mkdir, mode=0o700)
+        spec = job.spec
+        task = worker_pb2.CompressTask(
+            job=job.name,
+            model=await self._lay_out(manifest),
+            recipe=spec.recipe,
+            data_path=await self._data_file("data.npz", spec.data if spec.HasField("data") else None),
+            eval_path=await self._data_file("eval.npz", spec.eval_data if spec.HasField("eval_data") else None),
+            output_directory=str(output),
+            time_limit_s=time_limit_s,
+        )
+        return worker_pb2.WorkerRequest(compress=task)
+
+    async def collect(
+        self, produced: Sequence[worker_pb2.ProducedArtifact], max_bytes: int
+    ) -> list[job_service_pb2.Artifact]:
+        """Takes the artifacts into the blob store. Raises ArtifactError for what is no plain file of the folder."""
+        if sum(len(item.paths) for item in produced) > MAX_ARTIFACT_FILES:
+            raise ArtifactError(f"the worker left more than {MAX_ARTIFACT_FILES} files")
+        artifacts = []
+        for item in produced:
+            artifact = job_service_pb2.Artifact(kind=item.kind)
+            for path in item.paths:
+                fault = path_fault(path)
+                if fault is not None:
+                    raise ArtifactError(f"the path of an artifact {fault}")
+                blob = await self.blobs.ingest(self.root / "output", path, max_bytes=max_bytes)
+                artifact.files.append(common_pb2.FileEntry(path=path, digest=blob.to_digest()))
+            artifacts.append(artifact)
+        return artifacts
+
+    async def _lay_out(self, model: model_service_pb2.Model) -> worker_pb2.ModelFiles:
+        folder = self.root / "model"
+        for entry in model.files:
+            target = folder / entry.path
+            await self.blobs.run(target.parent.mkdir, mode=0o700, parents=True, exist_ok=True)
+            await self.blobs.copy_to(BlobKey.of(entry.digest), target)
+        files = worker_pb2.ModelFiles(
+            directory=str(folder), paths=[entry.path for entry in model.files], input_hints=model.input_hints
+        )
+        if model.HasField("source"):
+            files.source.CopyFrom(model.source)
+        return files
+
+    async def _data_file(self, name: str, digest: common_pb2.Digest | None) -> str:
+        if digest is None:
+            return ""
+        target = self.root / name
+        await self.blobs.copy_to(BlobKey.of(digest), target)
+        return str(target)
+
+
+@asynccontextmanager
+async def task_folder(work: Path, blobs: FileBlobStore) -> AsyncIterator[TaskFolder]:
+    """Makes a folder below `work` and removes it in the end, however the task ends."""
+    root = work / new_id()
+    await blobs.run(root.mkdir, mode=0o700, parents=True)
+    try:
+        yield TaskFolder(root, blobs)
+    finally:
+        await uninterrupted(blobs.run(shutil.rmtree, root, ignore_errors=True))

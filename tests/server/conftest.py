@@ -1,0 +1,45 @@
+"""A real server on 127.0.0.1 with a scripted executor."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+from modelpress_server.app import Server
+from modelpress_server.config import Settings
+
+# The helpers beside this file; in importlib mode pytest does not put the folder on the path.
+sys.path.insert(0, str(Path(__file__).parent))
+from scripted_executor import ScriptedExecutor
+from server_harness import DEFAULTS, Client, Running, Serve
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Serve:
+    """Starts servers, by default on the same data folder: `async with serve(workers=2) as running`."""
+
+    @asynccontextmanager
+    async def start(**changes: Any) -> AsyncIterator[Running]:
+        settings = Settings(**{**DEFAULTS, "data_dir": tmp_path / "data", **changes})
+        executor = ScriptedExecutor()
+        server = Server(settings, lambda _: executor)
+        await server.start()
+        try:
+            async with grpc.aio.insecure_channel(server.address) as channel:
+                yield Running(server, executor, Client(channel), settings)
+        finally:
+            await server.stop()
+
+    return start
+
+
+@pytest.fixture
+async def running(serve: Serve) -> AsyncIterator[Running]:
+    """One server with default settings."""
+    async with serve() as server:
+        yield server

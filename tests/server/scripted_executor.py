@@ -1,0 +1,122 @@
+"""An Executor that does what the first bytes of the model say, without any child process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from google.rpc import status_pb2
+from modelpress_protos.internal.v1 import worker_pb2
+from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2
+from modelpress_server.errors import make_status
+from modelpress_server.executors.base import Limits, WorkerLostError
+
+import grpc
+
+
+class ScriptedExecutor:
+    """The main model file is JSON: `inspect` and `compress` name behaviours; see the methods below."""
+
+    sandbox_level = 2
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.killed: list[str] = []
+        self.limits: list[Limits] = []
+        self.gate = asyncio.Event()  # behaviour "wait" goes on when it is set
+        self.running = asyncio.Event()
+        self.inspection_gate = asyncio.Event()
+        self.inspection_gate.set()
+
+    async def start(self) -> None:
+        """Nothing to get ready."""
+
+    async def close(self) -> None:
+        """Nothing to kill."""
+
+    async def run(
+        self,
+        request: worker_pb2.WorkerRequest,
+        *,
+        limits: Limits,
+        on_event: Callable[[worker_pb2.WorkerEvent], None],
+    ) -> worker_pb2.WorkerEvent:
+        self.limits.append(limits)
+        if request.HasField("inspect"):
+            await self.inspection_gate.wait()
+            return self._inspect(request.inspect)
+        self.started.append(request.compress.job)
+        self.running.set()
+        try:
+            return await self._compress(request.compress, on_event)
+        except asyncio.CancelledError:
+            self.killed.append(request.compress.job)
+            raise
+
+    def _inspect(self, task: worker_pb2.InspectTask) -> worker_pb2.WorkerEvent:
+        behaviour = script_of(task.model).get("inspect", "ok")
+        if behaviour == "refuse":
+            return worker_pb2.WorkerEvent(failed=refusal())
+        if behaviour == "blocking":
+            finding = model_service_pb2.Finding(
+                severity=model_service_pb2.Finding.SEVERITY_BLOCKING, code="PICKLE_GLOBAL", detail="It runs os.system."
+            )
+            result = worker_pb2.InspectResult(inspection=model_service_pb2.Inspection(findings=[finding]))
+            return worker_pb2.WorkerEvent(inspected=result)
+        if behaviour == "timeout":
+            raise WorkerLostError("WORKER_TIMEOUT", "The worker ran past its time limit of 300 s.")
+        inspection = model_service_pb2.Inspection(parameter_count=7, opset=21, op_counts={"Conv": 2})
+        result = worker_pb2.InspectResult(format=common_pb2.MODEL_FORMAT_ONNX, inspection=inspection)
+        return worker_pb2.WorkerEvent(inspected=result)
+
+    async def _compress(
+        self, task: worker_pb2.CompressTask, on_event: Callable[[worker_pb2.WorkerEvent], None]
+    ) -> worker_pb2.WorkerEvent:
+        behaviour = script_of(task.model).get("compress", "ok")
+        on_event(worker_pb2.WorkerEvent(log=worker_pb2.LogLine(severity="INFO", text=f"start {behaviour}\x07")))
+        progress = job_service_pb2.Progress(stage="load", stage_index=0, stage_count=2, fraction=0.5)
+        on_event(worker_pb2.WorkerEvent(progress=progress))
+        progress = job_service_pb2.Progress(stage="quantize", stage_index=1, stage_count=2, fraction=0.25)
+        on_event(worker_pb2.WorkerEvent(progress=progress))
+        if behaviour == "wait":
+            await self.gate.wait()
+        elif behaviour == "crash" or (behaviour == "crash_once" and len(self.started) == 1):
+            raise WorkerLostError("WORKER_CRASHED", "The worker was killed by signal 11.")
+        elif behaviour == "memory":
+            raise WorkerLostError("WORKER_OUT_OF_MEMORY", "The worker hit its memory limit.")
+        elif behaviour == "fail":
+            return worker_pb2.WorkerEvent(failed=refusal())
+        elif behaviour == "bug":
+            raise RuntimeError("secret path /home/somebody")
+        return worker_pb2.WorkerEvent(compressed=self._produce(task, behaviour))
+
+    def _produce(self, task: worker_pb2.CompressTask, behaviour: str) -> worker_pb2.CompressResult:
+        output = Path(task.output_directory)
+        model = output / "model.onnx"
+        if behaviour == "symlink":
+            model.symlink_to("/etc/passwd")
+        else:
+            model.write_bytes(b"small")
+        data = Path(task.data_path).read_bytes().hex() if task.data_path else None
+        (output / "report.json").write_text(json.dumps({"job": task.job, "data": data}))
+        kinds = job_service_pb2.Artifact
+        return worker_pb2.CompressResult(
+            artifacts=[
+                worker_pb2.ProducedArtifact(kind=kinds.KIND_OPTIMIZED_MODEL, paths=["model.onnx"]),
+                worker_pb2.ProducedArtifact(kind=kinds.KIND_REPORT_JSON, paths=["report.json"]),
+            ],
+            summary=job_service_pb2.ReportSummary(original_size_bytes=100, optimized_size_bytes=5),
+        )
+
+
+def script_of(model: worker_pb2.ModelFiles) -> dict[str, str]:
+    """What the main file asks for."""
+    script: dict[str, str] = json.loads((Path(model.directory) / model.paths[0]).read_bytes())
+    return script
+
+
+def refusal() -> status_pb2.Status:
+    """What a worker says of a file that it cannot read."""
+    return make_status(grpc.StatusCode.INVALID_ARGUMENT, "UNSUPPORTED_FORMAT", "It is no format that we read.")
