@@ -7,8 +7,8 @@ Per output, pooled over all elements of all samples, in float64:
 - `max_abs_error`: largest |a - b|.
 
 Where both are NaN, or the same infinity, the element counts as equal and is left out of the sums. Where only one of
-them is finite, the element is left out too, but counted: one such element makes `cosine` 0. Integer, bool and string outputs
-have `equal`, the share of equal elements, instead.
+them is finite, the element is left out too, but counted: one such element makes `cosine` 0. Integer, bool and string
+outputs have `equal`, the share of equal elements, instead.
 
 `top1_agreement`: share of positions with the same largest element, for the first output [N, C] or [N, T, C], C >= 2,
 that may hold class scores; see `outputs.classification_outputs`.

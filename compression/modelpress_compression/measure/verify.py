@@ -1,8 +1,8 @@
 """Whether two models give the same answers up to rounding: the proof that follows every lossless pass.
 
 A float output passes where |a - b| <= atol + rtol * max|a|, the maximum taken over that output of that sample. It is
-the output's scale and not the element's, since reordering a sum errs in proportion to its terms, whatever they add up to.
-Integer, bool and string outputs must be equal; NaN and infinities must stand in the same places.
+the output's scale and not the element's, since reordering a sum errs in proportion to its terms, whatever they add up
+to. Integer, bool and string outputs must be equal; NaN and infinities must stand in the same places.
 """
 
 from __future__ import annotations
