@@ -151,7 +151,7 @@ def serve(stage: Stage) -> None:
     """Starts the entry point with a read-only root, waits until the health check passes, and stops it."""
     data, inside = stage.folder / "data", stage.folder
     run(["mount", "--bind", str(data), str(data)])
-    run(["mount", "-o", "remount,ro", str(inside)])
+    run(["mount", "-o", "remount,bind,ro", str(inside)])  # the mount, not the file system: /data is on it as well
     environment = {**stage.variables(), "COMPRESS_SERVER_INSECURE": "true"}
     entry_point = json.loads(stage.last["ENTRYPOINT"])
     check = json.loads(stage.last["HEALTHCHECK"].partition("CMD ")[2])

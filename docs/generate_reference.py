@@ -16,7 +16,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import click
-from modelpress_client.cli import cli
+from modelpress_client.cli.app import cli
 from modelpress_compression.recipe import presets
 from modelpress_protos.recipe import OptionInfo, techniques
 from modelpress_protos.recipe_schema import message_type, option_info
@@ -115,17 +115,18 @@ def _is_argument(parameter: click.Parameter) -> bool:
 
 
 def client_options_reference(name: str) -> str:
-    """One row an option of a command; of the client itself for an empty name."""
+    """One row an option of a command, without those that all have; those for an empty name."""
     context = click.Context(cli, info_name="compress-client")
     command: click.Command | None = cli.get_command(context, name) if name else cli
     if command is None:
         raise SystemExit(f"compress-client has no command {name!r}; docs/generate_reference.py names one that is gone")
+    shared = {parameter.name for parameter in cli.params} if name else set()
     rows = []
     for parameter in command.params:
-        if isinstance(parameter, click.Option) and not parameter.hidden:
+        if isinstance(parameter, click.Option) and not parameter.hidden and parameter.name not in shared:
             record = parameter.get_help_record(context)
             if record is not None:
-                rows.append((code(record[0]), record[1]))
+                rows.append((code(record[0]), " ".join(record[1].split())))
     return table(("option", "what it does"), rows)
 
 
