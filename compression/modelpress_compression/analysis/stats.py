@@ -28,11 +28,13 @@ from modelpress_compression.model import Model
 
 _STANDARD_DOMAINS = ("", "ai.onnx")
 # Between a stored weight and the operator that works with it.
-_CONVERSIONS = frozenset((
-    "DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Identity", "Reshape", "Conv", "ConvTranspose",
-    "Gemm", "MatMul", "PRelu", "BatchNormalization", "LayerNormalization", "InstanceNormalization",
-    "GroupNormalization", "LSTM", "GRU", "RNN", "FusedConv", "FusedGemm", "QLinearConv", "QGemm", "QLinearMatMul",
-    "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul",
+_CONVERSIONS = frozenset(("DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Identity", "Reshape"))
+_MAX_HOPS = 8
+# Operators for which a single number is a weight, not a constant of a formula.
+_LAYERS = frozenset((
+    "Conv", "ConvTranspose", "Gemm", "MatMul", "PRelu", "BatchNormalization", "LayerNormalization",
+    "InstanceNormalization", "GroupNormalization", "LSTM", "GRU", "RNN", "FusedConv", "FusedGemm", "QLinearConv",
+    "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul",
 ))  # fmt: skip
 _SHAPES_AND_BOUNDS = {
     "Reshape": (1,), "Slice": (1, 2, 3, 4), "Unsqueeze": (1,), "Squeeze": (1,), "Expand": (1,), "Pad": (1, 2, 3),
