@@ -1,0 +1,311 @@
+"""The client for asyncio; the blocking one runs it in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import uuid
+import zipfile
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from google.protobuf.duration_pb2 import Duration
+from modelpress_protos.recipe import to_dict
+from modelpress_protos.v1 import job_service_pb2 as jobs_pb
+from modelpress_protos.v1 import model_service_pb2 as models_pb
+from modelpress_protos.v1 import server_service_pb2 as server_pb
+from modelpress_protos.v1.common_pb2 import FileEntry, TensorSpec
+from modelpress_protos.v1.recipe_pb2 import Recipe
+
+from modelpress_client import names, recipes
+from modelpress_client.async_job import AsyncJob
+from modelpress_client.connection import Connection
+from modelpress_client.convert import Conversion, convert, needs_conversion
+from modelpress_client.errors import TimedOutError, UnusableInputError, UsageError, from_job_status
+from modelpress_client.formats import FileKind, check_sendable, kind_of
+from modelpress_client.inputs import parse_inputs
+from modelpress_client.onnx_files import model_files
+from modelpress_client.report import Report
+from modelpress_client.resources import Model
+from modelpress_client.settings import DEFAULT_PROJECT, DEFAULT_SERVER, RetryPolicy, Settings
+from modelpress_client.transfers import LocalBlob, OnProgress, hash_file
+from modelpress_client.uploads import upload_blobs
+
+POLL_INTERVAL_S = 0.1  # of a model that is being inspected; doubles up to
+MAX_POLL_INTERVAL_S = 2.0
+PAGE_SIZE = 100
+
+RecipeSource = str | Path | Mapping[str, Any] | Recipe
+
+
+class AsyncClient:
+    """A client of one server and one project. Connects on first use; use as an async context manager."""
+
+    def __init__(
+        self,
+        server: str = DEFAULT_SERVER,
+        *,
+        project: str = DEFAULT_PROJECT,
+        token: str | None = None,
+        ca: str | Path | None = None,
+        cert: str | Path | None = None,
+        key: str | Path | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        """ca, cert, key: PEM files; any of them turns TLS on. See Settings for the spelling of `server`."""
+        self.settings = Settings(
+            server=server,
+            project=names.check_project(project),
+            token=token,
+            ca=Path(ca) if ca else None,
+            cert=Path(cert) if cert else None,
+            key=Path(key) if key else None,
+            retry=retry or RetryPolicy(),
+        )
+        self._opened: Connection | None = None
+
+    @property
+    def _connection(self) -> Connection:
+        # Made on first use, so that it belongs to the event loop that runs then.
+        if self._opened is None:
+            self._opened = Connection(self.settings)
+        return self._opened
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection. Jobs go on."""
+        if self._opened is not None:
+            await self._opened.close()
+            self._opened = None
+
+    # --- models --------------------------------------------------------------------------------------------------
+
+    async def upload(
+        self,
+        path: str | Path,
+        *,
+        inputs: Sequence[str | TensorSpec] = (),
+        architecture: str | None = None,
+        trust_pickle: bool = False,
+        labels: Mapping[str, str] | None = None,
+        display_name: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Model:
+        """Brings a model to the server; what it already has is not sent again.
+
+        inputs: `NAME:DTYPE[DIM,...]`, for formats that do not record them. architecture: `package.module:factory` for
+        weights alone (state dict, safetensors). trust_pickle: read a pickled module, on this machine, running its code.
+
+        Raises UsageError for wrong arguments, UnusableInputError for a file that no server would take, and what the
+        transfer raises. The server inspects the model after this returns: see `inspect`.
+        """
+        specs = parse_inputs(inputs)
+        source = _model_path(Path(path))
+        async with _prepared(source, Conversion(architecture, trust_pickle, tuple(specs))) as (files, origin):
+            await self._connection.reach()
+            blobs = {name: await hash_file(file, on_progress) for name, file in files.items()}
+            await upload_blobs(self._connection, list(blobs.values()), on_progress)
+            model = models_pb.Model(
+                display_name=display_name or source.name,
+                files=[FileEntry(path=name, digest=blob.digest) for name, blob in blobs.items()],
+                input_hints=specs,
+                source=origin,
+                labels=labels or {},
+            )
+            request = models_pb.CreateModelRequest(
+                parent=self.settings.parent, model=model, request_id=str(uuid.uuid4())
+            )
+            return Model(await self._connection.call(self._connection.models.CreateModel, request))
+
+    async def model(self, name: str) -> Model:
+        """Reads a model."""
+        request = models_pb.GetModelRequest(name=names.full_name(name, "models", self.settings.project))
+        return Model(await self._connection.call(self._connection.models.GetModel, request))
+
+    async def inspect(
+        self, model: Model | str, *, timeout_s: float | None = None, raise_if_rejected: bool = True
+    ) -> Model:
+        """Waits until the server has inspected a model. Raises JobFailedError when the server refuses it."""
+        name = model if isinstance(model, str) else model.name
+        delay_s = POLL_INTERVAL_S
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (current := await self.model(name)).state == "PROCESSING":
+                    await asyncio.sleep(delay_s)
+                    delay_s = min(delay_s * 2, MAX_POLL_INTERVAL_S)
+        except TimeoutError:
+            raise TimedOutError(f"{name} was not inspected within {timeout_s:g} s.", details={"model": name}) from None
+        if raise_if_rejected and current.state == "REJECTED":
+            raise from_job_status(current.message.error, details={"model": name})
+        return current
+
+    async def models(
+        self, *, state: str | None = None, labels: Mapping[str, str] | None = None, limit: int | None = None
+    ) -> list[Model]:
+        """Models, newest first."""
+        found: list[Model] = []
+        request = models_pb.ListModelsRequest(parent=self.settings.parent, filter=names.filter_text(state, labels))
+        while limit is None or len(found) < limit:
+            request.page_size = PAGE_SIZE if limit is None else min(PAGE_SIZE, limit - len(found))
+            page = await self._connection.call(self._connection.models.ListModels, request)
+            found += map(Model, page.models)
+            request.page_token = page.next_page_token
+            if not page.next_page_token:
+                break
+        return found[:limit]
+
+    # --- jobs ----------------------------------------------------------------------------------------------------
+
+    async def compress(
+        self,
+        model: Model | str,
+        *,
+        recipe: RecipeSource = "default",
+        data: str | Path | None = None,
+        eval: str | Path | None = None,
+        overrides: Sequence[str] = (),
+        metric: str | None = None,
+        max_drop: float | None = None,
+        labels: Mapping[str, str] | None = None,
+        queue_timeout_s: float | None = None,
+        run_timeout_s: float | None = None,
+        max_attempts: int = 0,
+        skip_cache: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> AsyncJob:
+        """Submits a job and returns at once.
+
+        recipe: a preset's name, a YAML file, a mapping or a message. overrides: `path=value` as in --set. data: .npz of
+        representative inputs; eval: .npz of inputs and `labels`. metric and max_drop set the recipe's constraints.
+
+        Raises InvalidRecipeError with all violations before anything is sent.
+        """
+        message = await self.resolve_recipe(recipe, overrides=overrides, metric=metric, max_drop=max_drop)
+        name = names.full_name(model, "models", self.settings.project) if isinstance(model, str) else model.name
+        spec = jobs_pb.JobSpec(model=name, recipe=message, max_attempts=max_attempts, skip_cache=skip_cache)
+        sent = await self._send_data([path for path in (data, eval) if path is not None], on_progress)
+        if data is not None:
+            spec.data.CopyFrom(sent.pop(0).digest)
+        if eval is not None:
+            spec.eval_data.CopyFrom(sent.pop(0).digest)
+        for limit_s, field in ((queue_timeout_s, spec.queue_timeout), (run_timeout_s, spec.run_timeout)):
+            if limit_s is not None:
+                field.CopyFrom(Duration(seconds=int(limit_s), nanos=round(limit_s % 1 * 1e9)))
+        request = jobs_pb.CreateJobRequest(
+            parent=self.settings.parent, job=jobs_pb.Job(spec=spec, labels=labels or {}), request_id=str(uuid.uuid4())
+        )
+        return AsyncJob(self._connection, await self._connection.call(self._connection.jobs.CreateJob, request))
+
+    async def resolve_recipe(
+        self,
+        recipe: RecipeSource = "default",
+        *,
+        overrides: Sequence[str] = (),
+        metric: str | None = None,
+        max_drop: float | None = None,
+    ) -> Recipe:
+        """The message of a recipe with its overrides; asks the server only for presets."""
+        if isinstance(recipe, Recipe):
+            document: Mapping[str, Any] | None = to_dict(recipe)
+        else:
+            document = recipes.local_document(recipe)
+        if document is None:
+            document = recipes.preset_document(str(recipe), (await self.server_info()).presets)
+        return recipes.build(document, overrides=overrides, metric=metric, max_drop=max_drop)
+
+    async def job(self, name: str) -> AsyncJob:
+        """Reads a job."""
+        request = jobs_pb.GetJobRequest(name=names.full_name(name, "jobs", self.settings.project))
+        return AsyncJob(self._connection, await self._connection.call(self._connection.jobs.GetJob, request))
+
+    async def jobs(
+        self, *, state: str | None = None, labels: Mapping[str, str] | None = None, limit: int | None = None
+    ) -> list[AsyncJob]:
+        """Jobs, newest first."""
+        found: list[AsyncJob] = []
+        request = jobs_pb.ListJobsRequest(parent=self.settings.parent, filter=names.filter_text(state, labels))
+        while limit is None or len(found) < limit:
+            request.page_size = PAGE_SIZE if limit is None else min(PAGE_SIZE, limit - len(found))
+            page = await self._connection.call(self._connection.jobs.ListJobs, request)
+            found += [AsyncJob(self._connection, job) for job in page.jobs]
+            request.page_token = page.next_page_token
+            if not page.next_page_token:
+                break
+        return found[:limit]
+
+    async def report(self, job: str) -> Report:
+        """The report of a job, by its name."""
+        return await (await self.job(job)).report()
+
+    # --- server --------------------------------------------------------------------------------------------------
+
+    async def delete(self, name: str) -> None:
+        """Deletes a model or a job that has ended, by its full name or `models/M`, `jobs/J`."""
+        full = names.full_name(name, None, self.settings.project)
+        if "/jobs/" in full:
+            await self._connection.call(self._connection.jobs.DeleteJob, jobs_pb.DeleteJobRequest(name=full))
+        else:
+            await self._connection.call(self._connection.models.DeleteModel, models_pb.DeleteModelRequest(name=full))
+
+    async def server_info(self) -> server_pb.ServerInfo:
+        """Version, limits, formats, techniques, presets, devices."""
+        return await self._connection.call(self._connection.server.GetServerInfo, server_pb.GetServerInfoRequest())
+
+    async def health(self) -> str:
+        """SERVING, NOT_SERVING or UNKNOWN. Raises ServerUnreachableError."""
+        return await self._connection.serving_status()
+
+    async def _send_data(self, paths: Iterable[str | Path], on_progress: OnProgress | None) -> list[LocalBlob]:
+        blobs = []
+        for path in map(Path, paths):
+            blobs.append(await hash_file(path, on_progress))
+            if not await asyncio.to_thread(zipfile.is_zipfile, path):
+                raise UnusableInputError(
+                    f"{path} is not an .npz file; write it with numpy.savez(FILE, INPUT_NAME=array, ...).",
+                    reason="INVALID_DATA",
+                )
+        if blobs:
+            await upload_blobs(self._connection, blobs, on_progress)
+        return blobs
+
+
+def _model_path(path: Path) -> Path:
+    """The file of a model; a folder stands for the one .onnx file in it."""
+    if not path.is_dir():
+        if not path.exists():
+            raise UsageError(f"There is no file {path}.", details={"path": str(path)})
+        return path
+    candidates = sorted(path.glob("*.onnx"))
+    if len(candidates) != 1:
+        raise UsageError(f"{path} is a folder with {len(candidates)} .onnx files; name the file.")
+    return candidates[0]
+
+
+@asynccontextmanager
+async def _prepared(
+    source: Path, wanted: Conversion
+) -> AsyncIterator[tuple[dict[str, Path], models_pb.SourceFile | None]]:
+    """The files to send by their path in the manifest, and where they came from when they were converted."""
+    try:
+        kind = await asyncio.to_thread(kind_of, source)
+    except OSError as error:
+        raise UsageError(f"Cannot read {source}: {error.strerror}.") from error
+    if needs_conversion(source, kind, wanted):
+        with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
+            target = Path(folder) / f"{source.stem}.onnx"
+            origin = await convert(source, target, wanted)
+            yield await asyncio.to_thread(model_files, target), origin
+        return
+    check_sendable(source, kind)
+    files = await asyncio.to_thread(model_files, source) if kind is FileKind.ONNX else {source.name: source}
+    yield files, None

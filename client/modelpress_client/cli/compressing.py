@@ -1,0 +1,241 @@
+"""`upload` and `compress`: the main job in one command."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from modelpress_client.cli.options import SharedHelp, compression_options
+from modelpress_client.cli.session import Session, run
+from modelpress_client.errors import EXIT_CONSTRAINT_NOT_MET, NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from modelpress_client.async_job import AsyncJob
+    from modelpress_client.cli.progress import Display
+    from modelpress_client.report import Report
+    from modelpress_client.resources import Model
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The options of `upload` and `compress`."""
+
+    inputs: tuple[str, ...]
+    recipe: str
+    overrides: tuple[str, ...]
+    data: Path | None
+    eval_data: Path | None
+    metric: str | None
+    max_drop: float | None
+    output: Path | None
+    report_dir: Path | None
+    labels: tuple[str, ...]
+    skip_cache: bool
+    no_compress: bool
+    detach: bool
+
+
+@click.command(cls=SharedHelp, short_help="Upload a model, compress it, download the result.")
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@compression_options
+@click.option(
+    "--architecture",
+    metavar="MODULE:FACTORY",
+    help="Code that builds the network, for weights alone (state dict, safetensors); needs modelpress[engine].",
+)
+@click.option(
+    "--trust-pickle",
+    is_flag=True,
+    help="Read a pickled module on this machine, running the code in it; needs modelpress[engine].",
+)
+def upload(path: Path, architecture: str | None, trust_pickle: bool, **options: Any) -> None:
+    """Upload the model at PATH, compress it, download the result, print the report.
+
+    The upload resumes where an interrupted one stopped, and skips what the server has. PATH is ONNX (external data
+    beside it is found), TorchScript or torch.export; a folder stands for the one .onnx file in it.
+    """
+    wanted = Wanted(**options)
+
+    async def body(session: Session) -> int | None:
+        files = _result_files(wanted, path.stem, source=path)
+        async with _display(session) as display:
+            from modelpress_client.inputs import parse_inputs
+            from modelpress_client.names import parse_labels
+
+            labels, specs = parse_labels(wanted.labels), parse_inputs(wanted.inputs)
+            # Everything that can be wrong is checked before anything large is sent.
+            recipe = None if wanted.no_compress else await _recipe(session, wanted)
+            model = await session.client.upload(
+                path,
+                inputs=specs,
+                architecture=architecture,
+                trust_pickle=trust_pickle,
+                labels=labels,
+                on_progress=display.transfer,
+            )
+            if recipe is None:
+                _stored(session, model)
+                return None
+            job = await _submit(session, model, recipe, wanted, display)
+            if wanted.detach:
+                _detached(session, job)
+                return None
+            report = await _finish(job, files, display)
+        return _print_result(session, job, report, files)
+
+    run(body)
+
+
+@click.command(cls=SharedHelp, short_help="The same for a model that the server has.")
+@click.argument("model_name", metavar="MODEL")
+@compression_options
+def compress(model_name: str, **options: Any) -> None:
+    """Compress MODEL, which the server already has; the same as 'upload' otherwise."""
+    wanted = Wanted(**options)
+
+    async def body(session: Session) -> int | None:
+        async with _display(session) as display:
+            model = await session.client.model(model_name)
+            if wanted.no_compress:
+                _stored(session, model)
+                return None
+            _check_inputs(model, wanted.inputs)
+            files = _result_files(wanted, Path(model.display_name or model_name).stem, source=None)
+            job = await _submit(session, model, await _recipe(session, wanted), wanted, display)
+            if wanted.detach:
+                _detached(session, job)
+                return None
+            report = await _finish(job, files, display)
+        return _print_result(session, job, report, files)
+
+    run(body)
+
+
+COMMANDS = (upload, compress)
+
+
+@dataclass(frozen=True)
+class ResultFiles:
+    """Where the result goes."""
+
+    model: Path
+    report_json: Path
+    report_html: Path
+
+
+def _result_files(wanted: Wanted, stem: str, *, source: Path | None) -> ResultFiles:
+    """Names the files, and refuses early what could not be written at the end."""
+    name = f"{stem}.optimized.onnx"
+    output = wanted.output or Path(name)
+    if output.is_dir():
+        output /= name
+    if source is not None and output.exists() and source.exists() and output.samefile(source):
+        raise UsageError(f"--output {output} is the model itself; choose another file.")
+    reports = wanted.report_dir or output.parent
+    if not wanted.no_compress and not wanted.detach:
+        for folder in (output.parent, reports):
+            existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+            if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+                raise UsageError(f"Cannot write to {folder}; choose another place with -o or --report-dir.")
+    return ResultFiles(output, reports / f"{stem}.report.json", reports / f"{stem}.report.html")
+
+
+@asynccontextmanager
+async def _display(session: Session) -> AsyncIterator[Display]:
+    from modelpress_client.cli.progress import display
+
+    with display(quiet=session.shared.quiet) as shown:
+        yield shown
+
+
+async def _recipe(session: Session, wanted: Wanted) -> Any:
+    return await session.client.resolve_recipe(
+        wanted.recipe, overrides=wanted.overrides, metric=wanted.metric, max_drop=wanted.max_drop
+    )
+
+
+def _check_inputs(model: Model, inputs: tuple[str, ...]) -> None:
+    """A model's inputs belong to the model: other ones need another upload."""
+    from modelpress_client.inputs import format_input, parse_inputs
+
+    hints = {format_input(spec) for spec in model.message.input_hints}
+    known = hints | set(model.inputs)
+    for spec in parse_inputs(inputs):
+        if format_input(spec) not in known:
+            raise UsageError(
+                f"{model.name} was uploaded with other inputs than '{format_input(spec)}'; inputs belong to the model. "
+                "Upload it again with --input."
+            )
+
+
+async def _submit(session: Session, model: Model, recipe: Any, wanted: Wanted, display: Display) -> AsyncJob:
+    from modelpress_client.names import parse_labels
+
+    job = await session.client.compress(
+        model,
+        recipe=recipe,
+        data=wanted.data,
+        eval=wanted.eval_data,
+        labels=parse_labels(wanted.labels),
+        skip_cache=wanted.skip_cache,
+        on_progress=display.transfer,
+    )
+    session.job = job.name
+    return job
+
+
+async def _finish(job: AsyncJob, files: ResultFiles, display: Display) -> Report:
+    async for event in job.watch():
+        display.event(event)
+    report = await job.report()
+    await job.download(files.model, on_progress=display.transfer)
+    await job.download(files.report_json, artifact="report.json")
+    # A server may keep no HTML; the figures are all in report.json.
+    with contextlib.suppress(NotFoundError):
+        await job.download(files.report_html, artifact="report.html")
+    return report
+
+
+def _print_result(session: Session, job: AsyncJob, report: Report, files: ResultFiles) -> int | None:
+    from modelpress_client.cli.report_text import print_report
+
+    if session.shared.json:
+        session.out.document(
+            {
+                "model": job.message.spec.model,
+                "job": job.name,
+                "state": job.state,
+                "output": str(files.model),
+                "from_cache": job.message.from_cache,
+                "report": report.to_dict(),
+            }
+        )
+    else:
+        print_report(session.out.console(), report)
+    cached = " (an identical job had succeeded before; --skip-cache runs it again)" if job.message.from_cache else ""
+    session.out.hint(f"Job     {job.name}{cached}\nModel   {files.model}\nReport  {files.report_html}")
+    if report.constraints.met:
+        return None
+    broken = "; ".join(report.constraints.violations) or "see the report"
+    session.out.hint(f"A constraint is not met: {broken}")
+    return EXIT_CONSTRAINT_NOT_MET
+
+
+def _stored(session: Session, model: Model) -> None:
+    session.out.document({"model": model.name, "job": None, "state": None, "output": None, "report": None})
+    session.out.data(model.name)
+
+
+def _detached(session: Session, job: AsyncJob) -> None:
+    session.out.document(
+        {"model": job.message.spec.model, "job": job.name, "state": job.state, "output": None, "report": None}
+    )
+    session.out.data(job.name)
+    session.out.hint(session.what_goes_on())

@@ -1,0 +1,63 @@
+"""What a command writes: data to stdout, progress and hints to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PIPED_WIDTH = 120  # columns of tables that do not go to a terminal
+MAX_WIDTH = 120
+
+
+class Output:
+    """The two streams of one command."""
+
+    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+
+    def data(self, text: str) -> None:
+        """Data as text, unless the command answers with JSON."""
+        if not self.as_json:
+            _write(sys.stdout, text)
+
+    def document(self, document: Any) -> None:
+        """The one JSON document, when the command answers with JSON."""
+        if self.as_json:
+            _write(sys.stdout, json.dumps(document, indent=2, ensure_ascii=False))
+
+    def hint(self, text: str) -> None:
+        """A remark for people."""
+        if not self.quiet:
+            _write(sys.stderr, text)
+
+    def error(self, text: str) -> None:
+        """What went wrong; never quiet."""
+        _write(sys.stderr, f"Error: {text}")
+
+    def console(self) -> Console:
+        """A console on stdout for tables."""
+        return _console(sys.stdout)
+
+
+def stderr_console() -> Console:
+    """A console on stderr for progress."""
+    return _console(sys.stderr)
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    console = Console(file=stream, highlight=False, soft_wrap=False)
+    console.width = min(console.width, MAX_WIDTH) if stream.isatty() else PIPED_WIDTH
+    return console
+
+
+def _write(stream: TextIO, text: str) -> None:
+    # A name on the server may have characters that this terminal cannot show.
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)

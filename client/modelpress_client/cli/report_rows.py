@@ -1,0 +1,133 @@
+"""The figures of a report as rows of text, for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from modelpress_client.cli import units
+from modelpress_client.report import LatencyRow, Report, StepReport
+
+MAX_REASONS = 4  # per step; report.html has all
+MAX_NODES = 3  # named for each reason
+EVEN = 0.01  # a change below 1 % is none
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of both models. good: whether the change is for the better; None: neither."""
+
+    name: str
+    original: str
+    optimized: str
+    change: str
+    good: bool | None = None
+
+
+def main_rows(report: Report) -> list[Row]:
+    """Size, parameters, MACs, latency, accuracy."""
+    original, optimized = report.original, report.optimized
+    rows = [
+        _ratio_row("Size as ONNX", original.onnx_size_bytes, optimized.size_bytes, report.size_ratio),
+        _count_row("Parameters", original.parameters, optimized.parameters),
+        _count_row("Non-zero", original.nonzero_parameters, optimized.nonzero_parameters),
+        _count_row("MACs", original.macs, optimized.macs),
+    ]
+    rows += [_latency_row(row) for row in report.latency]
+    accuracy = report.accuracy
+    if accuracy is not None:
+        drop = accuracy.drop
+        change = "" if drop is None else "unchanged" if drop == 0 else f"{-drop:+.4f}"
+        samples = f" ({accuracy.samples} samples)" if accuracy.samples is not None else ""
+        rows.append(
+            Row(
+                f"{accuracy.metric}{samples}",
+                units.number(accuracy.original),
+                units.number(accuracy.optimized),
+                change,
+                None if drop is None or drop == 0 else drop < 0,
+            )
+        )
+    return rows
+
+
+def fidelity_lines(report: Report) -> list[str]:
+    """How close the outputs are; where the data was made up, it says so."""
+    fidelity = report.fidelity
+    if fidelity is None:
+        return []
+    source = "your data" if fidelity.data == "provided" else "synthetic inputs (pass --data for real ones)"
+    lines = [f"measured on {fidelity.samples if fidelity.samples is not None else 'unknown'} samples of {source}"]
+    if fidelity.top1_agreement is not None:
+        lines.append(f"same class as the original on {fidelity.top1_agreement:.2%} of them")
+    for name, output in fidelity.outputs.items():
+        figures = [
+            f"cosine {units.number(output.cosine, 6)}" if output.cosine is not None else "",
+            f"SQNR {output.sqnr_db:.1f} dB" if output.sqnr_db is not None else "",
+            f"largest error {units.number(output.max_abs_error, 3)}" if output.max_abs_error is not None else "",
+        ]
+        lines.append(f"{name}: {', '.join(filter(None, figures)) or 'not measured'}")
+    return lines
+
+
+def changes_text(step: StepReport) -> str:
+    """`conv_batchnorm 20, constants 5`; the largest first."""
+    done = sorted(
+        ((count, name) for name, count in step.changes.items() if count), key=lambda item: (-item[0], item[1])
+    )
+    return ", ".join(f"{name.replace('_', ' ')} {units.count(count)}" for count, name in done) or "nothing to do"
+
+
+def skipped_lines(step: StepReport) -> list[str]:
+    """`3x weight is not constant (conv_3, conv_7, ...)`; the most frequent reasons first."""
+    reasons = Counter(item.reason for item in step.skipped)
+    lines = []
+    for reason, count in reasons.most_common(MAX_REASONS):
+        nodes = [item.node for item in step.skipped if item.reason == reason and item.node]
+        shown = ", ".join(nodes[:MAX_NODES]) + (", …" if len(nodes) > MAX_NODES else "")
+        lines.append(f"{count}x " * (count > 1) + reason + (f" ({shown})" if shown else ""))
+    if len(reasons) > MAX_REASONS:
+        lines.append(f"and {len(reasons) - MAX_REASONS} other reasons")
+    return lines
+
+
+def _ratio_row(name: str, before: int | None, after: int | None, ratio: float | None) -> Row:
+    if ratio is None:
+        return Row(name, units.size(before), units.size(after), "")
+    change = (
+        "unchanged" if abs(ratio - 1) < EVEN else f"{ratio:.2f}x smaller" if ratio > 1 else f"{1 / ratio:.2f}x larger"
+    )
+    return Row(name, units.size(before), units.size(after), change, None if change == "unchanged" else ratio > 1)
+
+
+def _count_row(name: str, before: int | None, after: int | None) -> Row:
+    change, good = "", None
+    if before and after is not None and before != after:
+        change, good = f"{(after - before) / before:+.1%}", after < before
+    return Row(name, units.count(before), units.count(after), change, good)
+
+
+def _latency_row(row: LatencyRow) -> Row:
+    provider = row.execution_provider.removesuffix("ExecutionProvider")
+    threads = "" if row.threads is None else f", {row.threads} thread{'s' if row.threads != 1 else ''}"
+    batch = "" if row.batch_size is None else f", batch {row.batch_size}"
+    speedup = row.speedup
+    change, good = "", None
+    if speedup.median is not None:
+        interval = ""
+        # An interval with 1 in it says that no difference was shown.
+        even = False
+        if speedup.low is not None and speedup.high is not None:
+            interval = f" [{speedup.low:.2f}, {speedup.high:.2f}]"
+            even = speedup.low <= 1 <= speedup.high
+        faster = speedup.median >= 1
+        factor = speedup.median if faster else 1 / speedup.median
+        word = "no clear difference" if even else f"{factor:.2f}x {'faster' if faster else 'slower'}"
+        change, good = f"{word}{interval}", None if even else faster
+    return Row(
+        f"p50 {provider}{threads}{batch}",
+        units.milliseconds(row.original.p50_ms),
+        units.milliseconds(row.optimized.p50_ms),
+        change,
+        good,
+    )

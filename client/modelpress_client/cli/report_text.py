@@ -1,0 +1,60 @@
+"""A report for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from modelpress_client.cli import units
+from modelpress_client.cli.report_rows import changes_text, fidelity_lines, main_rows, skipped_lines
+from modelpress_client.cli.tables import plain_table
+from modelpress_client.report import Report
+
+_GOOD = {True: "green", False: "red", None: "dim"}
+
+
+def print_report(console: Console, report: Report) -> None:
+    """Prints the figures, what each step did and did not do, and the warnings."""
+    _figures(console, report)
+    _section(console, "Outputs", fidelity_lines(report))
+    _steps(console, report)
+    if report.warnings:
+        console.print(Text("\nWarnings", style="bold yellow"))
+        for warning in report.warnings:
+            console.print(Padding(Text(warning), (0, 0, 0, 2)))
+    if not report.constraints.met:
+        console.print(Text("\nConstraints not met", style="bold red"))
+        for violation in report.constraints.violations:
+            console.print(Padding(Text(violation), (0, 0, 0, 2)))
+    console.print()
+
+
+def _figures(console: Console, report: Report) -> None:
+    console.print()
+    table = plain_table("", f"Original ({report.original.format})", "Optimized (onnx)", "Change", right=(1, 2))
+    for row in main_rows(report):
+        table.add_row(
+            Text(row.name, style="bold"), row.original, row.optimized, Text(row.change, style=_GOOD[row.good])
+        )
+    console.print(table)
+
+
+def _section(console: Console, title: str, lines: list[str]) -> None:
+    if lines:
+        console.print(Text(f"\n{title}", style="bold"))
+        for line in lines:
+            console.print(Padding(Text(line), (0, 0, 0, 2)))
+
+
+def _steps(console: Console, report: Report) -> None:
+    if not report.steps:
+        return
+    console.print()
+    table = plain_table("Step", "What it did", "Size", "Time", right=(2, 3))
+    for step in report.steps:
+        did = Text(changes_text(step))
+        for line in skipped_lines(step):
+            did.append(f"\nnot: {line}", style="dim")
+        table.add_row(Text(step.name), did, units.size(step.size_bytes), units.seconds(step.duration_s))
+    console.print(table)

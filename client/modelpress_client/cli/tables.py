@@ -1,0 +1,207 @@
+"""Models, jobs and the server as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from modelpress_client.cli import units
+from modelpress_client.cli.progress import describe
+from modelpress_client.errors import status_details
+from modelpress_client.inputs import format_input
+from modelpress_client.jsonable import enum_name
+from modelpress_client.names import short_name
+from modelpress_client.recipes import to_yaml
+from modelpress_client.resources import Model, job_event, job_state
+
+if TYPE_CHECKING:
+    from modelpress_protos.v1 import job_service_pb2 as jobs_pb
+    from modelpress_protos.v1 import server_service_pb2 as server_pb
+
+_COLORS = {
+    "SUCCEEDED": "green",
+    "ACTIVE": "green",
+    "FAILED": "red",
+    "REJECTED": "red",
+    "EXPIRED": "red",
+    "CANCELLED": "yellow",
+    "CANCELLING": "yellow",
+    "RUNNING": "cyan",
+    "PROCESSING": "cyan",
+}
+_SEVERITIES = {1: ("note", "dim"), 2: ("warning", "yellow"), 3: ("refused", "red")}
+
+
+def plain_table(*columns: str, right: Sequence[int] = ()) -> Table:
+    """A table without lines."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    return table
+
+
+def facts(console: Console, rows: Iterable[tuple[str, str | Text]]) -> None:
+    """Pairs, one a line; rows without a value are left out."""
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        if value:
+            table.add_row(name, value if isinstance(value, Text) else Text(value))
+    console.print(table)
+
+
+def print_models(console: Console, found: Sequence[Model]) -> None:
+    """One line a model."""
+    table = plain_table("Model", "State", "Format", "Size", "File", "Created", right=(3,))
+    for model in found:
+        table.add_row(
+            short_name(model.name),
+            _state(model.state),
+            model.format if model.format != "UNSPECIFIED" else "",
+            units.size(model.size_bytes),
+            Text(model.display_name),
+            _time(model.message.create_time),
+        )
+    console.print(table)
+
+
+def print_jobs(console: Console, found: Sequence[jobs_pb.Job]) -> None:
+    """One line a job."""
+    table = plain_table("Job", "State", "Model", "Size", "Speed-up", "Created", "", right=(3, 4))
+    for job in found:
+        summary = job.summary
+        ended_well = job_state(job.state) == "SUCCEEDED"
+        sizes = f"{units.size(summary.original_size_bytes)} → {units.size(summary.optimized_size_bytes)}"
+        table.add_row(
+            short_name(job.name),
+            _state(job_state(job.state)),
+            short_name(job.spec.model),
+            sizes if ended_well else "",
+            f"{summary.speedup:.2f}x" if summary.HasField("speedup") else "",
+            _time(job.create_time),
+            Text(_remark(job), overflow="ellipsis", no_wrap=True),
+        )
+    console.print(table)
+
+
+def print_job(console: Console, job: jobs_pb.Job) -> None:
+    """Everything that a person asks of a job."""
+    details = status_details(job.error)
+    facts(
+        console,
+        [
+            ("Job", job.name),
+            ("State", _state(job_state(job.state))),
+            ("", _remark(job)),
+            ("Error", f"{details.reason}: {job.error.message}" if job.error.message else ""),
+            ("Model", job.spec.model),
+            ("Attempt", str(job.attempt) if job.attempt > 1 else ""),
+            ("From cache", "yes" if job.from_cache else ""),
+            ("Labels", ", ".join(f"{key}={job.labels[key]}" for key in sorted(job.labels))),
+            ("Created", _time(job.create_time)),
+            ("Started", _time(job.start_time)),
+            ("Ended", _time(job.end_time)),
+            ("Results", ", ".join(entry.path for item in job.artifacts for entry in item.files)),
+        ],
+    )
+    if job.spec.HasField("recipe"):
+        console.print("\n[bold]Recipe[/bold]")
+        console.print(Text(to_yaml(job.spec.recipe).rstrip()))
+
+
+def print_model(console: Console, model: Model) -> None:
+    """What the server found in a model."""
+    inspection = model.message.inspection
+    macs = inspection.macs if inspection.HasField("macs") else None
+    active = model.state == "ACTIVE"
+    error = model.message.error
+    facts(
+        console,
+        [
+            ("Model", model.name),
+            ("File", model.display_name),
+            ("State", _state(model.state)),
+            ("Refused", f"{status_details(error).reason}: {error.message}" if error.message else ""),
+            ("Format", model.format if model.format != "UNSPECIFIED" else ""),
+            ("Size", units.size(model.size_bytes)),
+            ("Parameters", units.count(inspection.parameter_count) if active else ""),
+            ("MACs", units.count(macs) if active else ""),
+            ("Opset", str(inspection.opset) if inspection.opset else ""),
+            ("Producer", inspection.producer),
+            ("Inputs", "\n".join(map(format_input, inspection.inputs))),
+            ("Outputs", "\n".join(map(format_input, inspection.outputs))),
+            ("Operators", _operators(inspection.op_counts)),
+        ],
+    )
+    for finding in inspection.findings:
+        word, color = _SEVERITIES.get(finding.severity, ("note", "dim"))
+        console.print(Text.assemble((f"{word}: ", color), f"{finding.detail} ", (f"[{finding.code}]", "dim")))
+
+
+def print_presets(console: Console, presets: Iterable[server_pb.Preset]) -> None:
+    """One line a preset."""
+    table = plain_table("Preset", "Steps", "Good for")
+    for preset in presets:
+        steps = " → ".join(step.WhichOneof("technique") or "" for step in preset.recipe.steps)
+        table.add_row(Text(preset.name, style="bold"), steps or "convert only", Text(preset.summary))
+    console.print(table)
+
+
+def print_server(console: Console, server: server_pb.ServerInfo) -> None:
+    """What the server is and allows."""
+    from modelpress_protos.v1.common_pb2 import ModelFormat
+
+    sandbox = {1: "1: limits, own process group", 2: "2: no files, no network"}
+    facts(
+        console,
+        [
+            ("Version", server.version),
+            ("API", ", ".join(server.api_versions)),
+            ("Formats", ", ".join(enum_name(ModelFormat, value, "MODEL_FORMAT_") for value in server.formats)),
+            ("Devices", ", ".join(server.devices)),
+            ("Jobs", f"{server.running_jobs} running of {server.workers} at a time, {server.queued_jobs} waiting"),
+            ("Largest file", units.size(server.max_blob_bytes)),
+            ("Longest run", units.seconds(server.max_run_seconds)),
+            ("Worker memory", units.size(server.worker_memory_bytes) if server.worker_memory_bytes else "no limit"),
+            ("Sandbox", sandbox.get(server.sandbox_level, str(server.sandbox_level))),
+            ("Toolchain", ", ".join(f"{name} {server.toolchain[name]}" for name in sorted(server.toolchain))),
+        ],
+    )
+    for technique in server.techniques:
+        console.print(Text.assemble("\n", (technique.name, "bold"), f"  {technique.summary}"))
+        table = plain_table("  option", "type", "default", "values", "")
+        for option in technique.options:
+            values = ", ".join(option.allowed) or option.range
+            table.add_row(f"  {option.name}", option.type, option.default_value, Text(values), Text(option.description))
+        console.print(table)
+    console.print()
+    print_presets(console, server.presets)
+
+
+def _state(state: str) -> Text:
+    return Text(state.lower(), style=_COLORS.get(state, ""))
+
+
+def _remark(job: jobs_pb.Job) -> str:
+    state = job_state(job.state)
+    if state in ("QUEUED", "RUNNING"):
+        line = describe(job_event("snapshot", 0, job.state, job.progress))
+        return f"{line}, {units.percent(job.progress.fraction)}" if state == "RUNNING" else line
+    if state == "SUCCEEDED":
+        return "" if job.summary.constraints_met else "a constraint is not met"
+    return job.error.message.split("\n", 1)[0]
+
+
+def _time(time: Timestamp) -> str:
+    return str(time.ToDatetime().strftime("%Y-%m-%d %H:%M:%S UTC")) if time.seconds else ""
+
+
+def _operators(counts: Mapping[str, int]) -> str:
+    items = counts.items()
+    return ", ".join(f"{name} {count}" for name, count in sorted(items, key=lambda item: (-item[1], item[0])))

@@ -1,0 +1,126 @@
+"""Conversion on the user's own machine of what no server reads: state dicts and pickled modules.
+
+The engine does it in a process of its own, `python -m modelpress_compression.convert`, so that this package needs
+neither torch nor onnx, and a crash of the user's code is no crash of the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelpress_protos.v1.common_pb2 import Digest, ModelFormat, TensorSpec
+from modelpress_protos.v1.model_service_pb2 import SourceFile
+
+from modelpress_client.errors import MissingExtraError, ServerError, UnusableInputError, UsageError
+from modelpress_client.formats import FileKind
+from modelpress_client.inputs import format_input
+
+ENGINE_MODULE = "modelpress_compression.convert"
+ENGINE_PACKAGES = ("modelpress_compression", "torch", "onnx", "onnx_ir", "onnxscript")
+MAX_SHOWN_CHARS = 2000  # of what a conversion that broke has printed
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What the user said about a file that needs code to be read."""
+
+    architecture: str | None = None
+    trust_pickle: bool = False
+    inputs: tuple[TensorSpec, ...] = ()
+
+
+def needs_conversion(path: Path, kind: FileKind, wanted: Conversion) -> bool:
+    """Whether the file is converted here before it is sent. Raises UsageError when the options do not fit the file."""
+    if kind in (FileKind.STATE_DICT, FileKind.SAFETENSORS) and wanted.architecture:
+        return True
+    if kind is FileKind.PICKLED_MODULE and (wanted.trust_pickle or wanted.architecture):
+        if not wanted.trust_pickle:
+            raise UsageError(
+                f"{path} is {kind.value}: reading it runs the code in it. Pass --trust-pickle if you trust it."
+            )
+        return True
+    if wanted.architecture:
+        raise UsageError(f"{path} is {kind.value}; --architecture is for weights alone (a state dict or safetensors).")
+    return False
+
+
+async def convert(path: Path, target: Path, wanted: Conversion) -> SourceFile:
+    """Writes `target` (ONNX) and says what the source was.
+
+    Raises MissingExtraError without the engine, UsageError without inputs, and UnusableInputError when the conversion
+    does not succeed.
+    """
+    if not wanted.inputs:
+        raise UsageError(
+            f"{path} does not record its inputs. Name each with --input NAME:DTYPE[DIM,...], for example "
+            "--input 'x:float32[batch,3,224,224]' (in Python: inputs=[...])."
+        )
+    missing = [name for name in ENGINE_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"Converting {path} needs {', '.join(missing)} on this machine. Run: pip install 'modelpress[engine]'"
+        )
+    arguments = [str(path), "--output", str(target), "--json"]
+    for spec in wanted.inputs:
+        arguments += ["--input", format_input(spec)]
+    if wanted.architecture:
+        arguments += ["--architecture", wanted.architecture]
+    if wanted.trust_pickle:
+        arguments.append("--trust-pickle")
+    return _source_file(path, await _run(path, arguments))
+
+
+async def _run(path: Path, arguments: Sequence[str]) -> dict[str, Any]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", ENGINE_MODULE, *arguments),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        output, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    document = _last_json_object(output.decode(errors="replace"))
+    if document is None or (process.returncode and "error" not in document):
+        tail = errors.decode(errors="replace").strip()[-MAX_SHOWN_CHARS:]
+        raise ServerError(
+            f"Converting {path} broke with exit code {process.returncode}. It printed:\n{tail or '(nothing)'}",
+            reason="CONVERSION_BROKE",
+        )
+    if "error" in document:
+        error = document["error"]
+        raise UnusableInputError(
+            f"Cannot convert {path}: {error.get('message', 'no message')}", reason=str(error.get("reason", ""))
+        )
+    return document
+
+
+def _last_json_object(text: str) -> dict[str, Any] | None:
+    """The user's own code may print; the document is the last line, or everything."""
+    for candidate in (text.strip().rsplit("\n", 1)[-1], text):
+        try:
+            document = json.loads(candidate)
+        except ValueError:
+            continue
+        if isinstance(document, dict):
+            return document
+    return None
+
+
+def _source_file(path: Path, document: dict[str, Any]) -> SourceFile:
+    try:
+        digest = Digest(sha256=bytes.fromhex(document["sha256"]), size_bytes=document["size_bytes"])
+        return SourceFile(format=ModelFormat.Value(f"MODEL_FORMAT_{document['format'].upper()}"), digest=digest)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ServerError(f"Converting {path} gave an answer that this client does not understand.") from error
