@@ -11,6 +11,7 @@ version is the floor of `grpcio` and `protobuf` in pyproject.toml.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -51,11 +52,7 @@ def generate(out: Path) -> None:
 
 
 def stubs(root: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(root)): path.read_bytes()
-        for pattern in STUB_PATTERNS
-        for path in root.rglob(pattern)
-    }
+    return {str(path.relative_to(root)): path.read_bytes() for pattern in STUB_PATTERNS for path in root.rglob(pattern)}
 
 
 def check() -> int:
@@ -81,8 +78,13 @@ def lint() -> int:
         status = Path(folder) / "third_party/google/rpc/status.proto"
         status.parent.mkdir(parents=True)
         shutil.copyfile(common_protos() / "google/rpc/status.proto", status)
-        config = (ROOT / "buf.yaml").read_text().replace(
-            "modules:\n  - path: .", "modules:\n  - path: protos\n  - path: third_party\n    lint: {ignore: [third_party]}"
+        config = (
+            (ROOT / "buf.yaml")
+            .read_text()
+            .replace(
+                "modules:\n  - path: .",
+                "modules:\n  - path: protos\n  - path: third_party\n    lint: {ignore: [third_party]}",
+            )
         )
         (Path(folder) / "buf.yaml").write_text(config)
         return subprocess.run(["buf", "lint"], cwd=folder, check=False).returncode
@@ -93,6 +95,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with the committed stubs instead of writing")
     parser.add_argument("--lint", action="store_true", help="run buf lint")
     arguments = parser.parse_args()
+    # protoc's plug-ins and buf lie beside the interpreter, whose folder need not be on PATH (.venv/bin/pytest).
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if arguments.lint:
         return lint()
     if arguments.check:
