@@ -66,7 +66,7 @@ def local_executor(settings: Settings) -> Executor:
     from modelpress_server.executors.local import LocalExecutor
 
     return LocalExecutor(
-        spare_workers=settings.spare_workers,
+        spares=settings.spare_workers,
         sandbox=settings.sandbox,
         temp_root=settings.data_dir / "work",
     )

@@ -98,6 +98,7 @@ def command(**values: Any) -> None:
             stream=sys.stderr,
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every plugin
         asyncio.run(_serve(settings))
     except SettingsError as error:
         raise click.UsageError(str(error)) from error

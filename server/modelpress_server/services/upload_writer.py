@@ -91,12 +91,14 @@ class UploadWriter:
                 self._write = asyncio.ensure_future(self._blobs.run(self._partial.append, message.data))
                 self._offset += len(message.data)
             if message.finish_write:
+                await self._written()
                 return True
             if self._offset - self._ack_from >= self._settings.ack_interval_bytes and self._ack_is_done():
                 self._ack_from = self._offset
                 self._ack = asyncio.create_task(self._acknowledge(self._write))
             message = await next_message(self._context, self._session, self._settings.upload_idle_timeout_s)
             self._session.active_at_s = time.monotonic()
+        await self._written()
         return False
 
     def _check(self, message: Request) -> None:

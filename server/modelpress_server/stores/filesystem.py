@@ -54,7 +54,7 @@ class PartialFile:
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         present = os.fstat(self._fd).st_size
         if present < committed_size:
-            os.close(self._fd)
+            self.close()
             raise FileNotFoundError(errno.ENOENT, "an upload is shorter than what was acknowledged", str(self.path))
         os.ftruncate(self._fd, committed_size)
         if self.size_bytes != committed_size:
