@@ -20,6 +20,7 @@ MAX_DEFLATED_BYTES = 256 * 1024 * 1024  # 256 MiB, all deflated members together
 MAX_RATIO = 200  # unpacked over packed, of one deflated member
 _RATIO_FLOOR_BYTES = 1024 * 1024  # small members may be as repetitive as they like
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_END = struct.Struct("<4s4H2LH")
 _CODE_SUFFIXES = (".py", ".debug_pkl", ".pkl", ".json")
 
 
@@ -31,6 +32,7 @@ def check_zip(source: Path | IO[bytes], what: str = "The archive") -> list[zipfi
     try:
         with zipfile.ZipFile(source) as archive:
             members = archive.infolist()
+            _check_end(archive, what)
             _check_names(members, what)
             _check_deflated(members, what)
             _check_extents(archive, members, what)
@@ -54,7 +56,7 @@ def _check_names(members: list[zipfile.ZipInfo], what: str) -> None:
     for info in members:
         name = info.filename
         # orig_filename: what stands in the file; ZipInfo cuts names at a NUL, other readers do not.
-        if name in seen:
+        if name.lower() in seen:  # torch's reader does not tell upper from lower case
             raise _reject(f"{what} has two members named {name[:80]!r}.")
         if info.orig_filename != name or name.startswith("/") or "\\" in name or ":" in name.split("/")[0]:
             raise _reject(f"{what} has a member with the name {info.orig_filename[:80]!r}.")
@@ -62,7 +64,7 @@ def _check_names(members: list[zipfile.ZipInfo], what: str) -> None:
             raise _reject(f"{what} has a member that points outside of it: {name[:80]!r}.")
         if info.flag_bits & 0x1:
             raise _reject(f"{what} is encrypted.")
-        seen.add(name)
+        seen.add(name.lower())
 
 
 def _check_deflated(members: list[zipfile.ZipInfo], what: str) -> None:
@@ -83,6 +85,18 @@ def _check_deflated(members: list[zipfile.ZipInfo], what: str) -> None:
             )
     if total > MAX_DEFLATED_BYTES:
         raise _reject(f"{what}: its deflated members unpack to {total} bytes; at most {MAX_DEFLATED_BYTES} are read.")
+
+
+def _check_end(archive: zipfile.ZipFile, what: str) -> None:
+    """The directory's end must be the file's end, and lie where it says: readers differ in where they look for it."""
+    file = archive.fp
+    if file is None:
+        raise ValueError("closed")
+    file.seek(-_END.size, 2)
+    record = _END.unpack(file.read(_END.size))
+    directory = record[6]
+    if record[0] != b"PK\x05\x06" or record[7] != 0 or directory not in (archive.start_dir, 0xFFFFFFFF):
+        raise _reject(f"{what} has something before its first or after its last part.")
 
 
 def _check_extents(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], what: str) -> None:

@@ -1,0 +1,109 @@
+"""What a torch.export archive (.pt2) may contain, checked before torch reads it.
+
+torch.export.load was not made for strangers' files. It executes
+- pickles: sample inputs, some weights and constants are read with `weights_only=False` when `True` fails;
+- native code: libraries in `data/aotinductor`;
+- Python: symbolic sizes are `sympify`ed (which is `eval`), guards are `exec`uted, names of inputs and nodes become the
+  source of a generated function, and pytree contexts import modules;
+- any function of `torch` that a node names as its target.
+
+So everything that is executed is held against a list of what exporters write.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from modelpress_compression.errors import RejectedModelError, UnsupportedFormatError
+from modelpress_compression.loaders.pickle_scan import MAX_PICKLE_BYTES, check_tensors_only
+from modelpress_compression.loaders.program_graph import check_program
+from modelpress_compression.loaders.zip_check import check_zip, read_member
+
+MAX_PROGRAM_BYTES = 512 * 1024 * 1024  # 512 MiB of JSON
+MAX_SAMPLE_BYTES = 2 * 1024**3  # 2 GiB of tensors that are stored as a pickle
+
+_WEIGHTS, _CONSTANTS, _SAMPLES = "data/weights/", "data/constants/", "data/sample_inputs/"
+_CONFIGS = ("_weights_config.json", "_constants_config.json")
+# Before torch 2.8 the members lay at the archive's root.
+_OLD_PICKLES = ("serialized_state_dict.pt", "serialized_constants.pt", "serialized_example_inputs.pt")
+
+
+def check_archive(path: Path) -> None:
+    """Raises RejectedModelError for whatever would execute more than the model, UnsupportedFormatError for damage."""
+    members = check_zip(path, "The torch.export archive")
+    with zipfile.ZipFile(path) as archive:
+        # torch finds members whatever the case of their names.
+        inner = {_inner(info.filename): info for info in members}
+        pickled: set[str] = set()
+        for name, info in inner.items():
+            if name.startswith("data/aotinductor/"):
+                raise RejectedModelError(
+                    "The archive holds native code (AOTInductor), which is not executed here; save the program with "
+                    "torch.export.save.",
+                    finding="NATIVE_CODE",
+                )
+            if name.startswith("models/") or name == "serialized_exported_program.json":
+                check_program(_json(archive, info))
+            elif name.startswith((_WEIGHTS, _CONSTANTS)) and name.endswith(_CONFIGS):
+                pickled |= _pickled(_json(archive, info), name.rsplit("/", 1)[0])
+            elif (
+                name.startswith(_SAMPLES)
+                or name in _OLD_PICKLES
+                or (name.startswith((_WEIGHTS, _CONSTANTS)) and name.endswith(".pt"))
+            ):
+                pickled.add(name)
+        for name in sorted(pickled & inner.keys()):
+            check_torch_save(read_member(archive, inner[name], MAX_SAMPLE_BYTES), f"The archive's {name[:80]}")
+
+
+def _inner(name: str) -> str:
+    """A member's name without the archive's own folder, in lower case."""
+    lowered = name.lower()
+    if lowered.startswith("serialized_"):
+        return lowered
+    return lowered.split("/", 1)[-1]
+
+
+def _json(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
+    try:
+        return json.loads(read_member(archive, info, MAX_PROGRAM_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise UnsupportedFormatError(
+            f"The archive's {info.filename[:80]} is no readable JSON; save it again."
+        ) from error
+
+
+def _pickled(config: Any, folder: str) -> set[str]:
+    """Members that torch will unpickle, from the table that says how each tensor is stored."""
+    entries = config.get("config") if isinstance(config, dict) else None
+    found: set[str] = set()
+    for entry in (entries or {}).values():
+        path = str(entry.get("path_name", "")).lower() if isinstance(entry, dict) else ""
+        if not path.startswith(("weight_", "tensor_")) or "/" in path or ".." in path:
+            raise RejectedModelError(
+                f"The archive stores something other than tensors ({path[:80]!r}); only tensors are read.",
+                finding="CUSTOM_OBJECT",
+            )
+        if entry.get("use_pickle", True):
+            found.add(f"{folder}/{path}")
+    return found
+
+
+def check_torch_save(data: bytes, what: str) -> None:
+    """Refuses what torch.save wrote, unless it holds tensors alone. Raises RejectedModelError."""
+    if not data:
+        return
+    if not data.startswith(b"PK\x03\x04"):
+        raise RejectedModelError(f"{what} is in torch's old format; save it again.", finding="OLD_PICKLE")
+    members = check_zip(io.BytesIO(data), what)
+    names = {info.filename.lower().rsplit("/", 1)[-1] for info in members}
+    if "constants.pkl" in names or "data.pkl" not in names:
+        raise RejectedModelError(f"{what} is not what torch.export writes.", finding="PICKLE_GLOBAL")
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for info in members:
+            if info.filename.lower().endswith(".pkl"):
+                check_tensors_only(read_member(archive, info, MAX_PICKLE_BYTES), what)

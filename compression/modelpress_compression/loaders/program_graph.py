@@ -1,0 +1,166 @@
+"""The JSON of a torch.export program: every part of it that torch turns into code, held against what exporters write."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from modelpress_compression.errors import RejectedModelError, UnsupportedOperatorError
+
+_NAME = re.compile(r"(?:[A-Za-z_][A-Za-z0-9_.]*)?")
+_KEY = re.compile(r"[\w.\- ]{0,200}", re.ASCII)
+_MAX_EXPRESSION = 10_000  # characters
+
+_OPERATOR_NAMESPACES = frozenset(
+    {
+        "aten",
+        "prims",
+        "prim",
+        "higher_order",
+        "quantized",
+        "quantized_decomposed",
+        "torchvision",
+        "onnx",
+        "onnx_symbolic",
+    }
+)
+# Operators that reach files.
+_FORBIDDEN_OPERATORS = frozenset({"from_file", "save"})
+_PYTHON_OPERATORS = frozenset(
+    "_operator." + name
+    for name in (
+        "getitem", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "pos", "eq", "ne", "lt", "le", "gt",
+        "ge", "and_", "or_", "not_", "xor", "lshift", "rshift", "abs",
+    )
+)  # fmt: skip
+_SYMBOLIC = re.compile(r"torch\.(?:sym_\w+|_sym_\w+)|math\.[a-z]\w*")
+_TREE_TYPES = frozenset({None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"})
+
+_EXPRESSION_CALLS = frozenset(
+    ["Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "Max", "Min", "FloorDiv", "ModularIndexing", "Where", "PythonMod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv", "LShift", "RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "TruncToInt", "TruncToFloat", "RoundToInt", "RoundDecimal", "ToFloat", "Identity", "Equality", "Eq", "Unequality", "Ne", "LessThan", "StrictLessThan", "Le", "Lt", "GreaterThan", "StrictGreaterThan", "Ge", "Gt", "And", "Or", "Not", "Piecewise", "ExprCondPair", "floor", "ceiling", "Abs", "sqrt", "IsNonOverlappingAndDenseIndicator", "BitwiseFn_bitwise_and", "BitwiseFn_bitwise_or"]
+)  # fmt: skip
+_GUARD_ATTRIBUTES = frozenset({"size", "stride", "storage_offset", "shape", "inf", "isnan", "sqrt", "floor", "ceil"})
+_PLAIN = (
+    ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Load, ast.operator, ast.unaryop, ast.boolop,
+    ast.cmpop, ast.keyword, ast.Tuple, ast.IfExp,
+)  # fmt: skip
+
+
+def check_program(document: Any) -> None:
+    """Raises RejectedModelError (finding=PROGRAM), UnsupportedOperatorError for operators of unknown libraries."""
+    for key, value in _walk(document):
+        if key in ("name", "as_name", "fqn") or (key or "").endswith("_name"):
+            if isinstance(value, str) and not _NAME.fullmatch(value):
+                raise _reject(f"the name {value[:80]!r}")
+        elif key in ("target", "as_operator") and isinstance(value, str):
+            _check_target(value)
+        elif key == "expr_str" and isinstance(value, str):
+            check_expression(value, guard=False)
+        elif key in ("in_spec", "out_spec") and isinstance(value, str) and value:
+            _check_tree(value)
+        elif key in ("guards_code", "forward_arg_names") and isinstance(value, list):
+            for item in value:
+                if key == "guards_code":
+                    check_expression(str(item), guard=True)
+                elif not str(item).isidentifier():
+                    raise _reject(f"the argument name {str(item)[:80]!r}")
+        elif (key is not None and key.endswith("_values")) or key == "range_constraints":
+            for name in value if isinstance(value, dict) else ():
+                if not _NAME.fullmatch(name):
+                    raise _reject(f"the name {name[:80]!r}")
+
+
+def _walk(document: Any) -> Iterator[tuple[str | None, Any]]:
+    """Every (key, value) of every object, but for `metadata`, which torch keeps as text."""
+    stack = [document]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            for key, value in item.items():
+                if key == "metadata":
+                    continue
+                yield key, value
+                stack.append(value)
+        elif isinstance(item, list):
+            stack.extend(item)
+
+
+def _reject(what: str) -> RejectedModelError:
+    return RejectedModelError(
+        f"The torch.export program contains {what}, which torch.export does not write; save it again with "
+        f"torch.export.save.",
+        finding="PROGRAM",
+    )
+
+
+def _check_target(target: str) -> None:
+    parts = target.split(".")
+    if target in _PYTHON_OPERATORS or _SYMBOLIC.fullmatch(target):
+        return
+    plain = all(part.isidentifier() and not part.startswith("__") for part in parts)
+    if not plain or parts[:2] != ["torch", "ops"] or len(parts) not in (4, 5) or parts[3] in _FORBIDDEN_OPERATORS:
+        raise _reject(f"a call of {target[:80]!r}")
+    if parts[2] not in _OPERATOR_NAMESPACES:
+        raise UnsupportedOperatorError(
+            f"The program uses the operator {'::'.join(parts[2:4])[:80]!r} of a library that is not part of torch; "
+            f"export the model with torch's own operators.",
+            op_type="::".join(parts[2:4])[:80],
+        )
+
+
+def _check_tree(text: str) -> None:
+    """A pytree's description: types and contexts name what torch would import."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _reject("an unreadable description of its inputs or outputs") from error
+    for key, value in _walk(document):
+        if key == "type" and value not in _TREE_TYPES:
+            raise _reject(
+                f"an input or output of the type {str(value)[:80]!r} (tensors, tuples, lists and dicts are read)"
+            )
+        if key == "context" and isinstance(value, str):
+            context = json.loads(value) if value[:1] in '[n{"0123456789' else None
+            keys = context if isinstance(context, list) else []
+            if context is not None and (not isinstance(context, list) or not all(_is_key(item) for item in keys)):
+                raise _reject("a description of inputs or outputs with foreign content")
+        elif key == "context" and value is not None:
+            raise _reject("a description of inputs or outputs with foreign content")
+
+
+def _is_key(item: object) -> bool:
+    return isinstance(item, int) or (isinstance(item, str) and _KEY.fullmatch(item) is not None)
+
+
+def check_expression(text: str, *, guard: bool) -> None:
+    """A symbolic size, or a guard over `L['x'].size()[0]`. Raises RejectedModelError for anything that is not arithmetic."""
+    if len(text) > _MAX_EXPRESSION:
+        raise _reject("an expression of more than ten thousand characters")
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise _reject(f"the expression {text[:80]!r}") from error
+    for node in ast.walk(tree):
+        if not _is_arithmetic(node, guard=guard):
+            raise _reject(f"the expression {text[:80]!r}")
+
+
+def _is_arithmetic(node: ast.AST, *, guard: bool) -> bool:
+    if isinstance(node, _PLAIN):
+        return True
+    if isinstance(node, ast.Constant):
+        text = node.value
+        return not isinstance(text, bytes) and (not isinstance(text, str) or _NAME.fullmatch(text) is not None)
+    if isinstance(node, ast.Name):
+        return not node.id.startswith("__")
+    if isinstance(node, ast.Call):
+        function = node.func
+        return (isinstance(function, ast.Name) and function.id in _EXPRESSION_CALLS) or (
+            guard and isinstance(function, ast.Attribute) and function.attr in _GUARD_ATTRIBUTES
+        )
+    if guard and isinstance(node, ast.Attribute):
+        return node.attr in _GUARD_ATTRIBUTES
+    return guard and isinstance(node, ast.Subscript | ast.List)

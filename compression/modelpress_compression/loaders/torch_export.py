@@ -1,0 +1,123 @@
+"""torch.export archives (.pt2): checked, loaded, exported, and checked against the program by numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from modelpress_compression.errors import UnsupportedFormatError
+from modelpress_compression.inputs import Array, Feeds
+from modelpress_compression.loaders.exporting import export_checked
+from modelpress_compression.loaders.finish import output_names
+from modelpress_compression.loaders.program_check import check_archive
+from modelpress_compression.loaders.program_inputs import match_specs, program_specs
+from modelpress_compression.loaders.quiet import quiet
+from modelpress_compression.loaders.script_export import ExportRequest, export_plain, export_program
+from modelpress_compression.loaders.source import Source
+from modelpress_compression.loaders.torch_run import REFUSALS, flatten, to_tensors
+from modelpress_compression.loaders.trials import Run, find_trials, first_line
+from modelpress_compression.model import Model, Provenance
+from modelpress_compression.specs import TensorSpec
+
+# Arguments of operators that say "as in training".
+_TRAINING_ARGUMENTS = ("train", "training", "use_input_stats")
+
+
+def load_torch_export(source: Source, specs: Sequence[TensorSpec], folder: str) -> Model:
+    """`folder`: a private folder for the exporter's files. Raises as `loaders.load`."""
+    check_archive(source.main)
+    return convert_program(_read(source.main), specs, Path(folder), source.provenance("torch_export"))
+
+
+def _read(path: Path) -> torch.export.ExportedProgram:
+    try:
+        with quiet():
+            return torch.export.load(str(path))
+    except Exception as error:
+        raise UnsupportedFormatError(
+            f"torch {torch.__version__} cannot read the torch.export archive ({first_line(error)}); "
+            f"save it again with this version of torch, or as ONNX."
+        ) from error
+
+
+def convert_program(
+    program: torch.export.ExportedProgram, specs: Sequence[TensorSpec], folder: Path, provenance: Provenance
+) -> Model:
+    """A program as a `Model`; `specs`, where given, name the dynamic dimensions. Raises as `loaders.load`."""
+    warnings = _to_evaluation(program)
+    own = program_specs(program)
+    specs = match_specs(own, specs) if specs else own
+    with quiet():
+        run = program_runner(program)
+    trials = find_trials(run, specs, (*REFUSALS, torch.fx.experimental.symbolic_shapes.ConstraintViolationError))
+    request = ExportRequest(
+        module=lambda: _flat_module(program),
+        feeds=trials.runs[0].feeds,
+        specs=tuple(specs),
+        output_names=output_names(len(trials.runs[0].expected), specs),
+        folder=folder,
+    )
+
+    def export_dynamo(request: ExportRequest) -> Path:
+        return export_program(program, request, "program.onnx")
+
+    model = export_checked((export_dynamo, export_plain), request, provenance, trials)
+    return model.with_warnings(*warnings)
+
+
+def program_runner(program: torch.export.ExportedProgram) -> Run:
+    """`feeds -> outputs` of the program; feeds in the order of its user inputs."""
+    module = _flat_module(program)
+
+    def run(feeds: Feeds) -> list[Array]:
+        with torch.no_grad(), quiet():
+            return flatten(module(*to_tensors(feeds).values()))
+
+    return run
+
+
+class _Flat(torch.nn.Module):
+    """Takes the program's inputs as a flat list of tensors, whatever tree its `forward` wants."""
+
+    def __init__(self, inner: torch.nn.Module, spec: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.inner, self._spec = inner, spec
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        args, kwargs = pytree.tree_unflatten(list(tensors), self._spec)
+        return self.inner(*args, **kwargs)
+
+
+def _flat_module(program: torch.export.ExportedProgram) -> torch.nn.Module:
+    return _Flat(program.module(), program.call_spec.in_spec)
+
+
+def _to_evaluation(program: torch.export.ExportedProgram) -> list[str]:
+    """Turns dropout and batch normalization to inference, in place; a program has no eval() for that."""
+    changed: set[str] = set()
+    for module in program.graph_module.modules():
+        if not isinstance(module, torch.fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+            for position, argument in enumerate(schema.arguments if schema else ()):
+                if argument.name in _TRAINING_ARGUMENTS and _switch_off(node, position, argument.name):
+                    changed.add(str(node.target).removeprefix("aten.").removesuffix(".default"))
+        module.recompile()
+    if not changed:
+        return []
+    return [f"The program was exported in training mode; {', '.join(sorted(changed))} were switched to inference."]
+
+
+def _switch_off(node: torch.fx.Node, position: int, name: str) -> bool:
+    if position < len(node.args) and node.args[position] is True:
+        node.update_arg(position, False)
+        return True
+    if node.kwargs.get(name) is True:
+        node.update_kwarg(name, False)
+        return True
+    return False
