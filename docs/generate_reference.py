@@ -94,7 +94,12 @@ def _amount(value: object, kind: str) -> str:
         for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
             if value >= unit and value % unit == 0:
                 return f"{value // unit} {name}"
-    return f"{value:g} s" if kind == "seconds" and isinstance(value, float) else str(value)
+    if kind == "seconds" and isinstance(value, float):
+        for unit_s, name in ((86400, "d"), (3600, "h")):
+            if value % unit_s == 0:
+                return f"{value / unit_s:g} {name}"
+        return f"{value:g} s"
+    return str(value)
 
 
 def commands_reference() -> str:
