@@ -93,4 +93,5 @@ def test_reading_recipes_loads_no_heavy_package() -> None:
 def test_every_technique_has_its_pass(name: str) -> None:
     """Each registry row leads to a class that takes its config."""
     technique = TECHNIQUES[name]
-    assert callable(technique.make_pass(technique.config_class()))
+    options = {"scheme": "dynamic"} if name == "quantize" else {}  # auto is the pipeline's
+    assert callable(technique.make_pass(technique.config_class(**options)))

@@ -1,8 +1,8 @@
 """`quantize: {scheme: auto}`: of none, dynamic and static take the fastest that keeps the agreement with the original.
 
-Every candidate is built, checked and measured: agreement on the given (or synthetic) inputs, the task metric where there
-are labels, and latency against the float model in interleaved rounds. Candidates whose latency cannot be told apart from
-the fastest's are a draw, and the smallest of them wins.
+Every candidate is built, checked and measured: agreement on the given (or synthetic) inputs, the task metric where
+there are labels, and latency against the float model in interleaved rounds. Candidates whose latency cannot be told
+apart from the fastest's are a draw, and the smallest of them wins.
 """
 
 from __future__ import annotations

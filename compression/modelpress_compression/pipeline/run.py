@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from modelpress_compression.analysis.stats import model_stats
 from modelpress_compression.analysis.synthetic import synthetic_inputs
-from modelpress_compression.errors import CompressionError, ModelNotRunnableError
+from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.inputs import Array, EvaluationData, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.pipeline.auto import choose_quantization
-from modelpress_compression.pipeline.measuring import Measured, measure, not_better
+from modelpress_compression.pipeline.measuring import measure, not_better
 from modelpress_compression.pipeline.progress import Progress, ProgressListener
 from modelpress_compression.pipeline.steps import StepRecord, apply_step, broken, file_size_bytes, save
 from modelpress_compression.recipe import Recipe
 from modelpress_compression.report.build import ReportInputs, StepRow, build_report
 from modelpress_compression.report.html import render_html
+from modelpress_compression.techniques import config_to_dict
 
 SYNTHETIC_SAMPLES = 32
+SYNTHETIC_WARNING = "Ranges and agreement come from synthetic inputs, which say less than real ones; give representative inputs as data."
 LogListener = Callable[[str, str], None]  # severity (INFO, WARNING, ERROR), text
 
 
@@ -43,8 +47,6 @@ class Result:
 
     def write(self, directory: Path) -> list[tuple[str, list[Path]]]:
         """Writes model.onnx (and model.onnx.data), report.json and report.html; returns kind and files of each."""
-        import json
-
         directory.mkdir(parents=True, exist_ok=True)
         model = self.model.save(directory / "model.onnx")
         json_path, html_path = directory / "report.json", directory / "report.html"
@@ -87,20 +89,40 @@ def compress(
             raise ModelNotRunnableError(problem)
         context = Context(inputs, work, deadline, lambda text: log("INFO", text), progress.update)
         records = _run_steps(recipe, model, original, context, progress, evaluation)
-        final = records[-1] if records else StepRecord(None, model, original)  # type: ignore[arg-type]
+        final, path = (records[-1].model, records[-1].path) if records else (model, original)
         progress.begin(len(stages) - 2, "measuring the original and the result")
-        measured = measure(original, final.path, inputs, evaluation, recipe, progress.update)
+        measured = measure(original, path, inputs, evaluation, recipe, progress.update)
         warnings = [*model.warnings, *(warning for record in records for warning in record.warnings)]
-        if (reason := not_better(measured, file_size_bytes(original), file_size_bytes(final.path))) is not None:
+        if not inputs.provided:
+            warnings.append(SYNTHETIC_WARNING)
+        if (reason := not_better(measured, file_size_bytes(original), file_size_bytes(path))) is not None:
             warnings.append(reason)
-            final = replace(final, model=model, path=original)
+            final, path = model, original
             measured = measure(original, original, inputs, evaluation, recipe, progress.update)
         for warning in warnings:
             log("WARNING", warning)
         progress.begin(len(stages) - 1, "writing the report")
-        report = build_report(_report_inputs(job, recipe, model, original, final, records, measured, warnings))
+        report = build_report(
+            ReportInputs(
+                job=job,
+                recipe=recipe.to_dict(),
+                provenance=model.provenance,
+                original_onnx_size_bytes=file_size_bytes(original),
+                original=model_stats(model),
+                optimized_sha256=_sha256(path),
+                optimized_size_bytes=file_size_bytes(path),
+                optimized=model_stats(final),
+                latency=measured.latency,
+                fidelity=measured.fidelity,
+                accuracy=measured.accuracy,
+                steps=[_step_row(record) for record in records],
+                candidates=[candidate for record in records for candidate in record.candidates],
+                warnings=warnings,
+                violations=measured.violations,
+            )
+        )
         progress.update(1.0, "done")
-        return Result(final.model, report)
+        return Result(final, report)
 
 
 def _run_steps(
@@ -128,17 +150,15 @@ def _run_steps(
     return records
 
 
-def _report_inputs(
-    job: str,
-    recipe: Recipe,
-    model: Model,
-    original: Path,
-    final: StepRecord,
-    records: list[StepRecord],
-    measured: Measured,
-    warnings: list[str],
-) -> ReportInputs:
-    raise CompressionError("written with the report's interface")
+def _step_row(record: StepRecord) -> StepRow:
+    return StepRow(
+        name=record.step.technique,
+        config=config_to_dict(record.step.config),
+        changes=record.changes,
+        skipped=record.skipped,
+        size_bytes=file_size_bytes(record.path),
+        duration_s=record.duration_s,
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -1,0 +1,134 @@
+"""Real trained models through the whole way: upload, compress, download, and the task metric before and after.
+
+    python benchmarks/real_models.py --models DIR [--only NAME ...] [--recipe PRESET] [--no-data] [--markdown]
+
+DIR holds the models and one `eval_NAME.py` for each, which prints a figure (higher is better) for `--model FILE.onnx`
+and writes representative inputs, not the evaluation samples, for `--make-calib FILE.npz`. Every model goes through
+`compress-client upload --local` in a process of its own, as a person would run it. The metric before is that of the
+same file converted to ONNX without any step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+CONVERT_ONLY = "version: 1\nbenchmark: {rounds: 5}\n"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One file of one model; `evaluation`: the NAME of its eval_NAME.py."""
+
+    name: str
+    file: str
+    evaluation: str
+    inputs: tuple[str, ...] = ()
+
+
+CASES = (
+    Case("mnist (TorchScript)", "mnist/mnist_traced.pt", "mnist", ("input:float32[batch,1,28,28]",)),
+    Case("fashion (ONNX)", "fashion/fashion.onnx", "fashion"),
+    Case("fashion (.pt2)", "fashion/fashion.pt2", "fashion"),
+    Case(
+        "effnet_lite0 (TorchScript)",
+        "files/effnet_lite0.traced.pt",
+        "effnet_lite0",
+        ("input:float32[batch,3,224,224]",),
+    ),
+    Case("minilm (ONNX)", "files/minilm.onnx", "minilm"),
+    Case("minilm (.pt2)", "files/minilm.pt2", "minilm"),
+    Case("silero_vad (ONNX)", "files/silero_vad_16k_op15.onnx", "silero_vad"),
+    Case("ppocr_rec (ONNX)", "files/ppocr_rec.onnx", "ppocr_rec"),
+)
+
+
+def upload(case: Case, models: Path, folder: Path, recipe: str, data: Path | None) -> tuple[Path, dict[str, Any]]:
+    """Runs the client; returns the optimized file and the report."""
+    folder.mkdir(parents=True)
+    output = folder / "model.onnx"
+    command = [sys.executable, "-m", "modelpress_client", "upload", str(models / case.file), "--local", "--json"]
+    command += ["--data-dir", str(folder / "server"), "--recipe", recipe, "-o", str(output)]
+    command += [part for text in case.inputs for part in ("--input", text)]
+    command += ["--data", str(data)] if data else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 6):
+        raise SystemExit(f"{case.name}: exit {done.returncode}\n{done.stderr}")
+    return output, json.loads(done.stdout)["report"]
+
+
+def evaluate(case: Case, models: Path, *arguments: str) -> str:
+    """Runs the model's own evaluation script."""
+    command = [sys.executable, f"eval_{case.evaluation}.py", *arguments]
+    done = subprocess.run(command, cwd=models, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{case.name}: {done.stderr}")
+    return done.stdout.strip()
+
+
+def measure(case: Case, models: Path, recipe: str, with_data: bool) -> list[str]:
+    """One row of the table."""
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        data = work / "data.npz" if with_data else None
+        if data:
+            evaluate(case, models, "--make-calib", str(data))
+        (work / "convert.yaml").write_text(CONVERT_ONLY)
+        converted, _ = upload(case, models, work / "converted", str(work / "convert.yaml"), None)
+        optimized, report = upload(case, models, work / "optimized", recipe, data)
+        before, after = (float(evaluate(case, models, "--model", str(path))) for path in (converted, optimized))
+    row = report["latency"][0]
+    speedup = row["speedup"]
+    chosen = [candidate["name"] for candidate in report["candidates"] if candidate.get("chosen")]
+    return [
+        case.name,
+        f"{report['original']['onnx_size_bytes'] / 1e6:.2f} MB",
+        f"{report['optimized']['size_bytes'] / 1e6:.2f} MB",
+        f"{report['size_ratio']:.2f}",
+        f"{row['original']['p50_ms']:.2f} ms",
+        f"{row['optimized']['p50_ms']:.2f} ms",
+        f"{speedup['median']:.2f} [{speedup['low']:.2f}, {speedup['high']:.2f}]",
+        f"{before:.4f}",
+        f"{after:.4f}",
+        ", ".join(chosen) or "float32",
+    ]
+
+
+HEADINGS = ("model", "original", "optimized", "ratio", "p50 before", "p50 after", "speed-up [95 %]", "metric before",
+            "metric after", "taken")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Real trained models through the whole way.")
+    parser.add_argument("--models", type=Path, required=True, help="folder with the models and their eval_NAME.py")
+    parser.add_argument("--only", nargs="*", default=[], help="names, or parts of names, of the models to run")
+    parser.add_argument("--recipe", default="default", help="preset or YAML file")
+    parser.add_argument("--no-data", action="store_true", help="give the service the file alone")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    arguments = parser.parse_args()
+    cases = [case for case in CASES if not arguments.only or any(part in case.name for part in arguments.only)]
+    rows = []
+    for case in cases:
+        print(f"{case.name} ...", file=sys.stderr, flush=True)
+        rows.append(measure(case, arguments.models.resolve(), arguments.recipe, not arguments.no_data))
+    if arguments.markdown:
+        print("|".join(["", *HEADINGS, ""]), "|".join(["", *["---"] * len(HEADINGS), ""]), sep="\n")
+        print("\n".join("|".join(["", *row, ""]) for row in rows))
+        return
+    table = Table(*HEADINGS)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=170).print(table)
+
+
+if __name__ == "__main__":
+    main()
