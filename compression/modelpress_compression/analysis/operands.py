@@ -55,6 +55,11 @@ def is_quantization_parameter(node: onnx_ir.Node, position: int) -> bool:
     if node.op_type == "QLinearConcat":
         # y_scale, y_zero_point, then (tensor, scale, zero point) for each input.
         return position < 2 or (position - 2) % 3 != 0
+    if node.op_type == "Mul" and len(node.inputs) == 2:
+        # The weight's scale meets the activation's, which was found at run time, before the two rescale a product.
+        other = node.inputs[1 - position]
+        producer = other.producer() if other is not None else None
+        return producer is not None and producer.op_type == "DynamicQuantizeLinear"
     return position in QUANTIZATION_PARAMETERS.get(node.op_type, frozenset())
 
 

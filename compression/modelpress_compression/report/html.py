@@ -1,0 +1,211 @@
+"""report.html: one self-contained page, without scripts, fonts or anything else from outside.
+
+Every string of the report is escaped on its way in; a Content-Security-Policy forbids everything but the page's own
+style, should one ever slip through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+from modelpress_compression.report import sections
+from modelpress_compression.report.figures import latency_picture, layer_picture, legend, size_bar
+from modelpress_compression.report.formats import (
+    NOT_MEASURED,
+    change,
+    count,
+    escape,
+    milliseconds,
+    percent,
+    ratio,
+    size,
+    tag,
+)
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_LOWER_IS_BETTER = ("mse", "mae")
+_SHARES = ("top1", "top5")
+
+
+def render_html(report: Mapping[str, Any]) -> str:
+    """The page for the content of a report.json (`build.build_report`)."""
+    style = (files("modelpress_compression.report") / "report.css").read_text("utf-8")
+    title = headline(report)
+    head = (
+        '<meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(title)}</title><style>{style}</style>"
+    )
+    body = tag("main", _header(report, title) + _banners(report) + _cards(report) + _body(report))
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    """One sentence: size, speed, and what it cost."""
+    return f"{_size_words(report['size_ratio'])}, {_speed_words(report['latency'])}{_quality_words(report)}."
+
+
+def _size_words(size_ratio: float) -> str:
+    if size_ratio >= 1.2:
+        return f"{ratio(size_ratio)} smaller"
+    if size_ratio > 1.005:
+        return f"{percent(1 - 1 / size_ratio)} smaller"
+    return "The same size" if size_ratio >= 0.995 else f"{percent(1 / size_ratio - 1)} larger"
+
+
+def _speed_words(latency: Any) -> str:
+    if not latency:
+        return "speed not measured"
+    speedup = latency[0]["speedup"]
+    if speedup["low"] > 1:
+        gain = speedup["median"]
+        return f"{ratio(gain)} as fast" if gain >= 1.2 else f"{percent(gain - 1, 0)} faster"
+    if speedup["high"] < 1:
+        return f"{percent(1 / speedup['median'] - 1, 0)} slower"
+    return "as fast as before"
+
+
+def _quality_words(report: Mapping[str, Any]) -> str:
+    accuracy, fidelity = report["accuracy"], report["fidelity"]
+    if accuracy is not None:
+        return f"; {accuracy['metric']} {_metric(accuracy, 'original')} → {_metric(accuracy, 'optimized')}"
+    if fidelity is None:
+        return ""
+    if fidelity["top1_agreement"] is not None:
+        return f"; {percent(fidelity['top1_agreement'])} of the answers unchanged"
+    cosine = _lowest_cosine(fidelity)
+    return "" if cosine is None else f"; outputs {percent(cosine, 2)} similar"
+
+
+def _metric(accuracy: Mapping[str, Any], role: str) -> str:
+    value = accuracy[role]
+    if value is None:
+        return NOT_MEASURED
+    return percent(value, 2) if accuracy["metric"] in _SHARES else f"{value:.4g}"
+
+
+def _lowest_cosine(fidelity: Mapping[str, Any]) -> float | None:
+    cosines = [output["cosine"] for output in fidelity["outputs"].values() if output["cosine"] is not None]
+    return min(cosines, default=None)
+
+
+def _header(report: Mapping[str, Any], title: str) -> str:
+    job = f" · {tag('code', escape(report['job']))}" if report["job"] else ""
+    return tag("header", tag("p", f"modelpress report{job}", class_="brand") + tag("h1", escape(title)), class_="top")
+
+
+def _banners(report: Mapping[str, Any]) -> str:
+    """Broken constraints first, then warnings."""
+    constraints = report.get("constraints") or {"met": True, "violations": []}
+    demanded = any(value is not None for value in (report["recipe"].get("constraints") or {}).values())
+    made = ""
+    if not constraints["met"]:
+        listed = "".join(tag("li", escape(text)) for text in constraints["violations"])
+        made += tag("div", tag("strong", "Constraints not met") + tag("ul", listed), class_="banner bad")
+    elif demanded:
+        made += tag("div", tag("strong", "All constraints are met."), class_="banner good")
+    if report["warnings"]:
+        listed = "".join(tag("li", escape(text)) for text in report["warnings"])
+        made += tag("div", tag("strong", "Mind") + tag("ul", listed), class_="banner warn")
+    return made
+
+
+def _cards(report: Mapping[str, Any]) -> str:
+    original, optimized = report["original"], report["optimized"]
+    cards = [
+        _card(
+            "Size",
+            size(original["onnx_size_bytes"]),
+            size(optimized["size_bytes"]),
+            f"{change(original['onnx_size_bytes'], optimized['size_bytes'])} · {ratio(report['size_ratio'])} smaller"
+            if report["size_ratio"] >= 1.005
+            else change(original["onnx_size_bytes"], optimized["size_bytes"]),
+            size_bar(1 / report["size_ratio"] if report["size_ratio"] else 1.0),
+        ),
+        _latency_card(report["latency"]),
+        _quality_card(report),
+        _card(
+            "Parameters",
+            count(original["parameters"]),
+            count(optimized["parameters"]),
+            f"{change(original['parameters'], optimized['parameters'])}{_zeros(optimized)}",
+        ),
+        _card(
+            "Multiply-accumulates",
+            count(original["macs"]),
+            count(optimized["macs"]),
+            change(original["macs"], optimized["macs"]) or "shapes are not known",
+        ),
+    ]
+    return tag("div", "".join(cards), class_="cards")
+
+
+def _card(title: str, before: str, after: str, note: str, extra: str = "") -> str:
+    """Before, after and one line; all texts are plain, `extra` is HTML."""
+    values = tag("p", tag("span", escape(before)) + tag("i", "→") + tag("b", escape(after)), class_="values")
+    return tag("article", tag("h2", escape(title)) + values + extra + tag("p", escape(note), class_="note"))
+
+
+def _zeros(figures: Mapping[str, Any]) -> str:
+    total, nonzero = figures["parameters"], figures["nonzero_parameters"]
+    share = 1 - nonzero / total if total else 0.0
+    return f" · {percent(share)} are zero" if share >= 0.0005 else ""
+
+
+def _latency_card(latency: Any) -> str:
+    if not latency:
+        return _card("Latency", NOT_MEASURED, NOT_MEASURED, "not measured")
+    row = latency[0]
+    speedup = row["speedup"]
+    note = f"{ratio(speedup['median'])} speed, 95 %: {speedup['low']:.2f} to {speedup['high']:.2f}"
+    setting = f"Latency, batch {row['batch_size']}, {row['threads']} thread{'s' if row['threads'] != 1 else ''}"
+    return _card(setting, milliseconds(row["original"]["p50_ms"]), milliseconds(row["optimized"]["p50_ms"]), note)
+
+
+def _quality_card(report: Mapping[str, Any]) -> str:
+    accuracy, fidelity = report["accuracy"], report["fidelity"]
+    if accuracy is not None:
+        better = "lower is better" if accuracy["metric"] in _LOWER_IS_BETTER else "higher is better"
+        note = f"{accuracy['samples']:,} labelled samples, {better}"
+        return _card(
+            f"Accuracy, {accuracy['metric']}", _metric(accuracy, "original"), _metric(accuracy, "optimized"), note
+        )
+    if fidelity is None:
+        return _card("Fidelity", NOT_MEASURED, NOT_MEASURED, "not measured")
+    samples = f"on {fidelity['samples']:,} {fidelity['data']} samples"
+    cosine = _lowest_cosine(fidelity)
+    if fidelity["top1_agreement"] is not None:
+        value, note = percent(fidelity["top1_agreement"]), f"same top answer, {samples}"
+    else:
+        value, note = NOT_MEASURED if cosine is None else f"{cosine:.4f}", f"lowest cosine of the outputs, {samples}"
+    values = tag("p", tag("b", escape(value)), class_="values")
+    return tag("article", tag("h2", "Fidelity") + values + tag("p", escape(note), class_="note"))
+
+
+def _body(report: Mapping[str, Any]) -> str:
+    layers = report.get("layers") or []
+    fidelity = report["fidelity"]
+    made = [
+        sections.section(
+            "Latency",
+            legend() + latency_picture(report["latency"]) if report["latency"] else "",
+            "Both models ran in turns in one process, so that what disturbed one disturbed the other. "
+            "The dot is the median, the thick line reaches to p90, the thin one to p99.",
+        ),
+        sections.section("Size by layer", legend() + layer_picture(layers) if layers else ""),
+        sections.section("What each step did", sections.steps(report)),
+        sections.section("Candidates", sections.candidates(report["candidates"])),
+        sections.section(
+            "Outputs against the original",
+            sections.outputs(fidelity),
+            f"Compared on {fidelity['samples']:,} {fidelity['data']} samples." if fidelity else "",
+        ),
+        sections.section("Graph", sections.operators(report) + sections.files(report)),
+        sections.section("Environment", sections.environment(report["environment"])),
+        sections.section("Recipe", sections.recipe(report["recipe"])),
+    ]
+    return "".join(made)

@@ -1,0 +1,172 @@
+"""The parts of the page below the figures: what each step did, candidates, outputs, operators, environment."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from modelpress_compression.report.formats import (
+    NOT_MEASURED,
+    change,
+    definitions,
+    escape,
+    number,
+    percent,
+    ratio,
+    seconds,
+    size,
+    table,
+    tag,
+    words,
+    yaml_text,
+)
+
+MAX_NAMED_NODES = 30
+_ENVIRONMENT_NAMES = {"cpu": "CPU", "cores": "cores", "instructions": "instructions", "system": "system"}
+
+
+def section(title: str, content: str, note: str = "") -> str:
+    """A titled part of the page; empty where it has no content."""
+    if not content:
+        return ""
+    return tag("section", tag("h2", escape(title)) + (tag("p", escape(note), class_="note") if note else "") + content)
+
+
+def folded(summary: str, content: str) -> str:
+    """Details behind one line; both are HTML already."""
+    return tag("details", tag("summary", summary) + content)
+
+
+def steps(report: Mapping[str, Any]) -> str:
+    """What each step changed, what it left alone and why."""
+    before: float = report["original"]["onnx_size_bytes"]
+    written = []
+    for index, step in enumerate(report["steps"], start=1):
+        written.append(_step(index, step, before))
+        before = step["size_bytes"]
+    return tag("ol", "".join(written), class_="steps") if written else ""
+
+
+def _step(index: int, step: Mapping[str, Any], before: float) -> str:
+    changes = {name: value for name, value in step["changes"].items() if value}
+    chips = "".join(
+        tag("li", f"{escape(words(name))} <b>{escape(number(value))}</b>") for name, value in changes.items()
+    )
+    done = tag("ul", chips, class_="chips") if chips else tag("p", "Nothing changed.", class_="quiet")
+    after = step["size_bytes"]
+    shift = change(before, after)
+    head = (
+        tag("span", str(index), class_="index")
+        + tag("h3", escape(step["name"]))
+        + tag("span", f"{size(after)} <small>{escape(shift)}</small>", class_="figures")
+        + tag("span", seconds(step["duration_s"]), class_="quiet")
+    )
+    return tag("li", tag("header", head) + done + _skipped(step["skipped"]) + _config(step["config"]))
+
+
+def _skipped(skipped: Sequence[Mapping[str, str]]) -> str:
+    if not skipped:
+        return ""
+    by_reason: defaultdict[str, list[str]] = defaultdict(list)
+    for skip in skipped:
+        by_reason[skip["reason"]].append(skip["node"])
+    groups = sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    rows = [[str(len(nodes)), escape(reason), _nodes(nodes)] for reason, nodes in groups]
+    reasons = f"{len(groups)} reason{'s' if len(groups) != 1 else ''}"
+    return folded(f"Left alone: {len(skipped)}, for {reasons}", table(("", "Why", "Where"), rows, numeric=(0,)))
+
+
+def _nodes(nodes: Sequence[str]) -> str:
+    named = ", ".join(tag("code", escape(name)) for name in nodes[:MAX_NAMED_NODES])
+    more = len(nodes) - MAX_NAMED_NODES
+    return named + (f" and {more} more" if more > 0 else "")
+
+
+def _config(config: Mapping[str, Any]) -> str:
+    return folded("Configuration", tag("pre", escape(yaml_text(dict(config))))) if config else ""
+
+
+def candidates(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What was tried, with the figures that decided."""
+    written = []
+    for row in rows:
+        speedup = row.get("speedup")
+        speed = NOT_MEASURED
+        if speedup:
+            speed = f"{ratio(speedup['median'])} <small>{speedup['low']:.2f} to {speedup['high']:.2f}</small>"
+        verdict = tag("b", "chosen", class_="verdict faster") if row.get("chosen") else escape(row.get("reason") or "")
+        drop = row.get("drop")
+        written.append(
+            [
+                escape(row.get("name", "")),
+                size(row.get("size_bytes")),
+                speed,
+                percent(row.get("agreement"), 2),
+                NOT_MEASURED if drop is None else f"{drop:.4f}",
+                verdict,
+            ]
+        )
+    headers = ("Candidate", "Size", "Speed", "Agreement", "Drop", "Outcome")
+    return table(headers, written, numeric=(1, 2, 3, 4)) if written else ""
+
+
+def outputs(fidelity: Mapping[str, Any] | None) -> str:
+    """How far each output is from the original's."""
+    if not fidelity:
+        return ""
+    rows = []
+    for name, figures in fidelity["outputs"].items():
+        equal = figures.get("equal")
+        error, decibels = figures["max_abs_error"], figures["sqnr_db"]
+        rows.append(
+            [
+                tag("code", escape(name)),
+                NOT_MEASURED if figures["cosine"] is None else f"{figures['cosine']:.6f}",
+                NOT_MEASURED if decibels is None else "identical" if decibels >= 200 else f"{decibels:.1f} dB",
+                NOT_MEASURED if error is None else f"{error:.3g}",
+                NOT_MEASURED if equal is None else percent(equal, 2),
+            ]
+        )
+    notes = "".join(tag("li", escape(note)) for note in fidelity.get("notes", ()))
+    body = table(("Output", "Cosine", "SQNR", "Largest error", "Equal"), rows, numeric=(1, 2, 3, 4))
+    return body + (tag("ul", notes) if notes else "")
+
+
+def operators(report: Mapping[str, Any]) -> str:
+    """How often each operator occurs, before and after."""
+    before, after = report["original"]["ops"], report["optimized"]["ops"]
+    names = sorted(before.keys() | after.keys(), key=lambda name: (-max(before.get(name, 0), after.get(name, 0)), name))
+    rows = [
+        [tag("code", escape(name)), str(before.get(name, 0) or NOT_MEASURED), str(after.get(name, 0) or NOT_MEASURED)]
+        for name in names
+    ]
+    title = f"Operators: {sum(before.values())} → {sum(after.values())} nodes"
+    return folded(escape(title), table(("Operator", "Original", "Optimized"), rows, numeric=(1, 2)))
+
+
+def environment(values: Mapping[str, Any]) -> str:
+    """Machine and versions."""
+    items = {}
+    for name, value in values.items():
+        text = ", ".join(str(item) for item in value) if isinstance(value, list) else number(value)
+        items[_ENVIRONMENT_NAMES.get(name, name)] = escape(text or NOT_MEASURED)
+    return definitions(items)
+
+
+def recipe(value: Any) -> str:
+    """The recipe as it would stand in a file."""
+    return tag("pre", escape(yaml_text(value)))
+
+
+def files(report: Mapping[str, Any]) -> str:
+    """Digests and formats of what came in and what came out."""
+    original, optimized = report["original"], report["optimized"]
+    return definitions(
+        {
+            "uploaded": f"{escape(original['format'])}, {size(original['size_bytes'])}, opset {original['opset']}",
+            "sha256 of the upload": tag("code", escape(original["sha256"])),
+            "result": f"{escape(optimized['format'])}, {size(optimized['size_bytes'])}, opset {optimized['opset']}",
+            "sha256 of the result": tag("code", escape(optimized["sha256"])),
+        }
+    )
