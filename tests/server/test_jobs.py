@@ -160,7 +160,8 @@ async def test_watch_follows_a_running_job_with_heartbeats(serve: Serve) -> None
         while not any(event.HasField("heartbeat") for event in seen) or seen[-1].progress.stage:
             seen.append(await call.read())
         running.executor.gate.set()
-        seen += [event async for event in call]
+        while (event := await call.read()) is not grpc.aio.EOF:
+            seen.append(event)
         assert seen[-1].snapshot.state == SUCCEEDED
         assert {event.sequence for event in seen if not event.HasField("heartbeat")} >= {1, 2, 3}
 

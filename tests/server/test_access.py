@@ -1,0 +1,173 @@
+"""Tokens, TLS, and what stands open: health, reflection, server info."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from modelpress_protos.v1 import job_service_pb2, server_service_pb2, upload_service_pb2
+from modelpress_server.interceptors import Gate
+from server_harness import Client, Running, Serve, failing
+
+Info = server_service_pb2.GetServerInfoRequest
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),)
+
+
+async def test_tokens(serve: Serve, tmp_path: Path) -> None:
+    """Without a known token: UNAUTHENTICATED. A token may be bound to projects: others do not exist for it."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("# for everybody\nall-of-it\n\nonly-a a b\n")
+    listing = job_service_pb2.ListJobsRequest(parent="projects/c")
+    async with serve(token="first", token_file=tokens) as running:
+        client = running.client
+        for metadata in ((), bearer("wrong"), (("authorization", "first"),), bearer("")):
+            failure = await failing(client.info.GetServerInfo(Info(), metadata=metadata))
+            assert (failure.code, failure.reason) == (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
+        for token in ("first", "all-of-it"):
+            await client.jobs.ListJobs(listing, metadata=bearer(token))
+        failure = await failing(client.jobs.ListJobs(listing, metadata=bearer("only-a")))
+        assert (failure.code, failure.reason) == (grpc.StatusCode.NOT_FOUND, "RESOURCE_NOT_FOUND")
+        listing.parent = "projects/b"
+        await client.jobs.ListJobs(listing, metadata=bearer("only-a"))
+        call = client.uploads.WriteUpload()
+        await call.write(upload_service_pb2.WriteUploadRequest(name="projects/b/uploads/" + "0" * 26))
+        assert (await failing(call.read())).reason == "UNAUTHENTICATED"
+        health = health_pb2_grpc.HealthStub(client.channel)
+        answer = await health.Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+class Authority:
+    """A certificate authority for 127.0.0.1, made with the openssl command."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.file, self._key = folder / "authority.pem", folder / "authority.key"
+        self._openssl("-subj", "/CN=authority", "-keyout", self._key, "-out", self.file)
+
+    def issue(self, name: str) -> tuple[Path, Path]:
+        """Certificate and key files."""
+        cert, key = self._folder / f"{name}.pem", self._folder / f"{name}.key"
+        signer = ("-CA", self.file, "-CAkey", self._key, "-addext", "subjectAltName=IP:127.0.0.1")
+        leaf = ("-addext", "basicConstraints=critical,CA:FALSE")
+        self._openssl("-subj", f"/CN={name}", "-keyout", key, "-out", cert, *signer, *leaf)
+        return cert, key
+
+    def _openssl(self, *options: str | Path) -> None:
+        new = ("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1")
+        subprocess.run(["openssl", *new, *options], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command makes the certificates")
+@pytest.mark.parametrize("mutual", [False, True])
+async def test_tls(serve: Serve, tmp_path: Path, mutual: bool) -> None:
+    """TLS serves clients that trust the authority; mutual TLS only those with a certificate of it."""
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("server")
+    ca = {"tls_client_ca": authority.file} if mutual else {}
+    async with serve(tls_cert=cert, tls_key=key, **ca) as running:
+
+        async def call(*own: bytes) -> Any:
+            chain, private = (own[0], own[1]) if own else (None, None)
+            credentials = grpc.ssl_channel_credentials(authority.file.read_bytes(), private, chain)
+            async with grpc.aio.secure_channel(running.server.address, credentials) as channel:
+                return await Client(channel).info.GetServerInfo(Info(), timeout=10)
+
+        if mutual:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call()
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            client_cert, client_key = authority.issue("client")
+            assert (await call(client_cert.read_bytes(), client_key.read_bytes())).version
+        else:
+            assert (await call()).version
+        with pytest.raises(grpc.aio.AioRpcError):
+            await running.client.info.GetServerInfo(Info(), timeout=10)
+
+
+async def test_server_info(running: Running) -> None:
+    """Versions, limits, techniques with options, presets, load."""
+    info = await running.client.info.GetServerInfo(Info())
+    assert list(info.api_versions) == ["modelpress.v1"]
+    assert info.max_blob_bytes == running.settings.max_blob_bytes
+    assert {technique.name for technique in info.techniques} >= {"fuse", "prune", "quantize"}
+    prune = next(technique for technique in info.techniques if technique.name == "prune")
+    assert "[0, 1)" in {option.range for option in prune.options}
+    assert info.presets[0].name == "default"
+    assert info.presets[0].recipe.version == 1
+    assert all(preset.summary for preset in info.presets)
+    assert {"torch", "onnx", "onnxruntime"} <= set(info.toolchain)
+    assert (info.sandbox_level, info.workers, info.queued_jobs, info.running_jobs) == (2, 1, 0, 0)
+    assert len(info.formats) == 3
+
+
+async def test_code_bearing_formats_need_the_required_sandbox(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sandbox=require with a sandbox that does not hold: TorchScript is not offered."""
+    async with serve(sandbox="require") as running:
+        running.executor.sandbox_level = 1
+        assert len((await running.client.info.GetServerInfo(Info())).formats) == 2
+
+
+async def test_health_and_reflection(running: Running) -> None:
+    """grpc.health.v1 names every service, reflection lists them and has their files."""
+    health = health_pb2_grpc.HealthStub(running.client.channel)
+    for service in ("", "modelpress.v1.JobService"):
+        answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await health.Check(health_pb2.HealthCheckRequest(service="nobody"))
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    stub = reflection_pb2_grpc.ServerReflectionStub(running.client.channel)
+    requests = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol="modelpress.v1.UploadService"),
+    ]
+    listed, found = [answer async for answer in stub.ServerReflectionInfo(iter(requests))]
+    names = {service.name for service in listed.list_services_response.service}
+    assert {"modelpress.v1.UploadService", "grpc.health.v1.Health"} <= names
+    assert found.file_descriptor_response.file_descriptor_proto
+
+
+async def test_an_unknown_method_is_unimplemented(running: Running) -> None:
+    """A method that does not exist passes through the gate."""
+    call = running.client.channel.unary_unary("/modelpress.v1.JobService/Nothing")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call(b"")
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_bug_is_an_incident_without_details(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An unexpected exception is INTERNAL with an incident id; the text of it stands in the log only."""
+
+    def broken(gate: Gate, method: str, authorization: str) -> None:
+        raise KeyError("/secret/path")
+
+    monkeypatch.setattr(Gate, "_enter", broken)
+    failure = await failing(running.client.info.GetServerInfo(Info()))
+    assert (failure.code, failure.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
+    assert "secret" not in str(failure.status)
+    assert failure.metadata["incident"] in caplog.text
+    assert "/secret/path" in caplog.text
+
+
+async def test_too_large_a_message_is_refused(running: Running) -> None:
+    """gRPC itself refuses what is over 4 MiB, also when it was compressed on the way."""
+    for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip):
+        request = upload_service_pb2.WriteUploadRequest(data=bytes(5 * 1024 * 1024))
+        call = running.client.uploads.WriteUpload(compression=compression)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.write(request)
+            await call.read()
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
