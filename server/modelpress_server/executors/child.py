@@ -7,7 +7,6 @@ import contextlib
 import os
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelpress_protos.internal.v1 import worker_pb2
+
 from modelpress_server.executors.output import LineSplitter
 from modelpress_server.executors.process_tree import kill_tree
 from modelpress_server.worker.framing import MAX_FRAME_BYTES, FramingError, encode_frame, read_frame_async
@@ -63,7 +63,7 @@ def child_environment(directory: Path) -> dict[str, str]:
 
     The import path is the server's own, so that every kind of installation works.
     """
-    import_path = [entry for entry in sys.path if os.path.isabs(entry) and os.path.exists(entry)]
+    import_path = [entry for entry in sys.path if Path(entry).is_absolute() and Path(entry).exists()]
     return {
         "PATH": "/usr/local/bin:/usr/bin:/bin",
         "LANG": "C.UTF-8",
@@ -84,7 +84,8 @@ class Pipes:
 
     def close(self) -> None:
         """Closes both, without waiting for what was not yet sent."""
-        self.requests.abort()
+        if not self.requests.is_closing():
+            self.requests.abort()
         self.events_transport.close()
 
 
@@ -230,13 +231,3 @@ class Worker:
             self._on_line(line)
         else:
             self._start_output = f"{self._start_output}\n{line}"[-_START_OUTPUT_CHARS:]
-
-
-def signal_name(status: int) -> str:
-    """An exit status in words."""
-    if status < 0:
-        try:
-            return f"was killed by {signal.Signals(-status).name}"
-        except ValueError:
-            return f"was killed by signal {-status}"
-    return f"ended with status {status}"

@@ -1,29 +1,40 @@
-"""What libraries print in a worker, as lines of the job's log: redacted, cut, and no more than a budget."""
+"""What comes out of a worker while it works, rationed: events of the protocol, and lines that libraries print."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 
 from modelpress_protos.internal.v1 import worker_pb2
+from modelpress_protos.v1 import job_service_pb2
+
 from modelpress_server.errors import printable
 
 MAX_LINE_CHARS = 4096
 MAX_LINES = 2000
-MAX_BYTES = 1024 * 1024  # 1 MiB
+MAX_LOG_BYTES = 1024 * 1024  # 1 MiB
+MAX_MESSAGE_CHARS = 500
+MAX_STAGE_CHARS = 100
+# Each progress event is stored; an honest worker sends ten a second.
+MIN_PROGRESS_INTERVAL_S = 0.05
 
 OnEvent = Callable[[worker_pb2.WorkerEvent], None]
 
 
-class LogBudget:
-    """Passes log lines of one task on until there have been too many; says so once."""
+class EventFilter:
+    """Passes the events of one task on, cut to size; too many log lines or too much progress are left out."""
 
     def __init__(self, on_event: OnEvent) -> None:
         self._on_event = on_event
         self._lines_left = MAX_LINES
-        self._bytes_left = MAX_BYTES
+        self._bytes_left = MAX_LOG_BYTES
+        self._stages_left = MAX_LINES
+        self._stage = ""
+        self._progress_time = -math.inf
 
     def log(self, severity: str, text: str) -> None:
-        """One line; control characters become spaces."""
+        """One line; control characters become spaces. When there have been too many, says so once."""
         if self._lines_left <= 0:
             return
         self._lines_left -= 1
@@ -32,8 +43,27 @@ class LogBudget:
             self._lines_left = 0
             severity, text = "WARNING", "The worker wrote too much; the rest of its log is left out."
         shown = severity if severity in ("INFO", "WARNING", "ERROR") else "INFO"
-        line = worker_pb2.LogLine(severity=shown, text=printable(text)[:MAX_LINE_CHARS])
+        line = worker_pb2.LogLine(severity=shown, text=printable(text[:MAX_LINE_CHARS]))
         self._on_event(worker_pb2.WorkerEvent(log=line))
+
+    def progress(self, progress: job_service_pb2.Progress) -> None:
+        """How far the task is; a new stage always comes through, within one at most twenty a second."""
+        now = time.monotonic()
+        if progress.stage == self._stage and now - self._progress_time < MIN_PROGRESS_INTERVAL_S:
+            return
+        if progress.stage != self._stage:
+            self._stages_left -= 1
+            if self._stages_left < 0:
+                return
+        self._stage, self._progress_time = progress.stage, now
+        passed = job_service_pb2.Progress(
+            stage=printable(progress.stage[:MAX_STAGE_CHARS]),
+            stage_index=progress.stage_index,
+            stage_count=progress.stage_count,
+            fraction=min(max(progress.fraction, 0.0), 1.0) if math.isfinite(progress.fraction) else 0.0,
+            message=printable(progress.message[:MAX_MESSAGE_CHARS]),
+        )
+        self._on_event(worker_pb2.WorkerEvent(progress=passed))
 
 
 class LineSplitter:

@@ -50,7 +50,7 @@ class SparePool:
             if worker.alive:
                 return worker
             await worker.end()
-        return await self._claim(next(iter(self._starting), None) or self._launch())
+        return await self._claim(next(iter(self._starting)) if self._starting else self._launch())
 
     async def close(self) -> None:
         """Ends all of them."""

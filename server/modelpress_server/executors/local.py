@@ -1,0 +1,223 @@
+"""Runs each task in a child process of this machine.
+
+    take a warm worker -> limit its memory -> hand over the task -> pass events on -> kill the process group
+
+Nothing that a worker does is trusted: frames are bounded, log lines and progress are rationed, and the process group is
+killed when the task has ended, however it ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import tempfile
+from asyncio.subprocess import DEVNULL, PIPE
+from collections.abc import Callable
+from pathlib import Path
+
+from google.rpc import status_pb2
+from modelpress_protos.internal.v1 import worker_pb2
+
+from modelpress_server.executors import lost
+from modelpress_server.executors.base import Limits, WorkerLostError
+from modelpress_server.executors.child import (
+    PREFIX,
+    StartError,
+    Worker,
+    WorkerCommand,
+    child_environment,
+    python_command,
+)
+from modelpress_server.executors.output import EventFilter
+from modelpress_server.executors.process_tree import memory_bytes
+from modelpress_server.executors.sandbox import LEVEL_ALWAYS, LEVEL_FILES_AND_NETWORK
+from modelpress_server.executors.spares import SparePool
+from modelpress_server.tasks import uninterrupted
+from modelpress_server.worker import DEFAULT_TASKS
+from modelpress_server.worker.failures import take_debug_info
+from modelpress_server.worker.folders import task_folders
+from modelpress_server.worker.framing import FramingError
+from modelpress_server.worker.redaction import Redactor
+
+logger = logging.getLogger(__name__)
+
+MEMORY_POLL_S = 0.1
+PROBE_TIMEOUT_S = 30.0
+# The kernel's cap counts memory that was asked for, the watchdog what is used: stacks and arenas are asked for in
+# advance, for each thread, and a library starts threads by the number of processors.
+_CAP_RESERVE_BYTES = 512 * 1024**2 + 32 * 1024**2 * (os.cpu_count() or 1)
+_TERMINAL = ("inspected", "compressed", "failed")
+_EXIT_GRACE_S = 2.0
+
+OnEvent = Callable[[worker_pb2.WorkerEvent], None]
+
+
+class LocalExecutor:
+    """The embedded executor: one child process a task, `spares` of them kept warm.
+
+    `temp_root`: folder that holds the workers' private folders and, somewhere below it, the folders of all tasks: a
+    sandboxed worker sees nothing else. `sandbox`: auto, require or off. `tasks`: module (or file) that runs the tasks.
+    """
+
+    def __init__(self, *, spares: int, sandbox: str, temp_root: Path, tasks: str = DEFAULT_TASKS) -> None:
+        self.sandbox_level = 0
+        self._sandbox = sandbox
+        self._root = temp_root.resolve()
+        command = WorkerCommand(self._root, sandbox, tasks)
+        self._spares = SparePool(spares, lambda: Worker.start(command))
+        self._running: set[Worker] = set()
+
+    @property
+    def ready_spares(self) -> int:
+        """How many warm workers wait for a task."""
+        return self._spares.ready
+
+    async def start(self) -> None:
+        """Removes what an earlier server left, finds the sandbox level, begins to warm spares. Raises OSError."""
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for left in self._root.glob(f"{PREFIX}*"):
+            await asyncio.to_thread(shutil.rmtree, left, ignore_errors=True)
+        self.sandbox_level = await self._probe() if self._sandbox != "off" else LEVEL_ALWAYS
+        if self._sandbox == "require" and self.sandbox_level < LEVEL_FILES_AND_NETWORK:
+            logger.warning("this kernel gives no Landlock with seccomp: files with code in them will be refused")
+        self._spares.open()
+
+    async def run(
+        self, request: worker_pb2.WorkerRequest, *, limits: Limits, on_event: OnEvent
+    ) -> worker_pb2.WorkerEvent:
+        """See `Executor.run`."""
+        self._check_folders(request)
+        try:
+            worker = await self._spares.take()
+        except (StartError, OSError) as error:
+            logger.error("%s", error)
+            raise lost.not_started() from error
+        self._running.add(worker)
+        try:
+            return await _Run(worker, limits, on_event).perform(request)
+        finally:
+            worker.kill()
+            await uninterrupted(self._end(worker))
+
+    async def close(self) -> None:
+        """Kills whatever runs, and the spares; their tasks end with WorkerLostError."""
+        for worker in self._running:
+            worker.kill()
+        await self._spares.close()
+
+    async def _end(self, worker: Worker) -> None:
+        await worker.end()
+        self._running.discard(worker)
+
+    def _check_folders(self, request: worker_pb2.WorkerRequest) -> None:
+        readable, writable = task_folders(request)
+        for path in (*readable, *writable):
+            if not path.resolve().is_relative_to(self._root):
+                raise ValueError(f"{path} is not below {self._root}, where tasks have their files")
+
+    async def _probe(self) -> int:
+        directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self._root))
+        try:
+            command = [*python_command("modelpress_server.executors.sandbox_probe"), self._sandbox, str(os.getpid())]
+            process = await asyncio.create_subprocess_exec(
+                *command, str(directory), stdin=DEVNULL, stdout=PIPE, env=child_environment(directory), cwd=directory
+            )
+            try:
+                async with asyncio.timeout(PROBE_TIMEOUT_S):
+                    output, _ = await process.communicate()
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+            return int(output) if output.strip().isdigit() else LEVEL_ALWAYS
+        except TimeoutError:
+            logger.warning("the sandbox could not be tried within %g s; taken as missing", PROBE_TIMEOUT_S)
+            return LEVEL_ALWAYS
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+class _Run:
+    """One task on one worker."""
+
+    def __init__(self, worker: Worker, limits: Limits, on_event: OnEvent) -> None:
+        self._worker = worker
+        self._limits = limits
+        self._events = EventFilter(on_event)
+        self._memory_was_short = False
+        self._redact: Callable[[str], str] = str
+
+    async def perform(self, request: worker_pb2.WorkerRequest) -> worker_pb2.WorkerEvent:
+        """The terminal event. Raises WorkerLostError."""
+        readable, writable = task_folders(request)
+        self._redact = Redactor([*readable, *writable, self._worker.directory, self._worker.directory.parent])
+        self._worker.listen(self._take_line)
+        if self._limits.memory_bytes:
+            self._worker.limit_memory(self._limits.memory_bytes + _CAP_RESERVE_BYTES)
+        self._worker.send(request)
+        conversation = asyncio.create_task(self._converse())
+        watchdog = asyncio.create_task(self._exceed_memory())
+        try:
+            done, _ = await asyncio.wait(
+                {conversation, watchdog}, timeout=self._limits.time_s or None, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            conversation.cancel()
+            watchdog.cancel()
+        if conversation in done:
+            event = conversation.result()
+            return event if event is not None else await self._raise_lost()
+        raise lost.out_of_memory(self._limits.memory_bytes) if watchdog in done else lost.too_slow(self._limits.time_s)
+
+    async def _converse(self) -> worker_pb2.WorkerEvent | None:
+        """Passes events on until the terminal one; None: the worker has closed its end before."""
+        try:
+            while (event := await self._worker.receive()) is not None:
+                kind = event.WhichOneof("event")
+                if kind in _TERMINAL:
+                    self._worker.kill()
+                    await self._worker.wait_output()
+                    _log_incident(event.failed)
+                    return event
+                if kind == "progress":
+                    self._events.progress(event.progress)
+                elif kind == "log":
+                    self._events.log(event.log.severity, self._redact(event.log.text))
+                else:
+                    raise FramingError(f"event {kind} in the middle of a task")
+        except FramingError as error:
+            logger.warning("worker %d: %s", self._worker.pid, error)
+            raise lost.broken_protocol() from error
+        return None
+
+    async def _exceed_memory(self) -> None:
+        """Returns when the worker holds more memory than it may."""
+        while True:
+            await asyncio.sleep(MEMORY_POLL_S)
+            if self._limits.memory_bytes and memory_bytes(self._worker.pid) > self._limits.memory_bytes:
+                return
+
+    async def _raise_lost(self) -> worker_pb2.WorkerEvent:
+        try:
+            async with asyncio.timeout(_EXIT_GRACE_S):
+                status = await self._worker.wait()
+        except TimeoutError as error:
+            raise lost.broken_protocol() from error
+        self._worker.kill()
+        await self._worker.wait_output()
+        raise lost.out_of_memory(self._limits.memory_bytes) if self._memory_was_short else lost.crashed(status)
+
+    def _take_line(self, line: str) -> None:
+        self._memory_was_short |= lost.is_out_of_memory_line(line)
+        self._events.log("INFO", self._redact(line))
+
+
+def _log_incident(status: status_pb2.Status) -> None:
+    """The traceback of an unexpected error goes to the server's log, and no further."""
+    if details := take_debug_info(status):
+        logger.error("in a worker: %s\n%s", status.message, details)
+
+
+__all__ = ["LocalExecutor", "WorkerLostError"]

@@ -1,0 +1,114 @@
+"""How a worker confines itself, in three moments: at its start, after its imports, and when its task is known.
+
+Level 1, always: no new privileges, no capabilities, resource limits, dies with the server, first to go when memory runs
+out. Level 2, where the kernel allows it: Landlock (files) and seccomp (network, programs, other processes).
+Mode "off" stays at level 1; "require" differs from "auto" only in what a worker below level 2 refuses to read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelpress_server.executors import sandbox_linux as linux
+from modelpress_server.executors.sandbox_landlock import READ, READ_AND_EXECUTE, WRITE, landlock_version, restrict_files
+from modelpress_server.executors.sandbox_seccomp import restrict_calls, seccomp_supported
+
+LEVEL_ALWAYS = 1
+LEVEL_FILES_AND_NETWORK = 2
+MAX_FILE_BYTES = 64 * 1024**3  # 64 GiB, as much as a data file may unpack to
+MAX_OPEN_FILES = 4096
+
+_SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/lib32", "/opt", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/localtime")
+# What C libraries and torch ask of the machine; no other process's folder, and not the list of them.
+_MACHINE = (
+    "/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/loadavg", "/proc/zoneinfo",
+    "/proc/filesystems", "/proc/version", "/proc/sys/vm", "/proc/sys/kernel", "/sys/bus/pci", "/sys/devices",
+    "/sys/fs/cgroup", "/sys/kernel/mm", "/dev/urandom", "/dev/random", "/dev/zero",
+)  # fmt: skip
+_WRITABLE_DEVICES = ("/dev/null",)
+
+
+@dataclass
+class Sandbox:
+    """The confinement of this process; `level` is what was reached."""
+
+    mode: str
+    level: int = LEVEL_ALWAYS
+
+    def enter(self, parent_pid: int, writable: Iterable[Path]) -> None:
+        """At the start, while there is one thread: what every later thread inherits. Raises OSError.
+
+        `writable`: the folder that holds this worker's private folder and those of its tasks.
+        """
+        linux.forbid_new_privileges()
+        # Root's right to read what others own: the Python installation may not be root's. Given up in `close_calls`.
+        linux.drop_capabilities(keep=(linux.CAP_DAC_READ_SEARCH,))
+        linux.die_with_parent(parent_pid)
+        linux.adopt_orphans()
+        _limit_resources()
+        self._files_restricted = self.mode != "off" and _restrict_files(writable)
+
+    def close_calls(self) -> None:
+        """After the imports, which may start programs: no network, no programs, on all threads."""
+        linux.drop_capabilities()
+        calls_restricted = self.mode != "off" and _restrict_calls()
+        if self._files_restricted and calls_restricted:
+            self.level = LEVEL_FILES_AND_NETWORK
+
+    def narrow(self, readable: Iterable[Path], writable: Iterable[Path]) -> None:
+        """When the task is known: its own files, and no other task's. Raises OSError."""
+        if self._files_restricted:
+            restrict_files(_rules([(path, READ) for path in readable] + [(path, WRITE) for path in writable]))
+
+    _files_restricted: bool = False
+
+
+def _limit_resources() -> None:
+    """Memory and time are the server's to limit, per task. No limit on processes: it counts all of a user's."""
+    for name, limit in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, MAX_FILE_BYTES),
+        (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
+    ):
+        hard = resource.getrlimit(name)[1]
+        lowest = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(name, (lowest, lowest))
+    os.umask(0o077)
+    # When the machine runs out of memory the kernel shall take a worker, not the server. Some containers lack the file.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", "ascii")
+
+
+def _restrict_files(writable: Iterable[Path]) -> bool:
+    if landlock_version() == 0:
+        return False
+    try:
+        restrict_files(_rules([(path, WRITE) for path in writable]))
+    except OSError:
+        return False
+    return True
+
+
+def _restrict_calls() -> bool:
+    if not seccomp_supported():
+        return False
+    try:
+        restrict_calls()
+    except OSError:
+        return False
+    return True
+
+
+def _rules(own: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
+    """`own`, and what every Python process needs: the system, the Python installation, facts about the machine."""
+    python = {sys.prefix, sys.base_prefix, sys.exec_prefix, *(entry for entry in sys.path if Path(entry).is_absolute())}
+    rules = [(Path(path), READ_AND_EXECUTE) for path in (*_SYSTEM, *sorted(python)) if Path(path) != Path("/")]
+    rules += [(Path(path), READ) for path in _MACHINE]
+    rules += [(Path(path), READ | WRITE) for path in _WRITABLE_DEVICES]
+    return rules + own

@@ -1,0 +1,97 @@
+"""The life of a worker: confine itself, import, say Ready, take one task, run it, tell how it ended, end.
+
+Started by `executors.local`, never by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO
+
+from google.rpc import status_pb2
+from modelpress_protos.internal.v1 import worker_pb2
+
+from modelpress_server.executors.sandbox import Sandbox
+from modelpress_server.worker import DEFAULT_TASKS
+from modelpress_server.worker.context import TaskContext
+from modelpress_server.worker.events import Events
+from modelpress_server.worker.failures import status_of_exception
+from modelpress_server.worker.folders import task_folders
+from modelpress_server.worker.framing import FramingError, encode_frame, read_frame
+from modelpress_server.worker.redaction import Redactor
+
+
+def main() -> None:
+    """Runs one task; ends the process without the slow teardown of the libraries."""
+    arguments = _parse_arguments()
+    sandbox = Sandbox(arguments.sandbox)
+    sandbox.enter(arguments.parent_pid, [arguments.root])
+    tasks = _load_tasks(arguments.tasks)
+    tasks.preload()
+    sandbox.close_calls()
+    requests = os.fdopen(arguments.requests_fd, "rb")
+    events = os.fdopen(arguments.events_fd, "wb")
+    events.write(encode_frame(worker_pb2.WorkerEvent(ready=worker_pb2.Ready())))
+    events.flush()
+    request = read_frame(requests, worker_pb2.WorkerRequest)
+    if request is not None:
+        _run(request, tasks, sandbox, arguments, events)
+    os._exit(0)
+
+
+def _run(
+    request: worker_pb2.WorkerRequest,
+    tasks: ModuleType,
+    sandbox: Sandbox,
+    arguments: argparse.Namespace,
+    pipe: BinaryIO,
+) -> None:
+    readable, writable = task_folders(request)
+    redact = Redactor([*readable, *writable, arguments.directory, arguments.root])
+    events = Events(pipe, redact)
+    try:
+        sandbox.narrow(readable, [*writable, arguments.directory])
+        last = tasks.run(request, TaskContext(events, sandbox, arguments.directory))
+    except Exception as error:  # noqa: BLE001  # whatever went wrong, the server must hear of it
+        last = worker_pb2.WorkerEvent(failed=status_of_exception(error, redact))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        events.send(last)
+    except FramingError as error:
+        failed: status_pb2.Status = status_of_exception(error, redact)
+        events.send(worker_pb2.WorkerEvent(failed=failed))
+
+
+def _load_tasks(name: str) -> ModuleType:
+    """The module that runs tasks: a dotted name, or the path of a file."""
+    if not name.endswith(".py"):
+        return import_module(name)
+    spec = importlib.util.spec_from_file_location("modelpress_worker_tasks", name)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{name} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="modelpress_server.worker", allow_abbrev=False)
+    parser.add_argument("--parent-pid", type=int, required=True)
+    parser.add_argument("--requests-fd", type=int, required=True)
+    parser.add_argument("--events-fd", type=int, required=True)
+    parser.add_argument("--root", type=Path, required=True, help="folder of all private and task folders")
+    parser.add_argument("--directory", type=Path, required=True, help="this worker's private folder")
+    parser.add_argument("--sandbox", choices=("auto", "require", "off"), required=True)
+    parser.add_argument("--tasks", default=DEFAULT_TASKS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What a worker does with its one task: inspect a model, or compress it, with the engine."""
+
+from __future__ import annotations
+
+import pkgutil
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import modelpress_compression
+from modelpress_compression.errors import RejectedModelError
+from modelpress_compression.inputs import EvaluationData, InputData
+from modelpress_compression.inspection import inspect_model
+from modelpress_compression.loaders import detect, load
+from modelpress_compression.model import Model
+from modelpress_compression.pipeline import Result, compress
+from modelpress_protos.internal.v1 import worker_pb2
+
+from modelpress_server.executors.sandbox import LEVEL_FILES_AND_NETWORK
+from modelpress_server.worker import convert
+from modelpress_server.worker.context import TaskContext
+
+# TorchScript is a program; loading a torch.export archive evaluates its symbolic expressions.
+CODE_BEARING = ("torchscript", "torch_export")
+# What torch and onnxscript load only when they first convert or trace a model.
+_LAZY = ("torch.export", "torch.onnx", "torch.jit", "torch._dynamo", "torch._export.converter", "onnxscript.optimizer")
+
+
+def preload() -> None:
+    """Imports everything that a task touches, so that it need not wait for that."""
+    for module in pkgutil.walk_packages(modelpress_compression.__path__, "modelpress_compression."):
+        import_module(module.name)
+    for name in _LAZY:
+        import_module(name)
+
+
+def run(request: worker_pb2.WorkerRequest, context: TaskContext) -> worker_pb2.WorkerEvent:
+    """The terminal event of a task that went well. Raises CompressionError, and whatever a bug raises."""
+    if request.WhichOneof("task") == "inspect":
+        return _inspect(request.inspect, context)
+    if request.WhichOneof("task") == "compress":
+        return _compress(request.compress, context)
+    raise ValueError("the request holds no task that this worker knows; server and worker differ in version")
+
+
+def _inspect(task: worker_pb2.InspectTask, context: TaskContext) -> worker_pb2.WorkerEvent:
+    model = _load(task.model, context)
+    result = worker_pb2.InspectResult(
+        format=convert.format_to_proto(detect(_paths(task.model)[0])),
+        inspection=convert.inspection_to_proto(inspect_model(model)),
+    )
+    return worker_pb2.WorkerEvent(inspected=result)
+
+
+def _compress(task: worker_pb2.CompressTask, context: TaskContext) -> worker_pb2.WorkerEvent:
+    began = time.monotonic()
+    context.events.progress("load", 0, 1, 0.0, "loading the model")
+    recipe = convert.recipe_from_proto(task.recipe)
+    model = _load(task.model, context)
+    data = InputData.read(task.data_path, model.inputs, context.directory) if task.data_path else None
+    eval_data = EvaluationData.read(task.eval_path, model.inputs, context.directory) if task.eval_path else None
+    result = compress(
+        model,
+        recipe,
+        data=data,
+        eval_data=eval_data,
+        on_progress=context.events.progress,
+        on_log=context.events.log,
+        job=task.job,
+        time_limit_s=_time_left_s(task.time_limit_s, began),
+        work_directory=context.directory,
+    )
+    return worker_pb2.WorkerEvent(compressed=_write(result, Path(task.output_directory)))
+
+
+def _write(result: Result, directory: Path) -> worker_pb2.CompressResult:
+    message = worker_pb2.CompressResult(summary=convert.summary_from_report(result.report))
+    for kind, paths in result.write(directory):
+        names = [path.relative_to(directory).as_posix() for path in paths]
+        message.artifacts.add(kind=convert.kind_to_proto(kind), paths=names)
+    return message
+
+
+def _load(files: worker_pb2.ModelFiles, context: TaskContext) -> Model:
+    paths = _paths(files)
+    if context.sandbox.mode == "require" and context.sandbox.level < LEVEL_FILES_AND_NETWORK:
+        _refuse_code(paths)
+    inputs = [convert.spec_from_proto(spec) for spec in files.input_hints]
+    provenance = convert.provenance_from_proto(files.source) if files.HasField("source") else None
+    return load(paths, inputs, provenance=provenance)
+
+
+def _refuse_code(paths: Sequence[Path]) -> None:
+    model_format = detect(paths[0])
+    if model_format in CODE_BEARING:
+        raise RejectedModelError(
+            f"This server reads files with code in them ({model_format}) only in a sandbox that its kernel does not "
+            "offer. Export the model to ONNX, or use a server with Landlock and seccomp.",
+            finding="SANDBOX_REQUIRED",
+        )
+
+
+def _paths(files: worker_pb2.ModelFiles) -> list[Path]:
+    return [Path(files.directory) / path for path in files.paths]
+
+
+def _time_left_s(limit_s: float, began: float) -> float | None:
+    """What is left for the engine, a little less than the server's own limit: its error says more than being killed."""
+    if limit_s <= 0:
+        return None
+    reserve_s = min(2.0, limit_s * 0.05)
+    return max(0.0, limit_s - reserve_s - (time.monotonic() - began))

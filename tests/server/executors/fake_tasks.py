@@ -1,0 +1,209 @@
+"""Tasks for the executor's tests: the job's name says how the worker behaves, data_path carries an argument."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from modelpress_protos.internal.v1 import worker_pb2
+from modelpress_server.worker.context import TaskContext
+
+
+def preload() -> None:
+    """Nothing to import: these workers start fast."""
+    print("printed before the task")
+
+
+def run(request: worker_pb2.WorkerRequest, context: TaskContext) -> worker_pb2.WorkerEvent:
+    """Looks up the behaviour."""
+    task = request.compress
+    behaviour, _, argument = task.job.partition(":")
+    answer = _BEHAVIOURS[behaviour](context, Path(task.output_directory), argument)
+    event = worker_pb2.WorkerEvent(compressed=worker_pb2.CompressResult())
+    if answer is not None:
+        (Path(task.output_directory) / "answer.json").write_text(json.dumps(answer), "utf-8")
+        event.compressed.artifacts.add(paths=["answer.json"])
+    return event
+
+
+def _describe(context: TaskContext, output: Path, argument: str) -> Any:
+    Path("left-behind").write_text("in the private folder", "ascii")
+    for fraction in (0.0, 0.5, 1.0):
+        context.events.progress(f"stage {fraction}", int(fraction * 2), 3, fraction, f"reading {output}/model.onnx")
+    context.events.log("WARNING", f"first\nsecond {output}/x")
+    print(f"printed in {context.directory}/lib.py")
+    print("to stderr", file=sys.stderr)
+    return {
+        "pid": os.getpid(),
+        "directory": str(context.directory),
+        "environment": dict(os.environ),
+        "level": context.sandbox.level,
+        "descriptors": len(list(Path("/proc/self/fd").iterdir())),
+        "status": Path("/proc/self/status").read_text("utf-8"),
+    }
+
+
+def _crash(context: TaskContext, output: Path, argument: str) -> Any:
+    os.kill(os.getpid(), getattr(signal, argument))
+    time.sleep(60)
+
+
+def _exit(context: TaskContext, output: Path, argument: str) -> Any:
+    os._exit(int(argument))
+
+
+def _touch_memory(context: TaskContext, output: Path, argument: str) -> Any:
+    held = []
+    while True:
+        held.append(bytearray(os.urandom(1024) * (16 * 1024)))
+        time.sleep(0.02)
+
+
+def _ask_memory(context: TaskContext, output: Path, argument: str) -> Any:
+    return len(bytearray(int(argument)))
+
+
+def _bad_alloc(context: TaskContext, output: Path, argument: str) -> Any:
+    print("terminate called after throwing an instance of 'std::bad_alloc'", flush=True)
+    os.abort()
+
+
+def _sleep(context: TaskContext, output: Path, argument: str) -> Any:
+    (output / "pid").write_text(str(os.getpid()), "ascii")
+    time.sleep(600)
+
+
+def _grandchildren(context: TaskContext, output: Path, argument: str) -> Any:
+    """One in the worker's group, one in a session of its own, one whose parent has ended."""
+    same = subprocess.Popen(["/bin/sleep", "600"])
+    other = subprocess.Popen(["/bin/sleep", "600"], start_new_session=True)
+    shell = "/bin/sleep 600 >/dev/null & echo $!"
+    orphan = subprocess.run(["/bin/sh", "-c", shell], capture_output=True, check=True, start_new_session=True)
+    (output / "pids.tmp").write_text(json.dumps([os.getpid(), same.pid, other.pid, int(orphan.stdout)]), "ascii")
+    (output / "pids.tmp").rename(output / "pids")
+    if argument == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if argument != "end":
+        time.sleep(600)
+
+
+def _garbage(context: TaskContext, output: Path, argument: str) -> Any:
+    _write_raw(context, bytes.fromhex(argument))
+    time.sleep(600)
+
+
+def _write_raw(context: TaskContext, data: bytes) -> None:
+    context.events._pipe.write(data)
+    context.events._pipe.flush()
+
+
+def _close_pipe(context: TaskContext, output: Path, argument: str) -> Any:
+    os.close(context.events._pipe.fileno())
+    time.sleep(600)
+
+
+def _flood_output(context: TaskContext, output: Path, argument: str) -> Any:
+    line = "x" * 200 + "\n"
+    for _ in range(50_000):
+        sys.stdout.write(line)
+    sys.stdout.write("y" * 5_000_000)
+
+
+def _flood_events(context: TaskContext, output: Path, argument: str) -> Any:
+    for index in range(20_000):
+        context.events.log("INFO", f"line {index}")
+        progress = worker_pb2.WorkerEvent()
+        progress.progress.stage = f"stage {index}"
+        progress.progress.fraction = float("nan")
+        context.events.send(progress)
+
+
+def _large_event(context: TaskContext, output: Path, argument: str) -> Any:
+    context.events.send(worker_pb2.WorkerEvent(log=worker_pb2.LogLine(text="z" * 5_000_000)))
+
+
+def _bug(context: TaskContext, output: Path, argument: str) -> Any:
+    raise KeyError(f"secret detail of {output}")
+
+
+def _break_out(context: TaskContext, output: Path, argument: str) -> Any:
+    """Tries what a sandboxed worker must not be able to do; each answer is "done" or the error."""
+    task_folder = output.parent
+    attempts = {
+        "connect": lambda: socket.create_connection(("127.0.0.1", int(argument)), timeout=5).close(),
+        "udp": lambda: socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close(),
+        "unix": lambda: socket.socket(socket.AF_UNIX).close(),
+        "program": lambda: subprocess.run(["/bin/true"], check=True),
+        "process": lambda: os._exit(0) if os.fork() == 0 else None,
+        "thread": _run_thread,
+        "signal parent": lambda: os.kill(os.getppid(), 0),
+        "signal self": lambda: os.kill(os.getpid(), 0),
+        "parent's environment": lambda: Path(f"/proc/{os.getppid()}/environ").read_bytes(),
+        "read system": lambda: Path("/etc/passwd").read_bytes(),
+        "read other task": (task_folder.parent / "other-task" / "secret").read_bytes,
+        "write other task": lambda: (task_folder.parent / "other-task" / "new").write_bytes(b"x"),
+        "read model": (task_folder / "model" / "model.onnx").read_bytes,
+        "write model": lambda: (task_folder / "model" / "model.onnx").write_bytes(b"x"),
+        "write output": lambda: (output / "ok").write_bytes(b"x"),
+        "rename output": lambda: (output / "ok").rename(output / "renamed"),
+        "write private": lambda: (context.directory / "ok").write_bytes(b"x"),
+        "link": lambda: (output / "link").symlink_to("/etc/passwd"),
+        "raise limit": _raise_limit,
+        "lower the parent's limit": _limit_parent,
+    }
+    found = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            found[name] = "done"
+        except OSError as error:
+            found[name] = type(error).__name__
+        except ValueError as error:
+            found[name] = type(error).__name__
+    return found
+
+
+def _run_thread() -> None:
+    thread = threading.Thread(target=lambda: None)
+    thread.start()
+    thread.join()
+
+
+def _raise_limit() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+
+
+def _limit_parent() -> None:
+    import resource
+
+    limits = resource.prlimit(os.getppid(), resource.RLIMIT_CORE)
+    resource.prlimit(os.getppid(), resource.RLIMIT_CORE, limits)
+
+
+_BEHAVIOURS = {
+    "describe": _describe,
+    "crash": _crash,
+    "exit": _exit,
+    "touch-memory": _touch_memory,
+    "ask-memory": _ask_memory,
+    "bad-alloc": _bad_alloc,
+    "sleep": _sleep,
+    "grandchildren": _grandchildren,
+    "garbage": _garbage,
+    "close-pipe": _close_pipe,
+    "flood-output": _flood_output,
+    "flood-events": _flood_events,
+    "large-event": _large_event,
+    "bug": _bug,
+    "break-out": _break_out,
+}

@@ -1,0 +1,282 @@
+"""The embedded executor with real worker processes: how tasks end, and what is left of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.rpc import error_details_pb2
+from modelpress_protos.internal.v1 import worker_pb2
+from modelpress_server.executors.base import Limits, WorkerLostError
+from modelpress_server.executors.output import MAX_LINE_CHARS, MAX_LINES
+
+MIB = 1024 * 1024
+
+
+def runs(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text("ascii").rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+async def until(condition: Any) -> None:
+    """Waits until the condition holds, for at most 20 s."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110  # the state of other processes has no event
+            await asyncio.sleep(0.02)
+
+
+def reason_of(event: worker_pb2.WorkerEvent) -> error_details_pb2.ErrorInfo:
+    """The ErrorInfo of a failure, which must be its only detail."""
+    (detail,) = event.failed.details
+    info = error_details_pb2.ErrorInfo()
+    assert detail.Unpack(info)
+    return info
+
+
+class TestATaskThatEndsWell:
+    async def test_its_events_come_in_order_without_paths(self, start_bench: Any) -> None:
+        """Progress, log lines and printed lines arrive; folders of this machine are taken out of every text."""
+        bench = await start_bench()
+        await bench.answer("describe")
+        progress = [event.progress for event in bench.events if event.WhichOneof("event") == "progress"]
+        assert [item.fraction for item in progress] == [0.0, 0.5, 1.0]
+        assert progress[0].message == "reading model.onnx"
+        assert {"first", "second x", "printed in lib.py", "to stderr"} <= set(bench.lines)
+        assert "printed before the task" not in bench.lines
+
+    async def test_the_environment_is_empty(self, start_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A worker sees neither the server's settings nor its tokens."""
+        monkeypatch.setenv("COMPRESS_SERVER_TOKEN", "secret")
+        answer = await (await start_bench()).answer("describe")
+        assert set(answer["environment"]) == {"PATH", "LANG", "HOME", "TMPDIR", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE"}
+        assert answer["environment"]["TMPDIR"] == answer["environment"]["HOME"] == answer["directory"]
+
+    async def test_it_has_no_powers(self, start_bench: Any) -> None:
+        """No capabilities, no way to new ones; no descriptors but its own: 0, 1, 2, two pipes, and the listing's."""
+        answer = await (await start_bench()).answer("describe")
+        status = dict(line.split(":\t", 1) for line in answer["status"].splitlines())
+        assert status["NoNewPrivs"].strip() == "1"
+        assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+        assert answer["descriptors"] == 6
+
+    async def test_its_private_folder_is_removed(self, start_bench: Any) -> None:
+        """What it wrote beside its artifacts is gone when `run` returns, and so is the process."""
+        bench = await start_bench()
+        answer = await bench.answer("describe")
+        assert answer["directory"].startswith(str(bench.root))
+        assert list(bench.root.glob("worker-*")) == []
+        assert not runs(answer["pid"])
+
+    async def test_a_process_that_it_started_does_not_outlive_it(self, start_bench: Any) -> None:
+        """A task that ends well cannot leave anything running."""
+        bench = await start_bench()
+        await bench.run("grandchildren:end")
+        for pid in json.loads((bench.output / "pids").read_text("ascii")):
+            await until(lambda pid=pid: not runs(pid))
+
+    async def test_task_files_outside_the_root_are_refused(self, start_bench: Any) -> None:
+        """A worker could not read them; the mistake shows at once."""
+        bench = await start_bench()
+        request = worker_pb2.WorkerRequest(inspect=worker_pb2.InspectTask())
+        request.inspect.model.directory = "/etc"
+        with pytest.raises(ValueError, match="not below"):
+            await bench.executor.run(request, limits=Limits(1.0, 0), on_event=bench.events.append)
+
+
+class TestATaskThatFails:
+    async def test_an_unexpected_error_gives_an_incident(
+        self, start_bench: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The user gets an id; the traceback stands under it in the server's log and nowhere else."""
+        bench = await start_bench()
+        with caplog.at_level(logging.ERROR):
+            event = await bench.run("bug")
+        info = reason_of(event)
+        assert info.reason == "INTERNAL"
+        assert info.metadata["incident"] in event.failed.message
+        assert "secret" not in str(event) + "".join(bench.lines)
+        assert info.metadata["incident"] in caplog.text
+        assert "KeyError" in caplog.text
+
+    async def test_a_message_over_the_limit_fails_the_task(self, start_bench: Any) -> None:
+        """A worker does not send what the server would refuse; the task fails as a bug of ours."""
+        bench = await start_bench()
+        assert reason_of(await bench.run("large-event")).reason == "INTERNAL"
+
+    async def test_a_too_large_allocation_fails_inside_the_worker(self, start_bench: Any) -> None:
+        """A claim of 200 GiB is refused by the kernel's cap, and reported as lack of memory."""
+        bench = await start_bench()
+        event = await bench.run(f"ask-memory:{200 * 1024**3}", Limits(60.0, 1024 * MIB))
+        assert reason_of(event).reason == "WORKER_OUT_OF_MEMORY"
+
+
+class TestAWorkerThatIsLost:
+    @pytest.mark.parametrize(
+        ("job", "said"),
+        [
+            ("crash:SIGSEGV", "SIGSEGV"),
+            ("crash:SIGKILL", "SIGKILL"),
+            ("exit:0", "status 0"),
+            ("exit:7", "status 7"),
+            ("garbage:ffffffff", "protocol"),  # a frame of 4 GiB
+            ("garbage:00000004ffffffff", "protocol"),  # no message
+            ("garbage:00000000", "protocol"),  # an empty event
+            ("garbage:000000020a00", "protocol"),  # Ready in the middle of a task
+            ("close-pipe", "protocol"),
+        ],
+    )
+    async def test_a_crash_says_how(self, start_bench: Any, job: str, said: str) -> None:
+        """Death by signal, early exit and a broken protocol are crashes; the message says which."""
+        bench = await start_bench()
+        with pytest.raises(WorkerLostError, match=said) as caught:
+            await bench.run(job)
+        assert caught.value.reason == "WORKER_CRASHED"
+
+    async def test_a_crash_takes_everything_below_it_along(self, start_bench: Any) -> None:
+        """What the worker's group holds is killed after a crash too."""
+        bench = await start_bench()
+        with pytest.raises(WorkerLostError, match="SIGSEGV"):
+            await bench.run("grandchildren:crash")
+        _, same_group, *_ = json.loads((bench.output / "pids").read_text("ascii"))
+        await until(lambda: not runs(same_group))
+
+    async def test_memory_in_use_over_the_limit_kills(self, start_bench: Any) -> None:
+        """A worker that takes more and more is stopped by the watchdog."""
+        bench = await start_bench()
+        with pytest.raises(WorkerLostError, match=r"0\.2 GiB") as caught:
+            await bench.run("touch-memory", Limits(60.0, 200 * MIB))
+        assert caught.value.reason == "WORKER_OUT_OF_MEMORY"
+
+    async def test_a_library_that_aborts_for_lack_of_memory(self, start_bench: Any) -> None:
+        """An abort after std::bad_alloc is no crash of unknown cause."""
+        bench = await start_bench()
+        with pytest.raises(WorkerLostError) as caught:
+            await bench.run("bad-alloc", Limits(60.0, 1024 * MIB))
+        assert caught.value.reason == "WORKER_OUT_OF_MEMORY"
+
+    async def test_time_over_the_limit_kills(self, start_bench: Any) -> None:
+        """A task that does not end is stopped, and its process with it."""
+        bench = await start_bench()
+        with pytest.raises(WorkerLostError, match=r"0\.5 s") as caught:
+            await bench.run("sleep", Limits(0.5, 0))
+        assert caught.value.reason == "WORKER_TIMEOUT"
+        assert not runs(int((bench.output / "pid").read_text("ascii")))
+
+    async def test_a_worker_that_does_not_start(self, start_bench: Any, caplog: pytest.LogCaptureFixture) -> None:
+        """The job hears that no worker could be started; the server's log has the worker's own words."""
+        bench = await start_bench(tasks="no_such_module_of_tasks")
+        with pytest.raises(WorkerLostError, match="could not be started"):
+            await bench.run("describe")
+        assert "no_such_module_of_tasks" in caplog.text
+
+
+class TestCancelling:
+    async def test_it_kills_the_whole_tree_at_once(self, start_bench: Any) -> None:
+        """Cancelling the awaiting task ends the worker, its children, and those that left its group."""
+        bench = await start_bench()
+        task = asyncio.create_task(bench.run("grandchildren"))
+        await until((bench.output / "pids").exists)
+        pids = json.loads((bench.output / "pids").read_text("ascii"))
+        assert all(runs(pid) for pid in pids)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not runs(pids[0])
+        for pid in pids[1:]:
+            await until(lambda pid=pid: not runs(pid))
+
+    async def test_before_the_worker_is_ready(self, start_bench: Any) -> None:
+        """A task that is cancelled while its worker starts leaves no process and no folder."""
+        bench = await start_bench()
+        task = asyncio.create_task(bench.run("sleep"))
+        await until(lambda: list(bench.root.glob("worker-*")))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: not list(bench.root.glob("worker-*")))
+
+    async def test_closing_ends_what_runs(self, start_bench: Any) -> None:
+        """After `close` the task has ended as a crash and its process is gone."""
+        bench = await start_bench()
+        task = asyncio.create_task(bench.run("sleep"))
+        await until((bench.output / "pid").exists)
+        await bench.executor.close()
+        with pytest.raises(WorkerLostError):
+            await task
+        assert not runs(int((bench.output / "pid").read_text("ascii") or 0))
+
+
+class TestAWorkerThatTalksTooMuch:
+    async def test_printed_output_is_cut(self, start_bench: Any) -> None:
+        """A flood of output neither blocks the worker nor fills the log, and the log says that it was cut."""
+        bench = await start_bench()
+        event = await bench.run("flood-output")
+        assert event.WhichOneof("event") == "compressed"
+        assert len(bench.lines) <= MAX_LINES
+        assert max(map(len, bench.lines)) <= MAX_LINE_CHARS
+        assert "wrote too much" in bench.lines[-1]
+
+    async def test_events_are_rationed(self, start_bench: Any) -> None:
+        """Log lines and progress by the ten thousand are left out; a share that is no number becomes zero."""
+        bench = await start_bench()
+        await bench.run("flood-events")
+        progress = [event for event in bench.events if event.WhichOneof("event") == "progress"]
+        assert len(bench.lines) <= MAX_LINES
+        assert len(progress) <= MAX_LINES
+        assert {event.progress.fraction for event in progress} == {0.0}
+
+
+class TestSpares:
+    async def test_a_ready_one_is_taken_and_replaced(self, start_bench: Any) -> None:
+        """The task runs in a process that was started before it came; another one gets ready afterwards."""
+        bench = await start_bench(spares=1)
+        await until(lambda: bench.executor.ready_spares == 1)
+        (folder,) = bench.root.glob("worker-*")
+        answer = await bench.answer("describe")
+        assert answer["directory"] == str(folder)
+        await until(lambda: bench.executor.ready_spares == 1)
+        assert (await bench.answer("describe"))["pid"] != answer["pid"]
+
+    async def test_a_dead_one_is_replaced(self, start_bench: Any) -> None:
+        """A spare that dies while it waits does not meet a task."""
+        bench = await start_bench(spares=1)
+        await until(lambda: bench.executor.ready_spares == 1)
+        (worker,) = bench.executor._spares._ready
+        os.kill(worker.pid, 9)
+        await until(lambda: bench.executor.ready_spares == 1 and bench.executor._spares._ready != [worker])
+        assert (await bench.answer("describe"))["pid"] != worker.pid
+
+    async def test_more_tasks_than_spares(self, start_bench: Any) -> None:
+        """Tasks beyond the spares get workers of their own; none waits for another to end."""
+        bench = await start_bench(spares=1)
+        await until(lambda: bench.executor.ready_spares == 1)
+        tasks = [asyncio.create_task(bench.run("sleep", Limits(2.0, 0))) for _ in range(3)]
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(result, WorkerLostError)
+            assert result.reason == "WORKER_TIMEOUT"
+
+    async def test_workers_that_never_start_are_tried_less_and_less(
+        self, start_bench: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A broken installation does not keep the machine busy: after a failure the pool waits a second at least."""
+        await start_bench(spares=1, tasks="no_such_module_of_tasks")
+        await until(lambda: "before it was ready" in caplog.text)
+        await asyncio.sleep(0.5)
+        assert caplog.text.count("before it was ready") == 1
+
+
+class TestStarting:
+    async def test_folders_of_an_earlier_server_are_removed(self, start_bench: Any, tmp_path: Path) -> None:
+        """What a killed server left is cleaned up; other folders stay."""
+        (tmp_path / "work-0" / "worker-old" / "deep").mkdir(parents=True)
+        (tmp_path / "work-0" / "task-of-someone").mkdir()
+        bench = await start_bench()
+        assert [path.name for path in bench.root.iterdir()] == ["task-of-someone"]
