@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir
 
 from modelpress_compression.inputs import Array
@@ -15,7 +14,10 @@ from modelpress_compression.loaders.trials import Trial, Trials
 from modelpress_compression.loaders.verify import check_outputs
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.runtime import run, session_of
-from modelpress_compression.specs import TensorSpec
+from modelpress_compression.specs import DTYPES, TensorSpec
+
+_ONNX_NAMES = {"float32": "FLOAT", "float64": "DOUBLE"}
+_DATA_TYPES = {name: onnx_ir.DataType[_ONNX_NAMES.get(name, name.upper())] for name in DTYPES}
 
 
 def finish(path: str | os.PathLike[str], provenance: Provenance, specs: Sequence[TensorSpec], trials: Trials) -> Model:
@@ -50,16 +52,8 @@ def _shape_inputs(model: Model, specs: Sequence[TensorSpec]) -> None:
     for spec in specs:
         value = values.get(spec.name) or onnx_ir.Value(name=spec.name)
         value.shape = onnx_ir.Shape(spec.shape)
-        value.type = onnx_ir.TensorType(onnx_ir.DataType.from_numpy(_numpy_type(spec.dtype)))
+        value.type = onnx_ir.TensorType(_DATA_TYPES[spec.dtype])
         model.graph.inputs.append(value)
-
-
-def _numpy_type(name: str) -> np.dtype[np.generic]:
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
 
 
 def _shape_outputs(model: Model, trials: Sequence[Trial], observed: Sequence[Sequence[Array]]) -> None:

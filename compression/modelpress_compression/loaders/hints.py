@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.loaders.script_inputs import Argument, arguments, signature
-from modelpress_compression.specs import DTYPES
+from modelpress_compression.loaders.traced_shapes import traced_shapes
 
 _MAX_NODES = 20_000  # followed from one argument
 
@@ -33,6 +32,7 @@ def suggest_inputs(module: torch.jit.ScriptModule, path: Path) -> str:
     """The whole message: what is missing, what the first layers tell, and what to type."""
     text = f"A TorchScript archive does not record its inputs ({signature(module)}); say what they are."
     layers = {layer.argument: layer for layer in first_layers(module)}
+    sequence = next((layer.spec for layer in layers.values() if layer.description.startswith("embedding")), None)
     traced = traced_shapes(path)
     options = []
     for index, argument in enumerate(arguments(module)):
@@ -42,11 +42,13 @@ def suggest_inputs(module: torch.jit.ScriptModule, path: Path) -> str:
         if index < len(traced):
             text += f" It was traced with {argument.name}:{traced[index]}."
         if argument.required:
-            options.append(f"--input '{_option(argument, layer)}'")
+            options.append(f"--input '{_option(argument, layer, sequence)}'")
     return f"{text} Try {' '.join(options)}, with your own numbers or words for dimensions that vary."
 
 
-def _option(argument: Argument, layer: FirstLayer | None) -> str:
+def _option(argument: Argument, layer: FirstLayer | None, sequence: str | None) -> str:
+    if sequence and "mask" in argument.name:
+        return f"{argument.name}:{sequence.split(':', 1)[1]}"  # a mask has the shape of the ids that it masks
     if layer:
         return layer.spec
     if argument.type in ("int", "bool"):
@@ -63,6 +65,8 @@ def first_layers(module: torch.jit.ScriptModule) -> list[FirstLayer]:
     inputs = list(graph.inputs())[1:]
     layers = []
     for argument, value in zip(arguments(module), inputs, strict=False):
+        if "Tensor" not in argument.type:
+            continue
         reached = {value.debugName()}
         for node in _in_order(graph):
             if not any(item.debugName() in reached for item in node.inputs()):
@@ -160,31 +164,3 @@ def _attribute(value: Any, module: Any) -> Any:
     for name in reversed(path):
         module = getattr(module, name, None)
     return module
-
-
-def traced_shapes(path: Path) -> list[str]:
-    """`float32[1,1,28,28]` for each tensor input that torch.jit.trace recorded; empty where it did not."""
-    try:
-        with quiet():
-            restored: Any = torch.jit.load(str(path), map_location="cpu", _restore_shapes=True)
-            types = [str(item.type()) for item in list(restored.graph.inputs())[1:]]
-    except (RuntimeError, TypeError, AttributeError):
-        return []
-    return [text for item in types if (text := _shape_of(item))]
-
-
-def _shape_of(text: str) -> str:
-    """`Float(1, 1, 28, 28, strides=[...])` as `float32[1,1,28,28]`."""
-    names = {
-        "Float": "float32",
-        "Double": "float64",
-        "Half": "float16",
-        "Long": "int64",
-        "Int": "int32",
-        "Bool": "bool",
-    }
-    kind, _, rest = text.partition("(")
-    dims = [part.strip() for part in rest.split(", strides")[0].split(", requires")[0].rstrip(")").split(",")]
-    if names.get(kind) not in DTYPES or not all(dim.isdigit() for dim in dims):
-        return ""
-    return f"{names[kind]}[{','.join(dims)}]"

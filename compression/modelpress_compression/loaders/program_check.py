@@ -50,14 +50,15 @@ def check_archive(path: Path) -> None:
                 check_program(_json(archive, info))
             elif name.startswith((_WEIGHTS, _CONSTANTS)) and name.endswith(_CONFIGS):
                 pickled |= _pickled(_json(archive, info), name.rsplit("/", 1)[0])
-            elif (
-                name.startswith(_SAMPLES)
-                or name in _OLD_PICKLES
-                or (name.startswith((_WEIGHTS, _CONSTANTS)) and name.endswith(".pt"))
-            ):
+            elif name.startswith(_SAMPLES) or name in _OLD_PICKLES or _is_legacy(name):
                 pickled.add(name)
         for name in sorted(pickled & inner.keys()):
             check_torch_save(read_member(archive, inner[name], MAX_SAMPLE_BYTES), f"The archive's {name[:80]}")
+
+
+def _is_legacy(name: str) -> bool:
+    """All weights or constants in one pickle, as earlier versions wrote them."""
+    return name.startswith((_WEIGHTS, _CONSTANTS)) and name.endswith(".pt")
 
 
 def _inner(name: str) -> str:

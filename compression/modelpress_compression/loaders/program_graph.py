@@ -1,11 +1,11 @@
-"""The JSON of a torch.export program: every part of it that torch turns into code, held against what exporters write."""
+"""The JSON of a torch.export program: what torch turns into code, held against what exporters write."""
 
 from __future__ import annotations
 
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from modelpress_compression.errors import RejectedModelError, UnsupportedOperatorError
@@ -27,6 +27,9 @@ _OPERATOR_NAMESPACES = frozenset(
         "onnx_symbolic",
     }
 )
+_DUNDER_OPERATORS = frozenset(
+    f"__{prefix}{name}__" for prefix in ("", "i") for name in ("and", "or", "xor", "lshift", "rshift")
+)
 # Operators that reach files.
 _FORBIDDEN_OPERATORS = frozenset({"from_file", "save"})
 _PYTHON_OPERATORS = frozenset(
@@ -40,7 +43,14 @@ _SYMBOLIC = re.compile(r"torch\.(?:sym_\w+|_sym_\w+)|math\.[a-z]\w*")
 _TREE_TYPES = frozenset({None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"})
 
 _EXPRESSION_CALLS = frozenset(
-    ["Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "Max", "Min", "FloorDiv", "ModularIndexing", "Where", "PythonMod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv", "LShift", "RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "TruncToInt", "TruncToFloat", "RoundToInt", "RoundDecimal", "ToFloat", "Identity", "Equality", "Eq", "Unequality", "Ne", "LessThan", "StrictLessThan", "Le", "Lt", "GreaterThan", "StrictGreaterThan", "Ge", "Gt", "And", "Or", "Not", "Piecewise", "ExprCondPair", "floor", "ceiling", "Abs", "sqrt", "IsNonOverlappingAndDenseIndicator", "BitwiseFn_bitwise_and", "BitwiseFn_bitwise_or"]
+    {
+        "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "Max", "Min", "FloorDiv", "PythonMod",
+        "ModularIndexing", "Where", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv", "LShift", "RShift", "FloatPow",
+        "PowByNatural", "FloatTrueDiv", "IntTrueDiv", "TruncToInt", "TruncToFloat", "RoundToInt", "RoundDecimal",
+        "ToFloat", "Identity", "Equality", "Eq", "Unequality", "Ne", "LessThan", "StrictLessThan", "Le", "Lt",
+        "GreaterThan", "StrictGreaterThan", "Ge", "Gt", "And", "Or", "Not", "Piecewise", "ExprCondPair", "floor",
+        "ceiling", "Abs", "sqrt", "IsNonOverlappingAndDenseIndicator", "BitwiseFn_bitwise_and", "BitwiseFn_bitwise_or",
+    }
 )  # fmt: skip
 _GUARD_ATTRIBUTES = frozenset({"size", "stride", "storage_offset", "shape", "inf", "isnan", "sqrt", "floor", "ceil"})
 _PLAIN = (
@@ -52,28 +62,35 @@ _PLAIN = (
 def check_program(document: Any) -> None:
     """Raises RejectedModelError (finding=PROGRAM), UnsupportedOperatorError for operators of unknown libraries."""
     for key, value in _walk(document):
-        if key in ("name", "as_name", "fqn") or (key or "").endswith("_name"):
-            if isinstance(value, str) and not _NAME.fullmatch(value):
-                raise _reject(f"the name {value[:80]!r}")
-        elif key in ("target", "as_operator") and isinstance(value, str):
-            _check_target(value)
-        elif key == "expr_str" and isinstance(value, str):
-            check_expression(value, guard=False)
-        elif key in ("in_spec", "out_spec") and isinstance(value, str) and value:
-            _check_tree(value)
-        elif key in ("guards_code", "forward_arg_names") and isinstance(value, list):
-            for item in value:
-                if key == "guards_code":
-                    check_expression(str(item), guard=True)
-                elif not str(item).isidentifier():
-                    raise _reject(f"the argument name {str(item)[:80]!r}")
-        elif (key is not None and key.endswith("_values")) or key == "range_constraints":
-            for name in value if isinstance(value, dict) else ():
-                if not _NAME.fullmatch(name):
-                    raise _reject(f"the name {name[:80]!r}")
+        if isinstance(value, str):
+            _check_text(key, value)
+        elif key == "guards_code":
+            for item in value or ():
+                check_expression(str(item), guard=True)
+        elif key == "forward_arg_names":
+            _check_names(value or ())
+        elif (key.endswith("_values") or key == "range_constraints") and isinstance(value, dict):
+            _check_names(value)
 
 
-def _walk(document: Any) -> Iterator[tuple[str | None, Any]]:
+def _check_text(key: str, value: str) -> None:
+    if key in ("name", "as_name", "fqn") or key.endswith("_name"):
+        _check_names([value])
+    elif key in ("target", "as_operator"):
+        _check_target(value)
+    elif key == "expr_str":
+        check_expression(value, guard=False)
+    elif key in ("in_spec", "out_spec") and value:
+        _check_tree(value)
+
+
+def _check_names(names: Iterable[object]) -> None:
+    for name in names:
+        if not _NAME.fullmatch(str(name)):
+            raise _reject(f"the name {str(name)[:80]!r}")
+
+
+def _walk(document: Any) -> Iterator[tuple[str, Any]]:
     """Every (key, value) of every object, but for `metadata`, which torch keeps as text."""
     stack = [document]
     while stack:
@@ -100,7 +117,7 @@ def _check_target(target: str) -> None:
     parts = target.split(".")
     if target in _PYTHON_OPERATORS or _SYMBOLIC.fullmatch(target):
         return
-    plain = all(part.isidentifier() and not part.startswith("__") for part in parts)
+    plain = all(part.isidentifier() and (not part.startswith("__") or part in _DUNDER_OPERATORS) for part in parts)
     if not plain or parts[:2] != ["torch", "ops"] or len(parts) not in (4, 5) or parts[3] in _FORBIDDEN_OPERATORS:
         raise _reject(f"a call of {target[:80]!r}")
     if parts[2] not in _OPERATOR_NAMESPACES:
@@ -136,7 +153,7 @@ def _is_key(item: object) -> bool:
 
 
 def check_expression(text: str, *, guard: bool) -> None:
-    """A symbolic size, or a guard over `L['x'].size()[0]`. Raises RejectedModelError for anything that is not arithmetic."""
+    """A symbolic size, or a guard over `L['x'].size()[0]`. Raises RejectedModelError for all but arithmetic."""
     if len(text) > _MAX_EXPRESSION:
         raise _reject("an expression of more than ten thousand characters")
     try:

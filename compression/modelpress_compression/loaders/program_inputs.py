@@ -2,7 +2,7 @@
 
 torch renames dynamic dimensions when it saves (`batch` becomes `s77`), and the archive does not keep the user's words.
 Dimensions are the user's where an --input names them; otherwise the first axis of the first input is `batch`, and
-others are called after the input and the axis.
+others are called after their axis.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def _words(values: Sequence[tuple[str, Any]]) -> dict[str, str]:
                 continue
             if not _SYMBOL.fullmatch(symbol):
                 continue
-            words[symbol] = "batch" if axis == 0 and "batch" not in words.values() else f"{name}_dim_{axis}"
+            taken = words.values()
+            word = "batch" if axis == 0 and "batch" not in taken else f"dim_{axis}"
+            words[symbol] = word if word not in taken else f"{name}_dim_{axis}"
     return words
 
 
@@ -84,9 +86,7 @@ def match_specs(own: Sequence[TensorSpec], given: Sequence[TensorSpec]) -> tuple
                     f"Export it with dynamic_shapes to vary it."
                 )
             if isinstance(old, str) and new is not None and words.setdefault(old, new) != new:
-                raise InvalidInputsError(
-                    f"Input {want}: dimensions that the program has as one differ; it has {listed}."
-                )
+                raise InvalidInputsError(f"Input {want}: one dimension has two names; it has {listed}.")
     return tuple(
         TensorSpec(
             spec.name, spec.dtype, tuple(words.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape)

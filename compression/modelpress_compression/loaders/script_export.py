@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from modelpress_compression.inputs import Feeds
+from modelpress_compression.loaders.symbolics import extra_symbolics
 from modelpress_compression.loaders.torch_run import to_tensors
 from modelpress_compression.model import EXTERNAL_DATA_THRESHOLD_BYTES
 from modelpress_compression.specs import TensorSpec
@@ -57,7 +58,7 @@ def _legacy(module: Any, request: ExportRequest, name: str) -> Path:
         }
         for spec in request.specs
     }
-    with torch.no_grad():
+    with torch.no_grad(), extra_symbolics():
         torch.onnx.export(
             module,
             request.args(),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from modelpress_compression.errors import InvalidInputsError
+from modelpress_compression.inputs import Feeds
 from modelpress_compression.specs import TensorSpec
 
 # Arguments that an ONNX input of no dimensions can stand for, and how TorchScript makes them of a tensor.
@@ -28,7 +29,7 @@ class Argument:
 def arguments(module: torch.jit.ScriptModule) -> list[Argument]:
     """The arguments of `forward` but for `self`. Raises InvalidInputsError where there is no `forward`."""
     try:
-        schema: Any = module.forward.schema  # type: ignore[union-attr]
+        schema: Any = getattr(module.forward, "schema")  # noqa: B009  torch does not type it
     except (AttributeError, RuntimeError) as error:
         raise InvalidInputsError("The TorchScript module has no method 'forward', so it cannot be run.") from error
     return [Argument(item.name, _type_name(item), not item.has_default_value()) for item in schema.arguments[1:]]
@@ -57,8 +58,9 @@ class Binding:
         """A module that takes tensors alone, in the order of `specs`."""
         if self.direct:
             return module
-        wrapper: Any = torch.jit.ScriptModule()
-        wrapper.inner = module
+        holder = torch.nn.Module()
+        holder.inner = module
+        wrapper: Any = torch.jit.script(holder)
         parameters = ", ".join(f"{item.name}: Tensor" for item in self.arguments)
         given = ", ".join(
             f"{item.name}={_SCALARS[item.type].format(name=item.name) if item.type in _SCALARS else item.name}"
@@ -68,6 +70,11 @@ class Binding:
         wrapper.eval()
         bound: torch.jit.ScriptModule = wrapper
         return bound
+
+    def scalars(self, feeds: Feeds) -> dict[str, int | float | bool]:
+        """Values of the arguments that are plain numbers to the module."""
+        pairs = zip(self.specs, self.arguments, strict=True)
+        return {spec.name: feeds[spec.name].item() for spec, item in pairs if item.type in _SCALARS}
 
 
 def bind(module: torch.jit.ScriptModule, specs: Sequence[TensorSpec]) -> Binding:

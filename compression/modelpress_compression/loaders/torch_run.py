@@ -11,7 +11,16 @@ import torch
 from modelpress_compression.inputs import Array, Feeds
 
 # What a module raises when it is given an input that does not suit it.
-REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, KeyError, NotImplementedError)
+REFUSALS: tuple[type[Exception], ...] = (
+    torch.jit.Error,
+    RuntimeError,
+    ValueError,
+    IndexError,
+    TypeError,
+    AssertionError,
+    KeyError,
+    NotImplementedError,
+)
 
 
 def to_tensors(feeds: Mapping[str, Array]) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,7 +53,9 @@ def read_script(path: Path) -> torch.jit.ScriptModule:
     """The module in evaluation mode, on the CPU. Raises UnsupportedFormatError."""
     try:
         with quiet():
-            module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location="cpu")
+            module: torch.jit.ScriptModule = torch.jit.load(  # type: ignore[no-untyped-call]
+                str(path), map_location="cpu"
+            )
             module.eval()
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise UnsupportedFormatError(
@@ -81,5 +84,5 @@ class _Runner:
 
 def _assigned(module: torch.jit.ScriptModule) -> list[str]:
     """Attributes that `forward` assigns to, methods that it calls included."""
-    graph = module.inlined_graph
+    graph: Any = module.inlined_graph
     return sorted({node.s("name") for node in graph.findAllNodes("prim::SetAttr", recurse=True)})

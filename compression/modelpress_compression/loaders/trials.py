@@ -26,6 +26,8 @@ _SEARCH_S = 90.0
 _SCALARS = (None, 1, 16000, 8000, 2)
 _TRACE_BATCH = 2  # never 1, which exporters take for a constant
 _OTHER_BATCHES = (3, 1)
+# How lines of torch's messages start that tell of its own insides.
+_NOISE = ("File ", "Traceback", "~", "<---", "The following", "at ")
 
 
 @dataclass(frozen=True)
