@@ -1,0 +1,243 @@
+"""Scaled dot-product attention of several heads becomes com.microsoft.MultiHeadAttention.
+
+With q, k, v of shapes [B, S, N], [B, L, N], [B, L, M], split into H heads of D = N / H,
+
+    scores = scale * q_h k_h^T + mask        [B, H, S, L]
+    y      = softmax(scores) v_h             [B, H, S, D], then transposed and reshaped to [B, S, M]
+
+Vaswani et al., arXiv:1706.03762. The operator reads and writes the three-dimensional tensors, so that the reshapes and
+transposes around the products go as well. The projections before and after it stay MatMul nodes: other passes quantize
+and prune them as they are, which com.microsoft.Attention with its packed weights would not allow.
+
+    heads    Transpose(Reshape(q), 0 2 1 3); keys also as Transpose(Reshape(k), 0 2 3 1), or with a further Transpose
+    scale    Mul or Div with a constant behind the product, or on q, or on both q and k
+    mask     one Add before the softmax: [B or 1, H or 1, S, L]; a mask [.., .., 1, L] is expanded to S rows once
+
+It must not fire when scores or probabilities are used elsewhere (some models return them), or when the number of heads
+is not a constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir
+
+from modelpress_compression.analysis.graph import (
+    constant_array,
+    constant_scalar,
+    int_attribute,
+    ints_attribute,
+    is_op,
+    only_consumer,
+    rank,
+)
+from modelpress_compression.passes.fuse.rewriting import FIRED, MICROSOFT, Outcome, Scope, graph_of
+
+_HEADS_FIRST = (0, 2, 1, 3)
+_KEYS = (0, 2, 3, 1)
+_SWAP = (0, 1, 3, 2)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """A tensor [B, T, H * D] that is split into heads."""
+
+    value: onnx_ir.Value
+    count: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What goes into the softmax: the operands of the product, the scale so far, and the mask."""
+
+    query: onnx_ir.Value | None
+    keys: onnx_ir.Value | None
+    scale: float
+    mask: onnx_ir.Value | None
+
+
+class FuseAttention:
+    """Recognizes attention by its softmax."""
+
+    name: ClassVar[str] = "attention"
+    op_types: ClassVar[frozenset[str]] = frozenset({"Softmax"})
+
+    def __call__(self, node: onnx_ir.Node, scope: Scope) -> Outcome:  # noqa: PLR0911 - a return for each reason
+        scores = _scores(node, scope)
+        product = only_consumer(node.outputs[0])
+        if scores is None or not is_op(product, "MatMul") or product is None:
+            return None
+        if product.inputs[0] is not node.outputs[0] or scope.excluded(product) or product.graph is not node.graph:
+            return None
+        query, scale_q = _heads(scores.query, _HEADS_FIRST, scope)
+        keys, scale_k = _heads(scores.keys, _KEYS, scope)
+        values, scale_v = _heads(product.inputs[1], _HEADS_FIRST, scope)
+        last = _merged(product, scope)
+        if query is None or keys is None or values is None or scale_v != 1.0:
+            return "Attention stays: queries, keys or values are not [batch, tokens, heads * size] split by Reshape."
+        if last is None:
+            return "Attention stays: its heads are not put together again by Transpose and Reshape."
+        if not query.count == keys.count == values.count or query.size != keys.size:
+            return "Attention stays: queries, keys and values have different heads."
+        mask = scores.mask
+        if mask is not None and (mask.shape is None or len(mask.shape) != 4):
+            return "Attention stays: its mask is not known to have four axes."
+        new: list[onnx_ir.Node] = []
+        if mask is not None:
+            mask = _with_rows(mask, query.value, new, last, scope)
+        inputs = [query.value, keys.value, values.value, *([None, None, mask] if mask is not None else [])]
+        attributes = {"num_heads": query.count, "scale": scores.scale * scale_q * scale_k}
+        new.append(scope.node("MultiHeadAttention", inputs, attributes, like=product, domain=MICROSOFT))
+        scope.replace(last, [last], new)
+        return FIRED
+
+
+def _scores(softmax: onnx_ir.Node, scope: Scope) -> _Scores | None:
+    """scale * q k^T + mask before the softmax, each of scale and mask optional."""
+    axis = int_attribute(softmax, "axis", -1 if scope.opset >= 13 else 1)
+    value = softmax.inputs[0]
+    if axis not in (-1, 3) or (axis == 3 and rank(value) not in (4, None)):
+        return None
+    mask = None
+    if (add := scope.inner(value, "Add")) is not None:
+        position = 0 if _is_product(add.inputs[0], scope) else 1
+        value, mask = add.inputs[position], add.inputs[1 - position]
+    scale = 1.0
+    if (factor := scope.inner(value, "Mul", "Div")) is not None:
+        if (constant := _factor(factor)) is None:
+            return None
+        value, scale = constant
+    product = scope.inner(value, "MatMul")
+    return None if product is None else _Scores(product.inputs[0], product.inputs[1], scale, mask)
+
+
+def _is_product(value: onnx_ir.Value | None, scope: Scope) -> bool:
+    node = scope.producer(value, "MatMul", "Mul", "Div")
+    if node is None or node.op_type == "MatMul":
+        return node is not None
+    constant = _factor(node)
+    return constant is not None and scope.producer(constant[0], "MatMul") is not None
+
+
+def _factor(node: onnx_ir.Node) -> tuple[onnx_ir.Value, float] | None:
+    """(y, c) of y * c or y / (1 / c)."""
+    for position in (1, 0) if node.op_type == "Mul" else (1,):
+        number, value = constant_scalar(node.inputs[position]), node.inputs[1 - position]
+        if number and value is not None:
+            return value, (1 / number if node.op_type == "Div" else number)
+    return None
+
+
+def _heads(value: onnx_ir.Value | None, perm: tuple[int, ...], scope: Scope) -> tuple[_Heads | None, float]:
+    """What was split into heads and transposed by `perm`, and the constant that it was multiplied with on the way."""
+    scale = 1.0
+    for _ in range(3):
+        node = scope.producer(value, "Mul", "Div", "Transpose", "Reshape")
+        if node is None:
+            return None, scale
+        if node.op_type in ("Mul", "Div"):
+            if (constant := _factor(node)) is None:
+                return None, scale
+            value, scale = constant[0], scale * constant[1]
+            continue
+        if node.op_type == "Transpose" and ints_attribute(node, "perm") == perm:
+            value = node.inputs[0]
+            return _split(value, scope), scale * _scale_before(value, scope)
+        if node.op_type == "Transpose" and ints_attribute(node, "perm") == _SWAP and perm == _KEYS:
+            found, factor = _heads(node.inputs[0], _HEADS_FIRST, scope)
+            return found, scale * factor
+        return None, scale
+    return None, scale
+
+
+def _scale_before(value: onnx_ir.Value | None, scope: Scope) -> float:
+    node = scope.producer(value, "Mul", "Div")
+    constant = None if node is None else _factor(node)
+    return 1.0 if constant is None else constant[1]
+
+
+def _split(value: onnx_ir.Value | None, scope: Scope) -> _Heads | None:
+    """The [B, T, H * D] before Reshape to [B, T, H, D]; H and D are constants, B and T stay."""
+    if (factor := scope.producer(value, "Mul", "Div")) is not None and (constant := _factor(factor)) is not None:
+        value = constant[0]
+    reshape = scope.producer(value, "Reshape")
+    if reshape is None or value is None or reshape.inputs[0] is None or rank(reshape.inputs[0]) != 3:
+        return None
+    target = _last_dims(value, reshape)
+    before = reshape.inputs[0].shape
+    if target is None or before is None or (isinstance(before[2], int) and before[2] != target[0] * target[1]):
+        return None
+    if not isinstance(before[2], int):
+        return None
+    return _Heads(reshape.inputs[0], *target)
+
+
+def _last_dims(value: onnx_ir.Value, reshape: onnx_ir.Node) -> tuple[int, int] | None:
+    """H and D of [B, T, H, D]: from the inferred shape, or from the constants that the target is put together of."""
+    if value.shape is not None and len(value.shape) == 4:
+        heads, size = value.shape[2], value.shape[3]
+        if isinstance(heads, int) and isinstance(size, int):
+            return heads, size
+    numbers = _target(reshape)
+    before = reshape.inputs[0].shape if reshape.inputs[0] is not None else None
+    if numbers is None or len(numbers) != 4 or before is None or not isinstance(before[2], int):
+        return None
+    heads_or, size_or = numbers[2:]
+    if heads_or == -1 and size_or and size_or > 0:
+        heads_or = before[2] // size_or
+    if size_or == -1 and heads_or and heads_or > 0:
+        size_or = before[2] // heads_or
+    return (heads_or, size_or) if heads_or and size_or and min(heads_or, size_or) > 0 else None
+
+
+def _target(reshape: onnx_ir.Node) -> list[int | None] | None:
+    """The target shape of a Reshape, None for entries that are computed."""
+    if (array := constant_array(reshape.inputs[1])) is not None:
+        return [int(number) for number in array.reshape(-1)]
+    concat = reshape.inputs[1].producer() if reshape.inputs[1] is not None else None
+    if not is_op(concat, "Concat") or concat is None:
+        return None
+    numbers: list[int | None] = []
+    for part in concat.inputs:
+        array = constant_array(part)
+        numbers += [None] if array is None else [int(number) for number in array.reshape(-1)]
+    return numbers
+
+
+def _merged(product: onnx_ir.Node, scope: Scope) -> onnx_ir.Node | None:
+    """The Reshape to [B, S, H * D] behind Transpose(0 2 1 3) of the product."""
+    transpose = only_consumer(product.outputs[0])
+    if not is_op(transpose, "Transpose") or transpose is None or scope.excluded(transpose):
+        return None
+    reshape = only_consumer(transpose.outputs[0])
+    if ints_attribute(transpose, "perm") != _HEADS_FIRST or not is_op(reshape, "Reshape") or reshape is None:
+        return None
+    same = transpose.graph is product.graph and reshape.graph is product.graph
+    target = _target(reshape)
+    merged = rank(reshape.outputs[0]) == 3 or (target is not None and len(target) == 3)
+    return reshape if merged and same and not scope.excluded(reshape) else None
+
+
+def _with_rows(
+    mask: onnx_ir.Value, query: onnx_ir.Value, new: list[onnx_ir.Node], like: onnx_ir.Node, scope: Scope
+) -> onnx_ir.Value:
+    """The operator wants a row for each query; a mask for keys alone, [.., .., 1, L], is expanded."""
+    if mask.shape is not None and mask.shape[2] != 1:
+        return mask
+    graph = graph_of(like)
+    ones = scope.new_constant("attention_mask_ones", np.ones(2, np.int64), graph)
+    one = scope.new_constant("attention_mask_one", np.ones(1, np.int64), graph)
+    shape = scope.node("Shape", [query], like=like)
+    index = scope.new_constant("attention_mask_index", np.array([1], np.int64), graph)
+    rows = scope.node("Gather", [shape.outputs[0], index], like=like)
+    target = scope.node("Concat", [ones, rows.outputs[0], one], {"axis": 0}, like=like)
+    expanded = scope.node("Expand", [mask, target.outputs[0]], like=like)
+    for number, node in enumerate((shape, rows, target, expanded)):
+        node.name = f"{like.name or 'attention'}.mask_{number}"
+        node.outputs[0].type = onnx_ir.TensorType(onnx_ir.DataType.INT64) if number < 3 else mask.type
+    new += [shape, rows, target, expanded]
+    return expanded.outputs[0]

@@ -1,0 +1,145 @@
+"""GELU written out in elementary operators becomes one.
+
+    erf form    x/2 * (1 + erf(x / sqrt(2)))
+    tanh form   x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))
+
+Hendrycks and Gimpel, "Gaussian Error Linear Units" (arXiv:1606.08415). The product of x, 1/2 and the parenthesis comes
+in every order; x^3 as Pow or as products. From opset 20 on the result is ONNX's Gelu; before, com.microsoft's Gelu and
+FastGelu, since onnxruntime itself recognizes one order of the erf form only when it loads a model, never the others.
+
+It must not fire when a value between has another consumer or is an output of the graph.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import onnx_ir
+
+from modelpress_compression.analysis.graph import constant_scalar, constant_tensor, is_op, only_consumer, rank
+from modelpress_compression.passes.fuse.rewriting import FIRED, MICROSOFT, Outcome, Scope
+
+GELU_OPSET = 20
+
+
+class FuseGelu:
+    """Recognizes both forms of GELU by their Erf or Tanh."""
+
+    name: ClassVar[str] = "gelu"
+    op_types: ClassVar[frozenset[str]] = frozenset({"Erf", "Tanh"})
+
+    def __call__(self, node: onnx_ir.Node, scope: Scope) -> Outcome:
+        value = _erf_argument(node, scope) if node.op_type == "Erf" else _tanh_argument(node, scope)
+        if value is None:
+            return "Erf stays: its argument is not x / sqrt(2)." if node.op_type == "Erf" else None
+        last = _last_product(node, value, scope)
+        if last is None:
+            return (
+                f"GELU at {node.op_type} stays: the product around it has another form, or is used elsewhere as well."
+            )
+        tanh = node.op_type == "Tanh"
+        if scope.opset >= GELU_OPSET:
+            made = scope.node("Gelu", [value], {"approximate": "tanh" if tanh else "none"}, like=last)
+        else:
+            made = scope.node("FastGelu" if tanh else "Gelu", [value], like=last, domain=MICROSOFT)
+        scope.replace(last, [last], [made])
+        return FIRED
+
+
+def _close(value: onnx_ir.Value | None, wanted: float, varying: onnx_ir.Value | None) -> bool:
+    """Whether the value is this constant, with no more axes than the operand that varies."""
+    number, tensor = constant_scalar(value), constant_tensor(value)
+    if number is None or tensor is None or not math.isclose(number, wanted, rel_tol=2e-3):
+        return False
+    return len(tensor.shape) == 0 or len(tensor.shape) <= (rank(varying) or 0)
+
+
+def _other(node: onnx_ir.Node, value: onnx_ir.Value) -> onnx_ir.Value | None:
+    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+
+
+def _times(value: onnx_ir.Value | None, factor: float, scope: Scope) -> onnx_ir.Value | None:
+    """y if the value is y * factor or y / (1 / factor)."""
+    node = scope.producer(value, "Mul", "Div")
+    if node is None:
+        return None
+    if node.op_type == "Div":
+        return node.inputs[0] if _close(node.inputs[1], 1 / factor, node.inputs[0]) else None
+    for position in (0, 1):
+        if _close(node.inputs[position], factor, node.inputs[1 - position]):
+            return node.inputs[1 - position]
+    return None
+
+
+def _erf_argument(node: onnx_ir.Node, scope: Scope) -> onnx_ir.Value | None:
+    return _times(node.inputs[0], 1 / math.sqrt(2), scope)
+
+
+def _tanh_argument(node: onnx_ir.Node, scope: Scope) -> onnx_ir.Value | None:
+    """x of tanh(sqrt(2/pi) * (x + 0.044715 x^3)), also as sqrt(2/pi) * x * (1 + 0.044715 x^2)."""
+    inner = _times(node.inputs[0], math.sqrt(2 / math.pi), scope)
+    total = scope.producer(inner, "Add")
+    if total is not None:
+        for value, cube in (tuple(total.inputs), tuple(reversed(total.inputs))):
+            if value is not None and _is_power(_times(cube, 0.044715, scope), value, 3, scope):
+                return value
+    product = scope.producer(inner, "Mul")
+    if product is None:
+        return None
+    for value, factor in (tuple(product.inputs), tuple(reversed(product.inputs))):
+        add = scope.producer(factor, "Add")
+        if add is None or value is None:
+            continue
+        for one, square in (tuple(add.inputs), tuple(reversed(add.inputs))):
+            if _close(one, 1.0, square) and _is_power(_times(square, 0.044715, scope), value, 2, scope):
+                return value
+    return None
+
+
+def _is_power(value: onnx_ir.Value | None, base: onnx_ir.Value, exponent: int, scope: Scope) -> bool:
+    """Whether the value is base ** exponent, as Pow or as products of bases."""
+    if exponent == 1:
+        return value is base
+    power = scope.producer(value, "Pow")
+    if power is not None:
+        return power.inputs[0] is base and constant_scalar(power.inputs[1]) == exponent
+    product = scope.producer(value, "Mul")
+    if product is None:
+        return False
+    return any(
+        product.inputs[position] is base and _is_power(product.inputs[1 - position], base, exponent - 1, scope)
+        for position in (0, 1)
+    )
+
+
+def _last_product(node: onnx_ir.Node, value: onnx_ir.Value, scope: Scope) -> onnx_ir.Node | None:  # noqa: PLR0911 - a return for each reason
+    """The node that completes x * 1/2 * (1 + node), whatever the order of the products."""
+    plus_one = only_consumer(node.outputs[0])
+    if not is_op(plus_one, "Add") or plus_one is None or scope.excluded(plus_one):
+        return None
+    if not _close(_other(plus_one, node.outputs[0]), 1.0, node.outputs[0]):
+        return None
+    factor = plus_one.outputs[0]
+    missing_half, missing_value = True, True
+    while missing_half or missing_value:
+        product = only_consumer(factor)
+        if product is None or scope.excluded(product) or product.graph is not node.graph:
+            return None
+        other = _other(product, factor)
+        if is_op(product, "Div") and product.inputs[0] is factor and missing_half and _close(other, 2.0, factor):
+            missing_half = False
+        elif not is_op(product, "Mul"):
+            return None
+        elif missing_half and _close(other, 0.5, factor):
+            missing_half = False
+        elif missing_value and other is value:
+            missing_value = False
+        elif missing_half and missing_value and _times(other, 0.5, scope) is value:
+            missing_half = missing_value = False
+        else:
+            return None
+        factor = product.outputs[0]
+        if not missing_half and not missing_value:
+            return product
+    return None

@@ -1,0 +1,100 @@
+"""LayerNormalization written out in elementary operators becomes one, from opset 17 on.
+
+    d = x - mean(x)      LN(x) = d / sqrt(mean(d^2) + eps) * gamma + beta        means over the last axis
+
+with d^2 as Pow(d, 2) or Mul(d, d); gamma and beta constants of shape [last axis]. Ba et al., arXiv:1607.06450.
+Below opset 17 the operators stay as they are: onnxruntime recognizes them itself when it loads a model, and a file with
+the operator in an older opset would be refused by everything else.
+
+It must not fire when a value between has another consumer, or when the mean goes over other axes.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import onnx_ir
+
+from modelpress_compression.analysis.graph import (
+    axes_of,
+    constant_scalar,
+    constant_tensor,
+    int_attribute,
+    is_op,
+    only_consumer,
+    rank,
+)
+from modelpress_compression.passes.fuse.rewriting import FIRED, Outcome, Scope, float_array
+
+LAYER_NORMALIZATION_OPSET = 17
+
+
+class FuseLayerNormalization:
+    """Recognizes layer normalization by the division at its end."""
+
+    name: ClassVar[str] = "layer_normalization"
+    op_types: ClassVar[frozenset[str]] = frozenset({"Div"})
+
+    def __call__(self, node: onnx_ir.Node, scope: Scope) -> Outcome:
+        found = _statistics(node, scope)
+        if found is None:
+            return None
+        value, epsilon = found
+        scaled = _then(node, "Mul", scope)
+        shifted = None if scaled is None else _then(scaled[0], "Add", scope)
+        if scaled is None or shifted is None:
+            return "Layer normalization stays: no product and sum with a constant over the last axis follow it."
+        if scope.opset < LAYER_NORMALIZATION_OPSET:
+            return (
+                f"Layer normalization stays: the operator needs opset {LAYER_NORMALIZATION_OPSET}, the model has opset "
+                f"{scope.opset}; onnxruntime recognizes it when it loads the model."
+            )
+        made = scope.node(
+            "LayerNormalization", [value, scaled[1], shifted[1]], {"axis": -1, "epsilon": epsilon}, like=shifted[0]
+        )
+        scope.replace(shifted[0], [node, scaled[0], shifted[0]], [made])
+        return FIRED
+
+
+def _statistics(division: onnx_ir.Node, scope: Scope) -> tuple[onnx_ir.Value, float] | None:
+    """(x, eps) if the node is (x - mean) / sqrt(variance + eps)."""
+    root = scope.inner(division.inputs[1], "Sqrt")
+    sum_ = scope.inner(root.inputs[0], "Add") if root is not None else None
+    difference = division.inputs[0]
+    if sum_ is None or difference is None:
+        return None
+    position = 0 if constant_tensor(sum_.inputs[0]) is not None else 1
+    epsilon = constant_scalar(sum_.inputs[position])
+    variance = scope.inner(sum_.inputs[1 - position], "ReduceMean")
+    square = scope.inner(variance.inputs[0], "Pow", "Mul") if variance is not None else None
+    minus = scope.producer(difference, "Sub")
+    if epsilon is None or variance is None or square is None or minus is None:
+        return None
+    is_square = (
+        constant_scalar(square.inputs[1]) == 2.0 if square.op_type == "Pow" else square.inputs[1] is difference
+    ) and square.inputs[0] is difference
+    users = {id(user) for user in difference.consumers()}
+    mean, value = scope.inner(minus.inputs[1], "ReduceMean"), minus.inputs[0]
+    if not is_square or users != {id(square), id(division)} or mean is None or value is None:
+        return None
+    if mean.inputs[0] is not value or not _last_axis(mean) or not _last_axis(variance):
+        return None
+    return (value, epsilon) if not difference.is_graph_output() else None
+
+
+def _last_axis(mean: onnx_ir.Node) -> bool:
+    axes = axes_of(mean)
+    if axes is None or len(axes) != 1 or not int_attribute(mean, "keepdims", 1):
+        return False
+    axes_count = rank(mean.inputs[0])
+    return axes[0] == -1 or (axes_count is not None and axes[0] == axes_count - 1)
+
+
+def _then(node: onnx_ir.Node, op_type: str, scope: Scope) -> tuple[onnx_ir.Node, onnx_ir.Value] | None:
+    """The one consumer and its constant operand of shape [n], n > 1."""
+    user = only_consumer(node.outputs[0])
+    if user is None or not is_op(user, op_type) or scope.excluded(user) or user.graph is not node.graph:
+        return None
+    other = user.inputs[1] if user.inputs[0] is node.outputs[0] else user.inputs[0]
+    array = float_array(other)
+    return (user, other) if other is not None and array is not None and array.ndim == 1 and array.size > 1 else None
