@@ -32,9 +32,15 @@ def main() -> None:
 
     result.model.save(arguments.output)
     report = result.report
-    print(f"{arguments.output}: {report['size_ratio']:.2f} times smaller, accuracy {report['accuracy']}")
+    accuracy = report["accuracy"]
+    print(f"{arguments.output}: {report['size_ratio']:.2f} times smaller")
+    for row in report["latency"]:
+        print(f"batch {row['batch_size']}: {row['speedup']['median']:.2f} times as fast")
+    print(f"{accuracy['metric']}: {accuracy['original']:.4f} before, {accuracy['optimized']:.4f} after")
     for step in report["steps"]:
-        print(f"{step['name']}: {step['changes']}, {len(step['skipped'])} left alone")
+        print(f"{step['name']}: {step['changes']}")
+        for skip in step["skipped"]:
+            print(f"  {skip['node']} left alone: {skip['reason']}")
 
 
 if __name__ == "__main__":
