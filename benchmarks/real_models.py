@@ -1,6 +1,6 @@
 """Real trained models through the whole way: upload, compress, download, and the task metric before and after.
 
-    python benchmarks/real_models.py --models DIR [--only NAME ...] [--recipe PRESET] [--no-data] [--markdown]
+    python benchmarks/real_models.py --models DIR [--only NAME ...] [--recipe PRESET] [--no-data]
 
 DIR holds the models and one `eval_NAME.py` for each, which prints a figure (higher is better) for `--model FILE.onnx`
 and writes representative inputs, not the evaluation samples, for `--make-calib FILE.npz`. Every model goes through
@@ -18,9 +18,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 CONVERT_ONLY = "version: 1\nbenchmark: {rounds: 5}\n"
 
@@ -113,21 +110,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="names, or parts of names, of the models to run")
     parser.add_argument("--recipe", default="default", help="preset or YAML file")
     parser.add_argument("--no-data", action="store_true", help="give the service the file alone")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     arguments = parser.parse_args()
     cases = [case for case in CASES if not arguments.only or any(part in case.name for part in arguments.only)]
-    rows = []
+    print("|".join(["", *HEADINGS, ""]), "|".join(["", *["---"] * len(HEADINGS), ""]), sep="\n", flush=True)
     for case in cases:
-        print(f"{case.name} ...", file=sys.stderr, flush=True)
-        rows.append(measure(case, arguments.models.resolve(), arguments.recipe, not arguments.no_data))
-    if arguments.markdown:
-        print("|".join(["", *HEADINGS, ""]), "|".join(["", *["---"] * len(HEADINGS), ""]), sep="\n")
-        print("\n".join("|".join(["", *row, ""]) for row in rows))
-        return
-    table = Table(*HEADINGS)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=170).print(table)
+        row = measure(case, arguments.models.resolve(), arguments.recipe, not arguments.no_data)
+        print("|".join(["", *row, ""]), flush=True)
 
 
 if __name__ == "__main__":
