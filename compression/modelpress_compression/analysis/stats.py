@@ -28,7 +28,10 @@ from modelpress_compression.model import Model
 
 _STANDARD_DOMAINS = ("", "ai.onnx")
 # Between a stored weight and the operator that works with it.
-_CONVERSIONS = frozenset(("DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Identity", "Reshape"))
+_CONVERSIONS = frozenset((
+    "DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Identity", "Reshape", "Slice", "Split", "Concat",
+    "Unsqueeze", "Squeeze",
+))  # fmt: skip
 _MAX_HOPS = 8
 # Operators for which a single number is a weight, not a constant of a formula.
 _LAYERS = frozenset((

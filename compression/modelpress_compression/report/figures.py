@@ -7,6 +7,7 @@ from typing import Any
 
 from modelpress_compression.report.formats import NOT_MEASURED, change, escape, milliseconds, ratio, size, tag
 
+_OPEN_LAYERS = 12
 _ROLES = ("original", "optimized")
 # The right end of the scale stays free for the last mark.
 _SCALE_PERCENT = 98.0
@@ -23,16 +24,21 @@ def legend() -> str:
 
 
 def layer_picture(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Bytes of each layer before and after, on one scale."""
+    """Bytes of each layer before and after, on one scale; the smaller ones are folded."""
     largest = max((value for row in rows for value in _sizes(row) if value), default=1)
-    return tag("div", "".join(_layer_row(row, largest) for row in rows), class_="layers")
+    drawn = [_layer_row(row, largest) for row in rows]
+    first = tag("div", "".join(drawn[:_OPEN_LAYERS]), class_="layers")
+    rest = tag("div", "".join(drawn[_OPEN_LAYERS:]), class_="layers")
+    more = f"{len(drawn) - _OPEN_LAYERS} more rows"
+    return first + (tag("details", tag("summary", more) + rest) if len(drawn) > _OPEN_LAYERS else "")
 
 
 def size_bar(share: float) -> str:
     """What is left of the original, as a bar; more than all of it fills the bar."""
     width = max(1.0, min(100.0, share * 100))
-    drawn = f'<rect width="100%" height="6" rx="3" class="track"/><rect width="{width:.2f}%" height="6" rx="3" class="bar"/>'
-    return f'<svg class="gauge" width="100%" height="6" aria-hidden="true">{drawn}</svg>'
+    track = '<rect width="100%" height="6" rx="3" class="track"/>'
+    bar = f'<rect width="{width:.2f}%" height="6" rx="3" class="bar"/>'
+    return f'<svg class="gauge" width="100%" height="6" aria-hidden="true">{track}{bar}</svg>'
 
 
 def _latency_row(row: Mapping[str, Any]) -> str:
@@ -64,7 +70,8 @@ def _range(role: str, times: Mapping[str, float], slowest: float) -> str:
         f'<line x1="{place("p99_ms")}" x2="{place("p99_ms")}" y1="6" y2="16" class="thin"/>'
         f'<circle cx="{place("p50_ms")}" cy="11" r="5.5" class="dot"/>'
     )
-    picture = f'<svg class="{role}" width="100%" height="22" role="img" aria-label="{role}: {label}"><title>{role}: {label}</title>{drawn}</svg>'
+    described = f'role="img" aria-label="{role}: {label}"><title>{role}: {label}</title>'
+    picture = f'<svg class="{role}" width="100%" height="22" {described}{drawn}</svg>'
     figures = (
         tag("b", milliseconds(times["p50_ms"]))
         + f" <small>p90 {milliseconds(times['p90_ms'])} · p99 {milliseconds(times['p99_ms'])}</small>"

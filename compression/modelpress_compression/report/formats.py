@@ -78,6 +78,8 @@ def change(before: float | None, after: float | None) -> str:
     if after == before:
         return "unchanged"
     sign = "−" if difference < 0 else "+"
+    if abs(difference) < 0.0005:
+        return f"{sign}< 0.1 %"
     digits = 1 if abs(difference) < 0.095 else 0
     return f"{sign}{abs(difference) * 100:.{digits}f} %"
 

@@ -65,20 +65,21 @@ def _speed_words(latency: Any) -> str:
         gain = speedup["median"]
         return f"{ratio(gain)} as fast" if gain >= 1.2 else f"{percent(gain - 1, 0)} faster"
     if speedup["high"] < 1:
-        return f"{percent(1 / speedup['median'] - 1, 0)} slower"
+        return f"but only {ratio(speedup['median'])} the speed"
     return "as fast as before"
 
 
 def _quality_words(report: Mapping[str, Any]) -> str:
     accuracy, fidelity = report["accuracy"], report["fidelity"]
     if accuracy is not None:
-        return f"; {accuracy['metric']} {_metric(accuracy, 'original')} → {_metric(accuracy, 'optimized')}"
+        before, after = _metric(accuracy, "original"), _metric(accuracy, "optimized")
+        return f"; {accuracy['metric']} " + (f"stays at {after}" if before == after else f"{before} → {after}")
     if fidelity is None:
         return ""
     if fidelity["top1_agreement"] is not None:
         return f"; {percent(fidelity['top1_agreement'])} of the answers unchanged"
     cosine = _lowest_cosine(fidelity)
-    return "" if cosine is None else f"; outputs {percent(cosine, 2)} similar"
+    return "" if cosine is None else f"; output cosine {cosine:.4f}"
 
 
 def _metric(accuracy: Mapping[str, Any], role: str) -> str:
@@ -121,10 +122,8 @@ def _cards(report: Mapping[str, Any]) -> str:
             "Size",
             size(original["onnx_size_bytes"]),
             size(optimized["size_bytes"]),
-            f"{change(original['onnx_size_bytes'], optimized['size_bytes'])} · {ratio(report['size_ratio'])} smaller"
-            if report["size_ratio"] >= 1.005
-            else change(original["onnx_size_bytes"], optimized["size_bytes"]),
-            size_bar(1 / report["size_ratio"] if report["size_ratio"] else 1.0),
+            f"{change(original['onnx_size_bytes'], optimized['size_bytes'])}{_times_smaller(report['size_ratio'])}",
+            size_bar(1 / report["size_ratio"]),
         ),
         _latency_card(report["latency"]),
         _quality_card(report),
@@ -144,10 +143,15 @@ def _cards(report: Mapping[str, Any]) -> str:
     return tag("div", "".join(cards), class_="cards")
 
 
-def _card(title: str, before: str, after: str, note: str, extra: str = "") -> str:
-    """Before, after and one line; all texts are plain, `extra` is HTML."""
-    values = tag("p", tag("span", escape(before)) + tag("i", "→") + tag("b", escape(after)), class_="values")
+def _card(title: str, before: str, after: str, note: str, extra: str = "", *, worse: bool = False) -> str:
+    """Before, after and one line; all texts are plain, `extra` is HTML. `worse`: what came out is set off."""
+    kind = "values worse" if worse else "values"
+    values = tag("p", tag("span", escape(before)) + tag("i", "→") + tag("b", escape(after)), class_=kind)
     return tag("article", tag("h2", escape(title)) + values + extra + tag("p", escape(note), class_="note"))
+
+
+def _times_smaller(size_ratio: float) -> str:
+    return f" · {ratio(size_ratio)} smaller" if size_ratio >= 1.2 else ""
 
 
 def _zeros(figures: Mapping[str, Any]) -> str:
@@ -163,7 +167,8 @@ def _latency_card(latency: Any) -> str:
     speedup = row["speedup"]
     note = f"{ratio(speedup['median'])} speed, 95 %: {speedup['low']:.2f} to {speedup['high']:.2f}"
     setting = f"Latency, batch {row['batch_size']}, {row['threads']} thread{'s' if row['threads'] != 1 else ''}"
-    return _card(setting, milliseconds(row["original"]["p50_ms"]), milliseconds(row["optimized"]["p50_ms"]), note)
+    before, after = (milliseconds(row[role]["p50_ms"]) for role in ("original", "optimized"))
+    return _card(setting, before, after, note, worse=speedup["high"] < 1)
 
 
 def _quality_card(report: Mapping[str, Any]) -> str:

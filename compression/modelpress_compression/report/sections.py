@@ -162,7 +162,7 @@ def recipe(value: Any) -> str:
 def files(report: Mapping[str, Any]) -> str:
     """Digests and formats of what came in and what came out."""
     original, optimized = report["original"], report["optimized"]
-    return definitions(
+    listed = definitions(
         {
             "uploaded": f"{escape(original['format'])}, {size(original['size_bytes'])}, opset {original['opset']}",
             "sha256 of the upload": tag("code", escape(original["sha256"])),
@@ -170,3 +170,4 @@ def files(report: Mapping[str, Any]) -> str:
             "sha256 of the result": tag("code", escape(optimized["sha256"])),
         }
     )
+    return tag("div", listed, class_="files")
