@@ -1,0 +1,84 @@
+"""The arithmetic of 8 bits: `real = scale * (integer - zero_point)`.
+
+Activations are asymmetric over the observed range, widened to hold zero, so that padding and ReLU are exact. Weights
+are symmetric: their zero point is the middle of the type, per tensor or per slice of one axis. onnxruntime's
+convolution takes only one zero point for all channels, and a constant middle costs half a bit of range at most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelpress_compression.passes.quantize.observers import Range
+
+# Smallest scale: below it 1 / scale is no longer a normal float32 with some room.
+MIN_SCALE = 1e-30
+_LEVELS = 255
+
+
+@dataclass(frozen=True)
+class ActivationParameters:
+    """Scale and zero point of one tensor, `dtype` uint8 or int8."""
+
+    scale: np.float32
+    zero_point: int
+    dtype: np.dtype[np.generic]
+
+    def fake_quantize(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What is left of `values` after a round trip through 8 bits."""
+        smallest = _smallest(self.dtype)
+        levels = np.clip(np.rint(values / self.scale) + self.zero_point, smallest, smallest + _LEVELS)
+        return np.asarray((levels - self.zero_point) * self.scale, np.float32)
+
+
+def activation_parameters(value_range: Range, dtype: str) -> ActivationParameters:
+    """Parameters whose range holds `value_range` and zero; a range of nothing but zero gets scale 1."""
+    kind = np.dtype(dtype)
+    low, high = min(value_range.low, 0.0), max(value_range.high, 0.0)
+    smallest = _smallest(kind)
+    if not high > low:
+        return ActivationParameters(np.float32(1), smallest, kind)
+    scale = np.float32(max((high - low) / _LEVELS, MIN_SCALE))
+    zero_point = int(np.clip(np.rint(smallest - low / float(scale)), smallest, smallest + _LEVELS))
+    return ActivationParameters(scale, zero_point, kind)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """`values` in 8 bits and `scale`: a scalar, or one entry per slice along `axis`. One `zero_point` for all."""
+
+    values: NDArray[np.generic]
+    scale: NDArray[np.float32]
+    zero_point: NDArray[np.generic]
+    axis: int | None
+
+    def dequantize(self) -> NDArray[np.float32]:
+        scale = self.scale
+        if self.axis is not None:
+            scale = scale.reshape([-1 if axis == self.axis else 1 for axis in range(self.values.ndim)])
+        return (self.values.astype(np.float32) - self.zero_point.astype(np.float32)) * scale
+
+
+def quantize_weight(
+    weight: NDArray[np.float32], axis: int | None, dtype: str, least_scale: NDArray[np.float64] | None = None
+) -> QuantizedWeight:
+    """Symmetric, to the largest magnitude. `least_scale`: a lower bound, per slice, that a bias may ask for."""
+    kind = np.dtype(dtype)
+    middle = 128 if kind == np.uint8 else 0
+    others = tuple(other for other in range(weight.ndim) if other != axis) if axis is not None else None
+    largest = np.maximum(weight.max(axis=others), -weight.min(axis=others)).astype(np.float64)
+    scale = np.where(largest > 0, largest / 127, 1.0)
+    if least_scale is not None:
+        bound = least_scale if axis is not None else least_scale.max(initial=0.0)
+        scale = np.maximum(scale, bound)
+    scale = np.maximum(scale, MIN_SCALE).astype(np.float32)
+    divisor = scale if axis is None else scale.reshape([-1 if a == axis else 1 for a in range(weight.ndim)])
+    values = (np.clip(np.rint(weight / divisor), -127, 127) + middle).astype(kind)
+    return QuantizedWeight(values, np.asarray(scale), np.asarray(middle, kind), axis)
+
+
+def _smallest(dtype: np.dtype[np.generic]) -> int:
+    return -128 if dtype == np.int8 else 0

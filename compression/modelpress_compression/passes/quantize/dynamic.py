@@ -1,0 +1,247 @@
+"""Weights in 8 bits, activations quantized while the model runs, by the range that they have in that run.
+
+    MatMul(A, W)      ->  q, s, z = DynamicQuantizeLinear(A);  Cast(MatMulInteger(q, Wq, z, zw)) * (s * sw)
+    Gemm(A, W, C)     ->  the same, + beta * C
+    LSTM              ->  com.microsoft DynamicQuantizeLSTM
+    Attention         ->  com.microsoft QAttention on DynamicQuantizeLinear(input)
+    Gather(W, index)  ->  Gather(Wq, index) * Gather(sw, index): embeddings, a scale per row
+
+A: [..., K], W: [K, N], sw: [N]. onnxruntime fuses the first form into DynamicQuantizeMatMul, or MatMulIntegerToFloat
+where several products share one quantized input. Convolutions are left alone: ConvInteger takes 3 to 10 times
+float32's time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import numpy as np
+import onnx_ir
+
+from modelpress_compression.passes.quantize.affine import QuantizedWeight, quantize_weight
+from modelpress_compression.passes.quantize.edit import (
+    MICROSOFT,
+    Editor,
+    attribute,
+    constant_of,
+    graph_of,
+    input_of,
+    is_constant,
+    label,
+    required,
+)
+from modelpress_compression.passes.quantize.weights import WeightStore, why_not_matrix, why_not_weight
+
+# Smaller tables are not worth two more nodes.
+MIN_EMBEDDING_ELEMENTS = 4096
+_QATTENTION_ATTRIBUTES = (
+    "num_heads",
+    "unidirectional",
+    "mask_filter_value",
+    "scale",
+    "do_rotary",
+    "past_present_share_buffer",
+)
+_LSTM_ATTRIBUTES = (
+    "activations",
+    "activation_alpha",
+    "activation_beta",
+    "clip",
+    "direction",
+    "hidden_size",
+    "input_forget",
+)
+
+
+def why_not(node: onnx_ir.Node) -> str | None:
+    """Why a node of `REWRITES` stays as it is; None: it can be rewritten."""
+    if node.op_type in ("MatMul", "Gemm"):
+        return why_not_matrix(node)
+    if node.op_type == "LSTM":
+        if attribute(node, "layout", 0):
+            return "its layout is batch first"
+        return why_not_weight(node, 1) or why_not_weight(node, 2)
+    if node.op_type == "Attention":
+        return _why_not_attention(node)
+    return _why_not_gather(node)
+
+
+def _why_not_attention(node: onnx_ir.Node) -> str | None:
+    if "qkv_hidden_sizes" in node.attributes:
+        return "query, key and value differ in size, which onnxruntime's QAttention does not take"
+    if input_of(node, 5) is not None or input_of(node, 6) is not None:
+        return "it has an attention bias, which onnxruntime's QAttention does not take"
+    if not is_constant(input_of(node, 2)):
+        return "it has no constant bias, which onnxruntime's QAttention needs"
+    return why_not_weight(node, 1)
+
+
+def _why_not_gather(node: onnx_ir.Node) -> str | None:
+    if reason := why_not_weight(node, 0):
+        return reason
+    table = required(node, 0)
+    if any(user.op_type != "Gather" or index or attribute(user, "axis", 0) for user, index in table.uses()):
+        return "its table has other users, so that the float32 table would have to stay"
+    return None
+
+
+def is_candidate(node: onnx_ir.Node) -> bool:
+    """Whether it is an operator of `REWRITES`; a Gather is one only where it looks up rows of an embedding table."""
+    if node.op_type not in REWRITES or node.domain != (MICROSOFT if node.op_type == "Attention" else ""):
+        return False
+    if node.op_type != "Gather":
+        return True
+    table = node.inputs[0]
+    if table is None or not is_constant(table) or attribute(node, "axis", 0):
+        return False
+    tensor = onnx_ir.convenience.get_const_tensor(table)
+    return (
+        tensor is not None
+        and tensor.dtype == onnx_ir.DataType.FLOAT
+        and len(tensor.shape) == 2
+        and tensor.size >= MIN_EMBEDDING_ELEMENTS
+    )
+
+
+@dataclass
+class DynamicRewriter:
+    """Rewrites single nodes in place; nodes of one graph that share an input share its quantized form."""
+
+    editor: Editor
+    store: WeightStore
+    _inputs: dict[tuple[int, int], tuple[onnx_ir.Value, ...]] = field(default_factory=dict)
+    _keep: list[onnx_ir.Value] = field(default_factory=list)  # keeps the ids above from being reused
+
+    def rewrite(self, node: onnx_ir.Node) -> None:
+        """Replaces a node for which `why_not` found nothing. Nodes must come in the order of their graph."""
+        graph = graph_of(node)
+        REWRITES[node.op_type](self, node)
+        graph.remove(node, safe=True)
+
+    def matrix_product(self, node: onnx_ir.Node) -> None:
+        weight = self.store.matrix(node)
+        name = label(node)
+        values, scale, zero_point = self._quantized(node)
+        (product,) = self.editor.emit(
+            node, "MatMulInteger", [values, weight.values, zero_point, weight.zero_point], name
+        )
+        (real,) = self.editor.emit(node, "Cast", [product], name, attributes={"to": int(onnx_ir.DataType.FLOAT)})
+        (scales,) = self.editor.emit(node, "Mul", [scale, weight.scale], f"{name}_scale")
+        (result,) = self.editor.emit(node, "Mul", [real, scales], name)
+        if node.op_type == "Gemm" and (bias := input_of(node, 2)) is not None:
+            (result,) = self.editor.emit(node, "Add", [result, self._scaled(node, bias)], name)
+        self.editor.hand_over(node.outputs[0], result)
+
+    def _scaled(self, node: onnx_ir.Node, bias: onnx_ir.Value) -> onnx_ir.Value:
+        beta = np.float32(attribute(node, "beta", 1.0))
+        if beta == 1:
+            return bias
+        constant = constant_of(bias)
+        if constant is not None:
+            return self.editor.constant(graph_of(node), (constant * beta).astype(np.float32), f"{bias.name}_scaled")
+        factor = self.editor.constant(graph_of(node), np.asarray(beta), f"{label(node)}_beta")
+        return self.editor.emit(node, "Mul", [bias, factor], f"{label(node)}_beta")[0]
+
+    def lstm(self, node: onnx_ir.Node) -> None:
+        weights = [self._recurrent(node, index) for index in (1, 2)]
+        stored = [self.store.store(node, source, weight) for source, weight in weights]
+        rest = [input_of(node, index) for index in range(3, 8)]
+        parameters = [value for item in stored for value in (item.scale, item.zero_point)]
+        new = self.editor.make(
+            "DynamicQuantizeLSTM",
+            [node.inputs[0], *(item.values for item in stored), *rest, *parameters],
+            label(node),
+            domain=MICROSOFT,
+            outputs=[f"_{index}" for index in range(len(node.outputs))],
+        )
+        new.attributes.update({key: node.attributes[key] for key in _LSTM_ATTRIBUTES if key in node.attributes})
+        graph_of(node).insert_before(node, new)
+        for old, output in zip(node.outputs, new.outputs, strict=True):
+            if old.name:
+                self.editor.hand_over(old, output)
+            else:
+                output.name = ""
+
+    def _recurrent(self, node: onnx_ir.Node, index: int) -> tuple[onnx_ir.Value, QuantizedWeight]:
+        """[directions, 4 * hidden, inputs] as [directions, inputs, 4 * hidden], a scale per direction or per column."""
+        source = required(node, index)
+        weight = self.store.array(source)
+        directions, columns, rows = weight.shape
+        flat = weight.reshape(directions * columns, rows)
+        if not self.store.config.per_channel:
+            flat = weight.reshape(directions, columns * rows)
+        quantized = quantize_weight(flat, 0, self.store.config.weights)
+        values = quantized.values.reshape(weight.shape).transpose(0, 2, 1)
+        scale = quantized.scale.reshape(directions, columns) if self.store.config.per_channel else quantized.scale
+        return source, QuantizedWeight(values, scale, quantized.zero_point, None)
+
+    def attention(self, node: onnx_ir.Node) -> None:
+        source = required(node, 1)
+        axis = 1 if self.store.config.per_channel else None
+        quantized = quantize_weight(self.store.array(source), axis, self.store.config.weights)
+        weight = self.store.store(node, source, quantized)
+        values, scale, zero_point = self._quantized(node)
+        mask, past = input_of(node, 3), input_of(node, 4)
+        new = self.editor.make(
+            "QAttention",
+            [values, weight.values, node.inputs[2], scale, weight.scale, mask, zero_point, weight.zero_point, past],
+            label(node),
+            domain=MICROSOFT,
+            outputs=[f"_{index}" for index in range(len(node.outputs))],
+        )
+        new.attributes.update({key: node.attributes[key] for key in _QATTENTION_ATTRIBUTES if key in node.attributes})
+        graph_of(node).insert_before(node, new)
+        for old, output in zip(node.outputs, new.outputs, strict=True):
+            self.editor.hand_over(old, output)
+
+    def gather(self, node: onnx_ir.Node) -> None:
+        """A scale per row: the norms of embeddings differ more between words than between channels."""
+        table, index = required(node, 0), required(node, 1)
+        quantized = quantize_weight(self.store.array(table), 0, "int8")
+        rows = QuantizedWeight(quantized.values, quantized.scale[:, None], quantized.zero_point, None)
+        stored = self._table(node, table, rows)
+        name = label(node)
+        (row,) = self.editor.emit(node, "Gather", [stored[0], index], f"{name}_quantized")
+        (scale,) = self.editor.emit(node, "Gather", [stored[1], index], f"{name}_scale")
+        (real,) = self.editor.emit(node, "Cast", [row], name, attributes={"to": int(onnx_ir.DataType.FLOAT)})
+        (result,) = self.editor.emit(node, "Mul", [real, scale], name)
+        self.editor.hand_over(node.outputs[0], result)
+
+    def _table(self, node: onnx_ir.Node, table: onnx_ir.Value, rows: QuantizedWeight) -> tuple[onnx_ir.Value, ...]:
+        key = (id(table), id(node.graph))
+        if key not in self._inputs:
+            graph = graph_of(node)
+            self._inputs[key] = (
+                self.editor.constant(graph, rows.values, f"{table.name}_quantized"),
+                self.editor.constant(graph, rows.scale, f"{table.name}_scale"),
+            )
+            self._keep.append(table)
+        return self._inputs[key]
+
+    def _quantized(self, node: onnx_ir.Node) -> tuple[onnx_ir.Value, ...]:
+        """Values, scale and zero point of the node's first input."""
+        source = required(node, 0)
+        key = (id(source), id(node.graph))
+        if key not in self._inputs:
+            self._inputs[key] = self.editor.emit(
+                node,
+                "DynamicQuantizeLinear",
+                [source],
+                source.name or label(node),
+                outputs=("", "_scale", "_zero_point"),
+            )
+            self._keep.append(source)
+        return self._inputs[key]
+
+
+REWRITES: Mapping[str, Callable[[DynamicRewriter, onnx_ir.Node], None]] = MappingProxyType(
+    {
+        "MatMul": DynamicRewriter.matrix_product,
+        "Gemm": DynamicRewriter.matrix_product,
+        "LSTM": DynamicRewriter.lstm,
+        "Attention": DynamicRewriter.attention,
+        "Gather": DynamicRewriter.gather,
+    }
+)

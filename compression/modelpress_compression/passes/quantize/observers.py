@@ -1,0 +1,144 @@
+"""What calibration remembers of a tensor: a histogram, and the range that each method takes from it.
+
+The bins lie over [-R, R) with R a power of two that doubles when a value falls outside; doubling merges bins in pairs.
+Scaling by a power of two is exact in floating point, so the histogram equals the one that a single look at all the data
+would have given, whatever the order of the samples, and no tensor needs to be kept.
+
+- minmax: the smallest and the largest value.
+- percentile: cuts the outermost `1 - PERCENTILE / 100` of the values on either side.
+- entropy: the clipping threshold whose quantized distribution is nearest to the observed one in Kullback-Leibler
+  divergence (Migacz, "8-bit inference with TensorRT", GTC 2017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+BINS = 8192
+_HALF = BINS // 2
+_CHUNK = 1 << 20  # elements: bounds the temporary arrays
+# On PP-OCR, EfficientNet-Lite and a ResNet the best mean of 99.99, 99.999, 99.9999 and 100: 99.99 costs PP-OCR 5 dB.
+PERCENTILE = 99.999
+_ENTROPY_STEP = 32  # bins between two thresholds that are tried
+_TINY = 1e-9
+
+
+class Range(NamedTuple):
+    """The values that shall be represented; what lies outside is clipped."""
+
+    low: float
+    high: float
+
+
+class Histogram:
+    """Counts of a tensor's values over all samples, with their exact extremes. Non-finite values are counted apart."""
+
+    def __init__(self) -> None:
+        self.counts: NDArray[np.int64] = np.zeros(BINS, np.int64)
+        self.radius = 0.0  # R; 0: nothing but zeros so far
+        self.low = np.inf
+        self.high = -np.inf
+        self.non_finite = 0
+        self._zeros = 0  # of the time before there was a radius
+
+    @property
+    def total(self) -> int:
+        """How many finite values were seen."""
+        return int(self.counts.sum()) + self._zeros
+
+    @property
+    def bin_width(self) -> float:
+        return 2 * self.radius / BINS
+
+    def observe(self, values: NDArray[np.generic]) -> None:
+        """Adds an array of any shape."""
+        flat = np.asarray(values).reshape(-1)
+        for start in range(0, flat.size, _CHUNK):
+            self._observe_chunk(flat[start : start + _CHUNK].astype(np.float32, copy=False))
+
+    def _observe_chunk(self, chunk: NDArray[np.float32]) -> None:
+        low, high = float(chunk.min()), float(chunk.max())  # NaN comes through both
+        if not np.isfinite(low) or not np.isfinite(high):
+            finite = chunk[np.isfinite(chunk)]
+            self.non_finite += chunk.size - finite.size
+            if not finite.size:
+                return
+            chunk, low, high = finite, float(finite.min()), float(finite.max())
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        largest = max(-low, high)
+        if largest == 0 and not self.radius:
+            self._zeros += chunk.size
+            return
+        self._grow(float(2.0 ** np.frexp(largest)[1]) if largest else 0.0)
+        index = np.floor(chunk.astype(np.float64) * (_HALF / self.radius)).astype(np.int64) + _HALF
+        self.counts += np.bincount(index, minlength=BINS)
+
+    def _grow(self, radius: float) -> None:
+        if not self.radius:
+            self.radius = radius
+            self.counts[_HALF], self._zeros = self._zeros, 0
+        while self.radius < radius:
+            merged = self.counts.reshape(_HALF, 2).sum(axis=1)
+            self.counts = np.zeros(BINS, np.int64)
+            self.counts[_HALF // 2 : _HALF // 2 + _HALF] = merged
+            self.radius *= 2
+
+
+def minmax(histogram: Histogram) -> Range:
+    """The extremes."""
+    return Range(histogram.low, histogram.high) if histogram.total else Range(0.0, 0.0)
+
+
+def percentile(histogram: Histogram, percent: float = PERCENTILE) -> Range:
+    """Outer edges of the bins that hold the two quantiles, never beyond the extremes: at most a bin too wide."""
+    if not histogram.radius:
+        return minmax(histogram)
+    cumulative = np.cumsum(histogram.counts)
+    cut = (1 - percent / 100) * cumulative[-1]
+    first = int(np.searchsorted(cumulative, cut, side="right"))
+    last = int(np.searchsorted(cumulative, cumulative[-1] - cut, side="left"))
+    edge = histogram.bin_width
+    return Range(
+        max(histogram.low, (first - _HALF) * edge),
+        min(histogram.high, (last + 1 - _HALF) * edge),
+    )
+
+
+def entropy(histogram: Histogram) -> Range:
+    """Clips at the threshold of the least divergence; one-sided tensors have twice the levels on their side."""
+    if not histogram.radius:
+        return minmax(histogram)
+    magnitudes = histogram.counts[_HALF:] + histogram.counts[:_HALF][::-1]
+    # Zeros (of a ReLU, or padding) are exact at any threshold; their spike would only ever favour the smallest one.
+    magnitudes[0] = magnitudes[1]
+    levels = 128 if histogram.low < 0 < histogram.high else 256
+    used = int(np.flatnonzero(magnitudes)[-1]) + 1 if magnitudes.any() else 1
+    thresholds = [*range(levels, used, _ENTROPY_STEP), used]
+    best = min(thresholds, key=lambda bins: _divergence(magnitudes, bins, levels))
+    threshold = best * histogram.bin_width
+    return Range(max(histogram.low, -threshold), min(histogram.high, threshold))
+
+
+def _divergence(magnitudes: NDArray[np.int64], bins: int, levels: int) -> float:
+    """KL divergence between the values clipped at `bins` and the same quantized to `levels` steps."""
+    reference = magnitudes[:bins].astype(np.float64)
+    kept = reference.copy()
+    reference[-1] += magnitudes[bins:].sum()
+    level = np.minimum(np.arange(bins) * levels // max(bins, levels), levels - 1)
+    sums = np.bincount(level, weights=kept, minlength=levels)
+    filled = np.bincount(level, weights=kept > 0, minlength=levels)
+    quantized = np.where(kept > 0, (sums / np.maximum(filled, 1))[level], 0.0)
+    p = reference / max(reference.sum(), _TINY)
+    q = quantized / max(quantized.sum(), _TINY)
+    mask = p > 0
+    return float(np.sum(p[mask] * np.log(p[mask] / np.maximum(q[mask], _TINY))))
+
+
+METHODS: Mapping[str, Callable[[Histogram], Range]] = MappingProxyType(
+    {"minmax": minmax, "percentile": percentile, "entropy": entropy}
+)

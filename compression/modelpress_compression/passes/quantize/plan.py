@@ -1,0 +1,163 @@
+"""What runs in 8 bits under static quantization, and which tensors get a scale for it.
+
+Three kinds of nodes take part:
+
+1. heavy: Conv, MatMul and Gemm with constant weights; what is gained is gained here.
+2. own range: light Convs (depthwise ones, stems), Add, Mul, Concat, pooling: computed in 8 bits where all they read is
+   in 8 bits already and a quantized node reads what they write, so that no detour through float32 lies between two
+   heavy nodes. On their own they would lose: a depthwise Conv takes 1.4 times float32's time, yet less than the
+   detour.
+3. same range: MaxPool, Reshape, Transpose, ...: move values about; output and input share scale and zero point.
+
+A Relu or Clip that alone reads a node of 1 or 2 is absorbed: the range of its output, ending at the bounds, does its
+work, and onnxruntime removes it. References: onnxruntime's QDQ selectors, qdq_selector_action_transformer.cc.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir
+
+from modelpress_compression.passes.quantize.edit import attribute, constant_of, input_of, is_constant
+from modelpress_compression.passes.quantize.weights import why_not_matrix, why_not_weight
+
+HEAVY = ("Conv", "MatMul", "Gemm")
+_OWN_RANGE = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool")
+_SAME_RANGE = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
+_ACTIVATIONS = ("Relu", "Clip")
+# Products summed up per output of a Conv: with fewer the integer kernel does not win.
+LIGHT_PRODUCTS = 32
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor that goes through QuantizeLinear and DequantizeLinear. `range_of`: the value whose range it has."""
+
+    value: onnx_ir.Value
+    range_of: onnx_ir.Value
+    # All consumers read the 8-bit form: the float32 one does not exist where its producer computes in 8 bits.
+    all_consumers: bool
+
+
+@dataclass
+class Plan:
+    """`nodes` in the graph's order; `tensors` by the id of their value."""
+
+    graph: onnx_ir.Graph
+    nodes: list[onnx_ir.Node]
+    tensors: dict[int, Tensor] = field(default_factory=dict)
+
+    def observed(self) -> list[onnx_ir.Value]:
+        """The values whose ranges calibration must find, each once."""
+        return list({id(tensor.range_of): tensor.range_of for tensor in self.tensors.values()}.values())
+
+
+def why_not_static(node: onnx_ir.Node) -> str | None:
+    """Why a heavy node is not quantized statically; None: it can be."""
+    if node.op_type != "Conv":
+        reason = why_not_matrix(node)
+        return reason or _why_not_gemm(node)
+    # A small kernel can still do much work: it runs once for every pixel.
+    if reason := why_not_weight(node, 1, least=1):
+        return reason
+    if input_of(node, 2) is not None and not is_constant(input_of(node, 2)):
+        return "its bias is computed at run time"
+    return None
+
+
+def is_light(node: onnx_ir.Node) -> bool:
+    """Whether a Conv sums up so few products that 8 bits alone make it slower."""
+    weight = node.inputs[1] if node.op_type == "Conv" else None
+    if weight is None or weight.shape is None:
+        return False
+    return math.prod(int(extent) for extent in list(weight.shape)[1:] if isinstance(extent, int)) < LIGHT_PRODUCTS
+
+
+def _why_not_gemm(node: onnx_ir.Node) -> str | None:
+    if node.op_type == "Gemm" and not all(attribute(node, name, 1.0) == 1.0 for name in ("alpha", "beta")):
+        return "it scales its operands (alpha, beta)"
+    if node.op_type == "Gemm" and input_of(node, 2) is not None:
+        bias = constant_of(input_of(node, 2))
+        if bias is None or bias.ndim != 1:
+            return "its bias is no constant vector"
+    return None
+
+
+def make_plan(graph: onnx_ir.Graph, heavy: Iterable[onnx_ir.Node]) -> Plan:
+    """The plan for one graph with these heavy nodes, in one pass forward and one backward."""
+    selected = set(heavy)
+    available: set[int] = set()  # ids of values that exist in 8 bits if the nodes so far are kept
+    candidates: list[onnx_ir.Node] = []
+    for node in graph:
+        if (node in selected and not (is_light(node) and id(node.inputs[0]) not in available)) or _is_glue(
+            node, available
+        ):
+            candidates.append(node)
+            available.add(id(output_of(node)))
+    kept: set[onnx_ir.Node] = set()
+    for node in reversed(candidates):
+        if (node in selected and not is_light(node)) or any(user in kept for user in output_of(node).consumers()):
+            kept.add(node)
+    plan = Plan(graph, [node for node in candidates if node in kept])
+    _collect_tensors(plan, kept)
+    return plan
+
+
+def _collect_tensors(plan: Plan, kept: set[onnx_ir.Node]) -> None:
+    for node in plan.nodes:
+        for value in activations_of(node):
+            if id(value) not in plan.tensors:
+                plan.tensors[id(value)] = Tensor(value, value, all_consumers=False)
+        output = output_of(node)
+        if not _writes_quantized(node, output, kept):
+            continue
+        source = plan.tensors[id(node.inputs[0])].range_of if node.op_type in _SAME_RANGE else output
+        plan.tensors[id(output)] = Tensor(output, source, all_consumers=True)
+
+
+def _writes_quantized(node: onnx_ir.Node, output: onnx_ir.Value, kept: set[onnx_ir.Node]) -> bool:
+    """A matrix product may also give float32, which is more exact where no quantized node reads it."""
+    return node.op_type not in ("MatMul", "Gemm") or any(user in kept for user in output.consumers())
+
+
+def activations_of(node: onnx_ir.Node) -> Sequence[onnx_ir.Value]:
+    """The inputs that are activations and take part in 8 bits."""
+    count = len(node.inputs) if node.op_type in _OWN_RANGE else 1
+    return [value for value in node.inputs[:count] if value is not None]
+
+
+def output_of(node: onnx_ir.Node) -> onnx_ir.Value:
+    """The node's output, or that of the Relu or Clip which it absorbs."""
+    output = node.outputs[0]
+    users = tuple(output.uses())
+    if node.op_type in _SAME_RANGE or output.is_graph_output() or len(users) != 1:
+        return output
+    user = users[0].node
+    if user.op_type not in _ACTIVATIONS or user.domain or user.graph is not node.graph or users[0].idx:
+        return output
+    bounds = [value for value in user.inputs[1:] if value is not None]
+    return user.outputs[0] if all(is_constant(bound) for bound in bounds) and _holds_zero(user) else output
+
+
+def _holds_zero(activation: onnx_ir.Node) -> bool:
+    """Quantized ranges hold zero always, so a Clip to an interval without zero cannot be absorbed."""
+    if activation.op_type == "Relu":
+        return True
+    low, high = constant_of(input_of(activation, 1)), constant_of(input_of(activation, 2))
+    return (low is None or low.size != 1 or float(low.item()) <= 0) and (
+        high is None or high.size != 1 or float(high.item()) >= 0
+    )
+
+
+def _is_glue(node: onnx_ir.Node, available: set[int]) -> bool:
+    if node.domain or node.op_type not in (*_OWN_RANGE, *_SAME_RANGE):
+        return False
+    if len(node.outputs) != 1 and any(output.uses() for output in node.outputs[1:]):
+        return False
+    if node.op_type == "AveragePool" and attribute(node, "ceil_mode", 0):
+        return False
+    inputs = activations_of(node)
+    return bool(inputs) and all(id(value) in available for value in inputs)

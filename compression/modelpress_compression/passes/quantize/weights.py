@@ -1,0 +1,113 @@
+"""Constant weights of nodes: finding them, and putting their 8-bit form into the graph, once for all who share them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir
+from numpy.typing import NDArray
+
+from modelpress_compression.passes.quantize.affine import QuantizedWeight, quantize_weight
+from modelpress_compression.passes.quantize.edit import (
+    Editor,
+    attribute,
+    constant_of,
+    graph_of,
+    input_of,
+    is_constant,
+    required,
+)
+from modelpress_compression.techniques import QuantizeConfig
+
+# A product with fewer weights costs less than the nodes around it.
+MIN_WEIGHT_ELEMENTS = 256
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A quantized weight as initializers of one graph."""
+
+    quantized: QuantizedWeight
+    values: onnx_ir.Value
+    scale: onnx_ir.Value
+    zero_point: onnx_ir.Value
+
+
+@dataclass
+class WeightStore:
+    """Quantizes each weight once per layout; `config` gives the type and whether each channel has its own scale."""
+
+    editor: Editor
+    config: QuantizeConfig
+    _stored: dict[tuple[object, ...], StoredWeight] = field(default_factory=dict)
+
+    def matrix(self, node: onnx_ir.Node) -> StoredWeight:
+        """The second factor of a MatMul or Gemm as `[..., K, N]`, with a scale per column where it has two axes."""
+        source = required(node, 1)
+        transposed = node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
+        alpha = float(attribute(node, "alpha", 1.0)) if node.op_type == "Gemm" else 1.0
+        key = (id(source), id(node.graph), transposed, alpha)
+        if key not in self._stored:
+            weight = self.array(source)
+            weight = (weight.T if transposed else weight) * np.float32(alpha)
+            axis = weight.ndim - 1 if self.config.per_channel and weight.ndim == 2 else None
+            self._stored[key] = self.store(node, source, quantize_weight(weight, axis, self.config.weights))
+        return self._stored[key]
+
+    def store(self, node: onnx_ir.Node, source: onnx_ir.Value, quantized: QuantizedWeight) -> StoredWeight:
+        """Puts one into the node's graph. The zero point is a scalar where the scale is one."""
+        graph, name = graph_of(node), source.name or "weight"
+        zero_point = np.broadcast_to(quantized.zero_point, quantized.scale.shape)
+        return StoredWeight(
+            quantized,
+            self.editor.constant(graph, quantized.values, f"{name}_quantized"),
+            self.editor.constant(graph, quantized.scale, f"{name}_scale"),
+            self.editor.constant(graph, zero_point, f"{name}_zero_point"),
+        )
+
+    @staticmethod
+    def array(source: onnx_ir.Value | None) -> NDArray[np.float32]:
+        """The data of a value that is known to be constant."""
+        found = constant_of(source)
+        if found is None:
+            raise ValueError(f"{source.name if source is not None else 'a missing input'!r} is not constant.")
+        return np.asarray(found, np.float32)
+
+
+def why_not_weight(node: onnx_ir.Node, index: int, least: int = MIN_WEIGHT_ELEMENTS) -> str | None:
+    """Why the input at `index` is no weight, of at least `least` elements, that can be quantized; None: it is one."""
+    value = input_of(node, index)
+    if value is None or not is_constant(value):
+        return "its weight is computed at run time"
+    tensor = onnx_ir.convenience.get_const_tensor(value)
+    if tensor is None or tensor.dtype != onnx_ir.DataType.FLOAT:
+        return f"its weight is {tensor.dtype if tensor is not None else 'unknown'}, not float32"
+    if tensor.size < least:
+        return f"its {tensor.size} weights are too few to pay for quantizing its input"
+    if not _finite(tensor):
+        return "its weight holds infinite or NaN values"
+    return None
+
+
+def why_not_matrix(node: onnx_ir.Node) -> str | None:
+    """Why a MatMul's or Gemm's product cannot be taken in 8 bits."""
+    if is_constant(input_of(node, 0)) and not is_constant(input_of(node, 1)):
+        return "its weight is the first factor; only the second can be quantized"
+    if node.op_type == "MatMul" and not is_constant(input_of(node, 1)):
+        return "both factors are activations"
+    if reason := why_not_weight(node, 1):
+        return reason
+    weight = onnx_ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
+    if weight is not None and len(weight.shape) < 2:
+        return "its weight is a vector"
+    if node.op_type == "Gemm" and attribute(node, "transA", 0):
+        return "its input is transposed (transA)"
+    return None
+
+
+def _finite(tensor: onnx_ir.TensorProtocol) -> bool:
+    array: NDArray[Any] = tensor.numpy()
+    # Extremes carry NaN and infinities through without a temporary of the weight's size.
+    return bool(np.isfinite(array.min()) and np.isfinite(array.max()))
