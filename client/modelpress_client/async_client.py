@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 import uuid
 import zipfile
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,14 +21,13 @@ from modelpress_protos.v1.recipe_pb2 import Recipe
 from modelpress_client import names, recipes
 from modelpress_client.async_job import AsyncJob
 from modelpress_client.connection import Connection
-from modelpress_client.convert import Conversion, convert, needs_conversion
-from modelpress_client.errors import TimedOutError, UnusableInputError, UsageError, from_job_status
-from modelpress_client.formats import FileKind, check_sendable, kind_of
+from modelpress_client.convert import Conversion
+from modelpress_client.errors import TimedOutError, UnusableInputError, from_job_status
 from modelpress_client.inputs import parse_inputs
-from modelpress_client.onnx_files import model_files
 from modelpress_client.report import Report
 from modelpress_client.resources import Model
 from modelpress_client.settings import DEFAULT_PROJECT, DEFAULT_SERVER, RetryPolicy, Settings
+from modelpress_client.sources import check_source, prepared
 from modelpress_client.transfers import LocalBlob, OnProgress, hash_file
 from modelpress_client.uploads import upload_blobs
 
@@ -110,13 +107,14 @@ class AsyncClient:
         transfer raises. The server inspects the model after this returns: see `inspect`.
         """
         specs = parse_inputs(inputs)
-        source = _model_path(Path(path))
-        async with _prepared(source, Conversion(architecture, trust_pickle, tuple(specs))) as (files, origin):
+        wanted = Conversion(architecture, trust_pickle, tuple(specs))
+        source = await asyncio.to_thread(check_source, Path(path), wanted)
+        async with prepared(source, wanted) as (files, origin):
             await self._connection.reach()
             blobs = {name: await hash_file(file, on_progress) for name, file in files.items()}
             await upload_blobs(self._connection, list(blobs.values()), on_progress)
             model = models_pb.Model(
-                display_name=display_name or source.name,
+                display_name=display_name or source.path.name,
                 files=[FileEntry(path=name, digest=blob.digest) for name, blob in blobs.items()],
                 input_hints=specs,
                 source=origin,
@@ -277,35 +275,3 @@ class AsyncClient:
         if blobs:
             await upload_blobs(self._connection, blobs, on_progress)
         return blobs
-
-
-def _model_path(path: Path) -> Path:
-    """The file of a model; a folder stands for the one .onnx file in it."""
-    if not path.is_dir():
-        if not path.exists():
-            raise UsageError(f"There is no file {path}.", details={"path": str(path)})
-        return path
-    candidates = sorted(path.glob("*.onnx"))
-    if len(candidates) != 1:
-        raise UsageError(f"{path} is a folder with {len(candidates)} .onnx files; name the file.")
-    return candidates[0]
-
-
-@asynccontextmanager
-async def _prepared(
-    source: Path, wanted: Conversion
-) -> AsyncIterator[tuple[dict[str, Path], models_pb.SourceFile | None]]:
-    """The files to send by their path in the manifest, and where they came from when they were converted."""
-    try:
-        kind = await asyncio.to_thread(kind_of, source)
-    except OSError as error:
-        raise UsageError(f"Cannot read {source}: {error.strerror}.") from error
-    if needs_conversion(source, kind, wanted):
-        with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
-            target = Path(folder) / f"{source.stem}.onnx"
-            origin = await convert(source, target, wanted)
-            yield await asyncio.to_thread(model_files, target), origin
-        return
-    check_sendable(source, kind)
-    files = await asyncio.to_thread(model_files, source) if kind is FileKind.ONNX else {source.name: source}
-    yield files, None

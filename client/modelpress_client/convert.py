@@ -54,14 +54,8 @@ def needs_conversion(path: Path, kind: FileKind, wanted: Conversion) -> bool:
 async def convert(path: Path, target: Path, wanted: Conversion) -> SourceFile:
     """Writes `target` (ONNX) and says what the source was.
 
-    Raises MissingExtraError without the engine, UsageError without inputs, and UnusableInputError when the conversion
-    does not succeed.
+    Raises MissingExtraError without the engine, and UnusableInputError when the conversion does not succeed.
     """
-    if not wanted.inputs:
-        raise UsageError(
-            f"{path} does not record its inputs. Name each with --input NAME:DTYPE[DIM,...], for example "
-            "--input 'x:float32[batch,3,224,224]' (in Python: inputs=[...])."
-        )
     missing = [name for name in ENGINE_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtraError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator
@@ -66,11 +67,14 @@ def upload(path: Path, architecture: str | None, trust_pickle: bool, **options: 
     async def body(session: Session) -> int | None:
         files = _result_files(wanted, path.stem, source=path)
         async with _display(session) as display:
+            from modelpress_client.convert import Conversion
             from modelpress_client.inputs import parse_inputs
             from modelpress_client.names import parse_labels
+            from modelpress_client.sources import check_source
 
+            # All that can be wrong is checked before anything is sent, the local things before the server is asked.
             labels, specs = parse_labels(wanted.labels), parse_inputs(wanted.inputs)
-            # Everything that can be wrong is checked before anything large is sent.
+            await asyncio.to_thread(check_source, path, Conversion(architecture, trust_pickle, tuple(specs)))
             recipe = None if wanted.no_compress else await _recipe(session, wanted)
             model = await session.client.upload(
                 path,
@@ -218,7 +222,7 @@ def _print_result(session: Session, job: AsyncJob, report: Report, files: Result
             }
         )
     else:
-        print_report(session.out.console(), report)
+        session.out.show(lambda console: print_report(console, report))
     cached = " (an identical job had succeeded before; --skip-cache runs it again)" if job.message.from_cache else ""
     session.out.hint(f"Job     {job.name}{cached}\nModel   {files.model}\nReport  {files.report_html}")
     if report.constraints.met:

@@ -37,8 +37,7 @@ def inspect(path_or_model: str, inputs: tuple[str, ...]) -> None:
 
         current = await session.client.inspect(model, raise_if_rejected=False)
         session.out.document(current.to_dict())
-        if not session.shared.json:
-            print_model(session.out.console(), current)
+        session.out.show(lambda console: print_model(console, current))
         return UnusableInputError.default_exit_code if current.state == "REJECTED" else None
 
     run(body)
@@ -67,9 +66,9 @@ def models(state: str | None, labels: tuple[str, ...], limit: int) -> None:
 
         found = await session.client.models(state=state, labels=parse_labels(labels), limit=limit)
         session.out.document({"models": [model.to_dict() for model in found]})
-        if not session.shared.json and found:
-            print_models(session.out.console(), found)
-        elif not found:
+        if found:
+            session.out.show(lambda console: print_models(console, found))
+        else:
             session.out.hint(f"No models in project {session.shared.project}.")
 
     run(body)
@@ -88,9 +87,9 @@ def jobs(state: str | None, labels: tuple[str, ...], limit: int) -> None:
 
         found = await session.client.jobs(state=state, labels=parse_labels(labels), limit=limit)
         session.out.document({"jobs": [job.to_dict() for job in found]})
-        if not session.shared.json and found:
-            print_jobs(session.out.console(), [job.message for job in found])
-        elif not found:
+        if found:
+            session.out.show(lambda console: print_jobs(console, [job.message for job in found]))
+        else:
             session.out.hint(f"No jobs in project {session.shared.project}.")
 
     run(body)
@@ -106,8 +105,7 @@ def job(job_name: str) -> None:
 
         found = await session.client.job(job_name)
         session.out.document(found.to_dict())
-        if not session.shared.json:
-            print_job(session.out.console(), found.message)
+        session.out.show(lambda console: print_job(console, found.message))
 
     run(body)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -39,9 +41,17 @@ class Output:
         """What went wrong; never quiet."""
         _write(sys.stderr, f"Error: {text}")
 
-    def console(self) -> Console:
-        """A console on stdout for tables."""
-        return _console(sys.stdout)
+    def show(self, render: Callable[[Console], None]) -> None:
+        """A table, unless the command answers with JSON."""
+        if self.as_json:
+            return
+        if sys.stdout.isatty():
+            render(_console(sys.stdout))
+            return
+        buffer = io.StringIO()
+        render(_console(buffer))
+        # Padding is for terminals; whoever greps or diffs the text is better off without.
+        _write(sys.stdout, "\n".join(line.rstrip() for line in buffer.getvalue().rstrip("\n").split("\n")))
 
 
 def stderr_console() -> Console:

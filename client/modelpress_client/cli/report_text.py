@@ -51,7 +51,7 @@ def _steps(console: Console, report: Report) -> None:
     if not report.steps:
         return
     console.print()
-    table = plain_table("Step", "What it did", "Size", "Time", right=(2, 3))
+    table = plain_table("Step", "What it did", "Size", "Time", right=(2, 3), wrap=(1,))
     for step in report.steps:
         did = Text(changes_text(step))
         for line in skipped_lines(step):

@@ -82,7 +82,7 @@ def report(job_name: str, report_format: str) -> None:
         else:
             from modelpress_client.cli.report_text import print_report
 
-            print_report(session.out.console(), result)
+            session.out.show(lambda console: print_report(console, result))
 
     run(body)
 

@@ -31,8 +31,7 @@ def recipes(name: str | None) -> None:
             return
         listed = [{"name": item.name, "summary": item.summary, "recipe": to_dict(item.recipe)} for item in presets]
         session.out.document({"presets": listed})
-        if not session.shared.json:
-            print_presets(session.out.console(), presets)
+        session.out.show(lambda console: print_presets(console, presets))
 
     run(body)
 
@@ -47,8 +46,7 @@ def info() -> None:
 
         server = await session.client.server_info()
         session.out.document(to_json(server))
-        if not session.shared.json:
-            print_server(session.out.console(), server)
+        session.out.show(lambda console: print_server(console, server))
 
     run(body)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
@@ -37,11 +37,13 @@ _COLORS = {
 _SEVERITIES = {1: ("note", "dim"), 2: ("warning", "yellow"), 3: ("refused", "red")}
 
 
-def plain_table(*columns: str, right: Sequence[int] = ()) -> Table:
-    """A table without lines."""
+def plain_table(*columns: str, right: Sequence[int] = (), wrap: Sequence[int] = (-1,)) -> Table:
+    """A table without lines; only the columns of `wrap`, by default the last, give way when it is too wide."""
+    wrapping = {index % len(columns) for index in wrap}
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if index in right else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=index not in wrapping)
     return table
 
 
@@ -58,15 +60,15 @@ def facts(console: Console, rows: Iterable[tuple[str, str | Text]]) -> None:
 
 def print_models(console: Console, found: Sequence[Model]) -> None:
     """One line a model."""
-    table = plain_table("Model", "State", "Format", "Size", "File", "Created", right=(3,))
+    table = plain_table("Model", "State", "Format", "Size", "Created", "File", right=(3,))
     for model in found:
         table.add_row(
             short_name(model.name),
             _state(model.state),
             model.format if model.format != "UNSPECIFIED" else "",
             units.size(model.size_bytes),
-            Text(model.display_name),
             _time(model.message.create_time),
+            Text(model.display_name),
         )
     console.print(table)
 
@@ -175,7 +177,7 @@ def print_server(console: Console, server: server_pb.ServerInfo) -> None:
     )
     for technique in server.techniques:
         console.print(Text.assemble("\n", (technique.name, "bold"), f"  {technique.summary}"))
-        table = plain_table("  option", "type", "default", "values", "")
+        table = plain_table("  option", "type", "default", "values", "", wrap=(3, 4))
         for option in technique.options:
             values = ", ".join(option.allowed) or option.range
             table.add_row(f"  {option.name}", option.type, option.default_value, Text(values), Text(option.description))
@@ -195,7 +197,7 @@ def _remark(job: jobs_pb.Job) -> str:
         return f"{line}, {units.percent(job.progress.fraction)}" if state == "RUNNING" else line
     if state == "SUCCEEDED":
         return "" if job.summary.constraints_met else "a constraint is not met"
-    return job.error.message.split("\n", 1)[0]
+    return str(job.error.message).split("\n", 1)[0]
 
 
 def _time(time: Timestamp) -> str:

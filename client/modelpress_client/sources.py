@@ -1,0 +1,75 @@
+"""From the path that a person names to the files that are sent."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelpress_protos.v1.model_service_pb2 import SourceFile
+
+from modelpress_client.convert import Conversion, convert, needs_conversion
+from modelpress_client.errors import UsageError
+from modelpress_client.formats import FileKind, check_sendable, kind_of
+from modelpress_client.onnx_files import model_files
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on this machine, looked at."""
+
+    path: Path
+    kind: FileKind
+    convert: bool
+
+
+def check_source(path: Path, wanted: Conversion) -> Source:
+    """Looks at the file; reads little of it, and sends nothing.
+
+    Raises UsageError when it cannot be read or the options do not fit it, and UnusableInputError for a file that no
+    server takes.
+    """
+    path = _model_path(path)
+    try:
+        kind = kind_of(path)
+    except OSError as error:
+        raise UsageError(f"Cannot read {path}: {error.strerror}.") from error
+    converts = needs_conversion(path, kind, wanted)
+    if converts and not wanted.inputs:
+        raise UsageError(
+            f"{path} does not record its inputs. Name each with --input NAME:DTYPE[DIM,...], for example "
+            "--input 'x:float32[batch,3,224,224]' (in Python: inputs=[...])."
+        )
+    if not converts:
+        check_sendable(path, kind)
+    return Source(path, kind, converts)
+
+
+@asynccontextmanager
+async def prepared(source: Source, wanted: Conversion) -> AsyncIterator[tuple[dict[str, Path], SourceFile | None]]:
+    """The files to send by their path in the manifest, and where they came from when they were converted."""
+    path = source.path
+    if source.convert:
+        with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
+            target = Path(folder) / f"{path.stem}.onnx"
+            origin = await convert(path, target, wanted)
+            yield await asyncio.to_thread(model_files, target), origin
+    elif source.kind is FileKind.ONNX:
+        yield await asyncio.to_thread(model_files, path), None
+    else:
+        yield {path.name: path}, None
+
+
+def _model_path(path: Path) -> Path:
+    """The file of a model; a folder stands for the one .onnx file in it."""
+    if not path.is_dir():
+        if not path.exists():
+            raise UsageError(f"There is no file {path}.", details={"path": str(path)})
+        return path
+    candidates = sorted(path.glob("*.onnx"))
+    if len(candidates) != 1:
+        raise UsageError(f"{path} is a folder with {len(candidates)} .onnx files; name the file.")
+    return candidates[0]

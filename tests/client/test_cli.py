@@ -1,0 +1,358 @@
+"""compress-client: exit codes, JSON on stdout, options before and after the command, files written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+RunCli = Callable[..., Any]
+
+
+def job_error(code: int, reason: str, message: str) -> status_pb2.Status:
+    packed = AnyMessage()
+    packed.Pack(error_details_pb2.ErrorInfo(domain="modelpress", reason=reason))
+    return status_pb2.Status(code=code, message=message, details=[packed])
+
+
+def test_upload_does_the_main_job(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path) -> None:
+    """One command: model, reports, and a report on stdout."""
+    ran = run_cli("--server", fake_server.address, "upload", model_file)
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "net.optimized.onnx").stat().st_size == 512_000
+    assert json.loads((tmp_path / "net.report.json").read_text())["size_ratio"] == 3.642
+    assert (tmp_path / "net.report.html").read_text() == "<html></html>"
+    for text in ("3.64x smaller", "1.93x faster [1.80, 2.00]", "weight is not constant (conv_3)", "synthetic"):
+        assert text in ran.out
+    assert "Uploading net.onnx" in ran.err
+    assert "\x1b" not in ran.out + ran.err
+
+
+def test_upload_json(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path) -> None:
+    """stdout is exactly one document of the documented shape; options may stand after the command."""
+    ran = run_cli("upload", model_file, "--json", "--server", fake_server.address, "-o", "sub/out.onnx")
+    assert ran.code == 0, ran.err
+    assert ran.document["model"] == "projects/default/models/m1"
+    assert ran.document["job"] == "projects/default/jobs/j2"
+    assert ran.document["state"] == "SUCCEEDED"
+    assert ran.document["output"] == "sub/out.onnx"
+    assert ran.document["report"]["schema_version"] == 1
+    assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == [
+        "net.report.html",
+        "net.report.json",
+        "out.onnx",
+    ]
+
+
+def test_later_options_win(run_cli: RunCli, fake_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the command wins over before it, and both over the environment."""
+    monkeypatch.setenv("COMPRESS_SERVER", "127.0.0.1:1")
+    assert run_cli("--server", fake_server.address, "health").code == 0
+    assert run_cli("--server", "127.0.0.1:2", "health", "--server", fake_server.address).code == 0
+    monkeypatch.setenv("COMPRESS_SERVER", fake_server.address)
+    assert run_cli("health").out == "SERVING\n"
+
+
+def test_quiet_leaves_the_data(run_cli: RunCli, fake_server: Any, model_file: Path) -> None:
+    """--quiet silences stderr alone."""
+    ran = run_cli("upload", model_file, "--server", fake_server.address, "--quiet")
+    assert ran.err == ""
+    assert "smaller" in ran.out
+
+
+def test_no_compress_and_detach(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path) -> None:
+    """Each prints one name, and writes no file."""
+    at = ("--server", fake_server.address)
+    assert run_cli("upload", model_file, "--no-compress", *at).out == "projects/default/models/m1\n"
+    ran = run_cli("compress", "m1", "--detach", *at)
+    assert ran.out == "projects/default/jobs/j2\n"
+    assert "cancel projects/default/jobs/j2" in ran.err
+    assert run_cli("compress", "m1", "--detach", "--json", *at).document["state"] == "QUEUED"
+    assert list(tmp_path.glob("*.optimized.onnx")) == []
+
+
+def test_recipe_reaches_the_job(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path) -> None:
+    """File, overrides and constraints make the recipe; data and labels go along."""
+    import zipfile
+
+    (tmp_path / "r.yaml").write_text("version: 1\nsteps:\n- prune: {sparsity: 1e-1}\n- quantize:\n")
+    with zipfile.ZipFile(tmp_path / "data.npz", "w") as archive:
+        archive.writestr("x.npy", b"")
+    options = ["--recipe", "r.yaml", "--set", "prune.sparsity=0.3", "--set", "quantize.scheme=static"]
+    options += ["--max-drop", "0.02", "--metric", "top5", "--data", "data.npz", "--label", "a=b"]
+    ran = run_cli("upload", model_file, *options, "--detach", "--server", fake_server.address)
+    assert ran.code == 0, ran.err
+    (job,) = fake_server.jobs.values()
+    recipe = job.spec.recipe
+    assert recipe.steps[0].prune.sparsity == 0.3
+    assert recipe.steps[1].quantize.scheme == "static"
+    assert (recipe.constraints.metric, recipe.constraints.max_drop) == ("top5", 0.02)
+    assert job.spec.data.sha256 in fake_server.blobs
+    assert dict(job.labels) == {"a": "b"}
+
+
+def test_bad_recipe_is_refused_before_the_upload(
+    run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path
+) -> None:
+    """All violations at once, each with its path, and no byte was sent."""
+    (tmp_path / "r.yaml").write_text("version: 1\nsteps:\n- fuse: {}\n- prune: {sparsity: 1.4}\nbenchmrk: {}\n")
+    ran = run_cli("upload", model_file, "--recipe", "r.yaml", "--json", "--server", fake_server.address)
+    assert ran.code == 2
+    assert ran.document["error"]["reason"] == "INVALID_FIELDS"
+    assert "steps[1].prune.sparsity: 1.4 is not in [0, 1)" in ran.err
+    assert [item["field"] for item in ran.document["error"]["details"]["violations"]] == [
+        "steps[1].prune.sparsity",
+        "benchmrk",
+    ]
+    assert fake_server.seen == []
+
+
+def test_unknown_preset(run_cli: RunCli, fake_server: Any, model_file: Path) -> None:
+    """The presets are the server's; a near miss is named."""
+    ran = run_cli("upload", model_file, "--recipe", "defalt", "--server", fake_server.address)
+    assert ran.code == 2
+    assert "Did you mean 'default'?" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [("UNSUPPORTED_FORMAT", 2), ("MODEL_REJECTED", 2), ("INVALID_DATA", 2), ("MODEL_NOT_RUNNABLE", 2)]
+    + [("WORKER_TIMEOUT", 1), ("WORKER_OUT_OF_MEMORY", 1), ("INTERNAL", 1)],
+)
+def test_failed_jobs(run_cli: RunCli, fake_server: Any, model_file: Path, reason: str, code: int) -> None:
+    """2 where the input is the cause, 1 otherwise; one document on stdout."""
+    fake_server.script.job_status = job_error(code_pb2.INVALID_ARGUMENT, reason, "It did not work; do this.")
+    ran = run_cli("upload", model_file, "--json", "--server", fake_server.address)
+    assert ran.code == code
+    assert ran.document["error"]["reason"] == reason
+    assert ran.document["error"]["details"]["job"] == "projects/default/jobs/j2"
+    assert "Error: It did not work; do this." in ran.err
+
+
+def test_constraint_not_met(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path) -> None:
+    """Exit 6, and the result is there all the same."""
+    fake_server.script.constraints_met = False
+    ran = run_cli("upload", model_file, "--max-drop", "0.01", "--json", "--server", fake_server.address)
+    assert ran.code == 6
+    assert ran.document["report"]["constraints"]["met"] is False
+    assert "0.03 is more than 0.01" in ran.err
+    assert (tmp_path / "net.optimized.onnx").exists()
+    assert run_cli("watch", "j2", "--server", fake_server.address).code == 6
+
+
+def test_authentication(run_cli: RunCli, fake_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit 3 without the token; the environment and the option bring it."""
+    fake_server.script.token = "secret"
+    at = ("--server", fake_server.address)
+    ran = run_cli("jobs", "--json", *at)
+    assert ran.code == 3
+    assert ran.document["error"]["reason"] == "UNAUTHENTICATED"
+    assert run_cli("--token", "secret", "jobs", *at).code == 0
+    monkeypatch.setenv("COMPRESS_TOKEN", "secret")
+    assert run_cli("jobs", *at).code == 0
+
+
+def test_timeout(run_cli: RunCli, fake_server: Any, model_file: Path) -> None:
+    """Exit 5, and how to follow or stop the job that goes on."""
+    fake_server.script.hang_job = True
+    ran = run_cli("upload", model_file, "--timeout", "1", "--json", "--server", fake_server.address)
+    assert ran.code == 5
+    assert ran.document["error"]["details"]["job"] == "projects/default/jobs/j2"
+    assert "compress-client cancel projects/default/jobs/j2" in ran.err
+
+
+def test_health(run_cli: RunCli, fake_server: Any) -> None:
+    """0 only when serving."""
+    assert run_cli("health", "--json", "--server", fake_server.address).document["status"] == "SERVING"
+    fake_server.script.serving = 2
+    ran = run_cli("health", "--server", fake_server.address)
+    assert ran.code == 4
+    assert "NOT_SERVING" in ran.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["upload"],
+        ["upload", "/does/not/exist"],
+        ["--timeout", "-1", "jobs"],
+        ["--project", "a/b", "jobs"],
+        ["--server", "no port", "jobs"],
+        ["job", "projects/x/models/y"],
+        ["models", "--label", "=x"],
+        ["models", "--state", "running"],
+        ["--cert", __file__, "jobs"],
+        ["--ca", __file__, "jobs"],
+    ],
+)
+def test_wrong_usage(run_cli: RunCli, arguments: list[str]) -> None:
+    """Exit 2, one paragraph on stderr, one document on stdout with --json, never a traceback."""
+    ran = run_cli(*arguments)
+    assert ran.code == 2
+    assert ran.out == ""
+    assert ran.err.startswith("Error: ")
+    assert "Traceback" not in ran.err
+    with_json = run_cli("--json", *arguments)
+    assert with_json.code == 2
+    assert with_json.document["error"]["message"]
+
+
+def test_refuses_early_what_needs_the_users_code(run_cli: RunCli, fake_server: Any, tmp_path: Path) -> None:
+    """A state dict and a pickled module are refused with the way out before the server is asked."""
+    (tmp_path / "m.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    (tmp_path / "m.pt").write_bytes(b"\x80\x02cfoo\nBar\n.")
+    at = ("--server", fake_server.address)
+    ran = run_cli("upload", "m.safetensors", *at)
+    assert (ran.code, "--architecture" in ran.err) == (2, True)
+    ran = run_cli("upload", "m.pt", *at)
+    assert (ran.code, "--trust-pickle" in ran.err) == (2, True)
+    ran = run_cli("upload", "m.pt", "--trust-pickle", *at)
+    assert (ran.code, "--input" in ran.err) == (2, True)
+    assert fake_server.seen == []
+
+
+def test_output_is_never_the_model(run_cli: RunCli, model_file: Path) -> None:
+    """The original must survive."""
+    ran = run_cli("upload", model_file, "-o", model_file)
+    assert ran.code == 2
+    assert "is the model itself" in ran.err
+
+
+def test_lists(run_cli: RunCli, fake_server: Any, model_file: Path) -> None:
+    """Lists are newest first, paged through, filtered by the server, and limited."""
+    at = ("--server", fake_server.address)
+    assert "No jobs" in run_cli("jobs", *at).err
+    for _ in range(5):
+        run_cli("upload", model_file, "--no-compress", *at)
+    names = [model["name"] for model in run_cli("models", "--json", *at).document["models"]]
+    assert names == [f"projects/default/models/m{index}" for index in (5, 4, 3, 2, 1)]
+    assert len(run_cli("models", "--limit", "3", "--json", *at).document["models"]) == 3
+    run_cli("models", "--state", "active", "--label", 'k=v"w', *at)
+    assert fake_server.seen[-1] == 'ListModels state = ACTIVE AND labels.k = "v\\"w"'
+    assert "net.onnx" in run_cli("models", *at).out
+
+
+def test_one_job(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path) -> None:
+    """job, watch, logs, report, download, cancel, delete take the last part of a name."""
+    at = ("--server", fake_server.address)
+    run_cli("upload", model_file, "--detach", *at)
+    assert run_cli("job", "j2", "--json", *at).document["state"] == "QUEUED"
+    assert run_cli("download", "j2", *at).code == 2  # not yet
+    assert run_cli("watch", "j2", *at).out == "projects/default/jobs/j2 SUCCEEDED\n"
+    assert "line 2" in run_cli("logs", "j2", *at).out
+    assert len(run_cli("logs", "j2", "--json", *at).document["lines"]) == 3
+    assert run_cli("report", "j2", "--json", *at).document["size_ratio"] == 3.642
+    assert json.loads(run_cli("report", "j2", "--format", "json", *at).out)["size_ratio"] == 3.642
+    assert run_cli("report", "j2", "--format", "html", *at).out == "<html></html>\n"
+    assert run_cli("report", "j2", "--format", "markdown", *at).out.startswith("# Compression report")
+    assert run_cli("download", "j2", "--artifact", "all", "-o", "got/", *at).code == 0
+    assert sorted(path.name for path in (tmp_path / "got").iterdir()) == [
+        "net.optimized.onnx",
+        "net.report.html",
+        "net.report.json",
+    ]
+    assert run_cli("cancel", "j2", *at).code == 0
+    assert run_cli("delete", "j2", *at).out == "Deleted projects/default/jobs/j2\n"
+    assert run_cli("delete", "m1", *at).out == "Deleted projects/default/models/m1\n"
+    ran = run_cli("delete", "m1", *at)
+    assert (ran.code, "neither a job nor a model" in ran.err) == (2, True)
+
+
+def test_inspect(run_cli: RunCli, fake_server: Any, model_file: Path) -> None:
+    """A file or a model; nothing is compressed."""
+    at = ("--server", fake_server.address)
+    ran = run_cli("inspect", model_file, *at)
+    assert "x:float32[N,4]" in ran.out
+    assert "It is small." in ran.out
+    assert run_cli("inspect", "m1", "--json", *at).document["inspection"]["parameter_count"] == 24_600
+    assert fake_server.jobs == {}
+
+
+def test_recipes_and_info(run_cli: RunCli, fake_server: Any, tmp_path: Path) -> None:
+    """A preset printed as YAML is a file that --recipe takes."""
+    at = ("--server", fake_server.address)
+    assert "fuse → quantize" in run_cli("recipes", *at).out
+    assert run_cli("recipes", "--json", *at).document["presets"][0]["recipe"]["version"] == 1
+    (tmp_path / "copy.yaml").write_text(run_cli("recipes", "default", *at).out)
+    from modelpress_client.recipes import build, load_yaml
+
+    assert build(load_yaml(tmp_path / "copy.yaml")).steps[1].quantize.scheme == "auto"
+    assert "Version" in run_cli("info", *at).out
+    assert run_cli("info", "--json", *at).document["version"] == "0.1.0"
+
+
+def test_local_without_the_server_package(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The exact pip line is printed."""
+    from modelpress_client import local
+
+    monkeypatch.setattr(local, "SERVER_PACKAGES", ("modelpress_server", "a_package_that_is_missing"))
+    ran = run_cli("--local", "--data-dir", tmp_path / "data", "info")
+    assert ran.code == 2
+    assert "pip install 'modelpress[server]'" in ran.err
+
+
+def test_local_uses_a_running_server(run_cli: RunCli, fake_server: Any, tmp_path: Path) -> None:
+    """server.json names a server that answers: it is used, and not ended."""
+    (tmp_path / "server.json").write_text(json.dumps({"address": fake_server.address, "pid": os.getpid()}))
+    assert run_cli("--local", "--data-dir", tmp_path, "health").out == "SERVING\n"
+    assert run_cli("--server", fake_server.address, "health").code == 0
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(run_cli: RunCli, shell: str) -> None:
+    """The script calls back into the program."""
+    assert "_COMPRESS_CLIENT_COMPLETE" in run_cli("completion", shell).out
+
+
+# --- as a process ------------------------------------------------------------------------------------------------
+
+
+def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "NO_COLOR": "1"}
+    command = [sys.executable, "-c", "from modelpress_client.cli import main; main()", *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt(fake_server: Any, model_file: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Exit 130; the job goes on, and the text says how to follow and to cancel it."""
+    fake_server.script.hang_job = True
+    process = start("upload", str(model_file), "--server", fake_server.address, cwd=tmp_path)
+    deadline = time.monotonic() + 30
+    while not any(call.startswith("WatchJob") for call in fake_server.seen) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert "projects/default/jobs/j2 goes on" in err
+    assert "compress-client cancel projects/default/jobs/j2" in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def imported_by(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint('\\n'.join(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return {line.split(".")[0] for line in run.stdout.splitlines()}
+
+
+def test_imports_are_light() -> None:
+    """The package alone loads nothing; the client loads no numpy, torch or onnx; help loads neither grpc nor rich."""
+    heavy = {"numpy", "torch", "onnx", "onnxruntime", "modelpress_compression", "modelpress_server"}
+    assert not imported_by("import modelpress_client") & {*heavy, "grpc", "google", "rich", "yaml"}
+    assert not imported_by("from modelpress_client import Client, AsyncClient, Report") & heavy
+    help_text = "from modelpress_client.cli import main\ntry: main(['upload', '--help'])\nexcept SystemExit: pass"
+    assert not imported_by(help_text) & {*heavy, "grpc", "google", "rich", "yaml", "modelpress_protos"}
