@@ -228,7 +228,7 @@ def make_status(
     budget = MAX_DETAIL_CHARS * 4
     for key, value in sorted((metadata or {}).items()):
         text = clip(value, MAX_DETAIL_CHARS)
-        budget -= len(key) + len(text)
+        budget -= len(key.encode()) + len(text.encode())
         if budget < 0:
             break
         info.metadata[key] = text

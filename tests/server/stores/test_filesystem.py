@@ -1,0 +1,91 @@
+"""The blob store on its own: what it takes from a worker, and what it gives."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from modelpress_server.errors import BlobMissingError, StorageFullError
+from modelpress_server.stores.base import BlobKey
+from modelpress_server.stores.filesystem import ArtifactError, FileBlobStore
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[FileBlobStore]:
+    made = FileBlobStore(tmp_path / "data")
+    made.open()
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What a worker left."""
+    made = tmp_path / "output"
+    (made / "inner").mkdir(parents=True)
+    (made / "inner" / "model.onnx").write_bytes(b"content")
+    return made
+
+
+async def test_ingests_and_copies(store: FileBlobStore, folder: Path, tmp_path: Path) -> None:
+    """A file below the folder becomes a blob; a copy of it is private: changing it leaves the blob alone."""
+    blob = await store.ingest(folder, "inner/model.onnx", max_bytes=7)
+    assert await store.has(blob)
+    target = tmp_path / "copy"
+    await store.copy_to(blob, target)
+    target.write_bytes(b"changed")
+    fd = await store.open_blob(blob)
+    assert os.read(fd, 100) == b"content"
+    os.close(fd)
+    with pytest.raises(FileExistsError):
+        await store.copy_to(blob, target)
+
+
+async def test_takes_plain_files_only(store: FileBlobStore, folder: Path) -> None:
+    """Links of any kind, pipes, folders, paths that lead out, and large files are refused; nothing is stored."""
+    (folder / "link").symlink_to("/etc/hostname")
+    (folder / "linked_folder").symlink_to("inner")
+    os.link(folder / "inner" / "model.onnx", folder / "hard")
+    os.mkfifo(folder / "pipe")
+    for path in ("link", "linked_folder/model.onnx", "hard", "pipe", "inner", "../x", "/etc/hostname", "none", "a\0b"):
+        with pytest.raises(ArtifactError):
+            await store.ingest(folder, path, max_bytes=100)
+    (folder / "hard").unlink()
+    with pytest.raises(ArtifactError, match="at most 6"):
+        await store.ingest(folder, "inner/model.onnx", max_bytes=6)
+    assert [path for path in (store._root / "blobs").rglob("*") if path.is_file()] == []
+    assert list((store._root / "tmp").iterdir()) == []
+
+
+async def test_a_blob_of_another_size_is_not_there(store: FileBlobStore, folder: Path, tmp_path: Path) -> None:
+    """The size is part of the identity."""
+    blob = await store.ingest(folder, "inner/model.onnx", max_bytes=100)
+    other = BlobKey(blob.sha256, blob.size_bytes + 1)
+    assert not await store.has(other)
+    with pytest.raises(BlobMissingError):
+        await store.copy_to(other, tmp_path / "x")
+    with pytest.raises(BlobMissingError):
+        await store.open_blob(BlobKey(bytes(32), 1))
+
+
+async def test_a_full_disk_leaves_nothing(store: FileBlobStore, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOSPC while an artifact is made durable: an error that says so, no blob, no temporary file."""
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageFullError):
+        await store.ingest(folder, "inner/model.onnx", max_bytes=100)
+    assert [path for path in (store._root / "blobs").rglob("*") if path.is_file()] == []
+    assert list((store._root / "tmp").iterdir()) == []
+
+
+async def test_opening_clears_what_was_being_copied(store: FileBlobStore) -> None:
+    """Temporary files of a dead server go."""
+    (store._root / "tmp" / "left").write_bytes(b"x")
+    store.open()
+    assert list((store._root / "tmp").iterdir()) == []
