@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.onnx import symbolic_helper
+from torch.onnx import symbolic_helper, utils
 
 _OPSET = 18
 _TO_BOOL = 9  # onnx.TensorProto.BOOL
@@ -17,7 +17,7 @@ _TO_BOOL = 9  # onnx.TensorProto.BOOL
 def extra_symbolics() -> Iterator[None]:
     """Registers them for the time of one export."""
     for name, symbolic in _SYMBOLICS.items():
-        torch.onnx.register_custom_op_symbolic(name, symbolic, _OPSET)
+        utils.register_custom_op_symbolic(name, symbolic, _OPSET)
     log = torch._C._jit_onnx_log
     # The exporter prints whole graphs when it fails, whatever its own switch says.
     torch._C._jit_onnx_log = _silent
@@ -26,7 +26,7 @@ def extra_symbolics() -> Iterator[None]:
     finally:
         torch._C._jit_onnx_log = log
         for name in _SYMBOLICS:
-            torch.onnx.unregister_custom_op_symbolic(name, _OPSET)
+            utils.unregister_custom_op_symbolic(name, _OPSET)
 
 
 def _silent(*_: object) -> None:
@@ -61,4 +61,4 @@ def _linear(g: Any, value: Any, weight: Any, bias: Any) -> Any:
 
 
 # "__not_": the exporter cuts a last underscore off, for it marks operators that work in place.
-_SYMBOLICS = {"aten::__not_": _not, "aten::lstm_cell": _lstm_cell}
+_SYMBOLICS: dict[str, Callable[..., Any]] = {"aten::__not_": _not, "aten::lstm_cell": _lstm_cell}
