@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import tempfile
-from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
+from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,30 +76,55 @@ def child_environment(directory: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Pipes:
-    """The server's ends of the two pipes of the protocol."""
+    """The server's ends: the protocol's two pipes, and what the worker prints.
+
+    Not `asyncio.subprocess.PIPE`: a process that the worker started may hold that open, and `wait` would wait for it.
+    """
 
     requests: asyncio.WriteTransport
     events: asyncio.StreamReader
-    events_transport: asyncio.ReadTransport
+    output: asyncio.StreamReader
+    read_transports: tuple[asyncio.BaseTransport, ...]
 
     def close(self) -> None:
-        """Closes both, without waiting for what was not yet sent."""
+        """Closes all, without waiting for what was not yet sent."""
         if not self.requests.is_closing():
             self.requests.abort()
-        self.events_transport.close()
+        for transport in self.read_transports:
+            transport.close()
 
 
-async def _open_pipes() -> tuple[int, int, Pipes]:
-    """Descriptors of the worker's ends (requests, events), which the caller closes, and the server's ends."""
+@dataclass(frozen=True)
+class ChildEnds:
+    """Descriptors of the worker's ends."""
+
+    requests: int
+    events: int
+    output: int
+
+    def close(self) -> None:
+        """The worker has its own by now."""
+        for descriptor in (self.requests, self.events, self.output):
+            os.close(descriptor)
+
+
+async def _open_pipes() -> tuple[ChildEnds, Pipes]:
     loop = asyncio.get_running_loop()
     requests_read, requests_write = os.pipe()
-    events_read, events_write = os.pipe()
-    events = asyncio.StreamReader(limit=MAX_FRAME_BYTES)
-    events_transport, _ = await loop.connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(events), os.fdopen(events_read, "rb", 0)
-    )
     requests, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, os.fdopen(requests_write, "wb", 0))
-    return requests_read, events_write, Pipes(requests, events, events_transport)
+    events_write, events, events_transport = await _open_reading_pipe()
+    output_write, output, output_transport = await _open_reading_pipe()
+    pipes = Pipes(requests, events, output, (events_transport, output_transport))
+    return ChildEnds(requests_read, events_write, output_write), pipes
+
+
+async def _open_reading_pipe() -> tuple[int, asyncio.StreamReader, asyncio.BaseTransport]:
+    read, write = os.pipe()
+    reader = asyncio.StreamReader(limit=MAX_FRAME_BYTES)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read, "rb", 0)
+    )
+    return write, reader, transport
 
 
 class Worker:
@@ -132,24 +157,23 @@ class Worker:
 
     @classmethod
     async def _spawn(cls, command: WorkerCommand, directory: Path) -> Worker:
-        requests_fd, events_fd, pipes = await _open_pipes()
+        ends, pipes = await _open_pipes()
         try:
             process = await asyncio.create_subprocess_exec(
-                *command.arguments(requests_fd, events_fd, directory),
+                *command.arguments(ends.requests, ends.events, directory),
                 stdin=DEVNULL,
-                stdout=PIPE,
-                stderr=STDOUT,
+                stdout=ends.output,
+                stderr=ends.output,
                 env=child_environment(directory),
                 cwd=directory,
-                pass_fds=(requests_fd, events_fd),
+                pass_fds=(ends.requests, ends.events),
                 start_new_session=True,
             )
         except BaseException:
             pipes.close()
             raise
         finally:
-            os.close(requests_fd)
-            os.close(events_fd)
+            ends.close()
         return cls(process, directory, pipes)
 
     async def _wait_ready(self) -> None:
@@ -220,9 +244,7 @@ class Worker:
     async def _read_output(self) -> None:
         """Reads whatever is printed, always: a full pipe would stop the worker."""
         splitter = LineSplitter(self._take_line)
-        stream = self._process.stdout
-        assert stream is not None  # noqa: S101  # it was asked for
-        while data := await stream.read(_READ_BYTES):
+        while data := await self._pipes.output.read(_READ_BYTES):
             splitter.feed(data)
         splitter.close()
 

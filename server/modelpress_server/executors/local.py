@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+from asyncio import FIRST_COMPLETED
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +50,7 @@ PROBE_TIMEOUT_S = 30.0
 # advance, for each thread, and a library starts threads by the number of processors.
 _CAP_RESERVE_BYTES = 512 * 1024**2 + 32 * 1024**2 * (os.cpu_count() or 1)
 _TERMINAL = ("inspected", "compressed", "failed")
-_EXIT_GRACE_S = 2.0
+_LAST_WORDS_S = 1.0
 
 OnEvent = Callable[[worker_pb2.WorkerEvent], None]
 
@@ -159,17 +160,27 @@ class _Run:
         self._worker.send(request)
         conversation = asyncio.create_task(self._converse())
         watchdog = asyncio.create_task(self._exceed_memory())
+        end = asyncio.create_task(self._worker.wait())
         try:
             done, _ = await asyncio.wait(
-                {conversation, watchdog}, timeout=self._limits.time_s or None, return_when=asyncio.FIRST_COMPLETED
+                {conversation, watchdog, end}, timeout=self._limits.time_s or None, return_when=FIRST_COMPLETED
             )
+            if end in done and conversation not in done:
+                # What it sent last may lie in the pipe still; a process that it started may hold that open for ever.
+                done, _ = await asyncio.wait({conversation}, timeout=_LAST_WORDS_S)
+            event = conversation.result() if conversation in done else None
+            if event is not None:
+                self._worker.kill()
+                await self._worker.wait_output()
+                return event
+            if watchdog in done:
+                raise lost.out_of_memory(self._limits.memory_bytes)
+            if conversation in done or end.done():
+                raise await self._lost(end)
+            raise lost.too_slow(self._limits.time_s)
         finally:
-            conversation.cancel()
-            watchdog.cancel()
-        if conversation in done:
-            event = conversation.result()
-            return event if event is not None else await self._raise_lost()
-        raise lost.out_of_memory(self._limits.memory_bytes) if watchdog in done else lost.too_slow(self._limits.time_s)
+            for task in (conversation, watchdog, end):
+                task.cancel()
 
     async def _converse(self) -> worker_pb2.WorkerEvent | None:
         """Passes events on until the terminal one; None: the worker has closed its end before."""
@@ -177,8 +188,6 @@ class _Run:
             while (event := await self._worker.receive()) is not None:
                 kind = event.WhichOneof("event")
                 if kind in _TERMINAL:
-                    self._worker.kill()
-                    await self._worker.wait_output()
                     _log_incident(event.failed)
                     return event
                 if kind == "progress":
@@ -199,15 +208,14 @@ class _Run:
             if self._limits.memory_bytes and memory_bytes(self._worker.pid) > self._limits.memory_bytes:
                 return
 
-    async def _raise_lost(self) -> worker_pb2.WorkerEvent:
-        try:
-            async with asyncio.timeout(_EXIT_GRACE_S):
-                status = await self._worker.wait()
-        except TimeoutError as error:
-            raise lost.broken_protocol() from error
+    async def _lost(self, end: asyncio.Task[int]) -> WorkerLostError:
+        """It ended, or closed its end of the pipe, without a terminal event."""
+        ended, _ = await asyncio.wait({end}, timeout=_LAST_WORDS_S)
         self._worker.kill()
         await self._worker.wait_output()
-        raise lost.out_of_memory(self._limits.memory_bytes) if self._memory_was_short else lost.crashed(status)
+        if self._memory_was_short:
+            return lost.out_of_memory(self._limits.memory_bytes)
+        return lost.crashed(end.result()) if ended else lost.broken_protocol()
 
     def _take_line(self, line: str) -> None:
         self._memory_was_short |= lost.is_out_of_memory_line(line)

@@ -37,11 +37,14 @@ def main() -> None:
     sandbox.close_calls()
     requests = os.fdopen(arguments.requests_fd, "rb")
     events = os.fdopen(arguments.events_fd, "wb")
+    _flush()  # what was printed so far does not belong to the task
     events.write(encode_frame(worker_pb2.WorkerEvent(ready=worker_pb2.Ready())))
     events.flush()
     request = read_frame(requests, worker_pb2.WorkerRequest)
     if request is not None:
         _run(request, tasks, sandbox, arguments, events)
+        # The server kills this process and all below it; what lost its parent earlier could not be found any more.
+        requests.read()
     os._exit(0)
 
 
@@ -60,13 +63,17 @@ def _run(
         last = tasks.run(request, TaskContext(events, sandbox, arguments.directory))
     except Exception as error:  # noqa: BLE001  # whatever went wrong, the server must hear of it
         last = worker_pb2.WorkerEvent(failed=status_of_exception(error, redact))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     try:
         events.send(last)
     except FramingError as error:
         failed: status_pb2.Status = status_of_exception(error, redact)
         events.send(worker_pb2.WorkerEvent(failed=failed))
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def _load_tasks(name: str) -> ModuleType:

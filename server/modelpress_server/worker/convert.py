@@ -92,13 +92,8 @@ def summary_from_report(report: Mapping[str, Any]) -> job_service_pb2.ReportSumm
         speedup=latency[0]["speedup"]["median"] if latency else None,
         accuracy_drop=accuracy["drop"] if accuracy else None,
         top1_agreement=fidelity.get("top1_agreement"),
-        constraints_met=constraints_met(report),
+        constraints_met=report["constraints"]["met"],
     )
-
-
-def constraints_met(report: Mapping[str, Any]) -> bool:
-    """Whether the result holds every demand of the recipe."""
-    return bool(report.get("constraints_met", True))
 
 
 def kind_to_proto(kind: str) -> job_service_pb2.Artifact.Kind.ValueType:

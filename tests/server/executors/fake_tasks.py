@@ -85,7 +85,7 @@ def _grandchildren(context: TaskContext, output: Path, argument: str) -> Any:
     """One in the worker's group, one in a session of its own, one whose parent has ended."""
     same = subprocess.Popen(["/bin/sleep", "600"])
     other = subprocess.Popen(["/bin/sleep", "600"], start_new_session=True)
-    shell = "/bin/sleep 600 >/dev/null & echo $!"
+    shell = "/bin/sleep 600 >/dev/null 2>&1 & echo $!"
     orphan = subprocess.run(["/bin/sh", "-c", shell], capture_output=True, check=True, start_new_session=True)
     (output / "pids.tmp").write_text(json.dumps([os.getpid(), same.pid, other.pid, int(orphan.stdout)]), "ascii")
     (output / "pids.tmp").rename(output / "pids")
