@@ -143,7 +143,7 @@ class Server:
         server_service_pb2_grpc.add_ServerServiceServicer_to_server(
             ServerService(settings, jobs, self._executor), self._grpc
         )
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs know the synchronous one
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
 

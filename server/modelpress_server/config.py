@@ -1,4 +1,6 @@
-"""Settings of the server: one frozen dataclass; the command line, the environment and the TOML file are made from it."""
+"""Settings of the server: one frozen dataclass, from which the command line and the TOML file are made."""
+
+# ruff: noqa: RUF009  -- `_setting` returns what `dataclasses.field` does
 
 from __future__ import annotations
 

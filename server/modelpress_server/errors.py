@@ -43,6 +43,7 @@ DOMAIN = "modelpress"
 MAX_STATUS_BYTES = 4096
 MAX_MESSAGE_CHARS = 1000
 MAX_DETAIL_CHARS = 300
+SHOWN_VIOLATIONS = 5  # in the message; BadRequest has all
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ class InvalidFieldsError(ServiceError):
     """One or more fields are wrong; all of them at once."""
 
     def __init__(self, violations: Sequence[FieldViolation]) -> None:
-        shown = "; ".join(f"{item.field}: {item.description}" for item in violations)
-        super().__init__(f"The request has {len(violations)} wrong field(s): {shown}")
+        shown = "; ".join(f"{item.field}: {item.description}" for item in violations[:SHOWN_VIOLATIONS])
+        more = f"; and {len(violations) - SHOWN_VIOLATIONS} more" if len(violations) > SHOWN_VIOLATIONS else ""
+        super().__init__(f"The request has {len(violations)} wrong field(s): {shown}{more}")
         self.violations = tuple(violations)
 
 
@@ -268,6 +270,7 @@ def printable(text: str) -> str:
 
 def clip(text: str, limit: int) -> str:
     """At most `limit` characters and as many bytes, since one character may be four bytes on the wire."""
+    text = text[: limit + 1]
     if len(text) <= limit and len(text.encode(errors="replace")) <= limit:
         return text
     return text.encode(errors="replace")[: limit - 3].decode(errors="ignore") + "..."

@@ -10,14 +10,21 @@ import binascii
 import hashlib
 import re
 from collections.abc import Mapping
+from typing import TypeVar
 
+from google.protobuf.message import Message
+
+from modelpress_server.config import MIB
 from modelpress_server.errors import FieldViolation, InvalidFieldsError, clip
 from modelpress_server.names import parse_name
 from modelpress_server.stores.base import ListQuery
 from modelpress_server.validation import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, Checks
 
+Item = TypeVar("Item", bound=Message)
+
 MAX_FILTER_CHARS = 4096
 MAX_TERMS = 20
+MAX_PAGE_BYTES = 3 * MIB  # clients take 4 MiB
 
 _TERM = re.compile(
     r"""\s*(?P<field>[A-Za-z0-9_.-]+)\s*=\s*(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<bare>[^\s"]+))\s*(?P<rest>.*)""",
@@ -59,6 +66,16 @@ def list_query(
 def page_token(query: ListQuery, text: str, last_id: str) -> str:
     """The token of the page after the one that ends with `last_id`."""
     return base64.urlsafe_b64encode((last_id + _scope(query.project, text)).encode()).decode()
+
+
+def fitted(messages: list[Item], *, has_more: bool) -> tuple[list[Item], bool]:
+    """As many as fit one gRPC message, at least one, and whether others follow."""
+    total_bytes = 0
+    for index, message in enumerate(messages):
+        total_bytes += message.ByteSize()
+        if index and total_bytes > MAX_PAGE_BYTES:
+            return messages[:index], True
+    return messages, has_more
 
 
 def _terms(text: str, checks: Checks) -> list[tuple[str, str]]:

@@ -67,23 +67,19 @@ def parse_name(name: str, collection: Collection, field: str = "name") -> tuple[
 
 def path_fault(path: str) -> str | None:
     """Why a manifest path is refused, or None: it must stay inside its folder on every platform."""
-    if not path:
-        return "is empty"
     try:
         size_bytes = len(path.encode())
     except UnicodeEncodeError:
         return "is not valid Unicode"
-    if size_bytes > MAX_PATH_BYTES:
-        return f"has {size_bytes} bytes; at most {MAX_PATH_BYTES} are allowed"
-    if any(unicodedata.category(char).startswith("C") for char in path):
-        return "contains a control character"
-    if "\\" in path:
-        return "contains a backslash; separate folders with '/'"
-    if unicodedata.normalize("NFC", path) != path:
-        return "is not in Unicode normal form C"
-    if any(part in ("", ".", "..") for part in path.split("/")):
-        return "must be relative, without empty, '.' or '..' parts"
-    return None
+    faults = {
+        "is empty": not path,
+        f"has {size_bytes} bytes; at most {MAX_PATH_BYTES} are allowed": size_bytes > MAX_PATH_BYTES,
+        "contains a control character": any(unicodedata.category(char).startswith("C") for char in path),
+        "contains a backslash; separate folders with '/'": "\\" in path,
+        "is not in Unicode normal form C": not unicodedata.is_normalized("NFC", path),
+        "must be relative, without empty, '.' or '..' parts": bool({"", ".", ".."} & set(path.split("/"))),
+    }
+    return next((fault for fault, found in faults.items() if found), None)
 
 
 def clashing_path(paths: Iterable[str]) -> str | None:

@@ -20,6 +20,8 @@ MAX_LABELS = 64
 MAX_DISPLAY_NAME_CHARS = 255
 MAX_HINTS = 1000
 MAX_RANK = 32
+# A full manifest with long paths, and room for hints; a page of a list must fit a gRPC message.
+MAX_MODEL_BYTES = 512 * 1024
 DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1000
 
@@ -99,6 +101,10 @@ class Checks:
 def check_model(model: model_service_pb2.Model, max_blob_bytes: int) -> Checks:
     """Checks what a client sends of a new model."""
     checks = Checks()
+    size_bytes = model.ByteSize()
+    checks.require(
+        size_bytes <= MAX_MODEL_BYTES, "model", f"has {size_bytes} bytes; at most {MAX_MODEL_BYTES} are allowed"
+    )
     checks.manifest("model.files", model.files, max_blob_bytes)
     checks.text("model.display_name", model.display_name, MAX_DISPLAY_NAME_CHARS)
     checks.input_hints("model.input_hints", model.input_hints)

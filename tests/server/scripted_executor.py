@@ -7,13 +7,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc
 from google.rpc import status_pb2
 from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2
 from modelpress_server.errors import make_status
 from modelpress_server.executors.base import Limits, WorkerLostError
-
-import grpc
 
 
 class ScriptedExecutor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Awaitable, Callable
@@ -26,7 +27,6 @@ from modelpress_protos.v1 import (
 )
 from modelpress_server.app import Server
 from modelpress_server.config import Settings
-
 from scripted_executor import ScriptedExecutor
 
 DEFAULTS: dict[str, Any] = {"listen": "127.0.0.1:0", "reserve_bytes": 0, "drain_grace_s": 0.0, "worker_memory_bytes": 0}
@@ -109,6 +109,19 @@ def chunks(
             )
         )
     return made
+
+
+async def committed(client: Client, name: str) -> int:
+    return (await client.uploads.GetUpload(upload_service_pb2.GetUploadRequest(name=name))).committed_size
+
+
+async def committed_after_cut(client: Client, name: str, at_least: int) -> int:
+    """The durable size once the server has noticed that the stream is gone."""
+    for _ in range(200):
+        if (size := await committed(client, name)) >= at_least:
+            return size
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"never reached {at_least}")
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ async def test_too_large_a_message_is_refused(running: Running) -> None:
     for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip):
         request = upload_service_pb2.WriteUploadRequest(data=bytes(5 * 1024 * 1024))
         call = running.client.uploads.WriteUpload(compression=compression)
+        await call.write(request)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call.write(request)
             await call.read()
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -65,7 +64,7 @@ async def test_a_blob_without_a_record_stays_for_an_hour(running: Running) -> No
     digest = digest_of(content)
     shard = running.settings.data_dir / "blobs" / digest.sha256.hex()[:2]
     shard.mkdir(exist_ok=True)
-    Path(shard / digest.sha256.hex()).write_bytes(content)
+    (shard / digest.sha256.hex()).write_bytes(content)
     await sweep(running)
     assert blob_names(running) == {digest.sha256.hex()}
     age(running)

@@ -263,7 +263,7 @@ async def test_queue_timeout_expires(running: Running) -> None:
 
 
 async def test_queue_limit(serve: Serve) -> None:
-    """More queued jobs than the project may have: RESOURCE_EXHAUSTED with RetryInfo; results of the cache still come."""
+    """More queued jobs than allowed: RESOURCE_EXHAUSTED with RetryInfo; results of the cache still come."""
     async with serve(max_queued_jobs=1) as running:
         ready = await running.client.model()
         await running.client.wait(await running.client.job(ready))

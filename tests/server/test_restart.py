@@ -18,7 +18,7 @@ from modelpress_protos.v1 import job_service_pb2, model_service_pb2, upload_serv
 from modelpress_server.app import Server
 from modelpress_server.config import MIB, Settings, SettingsError
 from scripted_executor import ScriptedExecutor
-from server_harness import DEFAULTS, Client, Serve, chunks, failing
+from server_harness import DEFAULTS, Client, Serve, chunks, committed_after_cut, failing
 
 S = job_service_pb2
 
@@ -50,6 +50,12 @@ async def running_state(client: Client, job: Any) -> None:
             return
         await asyncio.sleep(0.02)
     raise AssertionError("never ran")
+
+
+async def read_on(call: Any) -> None:
+    """Reads until the call fails."""
+    for _ in range(1000):
+        await call.read()
 
 
 async def test_kill_9_loses_no_job_and_no_upload(serve: Serve, tmp_path: Path) -> None:
@@ -87,9 +93,7 @@ async def test_a_client_that_was_killed_does_not_block_its_upload(running: Any) 
         call = Client(channel).uploads.WriteUpload()
         await call.write(chunks(upload.name, content[:MIB], finish=False)[0])
         await asyncio.sleep(0.1)
-    get = upload_service_pb2.GetUploadRequest(name=upload.name)
-    while (await running.client.uploads.GetUpload(get)).committed_size < MIB:
-        await asyncio.sleep(0.02)
+    await committed_after_cut(running.client, upload.name, MIB)
     answers = await running.client.send(chunks(upload.name, content, start=MIB))
     assert answers[-1].upload.state == upload_service_pb2.Upload.STATE_COMPLETED
 
@@ -102,10 +106,8 @@ async def test_stopping_requeues_without_counting_an_attempt(serve: Serve) -> No
         call = running.client.jobs.WatchJob(S.WatchJobRequest(name=job.name))
         assert (await call.read()).HasField("snapshot")
         stopping = asyncio.create_task(running.server.stop())
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            while True:
-                await call.read()
-        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        failure = await failing(read_on(call))
+        assert (failure.code, failure.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
         await stopping
         assert running.executor.killed == [job.name]
     async with serve() as running:

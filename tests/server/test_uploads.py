@@ -6,14 +6,13 @@ import asyncio
 import errno
 import os
 import random
-from pathlib import Path
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2
 from modelpress_protos.v1 import upload_service_pb2
 from modelpress_server.config import KIB, MIB
-from server_harness import PROJECT, Client, Running, Serve, chunks, digest_of, failing
+from server_harness import PROJECT, Client, Running, Serve, chunks, committed, committed_after_cut, digest_of, failing
 
 Write = upload_service_pb2.WriteUploadRequest
 ACTIVE = upload_service_pb2.Upload.STATE_ACTIVE
@@ -22,19 +21,6 @@ COMPLETED = upload_service_pb2.Upload.STATE_COMPLETED
 
 def some_bytes(count: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(count)
-
-
-async def committed(client: Client, name: str) -> int:
-    return (await client.uploads.GetUpload(upload_service_pb2.GetUploadRequest(name=name))).committed_size
-
-
-async def committed_after_cut(client: Client, name: str, at_least: int) -> int:
-    """The durable size once the server has noticed that the stream is gone."""
-    for _ in range(200):
-        if (size := await committed(client, name)) >= at_least:
-            return size
-        await asyncio.sleep(0.02)
-    raise AssertionError(f"never reached {at_least}")
 
 
 async def find_missing(client: Client, contents: list[bytes], parent: str = PROJECT) -> list[object]:
@@ -308,4 +294,4 @@ async def test_stored_blobs_are_read_only_files_named_by_digest(running: Running
     digest = await running.client.upload(content)
     files = [path for path in (running.settings.data_dir / "blobs").rglob("*") if path.is_file()]
     assert [path.name for path in files] == [digest.sha256.hex()]
-    assert Path(files[0]).stat().st_mode & 0o777 == 0o444
+    assert [path.lstat().st_mode & 0o777 for path in files] == [0o444]

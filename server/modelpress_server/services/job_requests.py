@@ -18,6 +18,8 @@ from modelpress_server.validation import Checks, message_hash, request_key
 
 DEFAULT_ATTEMPTS = 3
 MAX_ATTEMPTS = 10
+# So that a page of a list fits a gRPC message.
+MAX_JOB_BYTES = 256 * 1024
 
 
 def check_job(
@@ -25,6 +27,8 @@ def check_job(
 ) -> tuple[Checks, RequestKey | None]:
     """All violations of the request itself; the caller adds those of the references and finishes."""
     checks, spec = Checks(), request.job.spec
+    size_bytes = request.job.ByteSize()
+    checks.require(size_bytes <= MAX_JOB_BYTES, "job", f"has {size_bytes} bytes; at most {MAX_JOB_BYTES} are allowed")
     try:
         model_project, _ = parse_name(spec.model, "models", "job.spec.model")
         checks.require(model_project == project, "job.spec.model", f"is not a model of projects/{project}")
@@ -32,12 +36,11 @@ def check_job(
         checks.violations.extend(error.violations)
     for violation in validate(spec.recipe) if spec.HasField("recipe") else ():
         checks.add(f"job.spec.recipe.{violation.path}".rstrip("."), violation.description)
-    for name in ("data", "eval_data"):
-        if spec.HasField(name):
-            checks.digest(f"job.spec.{name}", getattr(spec, name))
-    for name in ("queue_timeout", "run_timeout"):
-        if spec.HasField(name):
-            _check_duration(checks, f"job.spec.{name}", getattr(spec, name))
+    for field, value in spec.ListFields():
+        if field.name in ("data", "eval_data"):
+            checks.digest(f"job.spec.{field.name}", value)
+        elif field.name in ("queue_timeout", "run_timeout"):
+            _check_duration(checks, f"job.spec.{field.name}", value)
     in_range = 0 <= spec.max_attempts <= MAX_ATTEMPTS
     checks.require(in_range, "job.spec.max_attempts", f"{spec.max_attempts} is not in [0, {MAX_ATTEMPTS}]")
     checks.labels("job.labels", request.job.labels)
@@ -48,8 +51,8 @@ def blobs_of(source: job_service_pb2.JobSpec | model_service_pb2.Model) -> dict[
     """Blobs that a job or a model refers to, by field."""
     if isinstance(source, model_service_pb2.Model):
         return {entry.path: BlobKey.of(entry.digest) for entry in source.files}
-    fields = [name for name in ("data", "eval_data") if source.HasField(name)]
-    return {name: BlobKey.of(getattr(source, name)) for name in fields}
+    fields = {field.name: value for field, value in source.ListFields() if field.name in ("data", "eval_data")}
+    return {name: BlobKey.of(digest) for name, digest in fields.items()}
 
 
 def new_job(project: str, given: job_service_pb2.Job, model: model_service_pb2.Model) -> JobRecord:

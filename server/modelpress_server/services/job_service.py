@@ -11,7 +11,7 @@ from modelpress_protos.v1 import job_service_pb2, job_service_pb2_grpc
 from modelpress_server import errors
 from modelpress_server.config import Settings
 from modelpress_server.interceptors import check_project, draining
-from modelpress_server.listing import list_query, page_token, wrong_field
+from modelpress_server.listing import fitted, list_query, page_token, wrong_field
 from modelpress_server.names import parse_name, parse_project
 from modelpress_server.scheduler import Scheduler
 from modelpress_server.services.job_requests import blobs_of, check_job, new_job
@@ -80,10 +80,11 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         project = check_project(parse_project(request.parent))
         query = list_query(project, request.page_size, request.page_token, request.filter, STATES, by_model=True)
         page = await self._jobs.list_page(query)
-        token = page_token(query, request.filter, page.items[-1].id) if page.has_more else ""
         queued = any(record.message.state == QUEUED for record in page.items)
         positions = await self._jobs.queue_positions() if queued else {}
-        found = [record.to_message(positions.get(record.id, 0)) for record in page.items]
+        messages = [record.to_message(positions.get(record.id, 0)) for record in page.items]
+        found, more = fitted(messages, has_more=page.has_more)
+        token = page_token(query, request.filter, page.items[len(found) - 1].id) if more else ""
         return job_service_pb2.ListJobsResponse(jobs=found, next_page_token=token)
 
     async def WatchJob(  # noqa: N802

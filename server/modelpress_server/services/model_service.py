@@ -10,7 +10,7 @@ from modelpress_protos.v1 import model_service_pb2, model_service_pb2_grpc
 
 from modelpress_server.config import Settings
 from modelpress_server.interceptors import check_project
-from modelpress_server.listing import list_query, page_token
+from modelpress_server.listing import fitted, list_query, page_token
 from modelpress_server.names import format_name, new_id, parse_name, parse_project
 from modelpress_server.stores.base import BlobKey, ModelRecord, ModelStore
 from modelpress_server.stores.records import now_us, unique
@@ -66,8 +66,8 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         project = check_project(parse_project(request.parent))
         query = list_query(project, request.page_size, request.page_token, request.filter, STATES, by_model=False)
         page = await self._models.list_page(query)
-        token = page_token(query, request.filter, page.items[-1].id) if page.has_more else ""
-        found = [record.to_message() for record in page.items]
+        found, more = fitted([record.to_message() for record in page.items], has_more=page.has_more)
+        token = page_token(query, request.filter, page.items[len(found) - 1].id) if more else ""
         return model_service_pb2.ListModelsResponse(models=found, next_page_token=token)
 
     async def UpdateModel(  # noqa: N802

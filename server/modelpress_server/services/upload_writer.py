@@ -11,7 +11,6 @@ import time
 from typing import Any
 
 import google_crc32c
-import grpc.aio
 from modelpress_protos.v1 import upload_service_pb2
 
 from modelpress_server import errors
@@ -44,7 +43,8 @@ async def next_message(context: Any, session: UploadSession | None, idle_timeout
             f"No bytes came for {idle_timeout_s:g} s. Resume from committed_size.", retry_after_s=1.0
         )
     message = reading.result()
-    return None if message is grpc.aio.EOF else message
+    # grpc.aio.EOF, which the type stubs do not know
+    return message if isinstance(message, Request) else None
 
 
 class UploadWriter:

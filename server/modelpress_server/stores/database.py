@@ -70,7 +70,7 @@ class Database:
 
 def insert_missing(connection: Connection, table: Table, values: Mapping[str, Any]) -> None:
     """Inserts a row unless one with the same primary key is there."""
-    dialects = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+    dialects: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
     connection.execute(dialects[connection.dialect.name](table).values(**values).on_conflict_do_nothing())
 
 
