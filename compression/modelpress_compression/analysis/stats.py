@@ -7,7 +7,7 @@ quantized model. Not counted are
 - 32 and 64 bit integers and bools (shapes, axes, indices), unless a quantized operator takes them as its bias;
 - single numbers in elementwise operators (the 0.5 and 1.41 of a GELU, an epsilon, the bounds of Clip).
 
-A tensor that several nodes share counts once, for the first of them. In a packed weight (MatMulNBits) the parameters
+A tensor that several nodes share counts once, for one of them. In a packed weight (MatMulNBits) the parameters
 are the values that it holds, not its bytes. In a quantized weight the elements equal to its zero point are the zeros.
 """
 
@@ -138,16 +138,17 @@ def _constants(model: Model) -> Iterator[tuple[onnx_ir.Value, onnx_ir.TensorProt
 
 
 def _count(tally: _Tally, value: onnx_ir.Value, tensor: onnx_ir.TensorProtocol) -> None:
-    use = next(((node, position) for node, position in value.uses()), None)
-    if use is None:
+    uses = list(value.uses())
+    if not uses:
         return
-    node, position = use
-    owner = _owner(node)
+    # Of several users always the same one, in whatever order the graph lists them.
+    owner = min((_owner(user) for user, _ in uses), key=lambda node: node.name or "")
     layer = tally.layers.setdefault(id(owner), _Layer(owner))
     layer.bytes += tensor.nbytes
-    if not any(_is_weight(user, place, tensor) for user, place in value.uses()):
+    weight = next(((user, place) for user, place in uses if _is_weight(user, place, tensor)), None)
+    if weight is None:
         return
-    node, position = next((user, place) for user, place in value.uses() if _is_weight(user, place, tensor))
+    node, position = weight
     if node.op_type == "MatMulNBits":
         size, nonzero = _packed(node, tensor)
     else:

@@ -79,7 +79,7 @@ def change(before: float | None, after: float | None) -> str:
         return "unchanged"
     sign = "−" if difference < 0 else "+"
     if abs(difference) < 0.0005:
-        return f"{sign}< 0.1 %"
+        return "almost unchanged"
     digits = 1 if abs(difference) < 0.095 else 0
     return f"{sign}{abs(difference) * 100:.{digits}f} %"
 

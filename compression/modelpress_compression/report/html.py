@@ -66,7 +66,7 @@ def _speed_words(latency: Any) -> str:
         return f"{ratio(gain)} as fast" if gain >= 1.2 else f"{percent(gain - 1, 0)} faster"
     if speedup["high"] < 1:
         return f"but only {ratio(speedup['median'])} the speed"
-    return "as fast as before"
+    return "speed not measurably changed"
 
 
 def _quality_words(report: Mapping[str, Any]) -> str:
@@ -111,7 +111,7 @@ def _banners(report: Mapping[str, Any]) -> str:
         made += tag("div", tag("strong", "All constraints are met."), class_="banner good")
     if report["warnings"]:
         listed = "".join(tag("li", escape(text)) for text in report["warnings"])
-        made += tag("div", tag("strong", "Mind") + tag("ul", listed), class_="banner warn")
+        made += tag("div", tag("strong", "Please note") + tag("ul", listed), class_="banner warn")
     return made
 
 

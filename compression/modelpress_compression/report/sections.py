@@ -115,6 +115,7 @@ def outputs(fidelity: Mapping[str, Any] | None) -> str:
     """How far each output is from the original's."""
     if not fidelity:
         return ""
+    with_equal = any("equal" in figures for figures in fidelity["outputs"].values())
     rows = []
     for name, figures in fidelity["outputs"].items():
         equal = figures.get("equal")
@@ -125,11 +126,12 @@ def outputs(fidelity: Mapping[str, Any] | None) -> str:
                 NOT_MEASURED if figures["cosine"] is None else f"{figures['cosine']:.6f}",
                 NOT_MEASURED if decibels is None else "identical" if decibels >= 200 else f"{decibels:.1f} dB",
                 NOT_MEASURED if error is None else f"{error:.3g}",
-                NOT_MEASURED if equal is None else percent(equal, 2),
+                *([NOT_MEASURED if equal is None else percent(equal, 2)] if with_equal else []),
             ]
         )
     notes = "".join(tag("li", escape(note)) for note in fidelity.get("notes", ()))
-    body = table(("Output", "Cosine", "SQNR", "Largest error", "Equal"), rows, numeric=(1, 2, 3, 4))
+    headers = ("Output", "Cosine", "SQNR", "Largest error", *(("Equal elements",) if with_equal else ()))
+    body = table(headers, rows, numeric=(1, 2, 3, 4))
     return body + (tag("ul", notes) if notes else "")
 
 
