@@ -24,11 +24,9 @@ from modelpress_compression.pipeline.progress import Progress, ProgressListener
 from modelpress_compression.pipeline.steps import StepRecord, apply_step, broken, file_size_bytes, save
 from modelpress_compression.recipe import Recipe
 from modelpress_compression.report.build import ReportInputs, StepRow, build_report
-from modelpress_compression.report.html import render_html
 from modelpress_compression.techniques import config_to_dict
 
 SYNTHETIC_SAMPLES = 32
-SYNTHETIC_WARNING = "Ranges and agreement come from synthetic inputs, which say less than real ones; give representative inputs as data."
 LogListener = Callable[[str, str], None]  # severity (INFO, WARNING, ERROR), text
 
 
@@ -47,6 +45,8 @@ class Result:
 
     def write(self, directory: Path) -> list[tuple[str, list[Path]]]:
         """Writes model.onnx (and model.onnx.data), report.json and report.html; returns kind and files of each."""
+        from modelpress_compression.report.html import render_html
+
         directory.mkdir(parents=True, exist_ok=True)
         model = self.model.save(directory / "model.onnx")
         json_path, html_path = directory / "report.json", directory / "report.html"
@@ -93,8 +93,6 @@ def compress(
         progress.begin(len(stages) - 2, "measuring the original and the result")
         measured = measure(original, path, inputs, evaluation, recipe, progress.update)
         warnings = [*model.warnings, *(warning for record in records for warning in record.warnings)]
-        if not inputs.provided:
-            warnings.append(SYNTHETIC_WARNING)
         if (reason := not_better(measured, file_size_bytes(original), file_size_bytes(path))) is not None:
             warnings.append(reason)
             final, path = model, original
