@@ -9,7 +9,7 @@ import math
 from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_protos.v1 import job_service_pb2
 
-from modelpress_server.errors import ServiceError, clip, printable
+from modelpress_server.errors import clip, printable
 from modelpress_server.stores.base import JobStore, LogLine
 from modelpress_server.stores.records import now_us
 from modelpress_server.tasks import Notifier
@@ -106,7 +106,6 @@ class JobRecorder:
             return
         try:
             await self._jobs.progress(self._job_id, events, lines)
-        except ServiceError as error:
-            # A full disk must not end the job: its result may still fit, or the disk be freed.
+        except Exception as error:  # noqa: BLE001  # neither a full disk nor a bug here may lose the job's result
             logger.warning("job %s: %d events and %d lines lost: %s", self._job_id, len(events), len(lines), error)
         self._notifier.notify(self._job_id)

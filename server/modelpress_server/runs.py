@@ -127,19 +127,27 @@ class JobRun:
     async def _store(self, outcome: Outcome | None) -> None:
         while True:
             try:
-                if outcome is not None:
-                    await self._jobs.finish(self._record.id, outcome)
-                elif self._stop == "drain":
-                    line = LogLine(now_us(), "WARNING", "The server shut down; the job is queued again.")
-                    await self._jobs.requeue(self._record.id, count_attempt=False, log=[line])
-                else:
-                    await self._jobs.requeue(self._record.id, count_attempt=True)
+                await self._store_once(outcome)
                 return
             except errors.StorageFullError:
                 if self._stop == "drain":
                     return  # still RUNNING on disk: the next server queues it again
                 logger.warning("job %s: its end cannot be stored, the disk is full; trying again", self._record.id)
                 await asyncio.sleep(STORE_RETRY_S)
+            except Exception:
+                if outcome is not None and outcome.state == FAILED:
+                    raise
+                # Whatever is wrong with this result, the job must not stay RUNNING.
+                outcome = Outcome(FAILED, error=_incident(f"the end of job {self._record.id}"))
+
+    async def _store_once(self, outcome: Outcome | None) -> None:
+        if outcome is not None:
+            await self._jobs.finish(self._record.id, outcome)
+        elif self._stop == "drain":
+            line = LogLine(now_us(), "WARNING", "The server shut down; the job is queued again.")
+            await self._jobs.requeue(self._record.id, count_attempt=False, log=[line])
+        else:
+            await self._jobs.requeue(self._record.id, count_attempt=True)
 
 
 async def inspect_model(bench: Bench, record: ModelRecord) -> model_service_pb2.Model:

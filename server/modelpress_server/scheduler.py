@@ -94,6 +94,8 @@ class Scheduler:
             claim = await self._jobs.claim(now_us())
             for job_id in claim.ended:
                 self._notifier.notify(job_id)
+            if claim.job is None and claim.ended:
+                continue
             if claim.job is None:
                 break
             run = JobRun(self._bench, claim.job, self._jobs, self._notifier)

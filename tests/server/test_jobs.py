@@ -12,6 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from modelpress_protos.recipe import from_dict
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2
+from modelpress_server.errors import StorageFullError
 from server_harness import PROJECT, Client, Running, Serve, digest_of, failing
 
 S = job_service_pb2
@@ -334,3 +335,35 @@ async def test_wait_returns_early_and_at_the_timeout(running: Running) -> None:
     waiting = asyncio.create_task(running.client.wait(job))
     running.executor.gate.set()
     assert (await waiting).state == SUCCEEDED
+
+
+async def test_a_result_that_cannot_be_stored_ends_the_job(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong at the very end, the job does not stay RUNNING."""
+    jobs = running.server._scheduler._jobs
+    real = jobs.finish
+
+    async def broken(job_id: str, outcome: Any) -> None:
+        if outcome.state == SUCCEEDED:
+            raise RuntimeError("broken")
+        await real(job_id, outcome)
+
+    monkeypatch.setattr(jobs, "finish", broken)
+    job = await running.client.wait(await running.client.job(await running.client.model()))
+    assert (job.state, reason_of(job)) == (FAILED, "INTERNAL")
+
+
+async def test_a_full_disk_at_the_end_is_waited_for(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a job is stored once there is space again."""
+    jobs = running.server._scheduler._jobs
+    real, tries = jobs.finish, []
+
+    async def full_at_first(job_id: str, outcome: Any) -> None:
+        tries.append(outcome)
+        if len(tries) == 1:
+            raise StorageFullError("full")
+        await real(job_id, outcome)
+
+    monkeypatch.setattr(jobs, "finish", full_at_first)
+    monkeypatch.setattr("modelpress_server.runs.STORE_RETRY_S", 0.01)
+    job = await running.client.wait(await running.client.job(await running.client.model()))
+    assert (job.state, len(tries)) == (SUCCEEDED, 2)

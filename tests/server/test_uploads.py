@@ -57,7 +57,7 @@ async def test_acknowledgements_are_durable_offsets(serve: Serve) -> None:
         answers = await running.client.send(chunks(upload.name, content, size=64 * KIB))
     sizes = [answer.committed_size for answer in answers]
     assert sizes == sorted(sizes)
-    assert len(sizes) > 2
+    assert len(sizes) == 9
     assert sizes[-1] == len(content)
     assert [answer.HasField("upload") for answer in answers] == [False] * (len(sizes) - 1) + [True]
 
@@ -195,6 +195,45 @@ async def test_an_idle_stream_is_closed(serve: Serve) -> None:
         failure = await failing(call.read())
         assert (failure.code, failure.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "UPLOAD_IDLE")
         assert await committed(running.client, upload.name) == 1000
+
+
+async def test_a_byte_now_and_then_is_idle(serve: Serve) -> None:
+    """A writer that drips single bytes is closed as well."""
+    content = some_bytes(1000)
+    async with serve(upload_idle_timeout_s=0.3) as running:
+        upload = await running.client.start_upload(content)
+        call = running.client.uploads.WriteUpload()
+
+        async def drip() -> None:
+            for message in chunks(upload.name, content, size=1, finish=False):
+                await call.write(message)
+                await asyncio.sleep(0.05)
+
+        dripping = asyncio.create_task(drip())
+        failure = await failing(call.read())
+        dripping.cancel()
+        assert failure.reason == "UPLOAD_IDLE"
+        assert 0 < await committed(running.client, upload.name) < len(content)
+
+
+async def test_killed_between_publishing_and_the_record(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blob's file is there and its record is not: the upload is finished by its next stream."""
+    content = some_bytes(64 * KIB)
+    upload = await running.client.start_upload(content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(running.server._uploads._index, "complete_upload", failing_complete)
+        await failing(running.client.send(chunks(upload.name, content)))
+    assert await find_missing(running.client, [content]) == [digest_of(content)]
+    assert await committed(running.client, upload.name) == len(content)
+    answers = await running.client.send(chunks(upload.name, content, start=len(content)))
+    assert answers[-1].upload.state == COMPLETED
+    assert await running.client.read(digest_of(content)) == content
+
+
+async def failing_complete(*_: object) -> None:
+    """What a kill at this moment amounts to."""
+    raise RuntimeError("killed")
 
 
 async def test_cancel_is_idempotent_and_ends_the_writer(running: Running) -> None:

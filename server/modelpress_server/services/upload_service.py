@@ -41,7 +41,7 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
     ) -> upload_service_pb2.FindMissingBlobsResponse:
         project = check_project(parse_project(request.parent))
         blobs = check_digests("digests", request.digests)
-        present = await self._present(project, blobs)
+        present = await self._present(project, blobs, touch_us=now_us())
         missing = [blob.to_digest() for blob in blobs if blob not in present]
         return upload_service_pb2.FindMissingBlobsResponse(missing=missing)
 
@@ -65,7 +65,7 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
             create_time_us=now,
             expire_time_us=now + round(self._settings.upload_ttl_s * 1e6),
         )
-        present = blob in await self._present(project, [blob])
+        present = blob in await self._present(project, [blob], touch_us=now_us())
         if not present:
             await self._blobs.check_space(blob.size_bytes)
         max_open = self._settings.max_open_uploads
@@ -117,7 +117,8 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
     ) -> AsyncIterator[upload_service_pb2.ReadBlobResponse]:
         project = check_project(parse_project(request.parent))
         blob = check_digest("digest", request.digest)
-        if blob not in await self._present(project, [blob]):
+        # Without extending its life: a full disk must not stand in the way of reading.
+        if blob not in await self._present(project, [blob], touch_us=None):
             raise errors.ResourceNotFoundError(f"There is no blob {blob.sha256.hex()} in project {project}.")
         if request.read_offset < 0:
             raise wrong_field("read_offset", f"{request.read_offset} is negative")
@@ -170,8 +171,8 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
         project, upload_id = parse_name(name, "uploads")
         return await self._index.get_upload(check_project(project), upload_id)
 
-    async def _present(self, project: str, blobs: list[BlobKey]) -> set[BlobKey]:
-        visible = await self._index.visible(project, blobs, touch_us=now_us())
+    async def _present(self, project: str, blobs: list[BlobKey], *, touch_us: int | None) -> set[BlobKey]:
+        visible = await self._index.visible(project, blobs, touch_us=touch_us)
         return {blob for blob in visible if await self._blobs.has(blob)}
 
     def _completed(self, record: UploadRecord) -> upload_service_pb2.WriteUploadResponse:

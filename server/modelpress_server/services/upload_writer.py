@@ -21,6 +21,8 @@ from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.records import now_us
 from modelpress_server.tasks import uninterrupted
 
+MIN_PROGRESS_BYTES = 4096
+
 Request = upload_service_pb2.WriteUploadRequest
 Response = upload_service_pb2.WriteUploadResponse
 
@@ -40,7 +42,7 @@ async def next_message(context: Any, session: UploadSession | None, idle_timeout
         await session.evicted  # raises
     if reading not in done:
         raise errors.UploadIdleError(
-            f"No bytes came for {idle_timeout_s:g} s. Resume from committed_size.", retry_after_s=1.0
+            "No bytes came for too long, or too few. Resume from committed_size.", retry_after_s=1.0
         )
     message = reading.result()
     # grpc.aio.EOF, which the type stubs do not know
@@ -69,6 +71,8 @@ class UploadWriter:
         self._offset = record.committed_size  # of the next byte to come
         self._durable = record.committed_size
         self._ack_from = record.committed_size
+        self._busy_offset = record.committed_size  # where the stream last got on
+        self._busy_at_s = time.monotonic()
         self._write: asyncio.Future[None] | None = None
         self._ack: asyncio.Task[None] | None = None
 
@@ -93,10 +97,11 @@ class UploadWriter:
             if message.finish_write:
                 await self._written()
                 return True
-            if self._offset - self._ack_from >= self._settings.ack_interval_bytes and self._ack_is_done():
+            if self._offset - self._ack_from >= self._settings.ack_interval_bytes:
+                await self._acknowledged()
                 self._ack_from = self._offset
                 self._ack = asyncio.create_task(self._acknowledge(self._write))
-            message = await next_message(self._context, self._session, self._settings.upload_idle_timeout_s)
+            message = await next_message(self._context, self._session, self._idle_left_s())
             self._session.active_at_s = time.monotonic()
         await self._written()
         return False
@@ -119,11 +124,17 @@ class UploadWriter:
                 f"More bytes came than the {self._record.blob.size_bytes} of the digest. Create the upload again.",
             )
 
-    def _ack_is_done(self) -> bool:
-        if self._ack is None or not self._ack.done():
-            return self._ack is None
-        self._ack.result()  # a full disk shows here
-        return True
+    def _idle_left_s(self) -> float:
+        """How long the next message may take: a byte now and then does not keep a stream open."""
+        now_s = time.monotonic()
+        if self._offset - self._busy_offset >= MIN_PROGRESS_BYTES:
+            self._busy_offset, self._busy_at_s = self._offset, now_s
+        return max(self._settings.upload_idle_timeout_s - (now_s - self._busy_at_s), 0.0)
+
+    async def _acknowledged(self) -> None:
+        # A disk slower than the network slows the client down: what is not durable stays under two intervals.
+        if self._ack is not None:
+            await asyncio.shield(self._ack)
 
     async def _written(self) -> None:
         if self._write is not None:

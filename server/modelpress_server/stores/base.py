@@ -288,8 +288,8 @@ class JobStore(Protocol):
 class BlobIndex(Protocol):
     """Which project may see which blob, and the uploads under way."""
 
-    async def visible(self, project: str, blobs: Collection[BlobKey], *, touch_us: int) -> set[BlobKey]:
-        """Those of `blobs` that the project has; notes that they were asked for."""
+    async def visible(self, project: str, blobs: Collection[BlobKey], *, touch_us: int | None) -> set[BlobKey]:
+        """Those of `blobs` that the project has; extends their life from `touch_us` on, unless it is None."""
         ...
 
     async def create_upload(self, record: UploadRecord, *, present: bool, max_open: int) -> UploadRecord:

@@ -51,12 +51,18 @@ class PartialFile:
 
     def open(self, committed_size: int) -> None:
         """Opens the file at its durable length; what lies beyond was never acknowledged and may not be on the disk."""
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        flags = os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._fd = os.open(self.path, flags | os.O_RDWR | os.O_CREAT, 0o600)
+        except PermissionError:
+            # Published, then killed before the record was written: all bytes are there, and the file is read-only.
+            self._fd = os.open(self.path, flags | os.O_RDONLY)
         present = os.fstat(self._fd).st_size
         if present < committed_size:
             self.close()
             raise FileNotFoundError(errno.ENOENT, "an upload is shorter than what was acknowledged", str(self.path))
-        os.ftruncate(self._fd, committed_size)
+        if present > committed_size:
+            os.ftruncate(self._fd, committed_size)
         if self.size_bytes != committed_size:
             self._hash_again(committed_size)
 

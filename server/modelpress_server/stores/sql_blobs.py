@@ -27,18 +27,23 @@ class SqlBlobIndex:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def visible(self, project: str, blobs: Collection[BlobKey], *, touch_us: int) -> set[BlobKey]:
-        def work(connection: Connection) -> set[BlobKey]:
-            found = records.visible_blobs(connection, project, blobs)
-            for blob in found:
+    async def visible(self, project: str, blobs: Collection[BlobKey], *, touch_us: int | None) -> set[BlobKey]:
+        found = await self._database.read(lambda connection: records.visible_blobs(connection, project, blobs))
+        if not found or touch_us is None:
+            return found
+
+        def touch(connection: Connection) -> set[BlobKey]:
+            # Looked up again: the janitor may have been quicker.
+            present = records.visible_blobs(connection, project, found)
+            for blob in present:
                 connection.execute(
                     update(project_blobs)
                     .where(project_blobs.c.project == project, project_blobs.c.sha256 == blob.sha256)
                     .values(used_us=touch_us)
                 )
-            return found
+            return present
 
-        return await self._database.write(work)
+        return await self._database.write(touch)
 
     async def create_upload(self, record: UploadRecord, *, present: bool, max_open: int) -> UploadRecord:
         return await self._database.write(lambda connection: _create_upload(connection, record, present, max_open))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from modelpress_server.errors import BlobMissingError, StorageFullError
 from modelpress_server.stores.base import BlobKey
-from modelpress_server.stores.filesystem import ArtifactError, FileBlobStore
+from modelpress_server.stores.filesystem import ArtifactError, FileBlobStore, PartialFile
 
 
 @pytest.fixture
@@ -89,3 +90,23 @@ async def test_opening_clears_what_was_being_copied(store: FileBlobStore) -> Non
     (store._root / "tmp" / "left").write_bytes(b"x")
     store.open()
     assert list((store._root / "tmp").iterdir()) == []
+
+
+async def test_a_published_partial_file_can_be_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read-only after a kill at the last moment (as for a user who is not root): it is opened for its hash."""
+    partial = PartialFile(tmp_path / "upload")
+    partial.open(0)
+    partial.append(b"content")
+    partial.close()
+    real = os.open
+
+    def as_a_user(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", as_a_user)
+    again = PartialFile(tmp_path / "upload")
+    again.open(7)
+    assert again.digest() == hashlib.sha256(b"content").digest()
+    again.close()
