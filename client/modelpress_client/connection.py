@@ -37,6 +37,7 @@ class Patience:
         self._policy = policy
         self._attempt = 0
         self._last_progress = time.monotonic()
+        self._explained: ModelpressError | None = None
 
     def progressed(self) -> None:
         """Something got through: start counting anew."""
@@ -44,14 +45,17 @@ class Patience:
         self._last_progress = time.monotonic()
 
     async def wait(self, error: ModelpressError) -> None:
-        """Waits before the next attempt. Raises `error` when there must be none."""
+        """Waits before the next attempt. Raises `error`, or an earlier one that says more, when there must be none."""
         if error.retry is None:
             raise error
+        # grpc.aio replaces the status of a stream that ends during a write by a bare INTERNAL.
+        if error.reason not in ("INTERNAL", "CANCELLED"):
+            self._explained = error
         ceiling = min(self._policy.initial_backoff_s * 2**self._attempt, self._policy.max_backoff_s)
         # Jitter spreads the clients of a server that has come back; it is no secret.
         delay = max(error.retry.delay_s, random.uniform(ceiling / 2, ceiling))  # noqa: S311
         if time.monotonic() + delay - self._last_progress > self._policy.give_up_s:
-            raise error
+            raise self._explained or error
         self._attempt = min(self._attempt + 1, 30)
         await asyncio.sleep(delay)
 

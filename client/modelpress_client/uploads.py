@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import google_crc32c
 import grpc
@@ -126,65 +126,78 @@ class _Writer:
     async def _send(self, call: WriteCall) -> None:
         """Raises UsageError when the file cannot be read; what the server says, `_receive` raises."""
         chunk_bytes = min(self.upload.max_chunk_bytes or CHUNK_BYTES, CHUNK_BYTES)
-        descriptor = await asyncio.to_thread(_open, self.blob.path)
+        reader = await asyncio.to_thread(_ChunkReader, self.blob, chunk_bytes)
         try:
-            request = await asyncio.to_thread(self._request, descriptor, self.upload.committed_size, chunk_bytes)
+            request = await asyncio.to_thread(reader.request, self.upload.committed_size)
             request.name = self.upload.name
-            while True:
-                ahead = None
-                if not request.finish_write:
-                    offset = request.write_offset + len(request.data)
-                    ahead = asyncio.create_task(asyncio.to_thread(self._request, descriptor, offset, chunk_bytes))
-                try:
-                    await call.write(request)
-                except BaseException:
-                    if ahead is not None:
-                        # The thread still reads: the descriptor must outlive it.
-                        await asyncio.wait({ahead})
-                        ahead.exception()
-                    raise
-                self.moved_at = time.monotonic()
-                if ahead is None:
-                    break
+            while not request.finish_write:
+                offset = request.write_offset + len(request.data)
+                ahead = asyncio.create_task(asyncio.to_thread(reader.request, offset))
+                # When the stream ends first, nobody asks for the chunk or its failure any more.
+                ahead.add_done_callback(lambda task: task.cancelled() or task.exception())
+                await self._write(call, request)
                 request = await ahead
+            await self._write(call, request)
             await call.done_writing()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass  # the stream has ended; its status reaches _receive
         finally:
-            os.close(descriptor)
+            reader.close()
 
-    def _request(self, descriptor: int, offset: int, chunk_bytes: int) -> WriteUploadRequest:
-        """Reads a chunk and its checksum. Runs in a thread."""
-        wanted = min(chunk_bytes, self.blob.size_bytes - offset)
-        data = _read(self.blob.path, descriptor, offset, wanted)
-        return WriteUploadRequest(
-            write_offset=offset,
-            data=data,
-            crc32c=google_crc32c.value(data),
-            finish_write=offset + len(data) >= self.blob.size_bytes,
-        )
+    async def _write(self, call: WriteCall, request: WriteUploadRequest) -> None:
+        await call.write(request)
+        self.moved_at = time.monotonic()
 
     def _report(self, done_bytes: int) -> None:
         if self.on_progress is not None:
             self.on_progress(TransferProgress("upload", self.blob.path, done_bytes, self.blob.size_bytes))
 
 
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise UsageError(f"Cannot read {path}: {error.strerror}.") from error
+class _ChunkReader:
+    """Chunks of a file as requests, read in threads.
 
+    A cancelled task leaves its thread behind: the lock keeps `close` from pulling the descriptor away under a read,
+    which could then hit another file that got the same number.
+    """
 
-def _read(path: Path, descriptor: int, offset: int, wanted: int) -> bytes:
-    """Exactly `wanted` bytes: a short read means that the file was cut meanwhile."""
-    try:
-        data = os.pread(descriptor, wanted, offset)
-        while len(data) < wanted:
-            more = os.pread(descriptor, wanted - len(data), offset + len(data))
-            if not more:
-                raise TransferError(f"{path} became shorter while it was being uploaded.", reason="FILE_CHANGED")
-            data += more
-    except OSError as error:
-        raise UsageError(f"Cannot read {path}: {error.strerror}.") from error
-    return data
+    def __init__(self, blob: LocalBlob, chunk_bytes: int) -> None:
+        self._blob = blob
+        self._chunk_bytes = chunk_bytes
+        self._lock = threading.Lock()
+        try:
+            self._descriptor = os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UsageError(f"Cannot read {blob.path}: {error.strerror}.") from error
+
+    def close(self) -> None:
+        """Waits for a read that is on its way, of one chunk at most."""
+        with self._lock:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def request(self, offset: int) -> WriteUploadRequest:
+        """The chunk at `offset` with its checksum; nothing after `close`."""
+        with self._lock:
+            if self._descriptor < 0:
+                return WriteUploadRequest()
+            data = self._read(offset, min(self._chunk_bytes, self._blob.size_bytes - offset))
+        return WriteUploadRequest(
+            write_offset=offset,
+            data=data,
+            crc32c=google_crc32c.value(data),
+            finish_write=offset + len(data) >= self._blob.size_bytes,
+        )
+
+    def _read(self, offset: int, wanted: int) -> bytes:
+        """Exactly `wanted` bytes: a short read means that the file was cut meanwhile."""
+        path = self._blob.path
+        try:
+            data = os.pread(self._descriptor, wanted, offset)
+            while len(data) < wanted:
+                more = os.pread(self._descriptor, wanted - len(data), offset + len(data))
+                if not more:
+                    raise TransferError(f"{path} became shorter while it was being uploaded.", reason="FILE_CHANGED")
+                data += more
+        except OSError as error:
+            raise UsageError(f"Cannot read {path}: {error.strerror}.") from error
+        return data

@@ -126,8 +126,15 @@ def test_unknown_preset(run_cli: RunCli, fake_server: Any, model_file: Path) -> 
 
 @pytest.mark.parametrize(
     ("reason", "code"),
-    [("UNSUPPORTED_FORMAT", 2), ("MODEL_REJECTED", 2), ("INVALID_DATA", 2), ("MODEL_NOT_RUNNABLE", 2)]
-    + [("WORKER_TIMEOUT", 1), ("WORKER_OUT_OF_MEMORY", 1), ("INTERNAL", 1)],
+    [
+        ("UNSUPPORTED_FORMAT", 2),
+        ("MODEL_REJECTED", 2),
+        ("INVALID_DATA", 2),
+        ("MODEL_NOT_RUNNABLE", 2),
+        ("WORKER_TIMEOUT", 1),
+        ("WORKER_OUT_OF_MEMORY", 1),
+        ("INTERNAL", 1),
+    ],
 )
 def test_failed_jobs(run_cli: RunCli, fake_server: Any, model_file: Path, reason: str, code: int) -> None:
     """2 where the input is the cause, 1 otherwise; one document on stdout."""
