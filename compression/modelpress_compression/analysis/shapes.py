@@ -23,7 +23,8 @@ from modelpress_compression.model import Model
 Shape = tuple[int, ...]
 # Shape inference reads the values of small tensors only: axes, pads, target shapes.
 SMALL_TENSOR_BYTES = 1024
-MAX_INFERENCE_ROUNDS = 50
+# Each operator without a schema may cost a round; beyond this it is cheaper to run the model.
+MAX_INFERENCE_ROUNDS = 8
 # Values of all nodes are held at once while the model is run for their shapes.
 MAX_RUN_BYTES = 4 * 1024**3  # 4 GiB
 

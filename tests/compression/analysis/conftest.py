@@ -11,7 +11,6 @@ import onnx
 import onnx_ir
 import pytest
 import torch
-
 from modelpress_compression.model import Model, Provenance
 
 ModelFromText = Callable[..., Model]

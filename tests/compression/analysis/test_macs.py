@@ -7,11 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
 from modelpress_compression.analysis.macs import count_macs
 from modelpress_compression.model import Model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>'
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-
 from modelpress_compression.analysis.shapes import sample_shapes, shape_of, static_shapes
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
@@ -14,7 +13,7 @@ HEAD = '<ir_version: 8, opset_import: ["" : 17]>'
 
 
 def test_the_branch_that_runs_is_looked_into(model_from_text: Callable[..., Model]) -> None:
-    """A computed shape inside the branch that a run takes is found, nested branches included; the model is unchanged."""
+    """A computed shape inside the branch that a run takes is found, nested ones included; the model stays."""
     text = (
         f"{HEAD} g (float[N,6] x) => (float[a,b] y) {{ y = If (yes) <"
         "then_branch = t () => (float[a,b] u) { u = If (no) <"

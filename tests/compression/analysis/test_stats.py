@@ -9,10 +9,9 @@ import onnx
 import onnx_ir
 import pytest
 import torch
-from torch import nn
-
 from modelpress_compression.analysis.stats import model_stats
 from modelpress_compression.model import Model, Provenance
+from torch import nn
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>'
 

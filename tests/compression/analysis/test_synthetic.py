@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-
 from modelpress_compression.analysis.synthetic import synthetic_inputs
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.model import Model

@@ -1,0 +1,119 @@
+"""What a latency row says about itself. Nothing here depends on how fast the machine is."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from math import comb
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from modelpress_compression.errors import ModelNotRunnableError
+from modelpress_compression.inputs import InputData
+from modelpress_compression.measure.latency import MIN_ROUNDS, compare_latency, median_interval, quick_speedup
+from modelpress_compression.specs import parse_specs
+
+RELU = "g (float[batch,4] x) => (float[batch,4] y) { y = Relu(x) }"
+
+
+@pytest.fixture
+def relu(save_model: Callable[..., Path]) -> Path:
+    """The smallest model."""
+    return save_model(RELU)
+
+
+@pytest.fixture
+def four(samples: Callable[..., InputData]) -> InputData:
+    """Three samples for it."""
+    return samples("x:float32[batch,4]", np.ones((3, 4), np.float32))
+
+
+def test_a_row_has_the_shape_of_the_report(relu: Path, four: InputData) -> None:
+    """The fields of report.json, ordered quantiles, and an interval around the median; JSON without NaN."""
+    row = compare_latency(relu, relu, four, threads=1, batch_size=1, rounds=12).to_dict()
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    assert {"execution_provider", "threads", "batch_size", "rounds", "original", "optimized", "speedup"} <= row.keys()
+    assert (row["threads"], row["batch_size"], row["rounds"]) == (1, 1, 12)
+    for role in ("original", "optimized"):
+        times = row[role]
+        assert 0 < times["p50_ms"] <= times["p90_ms"] <= times["p99_ms"]
+    assert row["speedup"]["low"] <= row["speedup"]["median"] <= row["speedup"]["high"]
+
+
+def test_tiny_models_run_several_times_a_round(relu: Path, four: InputData) -> None:
+    """A model of microseconds is timed over several runs, so that the clock's resolution does not matter."""
+    assert compare_latency(relu, relu, four, threads=1, batch_size=1, rounds=6).runs_per_round > 1
+
+
+def test_samples_are_repeated_to_fill_a_batch(relu: Path, four: InputData) -> None:
+    """Three samples make a batch of eight."""
+    assert compare_latency(relu, relu, four, threads=1, batch_size=8, rounds=6).batch_size == 8
+
+
+def test_a_fixed_batch_is_used_and_said(save_model: Callable[..., Path], samples: Callable[..., InputData]) -> None:
+    """A model for batches of two is timed with two, whatever was asked for."""
+    path = save_model("g (float[2,4] x) => (float[2,4] y) { y = Relu(x) }")
+    data = samples("x:float32[2,4]", np.ones((4, 4), np.float32))
+    assert compare_latency(path, path, data, threads=1, batch_size=8, rounds=6).batch_size == 2
+
+
+def test_a_baked_batch_falls_back_to_one(save_model: Callable[..., Path], samples: Callable[..., InputData]) -> None:
+    """A Reshape to [1, 4] refuses batches; the row says that one sample was timed."""
+    path = save_model("g (float[batch,4] x) => (float[1,4] y) { y = Reshape(x, s) }", {"s": np.int64([1, 4])})
+    data = samples("x:float32[batch,4]", np.ones((9, 4), np.float32))
+    assert compare_latency(path, path, data, threads=1, batch_size=4, rounds=6).batch_size == 1
+
+
+def test_whole_feeds_count_as_one(save_model: Callable[..., Path]) -> None:
+    """Samples that are feeds of their own cannot be put together."""
+    path = save_model("g (float[a,4] x, float k) => (float[a,4] y) { y = Mul(x, k) }")
+    specs = parse_specs(["x:float32[a,4]", "k:float32[]"])
+    data = InputData.from_arrays({"x": np.ones((3, 2, 4), np.float32), "k": np.ones(3, np.float32)}, specs)
+    assert compare_latency(path, path, data, threads=1, batch_size=8, rounds=6).batch_size == 1
+
+
+def test_the_budget_bounds_the_rounds(relu: Path, four: InputData) -> None:
+    """With hardly any time there are as few rounds as an interval needs, and the row says how many."""
+    row = compare_latency(relu, relu, four, threads=1, batch_size=1, rounds=100_000, budget_s=0.01)
+    assert MIN_ROUNDS <= row.rounds < 100_000
+
+
+def test_garbage_collection_comes_back(relu: Path, four: InputData) -> None:
+    """It is off while timing only, also where timing fails."""
+    quick_speedup(relu, relu, four)
+    assert gc.isenabled()
+
+
+def test_a_model_that_does_not_run_is_named(save_model: Callable[..., Path], four: InputData) -> None:
+    """A model that refuses the data raises, and is not timed as very fast."""
+    path = save_model("g (float[batch,5] x) => (float[batch,5] y) { y = Relu(x) }")
+    with pytest.raises(ModelNotRunnableError):
+        compare_latency(path, path, four, threads=1, batch_size=1, rounds=6)
+
+
+@given(st.integers(6, 300))
+def test_the_interval_is_the_exact_one(count: int) -> None:
+    """By the binomial distribution in whole numbers: the ranks enclose at least 95 %, and one further in would not."""
+    found = median_interval([float(value) for value in range(1, count + 1)])
+    rank = int(found.low)
+    assert found.high == count + 1 - rank
+
+    def outside(k: int) -> float:
+        return 2 * sum(comb(count, i) for i in range(k)) / 2**count
+
+    assert outside(rank) <= 0.05 + 1e-9
+    assert outside(rank + 1) > 0.05 - 1e-9
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=60))
+def test_the_interval_encloses_the_median(values: list[float]) -> None:
+    """low <= median <= high, all within the data."""
+    found = median_interval(values)
+    assert all(
+        left <= right for left, right in pairwise([min(values), found.low, found.median, found.high, max(values)])
+    )

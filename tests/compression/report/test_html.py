@@ -1,0 +1,154 @@
+"""The page: complete, safe, and silent towards the network."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from modelpress_compression.report.build import ReportInputs, StepRow, build_report
+from modelpress_compression.report.formats import change, count, milliseconds, percent, size
+from modelpress_compression.report.html import headline, render_html
+
+_VOID = {"meta"}
+
+
+class Page(HTMLParser):
+    """Collects tags, and what is out of balance."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("name", ["inputs", "bare_inputs"])
+def test_the_page_is_well_formed_and_self_contained(name: str, request: pytest.FixtureRequest) -> None:
+    """Every element is closed; no script, no image, no address from outside."""
+    text = render_html(build_report(request.getfixturevalue(name)))
+    page = Page(text)
+    assert page.open == []
+    assert not {"script", "img", "link", "iframe", "object", "form"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name in ("src", "href", "action") or name.startswith("on")]
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert "default-src 'none'" in text
+
+
+def test_the_page_says_everything(inputs: ReportInputs) -> None:
+    """Headline, broken constraint, warning, figures, steps, skipped nodes by reason, candidates, recipe."""
+    text = Page(render_html(build_report(inputs))).text
+    for part in (
+        "4.00× smaller, 2.00× as fast; 99.7 % of the answers unchanged.",
+        "top1 falls by 0.02",
+        "calibrated on synthetic inputs",
+        "4.00 MB",
+        "50.0 % are zero",
+        "conv batchnorm 20",
+        "Left alone: 41, for 2 reasons",
+        "and 10 more",
+        "slower than in float32",
+        "27.5 dB",
+        "75.00 %",
+        "scheme: auto",
+        "1.80 to 2.20",
+    ):
+        assert part in text, part
+    assert "gelu" not in text  # a rewrite that never fired is no change
+
+
+def test_what_was_not_measured_is_not_invented(bare_inputs: ReportInputs) -> None:
+    """Without latency, fidelity and MACs the page says so."""
+    text = Page(render_html(build_report(bare_inputs))).text
+    assert "The same size, speed not measured." in text
+    assert "not measured" in text
+    assert "shapes are not known" in text
+
+
+def test_strings_of_users_are_escaped(inputs: ReportInputs) -> None:
+    """Names and reasons from a hostile model cannot become markup, wherever they stand."""
+    evil = "\"><script>alert(1)</script><b onclick='x'>"
+
+    class Skip:
+        node = evil
+        reason = evil
+
+    layer = replace(inputs.original.layers[0], name=evil, op_type=evil)  # type: ignore[type-var]  # a dataclass here
+    figures = replace(inputs.original, ops={evil: 1}, layers=(layer,))  # type: ignore[type-var]
+    hostile = replace(
+        inputs,
+        job=evil,
+        recipe={evil: evil},
+        warnings=[evil],
+        violations=[evil],
+        candidates=[{"name": evil, "chosen": False, "reason": evil}],
+        steps=[StepRow(evil, {evil: evil}, {evil: 1}, [Skip()], 1, 1.0)],
+        environment={"cpu": evil, evil: evil},
+        original=figures,
+    )
+    text = render_html(build_report(hostile))
+    assert "<script" not in text
+    assert "<b onclick" not in text
+    assert Page(text).open == []
+
+
+@pytest.mark.parametrize(
+    ("median", "low", "high", "says"),
+    [
+        (2.19, 2.1, 2.3, "2.19× as fast"),
+        (1.1, 1.05, 1.2, "10 % faster"),
+        (1.02, 0.97, 1.08, "speed not measurably changed"),
+        (0.57, 0.5, 0.6, "but only 0.57× the speed"),
+    ],
+)
+def test_the_headline_claims_no_more_than_was_measured(
+    inputs: ReportInputs, median: float, low: float, high: float, says: str
+) -> None:
+    """A speedup whose interval holds 1 is no speedup."""
+    report = build_report(inputs)
+    report["latency"][0]["speedup"] = {"median": median, "low": low, "high": high}
+    assert says in headline(report)
+
+
+def test_the_headline_prefers_the_task(inputs: ReportInputs) -> None:
+    """With labels the metric stands in the headline; a larger result is called larger."""
+    report = build_report(inputs)
+    report["accuracy"] = {"metric": "top1", "samples": 9, "original": 0.98, "optimized": 0.97, "drop": 0.01}
+    assert headline(report).endswith("; top1 98.00 % → 97.00 %.")
+    report["accuracy"]["optimized"] = 0.98
+    assert headline(report).endswith("; top1 stays at 98.00 %.")
+    report["size_ratio"] = 0.5
+    assert headline(report).startswith("100 % larger")
+
+
+def test_numbers_read_well() -> None:
+    """Units, digits, and shares that do not round to a claim that is not true."""
+    assert [size(0), size(999), size(10_857_958), size(None)] == ["0 B", "999 B", "10.9 MB", "–"]
+    assert [count(21_840), count(9_999), count(1_434_451_968)] == ["21.8 k", "9,999", "1.43 G"]
+    assert [milliseconds(0.0281), milliseconds(32.85), milliseconds(12_000)] == ["28.1 µs", "32.9 ms", "12.0 s"]
+    assert [percent(1.0), percent(0.99999), percent(0.00001), percent(0.5)] == [
+        "100 %",
+        "> 99.9 %",
+        "< 0.1 %",
+        "50.0 %",
+    ]
+    assert [change(100, 26), change(100, 103), change(5, 5), change(None, 5)] == ["−74 %", "+3.0 %", "unchanged", ""]
