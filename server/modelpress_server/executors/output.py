@@ -32,6 +32,7 @@ class EventFilter:
         self._stages_left = MAX_LINES
         self._stage = ""
         self._progress_time = -math.inf
+        self._ended = False
 
     def log(self, severity: str, text: str) -> None:
         """One line; control characters become spaces. When there have been too many, says so once."""
@@ -47,15 +48,16 @@ class EventFilter:
         self._on_event(worker_pb2.WorkerEvent(log=line))
 
     def progress(self, progress: job_service_pb2.Progress) -> None:
-        """How far the task is; a new stage always comes through, within one at most twenty a second."""
+        """How far the task is; a new stage and the end come through, else at most twenty a second."""
         now = time.monotonic()
-        if progress.stage == self._stage and now - self._progress_time < MIN_PROGRESS_INTERVAL_S:
+        ends = progress.fraction >= 1.0 and not self._ended
+        if progress.stage == self._stage and now - self._progress_time < MIN_PROGRESS_INTERVAL_S and not ends:
             return
         if progress.stage != self._stage:
             self._stages_left -= 1
             if self._stages_left < 0:
                 return
-        self._stage, self._progress_time = progress.stage, now
+        self._stage, self._progress_time, self._ended = progress.stage, now, self._ended or ends
         passed = job_service_pb2.Progress(
             stage=printable(progress.stage[:MAX_STAGE_CHARS]),
             stage_index=progress.stage_index,

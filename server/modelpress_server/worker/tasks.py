@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pkgutil
 import time
 from collections.abc import Sequence
@@ -23,8 +24,20 @@ from modelpress_server.worker.context import TaskContext
 
 # TorchScript is a program; loading a torch.export archive evaluates its symbolic expressions.
 CODE_BEARING = ("torchscript", "torch_export")
-# What torch and onnxscript load only when they first convert or trace a model.
-_LAZY = ("torch.export", "torch.onnx", "torch.jit", "torch._dynamo", "torch._export.converter", "onnxscript.optimizer")
+# What numpy, torch and onnxscript load only when they are first used so; found by comparing sys.modules around jobs.
+_LAZY = (
+    "numpy.ma",
+    "onnxscript.function_libs.torch_lib.ops",
+    "onnxscript.optimizer",
+    "onnxscript.rewriter.onnx_fusions",
+    "sympy.combinatorics",
+    "torch._dynamo",
+    "torch._export.converter",
+    "torch._subclasses.schema_check_mode",
+    "torch.export",
+    "torch.jit",
+    "torch.onnx",
+)
 
 
 def preload() -> None:
@@ -32,7 +45,9 @@ def preload() -> None:
     for module in pkgutil.walk_packages(modelpress_compression.__path__, "modelpress_compression."):
         import_module(module.name)
     for name in _LAZY:
-        import_module(name)
+        # Another version may have it elsewhere: then a task pays for its import, and nothing else is lost.
+        with contextlib.suppress(ImportError):
+            import_module(name)
 
 
 def run(request: worker_pb2.WorkerRequest, context: TaskContext) -> worker_pb2.WorkerEvent:

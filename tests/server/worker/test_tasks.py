@@ -1,0 +1,140 @@
+"""Real workers with the real engine, confined as far as this kernel allows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from google.rpc import error_details_pb2
+from modelpress_compression.specs import TensorSpec
+from modelpress_protos import recipe as recipe_language
+from modelpress_protos.internal.v1 import worker_pb2
+from modelpress_protos.v1 import common_pb2, job_service_pb2
+from modelpress_server.executors.base import Limits
+from modelpress_server.executors.local import LocalExecutor
+from modelpress_server.worker.convert import spec_to_proto
+
+MNIST = Path(__file__).parents[3] / "examples" / "mnist"
+INPUT = spec_to_proto(TensorSpec.parse("x:float32[batch,1,28,28]"))
+LIMITS = Limits(time_s=120.0, memory_bytes=8 * 1024**3)
+
+
+@pytest.fixture
+async def executor(tmp_path: Path) -> AsyncIterator[LocalExecutor]:
+    """One without spares: each test pays for one worker or two."""
+    made = LocalExecutor(spares=0, sandbox="auto", temp_root=tmp_path)
+    await made.start()
+    yield made
+    await made.close()
+
+
+def lay_out(root: Path, name: str, *, hints: bool = False) -> worker_pb2.ModelFiles:
+    """The model of the MNIST example in a task's folder."""
+    folder = root / "task" / "model"
+    folder.mkdir(parents=True)
+    shutil.copy(MNIST / name, folder / "model")
+    return worker_pb2.ModelFiles(directory=str(folder), paths=["model"], input_hints=[INPUT] if hints else [])
+
+
+def info_of(event: worker_pb2.WorkerEvent) -> error_details_pb2.ErrorInfo:
+    """Why a task failed."""
+    info = error_details_pb2.ErrorInfo()
+    assert event.WhichOneof("event") == "failed", event
+    assert event.failed.details[0].Unpack(info)
+    return info
+
+
+@pytest.mark.parametrize(
+    ("name", "model_format"),
+    [
+        ("model.onnx", common_pb2.MODEL_FORMAT_ONNX),
+        ("model_scripted.pt", common_pb2.MODEL_FORMAT_TORCHSCRIPT),
+        ("model.pt2", common_pb2.MODEL_FORMAT_TORCH_EXPORT),
+    ],
+)
+async def test_inspecting(executor: LocalExecutor, tmp_path: Path, name: str, model_format: int) -> None:
+    """Every format that the server reads is inspected inside the sandbox."""
+    files = lay_out(tmp_path, name, hints=name.endswith(".pt"))
+    request = worker_pb2.WorkerRequest(inspect=worker_pb2.InspectTask(model=files))
+    event = await executor.run(request, limits=LIMITS, on_event=lambda _: None)
+    assert event.WhichOneof("event") == "inspected", event
+    assert event.inspected.format == model_format
+    assert event.inspected.inspection.op_counts["Conv"] == 2
+
+
+async def test_compressing(executor: LocalExecutor, tmp_path: Path) -> None:
+    """A compression with data leaves its artifacts in the output folder, tells its stages, and sums up its report."""
+    files = lay_out(tmp_path, "model.onnx")
+    output = tmp_path / "task" / "output"
+    output.mkdir()
+    for name in ("samples.npz", "eval.npz"):
+        shutil.copy(MNIST / name, tmp_path / "task" / name)
+    recipe = recipe_language.from_dict({"version": 1, "steps": [{"fuse": {}}], "benchmark": {"rounds": 5}})
+    task = worker_pb2.CompressTask(
+        job="projects/default/jobs/j1",
+        model=files,
+        recipe=recipe,
+        data_path=str(tmp_path / "task" / "samples.npz"),
+        eval_path=str(tmp_path / "task" / "eval.npz"),
+        output_directory=str(output),
+        time_limit_s=60.0,
+    )
+    events: list[worker_pb2.WorkerEvent] = []
+    request = worker_pb2.WorkerRequest(compress=task)
+    event = await executor.run(request, limits=LIMITS, on_event=events.append)
+    assert event.WhichOneof("event") == "compressed", event
+    kinds = job_service_pb2.Artifact.Kind
+    assert {(item.kind, *item.paths) for item in event.compressed.artifacts} == {
+        (kinds.KIND_OPTIMIZED_MODEL, "model.onnx"),
+        (kinds.KIND_REPORT_JSON, "report.json"),
+        (kinds.KIND_REPORT_HTML, "report.html"),
+    }
+    report = json.loads((output / "report.json").read_text("utf-8"))
+    assert report["job"] == task.job
+    assert report["accuracy"]["samples"] > 0
+    assert event.compressed.summary.optimized_size_bytes == (output / "model.onnx").stat().st_size
+    fractions = [item.progress.fraction for item in events if item.WhichOneof("event") == "progress"]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "hints", "reason"),
+    [
+        ("model_scripted.pt", False, "INVALID_INPUTS"),
+        ("samples.npz", False, "UNSUPPORTED_FORMAT"),
+    ],
+)
+async def test_what_the_user_can_mend(
+    executor: LocalExecutor, tmp_path: Path, name: str, hints: bool, reason: str
+) -> None:
+    """Errors of the engine arrive with their reason; no path of this machine is in them."""
+    request = worker_pb2.WorkerRequest(inspect=worker_pb2.InspectTask(model=lay_out(tmp_path, name, hints=hints)))
+    event = await executor.run(request, limits=LIMITS, on_event=lambda _: None)
+    assert info_of(event).reason == reason
+    assert str(tmp_path) not in str(event)
+
+
+async def test_code_without_a_sandbox_is_refused_where_one_is_required(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`require` on a kernel without Landlock refuses TorchScript, and still reads ONNX."""
+    from modelpress_compression.errors import RejectedModelError
+    from modelpress_server.executors.sandbox import Sandbox
+    from modelpress_server.worker.context import TaskContext
+    from modelpress_server.worker.events import Events
+    from modelpress_server.worker.redaction import Redactor
+    from modelpress_server.worker.tasks import run
+
+    with (tmp_path / "events").open("wb") as pipe:
+        context = TaskContext(Events(pipe, Redactor([])), Sandbox("require", level=1), tmp_path)
+        files = lay_out(tmp_path, "model_scripted.pt", hints=True)
+        with pytest.raises(RejectedModelError, match="sandbox") as caught:
+            run(worker_pb2.WorkerRequest(inspect=worker_pb2.InspectTask(model=files)), context)
+        assert caught.value.metadata["finding"] == "SANDBOX_REQUIRED"
+        shutil.copy(MNIST / "model.onnx", Path(files.directory) / "model")
+        event = run(worker_pb2.WorkerRequest(inspect=worker_pb2.InspectTask(model=files)), context)
+        assert event.inspected.format == common_pb2.MODEL_FORMAT_ONNX
