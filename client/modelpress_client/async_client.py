@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import uuid
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from modelpress_protos.recipe import to_dict
@@ -35,6 +36,7 @@ POLL_INTERVAL_S = 0.1  # of a model that is being inspected; doubles up to
 MAX_POLL_INTERVAL_S = 2.0
 PAGE_SIZE = 100
 
+ResultT = TypeVar("ResultT")
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
 
 
@@ -112,7 +114,6 @@ class AsyncClient:
         async with prepared(source, wanted) as (files, origin):
             await self._connection.reach()
             blobs = {name: await hash_file(file, on_progress) for name, file in files.items()}
-            await upload_blobs(self._connection, list(blobs.values()), on_progress)
             model = models_pb.Model(
                 display_name=display_name or source.path.name,
                 files=[FileEntry(path=name, digest=blob.digest) for name, blob in blobs.items()],
@@ -123,7 +124,8 @@ class AsyncClient:
             request = models_pb.CreateModelRequest(
                 parent=self.settings.parent, model=model, request_id=str(uuid.uuid4())
             )
-            return Model(await self._connection.call(self._connection.models.CreateModel, request))
+            create = partial(self._connection.call, self._connection.models.CreateModel, request)
+            return Model(await self._with_blobs(list(blobs.values()), create, on_progress))
 
     async def model(self, name: str) -> Model:
         """Reads a model."""
@@ -168,7 +170,8 @@ class AsyncClient:
         self,
         model: Model | str,
         *,
-        recipe: RecipeSource = "default",
+        recipe: ResultT = TypeVar("ResultT")
+RecipeSource = "default",
         data: str | Path | None = None,
         eval: str | Path | None = None,
         overrides: Sequence[str] = (),
@@ -191,22 +194,24 @@ class AsyncClient:
         message = await self.resolve_recipe(recipe, overrides=overrides, metric=metric, max_drop=max_drop)
         name = names.full_name(model, "models", self.settings.project) if isinstance(model, str) else model.name
         spec = jobs_pb.JobSpec(model=name, recipe=message, max_attempts=max_attempts, skip_cache=skip_cache)
-        sent = await self._send_data([path for path in (data, eval) if path is not None], on_progress)
-        if data is not None:
-            spec.data.CopyFrom(sent.pop(0).digest)
-        if eval is not None:
-            spec.eval_data.CopyFrom(sent.pop(0).digest)
+        blobs = []
+        for path, digest in ((data, spec.data), (eval, spec.eval_data)):
+            if path is not None:
+                blobs.append(await _data_blob(Path(path), on_progress))
+                digest.CopyFrom(blobs[-1].digest)
         for limit_s, field in ((queue_timeout_s, spec.queue_timeout), (run_timeout_s, spec.run_timeout)):
             if limit_s is not None:
                 field.CopyFrom(Duration(seconds=int(limit_s), nanos=round(limit_s % 1 * 1e9)))
         request = jobs_pb.CreateJobRequest(
             parent=self.settings.parent, job=jobs_pb.Job(spec=spec, labels=labels or {}), request_id=str(uuid.uuid4())
         )
-        return AsyncJob(self._connection, await self._connection.call(self._connection.jobs.CreateJob, request))
+        create = partial(self._connection.call, self._connection.jobs.CreateJob, request)
+        return AsyncJob(self._connection, await self._with_blobs(blobs, create, on_progress))
 
     async def resolve_recipe(
         self,
-        recipe: RecipeSource = "default",
+        recipe: ResultT = TypeVar("ResultT")
+RecipeSource = "default",
         *,
         overrides: Sequence[str] = (),
         metric: str | None = None,
@@ -263,15 +268,26 @@ class AsyncClient:
         """SERVING, NOT_SERVING or UNKNOWN. Raises ServerUnreachableError."""
         return await self._connection.serving_status()
 
-    async def _send_data(self, paths: Iterable[str | Path], on_progress: OnProgress | None) -> list[LocalBlob]:
-        blobs = []
-        for path in map(Path, paths):
-            blobs.append(await hash_file(path, on_progress))
-            if not await asyncio.to_thread(zipfile.is_zipfile, path):
-                raise UnusableInputError(
-                    f"{path} is not an .npz file; write it with numpy.savez(FILE, INPUT_NAME=array, ...).",
-                    reason="INVALID_DATA",
-                )
+    async def _with_blobs(
+        self, blobs: Sequence[LocalBlob], create: Callable[[], Awaitable[ResultT]], on_progress: OnProgress | None
+    ) -> ResultT:
+        """Creates what refers to blobs; a blob that the server has collected meanwhile is sent once more."""
         if blobs:
             await upload_blobs(self._connection, blobs, on_progress)
-        return blobs
+        try:
+            return await create()
+        except TransferError as error:
+            if error.reason != "BLOB_MISSING" or not blobs:
+                raise
+        await upload_blobs(self._connection, blobs, on_progress)
+        return await create()
+
+
+async def _data_blob(path: Path, on_progress: OnProgress | None) -> LocalBlob:
+    blob = await hash_file(path, on_progress)
+    if not await asyncio.to_thread(zipfile.is_zipfile, path):
+        raise UnusableInputError(
+            f"{path} is not an .npz file; write it with numpy.savez(FILE, INPUT_NAME=array, ...).",
+            reason="INVALID_DATA",
+        )
+    return blob

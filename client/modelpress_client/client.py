@@ -224,9 +224,9 @@ class Client:
         """Reads a model."""
         return self._thread.run(self._client.model(name))
 
-    def inspect(self, model: Model | str, *, timeout_s: float | None = None) -> Model:
+    def inspect(self, model: Model | str, *, timeout_s: float | None = None, raise_if_rejected: bool = True) -> Model:
         """Waits until the server has inspected a model."""
-        return self._thread.run(self._client.inspect(model, timeout_s=timeout_s))
+        return self._thread.run(self._client.inspect(model, timeout_s=timeout_s, raise_if_rejected=raise_if_rejected))
 
     def models(
         self, *, state: str | None = None, labels: Mapping[str, str] | None = None, limit: int | None = None

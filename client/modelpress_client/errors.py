@@ -191,6 +191,9 @@ _BY_REASON: dict[str, tuple[type[ModelpressError], bool]] = {
     "WRONG_STATE": (UsageError, False),
     "STORAGE_FULL": (QuotaError, False),
     "INTERNAL": (ServerError, False),
+    "BLOB_MISSING": (TransferError, False),
+    "UPLOAD_IDLE": (TransferError, True),
+    "UNAUTHENTICATED": (AuthenticationError, False),
 }
 INPUT_REASONS = frozenset(
     reason for reason, (kind, _) in _BY_REASON.items() if kind is UnusableInputError or reason == "INVALID_FIELDS"
