@@ -170,8 +170,7 @@ class AsyncClient:
         self,
         model: Model | str,
         *,
-        recipe: ResultT = TypeVar("ResultT")
-RecipeSource = "default",
+        recipe: RecipeSource = "default",
         data: str | Path | None = None,
         eval: str | Path | None = None,
         overrides: Sequence[str] = (),
@@ -210,8 +209,7 @@ RecipeSource = "default",
 
     async def resolve_recipe(
         self,
-        recipe: ResultT = TypeVar("ResultT")
-RecipeSource = "default",
+        recipe: RecipeSource = "default",
         *,
         overrides: Sequence[str] = (),
         metric: str | None = None,
