@@ -18,14 +18,13 @@ from modelpress_compression.loaders.source import Source
 def check_external_data(proto: onnx.ModelProto, source: Source) -> list[Path]:
     """The data files that the model needs, each checked.
 
-    Files given with the model (`source.data`) may be hard links: whoever gave them put them there. Files that are
-    merely found beside it may not, since a link could lead to any file of this machine.
+    Links of any kind are refused, for they could lead to any file of this machine; a store that hands out its blobs
+    must copy them.
 
     Raises RejectedModelError (finding=EXTERNAL_PATH) for paths that lead elsewhere, UnsupportedFormatError for files
     that are missing or too short.
     """
     folder = source.main.parent
-    given = {item.resolve() for item in source.data}
     found: dict[str, Path] = {}
     for tensor in _tensors(proto):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
@@ -33,12 +32,12 @@ def check_external_data(proto: onnx.ModelProto, source: Source) -> list[Path]:
         fields = {entry.key: entry.value for entry in tensor.external_data}
         location = fields.get("location", "")
         if location not in found:
-            found[location] = _check_location(location, folder, given)
+            found[location] = _check_location(location, folder)
         _check_range(tensor, fields, found[location])
     return list(found.values())
 
 
-def _check_location(location: str, folder: Path, given: set[Path]) -> Path:
+def _check_location(location: str, folder: Path) -> Path:
     path = PurePosixPath(location)
     windows = "\\" in location or (len(location) > 1 and location[1] == ":")
     if not location or path.is_absolute() or ".." in path.parts or windows or not location.isprintable():
@@ -56,7 +55,7 @@ def _check_location(location: str, folder: Path, given: set[Path]) -> Path:
             f"The model keeps weights in the file {location[:200]!r}, which is not there; "
             f"upload it together with the model."
         )
-    if target.stat().st_nlink > 1 and target.resolve() not in given:
+    if target.stat().st_nlink > 1:
         raise _escapes(location)
     return target
 

@@ -1,0 +1,97 @@
+"""Formats are told by content alone."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from modelpress_compression.errors import RejectedModelError, UnsupportedFormatError
+from modelpress_compression.loaders import detect, load
+from onnx import helper
+from safetensors.torch import save_file
+
+
+def test_torchscript_and_torch_export_under_any_name(scripted: Path, exported: Path, tmp_path: Path) -> None:
+    """A TorchScript archive named .onnx is TorchScript, a .pt2 named .pt is torch_export."""
+    assert detect(shutil.copy(scripted, tmp_path / "a.onnx")) == "torchscript"
+    assert detect(shutil.copy(exported, tmp_path / "b.pt")) == "torch_export"
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_state_dict_and_pickled_module(small_net: torch.nn.Module, tmp_path: Path, new_format: bool) -> None:
+    """torch.save's two containers, with weights alone and with a whole module."""
+    torch.save(small_net.state_dict(), tmp_path / "w.pt", _use_new_zipfile_serialization=new_format)
+    torch.save(small_net, tmp_path / "m.pt", _use_new_zipfile_serialization=new_format)
+    assert detect(tmp_path / "w.pt") == "state_dict"
+    assert detect(tmp_path / "m.pt") == "pickled_module"
+
+
+def test_safetensors_and_onnx(tmp_path: Path, make: SimpleNamespace) -> None:
+    """Both are recognized without an extension."""
+    save_file({"w": torch.zeros(2)}, tmp_path / "w")
+    make.write_onnx(make.onnx_model([helper.make_node("Relu", ["x"], ["y"])]), tmp_path / "m")
+    assert detect(tmp_path / "w") == "safetensors"
+    assert detect(tmp_path / "m") == "onnx"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "empty"),
+        (b"hello, this is no model at all", "no known format"),
+        (b"\x89HDF\r\n\x1a\n" + b"\0" * 20, "HDF5"),
+        (gzip.compress(b"x"), "gzip"),
+        (b"<!DOCTYPE html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (struct.pack("<Q", 2**40) + b'{"a":', "claims"),
+        (b"PK\x03\x04" + b"\0" * 40, "damaged"),
+    ],
+)
+def test_strangers_are_named(tmp_path: Path, content: bytes, said: str) -> None:
+    """What is no model gets an error that says what it is."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(UnsupportedFormatError, match=said):
+        detect(path)
+
+
+def test_arrays_are_not_a_model(tmp_path: Path) -> None:
+    """An .npz is taken for data, deflated or not."""
+    np.savez_compressed(tmp_path / "a.npz", x=np.zeros(10))
+    with pytest.raises(UnsupportedFormatError, match="--data"):
+        detect(tmp_path / "a.npz")
+
+
+def test_weights_alone_are_refused_with_the_way_out(small_net: torch.nn.Module, tmp_path: Path) -> None:
+    """`load` of a state dict or a pickled module names the options that convert it."""
+    torch.save(small_net.state_dict(), tmp_path / "w.pt")
+    torch.save(small_net, tmp_path / "m.pt")
+    with pytest.raises(UnsupportedFormatError, match=r"--architecture package\.module:factory"):
+        load(tmp_path / "w.pt")
+    with pytest.raises(RejectedModelError, match="--trust-pickle"):
+        load(tmp_path / "m.pt")
+
+
+def test_a_pickle_is_never_executed(tmp_path: Path, make: SimpleNamespace) -> None:
+    """Neither a bare pickle nor torch.save's archive runs what it contains."""
+    marker = tmp_path / "executed"
+    for name, data in (("a.pt", make.touching_torch_save(marker)), ("b.pt", make.touching_pickle(marker))):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(RejectedModelError) as caught:
+            load(tmp_path / name)
+        assert caught.value.metadata["finding"] == "PICKLED_MODULE"
+    assert not marker.exists()
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    """Both are told apart, without a path of this machine in the message."""
+    with pytest.raises(UnsupportedFormatError, match="'nothing' is missing"):
+        load(tmp_path / "nothing")
+    with pytest.raises(UnsupportedFormatError, match="is a folder"):
+        load(tmp_path)

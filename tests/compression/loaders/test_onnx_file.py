@@ -1,0 +1,162 @@
+"""ONNX files: what is loaded, what is refused, and with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+from modelpress_compression.errors import (
+    InvalidInputsError,
+    ModelNotRunnableError,
+    RejectedModelError,
+    UnsupportedFormatError,
+    UnsupportedOperatorError,
+)
+from modelpress_compression.loaders import load
+from modelpress_compression.loaders.verify import run_onnx
+from modelpress_compression.model import Provenance
+from onnx import TensorProto, helper, numpy_helper
+
+RELU = helper.make_node("Relu", ["x"], ["y"])
+
+
+def function(name: str, *calls: str) -> onnx.FunctionProto:
+    """x -> calls one after the other -> y, in the domain 'own'."""
+    values = ["x", *(f"v{index}" for index in range(len(calls) - 1)), "y"]
+    nodes = [
+        helper.make_node(call, [values[index]], [values[index + 1]], domain="" if call == "Relu" else "own")
+        for index, call in enumerate(calls)
+    ]
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    return helper.make_function("own", name, ["x"], ["y"], nodes, opsets)
+
+
+def calling(name: str) -> list[onnx.NodeProto]:
+    return [helper.make_node(name, ["x"], ["y"], domain="own")]
+
+
+def test_inputs_outputs_and_provenance(tmp_path: Path, make: SimpleNamespace) -> None:
+    """Specs are the graph's; the provenance can be another's."""
+    path = make.write_onnx(make.onnx_model([RELU]), tmp_path / "m.onnx")
+    model = load(path)
+    assert [str(spec) for spec in (*model.inputs, *model.outputs)] == ["x:float32[N,4]", "y:float32[N,4]"]
+    assert model.provenance.format == "onnx"
+    other = Provenance("state_dict", "ab" * 32, 5)
+    assert load(path, provenance=other).provenance == other
+
+
+def test_hints_name_and_fix_dimensions(tmp_path: Path, make: SimpleNamespace) -> None:
+    """A word renames a dynamic dimension everywhere, a number fixes it."""
+    path = make.write_onnx(make.onnx_model([RELU]), tmp_path / "m.onnx")
+    assert [str(spec) for spec in load(path, ["x:float32[batch,4]"]).outputs] == ["y:float32[batch,4]"]
+    assert [str(spec) for spec in load(path, ["x:float32[2,4]"]).inputs] == ["x:float32[2,4]"]
+
+
+@pytest.mark.parametrize(
+    ("hint", "said"),
+    [
+        ("x:float32[batch,5]", "dimension 4 is fixed"),
+        ("x:int64[batch,4]", "type is float32"),
+        ("x:float32[batch,4,4]", "2 dimensions"),
+    ],
+)
+def test_hints_that_contradict_the_graph(tmp_path: Path, make: SimpleNamespace, hint: str, said: str) -> None:
+    """The error says what the model takes."""
+    path = make.write_onnx(make.onnx_model([RELU]), tmp_path / "m.onnx")
+    with pytest.raises(InvalidInputsError, match=said):
+        load(path, [hint])
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.9])
+def test_cut_short(tmp_path: Path, make: SimpleNamespace, kept: float) -> None:
+    """A part of a file is damaged."""
+    raw = make.onnx_model([RELU]).SerializeToString()
+    (tmp_path / "m.onnx").write_bytes(raw[: int(len(raw) * kept)])
+    with pytest.raises((UnsupportedFormatError, ModelNotRunnableError)):
+        load(tmp_path / "m.onnx")
+
+
+def test_no_nodes(tmp_path: Path, make: SimpleNamespace) -> None:
+    """A graph without nodes is no model."""
+    path = make.write_onnx(make.onnx_model([], outputs={"x": ["N", 4]}), tmp_path / "m.onnx")
+    with pytest.raises(ModelNotRunnableError, match="no nodes"):
+        load(path)
+
+
+@pytest.mark.parametrize(("domain", "op"), [("", "Frobnicate"), ("acme", "Relu")])
+def test_unknown_operators(tmp_path: Path, make: SimpleNamespace, domain: str, op: str) -> None:
+    """Node, operator and domain stand in the message and in the metadata."""
+    node = helper.make_node(op, ["x"], ["y"], name="strange_1", domain=domain)
+    path = make.write_onnx(make.onnx_model([node], domains={"acme": 1}), tmp_path / "m.onnx")
+    with pytest.raises(UnsupportedOperatorError, match=f"'strange_1'.*'{op}'") as caught:
+        load(path)
+    assert caught.value.metadata["op_type"] == op
+    assert caught.value.metadata["node"] == "strange_1"
+
+
+def test_an_operator_unknown_to_onnxruntime(tmp_path: Path, make: SimpleNamespace) -> None:
+    """A domain of onnxruntime's with an operator that it does not have."""
+    node = helper.make_node("NoSuchKernel", ["x"], ["y"], name="k", domain="com.microsoft")
+    path = make.write_onnx(make.onnx_model([node], domains={"com.microsoft": 1}), tmp_path / "m.onnx")
+    with pytest.raises((UnsupportedOperatorError, ModelNotRunnableError), match="NoSuchKernel"):
+        load(path)
+
+
+def test_shapes_that_contradict_each_other(tmp_path: Path, make: SimpleNamespace) -> None:
+    """What onnxruntime refuses is refused here, with its reason."""
+    weight = numpy_helper.from_array(np.zeros((7, 4), np.float32), "w")
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="bad")
+    path = make.write_onnx(make.onnx_model([node], initializers=[weight]), tmp_path / "m.onnx")
+    with pytest.raises(ModelNotRunnableError, match="onnxruntime cannot"):
+        load(path)
+
+
+def test_functions_are_inlined(tmp_path: Path, make: SimpleNamespace) -> None:
+    """Nested functions become nodes of the graph."""
+    functions = [function("Inner", "Relu"), function("Outer", "Inner", "Inner")]
+    proto = make.onnx_model(calling("Outer"), functions=functions, domains={"own": 1})
+    model = load(make.write_onnx(proto, tmp_path / "m.onnx"))
+    assert [node.op_type for node in model.nodes()] == ["Relu", "Relu"]
+    assert not model.ir.functions
+
+
+def test_doubling_functions_are_refused(tmp_path: Path, make: SimpleNamespace) -> None:
+    """Twenty-six functions that double each other are 67 million nodes, and are never written out."""
+    functions = [function("F0", "Relu", "Relu")]
+    functions += [function(f"F{index}", f"F{index - 1}", f"F{index - 1}") for index in range(1, 26)]
+    proto = make.onnx_model(calling("F25"), functions=functions, domains={"own": 1})
+    with pytest.raises(RejectedModelError) as caught:
+        load(make.write_onnx(proto, tmp_path / "m.onnx"))
+    assert caught.value.metadata["finding"] == "FUNCTION_BOMB"
+
+
+@pytest.mark.parametrize("functions", [[("A", "A")], [("A", "B"), ("B", "A")]])
+def test_recursive_functions_are_refused(
+    tmp_path: Path, make: SimpleNamespace, functions: list[tuple[str, str]]
+) -> None:
+    """Directly or through each other."""
+    protos = [function(name, call) for name, call in functions]
+    proto = make.onnx_model(calling("A"), functions=protos, domains={"own": 1})
+    with pytest.raises(RejectedModelError) as caught:
+        load(make.write_onnx(proto, tmp_path / "m.onnx"))
+    assert caught.value.metadata["finding"] == "RECURSIVE_FUNCTION"
+
+
+def test_sequences_are_no_inputs(tmp_path: Path, make: SimpleNamespace) -> None:
+    """Inputs must be tensors."""
+    proto = make.onnx_model([helper.make_node("SequenceAt", ["s", "i"], ["y"])])
+    proto.graph.input.append(helper.make_tensor_sequence_value_info("s", TensorProto.FLOAT, None))
+    with pytest.raises(UnsupportedFormatError, match="sequence"):
+        load(make.write_onnx(proto, tmp_path / "m.onnx"))
+
+
+def test_numbers_are_kept(tmp_path: Path, make: SimpleNamespace) -> None:
+    """Loading changes no output."""
+    weight = numpy_helper.from_array(np.arange(16, dtype=np.float32).reshape(4, 4), "w")
+    proto = make.onnx_model([helper.make_node("MatMul", ["x", "w"], ["y"])], initializers=[weight])
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    got = run_onnx(load(make.write_onnx(proto, tmp_path / "m.onnx")), [{"x": x}])[0]["y"]
+    np.testing.assert_allclose(got, x @ numpy_helper.to_array(weight), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,90 @@
+"""Deceitful archives are refused before torch sees them."""
+
+from __future__ import annotations
+
+import io
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+from modelpress_compression.errors import RejectedModelError, UnsupportedFormatError
+from modelpress_compression.loaders.zip_check import check_zip
+
+
+def zip_of(*members: tuple[str, bytes], method: int = zipfile.ZIP_STORED) -> io.BytesIO:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w", method) as archive:
+        warnings.simplefilter("ignore", UserWarning)  # zipfile's own warning of duplicate names
+        for name, data in members:
+            archive.writestr(name, data)
+    return buffer
+
+
+def test_archives_of_torch_pass(scripted: Path, exported: Path) -> None:
+    """TorchScript (with deflated code) and torch.export archives are sound."""
+    assert check_zip(scripted)
+    assert check_zip(exported)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("a/data.pkl", b"1"), ("a/data.pkl", b"2")],
+        [("a/data.pkl", b"1"), ("a/DATA.pkl", b"2")],
+        [("/etc/passwd", b"1")],
+        [("a/../../b", b"1")],
+        [("C:/b", b"1")],
+        [("a\\b", b"1")],
+    ],
+)
+def test_bad_names(members: list[tuple[str, bytes]]) -> None:
+    """Duplicates (torch ignores case), absolute names and names that leave the archive are refused."""
+    with pytest.raises(RejectedModelError) as caught:
+        check_zip(zip_of(*members))
+    assert caught.value.metadata["finding"] == "ARCHIVE"
+
+
+def test_deflated_weights() -> None:
+    """Weights are stored, never deflated: 64 MiB of zeros in 64 KB are a bomb."""
+    with pytest.raises(RejectedModelError, match="deflated"):
+        check_zip(zip_of(("a/data/0", bytes(64 << 20)), method=zipfile.ZIP_DEFLATED))
+
+
+def test_deflated_code_within_a_ratio() -> None:
+    """Code may be deflated, but not by a factor that no code has."""
+    check_zip(zip_of(("a/code/m.py", b"x = 1\n" * 1000), method=zipfile.ZIP_DEFLATED))
+    with pytest.raises(RejectedModelError, match="unpacks to"):
+        check_zip(zip_of(("a/code/m.py", bytes(8 << 20)), method=zipfile.ZIP_DEFLATED))
+
+
+def test_overlapping_members() -> None:
+    """Two directory entries for one place in the file are refused."""
+    raw = bytearray(zip_of(("a/1", b"x" * 50), ("a/2", b"y" * 50)).getvalue())
+    second = raw.rindex(b"PK\x01\x02")
+    raw[second + 42 : second + 46] = (0).to_bytes(4, "little")
+    with pytest.raises(RejectedModelError, match="lies over"):
+        check_zip(io.BytesIO(bytes(raw)))
+
+
+def test_names_that_differ_between_header_and_directory() -> None:
+    """A reader that goes by local headers must not see another archive."""
+    raw = zip_of(("a/1", b"x"), ("a/2", b"y")).getvalue()
+    with pytest.raises(RejectedModelError, match="another name"):
+        check_zip(io.BytesIO(raw.replace(b"a/2", b"a/3", 1)))
+
+
+def test_something_before_or_after() -> None:
+    """Readers differ in where they look for the directory, so nothing may stand before or behind the archive."""
+    raw = zip_of(("a/1", b"x")).getvalue()
+    for data in (b"before" + raw, raw[:-2] + (5).to_bytes(2, "little") + b"after"):
+        with pytest.raises(RejectedModelError, match="before its first or after"):
+            check_zip(io.BytesIO(data))
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.7, 0.99])
+def test_cut_short(scripted: Path, kept: float) -> None:
+    """A part of an archive is damaged, not malicious."""
+    raw = scripted.read_bytes()
+    with pytest.raises(UnsupportedFormatError, match="damaged or cut short"):
+        check_zip(io.BytesIO(raw[: int(len(raw) * kept)]))
