@@ -16,7 +16,7 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded
 from modelpress_compression.passes.quantize.edit import Editor, clean
 from modelpress_compression.passes.quantize.expand import expand_fused
-from modelpress_compression.passes.quantize.float16 import compute_in_float16, store_in_float16
+from modelpress_compression.passes.quantize.float16 import compute_in_float16, store_in_float16, why_not_compute
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.static import quantize_nodes, quantize_static
 from modelpress_compression.passes.quantize.verify import why_unusable
@@ -78,9 +78,11 @@ class Quantize:
     def _to_float16(self, model: Model, context: Context, findings: Findings) -> PassResult:
         """Computed in float16 if that stands the check, else stored in it."""
         computed = Findings(warnings=list(findings.warnings))
-        reason: str | None = "the model is too large for the conversion in memory"
-        work = compute_in_float16(model.clone(), self._config.exclude, computed)
-        if work is not None:
+        reason = why_not_compute(model, context)
+        work = None if reason else compute_in_float16(model.clone(), self._config.exclude, computed)
+        if work is None:
+            reason = reason or "the model is too large for the conversion in memory"
+        else:
             context.progress(0.5, "checking the model in float16")
             reason = why_unusable(model, work, context, FLOAT16_FLOOR_DB)
             if reason is None and computed.changes:

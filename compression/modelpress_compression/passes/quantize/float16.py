@@ -19,14 +19,18 @@ import onnx_ir.passes.common
 from numpy.typing import NDArray
 
 from modelpress_compression.model import EXTERNAL_DATA_THRESHOLD_BYTES, Model
-from modelpress_compression.passes.base import is_excluded
+from modelpress_compression.passes.base import Context, is_excluded
+from modelpress_compression.passes.quantize.calibration import spread, with_outputs
 from modelpress_compression.passes.quantize.edit import Editor, clean, constant_of
 from modelpress_compression.passes.quantize.report import Findings
+from modelpress_compression.runtime import run, session_of
 
 # Rounding to float16 leaves about 70 dB; a weight that keeps less has values that overflow or vanish.
 MIN_WEIGHT_SQNR_DB = 40.0
 # Scalars and the like: a Cast costs more than they save.
 _MIN_ELEMENTS = 16
+_ACTIVATION_SAMPLES = 4
+_STAND_IN = 1e30  # such a number stands for infinity
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -74,6 +78,28 @@ def compute_in_float16(model: Model, exclude: tuple[str, ...], findings: Finding
     return Model(converted, model.provenance, model.warnings)
 
 
+def why_not_compute(model: Model, context: Context) -> str | None:
+    """Why the model's activations do not fit float16; None: on a few samples they do.
+
+    Looked at in float32: onnxruntime for CPU drops roundings to float16 between two nodes, and with them overflows that
+    would show on other devices. Infinities and stand-ins for them, as attention masks have, may overflow.
+    """
+    names = [
+        value.name
+        for node in model.graph
+        for value in node.outputs
+        if value.name and value.dtype == onnx_ir.DataType.FLOAT
+    ]
+    with session_of(with_outputs(model, names)) as session:
+        for feed in spread(context.data, _ACTIVATION_SAMPLES).feeds(batch_size=1):
+            context.check_time()
+            for name, array in run(session, feed).items():
+                magnitudes = np.abs(array[np.abs(array) < _STAND_IN]) if array.dtype.kind == "f" else array[:0]
+                if magnitudes.size and float(magnitudes.max()) > _FLOAT16_MAX:
+                    return f"tensor {name!r} reaches {float(magnitudes.max()):.3g}, beyond float16's {_FLOAT16_MAX:.0f}"
+    return None
+
+
 def why_not_float16(weight: NDArray[np.float32]) -> str | None:
     """Why an array cannot be float16; None: it can."""
     if not weight.size:
@@ -90,7 +116,8 @@ def why_not_float16(weight: NDArray[np.float32]) -> str | None:
 
 def _why_blocked(node: onnx_ir.Node) -> str | None:
     for value in node.inputs:
-        if value is not None and _is_weight(value) and (reason := why_not_float16(_array(value))):
+        # Scalars count here: an epsilon that becomes zero, or a factor that loses its digits, is as bad as a weight.
+        if value is not None and _is_weight(value, least=1) and (reason := why_not_float16(_array(value))):
             return f"weight {value.name!r} {reason}"
     return None
 
@@ -107,14 +134,14 @@ def _convert(model: Model, blocked: Iterable[str]) -> onnx.ModelProto:
     return converted
 
 
-def _is_weight(value: onnx_ir.Value) -> bool:
+def _is_weight(value: onnx_ir.Value, least: int = _MIN_ELEMENTS) -> bool:
     tensor = value.const_value
     return (
         value.is_initializer()
         and bool(value.uses())
         and tensor is not None
         and tensor.dtype == onnx_ir.DataType.FLOAT
-        and tensor.size >= _MIN_ELEMENTS
+        and tensor.size >= least
     )
 
 
