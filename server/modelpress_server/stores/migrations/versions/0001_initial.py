@@ -12,34 +12,12 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.create_table(
-        "blob_references",
-        sa.Column("owner", sa.String(length=26), nullable=False),
-        sa.Column("sha256", sa.LargeBinary(length=32), nullable=False),
-        sa.Column("project", sa.String(length=63), nullable=False),
-        sa.PrimaryKeyConstraint("owner", "sha256", name=op.f("pk_blob_references")),
-    )
-    op.create_index("ix_blob_references_project_sha256", "blob_references", ["project", "sha256"], unique=False)
-    op.create_table(
-        "jobs",
-        sa.Column("id", sa.String(length=26), nullable=False),
-        sa.Column("project", sa.String(length=63), nullable=False),
-        sa.Column("model_id", sa.String(length=26), nullable=False),
-        sa.Column("state", sa.Integer(), nullable=False),
-        sa.Column("version", sa.Integer(), nullable=False),
-        sa.Column("cache_key", sa.LargeBinary(length=32), nullable=False),
-        sa.Column("queue_deadline_us", sa.BigInteger(), nullable=True),
-        sa.Column("end_time_us", sa.BigInteger(), nullable=True),
-        sa.Column("last_sequence", sa.BigInteger(), nullable=False),
-        sa.Column("compacted_sequence", sa.BigInteger(), nullable=False),
-        sa.Column("last_log_sequence", sa.BigInteger(), nullable=False),
-        sa.Column("message", sa.LargeBinary(), nullable=False),
-        sa.Column("manifest", sa.LargeBinary(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_jobs")),
-    )
-    op.create_index("ix_jobs_model_id", "jobs", ["model_id"], unique=False)
-    op.create_index("ix_jobs_project_id", "jobs", ["project", "id"], unique=False)
-    op.create_index("ix_jobs_state_id", "jobs", ["state", "id"], unique=False)
+    _create_models()
+    _create_jobs()
+    _create_blobs()
+
+
+def _create_models() -> None:
     op.create_table(
         "labels",
         sa.Column("owner", sa.String(length=26), nullable=False),
@@ -61,16 +39,6 @@ def upgrade() -> None:
     op.create_index("ix_models_project_id", "models", ["project", "id"], unique=False)
     op.create_index("ix_models_state_id", "models", ["state", "id"], unique=False)
     op.create_table(
-        "project_blobs",
-        sa.Column("project", sa.String(length=63), nullable=False),
-        sa.Column("sha256", sa.LargeBinary(length=32), nullable=False),
-        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
-        sa.Column("used_us", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("project", "sha256", name=op.f("pk_project_blobs")),
-    )
-    op.create_index("ix_project_blobs_sha256", "project_blobs", ["sha256"], unique=False)
-    op.create_index("ix_project_blobs_used_us", "project_blobs", ["used_us"], unique=False)
-    op.create_table(
         "request_ids",
         sa.Column("project", sa.String(length=63), nullable=False),
         sa.Column("kind", sa.String(length=6), nullable=False),
@@ -81,20 +49,29 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("project", "kind", "request_id", name=op.f("pk_request_ids")),
     )
     op.create_index("ix_request_ids_create_time_us", "request_ids", ["create_time_us"], unique=False)
+
+
+def _create_jobs() -> None:
     op.create_table(
-        "uploads",
+        "jobs",
         sa.Column("id", sa.String(length=26), nullable=False),
         sa.Column("project", sa.String(length=63), nullable=False),
-        sa.Column("sha256", sa.LargeBinary(length=32), nullable=False),
-        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("model_id", sa.String(length=26), nullable=False),
         sa.Column("state", sa.Integer(), nullable=False),
-        sa.Column("committed_size", sa.BigInteger(), nullable=False),
-        sa.Column("create_time_us", sa.BigInteger(), nullable=False),
-        sa.Column("expire_time_us", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_uploads")),
+        sa.Column("version", sa.Integer(), nullable=False),
+        sa.Column("cache_key", sa.LargeBinary(length=32), nullable=False),
+        sa.Column("queue_deadline_us", sa.BigInteger(), nullable=True),
+        sa.Column("end_time_us", sa.BigInteger(), nullable=True),
+        sa.Column("last_sequence", sa.BigInteger(), nullable=False),
+        sa.Column("compacted_sequence", sa.BigInteger(), nullable=False),
+        sa.Column("last_log_sequence", sa.BigInteger(), nullable=False),
+        sa.Column("message", sa.LargeBinary(), nullable=False),
+        sa.Column("manifest", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_jobs")),
     )
-    op.create_index("ix_uploads_expire_time_us", "uploads", ["expire_time_us"], unique=False)
-    op.create_index("ix_uploads_project_sha256", "uploads", ["project", "sha256"], unique=False)
+    op.create_index("ix_jobs_model_id", "jobs", ["model_id"], unique=False)
+    op.create_index("ix_jobs_project_id", "jobs", ["project", "id"], unique=False)
+    op.create_index("ix_jobs_state_id", "jobs", ["state", "id"], unique=False)
     op.create_table(
         "job_events",
         sa.Column("job_id", sa.String(length=26), nullable=False),
@@ -122,6 +99,41 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("project", "cache_key", name=op.f("pk_result_cache")),
     )
     op.create_index("ix_result_cache_job_id", "result_cache", ["job_id"], unique=False)
+
+
+def _create_blobs() -> None:
+    op.create_table(
+        "blob_references",
+        sa.Column("owner", sa.String(length=26), nullable=False),
+        sa.Column("sha256", sa.LargeBinary(length=32), nullable=False),
+        sa.Column("project", sa.String(length=63), nullable=False),
+        sa.PrimaryKeyConstraint("owner", "sha256", name=op.f("pk_blob_references")),
+    )
+    op.create_index("ix_blob_references_project_sha256", "blob_references", ["project", "sha256"], unique=False)
+    op.create_table(
+        "project_blobs",
+        sa.Column("project", sa.String(length=63), nullable=False),
+        sa.Column("sha256", sa.LargeBinary(length=32), nullable=False),
+        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("used_us", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("project", "sha256", name=op.f("pk_project_blobs")),
+    )
+    op.create_index("ix_project_blobs_sha256", "project_blobs", ["sha256"], unique=False)
+    op.create_index("ix_project_blobs_used_us", "project_blobs", ["used_us"], unique=False)
+    op.create_table(
+        "uploads",
+        sa.Column("id", sa.String(length=26), nullable=False),
+        sa.Column("project", sa.String(length=63), nullable=False),
+        sa.Column("sha256", sa.LargeBinary(length=32), nullable=False),
+        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("state", sa.Integer(), nullable=False),
+        sa.Column("committed_size", sa.BigInteger(), nullable=False),
+        sa.Column("create_time_us", sa.BigInteger(), nullable=False),
+        sa.Column("expire_time_us", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_uploads")),
+    )
+    op.create_index("ix_uploads_expire_time_us", "uploads", ["expire_time_us"], unique=False)
+    op.create_index("ix_uploads_project_sha256", "uploads", ["project", "sha256"], unique=False)
 
 
 def downgrade() -> None:
