@@ -74,6 +74,8 @@ class Fuse:
         for number, group in enumerate(groups):
             context.check_time()
             context.progress(number / len(groups), f"fusing: {group.name}")
+            if not _concerns(group, current):
+                continue
             candidate, made = _run(group, current, self._config.exclude, context.check_time)
             tally.skipped += made.skipped
             if not made.fired.total():
@@ -115,6 +117,8 @@ def _run(group: _Group, model: Model, exclude: tuple[str, ...], check_time: Call
         ir = _with_shapes(ir)
         scope, made = Scope(ir, exclude), Tally()
         if group.clean_up:
+            # Folding would take no-ops along, and count them as its own.
+            apply([RemoveNoOps()], scope, made)
             _count(made, "constant_folding", fold_constants(scope))
             ir = _with_shapes(ir)
             scope = Scope(ir, exclude)
@@ -130,6 +134,12 @@ def _run(group: _Group, model: Model, exclude: tuple[str, ...], check_time: Call
         _count(tally, "duplicate_initializer", merged)
     _drop_unused_opset(ir)
     return replace(candidate, ir=ir), tally
+
+
+def _concerns(group: _Group, model: Model) -> bool:
+    """Whether there is anything that the rewrites anchor on; copying a large graph for nothing takes seconds."""
+    wanted = frozenset[str]().union(*(rewrite.op_types for rewrite in group.rewrites))
+    return group.clean_up or any(node.op_type in wanted for node in model.nodes())
 
 
 def _still_there(skipped: Sequence[Skip], model: Model, groups: Sequence[_Group]) -> tuple[Skip, ...]:

@@ -88,7 +88,7 @@ class FuseAttention:
             return "Attention stays: its mask is not known to have four axes."
         new: list[onnx_ir.Node] = []
         if mask is not None:
-            mask = _with_rows(mask, query.value, new, last, scope)
+            mask = _with_rows(mask, (query.value, keys.value), new, last, scope)
         inputs = [query.value, keys.value, values.value, *([None, None, mask] if mask is not None else [])]
         attributes = {"num_heads": query.count, "scale": scores.scale * scale_q * scale_k}
         new.append(scope.node("MultiHeadAttention", inputs, attributes, like=product, domain=MICROSOFT))
@@ -223,16 +223,25 @@ def _merged(product: onnx_ir.Node, scope: Scope) -> onnx_ir.Node | None:
 
 
 def _with_rows(
-    mask: onnx_ir.Value, query: onnx_ir.Value, new: list[onnx_ir.Node], like: onnx_ir.Node, scope: Scope
+    mask: onnx_ir.Value,
+    sequences: tuple[onnx_ir.Value, onnx_ir.Value],
+    new: list[onnx_ir.Node],
+    like: onnx_ir.Node,
+    scope: Scope,
 ) -> onnx_ir.Value:
-    """The operator wants a row for each query; a mask for keys alone, [.., .., 1, L], is expanded."""
+    """The operator wants a row for each query; a mask for keys alone, [.., .., 1, L], is expanded.
+
+    `sequences`: queries and keys. Where they are known to be of one length, it is read from the mask, so that all
+    layers expand it alike, and once.
+    """
     if mask.shape is not None and mask.shape[2] != 1:
         return mask
     graph = graph_of(like)
     ones = scope.new_constant("attention_mask_ones", np.ones(2, np.int64), graph)
     one = scope.new_constant("attention_mask_one", np.ones(1, np.int64), graph)
-    shape = scope.node("Shape", [query], like=like)
-    index = scope.new_constant("attention_mask_index", np.array([1], np.int64), graph)
+    own = _same_length(*sequences) and mask.shape is not None and mask.shape[3] != 1
+    shape = scope.node("Shape", [mask if own else sequences[0]], like=like)
+    index = scope.new_constant("attention_mask_index", np.array([3 if own else 1], np.int64), graph)
     rows = scope.node("Gather", [shape.outputs[0], index], like=like)
     target = scope.node("Concat", [ones, rows.outputs[0], one], {"axis": 0}, like=like)
     expanded = scope.node("Expand", [mask, target.outputs[0]], like=like)
@@ -241,3 +250,12 @@ def _with_rows(
         node.outputs[0].type = onnx_ir.TensorType(onnx_ir.DataType.INT64) if number < 3 else mask.type
     new += [shape, rows, target, expanded]
     return expanded.outputs[0]
+
+
+def _same_length(queries: onnx_ir.Value, keys: onnx_ir.Value) -> bool:
+    """Whether [B, S, N] and [B, L, N] have S = L, as a number or by the name of the dimension."""
+    if queries.shape is None or keys.shape is None:
+        return False
+    one, other = queries.shape[1], keys.shape[1]
+    known = isinstance(one, int) or one.value is not None
+    return known and one == other
