@@ -23,7 +23,7 @@ from modelpress_client import names, recipes
 from modelpress_client.async_job import AsyncJob
 from modelpress_client.connection import Connection
 from modelpress_client.convert import Conversion
-from modelpress_client.errors import TimedOutError, UnusableInputError, from_job_status
+from modelpress_client.errors import TimedOutError, TransferError, UnusableInputError, from_job_status
 from modelpress_client.inputs import parse_inputs
 from modelpress_client.report import Report
 from modelpress_client.resources import Model

@@ -118,6 +118,7 @@ class Script:
     wrong_content: bool = False
     unavailable_calls: int = 0
     lost_answers: int = 0
+    collected_blobs: int = 0
     cut_watches: int = 0
     token: str | None = None
     job_status: status_pb2.Status | None = None
@@ -266,6 +267,11 @@ class FakeServer(
 
     async def CreateModel(self, request: Any, context: Any) -> models.Model:
         await self.enter("CreateModel", context)
+        if self.script.collected_blobs:
+            self.script.collected_blobs -= 1
+            self.blobs.clear()
+            self.partial.clear()
+            await fail(context, status(code_pb2.FAILED_PRECONDITION, "BLOB_MISSING", "A blob is gone."))
         model = self.by_request.get(request.request_id)
         if model is None:
             model = models.Model()

@@ -80,6 +80,14 @@ def test_a_lost_answer_makes_no_second_job(client: Client, fake_server: Any, mod
     assert fake_server.seen.count("CreateJob") == 2
 
 
+def test_a_collected_blob_is_sent_again(client: Client, fake_server: Any, model_file: Path) -> None:
+    """A blob that the server dropped between upload and use costs one more upload, not the command."""
+    fake_server.script.collected_blobs = 1
+    client.upload(model_file)
+    assert len(fake_server.models) == 1
+    assert len(fake_server.blobs) == 1
+
+
 def test_a_cut_watch_goes_on(client: Client, fake_server: Any, model_file: Path) -> None:
     """No event is lost, and none comes twice."""
     job = client.compress(client.upload(model_file))

@@ -34,6 +34,7 @@ _COLORS = {
     "RUNNING": "cyan",
     "PROCESSING": "cyan",
 }
+_MINUTE = "%Y-%m-%d %H:%M"
 _SEVERITIES = {1: ("note", "dim"), 2: ("warning", "yellow"), 3: ("refused", "red")}
 
 
@@ -60,14 +61,14 @@ def facts(console: Console, rows: Iterable[tuple[str, str | Text]]) -> None:
 
 def print_models(console: Console, found: Sequence[Model]) -> None:
     """One line a model."""
-    table = plain_table("Model", "State", "Format", "Size", "Created", "File", right=(3,))
+    table = plain_table("Model", "State", "Format", "Size", "Created (UTC)", "File", right=(3,))
     for model in found:
         table.add_row(
             short_name(model.name),
             _state(model.state),
             model.format if model.format != "UNSPECIFIED" else "",
             units.size(model.size_bytes),
-            _time(model.message.create_time),
+            _time(model.message.create_time, _MINUTE),
             Text(model.display_name),
         )
     console.print(table)
@@ -75,7 +76,7 @@ def print_models(console: Console, found: Sequence[Model]) -> None:
 
 def print_jobs(console: Console, found: Sequence[jobs_pb.Job]) -> None:
     """One line a job."""
-    table = plain_table("Job", "State", "Model", "Size", "Speed-up", "Created", "", right=(3, 4))
+    table = plain_table("Job", "State", "Model", "Size", "Speed-up", "Created (UTC)", "", right=(3, 4))
     for job in found:
         summary = job.summary
         ended_well = job_state(job.state) == "SUCCEEDED"
@@ -86,7 +87,7 @@ def print_jobs(console: Console, found: Sequence[jobs_pb.Job]) -> None:
             short_name(job.spec.model),
             sizes if ended_well else "",
             f"{summary.speedup:.2f}x" if summary.HasField("speedup") else "",
-            _time(job.create_time),
+            _time(job.create_time, _MINUTE),
             Text(_remark(job), overflow="ellipsis", no_wrap=True),
         )
     console.print(table)
@@ -200,8 +201,8 @@ def _remark(job: jobs_pb.Job) -> str:
     return str(job.error.message).split("\n", 1)[0]
 
 
-def _time(time: Timestamp) -> str:
-    return str(time.ToDatetime().strftime("%Y-%m-%d %H:%M:%S UTC")) if time.seconds else ""
+def _time(time: Timestamp, form: str = "%Y-%m-%d %H:%M:%S UTC") -> str:
+    return str(time.ToDatetime().strftime(form)) if time.seconds else ""
 
 
 def _operators(counts: Mapping[str, int]) -> str:
