@@ -55,12 +55,35 @@ def is_quantization_parameter(node: onnx_ir.Node, position: int) -> bool:
     if node.op_type == "QLinearConcat":
         # y_scale, y_zero_point, then (tensor, scale, zero point) for each input.
         return position < 2 or (position - 2) % 3 != 0
-    if node.op_type == "Mul" and len(node.inputs) == 2:
-        # The weight's scale meets the activation's, which was found at run time, before the two rescale a product.
-        other = node.inputs[1 - position]
-        producer = other.producer() if other is not None else None
-        return producer is not None and producer.op_type == "DynamicQuantizeLinear"
+    if node.op_type in ("Mul", "Gather"):
+        return _is_scale(node, position)
     return position in QUANTIZATION_PARAMETERS.get(node.op_type, frozenset())
+
+
+def _is_scale(node: onnx_ir.Node, position: int) -> bool:
+    """Whether a Mul turns integers back into numbers by this input; a Gather may pick the scale of each row before."""
+    if node.op_type == "Gather":
+        picked = node.outputs[0]
+        return position == 0 and any(user.op_type == "Mul" and _is_scale(user, place) for user, place in picked.uses())
+    other = node.inputs[1 - position] if len(node.inputs) == 2 else None
+    producer = other.producer() if other is not None else None
+    if producer is None:
+        return False
+    # The weight's scale meets the activation's, found at run time, before the two rescale a product.
+    return producer.op_type == "DynamicQuantizeLinear" or (
+        producer.op_type == "Cast" and _is_integer(producer.inputs[0])
+    )
+
+
+def _is_integer(value: onnx_ir.Value | None) -> bool:
+    """Whether these are the integers of quantized arithmetic."""
+    producer = value.producer() if value is not None else None
+    if producer is None:
+        return False
+    if producer.op_type in ("MatMulInteger", "ConvInteger"):
+        return True
+    table = onnx_ir.convenience.get_const_tensor(producer.inputs[0]) if producer.inputs and producer.inputs[0] else None
+    return producer.op_type == "Gather" and table is not None and table.dtype.is_integer() and table.dtype.bitwidth <= 8
 
 
 def zero_point(node: onnx_ir.Node, position: int) -> tuple[onnx_ir.TensorProtocol, int] | None:

@@ -79,6 +79,7 @@ class _Layer:
 
 @dataclass
 class _Tally:
+    live_nodes: frozenset[int]
     parameters: int = 0
     nonzero: int = 0
     layers: dict[int, _Layer] = field(default_factory=dict)
@@ -90,7 +91,7 @@ def model_stats(model: Model, input_shapes: Mapping[str, Shape] | None = None) -
     `analysis.shapes.sample_shapes(data)` gives the shapes of one real sample. Weights are read one at a time.
     """
     macs = count_macs(model, input_shapes)
-    tally = _Tally()
+    tally = _Tally(frozenset(id(node) for node in model.nodes()))
     seen: set[int] = set()
     for value, tensor in _constants(model):
         if id(tensor) not in seen:
@@ -138,7 +139,8 @@ def _constants(model: Model) -> Iterator[tuple[onnx_ir.Value, onnx_ir.TensorProt
 
 
 def _count(tally: _Tally, value: onnx_ir.Value, tensor: onnx_ir.TensorProtocol) -> None:
-    uses = list(value.uses())
+    # Nodes that a rewrite has cut off may still be listed as users.
+    uses = [(user, place) for user, place in value.uses() if id(user) in tally.live_nodes]
     if not uses:
         return
     # Of several users always the same one, in whatever order the graph lists them.

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 NOT_MEASURED = "–"
+# A number never stands on another line than its unit.
+_SPACE = "\u00a0"
 
 
 def escape(value: object) -> str:
@@ -16,14 +18,14 @@ def escape(value: object) -> str:
 
 def size(value: float | None) -> str:
     """Bytes as '10.9 MB' (powers of 1000)."""
-    return _scaled(value, ("B", "kB", "MB", "GB", "TB"), " ")
+    return _scaled(value, ("B", "kB", "MB", "GB", "TB"))
 
 
 def count(value: float | None) -> str:
     """'22.6 M', '1.43 G'; below 10,000 the number itself."""
     if value is not None and abs(value) < 10_000:
         return f"{value:,.0f}"
-    return _scaled(value, ("", "k", "M", "G", "T"), " ").strip()
+    return _scaled(value, ("", "k", "M", "G", "T")).strip()
 
 
 def milliseconds(value: float | None) -> str:
@@ -31,14 +33,14 @@ def milliseconds(value: float | None) -> str:
     if value is None:
         return NOT_MEASURED
     if value < 1.0:
-        return f"{_significant(value * 1000)} µs"
-    return f"{_significant(value / 1000)} s" if value >= 10_000 else f"{_significant(value)} ms"
+        return f"{_significant(value * 1000)}{_SPACE}µs"
+    return f"{_significant(value / 1000)}{_SPACE}s" if value >= 10_000 else f"{_significant(value)}{_SPACE}ms"
 
 
 def seconds(value: float | None) -> str:
     if value is None:
         return NOT_MEASURED
-    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
+    return f"{value:.1f}{_SPACE}s" if value < 120 else f"{value / 60:.1f}{_SPACE}min"
 
 
 def ratio(value: float | None) -> str:
@@ -51,14 +53,14 @@ def percent(value: float | None, digits: int = 1) -> str:
     if value is None:
         return NOT_MEASURED
     if value in (0.0, 1.0):
-        return f"{value:.0%}".replace("%", " %")
+        return f"{value:.0%}".replace("%", f"{_SPACE}%")
     shown = round(value * 100, digits)
     edge = 10.0**-digits
     if shown >= 100 > value * 100:
-        return f"> {100 - edge:.{digits}f} %"
+        return f">{_SPACE}{100 - edge:.{digits}f}{_SPACE}%"
     if shown <= 0 < value:
-        return f"< {edge:.{digits}f} %"
-    return f"{shown:.{digits}f} %"
+        return f"<{_SPACE}{edge:.{digits}f}{_SPACE}%"
+    return f"{shown:.{digits}f}{_SPACE}%"
 
 
 def number(value: Any) -> str:
@@ -79,9 +81,9 @@ def change(before: float | None, after: float | None) -> str:
         return "unchanged"
     sign = "−" if difference < 0 else "+"
     if abs(difference) < 0.0005:
-        return "almost unchanged"
+        return "≈ equal"
     digits = 1 if abs(difference) < 0.095 else 0
-    return f"{sign}{abs(difference) * 100:.{digits}f} %"
+    return f"{sign}{abs(difference) * 100:.{digits}f}{_SPACE}%"
 
 
 def words(name: str) -> str:
@@ -122,13 +124,13 @@ def definitions(items: Mapping[str, str]) -> str:
     return tag("dl", "".join(tag("div", tag("dt", escape(key)) + tag("dd", value)) for key, value in items.items()))
 
 
-def _scaled(value: float | None, units: Sequence[str], space: str) -> str:
+def _scaled(value: float | None, units: Sequence[str]) -> str:
     if value is None:
         return NOT_MEASURED
     scaled, index = float(value), 0
     while abs(scaled) >= 999.5 and index + 1 < len(units):
         scaled, index = scaled / 1000, index + 1
-    return f"{scaled:.0f}{space}{units[0]}" if index == 0 else f"{_significant(scaled)}{space}{units[index]}"
+    return f"{scaled:.0f}{_SPACE}{units[0]}" if index == 0 else f"{_significant(scaled)}{_SPACE}{units[index]}"
 
 
 def _significant(value: float) -> str:

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 MAX_ROWS = 40
 # What quantizers and fusions append to the name of a node that they replace.
-_SUFFIX = re.compile(r"(?:_(?:quant(?:ized)?|fused|Q|DQ|MatMulInteger|QuantizeLinear|DequantizeLinear))+$")
+_SUFFIX = re.compile(
+    r"(?:[_/](?:quant(?:ized)?|fused|Q|DQ|\w*Integer|QuantizeLinear|DequantizeLinear|DynamicQuantize\w+))+$"
+)
 
 
 class LayerFigures(Protocol):

@@ -88,6 +88,16 @@ def test_packed_weights_count_their_values(model_from_text: Callable[..., Model]
     assert stats.ops == {"com.microsoft.MatMulNBits": 1}
 
 
+def test_scales_of_rows_do_not_count(model_from_text: Callable[..., Model]) -> None:
+    """An embedding in eight bits, one scale a row: the table is the weight, the scales are not; floats still are."""
+    text = (
+        f"{HEAD} g (int64[N] i) => (float[N,4] y) "
+        "{ q = Gather(t, i)  f = Cast <to = 1> (q)  s = Gather(scales, i)  z = Mul(f, s)  y = Mul(z, w) }"
+    )
+    weights = {"t": np.ones((7, 4), np.int8), "scales": np.ones((7, 1), np.float32), "w": np.ones(4, np.float32)}
+    assert model_stats(model_from_text(text, weights)).parameters == 28 + 4
+
+
 def test_weights_in_constants_and_subgraphs_count(model_from_text: Callable[..., Model]) -> None:
     """A weight in a Constant node inside a branch is found, and so are the branch's operators."""
     text = (
