@@ -10,6 +10,7 @@ import torch
 
 from modelpress_compression.errors import InvalidInputsError
 from modelpress_compression.inputs import Feeds
+from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.specs import TensorSpec
 
 # Arguments that an ONNX input of no dimensions can stand for, and how TorchScript makes them of a tensor.
@@ -60,7 +61,8 @@ class Binding:
             return module
         holder = torch.nn.Module()
         holder.inner = module
-        wrapper: Any = torch.jit.script(holder)
+        with quiet():  # torch.jit.script is deprecated; there is no other way to wrap a TorchScript module
+            wrapper: Any = torch.jit.script(holder)
         parameters = ", ".join(f"{item.name}: Tensor" for item in self.arguments)
         given = ", ".join(
             f"{item.name}={_SCALARS[item.type].format(name=item.name) if item.type in _SCALARS else item.name}"

@@ -7,6 +7,7 @@ open. A convolutional net takes some sizes only, so likely ones are tried until 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ _SIZES = (32, 224, 28, 64, 16, 128, 8, 48, 256, 299, 320, 512, 100, 384, 4, 640,
 _FEW_SIZES = (32, 224, 64, 16, 8, 128, 3, 1)  # for several dimensions that cannot be the same
 _TRIES = 200
 _SEARCH_S = 90.0
+_MAX_ELEMENTS = 1 << 21  # of all inputs together; larger ones are not needed to trace a model
 # Scalars of integer type are options rather than data: a sample rate, a step, a flag.
 _SCALARS = (None, 1, 16000, 8000, 2)
 _TRACE_BATCH = 2  # never 1, which exporters take for a constant
@@ -96,6 +98,8 @@ class _Search:
         tries = itertools.product((_TRACE_BATCH, 1), _size_choices(len(others)), scalars)
         for batch, extents, scalar in itertools.islice(tries, _TRIES):
             sizes = dict.fromkeys(batches, batch) | dict(zip(others, extents, strict=True))
+            if self._elements(sizes) > _MAX_ELEMENTS:
+                continue
             trial = self.attempt(sizes, scalar)
             if trial:
                 return trial, scalar
@@ -119,6 +123,13 @@ class _Search:
             if size != here and (trial := self.attempt({**first.sizes, symbol: size}, scalar, seed=size)):
                 return trial
         return None
+
+    def _elements(self, sizes: Mapping[str, int]) -> int:
+        return sum(
+            math.prod(dim if isinstance(dim, int) else sizes.get(dim or "", 1) for dim in spec.shape)
+            for spec in self._specs
+            if any(isinstance(dim, str) for dim in spec.shape)
+        )
 
     def attempt(self, sizes: Mapping[str, int], scalar: int | None, seed: int = 0) -> Trial | None:
         feeds = example_feeds(self._specs, sizes, seed=seed)

@@ -1,0 +1,230 @@
+"""torch.export archives become ONNX models, and execute nothing on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from modelpress_compression.errors import (
+    InvalidInputsError,
+    RejectedModelError,
+    UnsupportedFormatError,
+    UnsupportedOperatorError,
+)
+from modelpress_compression.loaders import load
+from modelpress_compression.loaders.program_graph import check_expression
+from modelpress_compression.loaders.verify import run_onnx
+
+PROGRAM = "models/model.json"
+
+
+def test_same_numbers_and_names(exported: Path, small_net: torch.nn.Module) -> None:
+    """The input keeps its name, the dynamic dimension is `batch` and not torch's symbol; rtol 1e-4 against torch."""
+    model = load(exported)
+    assert [str(spec) for spec in (*model.inputs, *model.outputs)] == [
+        "x:float32[batch,1,12,12]",
+        "output:float32[batch,5]",
+    ]
+    assert model.opset <= 26
+    x = np.random.default_rng(0).standard_normal((3, 1, 12, 12)).astype(np.float32)
+    with torch.no_grad():
+        wanted = small_net(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(run_onnx(model, [{"x": x}])[0]["output"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_hints_name_dimensions(exported: Path) -> None:
+    """The archive does not keep the user's words, the command line can."""
+    assert load(exported, ["x:float32[frames,1,12,12]"]).inputs[0].shape == ("frames", 1, 12, 12)
+    with pytest.raises(InvalidInputsError, match="fixed size 12"):
+        load(exported, ["x:float32[batch,1,H,W]"])
+
+
+def test_training_mode_is_switched_off(small_net: torch.nn.Module, tmp_path: Path, make: SimpleNamespace) -> None:
+    """Dropout and batch statistics of a program that was exported while training."""
+    module = type(small_net)()
+    module.load_state_dict(small_net.state_dict())
+    path = make.save_program(module.train(), (torch.zeros(2, 1, 12, 12),), tmp_path / "m.pt2")
+    model = load(path)
+    assert any("training mode" in warning for warning in model.warnings)
+    x = np.random.default_rng(0).standard_normal((2, 1, 12, 12)).astype(np.float32)
+    with torch.no_grad():
+        wanted = small_net(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(run_onnx(model, [{"x": x}])[0]["output"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_keyword_inputs_and_nested_outputs(tmp_path: Path, make: SimpleNamespace) -> None:
+    """Several inputs keep their order and names; dicts and tuples are flattened."""
+
+    class Nested(torch.nn.Module):
+        def forward(self, a: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
+            return {"sum": a + pair[0], "both": (a * pair[1], a)}
+
+    x = torch.ones(2, 3)
+    path = make.save_program(Nested(), (x, (x, x)), tmp_path / "m.pt2")
+    model = load(path)
+    assert [spec.name for spec in model.inputs] == ["a", "pair_0", "pair_1"]
+    assert len(model.outputs) == 3
+
+
+def test_nothing_is_printed(exported: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The exporter's progress stays inside."""
+    load(exported)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+
+
+def test_damaged_archives(exported: Path, tmp_path: Path, make: SimpleNamespace) -> None:
+    """Cut short, without weights, or with JSON that is none."""
+    raw = exported.read_bytes()
+    (tmp_path / "a.pt2").write_bytes(raw[: len(raw) // 2])
+    make.rewrite(exported, tmp_path / "b.pt2", {"data/weights/weight_0": None})
+    make.rewrite(exported, tmp_path / "c.pt2", {PROGRAM: b"{"})
+    for name in ("a.pt2", "b.pt2", "c.pt2"):
+        with pytest.raises(UnsupportedFormatError):
+            load(tmp_path / name)
+
+
+def edit(path: list[Any], value: Any) -> Callable[[Any], Any]:
+    """Sets one place of a JSON document; the last step may be appended to a list with None."""
+
+    def change(document: Any) -> Any:
+        place = document
+        for step in path[:-1]:
+            place = place[step]
+        if path[-1] is None:
+            place.append(value)
+        else:
+            place[path[-1]] = value
+        return document
+
+    return change
+
+
+def evil_names(document: Any) -> Any:
+    """The input's name becomes source code in the generated function."""
+    return json.loads(json.dumps(document).replace('"name": "x"', '"name": "x=__import__(\'os\').getpid()"'))
+
+
+def evil_expression(document: Any) -> Any:
+    text = json.dumps(document)
+    start = text.index('"expr_str": "') + len('"expr_str": "')
+    end = text.index('"', start)
+    return json.loads(text[:start] + "__import__('pathlib').Path('MARKER').touch()" + text[end:])
+
+
+SPEC = ["graph_module", "module_call_graph", 0, "signature"]
+FACTORY = json.dumps({"default_factory_module": "this", "default_factory_name": "s", "dict_context": []})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        edit(["guards_code", None], "__import__('pathlib').Path('MARKER').touch()"),
+        edit(["guards_code", None], "L['x'].size.__globals__['os']"),
+        edit(["guards_code", None], "L['x\" + exit() + \"'].size()[0] == 1"),
+        evil_expression,
+        evil_names,
+        edit(["graph_module", "graph", "nodes", 0, "target"], "torch.load"),
+        edit(["graph_module", "graph", "nodes", 0, "target"], "torch.ops.load_library"),
+        edit(["graph_module", "graph", "nodes", 0, "target"], "torch.ops.aten.from_file.default"),
+        edit(["graph_module", "graph", "nodes", 0, "target"], "_operator.methodcaller"),
+        edit(["graph_module", "graph", "nodes", 0, "target"], "#custom"),
+        edit([*SPEC, "forward_arg_names"], ["x=exit()"]),
+        edit(
+            [*SPEC, "in_spec"],
+            json.dumps([1, {"type": "collections.defaultdict", "context": FACTORY, "children_spec": []}]),
+        ),
+        edit(
+            [*SPEC, "in_spec"],
+            json.dumps(
+                [1, {"type": "builtins.dict", "context": '[{"__enum__": true, "fqn": "this:s"}]', "children_spec": []}]
+            ),
+        ),
+    ],
+)
+def test_programs_that_would_execute_python(
+    exported: Path, tmp_path: Path, make: SimpleNamespace, change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards, symbolic sizes, names, targets and pytrees are where torch evaluates text; none of it is evaluated."""
+    monkeypatch.chdir(tmp_path)
+    changed = make.rewrite(exported, tmp_path / "m.pt2", {PROGRAM: change})
+    with pytest.raises(RejectedModelError) as caught:
+        load(changed)
+    assert caught.value.metadata["finding"] == "PROGRAM"
+    assert not (tmp_path / "MARKER").exists()
+
+
+def test_operators_of_other_libraries(exported: Path, tmp_path: Path, make: SimpleNamespace) -> None:
+    """A custom operator is named, not called malicious."""
+    change = edit(["graph_module", "graph", "nodes", 0, "target"], "torch.ops.acme.blur.default")
+    with pytest.raises(UnsupportedOperatorError, match="acme::blur"):
+        load(make.rewrite(exported, tmp_path / "m.pt2", {PROGRAM: change}))
+
+
+def uses_pickle(document: Any) -> Any:
+    next(iter(document["config"].values()))["use_pickle"] = True
+    return document
+
+
+def custom_object(document: Any) -> Any:
+    next(iter(document["config"].values()))["path_name"] = "opaque_obj_0"
+    return document
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"data/sample_inputs/model.pt": "PICKLE"},
+        {"data/weights/model.pt": "PICKLE"},
+        {"data/constants/model.pt": "PICKLE"},
+        {"data/weights/weight_0": "PICKLE", "data/weights/model_weights_config.json": uses_pickle},
+        {"data/weights/model_weights_config.json": custom_object},
+        {"data/aotinductor/model/lib.so": b"\x7fELF"},
+    ],
+)
+def test_members_that_would_be_executed(
+    exported: Path, tmp_path: Path, make: SimpleNamespace, members: dict[str, Any]
+) -> None:
+    """Pickles wherever torch reads one, opaque objects, native libraries: refused, and no marker appears."""
+    marker = tmp_path / "executed"
+    pickled = make.touching_torch_save(marker)
+    changes = {name: pickled if change == "PICKLE" else change for name, change in members.items()}
+    changed = make.rewrite(exported, tmp_path / "m.pt", changes)
+    with pytest.raises(RejectedModelError) as caught:
+        load(changed)
+    assert caught.value.metadata["finding"] in ("PICKLE_GLOBAL", "CUSTOM_OBJECT", "NATIVE_CODE")
+    assert not marker.exists()
+
+
+def test_bare_pickles_and_scripts_as_samples(
+    exported: Path, scripted: Path, tmp_path: Path, make: SimpleNamespace
+) -> None:
+    """torch.load would take torch's old format and TorchScript there as well."""
+    marker = tmp_path / "executed"
+    for data in (make.touching_pickle(marker), scripted.read_bytes()):
+        changed = make.rewrite(exported, tmp_path / "m.pt2", {"data/sample_inputs/model.pt": data})
+        with pytest.raises(RejectedModelError):
+            load(changed)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("text", ["Symbol('s77', positive=True, integer=True)", "2*s77 + 1", "Max(1, s0//2)", "s0"])
+def test_symbolic_sizes_pass(text: str) -> None:
+    """What torch writes is arithmetic."""
+    check_expression(text, guard=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["exit()", "s0.__class__", "(lambda: 1)()", "[1][0]", "'a b'", "f'{s0}'", "__import__"]
+)
+def test_other_expressions_do_not(text: str) -> None:
+    """Anything that could reach an object beyond numbers is refused."""
+    with pytest.raises(RejectedModelError):
+        check_expression(text, guard=False)

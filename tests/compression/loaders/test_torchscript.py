@@ -1,0 +1,260 @@
+"""TorchScript archives become ONNX models that compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from modelpress_compression.errors import (
+    CompressionError,
+    InvalidInputsError,
+    RejectedModelError,
+    UnsupportedFormatError,
+)
+from modelpress_compression.loaders import load
+from modelpress_compression.loaders.verify import run_onnx
+
+Save = Callable[[torch.nn.Module, Path], Path]
+
+
+class Branching(torch.nn.Module):
+    """Takes another way for large inputs, and an option of integer type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(6, 3), torch.nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor, rate: int) -> torch.Tensor:
+        if rate not in (8000, 16000):
+            raise ValueError("Supported rates: 8000, 16000")
+        return self.first(x) if rate == 16000 else self.second(x)
+
+
+class Counting(torch.nn.Module):
+    """Keeps a running sum between calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = torch.nn.LSTMCell(4, 5)
+        self.total = torch.zeros([0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not len(self.total):
+            self.total = torch.zeros([x.size(0), 5])
+        hidden, _ = self.cell(x)
+        self.total = self.total + hidden
+        return self.total
+
+
+class TwoInputs(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(7, 4)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.embed(ids) * mask.unsqueeze(-1)
+        return {"hidden": hidden, "mean": hidden.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)}
+
+
+@pytest.mark.parametrize("fixture", ["scripted", "traced"])
+def test_same_numbers_at_every_size(fixture: str, small_net: torch.nn.Module, request: pytest.FixtureRequest) -> None:
+    """Batch, height and width stay dynamic; rtol 1e-4 against torch."""
+    model = load(request.getfixturevalue(fixture), ["image:float32[batch,1,H,W]"])
+    assert [str(spec) for spec in model.inputs] == ["image:float32[batch,1,H,W]"]
+    assert [str(spec) for spec in model.outputs] == ["output:float32[batch,5]"]
+    assert model.provenance.format == "torchscript"
+    for shape in ((1, 1, 12, 12), (3, 1, 17, 9)):
+        x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        with torch.no_grad():
+            wanted = small_net(torch.from_numpy(x)).numpy()
+        np.testing.assert_allclose(run_onnx(model, [{"image": x}])[0]["output"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_fixed_dimensions_stay_fixed(scripted: Path) -> None:
+    """Numbers in the hint are the model's shape."""
+    model = load(scripted, ["x:float32[1,1,20,20]"])
+    assert [str(spec) for spec in (*model.inputs, *model.outputs)] == ["x:float32[1,1,20,20]", "output:float32[1,5]"]
+
+
+def test_without_hints_the_first_layer_tells(scripted: Path, traced: Path) -> None:
+    """The message says what the first layer takes, what a trace recorded, and what to type."""
+    with pytest.raises(InvalidInputsError, match=r"conv2d, 1 input channel\. Try --input 'x:float32\[batch,1,H,W\]'"):
+        load(scripted)
+    with pytest.raises(InvalidInputsError, match=r"traced with x:float32\[1,1,12,12\]"):
+        load(traced)
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (torch.nn.Linear(7, 2), "linear, 7 input features.*float32[batch,7]"),
+        (torch.nn.Embedding(9, 2), "embedding, ids below 9.*int64[batch,seq]"),
+        (torch.nn.LSTM(3, 4, batch_first=True), "lstm, 3 input features.*float32[batch,seq,3]"),
+        (torch.nn.GRU(3, 4), "gru, 3 input features.*float32[seq,batch,3]"),
+        (torch.nn.Conv1d(4, 8, 3, groups=2), "conv1d, 4 input channels.*float32[batch,4,length]"),
+    ],
+)
+def test_hints_of_other_layers(layer: torch.nn.Module, said: str, tmp_path: Path, save_script: Save) -> None:
+    """Each kind of first layer has its words and its suggestion."""
+    with pytest.raises(InvalidInputsError) as caught:
+        load(save_script(torch.nn.Sequential(torch.nn.Identity(), layer), tmp_path / "m.pt"))
+    for part in said.split(".*"):
+        assert part in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("hints", "said"),
+    [
+        (["x:float32[batch,3,12,12]"], "expected input.*channels"),
+        (["x:float32[batch,1,12]"], "Expected|expected"),
+        (["x:int64[batch,1,12,12]"], "type|dtype"),
+        (["x:float32[batch,1,12,12]", "y:float32[1]"], r"forward\(x: Tensor\)"),
+    ],
+)
+def test_wrong_hints(scripted: Path, hints: list[str], said: str) -> None:
+    """The error repeats what the module said."""
+    with pytest.raises(InvalidInputsError, match=said):
+        load(scripted, hints)
+
+
+def test_integer_arguments(tmp_path: Path, save_script: Save) -> None:
+    """A `rate: int` becomes an input without dimensions; both ways of the branch are kept."""
+    torch.manual_seed(0)
+    module = Branching().eval()
+    model = load(save_script(module, tmp_path / "m.pt"), ["x:float32[batch,6]", "rate:int64[]"])
+    assert [str(spec) for spec in model.inputs] == ["x:float32[batch,6]", "rate:int64[]"]
+    x = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
+    for rate in (16000, 8000):
+        with torch.no_grad():
+            wanted = module(torch.from_numpy(x), rate).numpy()
+        got = run_onnx(model, [{"x": x, "rate": np.array(rate)}])[0]["output"]
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_state_starts_anew_with_a_warning(tmp_path: Path, save_script: Save) -> None:
+    """A module that assigns to itself is converted as of its first call, and the report will say so."""
+    torch.manual_seed(0)
+    module = Counting().eval()
+    path = save_script(module, tmp_path / "m.pt")
+    model = load(path, ["x:float32[batch,4]"])
+    assert any("keeps state between calls (it assigns to total)" in warning for warning in model.warnings)
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    with torch.no_grad():
+        wanted = module(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(run_onnx(model, [{"x": x}])[0]["output"], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_several_inputs_and_outputs(tmp_path: Path, save_script: Save) -> None:
+    """One word is one dimension in all inputs; inputs go by name whatever their order; a dict has several outputs."""
+    path = save_script(TwoInputs().eval(), tmp_path / "m.pt")
+    model = load(path, ["mask:float32[n,t]", "ids:int64[n,t]"])
+    assert [str(spec) for spec in model.inputs] == ["ids:int64[n,t]", "mask:float32[n,t]"]
+    assert [str(spec) for spec in model.outputs] == ["output_0:float32[n,t,4]", "output_1:float32[n,4]"]
+
+
+def test_a_batch_that_cannot_vary(tmp_path: Path, save_script: Save) -> None:
+    """A module that takes one batch size is not given a dynamic one."""
+
+    class Fixed(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.reshape(2, 4) * 2
+
+    path = save_script(Fixed(), tmp_path / "m.pt")
+    with pytest.raises(InvalidInputsError, match="'batch' cannot vary"):
+        load(path, ["x:float32[batch,4]"])
+    assert load(path, ["x:float32[2,4]"]).inputs[0].shape == (2, 4)
+
+
+def test_modules_in_training_mode(tmp_path: Path, save_script: Save, small_net: torch.nn.Module) -> None:
+    """Dropout and batch statistics are off in the result."""
+    torch.manual_seed(0)
+    module = type(small_net)()
+    module.load_state_dict(small_net.state_dict())
+    model = load(save_script(module.train(), tmp_path / "m.pt"), ["x:float32[batch,1,12,12]"])
+    x = np.random.default_rng(0).standard_normal((4, 1, 12, 12)).astype(np.float32)
+    with torch.no_grad():
+        wanted = small_net(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(run_onnx(model, [{"x": x}])[0]["output"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_lists_of_tensors_are_explained(tmp_path: Path, save_script: Save) -> None:
+    """An argument that ONNX cannot have is named."""
+
+    class Joins(torch.nn.Module):
+        def forward(self, parts: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat(parts)
+
+    with pytest.raises(InvalidInputsError, match="'parts' is a List"):
+        load(save_script(Joins(), tmp_path / "m.pt"), ["parts:float32[batch,4]"])
+
+
+def test_operators_without_onnx(tmp_path: Path, save_script: Save) -> None:
+    """What no exporter converts is an error that says which operator it was."""
+
+    class Odd(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.eigvals(x).real
+
+    with pytest.raises(CompressionError, match=r"could not be converted to ONNX") as caught:
+        load(save_script(Odd(), tmp_path / "m.pt"), ["x:float32[4,4]"])
+    assert "eigvals" in caught.value.message
+
+
+def test_damaged_archives(scripted: Path, tmp_path: Path, make: SimpleNamespace) -> None:
+    """Cut short, or with a pickle that is none."""
+    raw = scripted.read_bytes()
+    (tmp_path / "a.pt").write_bytes(raw[: len(raw) // 2])
+    make.rewrite(scripted, tmp_path / "b.pt", {"data.pkl": b"no pickle"})
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(UnsupportedFormatError):
+            load(tmp_path / name, ["x:float32[batch,1,12,12]"])
+
+
+def test_nothing_is_printed(
+    scripted: Path, tmp_path: Path, save_script: Save, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither by exporters that succeed nor by those that fail."""
+    load(scripted, ["x:float32[batch,1,12,12]"])
+    load(save_script(Counting().eval(), tmp_path / "m.pt"), ["x:float32[batch,4]"])
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        'torch.save(x, "{marker}")',
+        'ops.aten.save(x, "{marker}")',
+        'torch . save(x, "{marker}")',
+        'getattr(torch, "sa" "ve")(x, "{marker}")',
+        'torch.from_file("{marker}", True, 4)',
+    ],
+)
+def test_code_that_reaches_files_is_refused(scripted: Path, tmp_path: Path, make: SimpleNamespace, attack: str) -> None:
+    """`aten::save` and `aten::from_file` touch files, and would already in `__setstate__` while the archive loads."""
+    marker = tmp_path / "touched"
+    code = (
+        "class Extra(Module):\n  __parameters__ = []\n  __buffers__ = []\n  def forward(self, x: Tensor) -> Tensor:\n"
+        f"    _0 = {attack.format(marker=marker)}\n    return x\n"
+    )
+    changed = make.rewrite(scripted, tmp_path / "m.pt", {"code/__torch__/extra.py": code.encode()})
+    with pytest.raises(RejectedModelError) as caught:
+        load(changed, ["x:float32[batch,1,12,12]"])
+    assert caught.value.metadata["finding"] == "SCRIPT_OPERATOR"
+    assert not marker.exists()
+
+
+def test_pickles_in_an_archive_are_refused(scripted: Path, tmp_path: Path, make: SimpleNamespace) -> None:
+    """A pickle that names Python's functions is no TorchScript."""
+    marker = tmp_path / "executed"
+    for member in ("data.pkl", "constants.pkl", "traced_inputs.pkl"):
+        changed = make.rewrite(scripted, tmp_path / "m.pt", {member: make.touching_pickle(marker)})
+        with pytest.raises(RejectedModelError) as caught:
+            load(changed, ["x:float32[batch,1,12,12]"])
+        assert caught.value.metadata["finding"] == "PICKLE_GLOBAL"
+    assert not marker.exists()

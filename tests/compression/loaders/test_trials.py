@@ -1,0 +1,74 @@
+"""Sizes for dynamic dimensions are found by trying."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from modelpress_compression.errors import InvalidInputsError
+from modelpress_compression.inputs import Array, Feeds
+from modelpress_compression.loaders.trials import find_trials, first_line
+from modelpress_compression.loaders.verify import Disagreement, check_outputs
+from modelpress_compression.specs import parse_specs
+
+
+def test_a_size_that_the_model_takes() -> None:
+    """A model that takes multiples of 28 only is run at one, and the batch at another size as well."""
+
+    def run(feeds: Feeds) -> list[Array]:
+        if feeds["x"].shape[2] % 28 or feeds["x"].shape[3] % 28:
+            raise ValueError("multiples of 28 only")
+        return [feeds["x"].sum(axis=(1, 2, 3))]
+
+    trials = find_trials(run, parse_specs(["x:float32[batch,1,H,W]"]), (ValueError,))
+    assert trials.runs[0].sizes["H"] % 28 == 0
+    assert len({trial.sizes["batch"] for trial in trials.runs}) > 1
+    assert all(trial.feeds["x"].shape[0] == trial.sizes["batch"] for trial in trials.runs)
+    assert not trials.warnings
+
+
+def test_a_dimension_that_is_not_dynamic_is_reported() -> None:
+    """Not an error, since another size may simply not have been tried."""
+
+    def run(feeds: Feeds) -> list[Array]:
+        if feeds["x"].shape[1] != 64:
+            raise ValueError("64 only")
+        return [feeds["x"]]
+
+    trials = find_trials(run, parse_specs(["x:float32[batch,seq]"]), (ValueError,))
+    assert trials.runs[0].sizes["seq"] == 64
+    assert "'seq' ran at 64" in trials.warnings[0]
+
+
+def test_what_the_model_said_is_repeated() -> None:
+    """The first complaint, not the last."""
+
+    def run(feeds: Feeds) -> list[Array]:
+        raise ValueError("two channels, please")
+
+    with pytest.raises(InvalidInputsError, match="two channels, please"):
+        find_trials(run, parse_specs(["x:float32[batch,3,H,W]"]), (ValueError,))
+
+
+def test_messages_of_the_interpreter() -> None:
+    """Of TorchScript's traceback the error's own line is kept."""
+    text = (
+        "The following operation failed in the TorchScript interpreter.\nTraceback of TorchScript (most recent call last):\n"
+        '  File "code/m.py", line 3, in forward\n    x\n    ~ <--- HERE\nRuntimeError: 3 is not 4\n'
+    )
+    assert first_line(RuntimeError(text)) == "3 is not 4"
+
+
+@pytest.mark.parametrize(
+    ("got", "said"),
+    [
+        (np.ones((2, 3), np.float32) * 1.01, "differs by"),
+        (np.ones((3, 2), np.float32), "has shape"),
+        (np.full((2, 3), np.nan, np.float32), "not finite"),
+    ],
+)
+def test_outputs_that_differ(got: Array, said: str) -> None:
+    """1 % is no rounding, and neither are NaN or another shape; 0.01 % is."""
+    one = np.ones((2, 3), np.float32)
+    check_outputs([one], [one * 1.0001], ["y"])
+    with pytest.raises(Disagreement, match=said):
+        check_outputs([one], [got], ["y"])
