@@ -16,9 +16,7 @@ from modelpress_compression.runtime import run, session_of
 SAMPLES = 4
 
 
-def why_unusable(
-    original: Model, result: Model, context: Context, least_sqnr_db: float | None = None, optimize: bool = True
-) -> str | None:
+def why_unusable(original: Model, result: Model, context: Context, least_sqnr_db: float | None = None) -> str | None:
     """Why the result cannot be used: it does not run, is not finite where the original is, or agrees too little.
 
     `least_sqnr_db`: the floor for each floating-point output over all samples; None: any agreement will do.

@@ -151,20 +151,33 @@ def test_ragged_samples_calibrate(mlp, quantize, sqnr, vectors) -> None:  # type
     assert sqnr(mlp, result.model, vectors) > 20
 
 
-def test_activation_outliers_send_a_product_to_run_time_ranges(  # type: ignore[no-untyped-def]
+def test_a_convolution_that_would_lose_its_signal_stays_float(  # type: ignore[no-untyped-def]
+    build, images, quantize, rng
+) -> None:
+    """A huge channel that the weights ignore takes all the levels: the convolution is left, with its ratio."""
+    weight = rng.normal(0, 0.2, (8, 8, 3, 3)).astype(np.float32)
+    weight[:, 0] = 0
+    model = build([helper.make_node("Conv", ["x", "w"], ["y"], "c")], {"w": weight}, {"x": ["n", 8, 12, 12]})
+    loud = {"x": images["x"].copy()}
+    loud["x"][:, 0] *= 1000
+    result = quantize(model, loud, scheme="static", calibration="minmax")
+    assert not result.changed
+    assert any(skip.node == "c" and "signal-to-noise" in skip.reason for skip in result.skipped)
+
+
+def test_a_product_below_the_floor_takes_its_range_at_run_time(  # type: ignore[no-untyped-def]
     build, quantize, rng, operators
 ) -> None:
-    """One sample a thousand times larger than the rest: a fixed range would leave the rest nothing."""
-    model = build(
-        [helper.make_node("MatMul", ["x", "w"], ["y"], "product")],
-        {"w": rng.normal(0, 0.2, (32, 16)).astype(np.float32)},
-        {"x": ["n", 4, 32]},
-    )
-    values = rng.normal(0, 0.01, (16, 4, 32)).astype(np.float32)
-    values[:, 0, 0] = 100
+    """A huge element that the weights ignore costs a fixed range its resolution: the product becomes dynamic."""
+    weight = rng.normal(0, 0.2, (32, 16)).astype(np.float32)
+    weight[0] = 0
+    model = build([helper.make_node("MatMul", ["x", "w"], ["y"], "product")], {"w": weight}, {"x": ["n", 4, 32]})
+    values = rng.normal(0, 1, (16, 4, 32)).astype(np.float32)
+    values[0, 0, 0] = 500
     result = quantize(model, {"x": values}, scheme="static", calibration="minmax")
     assert result.changes == {"MatMul": 1}
-    assert ("MatMulInteger" in operators(result.model)) != ("QuantizeLinear" in operators(result.model))
+    assert "MatMulInteger" in operators(result.model)
+    assert "QuantizeLinear" not in operators(result.model)
 
 
 def test_shared_weights_are_stored_once(build, images, quantize, rng) -> None:  # type: ignore[no-untyped-def]
