@@ -77,9 +77,12 @@ def _quality_words(report: Mapping[str, Any]) -> str:
     if fidelity is None:
         return ""
     if fidelity["top1_agreement"] is not None:
-        return f"; {percent(fidelity['top1_agreement'])} of the answers unchanged"
-    cosine = _lowest_cosine(fidelity)
-    return "" if cosine is None else f"; output cosine {cosine:.4f}"
+        words = f"; {percent(fidelity['top1_agreement'])} of the answers unchanged"
+    else:
+        cosine = _lowest_cosine(fidelity)
+        words = "" if cosine is None else f"; output cosine {cosine:.4f}"
+    # Noise proves little: whoever reads one sentence only must not miss that.
+    return words + (" on synthetic inputs" if words and fidelity["data"] == "synthetic" else "")
 
 
 def _metric(accuracy: Mapping[str, Any], role: str) -> str:

@@ -95,19 +95,22 @@ def candidates(rows: Sequence[Mapping[str, Any]]) -> str:
         speed = NOT_MEASURED
         if speedup:
             speed = f"{ratio(speedup['median'])} <small>{speedup['low']:.2f} to {speedup['high']:.2f}</small>"
-        verdict = tag("b", "chosen", class_="verdict faster") if row.get("chosen") else escape(row.get("reason") or "")
+        name = escape(row.get("name", ""))
+        if row.get("chosen"):
+            name += " " + tag("b", "chosen", class_="chosen")
+        elif row.get("reason"):
+            name += tag("p", escape(row["reason"]), class_="quiet")
         drop = row.get("drop")
         written.append(
             [
-                escape(row.get("name", "")),
+                name,
                 size(row.get("size_bytes")),
                 speed,
                 percent(row.get("agreement"), 2),
                 NOT_MEASURED if drop is None else f"{drop:.4f}",
-                verdict,
             ]
         )
-    headers = ("Candidate", "Size", "Speed", "Agreement", "Drop", "Outcome")
+    headers = ("Candidate", "Size", "Speed", "Agreement", "Drop")
     return table(headers, written, numeric=(1, 2, 3, 4)) if written else ""
 
 

@@ -59,7 +59,7 @@ def test_the_page_says_everything(inputs: ReportInputs) -> None:
     """Headline, broken constraint, warning, figures, steps, skipped nodes by reason, candidates, recipe."""
     text = Page(render_html(build_report(inputs))).text
     for part in (
-        "4.00× smaller, 2.00× as fast; 99.7 % of the answers unchanged.",
+        "4.00× smaller, 2.00× as fast; 99.7 % of the answers unchanged on synthetic inputs.",
         "top1 falls by 0.02",
         "calibrated on synthetic inputs",
         "4.00 MB",
