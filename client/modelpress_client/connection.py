@@ -85,7 +85,11 @@ class Connection:
         try:
             await asyncio.wait_for(self._channel.channel_ready(), timeout_s)
         except TimeoutError:
-            tls = "" if self.settings.uses_tls else " If it speaks TLS, pass --ca FILE or https://HOST:PORT."
+            tls = (
+                " Its certificate may not be one that is trusted here: name its authority with --ca FILE."
+                if self.settings.uses_tls
+                else " If it speaks TLS, pass --ca FILE or https://HOST:PORT."
+            )
             raise ServerUnreachableError(
                 f"No server answers at {self.settings.address} (waited {timeout_s:g} s). Start one with "
                 f"'compress-server', name another with --server HOST:PORT, or use --local.{tls}"

@@ -296,4 +296,6 @@ def _paragraph(text: str, details: StatusDetails, hint: str) -> str:
     listed = [f"{item.get('field') or item.get('subject')}: {item['description']}" for item in details.violations]
     # The server may have put the violations into the message already.
     unsaid = [item for item in listed if item not in text]
-    return "\n".join([text if not hint else f"{text.rstrip('.')}. {hint}", *unsaid])
+    # The server's own text may have the hint in its words.
+    hinted = f"{text.rstrip('.')}. {hint}" if hint and "COMPRESS_TOKEN" not in text else text
+    return "\n".join([hinted, *unsaid])

@@ -46,6 +46,8 @@ for _command in (*compressing.COMMANDS, *results.COMMANDS, *listing.COMMANDS, *s
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `compress-client`. Leaves by SystemExit."""
+    # gRPC's core writes every failed handshake to stderr; what matters is in our own message.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     sys.exit(_run(given))
 
