@@ -169,7 +169,7 @@ def resnet18(width: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000))
 
 
-@pytest.mark.parametrize("width", [8, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("width", [8, 64])
 def test_resnet18_is_what_torch_counts(width: int, model_from_torch: Callable[..., Model]) -> None:
     """Equal to torch's FlopCounterMode (two operations a MAC); at full width the known 1.814 GMACs."""
     module = resnet18(width).eval()
