@@ -31,7 +31,7 @@ def batch_symbols(specs: Sequence[TensorSpec]) -> list[str]:
 def example_feeds(
     specs: Sequence[TensorSpec], sizes: Mapping[str, int], *, batch: int | None = None, seed: int = 0
 ) -> Feeds:
-    """One array per input. `sizes`: extent of each dynamic dimension; `batch`: of those that count samples.
+    """One array per input. `sizes`: extent of each dynamic dimension ("": of unnamed ones); `batch`: of sample axes.
 
     Floating-point inputs are standard normal. Integers are 0 or 1: ids within any vocabulary, values of any mask.
     """
@@ -43,7 +43,8 @@ def example_feeds(
 
 
 def _array(spec: TensorSpec, sizes: Mapping[str, int], unknown: int, rng: np.random.Generator) -> Array:
-    shape = [dim if isinstance(dim, int) else sizes[dim] if dim is not None else unknown for dim in spec.shape]
+    inner = sizes.get("", unknown)
+    shape = [_extent(dim, inner if axis else unknown, sizes) for axis, dim in enumerate(spec.shape)]
     if spec.dtype == "bfloat16":
         import ml_dtypes
 
@@ -52,3 +53,7 @@ def _array(spec: TensorSpec, sizes: Mapping[str, int], unknown: int, rng: np.ran
     if dtype.kind == "f":
         return np.asarray(rng.standard_normal(shape), dtype=dtype)
     return np.asarray(rng.integers(0, 2, shape), dtype=dtype)
+
+
+def _extent(dim: int | str | None, unknown: int, sizes: Mapping[str, int]) -> int:
+    return dim if isinstance(dim, int) else unknown if dim is None else sizes[dim]

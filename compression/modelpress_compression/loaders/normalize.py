@@ -19,6 +19,8 @@ from modelpress_compression.model import MAX_IR_VERSION, Model
 
 MIN_IR_VERSION = 8  # below 4 initializers had to be inputs, 8 brought functions; nothing that is written needs older
 
+_NO_NAMES = ("", "?", "-1", "None", "unk")
+
 
 def normalize(model: Model) -> Model:
     """The same model in the shape described above. Raises RejectedModelError, ModelNotRunnableError."""
@@ -28,6 +30,7 @@ def normalize(model: Model) -> Model:
     try:
         with quiet():
             _inline(ir)
+            _forget_false_names(ir)
             _tidy(ir)
     except (onnx_ir.passes.PassError, ValueError, KeyError, TypeError, AssertionError) as error:
         cause = error.__cause__ or error
@@ -47,6 +50,15 @@ def _inline(ir: onnx_ir.Model) -> None:
         common.InlinePass()(ir)
         ir.functions.clear()
         common.RemoveUnusedOpsetsPass()(ir)
+
+
+def _forget_false_names(ir: onnx_ir.Model) -> None:
+    """Dimensions of inputs called `?` or -1 are unknown: two of them need not be the same."""
+    for value in ir.graph.inputs:
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape(
+                None if isinstance(dim, onnx_ir.SymbolicDim) and dim.value in _NO_NAMES else dim for dim in value.shape
+            )
 
 
 def _tidy(ir: onnx_ir.Model) -> None:

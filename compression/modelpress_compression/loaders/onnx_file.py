@@ -47,7 +47,9 @@ def load_onnx(source: Source, specs: Sequence[TensorSpec]) -> Model:
 def from_exporter(path: str | os.PathLike[str], provenance: Provenance) -> Model:
     """The file that an exporter of ours wrote; its inputs and outputs are as the exporter named them."""
     path = Path(path)
-    return normalize(Model(_to_ir(_parse(path), path.parent), provenance))
+    # In memory: the exporter's folder is gone before the model is.
+    ir = onnx_ir.external_data.load_to_model(_to_ir(_parse(path), path.parent))
+    return normalize(Model(ir, provenance))
 
 
 def _parse(path: Path) -> onnx.ModelProto:

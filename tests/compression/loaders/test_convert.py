@@ -117,6 +117,7 @@ def test_pickled_modules_need_trust(project: tuple[Path, str], capsys: pytest.Ca
     """Without --trust-pickle nothing is executed; with it the module is converted. The command runs as a process."""
     folder, code = project
     torch.save(importlib.import_module(code).Net().eval(), "m.pt")
+    capsys.readouterr()  # the import's own noise
     reason, message = error_of(capsys, "m.pt", "--output", "out.onnx", "--input", SPEC)
     assert reason == "MODEL_REJECTED"
     assert "--trust-pickle" in message

@@ -153,3 +153,12 @@ def test_loading_twice_changes_nothing(tmp_path: Path, make: SimpleNamespace) ->
     assert [node.name for node in again.nodes()] == [node.name for node in model.nodes()]
     assert again.inputs == model.inputs
     assert again.outputs == model.outputs
+
+
+def test_dimensions_without_a_name(tmp_path: Path, make: SimpleNamespace) -> None:
+    """`?` is how some exporters write "unknown", not a dimension called so."""
+    proto = make.onnx_model(
+        [helper.make_node("Relu", ["x"], ["y"])], inputs={"x": ["?", "n"]}, outputs={"y": ["?", "n"]}
+    )
+    model = load(make.write_onnx(proto, tmp_path / "m.onnx"))
+    assert model.inputs[0].shape == (None, "n")

@@ -52,7 +52,8 @@ def test_what_the_model_said_is_repeated() -> None:
 def test_messages_of_the_interpreter() -> None:
     """Of TorchScript's traceback the error's own line is kept."""
     text = (
-        "The following operation failed in the TorchScript interpreter.\nTraceback of TorchScript (most recent call last):\n"
+        "The following operation failed in the TorchScript interpreter.\n"
+        "Traceback of TorchScript (most recent call last):\n"
         '  File "code/m.py", line 3, in forward\n    x\n    ~ <--- HERE\nRuntimeError: 3 is not 4\n'
     )
     assert first_line(RuntimeError(text)) == "3 is not 4"
