@@ -38,7 +38,11 @@ def _steps(report: Report) -> str:
 
 
 def _environment(report: Report) -> str:
-    values = ", ".join(f"{name} {value}" for name, value in report.environment.items() if value)
+    shown = {
+        name: " ".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in report.environment.items()
+    }
+    values = ", ".join(f"{name} {value}" for name, value in shown.items() if value)
     return f"Job `{report.job}`" + (f"; measured with {_escape(values)}." if values else ".")
 
 
