@@ -157,7 +157,8 @@ class Job:
 class Client:
     """A client of one server and one project, for code without asyncio. Use as a context manager, or call `close`.
 
-    Methods may be called from several threads; `on_progress` is called in a thread of the client's own. All that AsyncClient says of arguments and exceptions holds here.
+    Methods may be called from several threads; `on_progress` is called in a thread of the client's own.
+    All that AsyncClient says of arguments and exceptions holds here.
     """
 
     def __init__(
