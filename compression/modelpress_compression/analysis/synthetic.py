@@ -1,8 +1,8 @@
 """Inputs for a model that came without data: shapes by trying until it runs, values by what the graph does with them.
 
 Extents of dynamic dimensions are looked for in a fixed order, equal names having equal extents: what the first Conv or
-matrix product demands; what a name suggests (seq: 128, height: 224); what its place suggests. See `values` for the
-rest.
+matrix product demands; what a name suggests (seq: 128, height: 224); what its place suggests; what failures name. See
+`values` for the rest.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 
 import numpy as np
 import onnx_ir
@@ -27,6 +27,9 @@ from modelpress_compression.specs import TensorSpec
 DEFAULT_SAMPLES = 32
 MAX_BYTES = 256 * 1024**2  # 256 MiB: of larger inputs there are fewer samples
 MAX_TRIES = 200
+# How many failures, and numbers in each, are read for sizes that the graph insists on.
+_READ_PROBLEMS = 3
+_READ_NUMBERS = 8
 TIME_LIMIT_S = 90.0
 
 _SPATIAL = (224, 64, 48, 32, 128, 256, 320, 640, 28, 299, 512, 16, 8, 1)
@@ -146,19 +149,35 @@ def _demanded(value: onnx_ir.Value, axis: int, rank: int) -> int | None:
     return None
 
 
-def _bindings(plan: _Plan) -> Iterator[dict[str, int]]:
-    """Extents to try: all candidates in step first, then every combination. Names that are sums follow their terms."""
+def _bindings(plan: _Plan, problems: Sequence[str]) -> Iterator[dict[str, int]]:
+    """Extents to try: all candidates in step, numbers that failures name, every combination.
+
+    Names that are sums follow their terms. `problems` grows while the caller tries.
+    """
     free = {key: extents for key, extents in plan.candidates.items() if not _SUM.fullmatch(key)}
     sums = plan.candidates.keys() - free.keys()
     seen: set[tuple[int, ...]] = set()
     longest = max((len(extents) for extents in free.values()), default=1)
     in_step = (tuple(extents[min(index, len(extents) - 1)] for extents in free.values()) for index in range(longest))
-    for combination in (*in_step, *_limited(product(*free.values()))):
+    # Lazily one after the other: what fails first says what to try next.
+    for combination in chain(in_step, _named_by(problems, free), _limited(product(*free.values()))):
         if combination in seen:
             continue
         seen.add(combination)
         binding = dict(zip(free, combination, strict=True))
         yield binding | {key: _sum(key, binding) for key in sums}
+
+
+def _named_by(problems: Sequence[str], free: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    """A size that was baked in while tracing stands in the failure: 'requested shape:{7,4,8}', '7 by 128'."""
+    for problem in list(problems)[:_READ_PROBLEMS]:
+        numbers = dict.fromkeys(int(digits) for digits in re.findall(r"\b\d{1,5}\b", problem))
+        for extent in list(numbers)[:_READ_NUMBERS]:
+            for alone in (None, *free):
+                yield tuple(
+                    extent if len(extents) > 1 and extent > 0 and alone in (None, key) else extents[0]
+                    for key, extents in free.items()
+                )
 
 
 def _limited(combinations: Iterator[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
@@ -190,9 +209,10 @@ def _find_extents(model: Model, plan: _Plan, seed: int) -> tuple[dict[str, int],
     deadline = time.monotonic() + TIME_LIMIT_S
     runs_but_not_finite: tuple[dict[str, int], int] | None = None
     tried: list[str] = []
-    problem = ""
+    problems: list[str] = []
     with session_of(model, threads=2) as session:
-        for binding, attempt in product(_bindings(plan), range(1 if certain else ATTEMPTS)):
+        attempts = range(1 if certain else ATTEMPTS)
+        for binding, attempt in ((binding, attempt) for binding in _bindings(plan, problems) for attempt in attempts):
             if len(tried) >= MAX_TRIES or time.monotonic() > deadline:
                 break
             rng = np.random.default_rng(seed)
@@ -205,7 +225,7 @@ def _find_extents(model: Model, plan: _Plan, seed: int) -> tuple[dict[str, int],
             try:
                 outputs = run(session, feeds)
             except ModelNotRunnableError as error:
-                problem = problem or error.message
+                problems.append(error.message)
                 continue
             if all(output.dtype.kind != "f" or bool(np.isfinite(output).all()) for output in outputs.values()):
                 return binding, attempt
@@ -214,5 +234,5 @@ def _find_extents(model: Model, plan: _Plan, seed: int) -> tuple[dict[str, int],
         return runs_but_not_finite
     raise ModelNotRunnableError(
         f"The model did not run on any made-up input, {len(tried)} shapes tried, such as {'; '.join(tried[:3])}. "
-        f"The first failure: {problem} Give inputs that it runs on with --data FILE.npz."
+        f"The first failure: {problems[0] if problems else 'none'} Give inputs that it runs on with --data FILE.npz."
     )

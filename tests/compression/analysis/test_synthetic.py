@@ -100,6 +100,16 @@ def test_sums_of_dimensions_follow_their_terms(model_from_text: Callable[..., Mo
     assert total == past + seq
 
 
+def test_a_size_baked_into_the_graph_is_read_from_the_failure(model_from_text: Callable[..., Model]) -> None:
+    """A dimension that is dynamic in name only: the Reshape wants 7 rows, and its failure says so."""
+    text = f"{HEAD} g (float[batch,seq,4] x) => (float[batch,7,2,2] y) {{ y = Reshape(x, s) }}"
+    data = synthetic_inputs(model_from_text(text, {"s": np.int64([-1, 7, 2, 2])}), samples=2)
+    assert data.arrays["x"].shape[1] % 7 == 0
+    added = f"{HEAD} g (float[batch,seq,4] x) => (float[batch,seq,4] y) {{ y = Add(x, positions) }}"
+    data = synthetic_inputs(model_from_text(added, {"positions": np.ones((1, 11, 4), np.float32)}), samples=2)
+    assert data.arrays["x"].shape[1] in (1, 11)
+
+
 def test_the_same_seed_gives_the_same_inputs(model_from_text: Callable[..., Model]) -> None:
     """Reports can be repeated: inputs depend on model and seed alone."""
     text = f"{HEAD} g (float[batch,4] x) => (float[batch,4] y) {{ y = Relu(x) }}"
