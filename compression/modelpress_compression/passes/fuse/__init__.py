@@ -11,7 +11,9 @@ What is *not* written, by measurement (onnxruntime 1.31, one thread; time with t
     FusedConv with Relu, Clip, Sigmoid, Tanh, HardSigmoid, LeakyRelu   0.995 - 1.001
     FusedConv with a summand (Conv, Add, Relu)                         1.25: it keeps onnxruntime from its NCHWc layout
     FusedGemm with Relu, Sigmoid, Tanh                                 0.96 - 1.00
-    SkipLayerNormalization, BiasGelu, FusedMatMul, QuickGelu           1.00: made at load time as well
+    BiasGelu, FusedMatMul, QuickGelu                                   1.00: made at load time as well
+    SkipLayerNormalization                                             1.07: slower than what it replaces
+                                                                       (see `residual_shapes`)
 
 onnxruntime makes all of these itself when it loads a model. Written into the file they would gain nothing, bind it to
 onnxruntime, and hide Conv and Gemm from quantization. `activations` therefore brings activations into the standard
@@ -42,6 +44,7 @@ from modelpress_compression.passes.fuse.layer_normalization import FuseLayerNorm
 from modelpress_compression.passes.fuse.matmul_affine import FuseMatMulAffine
 from modelpress_compression.passes.fuse.no_ops import MergeTransposes, RemoveNoOps
 from modelpress_compression.passes.fuse.pad_conv import FusePadConv
+from modelpress_compression.passes.fuse.residual_shapes import forget_residual_shapes
 from modelpress_compression.passes.fuse.rewriting import MICROSOFT, Rewrite, Scope, Tally, apply
 from modelpress_compression.passes.fuse.verification import Verification
 from modelpress_compression.techniques import FuseConfig
@@ -87,6 +90,8 @@ class Fuse:
                 continue
             current = candidate
             tally.fired += made.fired
+        if self._config.transformers and current is not model:
+            forget_residual_shapes(current.ir)
         context.progress(1.0, "fused")
         return PassResult(current, dict(tally.fired), _still_there(tally.skipped, current, groups))
 
