@@ -37,6 +37,7 @@ def open_session(
     options.log_severity_level = 4  # failures come as exceptions; the log would repeat them
     # Spinning threads would disturb whatever else is measured in this process.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:

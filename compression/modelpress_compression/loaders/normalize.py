@@ -23,12 +23,17 @@ _NO_NAMES = ("", "?", "-1", "None", "unk")
 
 
 def normalize(model: Model) -> Model:
-    """The same model in the shape described above. Raises RejectedModelError, ModelNotRunnableError."""
-    model = model.clone()
-    ir = model.ir
-    ir.ir_version = max(MIN_IR_VERSION, min(ir.ir_version, MAX_IR_VERSION))
+    """The same model in the shape described above; `model` itself is at most sorted.
+
+    Raises RejectedModelError, ModelNotRunnableError.
+    """
     try:
         with quiet():
+            # Some tools append nodes behind their users; onnxruntime takes that, the standard and `clone` do not.
+            common.TopologicalSortPass()(model.ir)
+            model = model.clone()
+            ir = model.ir
+            ir.ir_version = max(MIN_IR_VERSION, min(ir.ir_version, MAX_IR_VERSION))
             _inline(ir)
             _forget_false_names(ir)
             _tidy(ir)

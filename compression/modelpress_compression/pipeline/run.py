@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from modelpress_compression.analysis.shapes import sample_shapes
 from modelpress_compression.analysis.stats import model_stats
 from modelpress_compression.analysis.synthetic import synthetic_inputs
 from modelpress_compression.errors import ModelNotRunnableError
@@ -100,16 +101,17 @@ def compress(
         for warning in warnings:
             log("WARNING", warning)
         progress.begin(len(stages) - 1, "writing the report")
+        shapes = sample_shapes(inputs)
         report = build_report(
             ReportInputs(
                 job=job,
                 recipe=recipe.to_dict(),
                 provenance=model.provenance,
                 original_onnx_size_bytes=file_size_bytes(original),
-                original=model_stats(model),
+                original=model_stats(model, shapes),
                 optimized_sha256=_sha256(path),
                 optimized_size_bytes=file_size_bytes(path),
-                optimized=model_stats(final),
+                optimized=model_stats(final, shapes),
                 latency=measured.latency,
                 fidelity=measured.fidelity,
                 accuracy=measured.accuracy,

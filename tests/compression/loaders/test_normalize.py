@@ -162,3 +162,16 @@ def test_dimensions_without_a_name(tmp_path: Path, make: SimpleNamespace) -> Non
     )
     model = load(make.write_onnx(proto, tmp_path / "m.onnx"))
     assert model.inputs[0].shape == (None, "n")
+
+
+def test_unsorted_graphs_are_sorted(tmp_path: Path) -> None:
+    """A node that stands before its input's producer, as some tools write it: onnxruntime takes that, and so do we."""
+    nodes = [helper.make_node("Neg", ["a"], ["y"]), helper.make_node("Abs", ["x"], ["a"])]
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 4]) for name in "xy"]
+    graph = helper.make_graph(nodes, "unsorted", infos[:1], infos[1:])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    (tmp_path / "unsorted.onnx").write_bytes(proto.SerializeToString())
+    model = load(tmp_path / "unsorted.onnx")
+    assert [node.op_type for node in model.nodes()] == ["Abs", "Neg"]
+    value = run_onnx(model, [{"x": np.full((1, 4), -2, np.float32)}])[0]["y"]
+    np.testing.assert_array_equal(value, np.full((1, 4), -2, np.float32))

@@ -2,10 +2,9 @@
 
 - static: 8-bit weights and activations, ranges from calibration (static.py).
 - dynamic: 8-bit weights, activations quantized by the range that they have in each run (dynamic.py).
-- float16: half precision (float16.py).
+- float16: weights in half precision (float16.py).
 
-Every result is run once on some of the data before it is given back (verify.py): a model that does not load, or gives
-infinite or NaN values where the original does not, is thrown away, and the reason takes its place.
+Whether the result runs and is finite is the pipeline's to check, as it does for every pass.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded
 from modelpress_compression.passes.quantize.edit import Editor, clean
 from modelpress_compression.passes.quantize.expand import expand_fused
-from modelpress_compression.passes.quantize.float16 import compute_in_float16, store_in_float16, why_not_compute
+from modelpress_compression.passes.quantize.float16 import store_in_float16
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.static import quantize_nodes, quantize_static
-from modelpress_compression.passes.quantize.verify import why_unusable
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.techniques import QuantizeConfig
 
@@ -27,8 +25,6 @@ __all__ = ["Quantize"]
 
 # Per-axis scales came with opset 13.
 MIN_OPSET = 13
-# Below this float16 has lost something on the way, such as an overflow; rounding alone leaves over 40 dB.
-FLOAT16_FLOOR_DB = 25.0
 _QUANTIZED_OPERATORS = frozenset(
     [
         "QuantizeLinear",
@@ -63,38 +59,16 @@ class Quantize:
         if reason := _why_not(model):
             return PassResult(model, skipped=(Skip("model", reason),))
         findings = Findings(warnings=_unmatched(model, self._config.exclude))
-        if self._config.scheme == "float16":
-            return self._to_float16(model, context, findings)
         work = model.clone()
-        self._to_8_bits(work, context, findings)
-        if not any(findings.changes.values()):
-            return _unchanged(model, findings)
-        clean(work)
-        context.progress(0.95, "checking the quantized model")
-        if reason := why_unusable(model, work, context):
-            return _unchanged(model, findings, reason)
-        return _changed(work, findings)
-
-    def _to_float16(self, model: Model, context: Context, findings: Findings) -> PassResult:
-        """Computed in float16 if that stands the check, else stored in it."""
-        computed = Findings(warnings=list(findings.warnings))
-        reason = why_not_compute(model, context)
-        work = None if reason else compute_in_float16(model.clone(), self._config.exclude, computed)
-        if work is None:
-            reason = reason or "the model is too large for the conversion in memory"
+        if self._config.scheme == "float16":
+            store_in_float16(work, self._config.exclude, findings)
         else:
-            context.progress(0.5, "checking the model in float16")
-            reason = why_unusable(model, work, context, FLOAT16_FLOOR_DB)
-            if reason is None and computed.changes:
-                return _changed(work, computed)
-        stored = model.clone()
-        store_in_float16(stored, self._config.exclude, findings)
-        if not findings.changes:
-            return _unchanged(model, findings)
-        if unusable := why_unusable(model, stored, context):
-            return _unchanged(model, findings, unusable)
-        findings.skipped.append(Skip("model", f"weights are stored in float16, but computed with in float32: {reason}"))
-        return _changed(stored, findings)
+            self._to_8_bits(work, context, findings)
+            clean(work)
+        changed = any(findings.changes.values())
+        return PassResult(
+            work if changed else model, dict(findings.changes), tuple(findings.skipped), tuple(findings.warnings)
+        )
 
     def _to_8_bits(self, work: Model, context: Context, findings: Findings) -> None:
         editor, config = Editor(work), self._config
@@ -131,12 +105,3 @@ def _unmatched(model: Model, patterns: tuple[str, ...]) -> list[str]:
         for pattern in patterns
         if not any(is_excluded(name, (pattern,)) for name in names)
     ]
-
-
-def _changed(model: Model, findings: Findings) -> PassResult:
-    return PassResult(model, dict(findings.changes), tuple(findings.skipped), tuple(findings.warnings))
-
-
-def _unchanged(model: Model, findings: Findings, reason: str | None = None) -> PassResult:
-    own = (Skip("model", reason),) if reason else ()
-    return PassResult(model, skipped=(*own, *findings.skipped), warnings=tuple(findings.warnings))

@@ -119,15 +119,14 @@ def test_float16_halves_and_keeps_types(cnn, images, quantize, sqnr) -> None:  #
     assert sqnr(cnn, result.model, images) > 50
 
 
-def test_float16_overflow_falls_back_to_storing(build, quantize, sqnr, rng) -> None:  # type: ignore[no-untyped-def]
-    """Activations beyond 65504 rule out computing in float16; weights are stored in it all the same: over 50 dB."""
+def test_float16_does_not_overflow_in_activations(build, quantize, sqnr, rng) -> None:  # type: ignore[no-untyped-def]
+    """Activations beyond 65504 do no harm, since only weights are stored in float16: over 50 dB."""
     weights = {"w": rng.normal(0, 1000, (32, 32)).astype(np.float32), "v": rng.normal(0, 1, (32, 8)).astype(np.float32)}
     nodes = [NODE("MatMul", ["x", "w"], ["a"], "large"), NODE("MatMul", ["a", "v"], ["y"], "next")]
     model = build(nodes, weights, {"x": ["n", 4, 32]})
     samples = {"x": rng.normal(0, 100, (4, 4, 32)).astype(np.float32)}
     result = quantize(model, samples, scheme="float16")
     assert result.changes == {"MatMul": 2}
-    assert any("computed with in float32" in skip.reason for skip in result.skipped)
     assert result.model.weight_bytes() <= 0.5 * model.weight_bytes()
     assert sqnr(model, result.model, samples) > 50
 
