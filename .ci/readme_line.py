@@ -1,6 +1,6 @@
 """Prints one of README.md's copyable command lines, so that CI runs what people are told to run.
 
-    python3 .ci/readme_line.py test
+python3 .ci/readme_line.py test
 """
 
 from __future__ import annotations
