@@ -58,7 +58,7 @@ class FuseConfig:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Zeroing of weights. `sparsity`, in [0, 1), is the share removed; `n:m` removes n of every m along the input axis."""
+    """Zeroing of weights. `sparsity`, in [0, 1): share removed; `n:m` removes n of every m along the input axis."""
 
     structure: str = "unstructured"
     sparsity: float = 0.5

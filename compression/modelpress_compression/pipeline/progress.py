@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from modelpress_compression.recipe import Recipe
+
 # stage, stage_index, stage_count, fraction of the whole job, one line for people
 ProgressListener = Callable[[str, int, int, float, str], None]
 
 # Shares of the whole: loading was done before, measuring takes about as long as a step.
 _WEIGHTS = {"load": 1.0, "measure": 3.0, "report": 0.2}
 _STEP_WEIGHT = 3.0
+
+
+def stages_of(recipe: Recipe) -> tuple[str, ...]:
+    """Names of a job's stages, in order. Loading comes before `compress` and is the caller's to report."""
+    return ("load", *(step.technique for step in recipe.steps), "measure", "report")
 
 
 @dataclass

@@ -21,7 +21,7 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.pipeline.auto import choose_quantization
 from modelpress_compression.pipeline.measuring import measure, not_better
-from modelpress_compression.pipeline.progress import Progress, ProgressListener
+from modelpress_compression.pipeline.progress import Progress, ProgressListener, stages_of
 from modelpress_compression.pipeline.steps import StepRecord, apply_step, broken, file_size_bytes, save
 from modelpress_compression.recipe import Recipe
 from modelpress_compression.report.build import ReportInputs, StepRow, build_report
@@ -78,7 +78,7 @@ def compress(
     """
     began = time.monotonic()
     deadline = None if time_limit_s is None else began + time_limit_s
-    stages = ("load", *(step.technique for step in recipe.steps), "measure", "report")
+    stages = stages_of(recipe)
     progress = Progress(stages, on_progress)
     log = on_log or (lambda severity, text: None)
     with _work_directory(work_directory) as work:

@@ -15,7 +15,7 @@ from modelpress_compression.inputs import EvaluationData, InputData
 from modelpress_compression.inspection import inspect_model
 from modelpress_compression.loaders import detect, load
 from modelpress_compression.model import Model
-from modelpress_compression.pipeline import Result, compress
+from modelpress_compression.pipeline import Result, compress, stages_of
 from modelpress_protos.internal.v1 import worker_pb2
 
 from modelpress_server.executors.sandbox import LEVEL_FILES_AND_NETWORK
@@ -70,8 +70,8 @@ def _inspect(task: worker_pb2.InspectTask, context: TaskContext) -> worker_pb2.W
 
 def _compress(task: worker_pb2.CompressTask, context: TaskContext) -> worker_pb2.WorkerEvent:
     began = time.monotonic()
-    context.events.progress("load", 0, 1, 0.0, "loading the model")
     recipe = convert.recipe_from_proto(task.recipe)
+    context.events.progress("load", 0, len(stages_of(recipe)), 0.0, "loading the model")
     model = _load(task.model, context)
     data = InputData.read(task.data_path, model.inputs, context.directory) if task.data_path else None
     eval_data = EvaluationData.read(task.eval_path, model.inputs, context.directory) if task.eval_path else None
