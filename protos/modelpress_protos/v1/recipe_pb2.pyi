@@ -114,7 +114,7 @@ class FuseStep(_message.Message):
     TRANSFORMERS_FIELD_NUMBER: _builtins.int
     EXCLUDE_FIELD_NUMBER: _builtins.int
     activations: _builtins.bool
-    """Fuse the activation that follows a Conv or Gemm into it."""
+    """Bring activations written out as chains of operators into the forms that onnxruntime fuses into Conv."""
     transformers: _builtins.bool
     """Fuse attention, LayerNormalization, GELU and skip connections of transformers."""
     @_builtins.property
