@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,7 +68,7 @@ def test_an_inspection_keeps_what_is_unknown_unset(macs: int | None) -> None:
 
 def test_a_summary_leaves_out_what_was_not_measured() -> None:
     """No labels, no accuracy; no classes, no agreement: unset, not zero."""
-    report = {
+    report: dict[str, Any] = {
         "original": {"onnx_size_bytes": 100}, "optimized": {"size_bytes": 25}, "latency": [], "accuracy": None,
         "fidelity": {"top1_agreement": None}, "constraints": {"met": False, "violations": ["too slow"]},
     }  # fmt: skip
