@@ -10,6 +10,7 @@ import onnx
 import onnx_ir
 from google.protobuf.message import DecodeError
 
+from modelpress_compression.analysis.metadata import clear_debug_metadata
 from modelpress_compression.errors import (
     ModelNotRunnableError,
     RejectedModelError,
@@ -49,6 +50,7 @@ def from_exporter(path: str | os.PathLike[str], provenance: Provenance) -> Model
     path = Path(path)
     # In memory: the exporter's folder is gone before the model is.
     ir = onnx_ir.external_data.load_to_model(_to_ir(_parse(path), path.parent))
+    clear_debug_metadata(ir)  # the exporter's, not the user's
     return normalize(Model(ir, provenance))
 
 

@@ -6,6 +6,8 @@ Three groups, each verified on representative inputs and undone as a whole when 
     activations    hard swish and hard sigmoid in the form that onnxruntime fuses into its convolutions
     transformers   attention, GELU, layer normalization
 
+What exporters leave behind for debugging (stack traces, module paths) goes as well.
+
 What is *not* written, by measurement (onnxruntime 1.31, one thread; time with the fused node over time without):
 
     FusedConv with Relu, Clip, Sigmoid, Tanh, HardSigmoid, LeakyRelu   0.995 - 1.001
@@ -30,6 +32,7 @@ import onnx_ir
 from onnx_ir.passes import common as ir_passes
 
 from modelpress_compression.analysis.graph import label
+from modelpress_compression.analysis.metadata import clear_debug_metadata
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip
 from modelpress_compression.passes.fuse.affine_conv import FuseAffineConv
@@ -90,6 +93,8 @@ class Fuse:
                 continue
             current = candidate
             tally.fired += made.fired
+        current, cleared = _without_debug_metadata(current)
+        _count(tally, "debug_metadata", cleared)
         if self._config.transformers and current is not model:
             forget_residual_shapes(current.ir)
         context.progress(1.0, "fused")
@@ -111,6 +116,12 @@ class Fuse:
         if self._config.transformers:
             groups.append(_Group("transformers", [FuseLayerNormalization(), FuseGelu(), FuseAttention()]))
         return groups
+
+
+def _without_debug_metadata(model: Model) -> tuple[Model, int]:
+    candidate = model.clone()
+    cleared = clear_debug_metadata(candidate.ir)
+    return (candidate, cleared) if cleared else (model, 0)
 
 
 def _run(group: _Group, model: Model, exclude: tuple[str, ...], check_time: Callable[[], None]) -> tuple[Model, Tally]:
