@@ -103,19 +103,29 @@ async def _fetch(
     """Fills `part` and renames it; False when its digest is wrong."""
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    writing: asyncio.Future[None] | None = None
     try:
         _lock(descriptor, target)
         sha256, offset = await asyncio.to_thread(_hash_existing, descriptor, digest.size_bytes)
         async for data in read_blob(connection, digest, offset):
-            await asyncio.to_thread(_append, descriptor, data, sha256)
+            # The next chunk comes while this one is hashed and written.
+            if writing is not None:
+                await asyncio.shield(writing)
+            writing = asyncio.ensure_future(asyncio.to_thread(_append, descriptor, data, sha256))
             offset += len(data)
             if on_progress is not None:
                 on_progress(TransferProgress("download", target, offset, digest.size_bytes))
+        if writing is not None:
+            await asyncio.shield(writing)
         if sha256.digest() != digest.sha256:
             return False
         await asyncio.to_thread(os.fsync, descriptor)
         await asyncio.to_thread(part.replace, target)
     finally:
+        if writing is not None:
+            # Its thread goes on after a cancellation, and must not write to whatever gets this descriptor next.
+            await asyncio.wait([writing])
+            writing.exception()  # marks it as seen: what stopped the download is already on its way
         os.close(descriptor)
     await asyncio.to_thread(_sync_folder, target.parent)
     return True
