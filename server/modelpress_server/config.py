@@ -121,6 +121,8 @@ class Settings:
             1024 <= self.max_chunk_bytes <= MAX_MESSAGE_BYTES - 64 * KIB, "max_chunk_bytes", "1 KiB to 3.9 MiB"
         )
         self._require(self.sandbox in SANDBOX_MODES, "sandbox", " or ".join(SANDBOX_MODES))
+        # Workers have a current folder of their own: a relative path would be another one there.
+        object.__setattr__(self, "data_dir", self.data_dir.expanduser().absolute())
         self._check_exposure()
 
     @property
