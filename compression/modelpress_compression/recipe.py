@@ -224,6 +224,13 @@ def _tuple_of(read: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     return read_tuple
 
 
+def _read_numbers_by_name(value: Any) -> tuple[tuple[str, float], ...]:
+    """A mapping as pairs, which can be frozen; sorted, since the order of a mapping means nothing."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{value!r} is not a mapping of names to numbers")
+    return tuple(sorted((_read_str(name), _read_float(number)) for name, number in value.items()))
+
+
 _READERS: dict[Any, Callable[[Any], Any]] = {
     bool: _read_bool,
     int: _read_int,
@@ -234,4 +241,5 @@ _READERS: dict[Any, Callable[[Any], Any]] = {
     str | None: _read_str,
     tuple[str, ...]: _tuple_of(_read_str),
     tuple[int, ...]: _tuple_of(_read_int),
+    tuple[tuple[str, float], ...]: _read_numbers_by_name,
 }

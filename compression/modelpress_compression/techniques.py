@@ -6,7 +6,7 @@ docs/writing_a_pass.md walks through it. This module imports neither torch nor o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from types import MappingProxyType
@@ -42,6 +42,9 @@ class _Checks:
         if not condition:
             self._violations.append(Violation(name, f"{getattr(self._config, name)} is not in {permitted}"))
 
+    def refuse(self, path: str, description: str) -> None:
+        self._violations.append(Violation(path, description))
+
     def finish(self) -> None:
         if self._violations:
             raise ConfigError(self._violations)
@@ -58,7 +61,11 @@ class FuseConfig:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Zeroing of weights. `sparsity`, in [0, 1): share removed; `n:m` removes n of every m along the input axis."""
+    """Zeroing of weights, or removal of channels. `sparsity`, in [0, 1): share of the weights or channels removed.
+
+    `n:m` zeroes n of every m weights along the input axis. `channel` alone: `round_to`, `min_channels`, `normalize`,
+    `repair`, and `overrides`: (glob, sparsity) for layers by the name of a node or weight, the longest match counts.
+    """
 
     structure: str = "unstructured"
     sparsity: float = 0.5
@@ -68,11 +75,18 @@ class PruneConfig:
     m: int = 4
     exclude: tuple[str, ...] = ()
     seed: int = 0
+    round_to: int = 8
+    min_channels: int = 4
+    normalize: str = "parameters"
+    repair: str = "auto"
+    overrides: tuple[tuple[str, float], ...] = field(default=(), metadata={"mapping": True})
 
     def __post_init__(self) -> None:
         checks = _Checks(self)
-        checks.one_of("structure", ("unstructured", "n:m"))
-        checks.one_of("criterion", ("l1", "random"))
+        checks.one_of("structure", ("unstructured", "n:m", "channel"))
+        checks.one_of("criterion", ("l1", "l2", "activation", "random"))
+        if self.structure != "channel" and self.criterion in ("l2", "activation"):
+            checks.refuse("criterion", f"{self.criterion!r} needs structure channel")
         checks.one_of("scope", ("layer", "global"))
         checks.within("sparsity", 0 <= self.sparsity < 1, "[0, 1)")
         checks.within("m", 2 <= self.m <= 64, "[2, 64]")
@@ -80,6 +94,13 @@ class PruneConfig:
         if self.structure == "n:m":
             checks.within("n", self.n < self.m, f"[1, m) with m = {self.m}")
         checks.within("seed", self.seed >= 0, "[0, ...)")
+        checks.within("round_to", 1 <= self.round_to <= 1024, "[1, 1024]")
+        checks.within("min_channels", 1 <= self.min_channels <= 65536, "[1, 65536]")
+        checks.one_of("normalize", ("none", "parameters", "macs", "latency"))
+        checks.one_of("repair", ("auto", "none", "least_squares"))
+        for pattern, sparsity in self.overrides:
+            if not 0 <= sparsity < 1:
+                checks.refuse(f"overrides.{pattern}", f"{sparsity} is not in [0, 1)")
         checks.finish()
 
 
@@ -131,7 +152,7 @@ TECHNIQUES = MappingProxyType(
             ),
             Technique(
                 "prune",
-                "Removes weights by importance.",
+                "Removes weights or whole channels by importance.",
                 PruneConfig,
                 "modelpress_compression.passes.prune:Prune",
             ),
@@ -148,5 +169,10 @@ TECHNIQUES = MappingProxyType(
 
 def config_to_dict(config: Any) -> dict[str, Any]:
     """All fields of a config in the shape of the recipe's YAML."""
-    values = {item.name: getattr(config, item.name) for item in fields(config)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {item.name: _in_yaml(getattr(config, item.name), item.metadata) for item in fields(config)}
+
+
+def _in_yaml(value: Any, metadata: Mapping[str, Any]) -> Any:
+    if metadata.get("mapping"):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value

@@ -45,6 +45,7 @@ __all__ = [
 MAX_STEPS = 64
 MAX_ITEMS = 1000  # of any other list
 MAX_STRING_CHARS = 1024
+_OF_CHANNELS = ("l2", "activation")  # criteria that judge whole channels alone
 
 # YAML 1.1 reads `1e-3` (no dot) as a string; a person who writes it means the number.
 _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -158,7 +159,9 @@ def _read_message(value: object, message: Message, path: str, violations: list[V
 
 
 def _read_field(field: Field, value: object, message: Message, path: str, violations: list[Violation]) -> None:
-    if field.is_repeated:
+    if schema.map_value(field) is not None:
+        _read_map(field, value, message, path, violations)
+    elif field.is_repeated:
         _read_list(field, value, message, path, violations)
     elif field.message_type is not None:
         child = getattr(message, field.name)
@@ -192,8 +195,29 @@ def _read_list(field: Field, value: object, message: Message, path: str, violati
             violations.append(Violation(f"{path}[{index}]", str(error)))
 
 
-def _scalar(field: Field, value: object) -> bool | int | float | str:
-    """The value as the field's type. Raises ValueError with the description of the violation."""
+def _read_map(field: Field, value: object, message: Message, path: str, violations: list[Violation]) -> None:
+    if not isinstance(value, Mapping):
+        violations.append(Violation(path, f"expected a mapping of names to values, got {show(value)}"))
+        return
+    if len(value) > MAX_ITEMS:
+        violations.append(Violation(path, f"has {len(value)} items; at most {MAX_ITEMS} are allowed"))
+        return
+    entry = schema.message_type(field)
+    target = getattr(message, field.name)
+    for key, item in value.items():
+        try:
+            name = _string(entry.fields_by_name["key"], key)
+            target[name] = _scalar(entry.fields_by_name["value"], item, field)
+        except ValueError as error:
+            violations.append(Violation(join(path, schema.show_key(key)), str(error)))
+
+
+def _scalar(field: Field, value: object, rule_holder: Field | None = None) -> bool | int | float | str:
+    """The value as the field's type; the rules are `rule_holder`'s where that is another field, as with maps.
+
+    Raises ValueError with the description of the violation.
+    """
+    holder = field if rule_holder is None else rule_holder
     if field.type == schema.BOOL:
         if not isinstance(value, bool):
             raise ValueError(f"expected true or false, got {show(value)}")
@@ -201,8 +225,8 @@ def _scalar(field: Field, value: object) -> bool | int | float | str:
     if field.type == schema.STRING:
         return _string(field, value)
     number = _float(value) if field.type in schema.FLOATS else _integer(value)
-    low, high = schema.bounds(field)
-    rule = schema.rules_of(field)
+    low, high = schema.bounds(holder)
+    rule = schema.rules_of(holder)
     outside = (
         number < low
         or number > high
@@ -210,7 +234,7 @@ def _scalar(field: Field, value: object) -> bool | int | float | str:
         or (rule.HasField("lt") and number >= rule.lt)
     )
     if outside:
-        raise ValueError(f"{show(number if isinstance(value, str) else value)} is not in {schema.range_text(field)}")
+        raise ValueError(f"{show(number if isinstance(value, str) else value)} is not in {schema.range_text(holder)}")
     return number
 
 
@@ -264,11 +288,16 @@ def _choice_violations(
 
 def _cross_field_rules(message: Message, path: str) -> list[Violation]:
     """Rules that tie two fields together; defaults stand in for what is not set."""
-    if isinstance(message, PruneStep) and message.structure == "n:m":
+    if not isinstance(message, PruneStep):
+        return []
+    found = []
+    if message.structure == "n:m":
         removed, group = _set_or_default(message, "n"), _set_or_default(message, "m")
         if removed >= group:
-            return [Violation(join(path, "n"), f"{removed} is not less than m ({group})")]
-    return []
+            found.append(Violation(join(path, "n"), f"{removed} is not less than m ({group})"))
+    if message.structure != "channel" and message.criterion in _OF_CHANNELS:
+        found.append(Violation(join(path, "criterion"), f"'{message.criterion}' needs structure channel"))
+    return found
 
 
 def _set_or_default(message: Message, name: str) -> int:
@@ -284,7 +313,10 @@ def _write_message(message: Message) -> dict[str, Any]:
     document: dict[str, Any] = {}
     for field, value in message.ListFields():
         nested = field.message_type is not None
-        if field.is_repeated:
+        if schema.map_value(field) is not None:
+            # The order of a map on the wire means nothing.
+            document[field.name] = dict(sorted(value.items()))
+        elif field.is_repeated:
             document[field.name] = [_write_message(item) if nested else item for item in value]
         else:
             document[field.name] = _write_message(value) if nested else value
@@ -298,7 +330,7 @@ def _unknown_fields(message: Message, path: str) -> list[Violation]:
     if len(cast(Any, UnknownFieldSet)(message)):
         found.append(Violation(path or "recipe", "has fields that this server does not know; update the server"))
     for field, value in message.ListFields():
-        if field.message_type is None:
+        if field.message_type is None or schema.map_value(field) is not None:
             continue
         if field.is_repeated:
             for index, item in enumerate(value):

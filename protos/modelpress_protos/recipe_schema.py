@@ -64,11 +64,14 @@ def techniques() -> list[TechniqueInfo]:
 def option_info(field: Field) -> OptionInfo:
     """One field of a recipe message, described."""
     rule = rules_of(field)
-    kind = {BOOL: "bool", STRING: "string"}.get(field.type, "float" if field.type in FLOATS else "int")
+    value = map_value(field) or field
+    kind = {BOOL: "bool", STRING: "string"}.get(value.type, "float" if value.type in FLOATS else "int")
+    is_map = value is not field
+    empty = "{}" if is_map else "[]" if field.is_repeated else ""
     return OptionInfo(
         name=field.name,
-        type=f"list of {kind}" if field.is_repeated else kind,
-        default_value=rule.default_value or ("[]" if field.is_repeated else ""),
+        type=f"map of string to {kind}" if is_map else f"list of {kind}" if field.is_repeated else kind,
+        default_value=rule.default_value or empty,
         allowed=tuple(getattr(rule, "in")),
         range=range_text(field, of_type=False),
         description=rule.description,
@@ -86,6 +89,12 @@ def message_type(field: Field) -> MessageType:
     if field.message_type is None:
         raise TypeError(f"{field.full_name} is not a message")
     return field.message_type
+
+
+def map_value(field: Field) -> Field | None:
+    """The value of a map field with texts as keys; None for any other field. The rules of a map are for its values."""
+    entry = field.message_type
+    return entry.fields_by_name["value"] if entry is not None and entry.GetOptions().map_entry else None
 
 
 def is_choice(message: MessageType) -> bool:

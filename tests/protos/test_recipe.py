@@ -79,7 +79,8 @@ def test_all_violations_at_once_with_their_paths() -> None:
     assert violations_of(document) == [
         "steps[1].prune.sparsity: 1.4 is not in [0, 1)",
         "steps[1].prune.structur: unknown key (did you mean 'structure'?); known keys: structure, sparsity, criterion, "
-        "scope, n, m, exclude, seed",
+        "scope, n, m, exclude, seed, "
+        "round_to, min_channels, normalize, repair, overrides",
         "steps[2].prun: unknown technique (did you mean 'prune'?); there are fuse, prune, quantize",
         "steps[3]: names no technique; there are fuse, prune, quantize",
         "steps[4]: names 2 techniques (fuse, quantize); write one step for each",
@@ -135,6 +136,33 @@ def test_n_of_m_needs_n_below_m(options: dict[str, int], complaints: list[str]) 
 def test_refuses_what_is_no_mapping(document: object) -> None:
     """The document itself must be a mapping."""
     assert violations_of(document)[0].startswith("recipe: expected a mapping of keys to values")
+
+
+def test_maps() -> None:
+    """A map is a mapping of texts to numbers within the field's range; it comes back as it went in."""
+    document = step(prune={"structure": "channel", "overrides": {"layer4*": 0.25, "head": 0.0}})
+    assert to_dict(from_dict(document)) == document
+    assert validate(from_dict(document)) == []
+    assert violations_of(step(prune={"overrides": {"a": 1, "b": "x", 3: 0.5, "c": None}})) == [
+        "steps[0].prune.overrides.a: 1 is not in [0, 1)",
+        "steps[0].prune.overrides.b: expected a number, got 'x'",
+        "steps[0].prune.overrides.3: expected a text, got 3",
+        "steps[0].prune.overrides.c: expected a number, got null",
+    ]
+    assert violations_of(step(prune={"overrides": [0.5]})) == [
+        "steps[0].prune.overrides: expected a mapping of names to values, got a list"
+    ]
+    overridden = apply_overrides(document, ['prune.overrides={"x*": 0.5}'])
+    assert from_dict(overridden).steps[0].prune.overrides == {"x*": 0.5}
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "n:m"])
+def test_criteria_of_channels(structure: str) -> None:
+    """What judges whole channels needs `structure: channel`."""
+    assert violations_of(step(prune={"structure": structure, "criterion": "activation"})) == [
+        "steps[0].prune.criterion: 'activation' needs structure channel"
+    ]
+    assert validate(from_dict(step(prune={"structure": "channel", "criterion": "activation"}))) == []
 
 
 def test_version_is_required() -> None:
@@ -266,6 +294,7 @@ steps_ = st.one_of(
                     "sparsity": st.floats(0, 1, exclude_max=True),
                     "n": st.integers(1, 64),
                     "seed": st.integers(0, 2**31 - 1),
+                    "overrides": st.dictionaries(names.map("".join), st.floats(0, 1, exclude_max=True), max_size=3),
                 },
             )
         }

@@ -81,7 +81,7 @@ class Step(_message.Message):
 
     @_builtins.property
     def prune(self) -> Global___PruneStep:
-        """Set weights to zero."""
+        """Set weights to zero, or remove whole channels."""
 
     @_builtins.property
     def quantize(self) -> Global___QuantizeStep:
@@ -145,9 +145,29 @@ Global___FuseStep: _TypeAlias = FuseStep  # noqa: Y015
 
 @_typing.final
 class PruneStep(_message.Message):
-    """Removes weights by importance."""
+    """Removes weights or whole channels by importance."""
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class OverridesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     STRUCTURE_FIELD_NUMBER: _builtins.int
     SPARSITY_FIELD_NUMBER: _builtins.int
@@ -157,23 +177,40 @@ class PruneStep(_message.Message):
     M_FIELD_NUMBER: _builtins.int
     EXCLUDE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    ROUND_TO_FIELD_NUMBER: _builtins.int
+    MIN_CHANNELS_FIELD_NUMBER: _builtins.int
+    NORMALIZE_FIELD_NUMBER: _builtins.int
+    REPAIR_FIELD_NUMBER: _builtins.int
+    OVERRIDES_FIELD_NUMBER: _builtins.int
     structure: _builtins.str
-    """What is removed: single weights, or n of every m neighbouring ones."""
+    """What is removed: single weights, n of every m neighbouring ones, or whole channels, heads and hidden units."""
     sparsity: _builtins.float
-    """Share of the weights that become zero; not used by n:m."""
+    """Share of the weights that become zero, or of the channels that go; not used by n:m."""
     criterion: _builtins.str
     """How importance is judged."""
     scope: _builtins.str
-    """Whether each layer loses the same share, or the least important weights of all go."""
+    """Whether each layer loses the same share, or the least important of all go."""
     n: _builtins.int
     """n:m only: weights that stay zero in every group."""
     m: _builtins.int
     """n:m only: size of a group of neighbours along the input axis."""
     seed: _builtins.int
     """Seed of the random criterion."""
+    round_to: _builtins.int
+    """channel only: channels that stay are a multiple of this."""
+    min_channels: _builtins.int
+    """channel only: fewest channels that stay in a layer."""
+    normalize: _builtins.str
+    """channel with scope global only: what a channel's importance is divided by."""
+    repair: _builtins.str
+    """channel only: whether what reads the channels that stay is fitted anew."""
     @_builtins.property
     def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of nodes or weights to leave alone, with * and ?."""
+
+    @_builtins.property
+    def overrides(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """channel only: sparsity of layers by the name of a node or weight, with * and ?; the longest match counts."""
 
     def __init__(
         self,
@@ -186,17 +223,30 @@ class PruneStep(_message.Message):
         m: _builtins.int | None = ...,
         exclude: _abc.Iterable[_builtins.str] | None = ...,
         seed: _builtins.int | None = ...,
+        round_to: _builtins.int | None = ...,
+        min_channels: _builtins.int | None = ...,
+        normalize: _builtins.str | None = ...,
+        repair: _builtins.str | None = ...,
+        overrides: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_criterion", b"_criterion", "_m", b"_m", "_n", b"_n", "_scope", b"_scope", "_seed", b"_seed", "_sparsity", b"_sparsity", "_structure", b"_structure", "criterion", b"criterion", "m", b"m", "n", b"n", "scope", b"scope", "seed", b"seed", "sparsity", b"sparsity", "structure", b"structure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_criterion", b"_criterion", "_m", b"_m", "_min_channels", b"_min_channels", "_n", b"_n", "_normalize", b"_normalize", "_repair", b"_repair", "_round_to", b"_round_to", "_scope", b"_scope", "_seed", b"_seed", "_sparsity", b"_sparsity", "_structure", b"_structure", "criterion", b"criterion", "m", b"m", "min_channels", b"min_channels", "n", b"n", "normalize", b"normalize", "repair", b"repair", "round_to", b"round_to", "scope", b"scope", "seed", b"seed", "sparsity", b"sparsity", "structure", b"structure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_criterion", b"_criterion", "_m", b"_m", "_n", b"_n", "_scope", b"_scope", "_seed", b"_seed", "_sparsity", b"_sparsity", "_structure", b"_structure", "criterion", b"criterion", "exclude", b"exclude", "m", b"m", "n", b"n", "scope", b"scope", "seed", b"seed", "sparsity", b"sparsity", "structure", b"structure"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_criterion", b"_criterion", "_m", b"_m", "_min_channels", b"_min_channels", "_n", b"_n", "_normalize", b"_normalize", "_repair", b"_repair", "_round_to", b"_round_to", "_scope", b"_scope", "_seed", b"_seed", "_sparsity", b"_sparsity", "_structure", b"_structure", "criterion", b"criterion", "exclude", b"exclude", "m", b"m", "min_channels", b"min_channels", "n", b"n", "normalize", b"normalize", "overrides", b"overrides", "repair", b"repair", "round_to", b"round_to", "scope", b"scope", "seed", b"seed", "sparsity", b"sparsity", "structure", b"structure"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__criterion: _TypeAlias = _typing.Literal["criterion"]  # noqa: Y015
     _WhichOneofArgType__criterion: _TypeAlias = _typing.Literal["_criterion", b"_criterion"]  # noqa: Y015
     _WhichOneofReturnType__m: _TypeAlias = _typing.Literal["m"]  # noqa: Y015
     _WhichOneofArgType__m: _TypeAlias = _typing.Literal["_m", b"_m"]  # noqa: Y015
+    _WhichOneofReturnType__min_channels: _TypeAlias = _typing.Literal["min_channels"]  # noqa: Y015
+    _WhichOneofArgType__min_channels: _TypeAlias = _typing.Literal["_min_channels", b"_min_channels"]  # noqa: Y015
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    _WhichOneofReturnType__normalize: _TypeAlias = _typing.Literal["normalize"]  # noqa: Y015
+    _WhichOneofArgType__normalize: _TypeAlias = _typing.Literal["_normalize", b"_normalize"]  # noqa: Y015
+    _WhichOneofReturnType__repair: _TypeAlias = _typing.Literal["repair"]  # noqa: Y015
+    _WhichOneofArgType__repair: _TypeAlias = _typing.Literal["_repair", b"_repair"]  # noqa: Y015
+    _WhichOneofReturnType__round_to: _TypeAlias = _typing.Literal["round_to"]  # noqa: Y015
+    _WhichOneofArgType__round_to: _TypeAlias = _typing.Literal["_round_to", b"_round_to"]  # noqa: Y015
     _WhichOneofReturnType__scope: _TypeAlias = _typing.Literal["scope"]  # noqa: Y015
     _WhichOneofArgType__scope: _TypeAlias = _typing.Literal["_scope", b"_scope"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
@@ -210,7 +260,15 @@ class PruneStep(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__m) -> _WhichOneofReturnType__m | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_channels) -> _WhichOneofReturnType__min_channels | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__normalize) -> _WhichOneofReturnType__normalize | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repair) -> _WhichOneofReturnType__repair | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__round_to) -> _WhichOneofReturnType__round_to | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__scope) -> _WhichOneofReturnType__scope | None: ...
     @_typing.overload
