@@ -10,13 +10,14 @@ from typing import Literal
 
 import grpc
 from google.rpc import status_pb2
+from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2
 
 from modelpress_server import errors
 from modelpress_server.config import Settings
 from modelpress_server.executors.base import Executor, Limits, WorkerLostError
 from modelpress_server.recorder import JobRecorder
-from modelpress_server.stores.base import BlobKey, JobRecord, JobStore, LogLine, ModelRecord, Outcome
+from modelpress_server.stores.base import BlobKey, JobRecord, JobStore, LogLine, ModelRecord, ModelStore, Outcome
 from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.records import now_us, unique
 from modelpress_server.task_folder import task_folder
@@ -54,10 +55,12 @@ class Bench:
 class JobRun:
     """One attempt of one job."""
 
-    def __init__(self, bench: Bench, record: JobRecord, jobs: JobStore, notifier: Notifier) -> None:
+    def __init__(self, bench: Bench, record: JobRecord, jobs: JobStore, models: ModelStore, notifier: Notifier) -> None:
         self._bench = bench
         self._record = record
         self._jobs = jobs
+        self._models = models
+        self._inspected: asyncio.Task[None] | None = None
         self._notifier = notifier
         self._stop: Literal["cancel", "drain"] | None = None
         self._work: asyncio.Task[Outcome] | None = None
@@ -89,6 +92,8 @@ class JobRun:
         except Exception:  # noqa: BLE001  # whatever it is, the job must end
             outcome = Outcome(FAILED, error=_incident(f"job {record.id}"))
         await recorder.close()
+        if self._inspected is not None:
+            await asyncio.wait([self._inspected])
         await self._store(outcome)
         self._notifier.notify(record.id)
 
@@ -101,7 +106,14 @@ class JobRun:
         recorder.start()
         async with task_folder(bench.work, bench.blobs) as folder:
             request = await folder.compress_request(job, self._record.manifest, time_s)
-            event = await bench.executor.run(request, limits=limits, on_event=recorder.on_event)
+
+            def on_event(event: worker_pb2.WorkerEvent) -> None:
+                if event.HasField("loaded"):
+                    self._inspected = asyncio.create_task(self._keep_inspection(event.loaded))
+                else:
+                    recorder.on_event(event)
+
+            event = await bench.executor.run(request, limits=limits, on_event=on_event)
             if event.WhichOneof("event") == "failed":
                 return Outcome(FAILED, error=errors.sanitized(event.failed))
             if event.WhichOneof("event") != "compressed":
@@ -114,6 +126,12 @@ class JobRun:
             summary=event.compressed.summary,
             blobs=unique(BlobKey.of(entry.digest) for entry in files),
         )
+
+    async def _keep_inspection(self, found: worker_pb2.InspectResult) -> None:
+        try:
+            await self._models.finish_inspection(self._record.message.spec.model.rpartition("/")[2], _judged(found))
+        except Exception:  # the model stays PROCESSING and is inspected by itself when the job has ended
+            logger.exception("job %s: the inspection of its model could not be stored", self._record.id)
 
     def _lost(self, error: WorkerLostError, recorder: JobRecorder) -> Outcome | None:
         """None: the job is queued again."""
@@ -176,7 +194,10 @@ async def _inspect_once(bench: Bench, record: ModelRecord) -> model_service_pb2.
         return _Model(state=_Model.STATE_REJECTED, error=errors.sanitized(event.failed))
     if kind != "inspected":
         raise WorkerLostError(CRASHED, "The worker ended without a result.")
-    found = event.inspected
+    return _judged(event.inspected)
+
+
+def _judged(found: worker_pb2.InspectResult) -> model_service_pb2.Model:
     blocking = [
         item for item in found.inspection.findings if item.severity == model_service_pb2.Finding.SEVERITY_BLOCKING
     ]

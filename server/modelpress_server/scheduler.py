@@ -1,7 +1,7 @@
 """Hands models to inspect and queued jobs to the executor.
 
-The store is the truth; the scheduler only remembers what it has running. Inspections have a place of their own, so that
-a new model need not wait for a long job.
+The store is the truth; the scheduler only remembers what it has running. A job inspects its model on the way; models
+without a running job are inspected by themselves, in a place of their own, so that they need not wait for a long job.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from modelpress_server.tasks import Notifier, wait_until
 logger = logging.getLogger(__name__)
 
 INSPECTION_SLOTS = 1
+INSPECTION_DELAY_S = 0.3
 IDLE_S = 60.0
 FAULT_PAUSE_S = 2.0
 
@@ -48,6 +49,10 @@ class Scheduler:
     def wake(self) -> None:
         """There may be something to do."""
         self._wake.set()
+
+    def expect_job(self) -> None:
+        """A model has come. Mostly a job for it follows at once and inspects it on the way, with the warm worker."""
+        asyncio.get_running_loop().call_later(INSPECTION_DELAY_S, self.wake)
 
     def cancel(self, job_id: str) -> None:
         """Stops the run of a job, if there is one."""
@@ -84,12 +89,6 @@ class Scheduler:
 
     async def _fill(self) -> float:
         """Starts what there is room for; returns when to look again, in seconds."""
-        while len(self._inspecting) < INSPECTION_SLOTS and not self._draining:
-            model = await self._models.next_processing(tuple(self._inspecting))
-            if model is None:
-                break
-            self._inspecting.add(model.id)
-            self._spawn(model.id, self._inspect(model))
         while len(self._runs) < self._bench.settings.workers and not self._draining:
             claim = await self._jobs.claim(now_us())
             for job_id in claim.ended:
@@ -98,16 +97,25 @@ class Scheduler:
                 continue
             if claim.job is None:
                 break
-            run = JobRun(self._bench, claim.job, self._jobs, self._notifier)
+            run = JobRun(self._bench, claim.job, self._jobs, self._models, self._notifier)
             self._runs[claim.job.id] = run
             self._spawn(claim.job.id, self._run(run, claim.job))
         else:
             # All workers are busy: nobody claims, so overdue jobs are looked for by their deadline.
             await self._expire_overdue()
+        await self._begin_inspections()
         deadline_us = await self._jobs.next_queue_deadline_us()
         if deadline_us is None:
             return IDLE_S
         return min(max((deadline_us - now_us()) / 1e6, 0.01), IDLE_S)
+
+    async def _begin_inspections(self) -> None:
+        while len(self._inspecting) < INSPECTION_SLOTS and not self._draining:
+            model = await self._models.next_processing(tuple(self._inspecting))
+            if model is None:
+                break
+            self._inspecting.add(model.id)
+            self._spawn(model.id, self._inspect(model))
 
     async def _expire_overdue(self) -> None:
         for job_id in await self._jobs.expire_overdue(now_us()):

@@ -66,9 +66,7 @@ class ScriptedExecutor:
             return worker_pb2.WorkerEvent(inspected=result)
         if behaviour == "timeout":
             raise WorkerLostError("WORKER_TIMEOUT", "The worker ran past its time limit of 300 s.")
-        inspection = model_service_pb2.Inspection(parameter_count=7, opset=21, op_counts={"Conv": 2})
-        result = worker_pb2.InspectResult(format=common_pb2.MODEL_FORMAT_ONNX, inspection=inspection)
-        return worker_pb2.WorkerEvent(inspected=result)
+        return worker_pb2.WorkerEvent(inspected=found())
 
     async def _compress(
         self, task: worker_pb2.CompressTask, on_event: Callable[[worker_pb2.WorkerEvent], None]
@@ -77,6 +75,8 @@ class ScriptedExecutor:
         on_event(worker_pb2.WorkerEvent(log=worker_pb2.LogLine(severity="INFO", text=f"start {behaviour}\x07")))
         progress = job_service_pb2.Progress(stage="load", stage_index=0, stage_count=2, fraction=0.5)
         on_event(worker_pb2.WorkerEvent(progress=progress))
+        if script_of(task.model).get("inspect", "ok") == "ok":
+            on_event(worker_pb2.WorkerEvent(loaded=found()))
         progress = job_service_pb2.Progress(stage="quantize", stage_index=1, stage_count=2, fraction=0.25)
         on_event(worker_pb2.WorkerEvent(progress=progress))
         if behaviour == "wait":
@@ -119,3 +119,9 @@ def script_of(model: worker_pb2.ModelFiles) -> dict[str, str]:
 def refusal() -> status_pb2.Status:
     """What a worker says of a file that it cannot read."""
     return make_status(grpc.StatusCode.INVALID_ARGUMENT, "UNSUPPORTED_FORMAT", "It is no format that we read.")
+
+
+def found() -> worker_pb2.InspectResult:
+    """What an honest worker finds in every model."""
+    inspection = model_service_pb2.Inspection(parameter_count=7, opset=21, op_counts={"Conv": 2})
+    return worker_pb2.InspectResult(format=common_pb2.MODEL_FORMAT_ONNX, inspection=inspection)

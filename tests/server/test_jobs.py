@@ -241,16 +241,14 @@ async def test_a_crash_is_tried_again(running: Running) -> None:
     assert any("signal 11" in text for text in texts)
 
 
-async def test_waits_for_the_inspection(running: Running) -> None:
-    """A job of a model in inspection is queued; a refused model fails it with the finding, without a run."""
+async def test_a_job_inspects_its_model_on_the_way(running: Running) -> None:
+    """A job need not wait for its model's inspection: loading is the same work, and what it found is kept."""
     running.executor.inspection_gate.clear()
-    good = await running.client.job(await running.client.model())
-    bad = await running.client.job(await running.client.model(inspect="refuse"))
-    assert (await running.client.wait(good, timeout_s=0)).state == QUEUED
-    running.executor.inspection_gate.set()
-    assert (await running.client.wait(good)).state == SUCCEEDED
-    bad = await running.client.wait(bad)
-    assert (bad.state, bad.attempt, reason_of(bad)) == (FAILED, 0, "MODEL_REJECTED")
+    model = await running.client.model()
+    job = await running.client.wait(await running.client.job(model))
+    assert job.state == SUCCEEDED
+    kept = await running.client.models.GetModel(model_service_pb2.GetModelRequest(name=model.name))
+    assert (kept.state, kept.inspection.parameter_count) == (model_service_pb2.Model.STATE_ACTIVE, 7)
 
 
 async def test_queue_timeout_expires(running: Running) -> None:
@@ -286,7 +284,7 @@ async def test_limits_reach_the_executor(serve: Serve) -> None:
         await running.client.wait(await running.client.job(model, run_timeout=Duration(seconds=7)))
         await running.client.wait(await running.client.job(model, skip_cache=True, run_timeout=Duration(seconds=70)))
         found = [(limits.time_s, limits.memory_bytes) for limits in running.executor.limits]
-        assert found[1:] == [(7.0, 1 << 30), (50.0, 1 << 30)]
+        assert found == [(7.0, 1 << 30), (50.0, 1 << 30)]
 
 
 async def test_lists_and_filters(running: Running) -> None:

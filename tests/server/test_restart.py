@@ -71,9 +71,9 @@ async def test_kill_9_loses_no_job_and_no_upload(serve: Serve, tmp_path: Path) -
         await client.send(chunks(upload.name, content[:MIB], finish=False))
     async with serve() as running:
         running.executor.gate.set()
-        for job in (ran, queued):
+        for job, attempt in ((ran, 2), (queued, 1)):
             ended = await running.client.wait(job)
-            assert (ended.state, ended.attempt) == (S.JOB_STATE_SUCCEEDED, 1)
+            assert (ended.state, ended.attempt) == (S.JOB_STATE_SUCCEEDED, attempt)
         assert sorted(running.executor.started) == sorted([ran.name, queued.name])
         kept = await running.client.jobs.GetJob(S.GetJobRequest(name=done.name))
         assert kept == done
@@ -83,6 +83,18 @@ async def test_kill_9_loses_no_job_and_no_upload(serve: Serve, tmp_path: Path) -
         assert sequences == list(range(1, len(sequences) + 1))
         answers = await running.client.send(chunks(upload.name, content, start=MIB))
         assert answers[-1].upload.state == upload_service_pb2.Upload.STATE_COMPLETED
+
+
+async def test_a_job_that_takes_the_server_down_comes_to_an_end(serve: Serve, tmp_path: Path) -> None:
+    """Each time counts as an attempt; when they are used up, the job fails instead of killing the next server."""
+    async with killed_server(tmp_path / "data") as client:
+        job = await client.job(await client.model(compress="wait"), max_attempts=1)
+        await running_state(client, job)
+    async with serve() as running:
+        ended = await running.client.wait(job)
+        assert ended.state == S.JOB_STATE_FAILED
+        assert "server was lost" in ended.error.message
+        assert running.executor.started == []
 
 
 async def test_a_client_that_was_killed_does_not_block_its_upload(running: Any) -> None:

@@ -194,6 +194,8 @@ class _Run:
                     self._events.progress(event.progress)
                 elif kind == "log":
                     self._events.log(event.log.severity, self._redact(event.log.text))
+                elif kind == "loaded":
+                    self._events.loaded(event)
                 else:
                     raise FramingError(f"event {kind} in the middle of a task")
         except FramingError as error:

@@ -33,6 +33,7 @@ class EventFilter:
         self._stage = ""
         self._progress_time = -math.inf
         self._ended = False
+        self._was_loaded = False
 
     def log(self, severity: str, text: str) -> None:
         """One line; control characters become spaces. When there have been too many, says so once."""
@@ -46,6 +47,12 @@ class EventFilter:
         shown = severity if severity in ("INFO", "WARNING", "ERROR") else "INFO"
         line = worker_pb2.LogLine(severity=shown, text=printable(text[:MAX_LINE_CHARS]))
         self._on_event(worker_pb2.WorkerEvent(log=line))
+
+    def loaded(self, event: worker_pb2.WorkerEvent) -> None:
+        """What the model of a compression is: told once."""
+        if not self._was_loaded:
+            self._was_loaded = True
+            self._on_event(event)
 
     def progress(self, progress: job_service_pb2.Progress) -> None:
         """How far the task is; a new stage and the end come through, else at most twenty a second."""

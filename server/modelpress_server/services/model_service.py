@@ -27,7 +27,7 @@ MUTABLE = ("display_name", "labels")
 
 
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):
-    """Standard methods (AIP-131 to 135); `on_new_model` wakes the scheduler."""
+    """Standard methods (AIP-131 to 135); `on_new_model` tells the scheduler."""
 
     def __init__(self, settings: Settings, models: ModelStore, on_new_model: Callable[[], None]) -> None:
         self._settings = settings
@@ -97,8 +97,6 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
     ) -> empty_pb2.Empty:
         project, model_id = parse_name(request.name, "models")
         await self._models.delete(check_project(project), model_id, request.etag)
-        # A job that waited for its inspection may now run and tell what is wrong by itself.
-        self._on_new_model()
         return empty_pb2.Empty()
 
 

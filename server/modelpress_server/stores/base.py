@@ -198,11 +198,11 @@ class ModelStore(Protocol):
         ...
 
     async def next_processing(self, busy: Collection[str]) -> ModelRecord | None:
-        """The oldest model that waits for its inspection and is not in `busy`."""
+        """The oldest model that waits for its inspection, is not in `busy`, and that no running job inspects anyway."""
         ...
 
     async def finish_inspection(self, model_id: str, found: model_service_pb2.Model) -> None:
-        """Stores state, format, inspection and error of `found`; nothing where the model was deleted meanwhile."""
+        """Stores state, format, inspection and error of `found`; nothing where the model is gone or was inspected."""
         ...
 
 
@@ -273,7 +273,7 @@ class JobStore(Protocol):
         ...
 
     async def recover(self) -> int:
-        """Requeues what a dead server left running, without counting an attempt; returns how many."""
+        """Queues again what a dead server left running, or fails what has used up its attempts; returns how many."""
         ...
 
     async def events(self, job_id: str, after_sequence: int, limit: int) -> list[job_service_pb2.WatchJobResponse]:

@@ -145,8 +145,7 @@ class SqlJobStore:
         def work(connection: Connection) -> int:
             rows = connection.execute(select(jobs).where(jobs.c.state.in_((RUNNING, CANCELLING)))).all()
             for row in rows:
-                line = LogLine(records.now_us(), "WARNING", "The server was restarted; the job is queued again.")
-                _requeue(connection, job_rows.record_of(row), False, [line])
+                _recover(connection, job_rows.record_of(row))
             return len(rows)
 
         return await self._database.write(work)
@@ -236,10 +235,7 @@ def _claim(connection: Connection, now_us: int) -> Claim:
     waiting = (
         select(jobs, models.c.message.label("model_message"))
         .outerjoin(models, models.c.id == jobs.c.model_id)
-        .where(
-            jobs.c.state == QUEUED,
-            models.c.state.is_distinct_from(model_service_pb2.Model.STATE_PROCESSING),
-        )
+        .where(jobs.c.state == QUEUED)
         .order_by(jobs.c.id)
         .with_for_update(of=jobs, skip_locked=True)
     )
@@ -281,6 +277,19 @@ def _expired() -> Outcome:
         "No worker was free within queue_timeout. Create the job again with a longer one, or at a quieter time.",
     )
     return Outcome(job_service_pb2.JOB_STATE_EXPIRED, error=status)
+
+
+def _recover(connection: Connection, record: JobRecord) -> None:
+    """A server that was killed did not say why: a job that takes it down each time must come to an end."""
+    job = record.message
+    if job.state == RUNNING and job.attempt >= job.spec.max_attempts:
+        text = f"The server was lost {job.attempt} times while this job ran; it is not tried again."
+        status = errors.make_status(grpc.StatusCode.ABORTED, "WORKER_CRASHED", text)
+        line = LogLine(records.now_us(), "ERROR", text)
+        job_rows.finish_job(connection, record, Outcome(job_service_pb2.JOB_STATE_FAILED, error=status, log=(line,)))
+        return
+    line = LogLine(records.now_us(), "WARNING", "The server was restarted; the job is queued again.")
+    _requeue(connection, record, True, [line])
 
 
 def _requeue(connection: Connection, record: JobRecord, count_attempt: bool, log: Sequence[LogLine]) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-from modelpress_protos.v1 import model_service_pb2
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from modelpress_protos.v1 import job_service_pb2, model_service_pb2
+from sqlalchemy import Connection, Row, delete, exists, insert, select, update
 
 from modelpress_server.errors import ResourceNotFoundError
 from modelpress_server.stores import records
 from modelpress_server.stores.base import BlobKey, ListQuery, ModelRecord, Page, RequestKey
 from modelpress_server.stores.database import Database
-from modelpress_server.stores.tables import models
+from modelpress_server.stores.tables import jobs, models
 
 _KIND = "model"
 _State = model_service_pb2.Model
+_AT_WORK = (job_service_pb2.JOB_STATE_RUNNING, job_service_pb2.JOB_STATE_CANCELLING)
 
 
 class SqlModelStore:
@@ -85,7 +86,11 @@ class SqlModelStore:
         def work(connection: Connection) -> ModelRecord | None:
             row = connection.execute(
                 select(models)
-                .where(models.c.state == _State.STATE_PROCESSING, models.c.id.not_in(busy))
+                .where(
+                    models.c.state == _State.STATE_PROCESSING,
+                    models.c.id.not_in(busy),
+                    ~exists().where(jobs.c.model_id == models.c.id, jobs.c.state.in_(_AT_WORK)),
+                )
                 .order_by(models.c.id)
                 .limit(1)
             ).first()
@@ -99,6 +104,8 @@ class SqlModelStore:
             if row is None:
                 return
             record = _record(row)
+            if record.message.state != _State.STATE_PROCESSING:
+                return
             _copy_inspection(found, record.message)
             _write(connection, record)
 

@@ -17,6 +17,7 @@ from modelpress_compression.loaders import detect, load
 from modelpress_compression.model import Model
 from modelpress_compression.pipeline import Result, compress, stages_of
 from modelpress_protos.internal.v1 import worker_pb2
+from modelpress_protos.v1 import model_service_pb2
 
 from modelpress_server.executors.sandbox import LEVEL_FILES_AND_NETWORK
 from modelpress_server.worker import convert
@@ -60,12 +61,14 @@ def run(request: worker_pb2.WorkerRequest, context: TaskContext) -> worker_pb2.W
 
 
 def _inspect(task: worker_pb2.InspectTask, context: TaskContext) -> worker_pb2.WorkerEvent:
-    model = _load(task.model, context)
-    result = worker_pb2.InspectResult(
-        format=convert.format_to_proto(detect(_paths(task.model)[0])),
+    return worker_pb2.WorkerEvent(inspected=_found(task.model, _load(task.model, context)))
+
+
+def _found(files: worker_pb2.ModelFiles, model: Model) -> worker_pb2.InspectResult:
+    return worker_pb2.InspectResult(
+        format=convert.format_to_proto(detect(_paths(files)[0])),
         inspection=convert.inspection_to_proto(inspect_model(model)),
     )
-    return worker_pb2.WorkerEvent(inspected=result)
 
 
 def _compress(task: worker_pb2.CompressTask, context: TaskContext) -> worker_pb2.WorkerEvent:
@@ -73,6 +76,9 @@ def _compress(task: worker_pb2.CompressTask, context: TaskContext) -> worker_pb2
     recipe = convert.recipe_from_proto(task.recipe)
     context.events.progress("load", 0, len(stages_of(recipe)), 0.0, "loading the model")
     model = _load(task.model, context)
+    found = _found(task.model, model)
+    _refuse_blocking(found.inspection)
+    context.events.send(worker_pb2.WorkerEvent(loaded=found))
     data = InputData.read(task.data_path, model.inputs, context.directory) if task.data_path else None
     eval_data = EvaluationData.read(task.eval_path, model.inputs, context.directory) if task.eval_path else None
     result = compress(
@@ -87,6 +93,12 @@ def _compress(task: worker_pb2.CompressTask, context: TaskContext) -> worker_pb2
         work_directory=context.directory,
     )
     return worker_pb2.WorkerEvent(compressed=_write(result, Path(task.output_directory)))
+
+
+def _refuse_blocking(inspection: model_service_pb2.Inspection) -> None:
+    for finding in inspection.findings:
+        if finding.severity == model_service_pb2.Finding.SEVERITY_BLOCKING:
+            raise RejectedModelError(finding.detail, finding=finding.code)
 
 
 def _write(result: Result, directory: Path) -> worker_pb2.CompressResult:

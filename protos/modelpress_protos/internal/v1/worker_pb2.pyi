@@ -185,6 +185,7 @@ class WorkerEvent(_message.Message):
     INSPECTED_FIELD_NUMBER: _builtins.int
     COMPRESSED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    LOADED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ready(self) -> Global___Ready:
         """Imports are done; a task may come."""
@@ -209,6 +210,10 @@ class WorkerEvent(_message.Message):
     def failed(self) -> _status_pb2.Status:
         """End of either, in failure."""
 
+    @_builtins.property
+    def loaded(self) -> Global___InspectResult:
+        """In a CompressTask: the model was loaded, and this is what it is; the task goes on."""
+
     def __init__(
         self,
         *,
@@ -218,12 +223,13 @@ class WorkerEvent(_message.Message):
         inspected: Global___InspectResult | None = ...,
         compressed: Global___CompressResult | None = ...,
         failed: _status_pb2.Status | None = ...,
+        loaded: Global___InspectResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "event", b"event", "failed", b"failed", "inspected", b"inspected", "log", b"log", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "event", b"event", "failed", b"failed", "inspected", b"inspected", "loaded", b"loaded", "log", b"log", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "event", b"event", "failed", b"failed", "inspected", b"inspected", "log", b"log", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "event", b"event", "failed", b"failed", "inspected", b"inspected", "loaded", b"loaded", "log", b"log", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["ready", "progress", "log", "inspected", "compressed", "failed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["ready", "progress", "log", "inspected", "compressed", "failed", "loaded"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
