@@ -95,11 +95,11 @@ def _dead_elements(
     dead: dict[str, Dead] = {}
     for name, *arrays in zip(names, *runs, strict=True):
         first = np.asarray(arrays[0], np.float64)
-        differs: Dead = np.zeros(first.shape, np.bool_)
+        differs: Any = np.zeros(first.shape, np.bool_)
         for array in arrays[1:]:
             other = np.asarray(array, np.float64)
-            differs |= np.asarray(np.abs(first - other) > _ROUNDING * np.maximum(np.abs(first), np.abs(other)))
-            differs |= np.asarray(np.isfinite(first) != np.isfinite(other))
+            apart = np.abs(first - other) > _ROUNDING * np.maximum(np.abs(first), np.abs(other))
+            differs = np.logical_or(differs, apart | (np.isfinite(first) != np.isfinite(other)))
         dead[name] = differs.any(axis=0, keepdims=True) if differs.ndim > 1 else differs
     return dead
 

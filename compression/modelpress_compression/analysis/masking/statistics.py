@@ -27,6 +27,7 @@ from modelpress_compression.analysis.graph import (
     int_attribute,
     ints_attribute,
     is_op,
+    label,
 )
 from modelpress_compression.analysis.graph import (
     rank as graph_rank,
@@ -34,6 +35,7 @@ from modelpress_compression.analysis.graph import (
 from modelpress_compression.analysis.masking.constants import constant_value
 
 Dead = NDArray[np.bool_]
+Attribute = int | Sequence[int] | onnx_ir.TensorProtocol
 
 _CENTRED = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
 _UNCENTRED = ("RMSNormalization", "SimplifiedLayerNormalization")
@@ -88,7 +90,7 @@ class Writer:
         self._graph.register_initializer(value)
         return value
 
-    def __call__(self, op_type: str, *inputs: onnx_ir.Value, **attributes: int | Sequence[int]) -> onnx_ir.Value:
+    def __call__(self, op_type: str, *inputs: onnx_ir.Value, **attributes: Attribute) -> onnx_ir.Value:
         made = onnx_ir.node(op_type, inputs, attributes, name=self._name())
         made.outputs[0].name = self._name()
         self._graph.insert_before(self.node, made)
@@ -108,7 +110,7 @@ class Writer:
 
     def _name(self) -> str:
         self._count += 1
-        return f"{self.node.name or self.node.outputs[0].name}/masked_{self._count}"
+        return f"{label(self.node)}/masked_{self._count}"
 
 
 def _reduction(writer: Writer, mask: NDArray[np.float32]) -> None:
@@ -123,7 +125,7 @@ def _reduction(writer: Writer, mask: NDArray[np.float32]) -> None:
         scale = scale.squeeze(axes)
     output = node.outputs[0]
     users = list(output.uses())
-    scaled = onnx_ir.node("Mul", [output, writer.constant(scale)], name=f"{node.name}/masked_scale")
+    scaled = onnx_ir.node("Mul", [output, writer.constant(scale)], name=f"{label(node)}/masked_scale")
     scaled.outputs[0].name = f"{output.name}/masked"
     graph = node.graph
     if isinstance(graph, onnx_ir.Graph):
@@ -192,17 +194,8 @@ def without_statistic(node: onnx_ir.Node) -> None:
         reduced = writer(
             node.op_type, *(value for value in node.inputs if value is not None), **_reduction_options(node)
         )
-        ones = onnx_ir.node(
-            "ConstantOfShape",
-            [writer("Shape", reduced)],
-            {"value": onnx_ir.Tensor(np.ones(1, np.float32))},
-            name=f"{node.name}/ones",
-        )
-        ones.outputs[0].name = f"{node.name}/ones"
-        graph = node.graph
-        if isinstance(graph, onnx_ir.Graph):
-            graph.insert_before(node, ones)
-        writer.finish(ones.outputs[0])
+        one = onnx_ir.Tensor(np.ones(1, np.float32))
+        writer.finish(writer("ConstantOfShape", writer("Shape", reduced), value=one))
         return
     inner = None
     if is_op(node, "InstanceNormalization", "GroupNormalization"):
@@ -212,8 +205,8 @@ def without_statistic(node: onnx_ir.Node) -> None:
     writer.finish(_affine(writer, writer("Identity", writer.data), inner))
 
 
-def _reduction_options(node: onnx_ir.Node) -> dict[str, int | Sequence[int]]:
-    options: dict[str, int | Sequence[int]] = {"keepdims": int_attribute(node, "keepdims", 1)}
+def _reduction_options(node: onnx_ir.Node) -> dict[str, Attribute]:
+    options: dict[str, Attribute] = {"keepdims": int_attribute(node, "keepdims", 1)}
     if (axes := ints_attribute(node, "axes")) is not None:
         options["axes"] = axes
     if "noop_with_empty_axes" in node.attributes:
