@@ -144,7 +144,7 @@ class Failure:
 
 
 def failure_of(error: grpc.aio.AioRpcError) -> Failure:
-    packed = dict(error.trailing_metadata())["grpc-status-details-bin"]
+    (packed,) = [value for key, value in error.trailing_metadata() if key == "grpc-status-details-bin"]
     status = status_pb2.Status.FromString(packed)
     assert status.ByteSize() < 4096
     info = error_details_pb2.ErrorInfo()

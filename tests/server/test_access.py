@@ -39,9 +39,8 @@ async def test_tokens(serve: Serve, tmp_path: Path) -> None:
         assert (failure.code, failure.reason) == (grpc.StatusCode.NOT_FOUND, "RESOURCE_NOT_FOUND")
         listing.parent = "projects/b"
         await client.jobs.ListJobs(listing, metadata=bearer("only-a"))
-        call = client.uploads.WriteUpload()
-        await call.write(upload_service_pb2.WriteUploadRequest(name="projects/b/uploads/" + "0" * 26))
-        assert (await failing(call.read())).reason == "UNAUTHENTICATED"
+        first = upload_service_pb2.WriteUploadRequest(name="projects/b/uploads/" + "0" * 26)
+        assert (await failing(client.send([first]))).reason == "UNAUTHENTICATED"
         health = health_pb2_grpc.HealthStub(client.channel)
         answer = await health.Check(health_pb2.HealthCheckRequest())
         assert answer.status == health_pb2.HealthCheckResponse.SERVING

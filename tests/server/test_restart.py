@@ -130,6 +130,17 @@ async def test_stopping_requeues_without_counting_an_attempt(serve: Serve) -> No
         assert (ended.state, ended.attempt) == (S.JOB_STATE_SUCCEEDED, 1)
 
 
+async def draining(running: Any) -> None:
+    """Waits until the server refuses new work."""
+    for index in range(500):
+        try:
+            await running.client.start_upload(str(index).encode())
+        except grpc.aio.AioRpcError:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("never refused anything")
+
+
 async def test_running_jobs_may_finish_within_the_grace(serve: Serve) -> None:
     """While draining, new work is UNAVAILABLE with RetryInfo, reading goes on, and a job that ends is kept."""
     async with serve(drain_grace_s=20.0) as running:
@@ -137,7 +148,7 @@ async def test_running_jobs_may_finish_within_the_grace(serve: Serve) -> None:
         job = await running.client.job(model)
         await running.executor.running.wait()
         stopping = asyncio.create_task(running.server.stop())
-        await asyncio.sleep(0.05)
+        await draining(running)
         for call in (running.client.job(model), running.client.start_upload(b"x")):
             failure = await failing(call)
             assert (failure.code, failure.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")

@@ -78,10 +78,29 @@ def _shared_options() -> list[click.Option]:
             ["--token"], envvar="COMPRESS_TOKEN", metavar="TEXT", help="Bearer token.  [env COMPRESS_TOKEN]", **common
         ),
         click.Option(
-            ["--ca"], type=FILE, metavar="FILE", help="PEM file of the authority to trust; uses TLS.", **common
+            ["--ca"],
+            envvar="COMPRESS_CA",
+            type=FILE,
+            metavar="FILE",
+            help="PEM file of the authority to trust; uses TLS.  [env COMPRESS_CA]",
+            **common,
         ),
-        click.Option(["--cert"], type=FILE, metavar="FILE", help="PEM file of the client's certificate.", **common),
-        click.Option(["--key"], type=FILE, metavar="FILE", help="PEM file of the client's key.", **common),
+        click.Option(
+            ["--cert"],
+            envvar="COMPRESS_CERT",
+            type=FILE,
+            metavar="FILE",
+            help="PEM file of the client's certificate.  [env COMPRESS_CERT]",
+            **common,
+        ),
+        click.Option(
+            ["--key"],
+            envvar="COMPRESS_KEY",
+            type=FILE,
+            metavar="FILE",
+            help="PEM file of the client's key.  [env COMPRESS_KEY]",
+            **common,
+        ),
         click.Option(["--project"], metavar="NAME", help=f"The project.  [default: {DEFAULT_PROJECT}]", **common),
         click.Option(
             ["--timeout", "timeout_s"],

@@ -18,6 +18,7 @@ from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, ins
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 
+from modelpress_server.config import SettingsError
 from modelpress_server.errors import StorageFullError
 from modelpress_server.stores import migrations
 
@@ -101,11 +102,18 @@ def _migrate(engine: Engine) -> None:
                 return
     from alembic import command
     from alembic.config import Config
+    from alembic.util import CommandError
 
     config = Config()
     config.set_main_option("script_location", str(Path(migrations.__file__).parent).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     with engine.connect() as connection:
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        try:
+            command.upgrade(config, "head")
+        except CommandError as error:
+            raise SettingsError(
+                f"data_dir: {engine.url.database} was written by a newer version of modelpress ({error}). Start that "
+                "version, or choose another --data-dir."
+            ) from error
         connection.commit()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from modelpress_server.config import SettingsError
 from modelpress_server.stores import migrations
 from modelpress_server.stores.database import Database
 from modelpress_server.stores.tables import metadata
@@ -36,3 +38,12 @@ def test_head_is_the_newest_revision() -> None:
     config.set_main_option("script_location", str(Path(migrations.__file__).parent))
     config.set_main_option("path_separator", "os")
     assert ScriptDirectory.from_config(config).get_current_head() == migrations.HEAD
+
+
+async def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    """A data folder of a later version is left alone, and the message says what to do."""
+    database = Database.open(tmp_path / "test.db")
+    await database.write(lambda connection: connection.exec_driver_sql("UPDATE alembic_version SET version_num='9999'"))
+    await database.close()
+    with pytest.raises(SettingsError, match="newer version"):
+        Database.open(tmp_path / "test.db")
