@@ -173,6 +173,8 @@ _ALL = (
     _own("gqa_decoder", own_networks.GqaDecoder, _ids(300)),
     _own("group_norm_1d", own_networks.GroupNormAutoencoder, {"signal": lambda: torch.randn(2, 2, 128)}),
 )
+# Thousands of nodes by the TorchScript exporter: for the time of an analysis, not for shares.
+LARGE = _vision("swin_v2_s", source="torchvision")
 ARCHITECTURES: Mapping[str, Architecture] = {architecture.name: architecture for architecture in _ALL}
 
 
