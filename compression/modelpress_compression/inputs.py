@@ -78,6 +78,13 @@ class InputData:
         """The first `samples` samples; nothing is copied."""
         return replace(self, arrays={name: array[:samples] for name, array in self.arrays.items()})
 
+    def spread(self, limit: int) -> InputData:
+        """At most `limit` samples, evenly spread, since files are often sorted by class; views, nothing is copied."""
+        step = max(1, -(-len(self) // limit))
+        if self.fixed_batch and len(self) // step < self.fixed_batch:
+            return self.head(max(limit, self.fixed_batch))
+        return replace(self, arrays={name: array[::step] for name, array in self.arrays.items()})
+
     def _take(self, spec: TensorSpec, samples: slice) -> Array:
         array = self.arrays[spec.name]
         taken = array[samples.start] if array.ndim == len(spec.shape) + 1 else array[samples]

@@ -28,12 +28,16 @@ class Skip:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass made. `changes`: how often each rewrite fired. `warnings` go into the report."""
+    """What a pass made. `changes`: how often each rewrite fired. `warnings` go into the report.
+
+    `details`: figures of single layers, for passes that have some.
+    """
 
     model: Model
     changes: Mapping[str, int | float] = field(default_factory=dict)
     skipped: tuple[Skip, ...] = ()
     warnings: tuple[str, ...] = ()
+    details: tuple[Mapping[str, str | int | float], ...] = ()
 
     @property
     def changed(self) -> bool:

@@ -1,4 +1,6 @@
-"""Zeroing of weights: unstructured (any weight) or n:m (n of every m neighbours along the input axis).
+"""Pruning: whole channels (`structure: channel`, in the package of that name), or zeroing of weights.
+
+Zeroed are any weights (unstructured) or n of every m neighbours along the input axis (n:m):
 
     l1        the smallest magnitudes go (Han et al., arXiv:1506.02626)
     random    a control: what does the choice of weights matter?
@@ -17,22 +19,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir
 
-from modelpress_compression.analysis.graph import is_op
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip
 from modelpress_compression.passes.prune.rows import layout_of, smallest_of_groups
 from modelpress_compression.passes.prune.selection import Mask, Scores, Selector, smallest
 from modelpress_compression.passes.prune.targets import Target, find_targets, unmatched
+from modelpress_compression.passes.prune.tensors import replace_numbers
 from modelpress_compression.techniques import PruneConfig
 
 __all__ = ["Prune"]
 
 _NO_SPEEDUP = (
-    "Zeroed weights do not make onnxruntime faster: they pay in the size of the compressed download only. Use channel "
-    "pruning for speed where it is offered."
+    "Zeroed weights do not make onnxruntime faster: they pay in the size of the compressed download only. "
+    "'structure: channel' removes whole channels, which does."
 )
 
 
@@ -53,6 +54,10 @@ class Prune:
         self._config = config
 
     def __call__(self, model: Model, context: Context) -> PassResult:
+        if self._config.structure == "channel":
+            from modelpress_compression.passes.prune.channel import prune_channels
+
+            return prune_channels(model, self._config, context)
         clone = model.clone()
         targets, skipped = find_targets(clone, self._config.exclude)
         if self._config.structure == "n:m":
@@ -72,7 +77,7 @@ class Prune:
             counts.pruned += changed
             if changed:
                 counts.layers += 1
-                _set(target, np.where(mask, np.zeros((), array.dtype), array))
+                replace_numbers(target.value, np.where(mask, np.zeros((), array.dtype), array))
         context.progress(1.0, "pruned")
         return self._result(clone if counts.pruned else model, counts, skipped)
 
@@ -131,12 +136,3 @@ class Prune:
         drawn = 1.0 - generator.random(array.shape, dtype=np.float32)
         scores: Scores = np.where(array == 0, np.float32(0), drawn)
         return scores
-
-
-def _set(target: Target, array: Array) -> None:
-    """Puts the numbers in the weight's place, be it an initializer or a Constant node."""
-    tensor = onnx_ir.Tensor(np.ascontiguousarray(array), dtype=target.tensor.dtype, name=target.tensor.name)
-    producer = target.value.producer()
-    if producer is not None and is_op(producer, "Constant"):
-        producer.attributes["value"] = onnx_ir.AttrTensor("value", tensor)
-    target.value.const_value = tensor

@@ -8,11 +8,9 @@ shapes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import onnx_ir
 
-from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.observers import Histogram
@@ -23,14 +21,6 @@ MAX_SAMPLES = 256
 _SHARE = 0.7  # of the pass's time
 
 
-def spread(data: InputData, limit: int = MAX_SAMPLES) -> InputData:
-    """At most `limit` samples, evenly spread, since files are often sorted by class; views, nothing is copied."""
-    step = max(1, -(-len(data) // limit))
-    if data.fixed_batch and len(data) // step < data.fixed_batch:
-        return data.head(max(limit, data.fixed_batch))
-    return replace(data, arrays={name: array[::step] for name, array in data.arrays.items()})
-
-
 def observe(model: Model, values: Sequence[onnx_ir.Value], context: Context) -> dict[str, Histogram]:
     """A histogram for each of these values of the main graph, by name.
 
@@ -39,7 +29,7 @@ def observe(model: Model, values: Sequence[onnx_ir.Value], context: Context) -> 
     histograms = {value.name: Histogram() for value in values if value.name}
     inputs = {value.name for value in model.graph.inputs}
     with session_of(with_outputs(model, [name for name in histograms if name not in inputs])) as session:
-        samples = spread(context.data)
+        samples = context.data.spread(MAX_SAMPLES)
         done = 0
         for feed in samples.feeds(batch_size=1):
             context.check_time()

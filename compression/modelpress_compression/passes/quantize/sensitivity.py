@@ -16,7 +16,6 @@ import onnx_ir
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.affine import ActivationParameters
-from modelpress_compression.passes.quantize.calibration import spread
 from modelpress_compression.passes.quantize.edit import Editor, graph_of, label, required
 from modelpress_compression.passes.quantize.plan import HEAVY
 from modelpress_compression.passes.quantize.qdq import QdqWriter
@@ -45,7 +44,7 @@ def sqnr_per_node(
     copy.graph.outputs.extend(outputs)
     totals = dict.fromkeys((value.name or "" for value in outputs), 0.0)
     with session_of(copy) as session:
-        for feed in spread(context.data, SAMPLES).feeds(batch_size=1):
+        for feed in context.data.spread(SAMPLES).feeds(batch_size=1):
             context.check_time()
             for name, total in run(session, feed).items():
                 totals[name] += float(total)

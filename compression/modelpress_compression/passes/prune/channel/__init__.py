@@ -1,0 +1,204 @@
+"""Pruning of whole channels, attention heads and hidden units: the model gets smaller and faster on every runtime.
+
+groups      what must be cut together, found in the graph            analysis.channels
+criterion   how important each unit is                               magnitude, activation, control
+selection   which units stay, at which multiple                      selection, costs, scope
+cut         the model without them                                   analysis.channels
+repair      the layers behind fitted to the uncut model's answers    repair, layers, linear, normal_equations
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+from modelpress_compression.analysis.channels import Analysis, Group, Indices, cut, find_groups
+from modelpress_compression.errors import InvalidDataError
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import Context, PassResult, Skip
+from modelpress_compression.passes.prune.channel.activation import Activation
+from modelpress_compression.passes.prune.channel.control import Random
+from modelpress_compression.passes.prune.channel.costs import COSTS
+from modelpress_compression.passes.prune.channel.criterion import Criterion
+from modelpress_compression.passes.prune.channel.magnitude import Magnitude
+from modelpress_compression.passes.prune.channel.repair import Repair, repair
+from modelpress_compression.passes.prune.channel.scope import permitted, sparsity_of, unmatched_overrides
+from modelpress_compression.passes.prune.channel.selection import Limits, Selection, select_by_layer, select_globally
+from modelpress_compression.passes.prune.targets import unmatched
+from modelpress_compression.techniques import PruneConfig
+
+__all__ = ["CRITERIA", "prune_channels"]
+
+CRITERIA: Mapping[str, Callable[[PruneConfig], Criterion]] = MappingProxyType(
+    {
+        "l1": lambda config: Magnitude(1),
+        "l2": lambda config: Magnitude(2),
+        "activation": lambda config: Activation(),
+        "random": lambda config: Random(config.seed),
+    }
+)
+_SHOWN = 5  # names in a warning
+_SHARES = (0.1, 0.3)  # of the pass's time until groups are found, and until units are chosen
+
+
+def prune_channels(model: Model, config: PruneConfig, context: Context) -> PassResult:
+    """Cuts as the configuration says; where nothing can be cut, the model as it was and a warning that says why.
+
+    Raises InvalidDataError where the criterion or the repair needs data and none is given, ModelNotRunnableError,
+    TimeLimitError.
+    """
+    criterion = CRITERIA[config.criterion](config)
+    _require_data(criterion, config, context)
+    context.progress(0.0, "looking for channels that go together")
+    analysis = find_groups(model)
+    groups, skipped = permitted(analysis.groups, config)
+    skipped = [*(Skip(item.node, item.reason) for item in analysis.frozen), *skipped]
+    warnings = _unmatched(model, analysis, config)
+    context.progress(_SHARES[0], f"judging {len(groups)} groups of channels")
+    selection = _select(model, groups, criterion, config, context)
+    warnings += _held_back(selection, config)
+    skipped += [Skip(group.id, _why_whole(group, config)) for group in groups if group.id not in selection.kept]
+    if not selection.kept:
+        reason = _why_nothing(analysis, groups, config)
+        return PassResult(model, {}, tuple(skipped), (*warnings, f"Nothing was cut: {reason}"))
+    context.progress(_SHARES[1], f"cutting {len(selection.kept)} groups of channels")
+    pruned = cut(model, selection.kept)
+    repaired = Repair((), ())
+    if _repairs(config, context):
+        repaired = repair(model, pruned, analysis, selection.kept, _rest_of(context))
+    elif config.repair == "auto":
+        warnings.append(
+            "The layers behind the cuts were not fitted anew: that needs representative inputs, and keeps much of "
+            "what pruning costs."
+        )
+    context.progress(1.0, "pruned")
+    return PassResult(
+        pruned,
+        _changes(model, pruned, analysis, selection, repaired),
+        (*skipped, *repaired.skipped),
+        tuple(warnings),
+        _details(analysis, selection, repaired),
+    )
+
+
+def _require_data(criterion: Criterion, config: PruneConfig, context: Context) -> None:
+    if context.data.provided:
+        return
+    wanting = "criterion" if criterion.needs_data else "repair" if config.repair == "least_squares" else None
+    if wanting is not None:
+        value = getattr(config, wanting)
+        raise InvalidDataError(
+            f"prune with {wanting} {value!r} needs representative inputs; give some, or choose another {wanting}."
+        )
+
+
+def _repairs(config: PruneConfig, context: Context) -> bool:
+    return context.data.provided and config.repair != "none"
+
+
+def _rest_of(context: Context) -> Context:
+    """For the last part of the pass."""
+    start = _SHARES[1]
+    return replace(context, progress=lambda share, message: context.progress(start + (1 - start) * share, message))
+
+
+def _select(
+    model: Model, groups: Sequence[Group], criterion: Criterion, config: PruneConfig, context: Context
+) -> Selection:
+    limits = Limits({group.id: sparsity_of(group, config) for group in groups}, config.round_to, config.min_channels)
+    if not any(limits.sparsity.values()):
+        return Selection({}, ())
+    scores = criterion(model, groups, context)
+    if config.scope == "layer":
+        return select_by_layer(groups, scores, limits)
+    costs = COSTS[config.normalize](model, groups, context)
+    return select_globally(groups, scores, costs, config.sparsity, limits)
+
+
+def _unmatched(model: Model, analysis: Analysis, config: PruneConfig) -> list[str]:
+    warnings = [
+        f"The exclude pattern {pattern!r} matches no node and no weight."
+        for pattern in unmatched(model, config.exclude)
+    ]
+    return warnings + [
+        f"The override {pattern!r} matches no layer whose channels can be cut."
+        for pattern in unmatched_overrides(analysis.groups, config)
+    ]
+
+
+def _held_back(selection: Selection, config: PruneConfig) -> list[str]:
+    if not selection.raised:
+        return []
+    names = ", ".join(selection.raised[:_SHOWN]) + (", ..." if len(selection.raised) > _SHOWN else "")
+    return [
+        f"The sparsity asked for would leave {len(selection.raised)} layers with fewer than min_channels = "
+        f"{config.min_channels} channels ({names}); they keep at least so many."
+    ]
+
+
+def _why_whole(group: Group, config: PruneConfig) -> str:
+    channels = group.units * group.align
+    if not sparsity_of(group, config):
+        return "Its sparsity is 0."
+    if config.scope == "global":
+        return f"Its {channels} channels are among the more important ones for what they cost, or may not be fewer."
+    return (
+        f"Of its {channels} channels none can go: those that stay must be a multiple of {config.round_to} and at least "
+        f"{config.min_channels}."
+    )
+
+
+def _why_nothing(analysis: Analysis, groups: Sequence[Group], config: PruneConfig) -> str:
+    if not analysis.groups:
+        reasons = Counter(item.reason for item in analysis.frozen).most_common(1)
+        why = f" ({reasons[0][0].rstrip('.')})" if reasons else ""
+        return f"the model has no channels that can be cut without changing its inputs or outputs{why}."
+    if not groups:
+        return "the recipe excludes every layer whose channels could be cut."
+    if not any(sparsity_of(group, config) for group in groups):
+        return "the sparsity is 0."
+    return (
+        f"at sparsity {config.sparsity:g} no layer can lose channels, since those that stay must be a multiple of "
+        f"round_to = {config.round_to} and at least min_channels = {config.min_channels}; raise the sparsity or lower "
+        f"these."
+    )
+
+
+def _changes(
+    model: Model, pruned: Model, analysis: Analysis, selection: Selection, repaired: Repair
+) -> dict[str, int | float]:
+    before, after = (sum(tensor.size for tensor in item.tensors()) for item in (model, pruned))
+    changes: dict[str, int | float] = {
+        "groups": len(analysis.groups),
+        "groups_cut": len(selection.kept),
+        "channels_removed": sum(
+            _channels(analysis.group(name), kept)[0] - _channels(analysis.group(name), kept)[1]
+            for name, kept in selection.kept.items()
+        ),
+        "parameters_removed_share": 1 - after / max(1, before),
+    }
+    if repaired.fits:
+        count = len(repaired.fits)
+        changes["layers_repaired"] = count
+        changes["repair_error_before"] = sum(fit.error_before for fit in repaired.fits) / count
+        changes["repair_error_after"] = sum(fit.error_after for fit in repaired.fits) / count
+    return changes
+
+
+def _channels(group: Group, kept: Indices) -> tuple[int, int]:
+    return group.units * group.align, len(kept) * group.align
+
+
+def _details(analysis: Analysis, selection: Selection, repaired: Repair) -> tuple[Mapping[str, str | int | float], ...]:
+    """A row for each group that was cut, and one for each layer that was fitted."""
+    rows: list[Mapping[str, str | int | float]] = []
+    for name, kept in selection.kept.items():
+        group = analysis.group(name)
+        before, after = _channels(group, kept)
+        rows.append({"group": name, "kind": group.kind, "channels": before, "channels_kept": after})
+    rows += [
+        {"layer": fit.node, "error_before": fit.error_before, "error_after": fit.error_after} for fit in repaired.fits
+    ]
+    return tuple(rows)

@@ -1,0 +1,48 @@
+"""Importance by magnitude: l1 sums |w|, l2 sums w^2, over all weights of a unit (Li et al., arXiv:1608.08710).
+
+All weights of the group count, those that make the channel and those that read it (DepGraph, arXiv:2301.12900).
+The squared norm, not its root, is what adds up over layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from modelpress_compression.analysis.channels import Group
+from modelpress_compression.inputs import Array
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.prune.channel.criterion import Scores
+from modelpress_compression.passes.prune.channel.weights import Weights, along, per_unit
+
+
+class Magnitude:
+    """`order` 1 or 2."""
+
+    needs_data = False
+
+    def __init__(self, order: int) -> None:
+        self._order = order
+
+    def __call__(self, model: Model, groups: Sequence[Group], context: Context) -> Mapping[str, Scores]:
+        """One pass over the weights; see `Criterion`."""
+        weights = Weights(model)
+        scores = {}
+        for group in groups:
+            context.check_time()
+            total = np.zeros(group.units)
+            for member in weights.judged(group):
+                total += per_unit(self._sizes(weights.array(member.tensor), member.axis), member)
+            scores[group.id] = np.nan_to_num(total, nan=0.0, posinf=np.finfo(np.float64).max)
+        return scores
+
+    def _sizes(self, array: Array, axis: int) -> Scores:
+        """Of each index of the axis."""
+        rows = along(array, axis)
+        sizes = np.empty(len(rows))
+        for index, row in enumerate(rows):
+            numbers = row.astype(np.float64)
+            sizes[index] = np.abs(numbers).sum() if self._order == 1 else numbers @ numbers
+        return sizes
