@@ -93,7 +93,7 @@ def _transformer(kind: str) -> nn.Module:
     small = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "attn_implementation": "eager"}
     wide = {"intermediate_size": 512, "initializer_range": 0.08}
     if kind == "bert":
-        return Outputs(t.BertModel(t.BertConfig(vocab_size=200, **small, **wide)), "last_hidden_state")
+        return Outputs(t.BertForMaskedLM(t.BertConfig(vocab_size=200, **small, **wide)), "logits")
     if kind == "distilbert":
         config = t.DistilBertConfig(
             vocab_size=200, dim=128, n_layers=2, n_heads=4, hidden_dim=512, attn_implementation="eager"

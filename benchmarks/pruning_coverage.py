@@ -240,7 +240,8 @@ def document(rows: Sequence[Row], scale: Sequence[Scale]) -> str:
             *_markdown(table),
             "",
             "`frozen`: channels that stay because they cannot be traced or are a graph's inputs or outputs. "
-            f"`speed-up`: time before / after, one thread, batch 1, {machine['cpu']}, onnxruntime {machine['onnxruntime']}, "
+            f"`speed-up`: time before / after, one thread, batch 1, {machine['cpu']}, "
+            f"onnxruntime {machine['onnxruntime']}, "
             f"torch {machine['torch']}; interval of the median over interleaved rounds.",
             "",
             "## Time of the analysis",

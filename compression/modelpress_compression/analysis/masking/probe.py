@@ -1,9 +1,10 @@
 """Which elements of a value depend on silenced units: found by runs that differ in these units alone.
 
 The graph runs three times with the weights that make the silenced units changed: positive, negative (so that a Relu
-cannot hide both), and with their biases and scales changed. All consumers of the units are silent, so whatever differs
-between the runs is an element that belongs to a silenced unit. Statistics over channels would spread the difference to
-all others; for these runs they are taken out of the graph, which moves no element to another place.
+cannot hide both), and larger, with other biases and scales (a square is the same for both signs). All consumers of the
+units are silent, so whatever differs between the runs is an element that belongs to a silenced unit. Statistics over
+channels would spread the difference to all others; for these runs they are taken out of the graph, which moves no
+element to another place.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from modelpress_compression.model import Model
 from modelpress_compression.runtime import run, session_of
 
 Cut = Sequence[tuple[Member, Indices]]
-_RUNS = 3
+# Factors of the silenced units' weights, run by run.
+_RUNS = (1.0, -1.0, 1.7)
 # Differences below this share of the value are rounding: a runtime may choose another order of summation.
 _ROUNDING = 1e-5
 
@@ -91,7 +93,7 @@ def _dead_elements(
     silent: Model, cut: Cut, feeds: Feeds, names: Sequence[str], taken_out: set[str]
 ) -> Mapping[str, Dead]:
     """For input 0 of each named node which elements are silenced; one entry of the batch stands for all."""
-    runs = [_values(silent, cut, feeds, names, taken_out, number) for number in range(_RUNS)]
+    runs = [_values(silent, cut, feeds, names, taken_out, number) for number in range(len(_RUNS))]
     dead: dict[str, Dead] = {}
     for name, *arrays in zip(names, *runs, strict=True):
         first = np.asarray(arrays[0], np.float64)
@@ -136,7 +138,7 @@ def _change(probe: Model, cut: Cut, number: int) -> None:
         if member.role == "producer":
 
             def produce(array: NDArray[Any], select: tuple[Any, ...] = select) -> None:
-                array[select] = _other(array, select, -1 if number == 1 else 1)
+                array[select] = _RUNS[number] * _large(array, select)
 
             constants.change(member.tensor, member.node, produce)
         elif member.role == "passenger" and number == 2:
@@ -158,10 +160,10 @@ def _change(probe: Model, cut: Cut, number: int) -> None:
     constants.write()
 
 
-def _other(array: NDArray[Any], select: tuple[Any, ...], sign: int) -> NDArray[Any]:
-    """Well above the weights in size, so that no bias outweighs them; the sign is the run's."""
+def _large(array: NDArray[Any], select: tuple[Any, ...]) -> NDArray[Any]:
+    """Well above the weights in size, so that no bias outweighs them."""
     old = array[select]
     if array.dtype.kind != "f":
-        return np.full_like(old, 50 if sign > 0 else 5)
+        return np.full_like(old, 5, np.int64)
     size: NDArray[Any] = 4 * np.abs(old) + 0.1 * np.abs(array).mean() + 1e-3
-    return sign * size
+    return size
