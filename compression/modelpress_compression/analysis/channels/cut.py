@@ -29,7 +29,7 @@ from modelpress_compression.model import Model
 def cut(model: Model, kept: Mapping[str, Indices]) -> Model:
     """The model with the units `kept` (group id -> indices of units, rising); groups that are not named stay whole.
 
-    Raises KeyError for a group that the model has not, ValueError for indices that are out of range, not rising or none.
+    Raises KeyError for an unknown group, ValueError for indices that are out of range, not rising, or none at all.
     """
     traced = trace(model)
     editor = _Editor(traced, _mask(traced, kept))
@@ -131,8 +131,8 @@ class _Editor:
 
     def _parts(self, fix: Parts) -> None:
         sizes = np.asarray([self.left(part) for part in fix.parts], np.int64)
-        if "split" in fix.node.attributes:
-            fix.node.attributes["split"] = onnx_ir.AttrInt64s("split", sizes.tolist())
+        if fix.attribute in fix.node.attributes:
+            fix.node.attributes[fix.attribute] = onnx_ir.AttrInt64s(fix.attribute, sizes.tolist())
             return
         fix.node.attributes.pop("num_outputs", None)
         if len(fix.node.inputs) > 1:
@@ -259,7 +259,7 @@ def _add_input(node: onnx_ir.Node, value: onnx_ir.Value) -> None:
 
 
 def _restore_shapes(model: Model, ir: onnx_ir.Model, editor: _Editor) -> None:
-    """Inputs and outputs keep their (symbolic) shapes; those of values in between are dropped, as they were concrete."""
+    """Inputs and outputs keep their (symbolic) shapes; those in between were concrete and are dropped."""
     for node in ir.graph.all_nodes():
         for output in node.outputs:
             output.shape = None

@@ -13,7 +13,8 @@ from modelpress_compression.analysis.channels.groups import Analysis, Frozen, Gr
 from modelpress_compression.analysis.channels.labels import NOT_FROZEN, Classes, Ints, Reason
 from modelpress_compression.analysis.channels.ops import RULES
 from modelpress_compression.analysis.channels.tracer import Mark, Tracer
-from modelpress_compression.analysis.shapes import static_shapes
+from modelpress_compression.analysis.graph import label
+from modelpress_compression.analysis.shapes import shape_of, static_shapes
 from modelpress_compression.model import Model
 
 _KINDS: tuple[Kind, ...] = ("channel", "group", "head", "hidden")
@@ -26,8 +27,11 @@ class Axis:
     value: onnx_ir.Value
     number: int
     labels: Ints
-    role: Role
-    node: str
+    uses: tuple[tuple[Role, str], ...]
+
+    def maker(self) -> str | None:
+        """The node for which it makes channels."""
+        return next((node for role, node in self.uses if role == "producer"), None)
 
 
 @dataclass(frozen=True)
@@ -74,27 +78,39 @@ def _freeze_ambiguous_names(ir: onnx_ir.Model, tracer: Tracer) -> None:
 
 
 def _axes(tracer: Tracer) -> list[Axis]:
-    """Every labelled axis of every constant, with the role of the first node that uses it for one."""
-    count = tracer.labels.fresh(0).size + _last(tracer)
-    number = np.full(count, -1, np.int64)
-    for index in range(len(tracer.marks) - 1, -1, -1):
-        number[tracer.marks[index].labels] = index
-    found = []
-    for value, axes in tracer.constants.items():
-        for axis, labels in enumerate(axes):
-            if labels is None:
-                continue
-            marks = number[labels]
-            known = marks[marks >= 0]
-            mark = tracer.marks[int(known.min())] if known.size else None
-            user = next(iter(value.consumers()), None)
-            node = mark.node if mark is not None else ((user.name if user is not None else None) or value.name or "")
-            found.append(Axis(value, axis, labels, mark.role if mark is not None else "passenger", node))
+    """Every labelled axis of every constant, with the roles that nodes use it in."""
+    found = [
+        (value, number, labels)
+        for value, axes in tracer.constants.items()
+        for number, labels in enumerate(axes)
+        if labels is not None
+    ]
+    owner = np.full(tracer.labels.solve().root.size, -1, np.int64)
+    for index, (_, _, labels) in enumerate(found):
+        owner[labels] = index
+    uses: dict[int, dict[tuple[Role, str], None]] = defaultdict(dict)
+    for mark in tracer.marks:
+        for labels in _with_twins(mark.labels, tracer):
+            for index in np.unique(owner[labels]).tolist():
+                uses[index][mark.role, mark.node] = None
+    axes = []
+    for index, (value, number, labels) in enumerate(found):
+        known = tuple(use for use in uses[index] if index >= 0 and use[0] != "passenger") or tuple(uses[index])
+        user = next(iter(value.consumers()), None)
+        follows: tuple[Role, str] = ("passenger", label(user) if user is not None else value.name or "")
+        axes.append(Axis(value, number, labels, known or (follows,)))
+    return axes
+
+
+def _with_twins(labels: Ints, tracer: Tracer) -> list[Ints]:
+    """These labels, and those of other constants that the same computed weight holds."""
+    found, seen = [labels], {int(labels[0])} if labels.size else set()
+    for one in found:
+        for twin in tracer.twins.get(int(one[0]), []) if one.size else []:
+            if int(twin[0]) not in seen:
+                seen.add(int(twin[0]))
+                found.append(twin)
     return found
-
-
-def _last(tracer: Tracer) -> int:
-    return int(tracer.labels.solve().root.size)
 
 
 def _groups(axes: list[Axis], tracer: Tracer, classes: Classes) -> tuple[tuple[Group, ...], dict[str, Ints]]:
@@ -105,16 +121,16 @@ def _groups(axes: list[Axis], tracer: Tracer, classes: Classes) -> tuple[tuple[G
     names: dict[str, int] = defaultdict(int)
     for signature, members in sorted(signatures.items(), key=lambda item: item[0]):
         rows = [(axes[number], count) for number, count in signature if number < len(axes)]
-        producer = next((row for row in rows if row[0].role == "producer"), None)
-        if producer is None or not any(axis.role == "consumer" for axis, _ in rows) or len(members) < 2:
+        first = next(((axis, count, maker) for axis, count in rows if (maker := axis.maker()) is not None), None)
+        if first is None or len(members) < 2 or all(role != "consumer" for axis, _ in rows for role, _ in axis.uses):
             continue
-        roots = _in_order(np.asarray(members, np.int64), producer[0], classes)
-        made = tuple(_member(axis, count, roots, classes) for axis, count in rows)
-        names[producer[0].node] += 1
-        repeat = names[producer[0].node]
-        identifier = producer[0].node if repeat == 1 else f"{producer[0].node}#{repeat}"
+        axis, align, maker = first
+        roots = _in_order(np.asarray(members, np.int64), axis, classes)
+        made = tuple(member for axis, count in rows for member in _members(axis, count, roots, classes))
+        names[maker] += 1
+        identifier = maker if names[maker] == 1 else f"{maker}#{names[maker]}"
         kind = _KINDS[int(kinds[roots].max())]
-        group = Group(identifier, roots.size, kind, made, _parameters(made, rows), producer[1])
+        group = Group(identifier, roots.size, kind, made, _parameters(rows), align)
         groups.append((len(groups), group, roots))
     return tuple(group for _, group, _ in groups), {group.id: roots for _, group, roots in groups}
 
@@ -141,8 +157,8 @@ def _in_order(roots: Ints, axis: Axis, classes: Classes) -> Ints:
     return np.asarray(sorted(roots.tolist(), key=lambda root: rank[root]), np.int64)
 
 
-def _member(axis: Axis, count: int, roots: Ints, classes: Classes) -> Member:
-    """Indices of every unit in one axis."""
+def _members(axis: Axis, count: int, roots: Ints, classes: Classes) -> list[Member]:
+    """Indices of every unit in one axis, once for each use."""
     own = classes.root[axis.labels]
     order = np.argsort(roots)
     where = np.searchsorted(roots[order], own)
@@ -151,20 +167,15 @@ def _member(axis: Axis, count: int, roots: Ints, classes: Classes) -> Member:
     unit = order[where][inside]
     positions = np.flatnonzero(inside)
     indices: Indices = positions[np.argsort(unit, kind="stable")].reshape(roots.size, count).astype(np.int64)
-    return Member(axis.value.name or "", axis.number, indices, axis.role, axis.node)
+    return [Member(axis.value.name or "", axis.number, indices, role, node) for role, node in axis.uses]
 
 
-def _parameters(members: tuple[Member, ...], rows: list[tuple[Axis, int]]) -> float:
+def _parameters(rows: list[tuple[Axis, int]]) -> float:
     """Numbers that go with one unit, all else staying whole."""
-    stays: dict[str, float] = defaultdict(lambda: 1.0)
-    sizes: dict[str, int] = {}
-    for member, (axis, count) in zip(members, rows, strict=True):
-        shape = axis.value.const_value.shape.numpy() if axis.value.const_value is not None else axis.value.shape
-        if shape is None:
-            continue
-        sizes[member.tensor] = int(np.prod([int(extent) for extent in shape]))
-        stays[member.tensor] *= 1 - count / axis.labels.size
-    return float(sum(size * (1 - stays[tensor]) for tensor, size in sizes.items()))
+    stays: dict[onnx_ir.Value, float] = defaultdict(lambda: 1.0)
+    for axis, count in rows:
+        stays[axis.value] *= 1 - count / axis.labels.size
+    return float(sum(np.prod(shape_of(value) or (0,)) * (1 - share) for value, share in stays.items()))
 
 
 def _kinds(marks: list[Mark], classes: Classes) -> Ints:
@@ -180,10 +191,11 @@ def _frozen(axes: list[Axis], tracer: Tracer, classes: Classes) -> tuple[Frozen,
     """Producers whose channels stay, by reason."""
     counts: dict[tuple[str, Reason], int] = {}
     for axis in axes:
-        if axis.role != "producer":
+        maker = axis.maker()
+        if maker is None:
             continue
         reasons, numbers = np.unique(classes.reason[axis.labels], return_counts=True)
         for reason, number in zip(reasons.tolist(), numbers.tolist(), strict=True):
             if reason != NOT_FROZEN:
-                counts[axis.node, tracer.labels.reasons[reason]] = number
+                counts[maker, tracer.labels.reasons[reason]] = number
     return tuple(Frozen(node, number, f"{reason.text} ({reason.node})") for (node, reason), number in counts.items())

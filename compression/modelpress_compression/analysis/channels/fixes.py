@@ -33,10 +33,11 @@ class Extents:
 
 @dataclass(frozen=True)
 class Parts:
-    """The node splits an axis into outputs with these labels."""
+    """The node splits an axis into parts with these labels; `attribute` holds their extents where it has one."""
 
     node: onnx_ir.Node
     parts: tuple[Ints, ...]
+    attribute: str = "split"
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def is_structural(node: onnx_ir.Node) -> bool:
 def evaluate(
     node: onnx_ir.Node, inputs: Sequence[Small | None], shape: Callable[[onnx_ir.Value], tuple[int, ...] | None]
 ) -> Small | None:
-    """Output 0, or None where it is not known or no small tensor. `shape` answers for the values that Shape asks for."""
+    """Output 0, or None where it is not known or not small. `shape` answers for the values that Shape asks for."""
     if not is_op(node, *EVALUATED) or len(node.outputs) != 1 or not node.inputs or node.inputs[0] is None:
         return None
     if node.op_type in ("Shape", "Size"):
@@ -93,7 +93,7 @@ def _shape(node: onnx_ir.Node, shape: tuple[int, ...] | None) -> Small | None:
     return np.asarray(shape[int_attribute(node, "start", 0) : end], np.int64)
 
 
-def _compute(node: onnx_ir.Node, inputs: list[Small | None], known: list[Small]) -> Small | None:  # noqa: PLR0911, PLR0912 - one line an operator
+def _compute(node: onnx_ir.Node, inputs: list[Small | None], known: list[Small]) -> Small | None:  # noqa: PLR0911 - one line an operator
     operator, first = node.op_type, known[0]
     if operator in _BINARY:
         result = first

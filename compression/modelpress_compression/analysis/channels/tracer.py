@@ -62,6 +62,8 @@ class Tracer:
         self.marks: list[Mark] = []
         # Labels of parts of axes: units of one group lie in the same parts, so that no part is ever empty.
         self.parts: list[Ints] = []
+        # First label of an axis -> axes of other constants that one computed weight holds as well.
+        self.twins: dict[int, list[Ints]] = {}
 
     # What is known of values
 
@@ -125,13 +127,21 @@ class Tracer:
         if axis is not None:
             self.marks.append(Mark(axis, role, label(node), kind))
 
+    def pair(self, made: Axis, axis: Axis) -> None:
+        """A weight computed of several constants: what is marked on `made` is meant for `axis` as well."""
+        if made is not None and axis is not None and made is not axis:
+            self.twins.setdefault(int(made[0]), []).append(axis)
+
     def plain_outputs(self, node: onnx_ir.Node) -> None:
         for output in node.outputs:
-            shape = shape_of(output)
-            if shape is not None:
-                self._axes[output] = (None,) * len(shape)
-            else:
-                self._axes.pop(output, None)
+            self.plain_output(output)
+
+    def plain_output(self, output: onnx_ir.Value) -> None:
+        shape = shape_of(output)
+        if shape is not None:
+            self._axes[output] = (None,) * len(shape)
+        else:
+            self._axes.pop(output, None)
 
     # The walk
 

@@ -1,11 +1,16 @@
 """Rules by family of operators; importing this package registers them all."""
 
 from modelpress_compression.analysis.channels.ops import (
+    attention,
+    control,
     convolution,
+    einsum,
     elementwise,
     layout,
     matmul,
     normalization,
+    quantization,
+    recurrent,
     reduction,
     reshape,
     selection,
@@ -14,6 +19,19 @@ from modelpress_compression.analysis.channels.ops import (
 from modelpress_compression.analysis.channels.ops.registry import RULES
 
 __all__ = [
-    "RULES", "convolution", "elementwise", "layout", "matmul", "normalization", "reduction", "reshape", "selection",
+    "RULES",
+    "attention",
+    "control",
+    "convolution",
+    "einsum",
+    "elementwise",
+    "layout",
+    "matmul",
+    "normalization",
+    "quantization",
+    "recurrent",
+    "reduction",
+    "reshape",
+    "selection",
     "spatial",
-]  # fmt: skip
+]

@@ -27,7 +27,7 @@ def conv(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     channels = data[1]
     made = weight[0]
     if group == 1:
-        tracer.mark(tracer.unify(channels, weight[1], node), "consumer", node)
+        tracer.unify(channels, weight[1], node)
         tracer.mark(weight[1], "consumer", node)
     elif shape[1] == 1:
         made = _depthwise(channels, weight[0], group, node, tracer)
@@ -76,9 +76,8 @@ def _grouped(channels: Axis, made: Axis, read: Axis, group: int, node: onnx_ir.N
     inner, outer = grid(channels, groups, node, tracer), grid(made, groups, node, tracer)
     tracer.unify(inner, read, node)
     tracer.mark(read, "consumer", node, "group")
-    tracer.mark(inner, "consumer", node, "group")
-    tracer.mark(outer, "producer", node, "group")
-    tracer.mark(groups, "producer", node, "group")
+    for axis in (inner, outer, groups):
+        tracer.mark(axis, "producer", node, "group")
     tracer.fixes.append(Count(node, "group", groups))
 
 

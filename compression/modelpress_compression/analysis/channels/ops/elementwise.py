@@ -17,8 +17,8 @@ _UNARY = (
     "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu",
 )  # fmt: skip
 _VARIADIC = (
-    "Add", "Sub", "Mul", "Div", "Pow", "Mod", "PRelu", "Max", "Min", "Sum", "Mean", "Where", "And", "Or", "Xor", "Equal",
-    "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "BitwiseAnd", "BitwiseOr", "BitwiseXor",
+    "Add", "Sub", "Mul", "Div", "Pow", "Mod", "PRelu", "Max", "Min", "Sum", "Mean", "Where", "And", "Or", "Xor",
+    "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "BitwiseAnd", "BitwiseOr", "BitwiseXor",
 )  # fmt: skip
 
 
@@ -46,9 +46,14 @@ def first_of_many(node: onnx_ir.Node, tracer: Tracer) -> str | None:
 @rule("BiasGelu", "FastGelu", domain=MICROSOFT)
 def variadic(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """All inputs are broadcast against each other."""
-    result = broadcast([value for value in node.inputs if value is not None], node, tracer)
+    values = [value for value in node.inputs if value is not None]
+    result = broadcast(values, node, tracer)
     if result is None:
         return "The shapes of the inputs are not known."
+    if all(tracer.is_derived(value) for value in values):
+        for value in values:
+            for made, own in zip(reversed(result), reversed(tracer.axes(value) or ()), strict=False):
+                tracer.pair(made, own)
     tracer.set(node.outputs[0], result)
     return None
 

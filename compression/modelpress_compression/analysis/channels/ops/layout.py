@@ -72,6 +72,9 @@ def concat(node: onnx_ir.Node, tracer: Tracer) -> str | None:
             for other, _ in column:
                 tracer.freeze(other, node, "The axis meets one that cannot be cut, such as that of an input.")
         result.append(tied)
+        if all(tracer.is_derived(value) for value in values):
+            for other, _ in column:
+                tracer.pair(tied, other)
     tracer.set(node.outputs[0], tuple(result))
     return None
 

@@ -58,6 +58,9 @@ def product(node: onnx_ir.Node, tracer: Tracer, transposed: tuple[bool, bool]) -
     )
     if batch is None:
         return _UNKNOWN
+    if not any(weights):
+        for axis in batch:
+            tracer.mark(axis, "passenger", node, "head")
     kept: Axes = ((rows,) if len(left) > 1 else ()) + ((columns,) if len(right) > 1 else ())
     tracer.set(node.outputs[0], (*batch, *kept))
     return None

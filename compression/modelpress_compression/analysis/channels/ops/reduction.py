@@ -63,10 +63,11 @@ def is_statistic(node: onnx_ir.Node) -> bool:
 
 
 def _same(one: onnx_ir.Value | None, other: onnx_ir.Value) -> bool:
-    """Exporters compute x once more, or cast it, between mean and difference."""
+    """Exporters may cast x between mean and difference."""
+    producer = None if one is None else one.producer()
     return one is other or (
-        one is not None and is_op(one.producer(), "Cast", "Identity") and one.producer().inputs[0] is other
-    )  # type: ignore[union-attr]
+        producer is not None and is_op(producer, "Cast", "Identity") and producer.inputs[0] is other
+    )
 
 
 def _is_square(node: onnx_ir.Node | None) -> bool:

@@ -19,7 +19,7 @@ import onnx_ir
 
 from modelpress_compression.analysis.channels.fixes import Extents
 from modelpress_compression.analysis.channels.grids import Grid
-from modelpress_compression.analysis.channels.labels import Axes, Axis
+from modelpress_compression.analysis.channels.labels import Axis
 from modelpress_compression.analysis.channels.ops.registry import rule
 from modelpress_compression.analysis.channels.tracer import Tracer
 from modelpress_compression.analysis.graph import label

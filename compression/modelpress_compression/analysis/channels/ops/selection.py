@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir
 
 from modelpress_compression.analysis.channels.fixes import Bounds, Parts, Positions
@@ -97,7 +96,7 @@ def gather(node: onnx_ir.Node, tracer: Tracer) -> str | None:
             array = tracer.known(node.inputs[1])
         if array is None:
             tracer.freeze(whole, node, "Rows of the axis are looked up by computed indices.")
-        elif array.ndim == 1 and np.all(array >= -whole.size):
+        elif array.ndim == 1:
             chosen = whole[array]
             tracer.fixes.append(Positions(node, whole, chosen))
             tracer.parts.append(chosen)
