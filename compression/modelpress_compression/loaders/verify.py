@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
+from modelpress_compression.agreement import why_different
 from modelpress_compression.errors import CompressionError
 from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.loaders.examples import example_feeds, symbols_of
 from modelpress_compression.model import Model
 from modelpress_compression.runtime import run, session_of
 
-RELATIVE_TOLERANCE = 1e-3
-ABSOLUTE_TOLERANCE = 1e-4  # times the output's largest magnitude, where that is over 1
 # What dynamic dimensions are tried at; convolutional nets need some size, sequences any.
 _SIZES = (32, 224, 8, 64, 128, 320, 1)
 
@@ -27,22 +24,8 @@ def check_outputs(expected: Sequence[Array], got: Sequence[Array], names: Sequen
     if len(expected) != len(got):
         raise Disagreement(f"{len(got)} outputs instead of {len(expected)}")
     for name, want, have in zip(names, expected, got, strict=True):
-        if want.shape != have.shape:
-            raise Disagreement(f"output {name!r} has shape {have.shape} instead of {want.shape}")
-        if want.dtype.kind not in "fc":
-            share = float(np.mean(want == have)) if want.size else 1.0
-            # Argmax-like outputs may flip where two scores tie.
-            if share < 0.99:
-                raise Disagreement(f"output {name!r} agrees in {share:.1%} of its elements only")
-            continue
-        want64, have64 = want.astype(np.float64), have.astype(np.float64)
-        finite = np.isfinite(want64)
-        if not np.array_equal(finite, np.isfinite(have64)):
-            raise Disagreement(f"output {name!r} is not finite where the original is, or the other way round")
-        scale = max(1.0, float(np.abs(want64[finite]).max(initial=0.0)))
-        error = float(np.abs(want64[finite] - have64[finite]).max(initial=0.0))
-        if error > ABSOLUTE_TOLERANCE * scale + RELATIVE_TOLERANCE * scale:
-            raise Disagreement(f"output {name!r} differs by {error:.3g} where values reach {scale:.3g}")
+        if (reason := why_different(want, have)) is not None:
+            raise Disagreement(f"output {name!r} {reason}")
 
 
 def compare_models(before: Model, after: Model) -> None:

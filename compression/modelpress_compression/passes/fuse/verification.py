@@ -1,22 +1,15 @@
-"""Does the rewritten model still compute the same? Outputs on representative inputs, before and after.
-
-Float outputs agree when |a - b| <= 1e-3 |a| + 1e-4 max|a|, with the largest magnitude taken over the output: rewriting
-changes the order of sums, and small elements carry the rounding of the large ones. Others must be equal.
-"""
+"""Does the rewritten model still compute the same? Outputs on representative inputs, before and after."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
+from modelpress_compression.agreement import why_different
 from modelpress_compression.errors import CompressionError
 from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.runtime import run, session_of
 
-RTOL = 1e-3
-ATOL = 1e-4  # of the output's largest magnitude
 _SAMPLES = 2
 
 Outputs = Mapping[str, Array]
@@ -61,24 +54,6 @@ def _difference(expected: Sequence[Outputs], got: Sequence[Outputs]) -> str | No
         if list(before) != list(after):
             return "the names of the outputs changed"
         for name, array in before.items():
-            if (reason := _why_unequal(array, after[name])) is not None:
+            if (reason := why_different(array, after[name])) is not None:
                 return f"output {name!r} {reason}"
     return None
-
-
-def _why_unequal(before: Array, after: Array) -> str | None:
-    if before.shape != after.shape or before.dtype != after.dtype:
-        return f"changed from {before.dtype} {before.shape} to {after.dtype} {after.shape}"
-    if before.dtype.kind != "f" or before.size == 0:
-        return None if np.array_equal(before, after) else "changed its values"
-    a, b = before.astype(np.float64), after.astype(np.float64)
-    finite = np.isfinite(a)
-    if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
-        return "changed where it is not finite"
-    scale = float(np.abs(a[finite]).max(initial=0.0))
-    error = np.abs(a[finite] - b[finite])
-    # float16 itself rounds to 1e-3.
-    rtol, atol = (10 * RTOL, 10 * ATOL) if before.dtype == np.float16 else (RTOL, ATOL)
-    if (error <= rtol * np.abs(a[finite]) + atol * scale).all():
-        return None
-    return f"changed by up to {float(np.nanmax(error)):.3g}, where its values go up to {scale:.3g}"

@@ -1,0 +1,41 @@
+"""Whether two outputs are the same up to rounding: the proof behind every conversion and every lossless rewrite.
+
+A float output agrees where |a - b| <= 1e-3 |a| + 1e-4 max|a|, the maximum taken over the output: another order of sums
+errs in proportion to its terms, whatever they add up to. NaN and infinities must stand in the same places. Outputs of
+other types must be equal in 99 % of their elements, since an ArgMax may flip where two scores tie.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from modelpress_compression.inputs import Array
+
+RTOL = 1e-3
+ATOL = 1e-4  # of the output's largest magnitude
+# Below this an output is nothing but rounding noise of what was added up and cancelled.
+NOISE = 1e-6
+LEAST_EQUAL_SHARE = 0.99
+
+
+def why_different(expected: Array, got: Array) -> str | None:
+    """What differs, to follow "output 'y' "; None where the two agree."""
+    if expected.shape != got.shape or expected.dtype != got.dtype:
+        return f"is {got.dtype} {got.shape} instead of {expected.dtype} {expected.shape}"
+    if expected.size == 0:
+        return None
+    if expected.dtype.kind not in "fc":
+        share = float(np.mean(expected == got))
+        return None if share >= LEAST_EQUAL_SHARE else f"agrees in {share:.1%} of its elements only"
+    wide = np.complex128 if expected.dtype.kind == "c" else np.float64
+    a, b = expected.astype(wide), got.astype(wide)
+    finite = np.isfinite(a)
+    if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(b[finite]).all():
+        return "differs where it is not finite"
+    scale = float(np.abs(a[finite]).max(initial=0.0))
+    error = np.abs(a[finite] - b[finite])
+    # float16 itself rounds to 1e-3.
+    factor = 10 if expected.dtype == np.float16 else 1
+    if (error <= factor * (RTOL * np.abs(a[finite]) + ATOL * scale) + NOISE).all():
+        return None
+    return f"differs by up to {float(error.max()):.3g}, where its values go up to {scale:.3g}"
