@@ -29,9 +29,6 @@ from modelpress_compression.analysis.graph import (
     is_op,
     label,
 )
-from modelpress_compression.analysis.graph import (
-    rank as graph_rank,
-)
 from modelpress_compression.analysis.masking.constants import constant_value
 
 Dead = NDArray[np.bool_]
@@ -93,6 +90,7 @@ class Writer:
     def __call__(self, op_type: str, *inputs: onnx_ir.Value, **attributes: Attribute) -> onnx_ir.Value:
         made = onnx_ir.node(op_type, inputs, attributes, name=self._name())
         made.outputs[0].name = self._name()
+        made.outputs[0].type = onnx_ir.TensorType(onnx_ir.DataType.INT64) if op_type == "Shape" else self.data.type
         self._graph.insert_before(self.node, made)
         return made.outputs[0]
 
@@ -187,7 +185,7 @@ def _group_normalization(writer: Writer, mask: NDArray[np.float32]) -> None:
 def without_statistic(node: onnx_ir.Node) -> None:
     """Rewrites the node, in its graph, so that no element of its output depends on more than one of its input.
 
-    A normalization keeps scale and bias alone, a reduction becomes 1: for runs that follow elements, not values.
+    A normalization passes its input on, a reduction becomes 1: for runs that follow elements, not values.
     """
     writer = Writer(node)
     if is_op(node, *REDUCTIONS):
@@ -197,12 +195,7 @@ def without_statistic(node: onnx_ir.Node) -> None:
         one = onnx_ir.Tensor(np.ones(1, np.float32))
         writer.finish(writer("ConstantOfShape", writer("Shape", reduced), value=one))
         return
-    inner = None
-    if is_op(node, "InstanceNormalization", "GroupNormalization"):
-        if (rank := graph_rank(writer.data)) is None:
-            raise ValueError(f"node {node.name!r}: the rank of its input is not known; infer shapes first")
-        inner = (-1, *[1] * (rank - 2))
-    writer.finish(_affine(writer, writer("Identity", writer.data), inner))
+    writer.finish(writer("Identity", writer.data))
 
 
 def _reduction_options(node: onnx_ir.Node) -> dict[str, Attribute]:

@@ -39,6 +39,16 @@ class Value:
         return self.shape[1] if len(self.shape) == 4 else self.shape[2]
 
 
+class Case:
+    """A model with one input `x`, and numbers for it. Hypothesis would print a dataclass with all its weights."""
+
+    def __init__(self, model: Model, x: np.ndarray, steps: str) -> None:
+        self.model, self.x, self.steps = model, x, steps
+
+    def __repr__(self) -> str:
+        return self.steps
+
+
 @dataclass
 class Builder:
     """Nodes and weights; `pick` draws choices of hypothesis."""
@@ -350,8 +360,8 @@ def _head(b: Builder, x: Value) -> onnx.ValueInfoProto:
 
 
 @st.composite
-def graphs(draw: st.DrawFn, start: Shape, longest: int, steps: tuple[Step, ...] = ()) -> tuple[Model, np.ndarray]:
-    """A model with one input `x` of shape `start`, and numbers for it; `steps`: the only ones to draw from."""
+def graphs(draw: st.DrawFn, start: Shape, longest: int, steps: tuple[Step, ...] = ()) -> Case:
+    """A model with one input `x` of shape `start`; `steps`: the only ones to draw from."""
     b = Builder(lambda options: draw(st.sampled_from(list(options))), draw(st.integers(0, 2**16)))
     values = (conv if len(start) == 4 else linear)(b, Value("x", start), [])
     for _ in range(draw(st.integers(1, longest))):
@@ -365,18 +375,18 @@ def graphs(draw: st.DrawFn, start: Shape, longest: int, steps: tuple[Step, ...] 
         else:
             del b.nodes[kept:]
     outputs = [_head(b, values[-1])]
-    note(" -> ".join(b.steps))
     graph = helper.make_graph(
         b.nodes, "random", [helper.make_tensor_value_info("x", TensorProto.FLOAT, start)], outputs, b.weights
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.checker.check_model(proto)
     model = normalize(Model(onnx_ir.from_proto(proto), Provenance("onnx", "", 0)))
-    return model, b.rng.normal(size=start).astype(np.float32)
+    return Case(model, b.rng.normal(size=start).astype(np.float32), " -> ".join(b.steps))
 
 
-def _check(model: Model, x: np.ndarray, data: st.DataObject) -> None:
+def _check(case: Case, data: st.DataObject) -> None:
     """Cuts a drawn share of every group and compares."""
+    model, x = case.model, case.x
     analysis = find_groups(model)
     kept: dict[str, Indices] = {}
     for group in analysis.groups:
@@ -408,17 +418,17 @@ _SETTINGS = settings(
 
 
 @_SETTINGS
-@given(graph=graphs((2, 4, 8, 8), 8), data=st.data())
-def test_convolutional_graphs(graph: tuple[Model, np.ndarray], data: st.DataObject) -> None:
+@given(case=graphs((2, 4, 8, 8), 8), data=st.data())
+def test_convolutional_graphs(case: Case, data: st.DataObject) -> None:
     """Graphs on images, up to eight steps: cut equals masked, rtol 1e-3, atol 1e-4."""
-    _check(*graph, data)
+    _check(case, data)
 
 
 @_SETTINGS
-@given(graph=graphs((2, 4, 6), 8), data=st.data())
-def test_graphs_of_tokens(graph: tuple[Model, np.ndarray], data: st.DataObject) -> None:
+@given(case=graphs((2, 4, 6), 8), data=st.data())
+def test_graphs_of_tokens(case: Case, data: st.DataObject) -> None:
     """Graphs on sequences, up to eight steps: cut equals masked, rtol 1e-3, atol 1e-4."""
-    _check(*graph, data)
+    _check(case, data)
 
 
 @pytest.mark.parametrize(
@@ -430,8 +440,8 @@ def test_each_step(start: Shape, step: Step) -> None:
     """Each kind of step directly between two layers, in several of its variants: cut equals masked."""
 
     @settings(_SETTINGS, max_examples=6)
-    @given(graph=graphs(start, 1, (step,)), data=st.data())
-    def check(graph: tuple[Model, np.ndarray], data: st.DataObject) -> None:
-        _check(*graph, data)
+    @given(case=graphs(start, 1, (step,)), data=st.data())
+    def check(case: Case, data: st.DataObject) -> None:
+        _check(case, data)
 
     check()
