@@ -17,7 +17,16 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.analysis.channels.find import Trace, trace
-from modelpress_compression.analysis.channels.fixes import Bounds, Count, Extents, Fix, Parts, Positions, labels_of
+from modelpress_compression.analysis.channels.fixes import (
+    Bounds,
+    Count,
+    Extents,
+    Fix,
+    Parts,
+    Places,
+    Positions,
+    labels_of,
+)
 from modelpress_compression.analysis.channels.groups import Indices
 from modelpress_compression.analysis.channels.integers import Small, evaluate, small_constant
 from modelpress_compression.analysis.channels.labels import Axis, Ints
@@ -108,16 +117,15 @@ class _Editor:
             self._parts(fix)
         elif isinstance(fix, Bounds):
             self._bounds(fix)
+        elif isinstance(fix, Places):
+            self._places(fix)
         else:
             self._positions(fix)
 
     # Constants that hold numbers of channels
 
     def _constant(self, like: str, array: Small) -> onnx_ir.Value:
-        name, number = like, 1
-        while name in self._names:
-            name, number = f"{like}_{number}", number + 1
-        self._names.add(name)
+        name = self._unique(like)
         tensor = onnx_ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
         value = onnx_ir.Value(
             name=name, type=onnx_ir.TensorType(tensor.dtype), shape=onnx_ir.Shape(array.shape), const_value=tensor
@@ -155,6 +163,18 @@ class _Editor:
         new = np.cumsum(self._stays[fix.whole]) - 1
         self._replace(fix.node, 1, new[indices[self._stays[fix.picked]]].astype(indices.dtype))
 
+    def _places(self, fix: Places) -> None:
+        """rows * elements + 0, 1, 2, ... for the elements of one row that are left."""
+        shape = self._tracer.shape(fix.node.inputs[1]) or ()
+        row = [extent if axis is None else self.left(axis) for axis, extent in zip(fix.axes, shape, strict=True)][1:]
+        size, name = int(np.prod(row)), f"{label(fix.node)}_cut"
+        behind = self._constant(f"{name}_behind", np.arange(1, len(row) + 1, dtype=np.int64))
+        rows = onnx_ir.Node("", "Unsqueeze", [fix.rows, behind])
+        starts = onnx_ir.Node("", "Mul", [rows.outputs[0], self._constant(f"{name}_size", np.asarray(size, np.int64))])
+        places = np.arange(size, dtype=np.int64).reshape(1, *row)
+        sums = onnx_ir.Node("", "Add", [starts.outputs[0], self._constant(f"{name}_places", places)])
+        self._insert(fix.node, 1, [rows, starts, sums], name)
+
     # Targets of Reshape, Expand, Resize, ConstantOfShape
 
     def _target(self, fix: Extents) -> None:
@@ -190,7 +210,7 @@ class _Editor:
         name = f"{value.name}_cut"
         product = onnx_ir.Node("", "Mul", [value, self._constant(f"{name}_up", up)])
         quotient = onnx_ir.Node("", "Div", [product.outputs[0], self._constant(f"{name}_down", down)])
-        self._insert(fix, [product, quotient], name)
+        self._insert(fix.node, fix.position, [product, quotient], name)
 
     def _pieces(self, fix: Extents, value: onnx_ir.Value, factors: list[tuple[int, int]]) -> bool:
         """Whether all numbers to change are constants that a Concat joins; then a copy of it joins the new ones."""
@@ -212,22 +232,27 @@ class _Editor:
                 return False
             made = [int(number) * up // down for number, (up, down) in zip(array.reshape(-1), own, strict=True)]
             inputs.append(self._constant(f"{piece.name if piece else ''}_cut", np.asarray(made, array.dtype)))
-        self._insert(fix, [onnx_ir.Node("", "Concat", inputs, [onnx_ir.AttrInt64("axis", 0)])], f"{value.name}_cut")
+        joined = onnx_ir.Node("", "Concat", inputs, [onnx_ir.AttrInt64("axis", 0)])
+        self._insert(fix.node, fix.position, [joined], f"{value.name}_cut")
         return True
 
-    def _insert(self, fix: Extents, nodes: list[onnx_ir.Node], name: str) -> None:
-        graph = fix.node.graph
+    def _insert(self, user: onnx_ir.Node, position: int, nodes: list[onnx_ir.Node], name: str) -> None:
+        """Puts nodes before `user`, whose input the last of them makes; all of them make int64."""
+        graph = user.graph
         if graph is None:
-            raise TypeError(f"{label(fix.node)} is in no graph")
+            raise TypeError(f"{label(user)} is in no graph")
         for number, node in enumerate(nodes):
-            unique, tries = f"{name}_{number}", 0
-            while unique in self._names:
-                unique, tries = f"{name}_{number}_{tries}", tries + 1
-            self._names.add(unique)
-            node.outputs[0].name = node.name = unique
+            node.outputs[0].name = node.name = self._unique(f"{name}_{number}")
             node.outputs[0].type = onnx_ir.TensorType(onnx_ir.DataType.INT64)
-        graph.insert_before(fix.node, nodes)
-        fix.node.replace_input_with(fix.position, nodes[-1].outputs[0])
+        graph.insert_before(user, nodes)
+        user.replace_input_with(position, nodes[-1].outputs[0])
+
+    def _unique(self, like: str) -> str:
+        name, number = like, 1
+        while name in self._names:
+            name, number = f"{like}_{number}", number + 1
+        self._names.add(name)
+        return name
 
     def _value_after(self, value: onnx_ir.Value | None) -> Small | None:
         """A small tensor as the cut graph computes it; constants that hold extents are those of before."""

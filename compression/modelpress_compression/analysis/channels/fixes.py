@@ -57,14 +57,23 @@ class Positions:
     picked: Ints
 
 
-Fix = Count | Extents | Parts | Bounds | Positions
+@dataclass(frozen=True)
+class Places:
+    """Input 1 holds places in a flat view of a value with these axes, for each of `rows` (0, 1, 2, ...)."""
+
+    node: onnx_ir.Node
+    rows: onnx_ir.Value
+    axes: Axes
+
+
+Fix = Count | Extents | Parts | Bounds | Positions | Places
 
 
 def labels_of(fix: Fix) -> tuple[Axis, ...]:
     """All labels that a fix depends on."""
     if isinstance(fix, Count):
         return (fix.labels,)
-    if isinstance(fix, Extents):
+    if isinstance(fix, Extents | Places):
         return fix.axes
     if isinstance(fix, Parts):
         return fix.parts

@@ -22,6 +22,8 @@ from modelpress_compression.analysis.shapes import shape_of
 
 # Answers None, or the reason why the node's labels are frozen.
 Rule = Callable[[onnx_ir.Node, "Tracer"], str | None]
+# Stands for the extent of a plain axis, which may differ between runs.
+_PLAIN: Ints = np.zeros(0, np.int64)
 # At these inputs integers are shapes, axes, bounds: what depends on the cut extents there is mended or unharmed.
 _SHAPE_INPUTS: Mapping[str, frozenset[int]] = {
     "Reshape": frozenset({1}),
@@ -96,6 +98,10 @@ class Tracer:
         if value is None:
             return None
         return self._known[value] if value in self._known else small_constant(value)
+
+    def is_fixed(self, value: onnx_ir.Value | None) -> bool:
+        """Whether a known small tensor is the same in every run: no extent of a plain axis is in it."""
+        return all(labels is not _PLAIN for source in self._sources_of(value) for labels in source)
 
     def is_derived(self, value: onnx_ir.Value | None) -> bool:
         """Whether the value depends on constants alone."""
@@ -223,9 +229,9 @@ class Tracer:
     def _trace(self, node: onnx_ir.Node, result: Small) -> list[tuple[Ints, ...]]:
         if is_op(node, "Shape", "Size"):
             axes = self.axes(node.inputs[0]) or ()
+            by_axis: list[tuple[Ints, ...]] = [(_PLAIN,) if axis is None else (axis,) for axis in axes]
             if node.op_type == "Size":
-                return _some([tuple(axis for axis in axes if axis is not None)])
-            by_axis: list[tuple[Ints, ...]] = [() if axis is None else (axis,) for axis in axes]
+                return [tuple(labels for axis in by_axis for labels in axis)]
             numbers = evaluate(node, [None], lambda value: tuple(range(len(by_axis))))
             return _some([by_axis[int(number)] for number in (() if numbers is None else numbers)])
         if not any(value in self._sources for value in node.inputs):

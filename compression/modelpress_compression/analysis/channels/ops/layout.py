@@ -109,7 +109,7 @@ def expand(node: onnx_ir.Node, tracer: Tracer) -> str | None:
             continue
         if own >= 0:
             tracer.freeze(axes[own], node, "The axis of extent 1 is broadcast.")
-        output.append(tracer.labels.fresh(extent))
+        output.append(tracer.labels.fresh(extent) if extent > 1 else None)
     tracer.set(node.outputs[0], tuple(output))
     tracer.fixes.append(Extents(node, 1, tuple(output)))
     return None

@@ -12,11 +12,14 @@ from modelpress_compression.analysis.channels.tracer import Tracer
 from modelpress_compression.analysis.graph import int_attribute, label
 
 _UNKNOWN = "The shapes of the normalization are not known."
+_WEIGHT = "A computed weight is normalized."
 
 
 @rule("BatchNormalization", "InstanceNormalization")
 def per_channel(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """X [N, C, space...]; all parameters [C]."""
+    if tracer.is_derived(node.inputs[0]):
+        return _WEIGHT
     axes = tracer.axes(node.inputs[0])
     if axes is None or len(axes) < 2:
         return _UNKNOWN
@@ -40,6 +43,8 @@ def per_channel(node: onnx_ir.Node, tracer: Tracer) -> str | None:
 @rule("SimplifiedLayerNormalization", domain=MICROSOFT)
 def over_last_axes(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """Scale and bias are broadcast to X; further outputs hold the statistics."""
+    if tracer.is_derived(node.inputs[0]):
+        return _WEIGHT
     values = [value for value in node.inputs if value is not None]
     axes = broadcast(values, node, tracer)
     if axes is None:
@@ -56,6 +61,8 @@ def over_last_axes(node: onnx_ir.Node, tracer: Tracer) -> str | None:
 @rule("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain=MICROSOFT)
 def with_skip(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """Input, skip, scale, bias(es); output 3 is the sum of input and skip."""
+    if tracer.is_derived(node.inputs[0]):
+        return _WEIGHT
     axes = broadcast([value for value in node.inputs if value is not None], node, tracer)
     if axes is None:
         return _UNKNOWN
@@ -69,6 +76,8 @@ def with_skip(node: onnx_ir.Node, tracer: Tracer) -> str | None:
 @rule("GroupNormalization")
 def group_normalization(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """X [N, C, space...], num_groups; scale and bias are [num_groups] up to opset 20, [C] since."""
+    if tracer.is_derived(node.inputs[0]):
+        return _WEIGHT
     axes, shape = tracer.axes(node.inputs[0]), tracer.shape(node.inputs[0])
     groups = int_attribute(node, "num_groups", 1)
     if axes is None or shape is None or len(axes) < 2:

@@ -34,7 +34,8 @@ def reduce(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     if given is None or (not given and not int_attribute(node, "noop_with_empty_axes", 0)):
         given = tuple(range(len(axes)))
     gone = {axis % len(axes) for axis in given}
-    statistic = is_op(node, "ReduceMean") and is_statistic(node)
+    # A statistic of a computed weight is no statistic of channels: zero columns count in it.
+    statistic = is_op(node, "ReduceMean") and is_statistic(node) and not tracer.is_derived(node.inputs[0])
     for axis in gone:
         if not statistic:
             tracer.freeze(axes[axis], node, f"{node.op_type} over the axis needs every index of it.")

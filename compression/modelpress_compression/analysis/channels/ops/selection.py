@@ -9,6 +9,7 @@ from modelpress_compression.analysis.channels.integers import slice_of
 from modelpress_compression.analysis.channels.labels import Axes, Axis, Ints
 from modelpress_compression.analysis.channels.ops.layout import axis_of
 from modelpress_compression.analysis.channels.ops.registry import rule
+from modelpress_compression.analysis.channels.ops.strided import identity_copy
 from modelpress_compression.analysis.channels.tracer import Tracer
 from modelpress_compression.analysis.graph import constant_array, ints_attribute
 
@@ -55,7 +56,7 @@ def slice_(node: onnx_ir.Node, tracer: Tracer) -> str | None:
         labels = axes[axis]
         if labels is None:
             continue
-        if starts is None or ends is None:
+        if starts is None or ends is None or not all(tracer.is_fixed(value) for value in node.inputs[1:]):
             return "The bounds of the slice are computed."
         bounds = slice_of(starts[number], ends[number], 1 if steps is None else steps[number], before[axis])
         start, end, step = bounds.start, bounds.stop, bounds.step
@@ -87,13 +88,16 @@ def gather(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     axes, indices = tracer.axes(node.inputs[0]), tracer.axes(node.inputs[1])
     if axes is None or indices is None:
         return _UNKNOWN
+    if (copied := identity_copy(node, tracer)) is not None:
+        tracer.set(node.outputs[0], copied)
+        return None
     along = axis_of(node, 0, len(axes))
     whole = axes[along]
     picked: Axes = (None,) * len(indices)
     if whole is not None:
         array = constant_array(node.inputs[1])
         if array is None:
-            array = tracer.known(node.inputs[1])
+            array = tracer.known(node.inputs[1]) if tracer.is_fixed(node.inputs[1]) else None
         if array is None:
             tracer.freeze(whole, node, "Rows of the axis are looked up by computed indices.")
         elif array.ndim == 1:
