@@ -23,6 +23,7 @@ import numpy as np
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip
+from modelpress_compression.passes.prune.channel import prune_channels
 from modelpress_compression.passes.prune.rows import layout_of, smallest_of_groups
 from modelpress_compression.passes.prune.selection import Mask, Scores, Selector, smallest
 from modelpress_compression.passes.prune.targets import Target, find_targets, unmatched
@@ -55,8 +56,6 @@ class Prune:
 
     def __call__(self, model: Model, context: Context) -> PassResult:
         if self._config.structure == "channel":
-            from modelpress_compression.passes.prune.channel import prune_channels
-
             return prune_channels(model, self._config, context)
         clone = model.clone()
         targets, skipped = find_targets(clone, self._config.exclude)

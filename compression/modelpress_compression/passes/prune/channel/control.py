@@ -14,7 +14,7 @@ from modelpress_compression.passes.prune.channel.criterion import Scores
 
 
 class Random:
-    """Draws importance in (0, 1] for each parameter of a unit, so that a choice over layers is fair to all of them."""
+    """Draws importance in (0, 1]."""
 
     needs_data = False
 
@@ -24,7 +24,6 @@ class Random:
     def __call__(self, model: Model, groups: Sequence[Group], context: Context) -> Mapping[str, Scores]:
         """The seed belongs to the group's id, so that other layers do not change what is drawn for this one."""
         return {
-            group.id: (1.0 - np.random.default_rng([self._seed, zlib.crc32(group.id.encode())]).random(group.units))
-            * group.parameters_per_unit
+            group.id: 1.0 - np.random.default_rng([self._seed, zlib.crc32(group.id.encode())]).random(group.units)
             for group in groups
         }

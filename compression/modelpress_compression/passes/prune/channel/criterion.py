@@ -1,7 +1,8 @@
 """What a criterion is: something that says how important every unit of every group is.
 
-Importance is additive: that of a unit is the sum over the weights that go with it, so that importance divided by what a
-unit costs compares channels of different layers. Only the order matters within a group.
+Importance is a share: of the magnitude, or of the answer, of the layers that make and read the unit. Summed over these
+layers it compares channels of different groups, and may be divided by what they cost. Within a group only the order
+matters.
 """
 
 from __future__ import annotations

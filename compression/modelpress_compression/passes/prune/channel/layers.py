@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from modelpress_compression.analysis.graph import (
     constant_array,
-    constant_tensor,
     int_attribute,
     is_op,
     label,
@@ -65,29 +64,28 @@ class Layer:
 
 
 def find_layers(
-    pruned: Model, touched: frozenset[str], full: Mapping[str, onnx_ir.Node]
+    pruned: Model, touched: frozenset[str], readers: frozenset[str], full: Mapping[str, onnx_ir.Node]
 ) -> tuple[list[Layer], list[Skip]]:
-    """Layers whose input is not what it was, since a tensor of `touched` (names) was cut before them.
+    """The layers among `readers` (labels), those that read cut channels, and why others of them cannot be fitted.
 
-    `full`: the nodes of the uncut model by label. A layer that reads such an input and cannot be fitted is in the
-    second list, with the reason, unless it is no matrix product at all.
+    `touched`: names of the tensors that were cut; `full`: the nodes of the uncut model by label.
     """
     layers: list[Layer] = []
     skipped: list[Skip] = []
     levels: dict[int, int] = {}  # of values that are not what they were, by identity
     for node in pruned.graph:
         known = [levels[id(value)] for value in _read(node) if id(value) in levels]
-        level = max(known, default=-1)
+        level = max(known, default=0)
         changed = bool(known) or any(value.name in touched for value in _read(node))
-        if known and node.inputs and id(node.inputs[0]) in levels and len(node.inputs) > 1:
+        if label(node) in readers:
             found = _layer(node, level, pruned, full)
             if isinstance(found, Layer):
                 layers.append(found)
                 level += 1
-            elif found:
+            else:
                 skipped.append(Skip(label(node), f"Not fitted anew: {found}."))
         if changed:
-            levels.update((id(value), max(level, 0)) for value in node.outputs)
+            levels.update((id(value), level) for value in node.outputs)
     return layers, skipped
 
 
@@ -101,12 +99,10 @@ def _read(node: onnx_ir.Node) -> Iterator[onnx_ir.Value]:
 
 
 def _layer(node: onnx_ir.Node, level: int, pruned: Model, full: Mapping[str, onnx_ir.Node]) -> Layer | str:
-    """The layer, or why it cannot be fitted; "" where there is nothing to speak of."""
-    if not is_op(node, "Conv", "Gemm", "MatMul", "ConvTranspose") or constant_tensor(node.inputs[1]) is None:
-        return ""
+    """The layer, or why it cannot be fitted."""
     linear = linear_of(node)
     if isinstance(linear, str):
-        return "" if "depthwise" in linear else linear
+        return linear
     weight, original = node.inputs[1], full.get(label(node))
     if weight is None or len(weight.uses()) != 1 or weight.is_graph_output():
         return "others use its weight as well"

@@ -1,4 +1,4 @@
-"""Closed-form repair: every layer behind a cut is fitted to the answers that it gave before the cut.
+"""Closed-form repair: every layer that reads cut channels is fitted to the answers that it gave before the cut.
 
     W, b = argmin |X' W + b - Y|^2 + lambda |W - W0|^2
 
@@ -37,6 +37,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # Rows for each input of a layer: fits settle at some eight; more only takes time.
 ROWS_PER_INPUT = 8
 ROWS = (4096, 65536)  # fewest and most rows of a layer, where the data has as many
+_CHUNK_ROWS = 2048
 HELD_OUT = 4  # every fourth sample
 # Below this a layer is as good as unchanged.
 _NEGLIGIBLE = 1e-9
@@ -66,11 +67,13 @@ def repair(full: Model, pruned: Model, analysis: Analysis, kept: Mapping[str, In
     """
     groups = {group.id: group for group in analysis.groups}
     stay = kept_indices(groups, kept)
+    readers = frozenset(member.node for name in kept for member in groups[name].members if member.role == "consumer")
     layers, skipped = find_layers(
-        pruned, frozenset(tensor for tensor, _ in stay), {label(node): node for node in full.graph}
+        pruned, frozenset(tensor for tensor, _ in stay), readers, {label(node): node for node in full.graph}
     )
     fits: list[Fit] = []
     done = 0
+    context.progress(0.0, f"repairing {len(layers)} layers")
     for _, level in groupby(sorted(layers, key=lambda layer: layer.level), key=lambda layer: layer.level):
         for batch, refused in _batches(list(level)):
             skipped += [Skip(layer.name, "Not fitted anew: its sums would take over 1 GiB.") for layer in refused]
@@ -138,6 +141,7 @@ class _Fitter:
         self._bias = Bias(layer, pruned)
         self._stay = stay.get((layer.weight.name or "", layer.output_axis))
         self._sums = (Sums.zeros(*self._start.shape), Sums.zeros(*self._start.shape))  # to fit, held out
+        self._waiting: tuple[list[tuple[Matrix, Matrix]], ...] = ([], [])  # rows that are not in the sums yet
         low, high = ROWS
         self._rows = int(np.clip(ROWS_PER_INPUT * self._start.shape[1], low, high))
 
@@ -159,7 +163,18 @@ class _Fitter:
 
     def _add(self, data: Array, answers: Array, places: Places, *, held_out: bool) -> None:
         linear = self.layer.linear
-        self._sums[held_out].add(linear.inputs(data, answers, places), linear.answers(answers, places))
+        waiting = self._waiting[held_out]
+        waiting.append((linear.inputs(data, answers, places), linear.answers(answers, places)))
+        # A product of a few rows costs as much memory traffic as one of a thousand.
+        if sum(rows.shape[1] for rows, _ in waiting) >= min(_CHUNK_ROWS, self._start.shape[1]):
+            self._flush(held_out=held_out)
+
+    def _flush(self, *, held_out: bool) -> None:
+        waiting = self._waiting[held_out]
+        if waiting:
+            inputs, answers = (np.concatenate(parts, axis=1) for parts in zip(*waiting, strict=True))
+            self._sums[held_out].add(inputs, answers)
+            waiting.clear()
 
     def _kept(self, output: Array) -> Array:
         """The channels of the uncut model's output that the cut layer still makes."""
@@ -172,6 +187,8 @@ class _Fitter:
 
     def fit(self) -> Fit | None:
         """Puts the fitted weight and bias into the model; None where nothing is better than what is there."""
+        for which in (False, True):
+            self._flush(held_out=which)
         known, held_out = self._sums
         if not known.rows or not held_out.rows or not self._bias.readable:
             return None

@@ -1,0 +1,127 @@
+"""Repair brings the cut model's answers nearer to the uncut one's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from modelpress_compression.passes.prune.channel import least_squares
+from onnx import helper
+
+
+def distance(one: Any, other: Any) -> float:
+    """Mean squared difference over the variance of `other`."""
+    return float(np.square(one - other).mean() / other.var())
+
+
+@pytest.mark.parametrize("criterion", ["l1", "activation", "random"])
+def test_answers_come_nearer_on_data_not_seen(
+    criterion: str, conv_net: Any, images: Any, prune_channels_of: Any, outputs_of: Any
+) -> None:
+    """Half the channels gone: with repair at most a quarter of the error on new samples."""
+    model, data, new = conv_net(), {"x": images(64)}, images(64, seed=1)
+    options = {"sparsity": 0.5, "criterion": criterion}
+    plain = prune_channels_of(model, data, repair="none", **options)
+    fitted = prune_channels_of(model, data, repair="least_squares", **options)
+    expected = outputs_of(model, new)
+    before, after = (distance(outputs_of(result.model, new), expected) for result in (plain, fitted))
+    assert after < before / 4
+    assert fitted.changes["layers_repaired"] == 2
+    assert fitted.changes["repair_error_after"] < fitted.changes["repair_error_before"]
+    assert "layers_repaired" not in plain.changes
+
+
+def test_redundant_channels_cost_nothing(channel_model: Any, prune_channels_of: Any, outputs_of: Any) -> None:
+    """Where the channels that go are sums of those that stay, the answers come back (1e-3 of the variance)."""
+    rng = np.random.default_rng(0)
+    first = rng.standard_normal((8, 5))
+    weights = {
+        "w1": np.concatenate([10 * first, 0.1 * rng.standard_normal((8, 8)) @ first]),  # the last eight: combinations
+        "b1": rng.standard_normal(16),
+        "w2": rng.standard_normal((3, 16)),
+        "b2": rng.standard_normal(3),
+    }
+    nodes = [
+        helper.make_node("Gemm", ["x", "w1", "b1"], ["h"], name="fc1", transB=1),
+        helper.make_node("Gemm", ["h", "w2", "b2"], ["y"], name="fc2", transB=1),
+    ]
+    model = channel_model(nodes, weights, ["n", 5], ["n", 3])
+    x = rng.standard_normal((200, 5)).astype(np.float32)
+    result = prune_channels_of(model, {"x": x[:100]}, sparsity=0.5, criterion="l2")
+    assert result.changes["channels_removed"] == 8
+    assert distance(outputs_of(result.model, x[100:]), outputs_of(model, x[100:])) < 1e-3
+
+
+def sequence_model(channel_model: Any, bias: bool) -> Any:
+    """MatMul, Relu, MatMul over [n, t, c], each with an Add behind it if `bias`."""
+    rng = np.random.default_rng(0)
+    weights = {"w1": rng.standard_normal((6, 32)), "w2": rng.standard_normal((32, 4))}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w1"], ["m1"], name="up"),
+        helper.make_node("Relu", ["m1"], ["r1"], name="relu"),
+        helper.make_node("MatMul", ["r1", "w2"], ["m2" if bias else "y"], name="down"),
+    ]
+    if bias:
+        weights["b2"] = rng.standard_normal(4)
+        nodes.append(helper.make_node("Add", ["b2", "m2"], ["y"], name="add"))
+    return channel_model(nodes, weights, ["n", 5, 6], ["n", 5, 4])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_sequences(bias: bool, channel_model: Any, prune_channels_of: Any, outputs_of: Any) -> None:
+    """A MatMul is fitted too; its bias is that of the Add behind it, and where there is none, none is made."""
+    model = sequence_model(channel_model, bias)
+    x = np.random.default_rng(1).standard_normal((60, 5, 6)).astype(np.float32)
+    plain, fitted = (
+        prune_channels_of(model, {"x": x[:40]}, sparsity=0.5, repair=repair) for repair in ("none", "least_squares")
+    )
+    expected = outputs_of(model, x[40:])
+    before, after = (distance(outputs_of(result.model, x[40:]), expected) for result in (plain, fitted))
+    assert after < before / 2
+    assert len(list(fitted.model.graph)) == len(list(model.graph))
+    if bias:
+        changed = [result.model.graph.initializers["b2"].const_value.numpy() for result in (plain, fitted)]
+        assert not np.allclose(*changed)
+
+
+def test_layers_without_bias_get_one(channel_model: Any, prune_channels_of: Any, outputs_of: Any) -> None:
+    """What channels that go gave on average goes into a new bias; a bias that others use stays theirs."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "w1": rng.standard_normal((32, 3, 3, 3)),
+        "shared": rng.standard_normal(32),
+        "w2": rng.standard_normal((32, 32, 1, 1)),
+        "w3": rng.standard_normal((5, 32, 1, 1)),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w1", "shared"], ["c1"], name="conv1"),
+        helper.make_node("Relu", ["c1"], ["r1"], name="relu1"),
+        helper.make_node("Conv", ["r1", "w2"], ["c2"], name="conv2"),
+        helper.make_node("Relu", ["c2"], ["r2"], name="relu2"),
+        helper.make_node("Conv", ["r2", "w3"], ["y"], name="conv3"),
+    ]
+    model = channel_model(nodes, weights, ["n", 3, 6, 6], ["n", 5, 4, 4])
+    x = rng.standard_normal((40, 3, 6, 6)).astype(np.float32)
+    fitted = prune_channels_of(model, {"x": x[:30]}, sparsity=0.5, round_to=4)
+    plain = prune_channels_of(model, {"x": x[:30]}, sparsity=0.5, round_to=4, repair="none")
+    expected = outputs_of(model, x[30:])
+    before, after = (distance(outputs_of(result.model, x[30:]), expected) for result in (plain, fitted))
+    assert after < before / 2
+    assert [len(node.inputs) for node in fitted.model.graph if node.op_type == "Conv"] == [3, 3, 3]
+
+
+def test_memory_is_bounded(conv_net: Any, images: Any, prune_channels_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer whose sums would take more memory than permitted is left as it is, and the result says so."""
+    monkeypatch.setattr(least_squares, "MAX_SUMS_BYTES", 100_000)
+    result = prune_channels_of(conv_net(), {"x": images(8)}, sparsity=0.5)
+    assert [skip.node for skip in result.skipped if "1 GiB" in skip.reason] == ["conv2"]
+    assert result.changes["layers_repaired"] == 1
+
+
+def test_never_worse_on_what_is_held_out(conv_net: Any, images: Any, prune_channels_of: Any) -> None:
+    """With two samples a fit is only taken where it holds on positions that it did not see."""
+    result = prune_channels_of(conv_net(), {"x": images(2)}, sparsity=0.5)
+    for row in result.details:
+        if "layer" in row:
+            assert row["error_after"] < row["error_before"]
