@@ -3,8 +3,9 @@
     for path in exported(ARCHITECTURES["resnet18"], "dynamo", folder): ...
 
 From timm, torchvision and transformers with small configurations, and from `own_networks`. Widths are the real ones
-where that is cheap; images are small, since channels and not pixels matter here. BatchNorm statistics are those of
-random data, perturbed; every scale, bias and position embedding is random as well: nothing is the identity by chance.
+where that is cheap; images are small, since channels and not pixels matter here (resnet18 alone has them of full size,
+for its latency). BatchNorm statistics are those of random data, perturbed; every scale, bias and position embedding is
+random as well: nothing is the identity by chance.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def _own(name: str, build: Callable[[], nn.Module], inputs: Mapping[str, Callabl
 
 
 _ALL = (
-    _vision("resnet18"),
+    _vision("resnet18", 224),
     _vision("mobilenetv2_100"),
     _vision("efficientnet_b0"),
     _vision("mobilenetv3_small_100"),
