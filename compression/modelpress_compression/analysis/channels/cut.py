@@ -107,7 +107,8 @@ class _Editor:
             value.shape = onnx_ir.Shape(array.shape)
 
     def apply(self, fix: Fix) -> None:
-        if not any(self.changed(axis) for axis in labels_of(fix)):
+        sources = self._tracer.sources(fix.node.inputs[fix.position]) if isinstance(fix, Extents) else []
+        if not any(self.changed(axis) for axis in (*labels_of(fix), *sources)):
             return
         if isinstance(fix, Count):
             fix.node.attributes[fix.attribute] = onnx_ir.AttrInt64(fix.attribute, self.left(fix.labels))
@@ -194,11 +195,13 @@ class _Editor:
 
     def _factor(self, axis: Axis, old: int, new: int) -> tuple[int, int]:
         """What an element must be multiplied with, as a fraction."""
-        if axis is None or new in (0, -1) or new == self.left(axis) or not self.changed(axis):
-            return 1, 1
-        if new == 1 and old == 1:
-            return 1, 1  # Expand: the extent comes from the other side
-        left, whole = self.left(axis), axis.size if old == new else new
+        if new in (0, -1) or (new == 1 and old == 1):
+            return 1, 1  # the extent comes from the data
+        if axis is None or new != old:
+            # A plain axis keeps its extent, whatever it was computed from.
+            left, whole = old if axis is None else self.left(axis), new
+        else:
+            left, whole = self.left(axis), axis.size
         common = gcd(left, whole)
         return left // common, whole // common
 

@@ -24,16 +24,14 @@ from modelpress_compression.analysis.shapes import shape_of
 Rule = Callable[[onnx_ir.Node, "Tracer"], str | None]
 # Stands for the extent of a plain axis, which may differ between runs.
 _PLAIN: Ints = np.zeros(0, np.int64)
-# At these inputs integers are shapes, axes, bounds: what depends on the cut extents there is mended or unharmed.
+# At these inputs integers are extents or bounds, which the rules and the cut look after.
 _SHAPE_INPUTS: Mapping[str, frozenset[int]] = {
     "Reshape": frozenset({1}),
     "Expand": frozenset({1}),
     "ConstantOfShape": frozenset({0}),
-    "Slice": frozenset({1, 2, 3, 4}),
+    "Slice": frozenset({1, 2}),
     "Split": frozenset({1}),
     "Resize": frozenset({3}),
-    "Unsqueeze": frozenset({1}),
-    "Squeeze": frozenset({1}),
 }
 
 
@@ -103,6 +101,10 @@ class Tracer:
         """Whether a known small tensor is the same in every run: no extent of a plain axis is in it."""
         return all(labels is not _PLAIN for source in self._sources_of(value) for labels in source)
 
+    def sources(self, value: onnx_ir.Value | None) -> list[Ints]:
+        """Labels of the axes whose extents are in a small tensor."""
+        return [labels for source in self._sources_of(value) for labels in source if labels.size]
+
     def is_derived(self, value: onnx_ir.Value | None) -> bool:
         """Whether the value depends on constants alone."""
         return value is not None and (value in self._derived or constant_tensor(value) is not None)
@@ -166,7 +168,7 @@ class Tracer:
             return
         for position, value in enumerate(node.inputs):
             if value in self._sources and position not in _SHAPE_INPUTS.get(node.op_type, frozenset()):
-                self._use(value, node)
+                self.use(value, node)
         rule = self._rules.get((("" if node.domain == "ai.onnx" else node.domain), node.op_type))
         if rule is None:
             reason: str | None = f"No rule traces channels through {node.domain or ''} {node.op_type}.".replace(
@@ -215,7 +217,7 @@ class Tracer:
         if sources := self._trace(node, result):
             self._sources[output] = sources
         if result.dtype.kind == "f":
-            self._use(output, node)
+            self.use(output, node)
         return True
 
     def _about_shapes(self, node: onnx_ir.Node) -> bool:
@@ -263,11 +265,10 @@ class Tracer:
             return numbered[0]
         return evaluate(node, numbered, self.shape)
 
-    def _use(self, value: onnx_ir.Value, node: onnx_ir.Node) -> None:
+    def use(self, value: onnx_ir.Value | None, node: onnx_ir.Node) -> None:
         """Numbers computed from extents become data: those extents stay."""
-        for source in self._sources.get(value, []):
-            for labels in source:
-                self.freeze(labels, node, "The graph calculates with the extent of the axis.")
+        for labels in self.sources(value):
+            self.freeze(labels, node, "The graph calculates with the extent of the axis.")
 
 
 def _some(sources: list[tuple[Ints, ...]]) -> list[tuple[Ints, ...]]:

@@ -42,6 +42,7 @@ def reshape(node: onnx_ir.Node, tracer: Tracer) -> str | None:
         return _UNKNOWN
     if all(axis is None for axis in axes):
         tracer.set(node.outputs[0], (None,) * len(after))
+        _follow(node, tracer)
         return None
     if 0 in before or (node.op_type == "Reshape" and tracer.known(node.inputs[1]) is None):
         return _UNKNOWN
@@ -54,9 +55,15 @@ def reshape(node: onnx_ir.Node, tracer: Tracer) -> str | None:
         for target, axis in zip(targets, made, strict=True):
             output[target] = axis
     tracer.set(node.outputs[0], tuple(output))
-    if node.op_type == "Reshape":
-        tracer.fixes.append(Extents(node, 1, tuple(output)))
+    _follow(node, tracer)
     return None
+
+
+def _follow(node: onnx_ir.Node, tracer: Tracer) -> None:
+    """The target must say what is left; it may be computed from extents of other values that are cut."""
+    axes = tracer.axes(node.outputs[0]) or ()
+    if node.op_type == "Reshape" and (any(axis is not None for axis in axes) or tracer.sources(node.inputs[1])):
+        tracer.fixes.append(Extents(node, 1, axes))
 
 
 def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:

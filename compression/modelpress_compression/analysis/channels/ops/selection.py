@@ -38,6 +38,8 @@ def split(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     if whole is not None:
         tracer.parts += parts
         tracer.fixes.append(Parts(node, tuple(parts)))
+    elif len(node.inputs) > 1:
+        tracer.use(node.inputs[1], node)
     return None
 
 
@@ -51,6 +53,7 @@ def slice_(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     chosen = _numbers(node, 3, tracer)
     order = [int(axis) % len(axes) for axis in (chosen if chosen is not None else range(len(axes)))]
     starts, ends, steps = (_numbers(node, position, tracer) for position in (1, 2, 4))
+    sourced = any(tracer.sources(value) for value in node.inputs[1:3])
     output, slices = list(axes), {}
     for number, axis in enumerate(order):
         labels = axes[axis]
@@ -60,7 +63,7 @@ def slice_(node: onnx_ir.Node, tracer: Tracer) -> str | None:
             return "The bounds of the slice are computed."
         bounds = slice_of(starts[number], ends[number], 1 if steps is None else steps[number], before[axis])
         start, end, step = bounds.start, bounds.stop, bounds.step
-        if (start, end, step) == (0, before[axis], 1):
+        if (start, end, step) == (0, before[axis], 1) and not sourced:
             continue
         if step != 1:
             tracer.freeze(labels, node, "The axis is sliced in steps.")
@@ -73,6 +76,9 @@ def slice_(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     tracer.set(node.outputs[0], tuple(output))
     if slices:
         tracer.fixes.append(Bounds(node, slices))
+    else:
+        for value in node.inputs[1:3]:
+            tracer.use(value, node)
     return None
 
 
