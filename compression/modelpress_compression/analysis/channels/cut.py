@@ -41,11 +41,12 @@ def cut(model: Model, kept: Mapping[str, Indices]) -> Model:
     Raises KeyError for an unknown group, ValueError for indices that are out of range, not rising, or none at all.
     """
     traced = trace(model)
+    nodes = list(traced.ir.graph.all_nodes())
     editor = _Editor(traced, _mask(traced, kept))
     editor.cut_constants()
     for fix in traced.tracer.fixes:
         editor.apply(fix)
-    _restore_shapes(model, traced.ir, editor)
+    _restore_shapes(model, traced.ir, nodes, editor)
     return replace(model, ir=traced.ir)
 
 
@@ -86,6 +87,17 @@ class _Editor:
         if shape is None or axes is None:
             return None
         return tuple(extent if axis is None else self.left(axis) for axis, extent in zip(axes, shape, strict=True))
+
+    def shape_left(self, value: onnx_ir.Value, given: onnx_ir.Shape | None) -> onnx_ir.Shape | None:
+        """The stored shape `given` after the cut; symbolic extents stay."""
+        axes = self._tracer.axes(value)
+        if given is None or axes is None or len(axes) != len(given):
+            return None
+        dims = [
+            self.left(axis) if axis is not None and isinstance(dim, int) else dim
+            for axis, dim in zip(axes, given, strict=True)
+        ]
+        return onnx_ir.Shape(dims)
 
     def cut_constants(self) -> None:
         for value, axes in self._tracer.constants.items():
@@ -286,14 +298,19 @@ def _add_input(node: onnx_ir.Node, value: onnx_ir.Value) -> None:
     node.replace_input_with(len(node.inputs) - 1, value)
 
 
-def _restore_shapes(model: Model, ir: onnx_ir.Model, editor: _Editor) -> None:
-    """Inputs and outputs keep their (symbolic) shapes; those in between were concrete and are dropped."""
-    for node in ir.graph.all_nodes():
-        for output in node.outputs:
-            output.shape = None
-    for mine, theirs in (
+def _restore_shapes(model: Model, ir: onnx_ir.Model, nodes: list[onnx_ir.Node], editor: _Editor) -> None:
+    """Stored shapes are those of the given model again (symbolic where they were), with the extents that are left.
+
+    `nodes`: those of the traced graph before any was inserted.
+    """
+    before = list(model.ir.graph.all_nodes())
+    same = not model.ir.functions and len(before) == len(nodes)
+    for mine, theirs in zip(nodes, before if same else [None] * len(nodes), strict=True):
+        for number, output in enumerate(mine.outputs):
+            output.shape = editor.shape_left(output, None if theirs is None else theirs.outputs[number].shape)
+    for value, given in (
         *zip(ir.graph.inputs, model.graph.inputs, strict=True),
         *zip(ir.graph.outputs, model.graph.outputs, strict=True),
     ):
-        mine.shape = None if theirs.shape is None else theirs.shape.copy()
-        mine.type = theirs.type
+        value.shape = None if given.shape is None else given.shape.copy()
+        value.type = given.type

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import pytest
 from modelpress_compression.analysis.channels import cut, find_groups
 
@@ -183,3 +184,25 @@ def test_inputs_and_outputs_stay(graph: Any) -> None:
     analysis = find_groups(graph("n,4", "n,3", "y = MatMul(x, a)", a=normal(4, 3)))
     assert analysis.groups == ()
     assert "output" in analysis.frozen[0].reason
+
+
+def test_stored_shapes_follow_and_stay_symbolic(graph: Any) -> None:
+    """The batch keeps its name; the hidden axis has the extent that is left."""
+    nodes = "h = MatMul(x, a) y = MatMul(h, b)"
+    model = graph("n,4", "n,3", nodes, a=normal(4, 6), b=normal(6, 3))
+    model.graph[0].outputs[0].shape = onnx_ir.Shape(["n", 6])
+    (group,) = find_groups(model).groups
+    small = cut(model, {group.id: np.array([1, 2])})
+    assert [str(dim) for dim in small.graph[0].outputs[0].shape or ()] == ["n", "2"]
+
+
+def test_a_loop_freezes_what_it_carries(graph: Any, check_cut: Any) -> None:
+    """Hidden units inside of the body are cut; the state that goes around is not."""
+    nodes = """h = MatMul(x, a)
+               z = Loop(trips, go, h) <body = run (int64 i, bool c, float[n,6] s) => (bool d, float[n,6] t) {
+                   d = Identity(c) k = MatMul(s, e) r = Relu(k) t = MatMul(r, f) }>
+               y = MatMul(z, b)"""
+    numbers = {"trips": np.array(3), "go": np.array(True)}
+    weights = {"a": normal(4, 6), "b": normal(6, 3), "e": normal(6, 8) / 3, "f": normal(8, 6) / 3}
+    analysis, _ = check_cut(graph("n,4", "n,3", nodes, **weights, **numbers), {"x": normal(2, 4)})
+    assert all(group.units != 6 for group in analysis.groups)
