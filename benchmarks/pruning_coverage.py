@@ -6,15 +6,16 @@ Every architecture is exported by both torch exporters and loaded as a user's fi
 are cut, a random half: which ones does not matter to the shares, and a wrong pairing of indices cannot hide as it can
 behind the first half. The cut model is compared with the masked one, the full model on whose outputs the units that
 are cut have no influence (`modelpress_compression.analysis.masking`, which shares no code with the cut), and timed
-against the full one in interleaved rounds. `--docs` writes docs/pruning_coverage.md; for all architectures only.
+against the full one in interleaved rounds.
 
-Needs timm, torchvision and transformers beside the engine: `pip install timm transformers` and
+`--docs` writes docs/pruning_coverage.md; for all architectures only. Needs timm, torchvision and transformers beside the engine: `pip install timm transformers` and
 `pip install --no-deps torchvision`.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 import time
@@ -122,7 +123,9 @@ def _feeds(data: InputData) -> Feeds:
 def _reasons(analysis: Analysis) -> dict[str, int]:
     reasons: dict[str, int] = {}
     for frozen in analysis.frozen:
-        reasons[frozen.reason] = reasons.get(frozen.reason, 0) + frozen.channels
+        # Without the node's name at the end: reasons are counted over all models.
+        reason = re.sub(r" \([^()]*\)$", "", frozen.reason)
+        reasons[reason] = reasons.get(reason, 0) + frozen.channels
     return reasons
 
 
@@ -246,7 +249,7 @@ def document(rows: Sequence[Row], scale: Sequence[Scale]) -> str:
             "",
             *(__doc__ or "").strip().split("\n\n")[2:3],
             "",
-            *(f"- {line}" for line in summary(rows, scale)),
+            *(f"- {line}" for line in summary(rows, [])),
             "",
             *_markdown(table),
             "",
