@@ -8,8 +8,8 @@ behind the first half. The cut model is compared with the masked one, the full m
 are cut have no influence (`modelpress_compression.analysis.masking`, which shares no code with the cut), and timed
 against the full one in interleaved rounds.
 
-`--docs` writes docs/pruning_coverage.md; for all architectures only. Needs timm, torchvision and transformers beside the engine: `pip install timm transformers` and
-`pip install --no-deps torchvision`.
+`--docs` writes docs/pruning_coverage.md; for all architectures only. Needs timm, torchvision and transformers beside
+the engine: `pip install timm transformers` and `pip install --no-deps torchvision`.
 """
 
 from __future__ import annotations
