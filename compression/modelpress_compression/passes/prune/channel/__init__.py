@@ -22,8 +22,8 @@ from modelpress_compression.passes.prune.channel.activation import Activation
 from modelpress_compression.passes.prune.channel.control import Random
 from modelpress_compression.passes.prune.channel.costs import COSTS
 from modelpress_compression.passes.prune.channel.criterion import Criterion
-from modelpress_compression.passes.prune.channel.magnitude import Magnitude
 from modelpress_compression.passes.prune.channel.least_squares import Repair, repair
+from modelpress_compression.passes.prune.channel.magnitude import Magnitude
 from modelpress_compression.passes.prune.channel.scope import permitted, sparsity_of, unmatched_overrides
 from modelpress_compression.passes.prune.channel.selection import Limits, Selection, select_by_layer, select_globally
 from modelpress_compression.passes.prune.targets import unmatched

@@ -33,7 +33,7 @@ from modelpress_compression.passes.prune.tensors import replace_numbers
 
 MAX_SAMPLES = 512
 MAX_SUMS_BYTES = 1024**3  # 1 GiB
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 # Rows for each input of a layer: fits settle at some eight; more only takes time.
 ROWS_PER_INPUT = 8
 ROWS = (4096, 65536)  # fewest and most rows of a layer, where the data has as many
