@@ -158,6 +158,7 @@ def _step_row(record: StepRecord) -> StepRow:
         skipped=record.skipped,
         size_bytes=file_size_bytes(record.path),
         duration_s=record.duration_s,
+        details=record.details,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class StepRecord:
     warnings: tuple[str, ...] = ()
     duration_s: float = 0.0
     candidates: tuple[dict[str, Any], ...] = ()
+    details: tuple[Mapping[str, str | int | float], ...] = ()
 
 
 def apply_step(step: Step, model: Model, path: Path, context: Context, target: Path) -> StepRecord:
@@ -57,7 +58,7 @@ def _checked(record: StepRecord, result: PassResult, context: Context, target: P
         warning = f"{record.step.technique} was undone: {problem}"
         context.log(warning)
         return replace(record, warnings=(*record.warnings, warning))
-    return replace(record, model=result.model, path=target, changes=dict(result.changes))
+    return replace(record, model=result.model, path=target, changes=dict(result.changes), details=result.details)
 
 
 def save(model: Model, path: Path) -> None:

@@ -54,7 +54,10 @@ class SkippedNode(Protocol):
 
 @dataclass(frozen=True)
 class StepRow:
-    """One step of the recipe. `size_bytes`: of the model after it, as a file; `config` with its defaults."""
+    """One step of the recipe. `size_bytes`: of the model after it, as a file; `config` with its defaults.
+
+    `details`: figures of single layers; rows of the same keys belong together.
+    """
 
     name: str
     config: Mapping[str, Any]
@@ -62,6 +65,7 @@ class StepRow:
     skipped: Sequence[SkippedNode]
     size_bytes: int
     duration_s: float
+    details: Sequence[Mapping[str, str | int | float]] = ()
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,7 @@ def _step(step: StepRow) -> dict[str, Any]:
         "skipped": [{"node": skip.node, "reason": skip.reason} for skip in step.skipped],
         "size_bytes": step.size_bytes,
         "duration_s": step.duration_s,
+        "details": [dict(row) for row in step.details],
     }
 
 

@@ -62,7 +62,24 @@ def _step(index: int, step: Mapping[str, Any], before: float) -> str:
         + tag("span", f"{size(after)} <small>{escape(shift)}</small>", class_="figures")
         + tag("span", seconds(step["duration_s"]), class_="quiet")
     )
-    return tag("li", tag("header", head) + done + _skipped(step["skipped"]) + _config(step["config"]))
+    return tag("li", tag("header", head) + done + _details(step) + _skipped(step["skipped"]) + _config(step["config"]))
+
+
+def _details(step: Mapping[str, Any]) -> str:
+    """A table for each kind of row, which its keys are."""
+    rows: Sequence[Mapping[str, Any]] = step.get("details", ())
+    kinds: defaultdict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        kinds[tuple(row)].append(row)
+    tables = "".join(
+        table(
+            [words(key) for key in keys],
+            [[escape(number(value)) for value in row.values()] for row in same],
+            numeric=[index for index, key in enumerate(keys) if not isinstance(same[0][key], str)],
+        )
+        for keys, same in kinds.items()
+    )
+    return folded(f"Layer by layer: {len(rows)}", tables) if rows else ""
 
 
 def _skipped(skipped: Sequence[Mapping[str, str]]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from modelpress_compression import Recipe, compress, load
 from modelpress_compression.errors import InvalidDataError
+from modelpress_compression.report.html import render_html
 from onnx import helper
 
 MNIST = Path(__file__).parents[5] / "examples" / "mnist"
@@ -113,6 +114,12 @@ def test_through_the_pipeline(conv_net: Any, images: Any) -> None:
     (step,) = report["steps"]
     assert step["changes"]["groups_cut"] == 2
     assert step["config"]["overrides"] == {"conv1": 0.25}
+    assert {row["group"]: row["channels_kept"] for row in step["details"] if "group" in row} == {
+        "conv1": 48,
+        "conv2": 32,
+    }
+    assert {row["layer"] for row in step["details"] if "layer" in row} == {"conv2", "fc"}
+    assert "Layer by layer: 4" in render_html(report)
     assert report["optimized"]["parameters"] < report["original"]["parameters"] / 2
     assert report["optimized"]["macs"] < report["original"]["macs"]
 
