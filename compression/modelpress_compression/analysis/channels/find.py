@@ -14,7 +14,9 @@ from modelpress_compression.analysis.channels.labels import NOT_FROZEN, Classes,
 from modelpress_compression.analysis.channels.ops import RULES
 from modelpress_compression.analysis.channels.tracer import Mark, Tracer
 from modelpress_compression.analysis.graph import label
-from modelpress_compression.analysis.shapes import shape_of, static_shapes
+from modelpress_compression.analysis.shapes import sample_shapes, shape_of, static_shapes
+from modelpress_compression.analysis.synthetic import synthetic_inputs
+from modelpress_compression.errors import CompressionError
 from modelpress_compression.model import Model
 
 _KINDS: tuple[Kind, ...] = ("channel", "group", "head", "hidden")
@@ -50,7 +52,7 @@ class Trace:
 
 def trace(model: Model) -> Trace:
     """Labels of the whole model, and its groups."""
-    ir = static_shapes(model)
+    ir = _with_shapes(model)
     tracer = Tracer(RULES)
     tracer.walk(ir.graph)
     for output in ir.graph.outputs:
@@ -60,6 +62,18 @@ def trace(model: Model) -> Trace:
     axes = _axes(tracer)
     groups, roots = _groups(axes, tracer, classes)
     return Trace(ir, tracer, classes, Analysis(groups, _frozen(axes, tracer, classes)), roots)
+
+
+def _with_shapes(model: Model) -> onnx_ir.Model:
+    """A copy with concrete shapes: for dynamic extents of 1, or for ones that the model runs on where it refuses 1."""
+    ir = static_shapes(model)
+    if all(shape_of(output) is not None for node in ir.graph for output in node.outputs if output.uses()):
+        return ir
+    try:
+        data = synthetic_inputs(model, 1)
+    except CompressionError:
+        return ir  # what has no shape is frozen
+    return static_shapes(model, sample_shapes(data))
 
 
 def find_groups(model: Model) -> Analysis:
