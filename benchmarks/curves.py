@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 COLOURS = {"l1": "#1f77b4", "l2": "#2ca02c", "activation": "#d62728", "random": "#7f7f7f"}
 WIDTH, HEIGHT = 430, 330  # of one panel
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 34, 44
+LEFT, RIGHT, TOP, BOTTOM = 44, 24, 34, 44
 LEGEND_HEIGHT = 30
-TICKS = 5
+LEGEND_STEP = 92
+LEAST_WIDTH = 640  # of the legend
+TICK = 0.2
 
 Points = Sequence[tuple[float, float]]
 
@@ -26,7 +29,7 @@ class Panel:
 
 def render_svg(panels: Sequence[Panel]) -> str:
     """The panels side by side over one legend; solid lines are with repair, dashed ones without."""
-    width, height = WIDTH * len(panels), HEIGHT + LEGEND_HEIGHT
+    width, height = max(WIDTH * len(panels), LEAST_WIDTH), HEIGHT + LEGEND_HEIGHT
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'font-family="sans-serif" font-size="12">',
@@ -40,7 +43,8 @@ def render_svg(panels: Sequence[Panel]) -> str:
 def _panel(panel: Panel) -> str:
     high = max(value for points in panel.curves.values() for _, value in points)
     right = max(share for points in panel.curves.values() for share, _ in points)
-    top = min(1.0, high * 1.05)
+    ticks = math.ceil(high / TICK)
+    top = ticks * TICK
 
     def x(share: float) -> float:
         return LEFT + share / right * (WIDTH - LEFT - RIGHT)
@@ -49,11 +53,11 @@ def _panel(panel: Panel) -> str:
         return HEIGHT - BOTTOM - value / top * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<text x="{LEFT}" y="20" font-weight="bold">{escape(panel.title)}</text>']
-    for tick in range(TICKS + 1):
-        value = top * tick / TICKS
+    for tick in range(ticks + 1):
+        value = TICK * tick
         parts.append(
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#ddd"/>'
-            f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2f}</text>'
+            f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.1f}</text>'
         )
     for share in sorted({share for points in panel.curves.values() for share, _ in points}):
         parts.append(f'<text x="{x(share):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{share:.0%}</text>')
@@ -70,10 +74,13 @@ def _panel(panel: Panel) -> str:
 
 def _legend() -> str:
     y = HEIGHT + LEGEND_HEIGHT / 2
-    parts = [
-        f'<g><line x1="{LEFT + index * 76}" x2="{LEFT + index * 76 + 18}" y1="{y}" y2="{y}" stroke="{colour}" '
-        f'stroke-width="2"/><text x="{LEFT + index * 76 + 22}" y="{y + 4}">{name}</text></g>'
-        for index, (name, colour) in enumerate(COLOURS.items())
-    ]
-    parts.append(f'<text x="{LEFT}" y="{y + 4 + 14}" font-size="10">solid: with repair, dashed: without</text>')
+    parts = []
+    for index, (name, colour) in enumerate(COLOURS.items()):
+        x = LEFT + index * LEGEND_STEP
+        parts.append(
+            f'<line x1="{x}" x2="{x + 18}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>'
+            f'<text x="{x + 22}" y="{y + 4}">{name}</text>'
+        )
+    x = LEFT + len(COLOURS) * LEGEND_STEP
+    parts.append(f'<text x="{x}" y="{y + 4}">solid: with repair, dashed: without</text>')
     return "".join(parts)

@@ -1,6 +1,6 @@
 """What channel pruning costs on real trained models: the task metric at 10, 20, 30 and 50 % of the channels removed.
 
-    python benchmarks/pruning_quality.py --models DIR [--only NAME ...] [--scope layer global] [--render]
+    python benchmarks/pruning_quality.py --models DIR [--only NAME ...] [--scope layer global] [--samples N] [--render]
 
 For each criterion, with and without the closed-form repair, never with any training. DIR holds the models and one
 `eval_NAME.py` for each, which prints a figure (higher is better) for `--model FILE.onnx` and writes representative
@@ -76,7 +76,7 @@ def metric_of(model: Model, case: Case, models: Path, folder: Path) -> float:
     return float(evaluate(case, models, "--model", str(path), "--threads", "1"))
 
 
-def measure(case: Case, models: Path, scope: str) -> Results:
+def measure(case: Case, models: Path, scope: str, samples: int | None) -> Results:
     """All figures of one model in one scope."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -88,6 +88,7 @@ def measure(case: Case, models: Path, scope: str) -> Results:
             data = InputData.from_arrays(
                 {name: arrays[name] for name in arrays.files if single or name in names}, model.inputs
             )
+        data = data if samples is None else data.spread(samples)
         context = Context(data, folder)
         found: Results = {"samples": len(data), "metric": case.metric, "base": metric_of(model, case, models, folder)}
         print(f"{case.name}, scope {scope}: {found['base']:.4f} uncut", flush=True)
@@ -98,15 +99,13 @@ def measure(case: Case, models: Path, scope: str) -> Results:
                     config = PruneConfig(
                         structure="channel", criterion=criterion, sparsity=sparsity, repair=repair, scope=scope
                     )
-                    run = _measure_one(config, model, context, case, models, folder)
+                    run = _measure_one(config, model, context, case, models, found["base"])
                     print(json.dumps(run), flush=True)
                     runs.append(run)
         return {**found, "runs": runs}
 
 
-def _measure_one(
-    config: PruneConfig, model: Model, context: Context, case: Case, models: Path, folder: Path
-) -> Results:
+def _measure_one(config: PruneConfig, model: Model, context: Context, case: Case, models: Path, base: float) -> Results:
     began = time.monotonic()
     result = Prune(config)(model, context)
     seconds = time.monotonic() - began
@@ -114,7 +113,7 @@ def _measure_one(
         "criterion": config.criterion,
         "sparsity": config.sparsity,
         "repair": config.repair,
-        "metric": metric_of(result.model, case, models, folder),
+        "metric": metric_of(result.model, case, models, context.work_directory) if result.changed else base,
         "parameters_removed_share": round(float(result.changes.get("parameters_removed_share", 0.0)), 4),
         "groups_cut": result.changes.get("groups_cut", 0),
         "seconds": round(seconds, 1),
@@ -202,6 +201,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="folder with the models and their eval_NAME.py")
     parser.add_argument("--only", nargs="*", default=[], help="names of the models to run")
     parser.add_argument("--scope", nargs="*", default=["layer", "global"], choices=("layer", "global"))
+    parser.add_argument("--samples", type=int, help="of the representative inputs; without it, all")
     parser.add_argument("--render", action="store_true", help="write the page from the figures that are there")
     arguments = parser.parse_args()
     if not arguments.render:
@@ -209,7 +209,7 @@ def main() -> None:
             parser.error("--models is needed to measure")
         for case in CASES:
             for scope in arguments.scope if not arguments.only or case.name in arguments.only else ():
-                entry = measure(case, arguments.models.resolve(), scope)
+                entry = measure(case, arguments.models.resolve(), scope, arguments.samples)
                 # Read again: another run may have added its model in the meantime.
                 results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
                 results.setdefault(case.name, {})[scope] = entry
