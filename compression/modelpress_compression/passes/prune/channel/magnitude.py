@@ -2,8 +2,8 @@
 
 All weights of the group count, those that make the channel and those that read it (DepGraph, arXiv:2301.12900), each as
 a share of its tensor's sum: how large a layer's weights are says nothing about its worth, since the next normalization
-or a folded one undoes it. On a ResNet with trained weights, ranked over all layers at 20 %, this keeps a top-1 of .78
-where plain sums keep .37.
+or a folded one undoes it. On a small ResNet with trained weights, 20 % of the channels ranked over all layers by l1
+for their parameters, this keeps a top-1 of .78 where plain sums keep .63.
 """
 
 from __future__ import annotations
