@@ -184,6 +184,9 @@ class Tracer:
     def _refuse(self, node: onnx_ir.Node, reason: str) -> None:
         for value in (*node.inputs, *node.outputs):
             self.freeze_value(value, label(node), reason)
+            if constant_tensor(value) is not None and len(axes := self.axes(value) or ()) > 1:
+                # Frozen whatever it makes; the mark has it reported.
+                self.mark(next((axis for axis in axes if axis is not None), None), "producer", node)
         for graph in (attribute.as_graph() for attribute in node.attributes.values() if _is_graph(attribute)):
             for inner in graph.all_nodes():
                 for value in inner.inputs:

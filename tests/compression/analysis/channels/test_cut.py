@@ -206,3 +206,13 @@ def test_a_loop_freezes_what_it_carries(graph: Any, check_cut: Any) -> None:
     weights = {"a": normal(4, 6), "b": normal(6, 3), "e": normal(6, 8) / 3, "f": normal(8, 6) / 3}
     analysis, _ = check_cut(graph("n,4", "n,3", nodes, **weights, **numbers), {"x": normal(2, 4)})
     assert all(group.units != 6 for group in analysis.groups)
+
+
+def test_weights_of_an_operator_without_rule_are_reported(graph: Any) -> None:
+    """Nothing is cut, and the report says at which node and why."""
+    nodes = "y = com.microsoft.MatMulNBits<K=4, N=3, bits=4, block_size=16>(x, q, s)"
+    weights = {"q": np.zeros((3, 1, 8), np.uint8), "s": np.ones(3, np.float32)}
+    analysis = find_groups(graph("n,4", "n,3", nodes, **weights))
+    assert analysis.groups == ()
+    assert [frozen.channels for frozen in analysis.frozen] == [3]
+    assert "No rule traces channels through com.microsoft MatMulNBits" in analysis.frozen[0].reason
