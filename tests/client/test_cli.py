@@ -327,7 +327,9 @@ def test_completion(run_cli: RunCli, shell: str) -> None:
 
 def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     environment = {**os.environ, "NO_COLOR": "1"}
-    command = [sys.executable, "-c", "from modelpress_client.cli import main; main()", *arguments]
+    # Where the tests run in the background, their children begin with SIGINT ignored; a terminal's do not.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    command = [sys.executable, "-c", f"{code}from modelpress_client.cli import main; main()", *arguments]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
     )
