@@ -104,7 +104,7 @@ class StepReport:
 
     name: str
     config: dict[str, Any]
-    changes: dict[str, int]
+    changes: dict[str, float]
     skipped: tuple[Skipped, ...]
     size_bytes: int | None
     duration_s: float | None

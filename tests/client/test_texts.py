@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from modelpress_client import errors, names, recipes
 from modelpress_client.cli import units
 from modelpress_client.cli.report_markdown import to_markdown
+from modelpress_client.cli.report_rows import changes_text
 from modelpress_client.errors import INPUT_REASONS, InvalidRecipeError, ModelpressError, ServerError, UsageError
 from modelpress_client.inputs import format_input, parse_input, parse_inputs
 from modelpress_client.jsonable import to_json
-from modelpress_client.report import Report
+from modelpress_client.report import Report, StepReport
 from modelpress_protos.v1 import common_pb2
 from modelpress_protos.v1.job_service_pb2 import JOB_STATE_FAILED, Job
 
@@ -221,3 +222,11 @@ def test_json_of_messages() -> None:
 def test_sizes(value: float | None, text: str) -> None:
     """Three digits and a decimal unit."""
     assert units.size(value) == text
+
+
+def test_what_a_step_did() -> None:
+    """Counts as whole numbers, shares and errors as fractions, what did not happen not at all."""
+    changes = {"groups_cut": 6, "parameters_removed_share": 0.4661, "weights": 21_840, "layers": 0}
+    step = StepReport("prune", {}, changes, (), None, None)
+    assert changes_text(step) == "weights 21.8 k, groups cut 6, parameters removed share 0.466"
+    assert changes_text(StepReport("fuse", {}, {}, (), None, None)) == "nothing to do"

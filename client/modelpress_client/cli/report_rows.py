@@ -75,7 +75,12 @@ def changes_text(step: StepReport) -> str:
     done = sorted(
         ((count, name) for name, count in step.changes.items() if count), key=lambda item: (-item[0], item[1])
     )
-    return ", ".join(f"{name.replace('_', ' ')} {units.count(count)}" for count, name in done) or "nothing to do"
+    # Shares and errors come as fractions; everything else is counted.
+    shown = (
+        f"{name.replace('_', ' ')} {units.count(value) if value == int(value) else units.number(value, 3)}"
+        for value, name in done
+    )
+    return ", ".join(shown) or "nothing to do"
 
 
 def skipped_lines(step: StepReport) -> list[str]:
