@@ -275,7 +275,7 @@ def test_defaults_are_valid() -> None:
     for technique in techniques():
         options = {item.name: yaml.safe_load(item.default_value) for item in technique.options if item.default_value}
         steps.append({technique.name: options})
-    from_dict({"version": 1, "steps": steps})
+    assert len(from_dict({"version": 1, "steps": steps}).steps) == len(steps)
 
 
 # --- properties --------------------------------------------------------------------------------------------------
