@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from curves import Panel, render_svg
+from model_evaluation import evaluate
 from modelpress_compression import load
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
@@ -60,20 +59,11 @@ CASES = (
 Results = dict[str, Any]
 
 
-def evaluate(case: Case, models: Path, *arguments: str) -> str:
-    """Runs the model's own evaluation script."""
-    command = [sys.executable, f"eval_{case.name}.py", *arguments]
-    done = subprocess.run(command, cwd=models, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{case.name}: {done.stderr}")
-    return done.stdout.strip()
-
-
 def metric_of(model: Model, case: Case, models: Path, folder: Path) -> float:
     """The task metric of a model in memory."""
     path = folder / "model.onnx"
     model.save(path)
-    return float(evaluate(case, models, "--model", str(path), "--threads", "1"))
+    return float(evaluate(case.name, models, "--model", str(path), "--threads", "1"))
 
 
 def measure(case: Case, models: Path, scope: str, samples: int | None) -> Results:
@@ -81,7 +71,7 @@ def measure(case: Case, models: Path, scope: str, samples: int | None) -> Result
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = load(models / case.file, case.inputs)
-        evaluate(case, models, "--make-calib", str(folder / "data.npz"))
+        evaluate(case.name, models, "--make-calib", str(folder / "data.npz"))
         with np.load(folder / "data.npz") as arrays:
             names = {spec.name for spec in model.inputs}
             single = len(names) == 1

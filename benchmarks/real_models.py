@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model_evaluation import evaluate
+
 CONVERT_ONLY = "version: 1\nbenchmark: {rounds: 5}\n"
 
 
@@ -63,20 +65,11 @@ def upload(case: Case, models: Path, folder: Path, recipe: str, data: Path | Non
     return output, json.loads(done.stdout)["report"]
 
 
-def evaluate(case: Case, models: Path, *arguments: str) -> str:
-    """Runs the model's own evaluation script."""
-    command = [sys.executable, f"eval_{case.evaluation}.py", *arguments]
-    done = subprocess.run(command, cwd=models, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{case.name}: {done.stderr}")
-    return done.stdout.strip()
-
-
 def representative(case: Case, models: Path, work: Path) -> Path | None:
     """Representative inputs by the model's own script; None where it cannot make them."""
     data = work / "data.npz"
     try:
-        evaluate(case, models, "--make-calib", str(data))
+        evaluate(case.evaluation, models, "--make-calib", str(data))
     except SystemExit as error:
         print(f"{case.name}: no representative inputs: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return None
@@ -91,7 +84,9 @@ def measure(case: Case, models: Path, recipe: str, with_data: bool) -> list[str]
         (work / "convert.yaml").write_text(CONVERT_ONLY)
         converted, _ = upload(case, models, work / "converted", str(work / "convert.yaml"), None)
         optimized, report = upload(case, models, work / "optimized", recipe, data)
-        before, after = (float(evaluate(case, models, "--model", str(path))) for path in (converted, optimized))
+        before, after = (
+            float(evaluate(case.evaluation, models, "--model", str(path))) for path in (converted, optimized)
+        )
     row = report["latency"][0]
     speedup = row["speedup"]
     chosen = [candidate["name"] for candidate in report["candidates"] if candidate.get("chosen")]

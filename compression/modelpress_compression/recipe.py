@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 
 from modelpress_compression.errors import InvalidRecipeError, Violation
-from modelpress_compression.techniques import TECHNIQUES, ConfigError, _Checks, config_to_dict
+from modelpress_compression.techniques import TECHNIQUES, Checks, ConfigError, config_to_dict
 
 VERSION = 1
 METRICS = ("top1", "top5", "mse", "mae", "cosine")
@@ -28,7 +28,7 @@ class Target:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        checks = _Checks(self)
+        checks = Checks(self)
         checks.one_of("device", ("cpu",))
         checks.finish()
 
@@ -43,7 +43,7 @@ class Constraints:
     max_latency_ms: float | None = None
 
     def __post_init__(self) -> None:
-        checks = _Checks(self)
+        checks = Checks(self)
         if self.metric is not None:
             checks.one_of("metric", METRICS)
         checks.within("max_drop", self.max_drop is None or self.max_drop >= 0, "[0, ...)")
@@ -61,7 +61,7 @@ class Benchmark:
     rounds: int = 50
 
     def __post_init__(self) -> None:
-        checks = _Checks(self)
+        checks = Checks(self)
         checks.within("threads", all(1 <= value <= 1024 for value in self.threads), "[1, 1024]")
         checks.within("batch_sizes", all(1 <= value <= 65536 for value in self.batch_sizes), "[1, 65536]")
         checks.within("rounds", 5 <= self.rounds <= 100_000, "[5, 100000]")

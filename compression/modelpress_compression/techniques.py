@@ -26,7 +26,7 @@ class ConfigError(ValueError):
         self.violations = tuple(violations)
 
 
-class _Checks:
+class Checks:
     """Collects violations, so that all are reported at once."""
 
     def __init__(self, config: object) -> None:
@@ -82,7 +82,7 @@ class PruneConfig:
     overrides: tuple[tuple[str, float], ...] = field(default=(), metadata={"mapping": True})
 
     def __post_init__(self) -> None:
-        checks = _Checks(self)
+        checks = Checks(self)
         checks.one_of("structure", ("unstructured", "n:m", "channel"))
         checks.one_of("criterion", ("l1", "l2", "activation", "random"))
         if self.structure != "channel" and self.criterion in ("l2", "activation"):
@@ -116,7 +116,7 @@ class QuantizeConfig:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        checks = _Checks(self)
+        checks = Checks(self)
         checks.one_of("scheme", ("auto", "dynamic", "static", "float16"))
         checks.one_of("weights", ("int8", "uint8"))
         checks.one_of("activations", ("uint8", "int8"))

@@ -30,8 +30,6 @@ from modelpress_compression.runtime import EXECUTION_PROVIDER, open_session, run
 MIN_ROUNDS = 6
 CONFIDENCE = 0.95
 DEFAULT_BUDGET_S = 60.0
-QUICK_ROUNDS = 15
-QUICK_BUDGET_S = 5.0
 # Distinct feeds that the rounds go through in turn: times may depend on the values.
 FEEDS = 8
 # A timing shorter than this is repeated within the round, so that neither the clock nor the call itself matters.
@@ -124,23 +122,6 @@ def compare_latency(
         optimized=_quantiles(after),
         speedup=median_interval((before / after).tolist()),
     )
-
-
-def quick_speedup(
-    original: Path, optimized: Path, data: InputData, *, threads: int = 1, batch_size: int = 1, seed: int = 0
-) -> Speedup:
-    """The speedup from few rounds in about five seconds: enough to tell candidates apart, with its interval."""
-    row = compare_latency(
-        original,
-        optimized,
-        data,
-        threads=threads,
-        batch_size=batch_size,
-        rounds=QUICK_ROUNDS,
-        seed=seed,
-        budget_s=QUICK_BUDGET_S,
-    )
-    return row.speedup
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Speedup:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.inputs import InputData
-from modelpress_compression.measure.latency import MIN_ROUNDS, compare_latency, median_interval, quick_speedup
+from modelpress_compression.measure.latency import MIN_ROUNDS, compare_latency, median_interval
 from modelpress_compression.specs import parse_specs
 
 RELU = "g (float[batch,4] x) => (float[batch,4] y) { y = Relu(x) }"
@@ -85,7 +85,7 @@ def test_the_budget_bounds_the_rounds(relu: Path, four: InputData) -> None:
 
 def test_garbage_collection_comes_back(relu: Path, four: InputData) -> None:
     """It is off while timing only, also where timing fails."""
-    quick_speedup(relu, relu, four)
+    compare_latency(relu, relu, four, threads=1, batch_size=1, rounds=MIN_ROUNDS)
     assert gc.isenabled()
 
 

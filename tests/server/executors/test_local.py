@@ -79,7 +79,9 @@ class TestATaskThatEndsWell:
         """A task that ends well cannot leave anything running."""
         bench = await start_bench()
         await bench.run("grandchildren:end")
-        for pid in json.loads((bench.output / "pids").read_text("ascii")):
+        pids = json.loads((bench.output / "pids").read_text("ascii"))
+        assert pids
+        for pid in pids:
             await until(lambda pid=pid: not runs(pid))
 
     async def test_task_files_outside_the_root_are_refused(self, start_bench: Any) -> None:
