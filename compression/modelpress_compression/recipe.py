@@ -23,13 +23,15 @@ Section = TypeVar("Section")
 
 @dataclass(frozen=True)
 class Target:
-    """What the result will run on."""
+    """What the result will run on. `cpu`: whether 8-bit layers may rely on products that do not saturate (VNNI)."""
 
     device: str = "cpu"
+    cpu: str = "generic"
 
     def __post_init__(self) -> None:
         checks = Checks(self)
         checks.one_of("device", ("cpu",))
+        checks.one_of("cpu", ("generic", "vnni"))
         checks.finish()
 
 

@@ -106,7 +106,11 @@ class PruneConfig:
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """Fewer bits. `scheme` auto tries none, dynamic and static and keeps the fastest that agrees with the original."""
+    """Fewer bits. `scheme` auto tries none, dynamic and static and keeps the fastest that agrees with the original.
+
+    `block_size`: weight_only, weights of one column that share a scale. `smooth_quant`, `equalize`, `bias_correction`:
+    static alone. `rounding`: how weights are rounded, by scheme static and weight_only.
+    """
 
     scheme: str = "auto"
     weights: str = "int8"
@@ -114,13 +118,24 @@ class QuantizeConfig:
     per_channel: bool = True
     calibration: str = "percentile"
     exclude: tuple[str, ...] = ()
+    block_size: int = 32
+    smooth_quant: bool = True
+    equalize: bool = False
+    bias_correction: bool = False
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         checks = Checks(self)
-        checks.one_of("scheme", ("auto", "dynamic", "static", "float16"))
-        checks.one_of("weights", ("int8", "uint8"))
+        checks.one_of("scheme", ("auto", "dynamic", "static", "weight_only", "float16"))
+        checks.one_of("weights", ("int8", "uint8", "int4"))
+        if self.weights == "int4" and self.scheme != "weight_only":
+            checks.refuse("weights", "'int4' needs scheme weight_only")
         checks.one_of("activations", ("uint8", "int8"))
-        checks.one_of("calibration", ("minmax", "percentile", "entropy"))
+        checks.one_of("calibration", ("minmax", "moving_average", "percentile", "entropy", "mse"))
+        checks.within("block_size", 16 <= self.block_size <= 256, "[16, 256]")
+        if self.block_size & (self.block_size - 1):
+            checks.refuse("block_size", f"{self.block_size} is no power of two")
+        checks.one_of("rounding", ("nearest", "gptq"))
         checks.finish()
 
 

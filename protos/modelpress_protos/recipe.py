@@ -25,7 +25,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from modelpress_protos import recipe_schema as schema
 from modelpress_protos.recipe_schema import OptionInfo, TechniqueInfo, join, show, techniques
-from modelpress_protos.v1.recipe_pb2 import PruneStep, Recipe, Step
+from modelpress_protos.v1.recipe_pb2 import PruneStep, QuantizeStep, Recipe, Step
 
 if TYPE_CHECKING:
     from modelpress_protos.recipe_schema import Field, MessageType
@@ -287,9 +287,13 @@ def _choice_violations(
 
 
 def _cross_field_rules(message: Message, path: str) -> list[Violation]:
-    """Rules that tie two fields together; defaults stand in for what is not set."""
-    if not isinstance(message, PruneStep):
-        return []
+    """Rules that tie two fields together, and those that no range says; defaults stand in for what is not set."""
+    if isinstance(message, PruneStep):
+        return _prune_rules(message, path)
+    return _quantize_rules(message, path) if isinstance(message, QuantizeStep) else []
+
+
+def _prune_rules(message: PruneStep, path: str) -> list[Violation]:
     found = []
     if message.structure == "n:m":
         removed, group = _set_or_default(message, "n"), _set_or_default(message, "m")
@@ -297,6 +301,15 @@ def _cross_field_rules(message: Message, path: str) -> list[Violation]:
             found.append(Violation(join(path, "n"), f"{removed} is not less than m ({group})"))
     if message.structure != "channel" and message.criterion in _OF_CHANNELS:
         found.append(Violation(join(path, "criterion"), f"'{message.criterion}' needs structure channel"))
+    return found
+
+
+def _quantize_rules(message: QuantizeStep, path: str) -> list[Violation]:
+    found = []
+    if message.weights == "int4" and message.scheme != "weight_only":
+        found.append(Violation(join(path, "weights"), "'int4' needs scheme weight_only"))
+    if message.block_size & (message.block_size - 1):
+        found.append(Violation(join(path, "block_size"), f"{message.block_size} is no power of two"))
     return found
 
 

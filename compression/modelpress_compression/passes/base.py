@@ -16,6 +16,7 @@ from typing import Protocol
 from modelpress_compression.errors import TimeLimitError
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
+from modelpress_compression.recipe import Target
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,14 @@ class Context:
     `data`: representative inputs; `data.provided` is False where they are synthetic.
     `work_directory`: a private folder for temporary files.
     `deadline`: `time.monotonic()` at which the job's time is up; None: no limit.
+    `target`: what the result will run on.
     `log`: one line for the job's log; `progress`: share of this pass done, 0 to 1, and one line for people.
     """
 
     data: InputData
     work_directory: Path
     deadline: float | None = None
+    target: Target = field(default_factory=Target)
     log: Callable[[str], None] = _silent
     progress: Callable[[float, str], None] = lambda fraction, message: None
 

@@ -88,7 +88,7 @@ def compress(
         save(model, original)
         if (problem := broken(original, inputs, original)) is not None:
             raise ModelNotRunnableError(problem)
-        context = Context(inputs, work, deadline, lambda text: log("INFO", text), progress.update)
+        context = Context(inputs, work, deadline, recipe.target, lambda text: log("INFO", text), progress.update)
         records = _run_steps(recipe, model, original, context, progress, evaluation)
         final, path = (records[-1].model, records[-1].path) if records else (model, original)
         progress.begin(len(stages) - 2, "measuring the original and the result")

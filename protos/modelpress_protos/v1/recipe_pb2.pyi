@@ -292,16 +292,31 @@ class QuantizeStep(_message.Message):
     PER_CHANNEL_FIELD_NUMBER: _builtins.int
     CALIBRATION_FIELD_NUMBER: _builtins.int
     EXCLUDE_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    SMOOTH_QUANT_FIELD_NUMBER: _builtins.int
+    EQUALIZE_FIELD_NUMBER: _builtins.int
+    BIAS_CORRECTION_FIELD_NUMBER: _builtins.int
+    ROUNDING_FIELD_NUMBER: _builtins.int
     scheme: _builtins.str
     """How to quantize."""
     weights: _builtins.str
-    """Type of quantized weights."""
+    """Type of quantized weights; int4: weight_only alone."""
     activations: _builtins.str
     """Type of quantized activations (static)."""
     per_channel: _builtins.bool
     """One scale an output channel instead of one a tensor."""
     calibration: _builtins.str
     """How the range of an activation is found (static)."""
+    block_size: _builtins.int
+    """weight_only: weights of one column that share a scale, a power of two."""
+    smooth_quant: _builtins.bool
+    """static: moves outliers of activations into the weights (SmoothQuant), where it lessens a layer's error."""
+    equalize: _builtins.bool
+    """static: evens out the ranges of channels between neighbouring convolutions."""
+    bias_correction: _builtins.bool
+    """static: takes the mean error of each channel back through the biases."""
+    rounding: _builtins.str
+    """How weights are rounded."""
     @_builtins.property
     def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of nodes to leave in float, with * and ?."""
@@ -315,29 +330,54 @@ class QuantizeStep(_message.Message):
         per_channel: _builtins.bool | None = ...,
         calibration: _builtins.str | None = ...,
         exclude: _abc.Iterable[_builtins.str] | None = ...,
+        block_size: _builtins.int | None = ...,
+        smooth_quant: _builtins.bool | None = ...,
+        equalize: _builtins.bool | None = ...,
+        bias_correction: _builtins.bool | None = ...,
+        rounding: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_calibration", b"_calibration", "_per_channel", b"_per_channel", "_scheme", b"_scheme", "_weights", b"_weights", "activations", b"activations", "calibration", b"calibration", "per_channel", b"per_channel", "scheme", b"scheme", "weights", b"weights"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_bias_correction", b"_bias_correction", "_block_size", b"_block_size", "_calibration", b"_calibration", "_equalize", b"_equalize", "_per_channel", b"_per_channel", "_rounding", b"_rounding", "_scheme", b"_scheme", "_smooth_quant", b"_smooth_quant", "_weights", b"_weights", "activations", b"activations", "bias_correction", b"bias_correction", "block_size", b"block_size", "calibration", b"calibration", "equalize", b"equalize", "per_channel", b"per_channel", "rounding", b"rounding", "scheme", b"scheme", "smooth_quant", b"smooth_quant", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_calibration", b"_calibration", "_per_channel", b"_per_channel", "_scheme", b"_scheme", "_weights", b"_weights", "activations", b"activations", "calibration", b"calibration", "exclude", b"exclude", "per_channel", b"per_channel", "scheme", b"scheme", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_bias_correction", b"_bias_correction", "_block_size", b"_block_size", "_calibration", b"_calibration", "_equalize", b"_equalize", "_per_channel", b"_per_channel", "_rounding", b"_rounding", "_scheme", b"_scheme", "_smooth_quant", b"_smooth_quant", "_weights", b"_weights", "activations", b"activations", "bias_correction", b"bias_correction", "block_size", b"block_size", "calibration", b"calibration", "equalize", b"equalize", "exclude", b"exclude", "per_channel", b"per_channel", "rounding", b"rounding", "scheme", b"scheme", "smooth_quant", b"smooth_quant", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__activations: _TypeAlias = _typing.Literal["activations"]  # noqa: Y015
     _WhichOneofArgType__activations: _TypeAlias = _typing.Literal["_activations", b"_activations"]  # noqa: Y015
+    _WhichOneofReturnType__bias_correction: _TypeAlias = _typing.Literal["bias_correction"]  # noqa: Y015
+    _WhichOneofArgType__bias_correction: _TypeAlias = _typing.Literal["_bias_correction", b"_bias_correction"]  # noqa: Y015
+    _WhichOneofReturnType__block_size: _TypeAlias = _typing.Literal["block_size"]  # noqa: Y015
+    _WhichOneofArgType__block_size: _TypeAlias = _typing.Literal["_block_size", b"_block_size"]  # noqa: Y015
     _WhichOneofReturnType__calibration: _TypeAlias = _typing.Literal["calibration"]  # noqa: Y015
     _WhichOneofArgType__calibration: _TypeAlias = _typing.Literal["_calibration", b"_calibration"]  # noqa: Y015
+    _WhichOneofReturnType__equalize: _TypeAlias = _typing.Literal["equalize"]  # noqa: Y015
+    _WhichOneofArgType__equalize: _TypeAlias = _typing.Literal["_equalize", b"_equalize"]  # noqa: Y015
     _WhichOneofReturnType__per_channel: _TypeAlias = _typing.Literal["per_channel"]  # noqa: Y015
     _WhichOneofArgType__per_channel: _TypeAlias = _typing.Literal["_per_channel", b"_per_channel"]  # noqa: Y015
+    _WhichOneofReturnType__rounding: _TypeAlias = _typing.Literal["rounding"]  # noqa: Y015
+    _WhichOneofArgType__rounding: _TypeAlias = _typing.Literal["_rounding", b"_rounding"]  # noqa: Y015
     _WhichOneofReturnType__scheme: _TypeAlias = _typing.Literal["scheme"]  # noqa: Y015
     _WhichOneofArgType__scheme: _TypeAlias = _typing.Literal["_scheme", b"_scheme"]  # noqa: Y015
+    _WhichOneofReturnType__smooth_quant: _TypeAlias = _typing.Literal["smooth_quant"]  # noqa: Y015
+    _WhichOneofArgType__smooth_quant: _TypeAlias = _typing.Literal["_smooth_quant", b"_smooth_quant"]  # noqa: Y015
     _WhichOneofReturnType__weights: _TypeAlias = _typing.Literal["weights"]  # noqa: Y015
     _WhichOneofArgType__weights: _TypeAlias = _typing.Literal["_weights", b"_weights"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__activations) -> _WhichOneofReturnType__activations | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bias_correction) -> _WhichOneofReturnType__bias_correction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__block_size) -> _WhichOneofReturnType__block_size | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__calibration) -> _WhichOneofReturnType__calibration | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__equalize) -> _WhichOneofReturnType__equalize | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__per_channel) -> _WhichOneofReturnType__per_channel | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rounding) -> _WhichOneofReturnType__rounding | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__scheme) -> _WhichOneofReturnType__scheme | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__smooth_quant) -> _WhichOneofReturnType__smooth_quant | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weights) -> _WhichOneofReturnType__weights | None: ...
 
@@ -350,19 +390,28 @@ class Target(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DEVICE_FIELD_NUMBER: _builtins.int
+    CPU_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """The kind of device."""
+    cpu: _builtins.str
+    """The arithmetic that 8-bit layers may rely on."""
     def __init__(
         self,
         *,
         device: _builtins.str | None = ...,
+        cpu: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "device", b"device"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu", b"_cpu", "_device", b"_device", "cpu", b"cpu", "device", b"device"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "device", b"device"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu", b"_cpu", "_device", b"_device", "cpu", b"cpu", "device", b"device"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cpu: _TypeAlias = _typing.Literal["cpu"]  # noqa: Y015
+    _WhichOneofArgType__cpu: _TypeAlias = _typing.Literal["_cpu", b"_cpu"]  # noqa: Y015
     _WhichOneofReturnType__device: _TypeAlias = _typing.Literal["device"]  # noqa: Y015
     _WhichOneofArgType__device: _TypeAlias = _typing.Literal["_device", b"_device"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cpu) -> _WhichOneofReturnType__cpu | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__device) -> _WhichOneofReturnType__device | None: ...
 
 Global___Target: _TypeAlias = Target  # noqa: Y015
