@@ -116,7 +116,7 @@ class QuantizeConfig:
     weights: str = "int8"
     activations: str = "uint8"
     per_channel: bool = True
-    calibration: str = "percentile"
+    calibration: str = "auto"
     exclude: tuple[str, ...] = ()
     block_size: int = 32
     smooth_quant: bool = True
@@ -131,7 +131,7 @@ class QuantizeConfig:
         if self.weights == "int4" and self.scheme != "weight_only":
             checks.refuse("weights", "'int4' needs scheme weight_only")
         checks.one_of("activations", ("uint8", "int8"))
-        checks.one_of("calibration", ("minmax", "moving_average", "percentile", "entropy", "mse"))
+        checks.one_of("calibration", ("auto", "minmax", "moving_average", "percentile", "entropy", "mse"))
         checks.within("block_size", 16 <= self.block_size <= 256, "[16, 256]")
         if self.block_size & (self.block_size - 1):
             checks.refuse("block_size", f"{self.block_size} is no power of two")

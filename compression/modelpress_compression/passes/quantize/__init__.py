@@ -9,6 +9,8 @@ Whether the result runs and is finite is the pipeline's to check, as it does for
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir
 
 from modelpress_compression.model import Model
@@ -17,11 +19,11 @@ from modelpress_compression.passes.quantize.edit import Editor, clean
 from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.float16 import store_in_float16
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.static import quantize_nodes, quantize_static
+from modelpress_compression.passes.quantize.static import StaticQuantizer, prepare, quantize_nodes
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.techniques import QuantizeConfig
 
-__all__ = ["Quantize"]
+__all__ = ["Quantize", "StaticQuantizer", "prepare_static"]
 
 # Per-axis scales came with opset 13.
 MIN_OPSET = 13
@@ -58,34 +60,51 @@ class Quantize:
         """Raises ModelNotRunnableError if the model does not run on the data, TimeLimitError if time is up."""
         if reason := _why_not(model):
             return PassResult(model, skipped=(Skip("model", reason),))
-        findings = Findings(warnings=_unmatched(model, self._config.exclude))
-        work = model.clone()
-        if self._config.scheme == "float16":
-            store_in_float16(work, self._config.exclude, findings)
+        if self._config.scheme == "static":
+            quantizer = prepare_static(model, self._config, context)
+            result = quantizer.result() if quantizer is not None else PassResult(model)
         else:
-            self._to_8_bits(work, context, findings)
-            clean(work)
-        changed = any(findings.changes.values())
-        return PassResult(
-            work if changed else model, dict(findings.changes), tuple(findings.skipped), tuple(findings.warnings)
-        )
+            findings = Findings(warnings=_unmatched(model, self._config.exclude))
+            result = findings.result(self._apply(model.clone(), findings))
+        return result if result.changed else replace(result, model=model)
 
-    def _to_8_bits(self, work: Model, context: Context, findings: Findings) -> None:
-        editor, config = Editor(work), self._config
-        expand_fused(work, editor)
-        for node in work.nodes():
-            if is_excluded(node.name, config.exclude) and node.op_type in _WEIGHTED:
-                findings.skip(node, "excluded by the recipe")
-            elif node.op_type in ("GRU", "RNN", "ConvTranspose") and not node.domain:
-                findings.skip(node, "onnxruntime has no 8-bit kernel for it")
-            elif node.op_type == "Conv" and config.scheme == "dynamic":
-                findings.skip(node, "dynamic quantization makes it 3 to 10 times slower; scheme static does not")
-        if config.scheme == "static":
-            quantize_static(work, config, context, editor, findings)
-            return
+    def _apply(self, work: Model, findings: Findings) -> Model:
+        config = self._config
+        if config.scheme == "float16":
+            store_in_float16(work, config.exclude, findings)
+            return work
+        _expand(work, config, findings)
         if config.activations == "int8":
             findings.warnings.append("Scheme dynamic makes activations uint8; 'activations: int8' has no effect.")
+        editor = Editor(work)
         quantize_nodes(list(work.nodes()), config, editor, WeightStore(editor, config), findings)
+        clean(work)
+        return work
+
+
+def prepare_static(model: Model, config: QuantizeConfig, context: Context) -> StaticQuantizer | None:
+    """Calibrates a clone of the model for static quantization, once for as many results as are wanted.
+
+    None: the model cannot be quantized; the pass says why. Raises ModelNotRunnableError, TimeLimitError.
+    """
+    if _why_not(model):
+        return None
+    findings = Findings(warnings=_unmatched(model, config.exclude))
+    work = model.clone()
+    _expand(work, config, findings)
+    return prepare(work, config, context, findings)
+
+
+def _expand(work: Model, config: QuantizeConfig, findings: Findings) -> None:
+    """Brings fused nodes into forms that can be in 8 bits, and says of the others why they cannot."""
+    expand_fused(work, Editor(work))
+    for node in work.nodes():
+        if is_excluded(node.name, config.exclude) and node.op_type in _WEIGHTED:
+            findings.skip(node, "excluded by the recipe")
+        elif node.op_type in ("GRU", "RNN", "ConvTranspose") and not node.domain:
+            findings.skip(node, "onnxruntime has no 8-bit kernel for it")
+        elif node.op_type == "Conv" and config.scheme == "dynamic":
+            findings.skip(node, "dynamic quantization makes it 3 to 10 times slower; scheme static does not")
 
 
 def _why_not(model: Model) -> str | None:

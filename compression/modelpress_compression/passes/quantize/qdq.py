@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.passes.quantize.affine import ActivationParameters, quantize_weight
+from modelpress_compression.passes.quantize.affine import ActivationParameters, QuantizedWeight, quantize_weight
 from modelpress_compression.passes.quantize.edit import (
     Editor,
     attribute,
@@ -31,7 +31,7 @@ from modelpress_compression.passes.quantize.weights import StoredWeight, WeightS
 
 _INT32_ROOM = float(1 << 30)  # half of the accumulator for the bias
 
-Parameters = Mapping[int, ActivationParameters]  # by the id of a plan's tensor value
+Parameters = Mapping[str, ActivationParameters]  # by the name of a plan's tensor
 
 
 @dataclass
@@ -46,10 +46,10 @@ class QdqWriter:
         """Puts the pairs on the plan's tensors and the weights of its heavy nodes."""
         for node in plan.nodes:
             if node.op_type in HEAVY:
-                self.quantize_weights(node, parameters[id(node.inputs[0])])
+                self.quantize_weights(node, parameters[required(node, 0).name or ""])
         kept = set(plan.nodes)
         for tensor in plan.tensors.values():
-            self._insert_pair(plan.graph, tensor, parameters[id(tensor.value)], kept)
+            self._insert_pair(plan.graph, tensor, parameters[tensor.value.name or ""], kept)
 
     def quantize_weights(self, node: onnx_ir.Node, x: ActivationParameters) -> None:
         """Replaces weight and bias of a heavy node by dequantized 8- and 32-bit ones."""
@@ -97,14 +97,12 @@ class QdqWriter:
 
     def _weight(self, node: onnx_ir.Node, x: ActivationParameters, bias: NDArray[np.float32] | None) -> StoredWeight:
         source = required(node, 1)
-        weight = self.store.array(source)
-        axis = _channel_axis(node, weight.ndim) if self.store.config.per_channel else None
         least = None
         if bias is not None:
             least = np.abs(bias.astype(np.float64)) / (np.float64(x.scale) * _INT32_ROOM)
-        quantized = quantize_weight(weight, axis, self.store.config.weights, least)
+        quantized = quantize_heavy(node, self.store, least)
         # The bias may have raised the scale, and then another user of the weight needs another copy.
-        key = (id(source), axis, quantized.scale.tobytes())
+        key = (id(source), quantized.axis, quantized.scale.tobytes())
         if key not in self._weights:
             self._weights[key] = self.store.store(node, source, quantized)
         return self._weights[key]
@@ -130,6 +128,15 @@ class QdqWriter:
                 graph.outputs[position] = dequantized
         value.name = self.editor.name(f"{name}_float")
         dequantized.name = name
+
+
+def quantize_heavy(
+    node: onnx_ir.Node, store: WeightStore, least_scale: NDArray[np.float64] | None = None
+) -> QuantizedWeight:
+    """A heavy node's weight in 8 bits; `least_scale`: a lower bound, per output channel."""
+    weight = store.array(required(node, 1))
+    axis = _channel_axis(node, weight.ndim) if store.config.per_channel else None
+    return quantize_weight(weight, axis, store.config.weights, least_scale)
 
 
 def _channel_axis(node: onnx_ir.Node, rank: int) -> int | None:
