@@ -1,7 +1,8 @@
-"""Quantization: `Quantize(config)`, schemes static, dynamic and float16.
+"""Quantization: `Quantize(config)`, schemes static, dynamic, weight_only and float16.
 
 - static: 8-bit weights and activations, ranges from calibration (static.py).
 - dynamic: 8-bit weights, activations quantized by the range that they have in each run (dynamic.py).
+- weight_only: weights in 4 or 8 bits, activations in float32 (weight_only.py).
 - float16: weights in half precision (float16.py).
 
 Whether the result runs and is finite is the pipeline's to check, as it does for every pass.
@@ -16,8 +17,10 @@ from modelpress_compression.passes.base import Context, PassResult, Skip, is_exc
 from modelpress_compression.passes.quantize.edit import Editor, clean
 from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.float16 import store_in_float16
+from modelpress_compression.passes.quantize.gptq_rounder import make_rounder
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.static import quantize_nodes, quantize_static
+from modelpress_compression.passes.quantize.weight_only import store_weights
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.techniques import QuantizeConfig
 
@@ -62,6 +65,11 @@ class Quantize:
         work = model.clone()
         if self._config.scheme == "float16":
             store_in_float16(work, self._config.exclude, findings)
+        elif self._config.scheme == "weight_only":
+            expand_fused(work, Editor(work))
+            rounder = make_rounder(work, self._config, context, findings)
+            store_weights(work, self._config, context, rounder, findings)
+            clean(work)
         else:
             self._to_8_bits(work, context, findings)
             clean(work)
@@ -85,7 +93,8 @@ class Quantize:
             return
         if config.activations == "int8":
             findings.warnings.append("Scheme dynamic makes activations uint8; 'activations: int8' has no effect.")
-        quantize_nodes(list(work.nodes()), config, editor, WeightStore(editor, config), findings)
+        store = WeightStore(editor, config, make_rounder(work, config, context, findings))
+        quantize_nodes(list(work.nodes()), config, editor, store, findings)
 
 
 def _why_not(model: Model) -> str | None:

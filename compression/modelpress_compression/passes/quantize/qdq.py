@@ -102,7 +102,8 @@ class QdqWriter:
         least = None
         if bias is not None:
             least = np.abs(bias.astype(np.float64)) / (np.float64(x.scale) * _INT32_ROOM)
-        quantized = quantize_weight(weight, axis, self.store.config.weights, least)
+        rounding = self.store.rounder.rounding(node)
+        quantized = quantize_weight(weight, axis, self.store.config.weights, least, rounding)
         # The bias may have raised the scale, and then another user of the weight needs another copy.
         key = (id(source), axis, quantized.scale.tobytes())
         if key not in self._weights:

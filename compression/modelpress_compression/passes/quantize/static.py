@@ -22,6 +22,7 @@ from modelpress_compression.passes.quantize import dynamic
 from modelpress_compression.passes.quantize.affine import ActivationParameters, activation_parameters
 from modelpress_compression.passes.quantize.calibration import observe
 from modelpress_compression.passes.quantize.edit import Editor
+from modelpress_compression.passes.quantize.gptq_rounder import make_rounder
 from modelpress_compression.passes.quantize.observers import METHODS, Histogram
 from modelpress_compression.passes.quantize.plan import HEAVY, Plan, is_light, make_plan, why_not_static
 from modelpress_compression.passes.quantize.qdq import QdqWriter, guard_float_nodes
@@ -39,7 +40,7 @@ PRODUCT_FLOOR_DB = 30.0
 
 def quantize_static(model: Model, config: QuantizeConfig, context: Context, editor: Editor, findings: Findings) -> None:
     """Quantizes in place."""
-    store = WeightStore(editor, config)
+    store = WeightStore(editor, config, make_rounder(model, config, context, findings))
     heavy = _choose(model, config, findings)
     plan, parameters = _calibrate(model, config, context, heavy, findings)
     chosen = [node for node in plan.nodes if node.op_type in HEAVY]
