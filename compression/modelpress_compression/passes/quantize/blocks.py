@@ -81,6 +81,16 @@ def quantize_blocks(weight: Floats, bits: int, size: int, rounding: Rounding | N
     return Blocks(np.concatenate(levels), scale, zero_point, bits, size)
 
 
+def block_size(columns: int, bits: int, largest: int) -> int:
+    """Of the sizes up to `largest`, powers of two from 16, that which stores rows of `columns` in the fewest bytes.
+
+    MatMulNBits fills the last block up: 288 columns would take 384 levels in blocks of 128, and 288 in blocks of 32.
+    """
+    sizes = [size for size in (256, 128, 64, 32, 16) if size <= largest]
+    bits_of_parameters = 32 + (bits if bits == 4 else 0)
+    return min(sizes, key=lambda size: -(-columns // size) * (size * bits + bits_of_parameters))
+
+
 def pack(levels: Bytes, bits: int) -> Bytes:
     """[N, K] into [N, ceil(K * bits / 8)]; an odd last level of 4 bits has zeros beside it."""
     if bits == 8:
@@ -117,6 +127,8 @@ def _parameters(weight: Floats, bits: int, size: int) -> tuple[Floats, Bytes]:
     if bits == 8:
         scale = np.abs(blocks).max(axis=2) / np.float32(127)
         return usable_scale(scale), np.full(scale.shape, 128, np.uint8)
+    extent = usable_scale(np.abs(blocks).max(axis=2))
+    blocks = blocks / extent[:, :, None]
     low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
     best, zero_point = _of_range(low, high)
     least = _error(blocks, best, zero_point)
@@ -126,7 +138,7 @@ def _parameters(weight: Floats, bits: int, size: int) -> tuple[Floats, Bytes]:
         better = error < least
         best, zero_point = np.where(better, scale, best), np.where(better, zero, zero_point)
         least = np.minimum(least, error)
-    return best, zero_point.astype(np.uint8)
+    return usable_scale(best * extent), zero_point.astype(np.uint8)
 
 
 def _of_range(low: Floats, high: Floats) -> tuple[Floats, Floats]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir
+from numpy.typing import NDArray
 
 from modelpress_compression.analysis.graph import constant_tensor, is_op
 from modelpress_compression.analysis.linear import Convolution, Linear, Matrix, Places, convolution_of, linear_of
@@ -29,7 +30,7 @@ MAX_BYTES = 200 * 1024**2  # 200 MiB: of one H, 5120 inputs
 # Rows for each input of a layer: more only takes time.
 ROWS_PER_INPUT = 8
 ROWS = (4096, 65536)  # fewest and most rows of a layer, where the data has as many
-_CHUNK_ROWS = 1024
+_CHUNK_BYTES = 4 * 1024**2  # 4 MiB: of rows that wait to be added up
 _NO_SUCH_USER = "it multiplies no input that can be observed"
 
 # How an input is read; `output`: of a node that reads it so, for its shape.
@@ -158,7 +159,7 @@ class _Sum:
         low, high = ROWS
         self._rows = -(-int(np.clip(ROWS_PER_INPUT * job.inputs, low, high)) // samples)
         self._total = np.zeros((job.groups, job.inputs, job.inputs))
-        self._waiting: list[Matrix] = []
+        self._waiting: list[NDArray[np.float32]] = []
 
     def take(self, linear: Linear, data: Array, output: Array, index: int) -> None:
         """Rows of one sample; those that are not finite are left out."""
@@ -166,9 +167,10 @@ class _Sum:
         places: Places = np.arange(total)
         if self._rows < total:
             places = np.random.default_rng(index).choice(total, self._rows, replace=False, shuffle=False)
-        rows = linear.inputs(data, output, places)
+        # Activations are float32 themselves, and the sums over a chunk keep six digits.
+        rows = linear.inputs(data, output, places).astype(np.float32)
         self._waiting.append(rows[:, np.isfinite(rows).all(axis=(0, 2))])
-        if sum(part.shape[1] for part in self._waiting) >= _CHUNK_ROWS:
+        if sum(part.nbytes for part in self._waiting) >= _CHUNK_BYTES:
             self._flush()
 
     def finish(self) -> Matrix:

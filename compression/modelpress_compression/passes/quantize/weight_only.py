@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from modelpress_compression.analysis.graph import is_op
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, is_excluded
-from modelpress_compression.passes.quantize.blocks import Blocks, quantize_blocks, usable_scale
+from modelpress_compression.passes.quantize.blocks import Blocks, block_size, quantize_blocks, usable_scale
 from modelpress_compression.passes.quantize.dynamic import is_candidate
 from modelpress_compression.passes.quantize.edit import (
     MICROSOFT,
@@ -56,6 +56,9 @@ MIN_BLOCKED_INPUTS = 256
 # Fewer weights than this are not worth the nodes and the scales.
 MIN_WEIGHT_ELEMENTS = 512
 _INT8_COMPUTE = 4  # accuracy_level
+# Exporters write the gates of an LSTM in another order by such operators, inside an If even.
+_REARRANGING = ("Slice", "Concat", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Identity")
+_MAX_REARRANGED = 64  # values that are followed
 # Operator and input -> the axes of the weight that have a scale each.
 _SCALED_AXES: Mapping[tuple[str, str, int], tuple[int, ...]] = MappingProxyType(
     {
@@ -82,18 +85,39 @@ _SCALED_AXES: Mapping[tuple[str, str, int], tuple[int, ...]] = MappingProxyType(
 def store_weights(model: Model, config: QuantizeConfig, context: Context, rounder: Rounder, findings: Findings) -> None:
     """Rewrites every weight of the model's graphs in place. Raises TimeLimitError."""
     writer = _Writer(Editor(model), config, rounder)
-    weights = list(_weights(model))
+    weights, stored = list(_weights(model)), 0
     for number, (graph, weight) in enumerate(weights):
         context.check_time()
-        users = [use.node for use in weight.uses() if (use.node.domain, use.node.op_type, use.idx) in _SCALED_AXES]
+        users = list({id(user): user for user, _ in _uses(weight)}.values())
         if not users:
             continue
         if reason := _why_not(weight, config):
             findings.skip(users[0], reason)
             continue
         writer.store(graph, weight)
+        stored += 1
         findings.changes.update(node.op_type for node in users)
         context.progress((number + 1) / len(weights), f"stored {number + 1} of {len(weights)} weights")
+    if config.weights == "int4" and writer.in_8_bits:
+        findings.warnings.append(
+            f"{writer.in_8_bits} of {stored} weights were stored in 8 bits: 4 bits are for embeddings and for products "
+            f"over {MIN_BLOCKED_INPUTS} or more inputs."
+        )
+
+
+def _uses(weight: onnx_ir.Value) -> list[tuple[onnx_ir.Node, int]]:
+    """The nodes that multiply by the weight, and at which input; operators that only rearrange it may lie between."""
+    found: list[tuple[onnx_ir.Node, int]] = []
+    frontier, seen = [weight], {id(weight)}
+    while frontier:
+        for node, index in frontier.pop().uses():
+            if (node.domain, node.op_type, index) in _SCALED_AXES:
+                found.append((node, index))
+            elif is_op(node, *_REARRANGING) and len(seen) < _MAX_REARRANGED:
+                new = [output for output in node.outputs if id(output) not in seen]
+                seen.update(id(output) for output in new)
+                frontier += new
+    return found
 
 
 def _weights(model: Model) -> Iterator[tuple[onnx_ir.Graph, onnx_ir.Value]]:
@@ -111,7 +135,7 @@ def _weights(model: Model) -> Iterator[tuple[onnx_ir.Graph, onnx_ir.Value]]:
 def _why_not(weight: onnx_ir.Value, config: QuantizeConfig) -> str | None:
     """Why a weight stays as it is; None: it can be stored in fewer bits."""
     tensor = onnx_ir.convenience.get_const_tensor(weight)
-    if any(is_excluded(use.node.name, config.exclude) for use in weight.uses()):
+    if any(is_excluded(node.name, config.exclude) for node, _ in _uses(weight)):
         return "excluded by the recipe"
     if tensor is None or tensor.size < MIN_WEIGHT_ELEMENTS:
         return f"its {tensor.size if tensor is not None else 0} weights are too few to pay for their scales"
@@ -159,6 +183,7 @@ class _Writer:
     editor: Editor
     config: QuantizeConfig
     rounder: Rounder
+    in_8_bits: int = 0  # weights so far that are not in 4 bits
 
     def store(self, graph: onnx_ir.Graph, weight: onnx_ir.Value) -> None:
         """One weight, for all who use it; its graph takes the new constants."""
@@ -168,11 +193,11 @@ class _Writer:
         elif all(_is_embedding(*use) for use in uses):
             self._embeddings(graph, weight, [use.node for use in uses])
         else:
-            self._folded(graph, weight, *next(use for use in uses if _axes(*use) is not None))
+            self._folded(graph, weight, next((use for use in uses if _axes(*use) is not None), None))
 
     def _products(self, graph: onnx_ir.Graph, weight: onnx_ir.Value, nodes: Sequence[onnx_ir.Node]) -> None:
         bits = 4 if self.config.weights == "int4" else 8
-        stored: dict[tuple[bool, float], Sequence[onnx_ir.Value | None]] = {}
+        stored: dict[tuple[bool, float], tuple[Sequence[onnx_ir.Value | None], int]] = {}
         for node in nodes:
             transposed, alpha = _is_transposed(node), float(attribute(node, "alpha", 1.0))
             if (transposed, alpha) not in stored:
@@ -180,9 +205,10 @@ class _Writer:
                 rounding = self.rounder.rounding(node)
                 if not transposed:
                     array, rounding = array.T, _turned(rounding)
-                blocks = quantize_blocks(array, bits, self.config.block_size, rounding)
-                stored[transposed, alpha] = self._constants(graph, weight, blocks, blocks.by_block(), alpha)
-            self._product(graph, node, stored[transposed, alpha], bits)
+                size = block_size(array.shape[1], bits, self.config.block_size)
+                blocks = quantize_blocks(array, bits, size, rounding)
+                stored[transposed, alpha] = self._constants(graph, weight, blocks, blocks.by_block(), alpha), size
+            self._product(node, *stored[transposed, alpha], bits)
 
     def _constants(
         self, graph: onnx_ir.Graph, weight: onnx_ir.Value, blocks: Blocks, levels: NDArray[np.uint8], alpha: float
@@ -197,9 +223,7 @@ class _Writer:
             constants.append(self.editor.constant(graph, blocks.packed_zero_points(), f"{name}_zero_point"))
         return constants
 
-    def _product(
-        self, graph: onnx_ir.Graph, node: onnx_ir.Node, constants: Sequence[onnx_ir.Value | None], bits: int
-    ) -> None:
+    def _product(self, node: onnx_ir.Node, constants: Sequence[onnx_ir.Value | None], size: int, bits: int) -> None:
         tensor = onnx_ir.convenience.get_const_tensor(required(node, 1))
         if tensor is None:
             raise TypeError(f"the weight of {label(node)!r} is not constant")
@@ -207,8 +231,8 @@ class _Writer:
         operands = [required(node, 0), *constants]
         bias = input_of(node, 2) if node.op_type == "Gemm" else None
         if bias is not None:
-            operands += [None] * (5 - len(operands)) + [self._bias(graph, node, bias, outputs)]
-        attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": self.config.block_size}
+            operands += [None] * (5 - len(operands)) + [self._bias(node, bias, outputs)]
+        attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": size}
         (result,) = self.editor.emit(
             node,
             "MatMulNBits",
@@ -219,7 +243,7 @@ class _Writer:
         )
         self._replace(node, result)
 
-    def _bias(self, graph: onnx_ir.Graph, node: onnx_ir.Node, bias: onnx_ir.Value, outputs: int) -> onnx_ir.Value:
+    def _bias(self, node: onnx_ir.Node, bias: onnx_ir.Value, outputs: int) -> onnx_ir.Value:
         array = WeightStore.array(bias)
         beta = np.float32(attribute(node, "beta", 1.0))
         if beta == 1 and array.shape == (outputs,):
@@ -231,6 +255,7 @@ class _Writer:
         array = WeightStore.array(weight)
         # Two levels share a byte, and rows begin with a new one.
         bits = 4 if self.config.weights == "int4" and array.shape[1] % 2 == 0 else 8
+        self.in_8_bits += bits == 8
         blocks = quantize_blocks(array, bits, self.config.block_size)
         data, *rest = self._constants(graph, weight, blocks, blocks.by_row(), 1.0)
         attributes = {"bits": bits, "block_size": self.config.block_size, "gather_axis": 0, "quantize_axis": 1}
@@ -241,13 +266,14 @@ class _Writer:
             )
             self._replace(node, result)
 
-    def _folded(self, graph: onnx_ir.Graph, weight: onnx_ir.Value, user: onnx_ir.Node, index: int) -> None:
-        array = WeightStore.array(weight)
-        axes = _axes(user, index) or ()
-        rounds = index == 1 and is_op(user, "Conv", "MatMul", "Gemm")
-        levels, scale = _per_channel(
-            array, axes if self.config.per_channel else (), self.rounder.rounding(user) if rounds else nearest
-        )
+    def _folded(self, graph: onnx_ir.Graph, weight: onnx_ir.Value, use: tuple[onnx_ir.Node, int] | None) -> None:
+        """`use`: one that reads the weight as it is, if there is one."""
+        self.in_8_bits += 1
+        # A weight that is rearranged has its rows on the first axis mostly; any axis will do.
+        axes = (_axes(*use) if use is not None else None) or (0,)
+        rounds = use is not None and use[1] == 1 and is_op(use[0], "Conv", "MatMul", "Gemm")
+        rounding = self.rounder.rounding(use[0]) if use is not None and rounds else nearest
+        levels, scale = _per_channel(WeightStore.array(weight), axes if self.config.per_channel else (), rounding)
         name = weight.name or "weight"
         values = self.editor.constant(graph, levels, f"{name}_quantized")
         factors = self.editor.constant(graph, scale, f"{name}_scale")
