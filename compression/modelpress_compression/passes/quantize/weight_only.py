@@ -2,7 +2,7 @@
 
     MatMul(A, W), Gemm(A, W, C)  ->  com.microsoft MatMulNBits(A, Wq, scales, zero points, bias), in blocks along K
     Gather(W, index)             ->  com.microsoft GatherBlockQuantized(Wq, index, scales, zero points): embeddings
-    every other weight           ->  Mul(Cast(Wq), scale) in front of its node, always 8 bits, a scale a channel
+    every other weight           ->  arithmetic that onnxruntime folds into float32 when it loads the model (folded.py)
 
 MatMulNBits runs with accuracy_level 4: onnxruntime quantizes each block of the activations to 8 bits while it runs and
 multiplies integers. At one thread with AVX512-VNNI that takes, of float32's time,
@@ -15,9 +15,7 @@ multiplies integers. At one thread with AVX512-VNNI that takes, of float32's tim
     120 x 480    400    1.3 / 1.2                1.2 / 1.1
     96 x 6625    400    1.7 / 1.5                1.2 / 1.3
 
-so that products over few inputs take the third form. onnxruntime folds Cast and Mul when it loads the model: file and
-download shrink, memory and latency are float32's. (A DequantizeLinear in their place is never folded, which costs a
-3x3 Conv 1.24 times its time and a depthwise one 3.8 times.) Each weight is stored once, in the graph that owns it.
+so that products over few inputs take the third form. Each weight is stored once, in the graph that owns it.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from numpy.typing import NDArray
 from modelpress_compression.analysis.graph import is_op
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, is_excluded
-from modelpress_compression.passes.quantize.blocks import Blocks, block_size, quantize_blocks, usable_scale
+from modelpress_compression.passes.quantize.blocks import Blocks, block_size, quantize_blocks
 from modelpress_compression.passes.quantize.dynamic import is_candidate
 from modelpress_compression.passes.quantize.edit import (
     MICROSOFT,
@@ -46,6 +44,7 @@ from modelpress_compression.passes.quantize.edit import (
     label,
     required,
 )
+from modelpress_compression.passes.quantize.folded import MIN_4_BIT_COLUMNS, columns_of, in_4_bits, in_8_bits
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding import Numbers, Rounder, Rounding, nearest
 from modelpress_compression.passes.quantize.weights import WeightStore, is_finite, why_not_matrix
@@ -100,8 +99,8 @@ def store_weights(model: Model, config: QuantizeConfig, context: Context, rounde
         context.progress((number + 1) / len(weights), f"stored {number + 1} of {len(weights)} weights")
     if config.weights == "int4" and writer.in_8_bits:
         findings.warnings.append(
-            f"{writer.in_8_bits} of {stored} weights were stored in 8 bits: 4 bits are for embeddings and for products "
-            f"over {MIN_BLOCKED_INPUTS} or more inputs."
+            f"{writer.in_8_bits} of {stored} weights, those of short or odd rows (depthwise convolutions, stems), were "
+            f"stored in 8 bits instead of 4."
         )
 
 
@@ -268,20 +267,18 @@ class _Writer:
 
     def _folded(self, graph: onnx_ir.Graph, weight: onnx_ir.Value, use: tuple[onnx_ir.Node, int] | None) -> None:
         """`use`: one that reads the weight as it is, if there is one."""
-        self.in_8_bits += 1
         # A weight that is rearranged has its rows on the first axis mostly; any axis will do.
         axes = (_axes(*use) if use is not None else None) or (0,)
         rounds = use is not None and use[1] == 1 and is_op(use[0], "Conv", "MatMul", "Gemm")
         rounding = self.rounder.rounding(use[0]) if use is not None and rounds else nearest
-        levels, scale = _per_channel(WeightStore.array(weight), axes if self.config.per_channel else (), rounding)
-        name = weight.name or "weight"
-        values = self.editor.constant(graph, levels, f"{name}_quantized")
-        factors = self.editor.constant(graph, scale, f"{name}_scale")
-        cast = self.editor.make("Cast", [values], name, attributes={"to": int(onnx_ir.DataType.FLOAT)})
-        product = self.editor.make("Mul", [cast.outputs[0], factors], name)
-        product.outputs[0].type, product.outputs[0].shape = weight.type, weight.shape
-        graph.insert_before(graph[0], [cast, product])
-        onnx_ir.convenience.replace_all_uses_with(weight, product.outputs[0])
+        columns = columns_of(WeightStore.array(weight).shape, axes)
+        if self.config.weights == "int4" and columns >= MIN_4_BIT_COLUMNS:
+            real = in_4_bits(self.editor, graph, weight, axes, self.config.block_size, rounding)
+        else:
+            self.in_8_bits += 1
+            real = in_8_bits(self.editor, graph, weight, axes if self.config.per_channel else (), rounding)
+        real.type, real.shape = weight.type, weight.shape
+        onnx_ir.convenience.replace_all_uses_with(weight, real)
 
     def _replace(self, node: onnx_ir.Node, result: onnx_ir.Value) -> None:
         self.editor.hand_over(node.outputs[0], result)
@@ -292,16 +289,6 @@ def _axes(node: onnx_ir.Node, index: int) -> tuple[int, ...] | None:
     """Axes of the weight that have a scale each; None: it is no weight there."""
     axes = _SCALED_AXES.get((node.domain, node.op_type, index))
     return (0,) if axes and index == 1 and attribute(node, "transB", 0) else axes
-
-
-def _per_channel(
-    weight: NDArray[np.float32], axes: tuple[int, ...], rounding: Rounding
-) -> tuple[NDArray[np.generic], NDArray[np.float32]]:
-    """8-bit levels, and scales that broadcast against them; one scale for everything where there are no axes."""
-    kept = {axis % weight.ndim for axis in axes}
-    others = tuple(axis for axis in range(weight.ndim) if axis not in kept)
-    scale = usable_scale(np.abs(weight).max(axis=others, keepdims=True) / np.float32(127))
-    return rounding(weight, scale, np.asarray(-127.0), np.asarray(127.0)).astype(np.int8), scale
 
 
 def _turned(rounding: Rounding) -> Rounding:

@@ -13,6 +13,10 @@ import onnxruntime as ort
 import pytest
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.base import PassResult
+from modelpress_compression.passes.quantize.blocks import block_size, quantize_blocks
+from modelpress_compression.passes.quantize.edit import Editor
+from modelpress_compression.passes.quantize.folded import columns_of, in_4_bits
+from modelpress_compression.passes.quantize.rounding import nearest
 from modelpress_compression.runtime import run, session_of
 from onnx import TensorProto, helper, numpy_helper
 
@@ -91,31 +95,50 @@ def test_bias_alpha_and_beta_are_exact(build, quantize: Apply) -> None:  # type:
 
 
 def test_a_bias_that_is_fed_keeps_the_gemm(build, rng, quantize: Apply, sqnr) -> None:  # type: ignore[no-untyped-def]
-    """Its weight is stored in 8 bits all the same."""
+    """Its weight is stored in 8 bits all the same, and folded."""
     weight = rng.normal(0, 0.1, (256, 16)).astype(np.float32)
     model = build(
         [helper.make_node("Gemm", ["x", "w", "c"], ["y"], "g")], {"w": weight}, {"x": ["n", 256], "c": ["n", 16]}
     )
     arrays = {"x": rng.normal(0, 1, (4, 256)).astype(np.float32), "c": np.ones((4, 16), np.float32)}
-    result = quantize(model, arrays, scheme="weight_only", weights="int4")
+    result = quantize(model, arrays, scheme="weight_only")
     assert "Gemm" in [node.op_type for node in result.model.nodes()]
     assert sqnr(model, result.model, arrays) > 35
 
 
-def test_convolutions_are_folded_when_loaded(cnn, images, quantize: Apply, sqnr, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    """Large enough Convs read 8-bit weights through Cast and Mul, which onnxruntime folds away; small ones say why.
+@pytest.mark.parametrize(("weights", "least"), [("int8", 35), ("int4", 20)])
+def test_convolutions_are_folded_when_loaded(  # type: ignore[no-untyped-def]
+    cnn, images, quantize: Apply, sqnr, tmp_path, weights, least
+) -> None:
+    """Weights of Convs go through arithmetic that onnxruntime folds away; small ones stay, and say why.
 
-    4 bits are for products and embeddings alone, of which a warning tells.
+    Of the Gemm's rows, which are too short for 4 bits, a warning tells.
     """
-    for weights in ("int8", "int4"):
-        result = quantize(cnn, images, scheme="weight_only", weights=weights)
-        assert result.changes == {"Conv": 2, "Gemm": 1}
-        assert ("depthwise", "Conv: its 144 weights are too few to pay for their scales") in {
-            (skip.node, skip.reason) for skip in result.skipped
-        }
-        assert bool(result.warnings) == (weights == "int4")
-        assert not {"Cast", "Mul", "DequantizeLinear"} & set(folded_operators(result.model, tmp_path))
-        assert sqnr(cnn, result.model, images) > 35
+    result = quantize(cnn, images, scheme="weight_only", weights=weights)
+    assert result.changes == {"Conv": 2, "Gemm": 1}
+    assert ("depthwise", "Conv: its 144 weights are too few to pay for their scales") in {
+        (skip.node, skip.reason) for skip in result.skipped
+    }
+    assert bool(result.warnings) == (weights == "int4")
+    assert folded_operators(result.model, tmp_path) == folded_operators(cnn, tmp_path)
+    assert sqnr(cnn, result.model, images) > least
+
+
+@pytest.mark.parametrize("shape", [(16, 8, 3, 3), (16, 7, 5, 2), (16, 65), (3, 16, 70), (2, 24, 64)])
+@pytest.mark.parametrize("size", [16, 64])
+def test_folded_weights_are_those_of_the_blocks(build, rng, shape, size: int) -> None:  # type: ignore[no-untyped-def]
+    """The folded arithmetic gives the dequantized blocks (rtol 1e-6), rows that fill no whole block included."""
+    weight = rng.normal(0, 0.1, shape).astype(np.float32)
+    model = build([helper.make_node("Add", ["w", "x"], ["y"], "add")], {"w": weight}, {"x": [1]})
+    axes = (0, 1) if len(shape) == 3 else (0,)
+    value = model.graph.initializers["w"]
+    real = in_4_bits(Editor(model), model.graph, value, axes, size, nearest)
+    onnx_ir.convenience.replace_all_uses_with(value, real)
+    columns = columns_of(shape, axes)
+    blocks = quantize_blocks(weight.reshape(-1, columns), 4, block_size(columns, 4, size))
+    with session_of(model) as session:
+        found = run(session, {"x": np.zeros(1, np.float32)})["y"]
+    np.testing.assert_allclose(found, blocks.dequantize().reshape(shape), rtol=1e-6, atol=1e-8)
 
 
 def test_recurrent_and_transposed_convolutions(build, rng, quantize: Apply, sqnr) -> None:  # type: ignore[no-untyped-def]
@@ -225,7 +248,7 @@ def test_branches(rng, quantize: Apply, inputs: int) -> None:  # type: ignore[no
     result = quantize(model, arrays, scheme="weight_only", rounding="gptq")
     assert result.changes == {"MatMul": 2}
     found = Counter(node.op_type for node in result.model.nodes())
-    assert found["MatMulNBits" if inputs == 256 else "Mul"] == 2
+    assert found["MatMulNBits" if inputs == 256 else "Cast"] == 2
     # Calibration cannot look into a branch, and the report says so.
     assert len([skip for skip in result.skipped if "nearest" in skip.reason]) == 2
     with session_of(result.model) as session:
