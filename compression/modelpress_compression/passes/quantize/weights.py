@@ -57,7 +57,7 @@ class WeightStore:
             found = quantize_weight(weight, axis, self.config.weights, rounding=self.rounder.rounding(node))
             values = found.values.T if transposed else found.values
             axis = None if axis is None else 1
-            found = QuantizedWeight(values, found.scale * np.float32(alpha), found.zero_point, axis)
+            found = QuantizedWeight(values, np.asarray(found.scale * np.float32(alpha)), found.zero_point, axis)
             self._stored[key] = self.store(node, source, found)
         return self._stored[key]
 

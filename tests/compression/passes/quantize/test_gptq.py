@@ -95,6 +95,16 @@ def test_four_bits_gain_clearly_on_correlated_inputs() -> None:
     assert output_error(weight - gptq(weight, scale, low, high, hessian) * scale, hessian).sum() < 0.1 * plain
 
 
+@pytest.mark.parametrize("count", [1, 100, 129, 300])
+def test_the_inverse_by_halves(count: int) -> None:
+    """It is the inverse of an upper triangular matrix (rtol 1e-9), and upper triangular."""
+    rng = np.random.default_rng(count)
+    matrix = np.triu(rng.standard_normal((2, count, count))) / np.sqrt(count) + 3 * np.eye(count)
+    found = module._inverse_of_upper(matrix)
+    np.testing.assert_allclose(found, np.linalg.inv(matrix), rtol=1e-9, atol=1e-12)
+    assert not np.tril(found, -1).any()
+
+
 @pytest.mark.parametrize("broken", [np.nan, np.inf, 0.0])
 def test_a_hessian_that_tells_nothing_means_nearest(broken: float) -> None:
     """Sums that are not finite, or all zero, leave the nearest levels."""
