@@ -166,6 +166,27 @@ def test_recurrent_and_transposed_convolutions(build, rng, quantize: Apply, sqnr
     assert sqnr(up, quantize(up, images, scheme="weight_only").model, images) > 35
 
 
+def test_weights_that_are_rearranged_on_the_way(build, rng, quantize: Apply, sqnr) -> None:  # type: ignore[no-untyped-def]
+    """Gates that Slice, Concat and Unsqueeze bring into another order are found, and stored once."""
+    weights = {"w": rng.normal(0, 0.2, (64, 24)), "r": rng.normal(0, 0.2, (1, 64, 16))}
+    bounds = {"zero": [0], "half": [32], "end": [64], "rows": [0]}
+    nodes = [
+        helper.make_node("Slice", ["w", "half", "end", "rows"], ["w1"]),
+        helper.make_node("Slice", ["w", "zero", "half", "rows"], ["w2"]),
+        helper.make_node("Concat", ["w1", "w2"], ["w3"], axis=0),
+        helper.make_node("Unsqueeze", ["w3", "zero"], ["w4"]),
+        helper.make_node("LSTM", ["x", "w4", "r"], ["y"], "lstm", hidden_size=16),
+    ]
+    constants = {name: array.astype(np.float32) for name, array in weights.items()}
+    numbers = {name: np.asarray(value) for name, value in bounds.items()}
+    model = build(nodes, {**constants, **numbers}, {"x": ["t", "n", 24]})
+    arrays = {"x": rng.normal(0, 1, (3, 5, 2, 24)).astype(np.float32)}
+    result = quantize(model, arrays, scheme="weight_only")
+    assert result.changes == {"LSTM": 2}
+    assert result.model.weight_bytes() < 0.4 * model.weight_bytes()
+    assert sqnr(model, result.model, arrays) > 35
+
+
 @pytest.mark.parametrize(("weights", "columns", "bits"), [("int8", 64, 8), ("int4", 64, 4), ("int4", 65, 8)])
 def test_embeddings(build, rng, quantize: Apply, sqnr, weights, columns, bits) -> None:  # type: ignore[no-untyped-def]
     """A table becomes GatherBlockQuantized; rows of odd length, whose 4-bit levels would share bytes, take 8 bits."""
