@@ -108,8 +108,8 @@ class PruneConfig:
 class QuantizeConfig:
     """Fewer bits. `scheme` auto tries none, dynamic and static and keeps the fastest that agrees with the original.
 
-    `block_size`: weight_only, weights of one column that share a scale. `smooth_quant`, `equalize`, `bias_correction`:
-    static alone. `rounding`: how weights are rounded, by scheme static and weight_only.
+    `block_size`: weight_only, how many weights share a scale at most. `smooth_quant`, `equalize`, `bias_correction`:
+    static alone. `rounding`: how the weights of Conv, MatMul and Gemm are rounded.
     """
 
     scheme: str = "auto"

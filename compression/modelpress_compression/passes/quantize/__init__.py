@@ -1,7 +1,8 @@
-"""Quantization: `Quantize(config)`, schemes static, dynamic and float16.
+"""Quantization: `Quantize(config)`, schemes static, dynamic, weight_only and float16.
 
 - static: 8-bit weights and activations, ranges from calibration (static.py).
 - dynamic: 8-bit weights, activations quantized by the range that they have in each run (dynamic.py).
+- weight_only: weights in 4 or 8 bits, activations in float32 (weight_only.py).
 - float16: weights in half precision (float16.py).
 
 Whether the result runs and is finite is the pipeline's to check, as it does for every pass.
@@ -18,8 +19,10 @@ from modelpress_compression.passes.base import Context, PassResult, Skip, is_exc
 from modelpress_compression.passes.quantize.edit import Editor, clean
 from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.float16 import store_in_float16
+from modelpress_compression.passes.quantize.gptq_rounder import make_rounder
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.static import StaticQuantizer, prepare, quantize_nodes
+from modelpress_compression.passes.quantize.weight_only import store_weights
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.techniques import QuantizeConfig
 
@@ -65,19 +68,24 @@ class Quantize:
             result = quantizer.result() if quantizer is not None else PassResult(model)
         else:
             findings = Findings(warnings=_unmatched(model, self._config.exclude))
-            result = findings.result(self._apply(model.clone(), findings))
+            result = findings.result(self._apply(model.clone(), context, findings))
         return result if result.changed else replace(result, model=model)
 
-    def _apply(self, work: Model, findings: Findings) -> Model:
+    def _apply(self, work: Model, context: Context, findings: Findings) -> Model:
         config = self._config
         if config.scheme == "float16":
             store_in_float16(work, config.exclude, findings)
             return work
         _expand(work, config, findings)
+        rounder = make_rounder(work, config, context, findings)
+        if config.scheme == "weight_only":
+            store_weights(work, config, context, rounder, findings)
+            clean(work)
+            return work
         if config.activations == "int8":
             findings.warnings.append("Scheme dynamic makes activations uint8; 'activations: int8' has no effect.")
         editor = Editor(work)
-        quantize_nodes(list(work.nodes()), config, editor, WeightStore(editor, config), findings)
+        quantize_nodes(list(work.nodes()), config, editor, WeightStore(editor, config, rounder), findings)
         clean(work)
         return work
 
@@ -101,6 +109,8 @@ def _expand(work: Model, config: QuantizeConfig, findings: Findings) -> None:
     for node in work.nodes():
         if is_excluded(node.name, config.exclude) and node.op_type in _WEIGHTED:
             findings.skip(node, "excluded by the recipe")
+        elif config.scheme == "weight_only":
+            continue
         elif node.op_type in ("GRU", "RNN", "ConvTranspose") and not node.domain:
             findings.skip(node, "onnxruntime has no 8-bit kernel for it")
         elif node.op_type == "Conv" and config.scheme == "dynamic":

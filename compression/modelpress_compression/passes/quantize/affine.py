@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelpress_compression.passes.quantize.observers import Range
+from modelpress_compression.passes.quantize.rounding import Rounding, nearest
 
 # Smallest scale: below it 1 / scale is no longer a normal float32 with some room.
 MIN_SCALE = 1e-30
@@ -63,7 +64,11 @@ class QuantizedWeight:
 
 
 def quantize_weight(
-    weight: NDArray[np.float32], axis: int | None, dtype: str, least_scale: NDArray[np.float64] | None = None
+    weight: NDArray[np.float32],
+    axis: int | None,
+    dtype: str,
+    least_scale: NDArray[np.float64] | None = None,
+    rounding: Rounding = nearest,
 ) -> QuantizedWeight:
     """Symmetric, to the largest magnitude. `least_scale`: a lower bound, per slice, that a bias may ask for."""
     kind = np.dtype(dtype)
@@ -76,7 +81,7 @@ def quantize_weight(
         scale = np.maximum(scale, bound)
     scale = np.maximum(scale, MIN_SCALE).astype(np.float32)
     divisor = scale if axis is None else scale.reshape([-1 if a == axis else 1 for a in range(weight.ndim)])
-    values = (np.clip(np.rint(weight / divisor), -127, 127) + middle).astype(kind)
+    values = (rounding(weight, np.asarray(divisor), np.asarray(-127.0), np.asarray(127.0)) + middle).astype(kind)
     return QuantizedWeight(values, np.asarray(scale), np.asarray(middle, kind), axis)
 
 

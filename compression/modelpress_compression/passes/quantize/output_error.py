@@ -33,6 +33,7 @@ from modelpress_compression.passes.quantize.edit import Editor, graph_of, label
 from modelpress_compression.passes.quantize.observers import Range
 from modelpress_compression.passes.quantize.plan import Plan, Tensor, activations_of
 from modelpress_compression.passes.quantize.qdq import quantize_heavy
+from modelpress_compression.passes.quantize.rounding import Rounder
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.runtime import run, session_of
 from modelpress_compression.techniques import QuantizeConfig
@@ -128,10 +129,12 @@ class _Switches:
 
 
 @contextmanager
-def open_probe(model: Model, plan: Plan, config: QuantizeConfig, context: Context) -> Iterator[ErrorProbe]:
+def open_probe(
+    model: Model, plan: Plan, config: QuantizeConfig, rounder: Rounder, context: Context
+) -> Iterator[ErrorProbe]:
     """A probe for the tensors and weights of a plan on `model`. Raises ModelNotRunnableError."""
     copy = model.clone()
-    switches = _Builder(copy, plan.on(copy.graph), config).build()
+    switches = _Builder(copy, plan.on(copy.graph), config, rounder).build()
     with session_of(copy, threads=2) as session:
         yield ErrorProbe(session, switches, context)
 
@@ -139,10 +142,10 @@ def open_probe(model: Model, plan: Plan, config: QuantizeConfig, context: Contex
 class _Builder:
     """Puts the switches into a model that belongs to it."""
 
-    def __init__(self, model: Model, plan: Plan, config: QuantizeConfig) -> None:
+    def __init__(self, model: Model, plan: Plan, config: QuantizeConfig, rounder: Rounder) -> None:
         self._graph, self._plan, self._config = model.graph, plan, config
         self._editor = Editor(model)
-        self._store = WeightStore(self._editor, config)
+        self._store = WeightStore(self._editor, config, rounder)
         kind = onnx_ir.DataType.UINT8 if config.activations == "uint8" else onnx_ir.DataType.INT8
         types = (onnx_ir.DataType.INT64, onnx_ir.DataType.FLOAT, kind)
         self._inputs = tuple(

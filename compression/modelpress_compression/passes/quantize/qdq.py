@@ -136,7 +136,7 @@ def quantize_heavy(
     """A heavy node's weight in 8 bits; `least_scale`: a lower bound, per output channel."""
     weight = store.array(required(node, 1))
     axis = _channel_axis(node, weight.ndim) if store.config.per_channel else None
-    return quantize_weight(weight, axis, store.config.weights, least_scale)
+    return quantize_weight(weight, axis, store.config.weights, least_scale, store.rounder.rounding(node))
 
 
 def _channel_axis(node: onnx_ir.Node, rank: int) -> int | None:

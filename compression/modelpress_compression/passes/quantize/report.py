@@ -28,9 +28,14 @@ class Findings:
     def skip(self, node: onnx_ir.Node, reason: str) -> None:
         self.skipped.append(Skip(label(node), f"{node.op_type}: {reason}"))
 
-    def copy(self) -> Findings:
-        """The same findings, to go on with."""
-        return Findings(Counter(self.changes), [*self.skipped], [*self.warnings], [*self.details])
+    def plus(self, other: Findings) -> Findings:
+        """Both together."""
+        return Findings(
+            self.changes + other.changes,
+            [*self.skipped, *other.skipped],
+            [*self.warnings, *other.warnings],
+            [*self.details, *other.details],
+        )
 
     def result(self, model: Model) -> PassResult:
         """What the pass returns."""

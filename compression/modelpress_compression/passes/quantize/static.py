@@ -27,12 +27,14 @@ from modelpress_compression.passes.base import Context, PassResult, is_excluded
 from modelpress_compression.passes.quantize import dynamic
 from modelpress_compression.passes.quantize.calibration import observe
 from modelpress_compression.passes.quantize.edit import Editor, clean, label, required
+from modelpress_compression.passes.quantize.gptq_rounder import make_rounder
 from modelpress_compression.passes.quantize.observers import Histogram
 from modelpress_compression.passes.quantize.output_error import open_probe
 from modelpress_compression.passes.quantize.plan import HEAVY, Plan, is_light, make_plan, why_not_static
 from modelpress_compression.passes.quantize.qdq import QdqWriter, guard_float_nodes
 from modelpress_compression.passes.quantize.ranges import Ranges, measure_errors, refine, start_ranges
 from modelpress_compression.passes.quantize.report import Findings
+from modelpress_compression.passes.quantize.rounding import RememberingRounder, Rounder
 from modelpress_compression.passes.quantize.smooth_quant import smooth
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.techniques import QuantizeConfig
@@ -56,16 +58,17 @@ class StaticQuantizer:
     heavy: frozenset[str]
     ranges: Ranges
     findings: Findings
+    rounder: Rounder
     floats: frozenset[str] = field(default=frozenset())  # of `heavy`, what must stay float32
 
     def result(self, floats: frozenset[str] = frozenset()) -> PassResult:
         """What the pass gives with the nodes of these outputs in float32."""
-        findings = self.findings.copy()
-        work = self.quantize(floats, findings)
-        if set(findings.changes) <= {SMOOTHED}:
-            # Nothing came of it in 8 bits: then the scales are not worth a change.
-            findings.changes.clear()
-        return findings.result(work)
+        written = Findings()
+        work = self.quantize(floats, written)
+        if not any(written.changes.values()):
+            # Nothing came of it in 8 bits: then new scales are not worth a change.
+            return replace(self.findings.result(work), changes={})
+        return self.findings.plus(written).result(work)
 
     @property
     def plan(self) -> Plan:
@@ -76,7 +79,7 @@ class StaticQuantizer:
         """A model in which the nodes with these outputs, and those that must, stay float32."""
         work = self.model.clone()
         editor = Editor(work)
-        store = WeightStore(editor, self.config)
+        store = WeightStore(editor, self.config, self.rounder)
         plan = self._plan(work, floats)
         planned = set(plan.nodes)
         QdqWriter(editor, store).write(plan, self.ranges.parameters)
@@ -117,8 +120,9 @@ def prepare(model: Model, config: QuantizeConfig, context: Context, findings: Fi
     plan, histograms = _calibrate(model, context, heavy, findings)
     _explain_light(heavy, plan, findings)
     ranges = start_ranges(plan, histograms, config)
+    rounder = RememberingRounder(make_rounder(model, config, context, findings), plan.heavy)
     quantizer = StaticQuantizer(
-        model, config, frozenset(node.outputs[0].name or "" for node in plan.heavy), ranges, findings
+        model, config, frozenset(node.outputs[0].name or "" for node in plan.heavy), ranges, findings, rounder
     )
     if plan.heavy:
         _measure(quantizer, plan, histograms, context)
@@ -215,7 +219,7 @@ def _measure(quantizer: StaticQuantizer, plan: Plan, histograms: Mapping[str, Hi
         return replace(context, progress=lambda share, _: context.progress(start + (stop - start) * share, message))
 
     config, ranges = quantizer.config, quantizer.ranges
-    with open_probe(quantizer.model, plan, config, context) as probe:
+    with open_probe(quantizer.model, plan, config, quantizer.rounder, context) as probe:
         measuring = part(_CALIBRATED, _MEASURED, "measuring the sensitivity of each layer")
         if not measure_errors(ranges, plan, probe, lambda share: measuring.progress(share, "")):
             quantizer.findings.warnings.append(

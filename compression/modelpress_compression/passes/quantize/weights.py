@@ -19,6 +19,7 @@ from modelpress_compression.passes.quantize.edit import (
     is_constant,
     required,
 )
+from modelpress_compression.passes.quantize.rounding import NearestRounder, Rounder
 from modelpress_compression.techniques import QuantizeConfig
 
 # A product with fewer weights costs less than the nodes around it.
@@ -41,6 +42,7 @@ class WeightStore:
 
     editor: Editor
     config: QuantizeConfig
+    rounder: Rounder = field(default_factory=NearestRounder)
     _stored: dict[tuple[object, ...], StoredWeight] = field(default_factory=dict)
 
     def matrix(self, node: onnx_ir.Node) -> StoredWeight:
@@ -51,9 +53,12 @@ class WeightStore:
         key = (id(source), id(node.graph), transposed, alpha)
         if key not in self._stored:
             weight = self.array(source)
-            weight = (weight.T if transposed else weight) * np.float32(alpha)
-            axis = weight.ndim - 1 if self.config.per_channel and weight.ndim == 2 else None
-            self._stored[key] = self.store(node, source, quantize_weight(weight, axis, self.config.weights))
+            axis = int(not transposed) if self.config.per_channel and weight.ndim == 2 else None
+            found = quantize_weight(weight, axis, self.config.weights, rounding=self.rounder.rounding(node))
+            values = found.values.T if transposed else found.values
+            axis = None if axis is None else 1
+            found = QuantizedWeight(values, np.asarray(found.scale * np.float32(alpha)), found.zero_point, axis)
+            self._stored[key] = self.store(node, source, found)
         return self._stored[key]
 
     def store(self, node: onnx_ir.Node, source: onnx_ir.Value, quantized: QuantizedWeight) -> StoredWeight:
@@ -86,7 +91,7 @@ def why_not_weight(node: onnx_ir.Node, index: int, least: int = MIN_WEIGHT_ELEME
         return f"its weight is {tensor.dtype if tensor is not None else 'unknown'}, not float32"
     if tensor.size < least:
         return f"its {tensor.size} weights are too few to pay for quantizing its input"
-    if not _finite(tensor):
+    if not is_finite(tensor):
         return "its weight holds infinite or NaN values"
     return None
 
@@ -107,7 +112,8 @@ def why_not_matrix(node: onnx_ir.Node) -> str | None:
     return None
 
 
-def _finite(tensor: onnx_ir.TensorProtocol) -> bool:
+def is_finite(tensor: onnx_ir.TensorProtocol) -> bool:
+    """Whether a tensor holds neither NaN nor infinities."""
     array: NDArray[Any] = tensor.numpy()
     # Extremes carry NaN and infinities through without a temporary of the weight's size.
     return bool(np.isfinite(array.min()) and np.isfinite(array.max()))
