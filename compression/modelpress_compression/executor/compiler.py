@@ -1,0 +1,261 @@
+"""From a graph to a plan: nodes that the outputs need, constants bound, whatever only depends on constants computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx_ir
+import torch
+from torch import Tensor
+
+from modelpress_compression.analysis.graph import constant_tensor, label
+from modelpress_compression.errors import ModelNotRunnableError
+from modelpress_compression.executor.dtypes import SIGNED, UNSIGNED, tensor_of, torch_type
+from modelpress_compression.executor.errors import NotExecutableError
+from modelpress_compression.executor.plan import MISSING, UNWANTED, Plan, Step, freed_after
+from modelpress_compression.executor.registry import Function, Operator, find
+from modelpress_compression.executor.site import Site
+
+# A folded constant may be this many times as large as what it is made of: 4-bit weights become float32.
+_FOLD_GROWTH = 8
+_FOLD_ALWAYS_BYTES = 64 * 1024  # 64 KiB
+# Integer constants up to this size stay with the CPU: shapes, axes, indices.
+_HOST_ELEMENTS = 64
+# Through these, quantized integers reach a DequantizeLinear unchanged.
+_CARRIERS = frozenset(
+    ("Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Expand", "Tile", "Split")
+)
+
+
+class Compiler:
+    """Compiles one model's graphs; constants are loaded once. `parameters`: constants that are trained."""
+
+    def __init__(
+        self, opsets: Mapping[str, int], parameters: Mapping[onnx_ir.Value, Tensor], device: torch.device
+    ) -> None:
+        self.opsets, self.device = opsets, device
+        self.parameters = parameters
+        self.constants: dict[onnx_ir.Value, Any] = {}
+
+    def compile(
+        self, nodes: Sequence[onnx_ir.Node], inputs: Sequence[onnx_ir.Value], outputs: Sequence[onnx_ir.Value]
+    ) -> Plan:
+        """A plan of these nodes (in topological order). Raises NotExecutableError."""
+        return _Assembly(self, inputs, outputs).assemble(nodes)
+
+    def load(self, value: onnx_ir.Value) -> bool:
+        """Whether the value is a constant that is not trained; if so it is in `constants` from now on."""
+        if value in self.constants:
+            return True
+        tensor = constant_tensor(value) if value not in self.parameters else None
+        if tensor is None:
+            return False
+        keep = tensor.dtype.is_integer() and tensor.size <= _HOST_ELEMENTS
+        self.constants[value] = tensor_of(tensor, "cpu" if keep else self.device)
+        return True
+
+    def entry(self, node: onnx_ir.Node) -> Operator:
+        """The implementation of the node's operator. Raises NotExecutableError."""
+        found = find(node.domain, node.op_type, self.version(node))
+        if found is None:
+            raise NotExecutableError(node.op_type, node.domain, self.version(node), label(node))
+        return found
+
+    def version(self, node: onnx_ir.Node) -> int:
+        if node.version is not None:
+            return node.version
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        return self.opsets.get(domain, 1)
+
+
+class _Assembly:
+    """One plan in the making."""
+
+    def __init__(
+        self, compiler: Compiler, inputs: Sequence[onnx_ir.Value], outputs: Sequence[onnx_ir.Value]
+    ) -> None:
+        self.compiler, self.outputs = compiler, outputs
+        self.template: list[Any] = [None, None]
+        self.slots: dict[onnx_ir.Value, int] = {}
+        self.steps: list[tuple[Function, tuple[int, ...], tuple[int, ...], str]] = []
+        self.inputs = tuple(self._new(value) for value in inputs)
+
+    def assemble(self, nodes: Sequence[onnx_ir.Node]) -> Plan:
+        for node in nodes:
+            self._add(node)
+        outputs = tuple(self._slot(value, None) for value in self.outputs)
+        bound = [slot for slot, value in enumerate(self.template) if value is not None]
+        kept = frozenset((MISSING, UNWANTED, *outputs, *bound))
+        frees = freed_after([(inputs, outputs) for _, inputs, outputs, _ in self.steps], kept)
+        steps = tuple(
+            Step(function, inputs, outputs, free, name)
+            for (function, inputs, outputs, name), free in zip(self.steps, frees, strict=True)
+        )
+        return Plan(self.template, self.inputs, outputs, steps)
+
+    def _new(self, value: onnx_ir.Value, content: Any = None) -> int:
+        self.slots[value] = len(self.template)
+        self.template.append(content)
+        return self.slots[value]
+
+    def _slot(self, value: onnx_ir.Value | None, node: onnx_ir.Node | None) -> int:
+        if value is None:
+            return MISSING
+        if (slot := self.slots.get(value)) is not None:
+            return slot
+        if value in self.compiler.parameters:
+            return self._new(value, self.compiler.parameters[value])
+        if self.compiler.load(value):
+            return self._new(value, self.compiler.constants[value])
+        where = f"Node {label(node)!r} needs value" if node is not None else "Output"
+        raise ModelNotRunnableError(f"{where} {value.name!r}, which is neither computed nor given as an input.")
+
+    def _add(self, node: onnx_ir.Node) -> None:
+        compiler = self.compiler
+        if node.outputs and node.outputs[0] in compiler.parameters:
+            return  # a Constant node whose tensor is trained
+        entry = compiler.entry(node)
+        graphs, captured = subgraphs(node), captured_values(node)
+        operands = [value for value in (*node.inputs, *captured) if value is not None]
+        constant = all([value not in self.slots and compiler.load(value) or self._is_bound(value) for value in operands])
+        subplans = {
+            name: compiler.compile(list(graph), (*graph.inputs, *captured), graph.outputs)
+            for name, graph in graphs.items()
+        }
+        site = Site(
+            node, compiler.version(node), compiler.constants, subplans, compiler.device,
+            keeps_gradient=node.op_type == "QuantizeLinear" and _is_only_dequantized(node.outputs[0], self.outputs),
+        )  # fmt: skip
+        function = _for_types(entry.build(site), entry, site)
+        if compiler.device.type != "cpu":
+            function = _on_device(function, frozenset(site.host_inputs), compiler.device)
+        if constant and entry.deterministic and self._fold(node, function, (*node.inputs, *captured)):
+            return
+        inputs = tuple(self._slot(value, node) for value in (*node.inputs, *captured))
+        outputs = tuple(self._new(value) if value.name else UNWANTED for value in node.outputs)
+        self.steps.append((function, inputs, outputs, f"{label(node)!r} ({node.op_type})"))
+
+    def _is_bound(self, value: onnx_ir.Value) -> bool:
+        return value in self.compiler.constants and value not in self.compiler.parameters
+
+    def _fold(self, node: onnx_ir.Node, function: Function, operands: Sequence[onnx_ir.Value | None]) -> bool:
+        """Computes the node's outputs here and now, unless they are far larger than its inputs."""
+        values = [None if value is None else self.compiler.constants[value] for value in operands]
+        try:
+            with torch.no_grad():
+                result = function(*values)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError):
+            return False  # left to fail where it runs, since a branch may never be taken
+        results = result if isinstance(result, tuple) else (result,)
+        limit = max(_FOLD_ALWAYS_BYTES, _FOLD_GROWTH * sum(map(_bytes, values)))
+        if sum(map(_bytes, results)) > limit and node.op_type != "Constant":
+            return False
+        self.compiler.constants.update(zip(node.outputs, results, strict=False))
+        return True
+
+
+def _bytes(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def subgraphs(node: onnx_ir.Node) -> dict[str, onnx_ir.Graph]:
+    """The node's subgraphs by the name of their attribute."""
+    found = {}
+    for name, attribute in node.attributes.items():
+        if attribute.type == onnx_ir.AttributeType.GRAPH:
+            found[name] = attribute.as_graph()
+    return found
+
+
+def captured_values(node: onnx_ir.Node) -> tuple[onnx_ir.Value, ...]:
+    """Values of outer graphs that the node's subgraphs use, without those that are constant there."""
+    used: dict[onnx_ir.Value, None] = {}
+    inside: set[onnx_ir.Value] = set()
+    for graph in _nested_graphs(node):
+        inside.update(graph.inputs)
+        inside.update(graph.initializers.values())
+        used.update(dict.fromkeys(graph.outputs))
+        for inner in graph:
+            inside.update(inner.outputs)
+            used.update((value, None) for value in inner.inputs if value is not None)
+    return tuple(value for value in used if value not in inside)
+
+
+def _nested_graphs(node: onnx_ir.Node) -> Iterator[onnx_ir.Graph]:
+    for graph in subgraphs(node).values():
+        yield graph
+        for inner in graph:
+            yield from _nested_graphs(inner)
+
+
+def needed_nodes(
+    graph: onnx_ir.Graph, inputs: Collection[onnx_ir.Value], outputs: Sequence[onnx_ir.Value]
+) -> list[onnx_ir.Node]:
+    """Nodes of the graph that the outputs depend on, in order, where `inputs` are given."""
+    needed: set[onnx_ir.Node] = set()
+    frontier = list(outputs)
+    while frontier:
+        value = frontier.pop()
+        node = value.producer()
+        if node is None or node in needed or value in inputs:
+            continue
+        needed.add(node)
+        frontier.extend(item for item in (*node.inputs, *captured_values(node)) if item is not None)
+    return [node for node in graph if node in needed]
+
+
+def _is_only_dequantized(value: onnx_ir.Value, kept: Sequence[onnx_ir.Value]) -> bool:
+    """Whether every way from the value leads to a DequantizeLinear, through operators that only move numbers."""
+    frontier = [value]
+    while frontier:
+        current = frontier.pop()
+        if current.is_graph_output() or current in kept:
+            return False
+        for node, position in current.uses():
+            if node.op_type in _CARRIERS and position == 0:
+                frontier.extend(node.outputs)
+            elif node.op_type != "DequantizeLinear" or position != 0:
+                return False
+    return True
+
+
+def _for_types(function: Function, entry: Operator, site: Site) -> Function:
+    """Around functions of unsigned 16 to 64 bit integers: computed in a signed type, returned in their own."""
+    node = site.node
+    wanted = [site.output_dtype(index) for index in range(len(node.outputs))]
+    types = {*(site.dtype(index) for index in range(len(node.inputs))), *wanted}
+    if entry.carries_unsigned or not types & UNSIGNED:
+        return function
+    targets = [torch_type(dtype) if dtype in UNSIGNED and dtype is not None else None for dtype in wanted]
+
+    def signed(*inputs: Any) -> Any:
+        result = function(*(_signed(value) for value in inputs))
+        results = result if isinstance(result, tuple) else (result,)
+        results = tuple(
+            value if target is None else value.to(target) for value, target in zip(results, targets, strict=False)
+        )
+        return results if isinstance(result, tuple) else results[0]
+
+    return signed
+
+
+def _signed(value: Any) -> Any:
+    return value.to(SIGNED[value.dtype]) if isinstance(value, Tensor) and value.dtype in SIGNED else value
+
+
+def _on_device(function: Function, host_inputs: frozenset[int], device: torch.device) -> Callable[..., Any]:
+    """Around functions on an accelerator: shape arithmetic stays with the CPU until it meets values of the device."""
+
+    def placed(*inputs: Any) -> Any:
+        operands = [value for index, value in enumerate(inputs) if index not in host_inputs]
+        if any(isinstance(value, Tensor) and value.device.type == device.type for value in operands):
+            inputs = tuple(
+                value.to(device)
+                if isinstance(value, Tensor) and value.device.type == "cpu" and index not in host_inputs
+                else value
+                for index, value in enumerate(inputs)
+            )
+        return function(*inputs)
+
+    return placed
