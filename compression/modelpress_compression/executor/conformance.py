@@ -22,6 +22,11 @@ from modelpress_compression.model import Model, Provenance
 _RANDOM = frozenset(
     ("Bernoulli", "RandomUniformLike", "RandomNormalLike", "RandomUniform", "RandomNormal", "Multinomial")
 )
+# Two units in the last place, as in ONNX's own runner.
+_BFLOAT16_RTOL = 2**-6
+# The expected values are themselves float32 sums, with noise beyond the tolerance where the exact value is 0: they are
+# compared with one unit in the last place of the largest.
+_FLOAT32_NOISE = frozenset(("DFT",))
 Key = tuple[str, str]
 
 
@@ -80,10 +85,14 @@ def _compare(case: Any, executor: Executor, inputs: Sequence[Any], expected: Seq
     names = [value.name for value in case.model.graph.input]
     feeds = {name: _feed(value) for name, value in zip(names, inputs, strict=True)}
     found = list(executor.run(feeds).values())
-    random = any(node.op_type in _RANDOM for node in case.model.graph.node)
+    random = any(_is_random(node) for node in case.model.graph.node) and "zero_ratio" not in case.name
     assert len(found) == len(expected), f"{len(found)} outputs instead of {len(expected)}"
     for got, wanted in zip(found, expected, strict=True):
         _same(got, _feed(wanted), case, values=not random)
+
+
+def _is_random(node: Any) -> bool:
+    return node.op_type in _RANDOM or (node.op_type == "Dropout" and len(node.input) == 3)
 
 
 def _feed(value: Any) -> Any:
@@ -112,5 +121,9 @@ def _same(got: Any, wanted: Any, case: Any, *, values: bool) -> None:
         wide = np.int64 if exact and wanted.dtype != np.uint64 else (wanted.dtype if exact else np.float64)
         if wanted.dtype.kind == "c":
             wide = np.complex128
+        rtol = _BFLOAT16_RTOL if wanted.dtype.name == "bfloat16" else case.rtol
+        atol = case.atol
+        if operator_of(case)[1] in _FLOAT32_NOISE:
+            atol = max(atol, float(np.finfo(np.float32).eps * np.abs(wanted).max(initial=0.0)))
         with np.errstate(all="ignore"):
-            np.testing.assert_allclose(got.astype(wide), wanted.astype(wide), rtol=case.rtol, atol=case.atol)
+            np.testing.assert_allclose(got.astype(wide), wanted.astype(wide), rtol=rtol, atol=atol)

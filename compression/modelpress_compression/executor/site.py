@@ -122,7 +122,7 @@ class Site:
             self.host_inputs.add(index)
             return lambda *inputs: known
         self.host_inputs.add(index)
-        return lambda *inputs: tuple(inputs[index].reshape(-1).tolist())
+        return lambda *inputs: tuple(map(int, inputs[index].reshape(-1).tolist()))
 
     def refuse(self, detail: str) -> NoReturn:
         """Raises the error for a form of the operator that is not supported."""

@@ -103,8 +103,16 @@ def hardmax(x: Tensor, axis: int) -> Tensor:
     return torch.zeros_like(x).scatter(axis, x.argmax(axis, keepdim=True), 1)
 
 
+def softmax(x: Tensor, axis: int) -> Tensor:
+    """Of 16-bit floats with every step rounded, as ONNX defines the operator by its function body."""
+    if x.element_size() >= 4:
+        return torch.softmax(x, axis)
+    exponentials = torch.exp(x - x.amax(axis, keepdim=True))
+    return exponentials / exponentials.sum(axis, keepdim=True)
+
+
 _OVER_AXIS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "Softmax": lambda x, axis: torch.softmax(x, axis),
+    "Softmax": softmax,
     "LogSoftmax": lambda x, axis: torch.log_softmax(x, axis),
     "Hardmax": hardmax,
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from modelpress_compression.executor.ops.activation import softmax
 from modelpress_compression.executor.registry import Function, operator
 from modelpress_compression.executor.site import Site
 
@@ -124,14 +125,15 @@ def attend(
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     factor = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
-    if not (softcap or with_product or precision) and bias is None:
+    plain = bias is None and not (softcap or with_product or precision)
+    if plain and q.element_size() >= 4:
         return F.scaled_dot_product_attention(q, k, v, scale=factor), None
-    root = math.sqrt(factor)
+    root = float(torch.tensor(math.sqrt(factor), dtype=q.dtype))  # in the precision of the values, as the standard has it
     product = (q * root) @ (k * root).transpose(-1, -2)
     capped = softcap * torch.tanh(product / softcap) if softcap else product
     biased = capped if bias is None else capped + bias
     logits = biased if precision is None else biased.to(precision)
-    weights = torch.softmax(logits, -1)
+    weights = softmax(logits, -1)
     if bias is not None:
         hidden = torch.isneginf(bias.amax(-1, keepdim=True))
         weights = weights.masked_fill(hidden, 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,21 +57,23 @@ def conv_transpose(site: Site) -> Function:
         rank = len(kernel)
         strides, dilations = window.strides_of(rank), window.dilations_of(rank)
         added = extra or (0,) * rank
-        full = [
+        whole = [
             (extent - 1) * stride + (size - 1) * dilation + 1 + more
             for extent, stride, size, dilation, more in zip(
                 x.shape[2:], strides, kernel, dilations, added, strict=True
             )
         ]
+        goals: Sequence[int] | None = None
         if wanted is not None:
-            begin, end = window.split([a - b for a, b in zip(full, wanted[-rank:], strict=True)])
+            goals = wanted[-rank:]
         elif window.auto_pad in ("SAME_UPPER", "SAME_LOWER"):
             goals = [extent * stride for extent, stride in zip(x.shape[2:], strides, strict=True)]
-            begin, end = window.split([a - b for a, b in zip(full, goals, strict=True)])
-        else:
+        if goals is None:
             begin, end = window.padding(x.shape[2:], kernel)
+        else:
+            begin, end = _output_padding(window, [a - b for a, b in zip(whole, goals, strict=True)])
         function = _TRANSPOSED[rank]
-        if begin == end and min(begin) >= 0 and not any(added):
+        if begin == end and not any(added):
             return function(x, weight, bias, strides, begin, 0, group, dilations)
         y = function(x, weight, None, strides, 0, 0, group, dilations)
         cut = [more - amount for more, amount in zip(added, end, strict=True)]
@@ -79,6 +81,14 @@ def conv_transpose(site: Site) -> Function:
         return y if bias is None else y + bias.reshape(-1, *([1] * rank))
 
     return run
+
+
+def _output_padding(window: Window, totals: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What to cut at both sides for a given output: only SAME_UPPER leaves what is odd to the end, and what is
+    missing is added there."""
+    cut = [max(total, 0) for total in totals]
+    first = [total // 2 if window.auto_pad == "SAME_UPPER" else total - total // 2 for total in cut]
+    return tuple(first), tuple(total - begin for total, begin in zip(totals, first, strict=True))
 
 
 @operator("DeformConv")
@@ -119,14 +129,26 @@ def _sampled(
     shift = offset.reshape(count, offset_group, *kernel, 2, height, width)
     rows = shift[:, :, :, :, 0] + base[0][:, None, :, None]
     cols = shift[:, :, :, :, 1] + base[1][None, :, None, :]
-    grid = torch.stack([(2 * cols + 1) / extents[1] - 1, (2 * rows + 1) / extents[0] - 1], -1)
-    grid = grid.reshape(count * offset_group, taps * height, width, 2)
-    groups = x.reshape(count * offset_group, channels // offset_group, *extents)
-    seen = F.grid_sample(groups, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    groups = x.reshape(count, offset_group, channels // offset_group, -1)
+    seen = _bilinear(groups, rows.flatten(2), cols.flatten(2), extents[0], extents[1])
     seen = seen.reshape(count, offset_group, channels // offset_group, taps, height, width)
     if mask is not None:
         seen = seen * mask.reshape(count, offset_group, 1, taps, height, width)
     return seen.reshape(count, channels, taps, height, width)
+
+
+def _bilinear(planes: Tensor, rows: Tensor, cols: Tensor, height: int, width: int) -> Tensor:
+    """planes [N, G, C, height * width] at places [N, G, P]: [N, G, C, P], zero outside. Unlike grid_sample it takes
+    pixels as they are, so that whole numbers hit them exactly."""
+    total = torch.zeros((*planes.shape[:3], rows.shape[-1]), dtype=planes.dtype, device=planes.device)
+    for row in (rows.floor(), rows.floor() + 1):
+        for col in (cols.floor(), cols.floor() + 1):
+            weight = (1 - (rows - row).abs()) * (1 - (cols - col).abs())
+            inside = (row >= 0) & (row < height) & (col >= 0) & (col < width)
+            places = (row.clamp(0, height - 1) * width + col.clamp(0, width - 1)).to(torch.int64)
+            corner = planes.gather(-1, places.unsqueeze(2).expand(total.shape))
+            total = total + corner * torch.where(inside, weight, torch.zeros_like(weight)).unsqueeze(2)
+    return total
 
 
 @operator("Col2Im")

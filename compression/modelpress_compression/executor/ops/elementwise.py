@@ -16,7 +16,7 @@ for _op_type, _function in (
     ("Sin", torch.sin), ("Sinh", torch.sinh), ("Sqrt", torch.sqrt), ("Tan", torch.tan), ("Tanh", torch.tanh),
     ("BitwiseNot", torch.bitwise_not), ("Not", torch.logical_not),
 ):  # fmt: skip
-    stateless(_function, _op_type)
+    stateless(_function, _op_type, since=1)
 
 
 @operator("Identity", carries_unsigned=True)

@@ -115,7 +115,7 @@ def _generator(site: Site, device: torch.device) -> torch.Generator | None:
     """With a seed: the same numbers in every run. Without one: those of torch's own generator."""
     if "seed" not in site.node.attributes:
         return None
-    return torch.Generator(device).manual_seed(int(site.float("seed", 0.0)))
+    return torch.Generator(device).manual_seed(int(site.node.attributes["seed"].value))
 
 
 @operator("RandomNormal", "RandomUniform", deterministic=False)

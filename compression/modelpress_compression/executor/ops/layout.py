@@ -205,12 +205,13 @@ def _repeated(x: Tensor, axis: int, begin: int, end: int, mode: str) -> Tensor:
 
 @operator("SpaceToDepth", carries_unsigned=True)
 def space_to_depth(site: Site) -> Function:
-    """[N, C, H, W] -> [N, block * block * C, H / block, W / block]."""
+    """[N, C, H, W] -> [N, block * block * C, H / block, W / block]; DCR has the block before the channels."""
     block = site.int("blocksize", 1)
+    order = (0, 1, 3, 5, 2, 4) if site.string("mode", "DCR") == "CRD" else (0, 3, 5, 1, 2, 4)
 
     def run(x: Tensor) -> Tensor:
         count, channels, height, width = x.shape
-        y = x.reshape(count, channels, height // block, block, width // block, block).permute(0, 3, 5, 1, 2, 4)
+        y = x.reshape(count, channels, height // block, block, width // block, block).permute(order)
         return y.reshape(count, channels * block * block, height // block, width // block)
 
     return run

@@ -16,7 +16,7 @@ import torch
 from onnx_ir import DataType
 from torch import Tensor
 
-from modelpress_compression.executor.dtypes import INTEGER_RANGES, torch_type
+from modelpress_compression.executor.dtypes import INTEGER_RANGES, TORCH_TYPES, torch_type
 from modelpress_compression.executor.ops.casting import cast
 from modelpress_compression.executor.registry import MICROSOFT, Function, operator
 from modelpress_compression.executor.site import Site
@@ -63,12 +63,13 @@ def quantized(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: DataTy
     return whole.clamp(low, high)
 
 
-def _quantized_type(site: Site) -> DataType:
+# Where the graph does not tell the type of a zero point, the tensor does: no graph leaves 4-bit types open.
+_BY_CARRIER = {torch_type(dtype): dtype for dtype in TORCH_TYPES if dtype.bitwidth >= 8}
+
+
+def _quantized_type(site: Site) -> DataType | None:
     if site.has(2):
-        dtype = site.dtype(2)
-        if dtype is None:
-            site.refuse("the type of its zero point is not known; infer shapes first")
-        return dtype
+        return site.dtype(2)
     return DataType(site.int("output_dtype", 0) or DataType.UINT8)
 
 
@@ -76,13 +77,13 @@ def _quantized_type(site: Site) -> DataType:
 @operator("QuantizeLinear", domain=MICROSOFT)
 def quantize_linear(site: Site) -> Function:
     """Integers, or 8-bit and 4-bit floats."""
-    dtype, axis, block = _quantized_type(site), site.int("axis", 1), site.int("block_size", 0)
+    told, axis, block = _quantized_type(site), site.int("axis", 1), site.int("block_size", 0)
     precision = site.int("precision", 0)
     working = torch_type(DataType(precision)) if precision else None
     saturate, keeps = site.flag("saturate", True), site.keeps_gradient
-    target = torch_type(dtype)
 
     def run(x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        dtype = told or (DataType.UINT8 if zero_point is None else _BY_CARRIER[zero_point.dtype])
         factor = spread(scale, x, axis, block)
         if working is not None:
             x, factor = x.to(working), factor.to(working)
@@ -91,7 +92,7 @@ def quantize_linear(site: Site) -> Function:
         zero = None if zero_point is None else spread(zero_point, x, axis, block)
         if dtype in INTEGER_RANGES:
             q = quantized(x, factor, zero, dtype)
-            return q if keeps else q.to(target)
+            return q if keeps else q.to(torch_type(dtype))
         scaled = x / factor
         q = cast(scaled.detach(), dtype, saturate=saturate)
         return scaled + (q.to(scaled.dtype) - scaled).detach() if keeps else q

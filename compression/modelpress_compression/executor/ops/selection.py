@@ -149,7 +149,7 @@ def top_k(site: Site) -> Function:
 
     def run(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         (count,) = read(x, k)
-        values, places = torch.sort(x, axis, descending=largest, stable=True)
+        values, places = torch.sort(x, dim=axis, descending=largest, stable=True)
         return values.narrow(axis, 0, count), places.narrow(axis, 0, count)
 
     return run

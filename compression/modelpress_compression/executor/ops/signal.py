@@ -17,6 +17,7 @@ from modelpress_compression.executor.site import Site
 def _fourier(x: Tensor, length: int | None, axis: int, inverse: bool, onesided: bool) -> Tensor:
     """x [..., 1 or 2]; `axis` counts with the last axis."""
     dim = axis % x.dim()
+    x = x.to(torch.float64)  # sums of many terms, of which few operators are made
     values = x[..., 0] if x.shape[-1] == 1 else torch.view_as_complex(x.contiguous())
     if inverse and onesided:
         count = length if length is not None else 2 * (x.shape[dim] - 1)
@@ -58,7 +59,7 @@ def stft(site: Site) -> Function:
         frames = signal.unfold(1, length, step).transpose(-1, -2)
         if window is not None:
             frames = frames * window.reshape(-1, 1)
-        return _fourier(frames, length, -2, False, onesided)
+        return _fourier(frames, length, -2, False, onesided).to(signal.dtype)
 
     return run
 
