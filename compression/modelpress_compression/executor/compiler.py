@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir
 import torch
@@ -13,6 +13,7 @@ from modelpress_compression.analysis.graph import constant_tensor, label
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.executor.dtypes import SIGNED, UNSIGNED, tensor_of, torch_type
 from modelpress_compression.executor.errors import NotExecutableError
+from modelpress_compression.executor.fusion import Fused, gated_activations, in_place, may_overwrite
 from modelpress_compression.executor.plan import MISSING, UNWANTED, Plan, Step, freed_after
 from modelpress_compression.executor.registry import Function, Operator, find
 from modelpress_compression.executor.site import Site
@@ -52,7 +53,7 @@ class Compiler:
         if tensor is None:
             return False
         keep = tensor.dtype.is_integer() and tensor.size <= _HOST_ELEMENTS
-        self.constants[value] = tensor_of(tensor, "cpu" if keep else self.device)
+        self.constants[value] = laid_out(value, tensor_of(tensor, "cpu" if keep else self.device))
         return True
 
     def entry(self, node: onnx_ir.Node) -> Operator:
@@ -69,6 +70,16 @@ class Compiler:
         return self.opsets.get(domain, 1)
 
 
+class _Planned(NamedTuple):
+    """A step before it is known what it frees."""
+
+    function: Function
+    in_place: Function | None
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    label: str
+
+
 class _Assembly:
     """One plan in the making."""
 
@@ -78,21 +89,30 @@ class _Assembly:
         self.compiler, self.outputs = compiler, outputs
         self.template: list[Any] = [None, None]
         self.slots: dict[onnx_ir.Value, int] = {}
-        self.steps: list[tuple[Function, tuple[int, ...], tuple[int, ...], str]] = []
+        self.steps: list[_Planned] = []
+        self.fused: dict[onnx_ir.Node, Fused] = {}
+        self.given = frozenset(inputs)
         self.inputs = tuple(self._new(value) for value in inputs)
 
     def assemble(self, nodes: Sequence[onnx_ir.Node]) -> Plan:
+        self.fused, gone = gated_activations(nodes, self.outputs)
         for node in nodes:
-            self._add(node)
+            if node in self.fused:
+                self._emit(node, self.fused[node].function, self.fused[node].in_place, self.fused[node].inputs)
+            elif node not in gone:
+                self._add(node)
         outputs = tuple(self._slot(value, None) for value in self.outputs)
         bound = [slot for slot, value in enumerate(self.template) if value is not None]
         kept = frozenset((MISSING, UNWANTED, *outputs, *bound))
-        frees = freed_after([(inputs, outputs) for _, inputs, outputs, _ in self.steps], kept)
-        steps = tuple(
-            Step(function, inputs, outputs, free, name)
-            for (function, inputs, outputs, name), free in zip(self.steps, frees, strict=True)
+        frees = freed_after([(step.inputs, step.outputs) for step in self.steps], kept)
+        steps, frugal = (
+            tuple(
+                Step(step.in_place or step.function if lean else step.function, step.inputs, step.outputs, free, step.label)
+                for step, free in zip(self.steps, frees, strict=True)
+            )
+            for lean in (False, True)
         )
-        return Plan(self.template, self.inputs, outputs, steps)
+        return Plan(self.template, self.inputs, outputs, steps, frugal)
 
     def _new(self, value: onnx_ir.Value, content: Any = None) -> int:
         self.slots[value] = len(self.template)
@@ -132,9 +152,15 @@ class _Assembly:
             function = _on_device(function, frozenset(site.host_inputs), compiler.device)
         if constant and entry.deterministic and self._fold(node, function, (*node.inputs, *captured)):
             return
-        inputs = tuple(self._slot(value, node) for value in (*node.inputs, *captured))
+        self._emit(node, function, in_place(site), (*node.inputs, *captured))
+
+    def _emit(
+        self, node: onnx_ir.Node, function: Function, frugal: Function | None, operands: Sequence[onnx_ir.Value | None]
+    ) -> None:
+        inputs = tuple(self._slot(value, node) for value in operands)
         outputs = tuple(self._new(value) if value.name else UNWANTED for value in node.outputs)
-        self.steps.append((function, inputs, outputs, f"{label(node)!r} ({node.op_type})"))
+        usable = frugal if may_overwrite(operands[0] if operands else None, self.outputs, self.given) else None
+        self.steps.append(_Planned(function, usable, inputs, outputs, f"{label(node)!r} ({node.op_type})"))
 
     def _is_bound(self, value: onnx_ir.Value) -> bool:
         return value in self.compiler.constants and value not in self.compiler.parameters
@@ -153,6 +179,24 @@ class _Assembly:
             return False
         self.compiler.constants.update(zip(node.outputs, results, strict=False))
         return True
+
+
+def laid_out(value: onnx_ir.Value, tensor: Any) -> Any:
+    """Weights of two-dimensional convolutions with their channels last: convolutions then run without reordering, and
+    hand this layout on to what follows."""
+    if not isinstance(tensor, Tensor) or tensor.dim() != 4 or not _reaches_convolution(value):
+        return tensor
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _reaches_convolution(value: onnx_ir.Value, hops: int = 2) -> bool:
+    for node, position in value.uses():
+        if node.op_type in ("Conv", "FusedConv") and position == 1:
+            return True
+        quantizes = node.op_type in ("QuantizeLinear", "DequantizeLinear") and position == 0 and hops > 0
+        if quantizes and _reaches_convolution(node.outputs[0], hops - 1):
+            return True
+    return False
 
 
 def _bytes(value: Any) -> int:

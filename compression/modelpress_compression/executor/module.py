@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modelpress_compression.analysis.graph import constant_tensor
 from modelpress_compression.errors import InvalidInputsError
 from modelpress_compression.executor import ops as _ops  # registers the operators
-from modelpress_compression.executor.compiler import Compiler, needed_nodes
+from modelpress_compression.executor.compiler import Compiler, laid_out, needed_nodes
 from modelpress_compression.executor.dtypes import tensor_of, to_numpy, to_torch
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
@@ -49,7 +49,7 @@ class Executor(nn.Module):
         graph, target = model.graph, torch.device(device)
         chosen = _chosen(model, trainable)
         self._by_name = {
-            name: nn.Parameter(tensor_of(tensor, target)) for name, (_, tensor) in chosen.items()
+            name: nn.Parameter(laid_out(value, tensor_of(tensor, target))) for name, (value, tensor) in chosen.items()
         }
         for number, parameter in enumerate(self._by_name.values()):
             self.register_parameter(f"constant_{number}", parameter)  # names of values may hold dots

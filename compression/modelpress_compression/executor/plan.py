@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from modelpress_compression.errors import CompressionError, ModelNotRunnableError
 
 # Slot 0 stands for an input that is left out, slot 1 takes outputs that nobody wants.
@@ -29,21 +31,26 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled graph. `inputs`: slots of the graph's inputs, then of the captured values."""
+    """A compiled graph. `inputs`: slots of the graph's inputs, then of the captured values.
+
+    `frugal`: the same steps where no gradients are kept; some of them overwrite what they read.
+    """
 
     template: list[Any]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     steps: tuple[Step, ...]
+    frugal: tuple[Step, ...]
 
     def run(self, arguments: Sequence[Any]) -> list[Any]:
         """Values of the outputs. Raises ModelNotRunnableError, naming the node, where the values do not fit."""
         slots = self.template.copy()
         for slot, value in zip(self.inputs, arguments, strict=True):
             slots[slot] = value
+        steps = self.steps if torch.is_grad_enabled() else self.frugal
         label = ""
         try:
-            for function, inputs, outputs, frees, label in self.steps:  # noqa: B007 - the handler names the last one
+            for function, inputs, outputs, frees, label in steps:  # noqa: B007 - the handler names the last one
                 result = function(*[slots[slot] for slot in inputs])
                 if result.__class__ is tuple:
                     for slot, value in zip(outputs, result, strict=False):  # optional outputs may be left out
