@@ -32,6 +32,7 @@ SIZE = 224
 BATCH = 4
 GIVEN_BATCH = 32
 LEARNING_RATE = 1e-4
+MEASURED_S = 0.2
 NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: _torchvision("resnet18"),
     "mobilenet_v2": lambda: _torchvision("mobilenet_v2"),
@@ -70,20 +71,22 @@ def given(path: Path) -> Subject:
     model = load(path)
     rng = np.random.default_rng(0)
     feeds = {
-        spec.name: rng.standard_normal([dim if isinstance(dim, int) else GIVEN_BATCH for dim in spec.shape]).astype(spec.dtype)
+        spec.name: rng.standard_normal([dim if isinstance(dim, int) else GIVEN_BATCH for dim in spec.shape]).astype(
+            spec.dtype
+        )
         for spec in model.inputs
     }
     return Subject(path.stem, model, feeds, None)
 
 
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """The shortest of a few runs."""
-    best = float("inf")
-    for _ in range(repeats):
+def seconds(work: Callable[[], object]) -> float:
+    """The shortest of at least two runs, and of as many as fit into the time: small models run often."""
+    taken: list[float] = []
+    while len(taken) < 2 or sum(taken) < MEASURED_S:
         began = time.perf_counter()
         work()
-        best = min(best, time.perf_counter() - began)
-    return best
+        taken.append(time.perf_counter() - began)
+    return min(taken)
 
 
 def training_step(run: Callable[[], Tensor], parameters: list[nn.Parameter]) -> Callable[[], None]:
@@ -120,7 +123,7 @@ def measure(subject: Subject, rounds: int) -> str:
             work()
         for _ in range(rounds):
             for name, work in works.items():
-                times[name].append(seconds(work, 2))
+                times[name].append(seconds(work))
     return row(subject.name, times)
 
 

@@ -14,8 +14,9 @@ from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.executor.dtypes import SIGNED, UNSIGNED, tensor_of, torch_type
 from modelpress_compression.executor.errors import NotExecutableError
 from modelpress_compression.executor.fusion import Fused, gated_activations, in_place, may_overwrite
+from modelpress_compression.executor.ops import find
 from modelpress_compression.executor.plan import MISSING, UNWANTED, Plan, Step, freed_after
-from modelpress_compression.executor.registry import Function, Operator, find
+from modelpress_compression.executor.registry import Function, Operator
 from modelpress_compression.executor.site import Site
 
 # A folded constant may be this many times as large as what it is made of: 4-bit weights become float32.
@@ -30,13 +31,20 @@ _CARRIERS = frozenset(
 
 
 class Compiler:
-    """Compiles one model's graphs; constants are loaded once. `parameters`: constants that are trained."""
+    """Compiles one model's graphs; constants are loaded once.
+
+    `parameters`: constants that are trained; `given`: values that come from outside, whatever they are in the graph.
+    """
 
     def __init__(
-        self, opsets: Mapping[str, int], parameters: Mapping[onnx_ir.Value, Tensor], device: torch.device
+        self,
+        opsets: Mapping[str, int],
+        parameters: Mapping[onnx_ir.Value, Tensor],
+        given: Collection[onnx_ir.Value],
+        device: torch.device,
     ) -> None:
         self.opsets, self.device = opsets, device
-        self.parameters = parameters
+        self.parameters, self.given = parameters, frozenset(given)
         self.constants: dict[onnx_ir.Value, Any] = {}
 
     def compile(
@@ -49,7 +57,7 @@ class Compiler:
         """Whether the value is a constant that is not trained; if so it is in `constants` from now on."""
         if value in self.constants:
             return True
-        tensor = constant_tensor(value) if value not in self.parameters else None
+        tensor = constant_tensor(value) if value not in self.parameters and value not in self.given else None
         if tensor is None:
             return False
         keep = tensor.dtype.is_integer() and tensor.size <= _HOST_ELEMENTS
@@ -83,9 +91,7 @@ class _Planned(NamedTuple):
 class _Assembly:
     """One plan in the making."""
 
-    def __init__(
-        self, compiler: Compiler, inputs: Sequence[onnx_ir.Value], outputs: Sequence[onnx_ir.Value]
-    ) -> None:
+    def __init__(self, compiler: Compiler, inputs: Sequence[onnx_ir.Value], outputs: Sequence[onnx_ir.Value]) -> None:
         self.compiler, self.outputs = compiler, outputs
         self.template: list[Any] = [None, None]
         self.slots: dict[onnx_ir.Value, int] = {}
@@ -107,7 +113,13 @@ class _Assembly:
         frees = freed_after([(step.inputs, step.outputs) for step in self.steps], kept)
         steps, frugal = (
             tuple(
-                Step(step.in_place or step.function if lean else step.function, step.inputs, step.outputs, free, step.label)
+                Step(
+                    step.in_place or step.function if lean else step.function,
+                    step.inputs,
+                    step.outputs,
+                    free,
+                    step.label,
+                )
                 for step, free in zip(self.steps, frees, strict=True)
             )
             for lean in (False, True)
@@ -138,7 +150,7 @@ class _Assembly:
         entry = compiler.entry(node)
         graphs, captured = subgraphs(node), captured_values(node)
         operands = [value for value in (*node.inputs, *captured) if value is not None]
-        constant = all([value not in self.slots and compiler.load(value) or self._is_bound(value) for value in operands])
+        loaded = [compiler.load(value) for value in operands]
         subplans = {
             name: compiler.compile(list(graph), (*graph.inputs, *captured), graph.outputs)
             for name, graph in graphs.items()
@@ -150,7 +162,7 @@ class _Assembly:
         function = _for_types(entry.build(site), entry, site)
         if compiler.device.type != "cpu":
             function = _on_device(function, frozenset(site.host_inputs), compiler.device)
-        if constant and entry.deterministic and self._fold(node, function, (*node.inputs, *captured)):
+        if all(loaded) and entry.deterministic and self._fold(node, function, (*node.inputs, *captured)):
             return
         self._emit(node, function, in_place(site), (*node.inputs, *captured))
 
@@ -159,11 +171,10 @@ class _Assembly:
     ) -> None:
         inputs = tuple(self._slot(value, node) for value in operands)
         outputs = tuple(self._new(value) if value.name else UNWANTED for value in node.outputs)
-        usable = frugal if may_overwrite(operands[0] if operands else None, self.outputs, self.given) else None
+        first = operands[0] if operands else None
+        own = may_overwrite(first, self.outputs, self.given) and first not in self.compiler.constants
+        usable = frugal if own else None
         self.steps.append(_Planned(function, usable, inputs, outputs, f"{label(node)!r} ({node.op_type})"))
-
-    def _is_bound(self, value: onnx_ir.Value) -> bool:
-        return value in self.compiler.constants and value not in self.compiler.parameters
 
     def _fold(self, node: onnx_ir.Node, function: Function, operands: Sequence[onnx_ir.Value | None]) -> bool:
         """Computes the node's outputs here and now, unless they are far larger than its inputs."""

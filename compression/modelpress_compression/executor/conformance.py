@@ -86,9 +86,14 @@ def _compare(case: Any, executor: Executor, inputs: Sequence[Any], expected: Seq
     feeds = {name: _feed(value) for name, value in zip(names, inputs, strict=True)}
     found = list(executor.run(feeds).values())
     random = any(_is_random(node) for node in case.model.graph.node) and "zero_ratio" not in case.name
-    assert len(found) == len(expected), f"{len(found)} outputs instead of {len(expected)}"
+    _require(len(found) == len(expected), f"{len(found)} outputs instead of {len(expected)}")
     for got, wanted in zip(found, expected, strict=True):
         _same(got, _feed(wanted), case, values=not random)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise AssertionError(message)
 
 
 def _is_random(node: Any) -> bool:
@@ -106,14 +111,14 @@ def _feed(value: Any) -> Any:
 
 def _same(got: Any, wanted: Any, case: Any, *, values: bool) -> None:
     if wanted is None or isinstance(wanted, list):
-        assert (got is None) == (wanted is None), f"{type(got).__name__} instead of {type(wanted).__name__}"
-        assert wanted is None or len(got) == len(wanted), f"a sequence of {len(got)} instead of {len(wanted)}"
+        _require((got is None) == (wanted is None), f"{type(got).__name__} instead of {type(wanted).__name__}")
+        _require(len(got or []) == len(wanted or []), "a sequence of another length")
         for a, b in zip(got or [], wanted or [], strict=True):
             _same(a, b, case, values=values)
         return
     got, wanted = np.asarray(got), np.asarray(wanted)
-    assert got.dtype == wanted.dtype, f"type {got.dtype} instead of {wanted.dtype}"
-    assert got.shape == wanted.shape, f"shape {got.shape} instead of {wanted.shape}"
+    _require(got.dtype == wanted.dtype, f"type {got.dtype} instead of {wanted.dtype}")
+    _require(got.shape == wanted.shape, f"shape {got.shape} instead of {wanted.shape}")
     if values and wanted.dtype.kind in "OUS":
         np.testing.assert_array_equal(got, wanted)
     elif values:

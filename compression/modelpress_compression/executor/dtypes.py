@@ -1,8 +1,8 @@
 """ONNX element types in torch, and arrays on their way in and out.
 
 Types that torch cannot compute with are carried by a wider one that holds the same numbers: int4 and int2 by int8,
-uint4 and uint2 by uint8, float4e2m1 by float32. Strings stay numpy arrays. What a carried value really is, is known from
-the graph alone.
+uint4 and uint2 by uint8, float4e2m1 by float32. Strings stay numpy arrays. What a carried value really is, the graph
+alone knows.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from modelpress_compression.analysis.graph import float_attribute, is_op, only_consumer
+from modelpress_compression.executor.ops.layout import broadcast
 from modelpress_compression.executor.registry import Function
 from modelpress_compression.executor.site import Site
 
@@ -73,7 +74,7 @@ def _added(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _multiplied(a: Tensor, b: Tensor) -> Tensor:
-    fits = a.dtype == b.dtype and a.dim() >= b.dim() and torch.broadcast_shapes(a.shape, b.shape) == a.shape
+    fits = a.dtype == b.dtype and a.dim() >= b.dim() and broadcast(a.shape, b.shape) == a.shape
     return a.mul_(b) if fits else torch.mul(a, b)
 
 
@@ -90,7 +91,7 @@ _IN_PLACE: Mapping[str, Callable[[Site], Function | None]] = {
     "Sigmoid": lambda _: torch.sigmoid_,
     "Tanh": lambda _: torch.tanh_,
     "HardSwish": lambda _: lambda x: F.hardswish(x, inplace=True),
-    "LeakyRelu": lambda site: lambda x: F.leaky_relu(x, site.float("alpha", 0.01), inplace=True),
+    "LeakyRelu": lambda site: lambda x: F.leaky_relu(x, site.number("alpha", 0.01), inplace=True),
     "Clip": _clip,
     "Add": lambda _: _added,
     "Mul": lambda _: _multiplied,
@@ -103,9 +104,7 @@ def in_place(site: Site) -> Function | None:
     return None if build is None else build(site)
 
 
-def may_overwrite(
-    value: onnx_ir.Value | None, kept: Sequence[onnx_ir.Value], given: Collection[onnx_ir.Value]
-) -> bool:
+def may_overwrite(value: onnx_ir.Value | None, kept: Sequence[onnx_ir.Value], given: Collection[onnx_ir.Value]) -> bool:
     """Whether the value is memory of its own that only one node reads: neither kept nor given from outside."""
     if value is None or value in kept or value in given or only_consumer(value) is None:
         return False

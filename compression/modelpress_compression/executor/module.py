@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,14 +13,12 @@ from torch import Tensor, nn
 
 from modelpress_compression.analysis.graph import constant_tensor
 from modelpress_compression.errors import InvalidInputsError
-from modelpress_compression.executor import ops as _ops  # registers the operators
 from modelpress_compression.executor.compiler import Compiler, laid_out, needed_nodes
 from modelpress_compression.executor.dtypes import tensor_of, to_numpy, to_torch
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 
 Selector = Callable[[onnx_ir.Value], bool]
-assert _ops
 
 
 class Executor(nn.Module):
@@ -61,7 +60,7 @@ class Executor(nn.Module):
             else [value for value in graph.inputs if value.name not in graph.initializers]
         )
         parameters = {value: self._by_name[name] for name, (value, _) in chosen.items()}
-        compiler = Compiler(model.ir.opset_imports, parameters, target)
+        compiler = Compiler(model.ir.opset_imports, parameters, self._inputs, target)
         self._plan = compiler.compile(
             needed_nodes(graph, frozenset(self._inputs), self._outputs), self._inputs, self._outputs
         )
@@ -89,7 +88,8 @@ class Executor(nn.Module):
         arguments = []
         for name in self.input_names:
             if name not in feeds:
-                raise InvalidInputsError(f"The input {name!r} is missing; the executor takes {list(self.input_names)}.")
+                names = ", ".join(self.input_names)
+                raise InvalidInputsError(f"The input {name!r} is missing; the executor takes {names}.")
             arguments.append(_placed(feeds[name], self.device))
         return dict(zip(self.output_names, self._plan.run(arguments), strict=True))
 
@@ -97,17 +97,15 @@ class Executor(nn.Module):
         """The same without gradients, as arrays of the graph's own types."""
         with torch.no_grad():
             results = self(feeds)
-        return {
-            value.name or "": _array(results[value.name or ""], value.dtype) for value in self._outputs
-        }
+        return {value.name or "": _array(results[value.name or ""], value.dtype) for value in self._outputs}
 
     def write_back(self, model: Model) -> None:
-        """Puts the trained values into the graph of `model`, this one or a clone, in the element type that it has there.
+        """Puts the trained values into the graph of `model`, this one or a clone, in the element type they have there.
 
         An initializer that several nodes share stays one. Raises InvalidInputsError where a constant of that name and
         shape is not there any more.
         """
-        found = {name: value for value in _constant_values(model) if (name := value.name)}
+        found = _constants(model)
         for name, parameter in self._by_name.items():
             value = found.get(name)
             tensor = constant_tensor(value)
@@ -135,8 +133,8 @@ def _chosen(
 ) -> dict[str, tuple[onnx_ir.Value, onnx_ir.TensorProtocol]]:
     names = None if callable(trainable) else frozenset(trainable)
     chosen: dict[str, tuple[onnx_ir.Value, onnx_ir.TensorProtocol]] = {}
-    for value in _constant_values(model):
-        name, tensor = value.name or "", constant_tensor(value)
+    for name, value in _constants(model).items():
+        tensor = constant_tensor(value)
         wanted = trainable(value) if callable(trainable) else name in (names or ())
         if not wanted or tensor is None:
             continue
@@ -145,19 +143,25 @@ def _chosen(
                 f"The constant {name!r} is of type {tensor.dtype.name}; only float, double and 16-bit float constants "
                 f"can be trained."
             )
-        if name in chosen:
-            raise InvalidInputsError(f"Two constants of the model are named {name!r}; give them names of their own.")
         chosen[name] = (value, tensor)
     if names is not None and names - set(chosen):
         raise InvalidInputsError(f"The model has no constants {sorted(names - set(chosen))} that could be trained.")
     return chosen
 
 
-def _constant_values(model: Model) -> list[onnx_ir.Value]:
-    """Initializers and outputs of Constant nodes with a tensor, in the main graph and its subgraphs."""
+def _constants(model: Model) -> dict[str, onnx_ir.Value]:
+    """Initializers and outputs of Constant nodes with a tensor, in the main graph and its subgraphs, by name. Where
+    subgraphs use a name again, the further ones are NAME#2, NAME#3 ... in the order of the graph."""
     values = [value for graph in model.graphs() for value in graph.initializers.values()]
     values += [node.outputs[0] for node in model.nodes() if node.op_type == "Constant" and node.outputs]
-    return [value for value in values if constant_tensor(value) is not None]
+    found: dict[str, onnx_ir.Value] = {}
+    seen: Counter[str] = Counter()
+    for value in values:
+        if constant_tensor(value) is not None:
+            name = value.name or ""
+            seen[name] += 1
+            found[name if seen[name] == 1 else f"{name}#{seen[name]}"] = value
+    return found
 
 
 def _main_values(graph: onnx_ir.Graph) -> dict[str, onnx_ir.Value]:

@@ -71,7 +71,7 @@ class Plan:
 def freed_after(
     readers: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], kept: frozenset[int]
 ) -> list[tuple[int, ...]]:
-    """For each step, given as (inputs, outputs): the slots that nobody reads later; `kept` ones never are among them."""
+    """For each step, given as (inputs, outputs): the slots that nobody reads later, without those that are `kept`."""
     last: dict[int, int] = {}
     for number, (inputs, outputs) in enumerate(readers):
         last.update(dict.fromkeys((*inputs, *outputs), number))

@@ -10,7 +10,13 @@ import torch
 from onnx_ir import DataType
 from torch import Tensor
 
-from modelpress_compression.analysis.graph import constant_tensor, float_attribute, int_attribute, label, string_attribute
+from modelpress_compression.analysis.graph import (
+    constant_tensor,
+    float_attribute,
+    int_attribute,
+    label,
+    string_attribute,
+)
 from modelpress_compression.executor.dtypes import tensor_of, torch_type
 from modelpress_compression.executor.errors import NotExecutableError
 
@@ -74,13 +80,13 @@ class Site:
         """Element type of an output, where the graph tells it."""
         return self.node.outputs[index].dtype
 
-    def int(self, name: str, default: int) -> int:
+    def integer(self, name: str, default: int) -> int:
         return int_attribute(self.node, name, default)
 
     def flag(self, name: str, default: bool = False) -> bool:
         return bool(int_attribute(self.node, name, default))
 
-    def float(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float) -> float:
         return float_attribute(self.node, name, default)
 
     def string(self, name: str, default: str) -> str:

@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modelpress_compression.analysis.graph import label
-from modelpress_compression.executor import ops as _ops
-from modelpress_compression.executor.registry import find, registered
+from modelpress_compression.executor.ops import find, registered
 from modelpress_compression.model import Model
-
-__all__ = ["UnsupportedNode", "supported_operators", "unsupported_nodes"]
-
-assert _ops  # imported for its registrations
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,10 @@ from modelpress_compression.executor.ops import (
     microsoft_attention,
     normalization,
     packed,
+    padding,
     pooling,
     quantization,
+    random,
     recurrent,
     reduction,
     resize,
@@ -29,6 +31,7 @@ from modelpress_compression.executor.ops import (
     spatial,
     vision,
 )
+from modelpress_compression.executor.registry import find, registered
 
 __all__ = [
     "activation",
@@ -38,6 +41,7 @@ __all__ = [
     "control",
     "convolution",
     "elementwise",
+    "find",
     "generation",
     "integer",
     "layout",
@@ -48,10 +52,13 @@ __all__ = [
     "microsoft_attention",
     "normalization",
     "packed",
+    "padding",
     "pooling",
     "quantization",
+    "random",
     "recurrent",
     "reduction",
+    "registered",
     "resize",
     "selection",
     "sequence",

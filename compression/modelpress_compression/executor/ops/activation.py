@@ -33,25 +33,25 @@ stateless(parametric_relu, "PRelu")
 
 @operator("LeakyRelu")
 def leaky_relu(site: Site) -> Function:
-    alpha = site.float("alpha", 0.01)
+    alpha = site.number("alpha", 0.01)
     return lambda x: F.leaky_relu(x, alpha)
 
 
 @operator("Elu")
 def elu(site: Site) -> Function:
-    alpha = site.float("alpha", 1.0)
+    alpha = site.number("alpha", 1.0)
     return lambda x: F.elu(x, alpha)
 
 
 @operator("Celu")
 def celu(site: Site) -> Function:
-    alpha = site.float("alpha", 1.0)
+    alpha = site.number("alpha", 1.0)
     return lambda x: F.celu(x, alpha)
 
 
 @operator("Selu")
 def selu(site: Site) -> Function:
-    alpha, gamma = site.float("alpha", 1.67326319217681884765625), site.float("gamma", 1.05070102214813232421875)
+    alpha, gamma = site.number("alpha", 1.67326319217681884765625), site.number("gamma", 1.05070102214813232421875)
     return lambda x: gamma * F.elu(x, alpha)
 
 
@@ -64,7 +64,7 @@ def gelu(site: Site) -> Function:
 @operator("HardSigmoid")
 def hard_sigmoid(site: Site) -> Function:
     """max(0, min(1, alpha x + beta)); torch has the one with 1/6 and 1/2."""
-    alpha, beta = site.float("alpha", 0.2), site.float("beta", 0.5)
+    alpha, beta = site.number("alpha", 0.2), site.number("beta", 0.5)
     if abs(alpha - 1 / 6) < 1e-7 and beta == 0.5:
         return F.hardsigmoid
     return lambda x: torch.clamp(alpha * x + beta, 0, 1)
@@ -75,7 +75,7 @@ stateless(F.hardswish, "HardSwish")
 
 @operator("Swish")
 def swish(site: Site) -> Function:
-    alpha = site.float("alpha", 1.0)
+    alpha = site.number("alpha", 1.0)
     if alpha == 1.0:
         return F.silu
     return lambda x: x * torch.sigmoid(alpha * x)
@@ -83,7 +83,7 @@ def swish(site: Site) -> Function:
 
 @operator("Shrink")
 def shrink(site: Site) -> Function:
-    bias, threshold = site.float("bias", 0.0), site.float("lambd", 0.5)
+    bias, threshold = site.number("bias", 0.0), site.number("lambd", 0.5)
 
     def run(x: Tensor) -> Tensor:
         zero = torch.zeros_like(x)
@@ -94,7 +94,7 @@ def shrink(site: Site) -> Function:
 
 @operator("ThresholdedRelu")
 def thresholded_relu(site: Site) -> Function:
-    alpha = site.float("alpha", 1.0)
+    alpha = site.number("alpha", 1.0)
     return lambda x: torch.where(x > alpha, x, torch.zeros_like(x))
 
 
@@ -113,21 +113,21 @@ def softmax(x: Tensor, axis: int) -> Tensor:
 
 _OVER_AXIS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "Softmax": softmax,
-    "LogSoftmax": lambda x, axis: torch.log_softmax(x, axis),
+    "LogSoftmax": torch.log_softmax,
     "Hardmax": hardmax,
 }
 
 
 @operator("Softmax", "LogSoftmax", "Hardmax", since=13)
 def over_axis(site: Site) -> Function:
-    function, axis = _OVER_AXIS[site.node.op_type], site.int("axis", -1)
+    function, axis = _OVER_AXIS[site.node.op_type], site.integer("axis", -1)
     return lambda x: function(x, axis)
 
 
 @operator("Softmax", "LogSoftmax", "Hardmax", until=12)
 def over_flattened(site: Site) -> Function:
     """Over all axes from `axis` on, taken together."""
-    function, axis = _OVER_AXIS[site.node.op_type], site.int("axis", 1)
+    function, axis = _OVER_AXIS[site.node.op_type], site.integer("axis", 1)
 
     def run(x: Tensor) -> Tensor:
         if axis in (-1, x.dim() - 1):

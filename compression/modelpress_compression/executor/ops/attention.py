@@ -63,10 +63,10 @@ class _Attributes:
 def attention(site: Site) -> Function:
     """Outputs y, present key, present value, and the product of queries and keys after a chosen step."""
     options = _Attributes(
-        site.flag("is_causal"), site.int("q_num_heads", 0), site.int("kv_num_heads", 0),
-        site.float("scale", 0.0) if "scale" in site.node.attributes else None, site.float("softcap", 0.0),
-        site.int("qk_matmul_output_mode", 0), site.int("left_window_size", -1), site.int("right_window_size", -1),
-        site.torch_type("softmax_precision"), site.outputs,
+        site.flag("is_causal"), site.integer("q_num_heads", 0), site.integer("kv_num_heads", 0),
+        site.number("scale", 0.0) if "scale" in site.node.attributes else None, site.number("softcap", 0.0),
+        site.integer("qk_matmul_output_mode", 0), site.integer("left_window_size", -1),
+        site.integer("right_window_size", -1), site.torch_type("softmax_precision"), site.outputs,
     )  # fmt: skip
     return lambda *inputs: _attention(options, *inputs)
 
@@ -128,7 +128,9 @@ def attend(
     plain = bias is None and not (softcap or with_product or precision)
     if plain and q.element_size() >= 4:
         return F.scaled_dot_product_attention(q, k, v, scale=factor), None
-    root = float(torch.tensor(math.sqrt(factor), dtype=q.dtype))  # in the precision of the values, as the standard has it
+    root = float(
+        torch.tensor(math.sqrt(factor), dtype=q.dtype)
+    )  # in the precision of the values, as the standard has it
     product = (q * root) @ (k * root).transpose(-1, -2)
     capped = softcap * torch.tanh(product / softcap) if softcap else product
     biased = capped if bias is None else capped + bias
@@ -149,17 +151,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, size: int, interleaved: bool) ->
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
     real, imaginary = cos * a - sin * b, sin * a + cos * b
-    if interleaved:
-        turned = torch.stack([real, imaginary], -1).flatten(-2)
-    else:
-        turned = torch.cat([real, imaginary], -1)
+    parts = [real, imaginary]
+    turned = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
     return torch.cat([turned, rest], -1)
 
 
 @operator("RotaryEmbedding", since=23)
 def rotary_embedding(site: Site) -> Function:
     """x [batch, heads, tokens, size] or [batch, tokens, heads * size]."""
-    interleaved, heads, part = site.flag("interleaved"), site.int("num_heads", 0), site.int("rotary_embedding_dim", 0)
+    interleaved, heads, part = (
+        site.flag("interleaved"),
+        site.integer("num_heads", 0),
+        site.integer("rotary_embedding_dim", 0),
+    )
 
     def run(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> Tensor:
         value = x.transpose(1, 2) if x.dim() == 4 else x.reshape(x.shape[0], x.shape[1], heads, -1)

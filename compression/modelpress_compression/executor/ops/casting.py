@@ -67,7 +67,7 @@ def _to_float4(x: Tensor) -> Tensor:
 
 @operator("Cast", carries_unsigned=True)
 def cast_to(site: Site) -> Function:
-    to = DataType(site.int("to", 1))
+    to = DataType(site.integer("to", 1))
     saturate, mode = site.flag("saturate", True), site.string("round_mode", "up")
     if to == DataType.STRING or site.dtype(0) == DataType.STRING:
         site.refuse("strings cannot be converted in torch")
@@ -88,5 +88,5 @@ def cast_like(site: Site) -> Function:
 @operator("BitCast", carries_unsigned=True)
 def bit_cast(site: Site) -> Function:
     """The same bits as another type of the same width."""
-    to = torch_type(DataType(site.int("to", 1)))
+    to = torch_type(DataType(site.integer("to", 1)))
     return lambda x: x.contiguous().view(to)

@@ -55,7 +55,7 @@ def loop(site: Site) -> Function:
 @operator("Scan", since=9)
 def scan(site: Site) -> Function:
     """Body: (state..., slices...) -> (state..., slices...)."""
-    body, count, n_scanned = site.subplans["body"], len(site.node.inputs), site.int("num_scan_inputs", 1)
+    body, count, n_scanned = site.subplans["body"], len(site.node.inputs), site.integer("num_scan_inputs", 1)
     n_states = count - n_scanned
     n_outputs = len(body.outputs) - n_states
     axes = site.ints("scan_input_axes", (0,) * n_scanned) or (0,) * n_scanned

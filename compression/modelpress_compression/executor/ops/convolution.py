@@ -18,7 +18,7 @@ _TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.con
 
 def convolution(site: Site) -> Function:
     """(x, weight, bias) -> y."""
-    window, group = Window.of(site), site.int("group", 1)
+    window, group = Window.of(site), site.integer("group", 1)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         kernel = weight.shape[2:]
@@ -34,7 +34,7 @@ def convolution(site: Site) -> Function:
 @operator("Conv")
 def conv(site: Site) -> Function:
     """Everything is bound where the padding is the same on both sides, as it mostly is."""
-    window, group = Window.of(site), site.int("group", 1)
+    window, group = Window.of(site), site.integer("group", 1)
     kernel = site.ints("kernel_shape")
     if kernel is None or len(kernel) not in _FORWARD or window.auto_pad not in ("NOTSET", "", "VALID"):
         return convolution(site)
@@ -49,7 +49,7 @@ def conv(site: Site) -> Function:
 @operator("ConvTranspose")
 def conv_transpose(site: Site) -> Function:
     """Computed whole, then cut: `pads` may differ between the sides, and `output_shape` may decide them."""
-    window, group = Window.of(site), site.int("group", 1)
+    window, group = Window.of(site), site.integer("group", 1)
     extra, wanted = site.ints("output_padding"), site.ints("output_shape")
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,9 +59,7 @@ def conv_transpose(site: Site) -> Function:
         added = extra or (0,) * rank
         whole = [
             (extent - 1) * stride + (size - 1) * dilation + 1 + more
-            for extent, stride, size, dilation, more in zip(
-                x.shape[2:], strides, kernel, dilations, added, strict=True
-            )
+            for extent, stride, size, dilation, more in zip(x.shape[2:], strides, kernel, dilations, added, strict=True)
         ]
         goals: Sequence[int] | None = None
         if wanted is not None:
@@ -97,7 +95,7 @@ def deform_conv(site: Site) -> Function:
 
     offset [N, groups * taps * 2, oh, ow] with (y, x) in turn, mask [N, groups * taps, oh, ow].
     """
-    window, group, offset_group = Window.of(site), site.int("group", 1), site.int("offset_group", 1)
+    window, group, offset_group = Window.of(site), site.integer("group", 1), site.integer("offset_group", 1)
 
     def run(
         x: Tensor, weight: Tensor, offset: Tensor, bias: Tensor | None = None, mask: Tensor | None = None

@@ -94,7 +94,7 @@ def qlinear_conv(site: Site) -> Function:
 @operator("QGemm", domain=MICROSOFT)
 def qgemm(site: Site) -> Function:
     """Without an output scale the result is float."""
-    alpha, trans_a, trans_b = site.float("alpha", 1.0), site.flag("transA"), site.flag("transB")
+    alpha, trans_a, trans_b = site.number("alpha", 1.0), site.flag("transA"), site.flag("transB")
     dtype = _type(site, 8)
 
     def run(
@@ -126,9 +126,7 @@ def matmul_integer_to_float(site: Site) -> Function:
 
 @operator("DynamicQuantizeMatMul", domain=MICROSOFT)
 def dynamic_quantize_matmul(site: Site) -> Function:
-    def run(
-        a: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor | None = None, bias: Tensor | None = None
-    ) -> Tensor:
+    def run(a: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         scale, zero = dynamic_parameters(a)
         q = (torch.round(a / scale) + zero).clamp(0, 255)
         y = ((q - zero).to(torch.float64) @ centred(b, b_zero, -1)) * (scale.to(torch.float64) * b_scale)
@@ -140,8 +138,8 @@ def dynamic_quantize_matmul(site: Site) -> Function:
 
 _FLOAT_FUNCTIONS: dict[str, Callable[[Site], Callable[..., Tensor]]] = {
     "QLinearSigmoid": lambda site: torch.sigmoid,
-    "QLinearLeakyRelu": lambda site: lambda x: F.leaky_relu(x, site.float("alpha", 0.01)),
-    "QLinearSoftmax": lambda site: lambda x: torch.softmax(x, site.int("axis", -1)),
+    "QLinearLeakyRelu": lambda site: lambda x: F.leaky_relu(x, site.number("alpha", 0.01)),
+    "QLinearSoftmax": lambda site: lambda x: torch.softmax(x, site.integer("axis", -1)),
     "QLinearGlobalAveragePool": lambda site: lambda x: x.mean(tuple(range(2, x.dim())), keepdim=True),
 }
 
@@ -174,7 +172,7 @@ def qlinear_binary(site: Site) -> Function:
 @operator("QLinearConcat", domain=MICROSOFT)
 def qlinear_concat(site: Site) -> Function:
     """y scale, y zero point, then (tensor, scale, zero point) for each part."""
-    axis, dtype = site.int("axis", 0), _type(site, 1)
+    axis, dtype = site.integer("axis", 0), _type(site, 1)
 
     def run(scale: Tensor, zero: Tensor, *parts: Tensor) -> Tensor:
         values = [_real(parts[i], parts[i + 1], parts[i + 2], 1) for i in range(0, len(parts), 3)]

@@ -1,6 +1,8 @@
-"""Operators that move values without changing them: shapes, axes, pieces, padding."""
+"""Operators that move values without changing them: shapes, axes, pieces, blocks."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ def reshape(site: Site) -> Function:
 @operator("Flatten", carries_unsigned=True)
 def flatten(site: Site) -> Function:
     """To two axes: those before `axis`, and the rest."""
-    axis = site.int("axis", 1)
+    axis = site.integer("axis", 1)
 
     def run(x: Tensor) -> Tensor:
         position = axis if axis >= 0 else axis + x.dim()
@@ -71,11 +73,16 @@ def unsqueeze(site: Site) -> Function:
     return run
 
 
+def broadcast(a: Sequence[int], b: Sequence[int]) -> torch.Size:
+    """The shape that both are broadcast to."""
+    return torch.Size(torch.broadcast_shapes(a, b))  # type: ignore[no-untyped-call]
+
+
 @operator("Expand", carries_unsigned=True)
 def expand(site: Site) -> Function:
     """Both sides are broadcast: an extent of 1 in the shape keeps that of the value."""
     read = site.reader(1)
-    return lambda x, shape: x.expand(torch.broadcast_shapes(x.shape, read(x, shape)))
+    return lambda x, shape: x.expand(broadcast(x.shape, read(x, shape)))
 
 
 @operator("Tile", carries_unsigned=True)
@@ -86,14 +93,14 @@ def tile(site: Site) -> Function:
 
 @operator("Concat", carries_unsigned=True)
 def concat(site: Site) -> Function:
-    axis = site.int("axis", 0)
+    axis = site.integer("axis", 0)
     return lambda *values: torch.cat(values, axis)
 
 
 @operator("Split", carries_unsigned=True)
 def split(site: Site) -> Function:
     """Into given sizes, or into equal ones, the last of which may be smaller."""
-    axis, parts = site.int("axis", 0), site.int("num_outputs", len(site.node.outputs))
+    axis, parts = site.integer("axis", 0), site.integer("num_outputs", len(site.node.outputs))
     read = site.reader(1, "split")
 
     def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -101,7 +108,7 @@ def split(site: Site) -> Function:
         if not sizes:
             size = -(-x.shape[axis] // parts)
             sizes = tuple(min(size, x.shape[axis] - size * index) for index in range(parts))
-        return torch.split(x, sizes, axis)
+        return torch.split(x, list(sizes), axis)
 
     return run
 
@@ -146,67 +153,10 @@ def _clamped(start: int, end: int, step: int, extent: int) -> slice:
     return slice(start, None if end < -extent else end, step)
 
 
-_PAD_MODES = {"edge": "replicate", "reflect": "reflect", "wrap": "circular"}
-
-
-@operator("Pad", until=10)
-def pad_attributes(site: Site) -> Function:
-    pads, mode, value = site.ints("pads", ()) or (), site.string("mode", "constant"), site.float("value", 0.0)
-    return lambda x: padded(x, pads, tuple(range(x.dim())), mode, value)
-
-
-@operator("Pad", since=11)
-def pad(site: Site) -> Function:
-    """Negative amounts cut."""
-    mode = site.string("mode", "constant")
-    read_pads, read_axes = site.reader(1), site.reader(3)
-
-    def run(*inputs: Tensor) -> Tensor:
-        x = inputs[0]
-        value = inputs[2].item() if len(inputs) > 2 and inputs[2] is not None else 0
-        axes = read_axes(*inputs) or tuple(range(x.dim()))
-        return padded(x, read_pads(*inputs), axes, mode, value)
-
-    return run
-
-
-def padded(x: Tensor, pads: tuple[int, ...], axes: tuple[int, ...], mode: str, value: float) -> Tensor:
-    """`pads`: what to add at the beginning of each axis, then at the end of each."""
-    count = len(axes)
-    if mode == "constant":
-        amounts = [0] * (2 * x.dim())
-        for position, axis in enumerate(axes):
-            back = x.dim() - 1 - axis % x.dim()
-            amounts[2 * back], amounts[2 * back + 1] = pads[position], pads[count + position]
-        if x.dtype == torch.bool:
-            return F.pad(x.to(torch.uint8), amounts, value=int(value)).to(torch.bool)
-        return F.pad(x, amounts, value=value)
-    for position, axis in enumerate(axes):
-        begin, end = pads[position], pads[count + position]
-        if begin or end:
-            x = _repeated(x, axis % x.dim(), begin, end, mode)
-    return x
-
-
-def _repeated(x: Tensor, axis: int, begin: int, end: int, mode: str) -> Tensor:
-    """Padding by elements of the axis itself: which ones is a list of indices."""
-    extent = x.shape[axis]
-    places = torch.arange(-begin, extent + end, device=x.device)
-    if mode == "edge":
-        places = places.clamp(0, extent - 1)
-    elif mode == "wrap":
-        places = places % extent
-    else:
-        period = max(2 * (extent - 1), 1)
-        places = places % period
-        places = torch.where(places >= extent, period - places, places)
-    return x.index_select(axis, places)
-
-
 @operator("SpaceToDepth", carries_unsigned=True)
 def space_to_depth(site: Site) -> Function:
     """[N, C, H, W] -> [N, block * block * C, H / block, W / block]; DCR has the block before the channels."""
-    block = site.int("blocksize", 1)
+    block = site.integer("blocksize", 1)
     order = (0, 1, 3, 5, 2, 4) if site.string("mode", "DCR") == "CRD" else (0, 3, 5, 1, 2, 4)
 
     def run(x: Tensor) -> Tensor:
@@ -220,7 +170,7 @@ def space_to_depth(site: Site) -> Function:
 @operator("DepthToSpace", carries_unsigned=True)
 def depth_to_space(site: Site) -> Function:
     """CRD is torch's pixel_shuffle; DCR has the block before the channels."""
-    block = site.int("blocksize", 1)
+    block = site.integer("blocksize", 1)
     if site.string("mode", "DCR") == "CRD":
         return lambda x: F.pixel_shuffle(x, block)
 
@@ -228,24 +178,6 @@ def depth_to_space(site: Site) -> Function:
         count, channels, height, width = x.shape
         y = x.reshape(count, block, block, channels // (block * block), height, width).permute(0, 3, 4, 1, 5, 2)
         return y.reshape(count, channels // (block * block), height * block, width * block)
-
-    return run
-
-
-@operator("CenterCropPad")
-def center_crop_pad(site: Site) -> Function:
-    """Cut or padded with zeros to a shape, about the middle."""
-    read, chosen = site.reader(1), site.ints("axes")
-
-    def run(x: Tensor, shape: Tensor) -> Tensor:
-        axes = tuple(range(x.dim())) if chosen is None else tuple(axis % x.dim() for axis in chosen)
-        amounts = [0] * (2 * x.dim())
-        for axis, wanted in zip(axes, read(x, shape), strict=True):
-            difference = wanted - x.shape[axis]
-            first = difference // 2 if difference > 0 else -(-difference // 2)
-            back = x.dim() - 1 - axis
-            amounts[2 * back], amounts[2 * back + 1] = first, difference - first
-        return F.pad(x, amounts)
 
     return run
 
@@ -266,7 +198,7 @@ def trilu(site: Site) -> Function:
 @operator("ReverseSequence")
 def reverse_sequence(site: Site) -> Function:
     """The first `lengths[b]` elements of each sequence in reverse order."""
-    batch_axis, time_axis = site.int("batch_axis", 1), site.int("time_axis", 0)
+    batch_axis, time_axis = site.integer("batch_axis", 1), site.integer("time_axis", 0)
 
     def run(x: Tensor, lengths: Tensor) -> Tensor:
         steps = torch.arange(x.shape[time_axis], device=x.device)[None]

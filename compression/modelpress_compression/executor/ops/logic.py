@@ -27,7 +27,7 @@ def equal(a: Tensor, b: Tensor) -> Tensor:
 def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Strings are chosen as numpy arrays."""
     if isinstance(a, np.ndarray):
-        return np.where(condition.cpu().numpy(), a, np.asarray(b))  # type: ignore[return-value]
+        return np.where(condition.cpu().numpy(), a, np.asarray(b))
     return torch.where(condition, a, b)
 
 

@@ -26,7 +26,7 @@ def _negative_log_likelihood(
 
 
 def _options(site: Site) -> tuple[int, str]:
-    return site.int("ignore_index", _NEVER), site.string("reduction", "mean")
+    return site.integer("ignore_index", _NEVER), site.string("reduction", "mean")
 
 
 @operator("NegativeLogLikelihoodLoss", since=12)

@@ -16,7 +16,7 @@ stateless(torch.linalg.det, "Det")
 @operator("Gemm")
 def gemm(site: Site) -> Function:
     """alpha A' B' + beta C, C broadcast to the product."""
-    alpha, beta = site.float("alpha", 1.0), site.float("beta", 1.0)
+    alpha, beta = site.number("alpha", 1.0), site.number("beta", 1.0)
     trans_a, trans_b = site.flag("transA"), site.flag("transB")
 
     def run(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:

@@ -29,7 +29,7 @@ stateless(fast_gelu, "FastGelu", domain=MICROSOFT)
 
 @operator("QuickGelu", domain=MICROSOFT)
 def quick_gelu(site: Site) -> Function:
-    alpha = site.float("alpha", 1.702)
+    alpha = site.number("alpha", 1.702)
     return lambda x: x * torch.sigmoid(alpha * x)
 
 
@@ -68,7 +68,7 @@ def fused_conv(site: Site) -> Function:
 def fused_gemm(site: Site) -> Function:
     product = gemm(site)
     names = ("activation_alpha", "activation_beta")
-    parameters = tuple(site.float(name, 0.0) for name in names if name in site.node.attributes)
+    parameters = tuple(site.number(name, 0.0) for name in names if name in site.node.attributes)
     activation = _activation(site, site.string("activation", ""), parameters)
     return lambda *inputs: activation(product(*inputs))
 
@@ -76,7 +76,7 @@ def fused_gemm(site: Site) -> Function:
 @operator("FusedMatMul", domain=MICROSOFT)
 def fused_matmul(site: Site) -> Function:
     """alpha A' B'; `transBatch` moves the first axis before the last but one."""
-    alpha = site.float("alpha", 1.0)
+    alpha = site.number("alpha", 1.0)
     sides = [(site.flag(f"trans{side}"), site.flag(f"transBatch{side}")) for side in "AB"]
 
     def run(a: Tensor, b: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def _turned(x: Tensor, transposed: bool, batch: bool) -> Tensor:
 @operator("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain=MICROSOFT)
 def skip_layer_normalization(site: Site) -> Function:
     """Normalizes a sum; outputs y, (mean, inverse deviation: not wanted in inference), the sum."""
-    epsilon, outputs = site.float("epsilon", 1e-12), site.outputs
+    epsilon, outputs = site.number("epsilon", 1e-12), site.outputs
     simplified = site.node.op_type.startswith("SkipSimplified")
 
     def run(x: Tensor, skip: Tensor, gamma: Tensor, *rest: Tensor | None) -> Any:
@@ -109,14 +109,14 @@ def skip_layer_normalization(site: Site) -> Function:
 
 @operator("SimplifiedLayerNormalization", domain=MICROSOFT)
 def simplified_layer_normalization(site: Site) -> Function:
-    axis, epsilon = site.int("axis", -1), site.float("epsilon", 1e-5)
+    axis, epsilon = site.integer("axis", -1), site.number("epsilon", 1e-5)
     return lambda x, scale: rms_norm(x, scale, axis, epsilon)
 
 
 @operator("EmbedLayerNormalization", domain=MICROSOFT)
 def embed_layer_normalization(site: Site) -> Function:
     """Outputs the normalized sum of embeddings, how many tokens the mask leaves, the sum."""
-    epsilon, outputs = site.float("epsilon", 1e-12), site.outputs
+    epsilon, outputs = site.number("epsilon", 1e-12), site.outputs
 
     def run(
         ids: Tensor, segments: Tensor | None, words: Tensor, places: Tensor, kinds: Tensor | None, gamma: Tensor,
@@ -138,8 +138,12 @@ def embed_layer_normalization(site: Site) -> Function:
 @operator("RotaryEmbedding", domain=MICROSOFT)
 def rotary_embedding(site: Site) -> Function:
     """Position ids are one offset for all, or a position for each token."""
-    interleaved, heads, part = site.flag("interleaved"), site.int("num_heads", 0), site.int("rotary_embedding_dim", 0)
-    scale = site.float("scale", 1.0)
+    interleaved, heads, part = (
+        site.flag("interleaved"),
+        site.integer("num_heads", 0),
+        site.integer("rotary_embedding_dim", 0),
+    )
+    scale = site.number("scale", 1.0)
     if scale != 1.0:
         site.refuse(f"scale {scale}")
 

@@ -29,14 +29,14 @@ def _added(biases: list[Tensor]) -> Tensor | None:
 
 def _scale(site: Site) -> float | None:
     """0 stands for the usual 1 / sqrt(size)."""
-    return site.float("scale", 0.0) or None
+    return site.number("scale", 0.0) or None
 
 
 @operator("MultiHeadAttention", domain=MICROSOFT)
 def multi_head_attention(site: Site) -> Function:
     """q [batch, tokens, heads * size] (or with k and v packed: [batch, tokens, heads, 3, size]); k and v likewise, or
     by heads: [batch, heads, tokens, size]. Outputs y, present key, present value."""
-    heads, scale, fill = site.int("num_heads", 1), _scale(site), site.float("mask_filter_value", -10000.0)
+    heads, scale, fill = site.integer("num_heads", 1), _scale(site), site.number("mask_filter_value", -10000.0)
     causal, outputs = site.flag("unidirectional"), site.outputs
 
     def run(*inputs: Any) -> Any:
@@ -70,7 +70,7 @@ def _projections(
     if bias is None:
         return q, k, v
     sizes = [heads * q.shape[-1], heads * k.shape[-1], heads * v.shape[-1]]
-    parts = [part.reshape(1, heads, 1, -1) for part in bias.split(sizes)]
+    parts = [part.reshape(1, heads, 1, -1) for part in torch.split(bias, sizes)]
     # Keys and values that come by heads were projected elsewhere, with their bias.
     ready = key is not None and key.dim() == 4
     return q + parts[0], k if ready else k + parts[1], v if ready else v + parts[2]
@@ -78,12 +78,12 @@ def _projections(
 
 def _packed(site: Site) -> Function:
     """(projected [batch, tokens, 3 * hidden], mask, past, added) -> outputs of Attention."""
-    heads, scale, fill = site.int("num_heads", 1), _scale(site), site.float("mask_filter_value", -10000.0)
+    heads, scale, fill = site.integer("num_heads", 1), _scale(site), site.number("mask_filter_value", -10000.0)
     causal, outputs, sizes = site.flag("unidirectional"), site.outputs, site.ints("qkv_hidden_sizes")
 
     def run(projected: Tensor, mask: Tensor | None, past: Tensor | None, added: Tensor | None) -> Any:
         widths = list(sizes) if sizes else [projected.shape[-1] // 3] * 3
-        q, k, v = (split_heads(part, heads) for part in projected.split(widths, -1))
+        q, k, v = (split_heads(part, heads) for part in torch.split(projected, widths, -1))
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         biases = [] if added is None else [added]

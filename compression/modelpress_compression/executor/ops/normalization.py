@@ -13,7 +13,7 @@ from modelpress_compression.executor.site import Site
 @operator("BatchNormalization")
 def batch_normalization(site: Site) -> Function:
     """Training mode (opset 14 on) normalizes by the batch and returns the running statistics as well."""
-    epsilon, momentum = site.float("epsilon", 1e-5), site.float("momentum", 0.9)
+    epsilon, momentum = site.number("epsilon", 1e-5), site.number("momentum", 0.9)
     if site.flag("training_mode"):
         return lambda x, scale, bias, mean, var: _training(x, scale, bias, mean, var, epsilon, momentum)
 
@@ -43,7 +43,7 @@ def _column(vector: Tensor, x: Tensor) -> Tensor:
 
 @operator("InstanceNormalization")
 def instance_normalization(site: Site) -> Function:
-    epsilon = site.float("epsilon", 1e-5)
+    epsilon = site.number("epsilon", 1e-5)
 
     def run(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         # As groups of one channel: torch's own refuses planes of a single element.
@@ -55,7 +55,7 @@ def instance_normalization(site: Site) -> Function:
 @operator("GroupNormalization")
 def group_normalization(site: Site) -> Function:
     """Scale and bias for each group in opset 18 to 20, for each channel from 21 on."""
-    groups, epsilon = site.int("num_groups", 1), site.float("epsilon", 1e-5)
+    groups, epsilon = site.integer("num_groups", 1), site.number("epsilon", 1e-5)
     by_group = site.version < 21
 
     def run(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def layer_norm(x: Tensor, scale: Tensor, bias: Tensor | None, axis: int, epsilon
 
 @operator("LayerNormalization")
 def layer_normalization(site: Site) -> Function:
-    axis, epsilon, outputs = site.int("axis", -1), site.float("epsilon", 1e-5), site.outputs
+    axis, epsilon, outputs = site.integer("axis", -1), site.number("epsilon", 1e-5), site.outputs
 
     def run(x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         y = layer_norm(x, scale, bias, axis, epsilon)
@@ -101,15 +101,15 @@ def rms_norm(x: Tensor, scale: Tensor, axis: int, epsilon: float) -> Tensor:
 @operator("RMSNormalization")
 @operator("SimplifiedLayerNormalization")
 def rms_normalization(site: Site) -> Function:
-    axis, epsilon = site.int("axis", -1), site.float("epsilon", 1e-5)
+    axis, epsilon = site.integer("axis", -1), site.number("epsilon", 1e-5)
     return lambda x, scale: rms_norm(x, scale, axis, epsilon)
 
 
 @operator("LRN")
 def local_response_normalization(site: Site) -> Function:
     """x / (bias + alpha / size * sum of squares of `size` channels around)^beta."""
-    size, alpha = site.int("size", 1), site.float("alpha", 1e-4)
-    beta, bias = site.float("beta", 0.75), site.float("bias", 1.0)
+    size, alpha = site.integer("size", 1), site.number("alpha", 1e-4)
+    beta, bias = site.number("beta", 0.75), site.number("bias", 1.0)
 
     def run(x: Tensor) -> Tensor:
         squares = (x * x).reshape(x.shape[0], 1, x.shape[1], -1)
@@ -134,7 +134,7 @@ def mean_variance_normalization(site: Site) -> Function:
 @operator("LpNormalization")
 def lp_normalization(site: Site) -> Function:
     """Vectors of length 0 stay 0."""
-    axis, p = site.int("axis", -1), site.int("p", 2)
+    axis, p = site.integer("axis", -1), site.integer("p", 2)
 
     def run(x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, p, axis, keepdim=True)

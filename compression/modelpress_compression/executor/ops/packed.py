@@ -22,19 +22,20 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return packed
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+    spread: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return spread.flatten(-2)
 
 
 @operator("MatMulNBits", domain=MICROSOFT)
 def matmul_n_bits(site: Site) -> Function:
     """x [..., K] times a weight [N, blocks, bytes of a block], scales [N, blocks]; gradients reach x and the scales."""
-    rows, columns = site.int("N", 0), site.int("K", 0)
-    bits, block = site.int("bits", 4), site.int("block_size", 32)
+    rows, columns = site.integer("N", 0), site.integer("K", 0)
+    bits, block = site.integer("bits", 4), site.integer("block_size", 32)
     blocks = -(-columns // block)
 
     def levels(weight: Tensor, zero: Tensor | None, like: Tensor) -> Tensor:
         """q - z as floats [N, blocks, block]."""
-        q = unpack(weight.reshape(rows, blocks, -1), bits).to(like.dtype)
+        q: Tensor = unpack(weight.reshape(rows, blocks, -1), bits).to(like.dtype)
         if zero is None:
             return q - 2 ** (bits - 1)
         if zero.dtype == torch.uint8:
@@ -61,8 +62,8 @@ def matmul_n_bits(site: Site) -> Function:
 @operator("GatherBlockQuantized", domain=MICROSOFT)
 def gather_block_quantized(site: Site) -> Function:
     """Rows of a table that is quantized in blocks along `quantize_axis`."""
-    axis, along = site.int("gather_axis", 0), site.int("quantize_axis", 1)
-    block, bits = site.int("block_size", 128), site.int("bits", 4)
+    axis, along = site.integer("gather_axis", 0), site.integer("quantize_axis", 1)
+    block, bits = site.integer("block_size", 128), site.integer("bits", 4)
     packed = site.dtype(0) == DataType.UINT8
     default_zero = 2 ** (bits - 1) if packed else 0
 
@@ -108,4 +109,3 @@ def _dequantized(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     shape = (weight.shape[0], 1, -1)
     real = (weight.to(torch.float32) - zero.reshape(shape).to(torch.float32)) * scale.reshape(shape)
     return real.transpose(1, 2)
-

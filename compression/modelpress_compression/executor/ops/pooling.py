@@ -126,7 +126,7 @@ def average_pool(site: Site) -> Function:
 
 @operator("LpPool")
 def lp_pool(site: Site) -> Function:
-    pool, p = Pool(site), site.int("p", 2)
+    pool, p = Pool(site), site.integer("p", 2)
 
     def run(x: Tensor) -> Tensor:
         begin, end, further = pool.padding(x.shape[2:])
@@ -148,7 +148,7 @@ def global_max_pool(site: Site) -> Function:
 
 @operator("GlobalLpPool")
 def global_lp_pool(site: Site) -> Function:
-    p = site.int("p", 2)
+    p = site.integer("p", 2)
     return lambda x: (x.abs() ** p).sum(tuple(range(2, x.dim())), keepdim=True) ** (1 / p)
 
 

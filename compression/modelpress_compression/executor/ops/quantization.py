@@ -26,11 +26,11 @@ class RoundStraightThrough(torch.autograd.Function):
     """round(x), half to even, with the gradient of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return torch.round(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return gradients[0]
 
 
@@ -38,7 +38,7 @@ def round_straight_through(x: Tensor) -> Tensor:
     """round(x) with the gradient of x; without gradients, as fast as round alone."""
     if not x.requires_grad:
         return torch.round(x)
-    result: Tensor = RoundStraightThrough.apply(x)
+    result: Tensor = RoundStraightThrough.apply(x)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -70,15 +70,15 @@ _BY_CARRIER = {torch_type(dtype): dtype for dtype in TORCH_TYPES if dtype.bitwid
 def _quantized_type(site: Site) -> DataType | None:
     if site.has(2):
         return site.dtype(2)
-    return DataType(site.int("output_dtype", 0) or DataType.UINT8)
+    return DataType(site.integer("output_dtype", 0) or DataType.UINT8)
 
 
 @operator("QuantizeLinear")
 @operator("QuantizeLinear", domain=MICROSOFT)
 def quantize_linear(site: Site) -> Function:
     """Integers, or 8-bit and 4-bit floats."""
-    told, axis, block = _quantized_type(site), site.int("axis", 1), site.int("block_size", 0)
-    precision = site.int("precision", 0)
+    told, axis, block = _quantized_type(site), site.integer("axis", 1), site.integer("block_size", 0)
+    precision = site.integer("precision", 0)
     working = torch_type(DataType(precision)) if precision else None
     saturate, keeps = site.flag("saturate", True), site.keeps_gradient
 
@@ -103,8 +103,8 @@ def quantize_linear(site: Site) -> Function:
 @operator("DequantizeLinear")
 @operator("DequantizeLinear", domain=MICROSOFT)
 def dequantize_linear(site: Site) -> Function:
-    axis, block = site.int("axis", 1), site.int("block_size", 0)
-    chosen = site.int("output_dtype", 0)
+    axis, block = site.integer("axis", 1), site.integer("block_size", 0)
+    chosen = site.integer("output_dtype", 0)
     output = torch_type(DataType(chosen)) if chosen else None
     zero_is_zero = (zero := site.constant(2)) is not None and not bool(zero.to(torch.float32).any())
 

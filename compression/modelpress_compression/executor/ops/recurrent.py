@@ -63,11 +63,11 @@ def _cells(site: Site, defaults: Sequence[str], directions: int) -> list[_Cell]:
         _activation(name, alphas[i] if i < len(alphas) else None, betas[i] if i < len(betas) else None)
         for i, name in enumerate(names)
     ]
-    clip = site.float("clip", 0.0) if "clip" in site.node.attributes else None
+    clip = site.number("clip", 0.0) if "clip" in site.node.attributes else None
     size = len(defaults)
     return [
         _Cell(
-            tuple(functions[size * index : size * (index + 1)]), clip, site.int("hidden_size", 0),
+            tuple(functions[size * index : size * (index + 1)]), clip, site.integer("hidden_size", 0),
             site.flag("input_forget"), site.flag("linear_before_reset"),
         )
         for index in range(directions)
@@ -195,7 +195,8 @@ def recurrent(site: Site, kind: str) -> Function:
     n_states = 2 if kind == "LSTM" else 1
 
     def run(*inputs: Any) -> tuple[Tensor, ...]:
-        x, w, r, bias, lengths, *rest = (*inputs, *([None] * (8 - len(inputs))))
+        given: list[Any] = [*inputs, *([None] * (8 - len(inputs)))]
+        x, w, r, bias, lengths, *rest = given
         x = x.transpose(0, 1) if batch_first else x
         hidden = r.shape[-1]
         states = [

@@ -100,7 +100,7 @@ def reduction(site: Site) -> Function:
 
 @operator("ArgMax", "ArgMin")
 def argument(site: Site) -> Function:
-    axis, keep, last = site.int("axis", 0), site.flag("keepdims", True), site.flag("select_last_index")
+    axis, keep, last = site.integer("axis", 0), site.flag("keepdims", True), site.flag("select_last_index")
     function = torch.argmax if site.node.op_type == "ArgMax" else torch.argmin
 
     def run(x: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from modelpress_compression.executor.registry import Function, operator
 from modelpress_compression.executor.site import Site
 
 Floats = NDArray[np.float64]
-_ROUND = {
+_ROUND: dict[str, Callable[[Floats], Floats]] = {
     "round_prefer_floor": lambda x: np.ceil(x - 0.5),
     "round_prefer_ceil": lambda x: np.floor(x + 0.5),
     "floor": np.floor,
@@ -55,31 +55,28 @@ class Axis:
 
 
 def _coordinates(axis: Axis, mode: str) -> Floats:
+    """x(y) of every output element. Where the output has one element, it is a place of its own in some modes."""
     y = np.arange(axis.output, dtype=np.float64)
-    length = axis.scale * axis.extent
-    if mode == "align_corners":
-        return y * ((axis.extent - 1) / (length - 1)) if length != 1 else np.zeros(axis.output)
-    if mode == "asymmetric":
-        return y / axis.scale
-    if mode == "tf_crop_and_resize":
-        start, end = axis.roi
-        last = axis.extent - 1
+    length, last = axis.scale * axis.extent, axis.extent - 1
+    if mode in ("align_corners", "tf_crop_and_resize"):
+        start, end = axis.roi if mode == "tf_crop_and_resize" else (0.0, 1.0)
         if length == 1:
-            return np.full(axis.output, (start + end) * last / 2)
+            return np.full(axis.output, (start + end) * last / 2 if mode == "tf_crop_and_resize" else 0.0)
         return y * ((end - start) * last / (length - 1)) + start * last
-    if mode == "tf_half_pixel_for_nn":
-        return (y + 0.5) / axis.scale
     if mode == "pytorch_half_pixel" and length == 1:
         return np.full(axis.output, -0.5)
-    shift = axis.extent / 2 * (1 - axis.output / length) if mode == "half_pixel_symmetric" else 0.0
-    result: Floats = shift + (y + 0.5) / axis.scale - 0.5
+    centre = 0.0 if mode == "asymmetric" else 0.5
+    shift = 0.0 if mode in ("asymmetric", "tf_half_pixel_for_nn") else -0.5
+    if mode == "half_pixel_symmetric":
+        shift += axis.extent / 2 * (1 - axis.output / length)
+    result: Floats = (y + centre) / axis.scale + shift
     return result
 
 
 def _kernel(distance: Floats, mode: str, a: float) -> Floats:
     d = np.abs(distance)
     if mode == "linear":
-        return np.clip(1 - d, 0, 1)
+        return np.asarray(np.clip(1 - d, 0, 1))
     inner = ((a + 2) * d - (a + 3)) * d * d + 1
     outer = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
     return np.where(d <= 1, inner, np.where(d < 2, outer, 0.0))
@@ -132,22 +129,19 @@ def _torch_options(method: Method, axes: Sequence[Axis]) -> dict[str, Any] | Non
     exact = all(axis.scale == axis.output / axis.extent for axis in axes)
     if not exact or method.antialias or method.exclude_outside or not axes:
         return None
+    # pytorch_half_pixel puts a single output element elsewhere.
+    several = all(axis.output > 1 for axis in axes)
+    centred = method.coordinates == "half_pixel" or (method.coordinates == "pytorch_half_pixel" and several)
     if method.mode == "nearest":
+        whole = all(axis.output % axis.extent == 0 for axis in axes)
         if method.coordinates == "asymmetric" and method.nearest == "floor":
             return {"mode": "nearest"}
-        whole = all(axis.output % axis.extent == 0 for axis in axes)
-        centred = method.coordinates in ("half_pixel", "pytorch_half_pixel") and method.nearest.startswith("round")
-        return {"mode": "nearest-exact"} if whole and centred and all(axis.output > 1 for axis in axes) else None
+        return {"mode": "nearest-exact"} if whole and centred and method.nearest.startswith("round") else None
     mode = _TORCH_MODES.get((method.mode, len(axes)))
-    if mode is None or (method.mode == "cubic" and method.cubic_a != -0.75):
+    aligned = method.coordinates == "align_corners"
+    if mode is None or not (centred or aligned) or (method.mode == "cubic" and method.cubic_a != -0.75):
         return None
-    if method.coordinates == "align_corners":
-        return {"mode": mode, "align_corners": True}
-    if method.coordinates == "half_pixel" or (
-        method.coordinates == "pytorch_half_pixel" and all(axis.output > 1 for axis in axes)
-    ):
-        return {"mode": mode, "align_corners": False}
-    return None
+    return {"mode": mode, "align_corners": aligned}
 
 
 def resized(x: Tensor, axes: dict[int, Axis], method: Method) -> Tensor:
@@ -169,17 +163,17 @@ def resize(site: Site) -> Function:
     """Inputs x, roi, scales, sizes."""
     method = Method(
         site.string("mode", "nearest"), site.string("coordinate_transformation_mode", "half_pixel"),
-        site.string("nearest_mode", "round_prefer_floor"), site.float("cubic_coeff_a", -0.75),
-        site.flag("exclude_outside"), site.flag("antialias"), site.float("extrapolation_value", 0.0),
+        site.string("nearest_mode", "round_prefer_floor"), site.number("cubic_coeff_a", -0.75),
+        site.flag("exclude_outside"), site.flag("antialias"), site.number("extrapolation_value", 0.0),
     )  # fmt: skip
     if method.coordinates == "tf_half_pixel_for_nn":
-        method = Method(*{**method.__dict__, "nearest": "floor"}.values())
+        method = replace(method, nearest="floor")
     chosen, policy = site.ints("axes"), site.string("keep_aspect_ratio_policy", "stretch")
     read_sizes = site.reader(3)
     site.host_inputs.update((1, 2))
 
     def run(*inputs: Tensor) -> Tensor:
-        x, roi, scales, _ = (*inputs, *([None] * (4 - len(inputs))))
+        x, roi, scales = inputs[0], _given(inputs, 1), _given(inputs, 2)
         dims = tuple(range(x.dim())) if chosen is None else tuple(axis % x.dim() for axis in chosen)
         sizes = read_sizes(*inputs)
         factors = [float(f) for f in scales.tolist()] if scales is not None and scales.numel() else None
@@ -193,6 +187,10 @@ def resize(site: Site) -> Function:
         return resized(x, axes, method)
 
     return run
+
+
+def _given(inputs: Sequence[Tensor | None], index: int) -> Tensor | None:
+    return inputs[index] if index < len(inputs) else None
 
 
 def _targets(

@@ -21,7 +21,7 @@ def _wrapped(indices: Tensor, extent: int) -> Tensor:
 
 @operator("Gather", carries_unsigned=True)
 def gather(site: Site) -> Function:
-    axis = site.int("axis", 0)
+    axis = site.integer("axis", 0)
     known = site.constant(1)
     if known is not None and known.dim() == 0:
         place = int(known)
@@ -45,14 +45,14 @@ def gather(site: Site) -> Function:
 
 @operator("GatherElements")
 def gather_elements(site: Site) -> Function:
-    axis = site.int("axis", 0)
+    axis = site.integer("axis", 0)
     return lambda x, indices: torch.gather(x, axis, _wrapped(indices, x.shape[axis]))
 
 
 @operator("GatherND")
 def gather_nd(site: Site) -> Function:
     """The last axis of the indices points into the axes after the batch axes."""
-    batch = site.int("batch_dims", 0)
+    batch = site.integer("batch_dims", 0)
 
     def run(x: Tensor, indices: Tensor) -> Tensor:
         lead = x.shape[:batch]
@@ -70,7 +70,7 @@ _REDUCE = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
 
 @operator("ScatterElements", "Scatter")
 def scatter_elements(site: Site) -> Function:
-    axis, reduction = site.int("axis", 0), site.string("reduction", "none")
+    axis, reduction = site.integer("axis", 0), site.string("reduction", "none")
 
     def run(x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
         places = _wrapped(indices, x.shape[axis])
@@ -108,7 +108,7 @@ def scatter_nd(site: Site) -> Function:
 @operator("TensorScatter")
 def tensor_scatter(site: Site) -> Function:
     """Writes a piece into a cache at one position for each sample; circular mode wraps round the end."""
-    axis, circular = site.int("axis", -2), site.string("mode", "linear") == "circular"
+    axis, circular = site.integer("axis", -2), site.string("mode", "linear") == "circular"
 
     def run(past: Tensor, update: Tensor, starts: Tensor | None = None) -> Tensor:
         position = axis % past.dim()
@@ -126,7 +126,7 @@ def tensor_scatter(site: Site) -> Function:
 @operator("Compress")
 def compress(site: Site) -> Function:
     """Where the condition holds; it may be shorter than the axis."""
-    axis = site.int("axis", 0) if "axis" in site.node.attributes else None
+    axis = site.integer("axis", 0) if "axis" in site.node.attributes else None
 
     def run(x: Tensor, condition: Tensor) -> Tensor:
         places = condition.nonzero().reshape(-1)
@@ -144,7 +144,7 @@ def non_zero(site: Site) -> Function:
 @operator("TopK", since=11)
 def top_k(site: Site) -> Function:
     """Equal values in the order of their indices, as a stable sort gives them."""
-    axis, largest = site.int("axis", -1), site.flag("largest", True)
+    axis, largest = site.integer("axis", -1), site.flag("largest", True)
     read = site.reader(1)
 
     def run(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ def top_k(site: Site) -> Function:
 @operator("Unique")
 def unique(site: Site) -> Function:
     """(values, first places, inverse, counts), sorted or in the order of their first places."""
-    axis = site.int("axis", 0) if "axis" in site.node.attributes else None
+    axis = site.integer("axis", 0) if "axis" in site.node.attributes else None
     in_order = site.flag("sorted", True)
 
     def run(x: Tensor) -> tuple[Tensor, ...]:

@@ -45,14 +45,14 @@ stateless(erase, "SequenceErase")
 
 @operator("ConcatFromSequence")
 def concat_from_sequence(site: Site) -> Function:
-    axis, new = site.int("axis", 0), site.flag("new_axis")
+    axis, new = site.integer("axis", 0), site.flag("new_axis")
     return lambda sequence: torch.stack(sequence, axis) if new else torch.cat(sequence, axis)
 
 
 @operator("SplitToSequence")
 def split_to_sequence(site: Site) -> Function:
     """Into pieces of a size, of given sizes, or into single elements, then without the axis if `keepdims` is 0."""
-    axis, keep = site.int("axis", 0), site.flag("keepdims", True)
+    axis, keep = site.integer("axis", 0), site.flag("keepdims", True)
 
     def run(x: Tensor, sizes: Tensor | None = None) -> list[Tensor]:
         if sizes is None:

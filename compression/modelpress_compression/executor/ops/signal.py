@@ -21,21 +21,23 @@ def _fourier(x: Tensor, length: int | None, axis: int, inverse: bool, onesided: 
     values = x[..., 0] if x.shape[-1] == 1 else torch.view_as_complex(x.contiguous())
     if inverse and onesided:
         count = length if length is not None else 2 * (x.shape[dim] - 1)
-        return torch.fft.irfft(values, count, dim).unsqueeze(-1)
+        real: Tensor = torch.fft.irfft(values, count, dim)
+        return real.unsqueeze(-1)
     count = x.shape[dim] if length is None else length
     if inverse:
         return torch.view_as_real(torch.fft.ifft(values, count, dim))
     spectrum = torch.fft.fft(values, count, dim)
     if onesided:
         spectrum = spectrum.narrow(dim, 0, count // 2 + 1)
-    return torch.view_as_real(spectrum.resolve_conj())
+    result: Tensor = torch.view_as_real(spectrum.resolve_conj())
+    return result
 
 
 @operator("DFT", since=17)
 def dft(site: Site) -> Function:
     """The axis is an attribute up to opset 19, then the third input."""
     inverse, onesided = site.flag("inverse"), site.flag("onesided")
-    fixed = site.int("axis", 1) if site.version < 20 else None
+    fixed = site.integer("axis", 1) if site.version < 20 else None
     read_length, read_axis = site.reader(1), site.reader(2)
 
     def run(*inputs: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ def stft(site: Site) -> Function:
 @operator("MelWeightMatrix", since=17)
 def mel_weight_matrix(site: Site) -> Function:
     """[bins of the spectrum, mel bins]: triangles that are evenly spaced on the mel scale."""
-    dtype = torch_type(DataType(site.int("output_datatype", 1)))
+    dtype = torch_type(DataType(site.integer("output_datatype", 1)))
 
     def run(bins: Tensor, length: Tensor, rate: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
         count, size = int(bins), int(length)
@@ -84,5 +86,32 @@ def mel_weight_matrix(site: Site) -> Function:
             if right > middle:
                 result[middle:right, column] = np.arange(right - middle, 0, -1) / (right - middle)
         return torch.from_numpy(result).to(dtype)
+
+    return run
+
+
+def _window_terms(site: Site, length: int) -> tuple[Tensor, torch.dtype]:
+    periodic = site.flag("periodic", True)
+    steps = torch.arange(length, dtype=torch.float64)
+    angle = 2 * math.pi * steps / (length if periodic else length - 1)
+    return angle, torch_type(DataType(site.integer("output_datatype", 1)))
+
+
+_WINDOWS = {
+    "HannWindow": (0.5, 0.5, 0.0),
+    "HammingWindow": (25 / 46, 21 / 46, 0.0),
+    "BlackmanWindow": (0.42, 0.5, 0.08),
+}
+
+
+@operator(*_WINDOWS)
+def window(site: Site) -> Function:
+    """a - b cos(t) + c cos(2t)."""
+    a, b, c = _WINDOWS[site.node.op_type]
+    read = site.reader(0)
+
+    def run(size: Tensor) -> Tensor:
+        angle, dtype = _window_terms(site, read(size)[0])
+        return (a - b * torch.cos(angle) + c * torch.cos(2 * angle)).to(dtype)
 
     return run

@@ -30,8 +30,12 @@ def affine_grid(site: Site) -> Function:
 @operator("RoiAlign")
 def roi_align(site: Site) -> Function:
     """He et al. 2017: bins of each region sampled bilinearly, then averaged (or their largest corner taken)."""
-    height, width = site.int("output_height", 1), site.int("output_width", 1)
-    ratio, scale, mode = site.int("sampling_ratio", 0), site.float("spatial_scale", 1.0), site.string("mode", "avg")
+    height, width = site.integer("output_height", 1), site.integer("output_width", 1)
+    ratio, scale, mode = (
+        site.integer("sampling_ratio", 0),
+        site.number("spatial_scale", 1.0),
+        site.string("mode", "avg"),
+    )
     default = "half_pixel" if site.version >= 16 else "output_half_pixel"
     half = site.string("coordinate_transformation_mode", default) == "half_pixel"
 
@@ -48,9 +52,7 @@ def roi_align(site: Site) -> Function:
     return run
 
 
-def _region(
-    x: Tensor, region: list[float], bins: tuple[int, int], ratio: int, half: bool, mode: str
-) -> Tensor:
+def _region(x: Tensor, region: list[float], bins: tuple[int, int], ratio: int, half: bool, mode: str) -> Tensor:
     """[C, *bins] of one region (x1, y1, x2, y2) of a feature map [C, H, W]."""
     left, top, right, bottom = region
     samples = []
