@@ -37,7 +37,7 @@ def matmul_n_bits(site: Site) -> Function:
         """q - z as floats [N, blocks, block]."""
         q: Tensor = unpack(weight.reshape(rows, blocks, -1), bits).to(like.dtype)
         if zero is None:
-            return q - 2 ** (bits - 1)
+            return q - (1 << (bits - 1))
         if zero.dtype == torch.uint8:
             zero = unpack(zero.reshape(rows, -1), bits)[:, :blocks]
         return q - zero.reshape(rows, blocks, 1).to(like.dtype)
