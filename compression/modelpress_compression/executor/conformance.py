@@ -51,17 +51,26 @@ def cases() -> tuple[Any, ...]:
 
 
 def operator_of(case: Any) -> Key:
-    """The operator that a case is about: the node of its graph, or what an expanded function stands for."""
-    nodes = case.model.graph.node
-    for node in nodes:
-        if node.op_type not in ("Constant", "Identity") or len(nodes) == 1:
-            return ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
-    return ("", nodes[0].op_type)
+    """The operator that a case is about; an expanded case, which runs a function body, stands for the function."""
+    return _operators()[case.name]
 
 
 def is_expanded(case: Any) -> bool:
     """Whether the case runs the function body of an operator instead of the operator."""
     return "_expanded" in case.name
+
+
+@functools.cache
+def _operators() -> dict[str, Key]:
+    direct = {case.name: _main_operator(case) for case in cases()}
+    return {name: direct.get(name.partition("_expanded")[0], key) for name, key in direct.items()}
+
+
+def _main_operator(case: Any) -> Key:
+    """The first node that does more than to provide constants."""
+    nodes = case.model.graph.node
+    node = next((node for node in nodes if node.op_type not in ("Constant", "Identity")), nodes[0])
+    return ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
 
 
 def check(case: Any) -> Outcome:
