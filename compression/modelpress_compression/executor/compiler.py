@@ -9,11 +9,11 @@ import onnx_ir
 import torch
 from torch import Tensor
 
-from modelpress_compression.analysis.graph import constant_tensor, label
+from modelpress_compression.analysis.graph import constant_tensor, is_op, label, only_consumer
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.executor.dtypes import SIGNED, UNSIGNED, tensor_of, torch_type
 from modelpress_compression.executor.errors import NotExecutableError
-from modelpress_compression.executor.fusion import Fused, gated_activations, in_place, may_overwrite
+from modelpress_compression.executor.fusion import Fused, fake_quantization, gated_activations, in_place, may_overwrite
 from modelpress_compression.executor.ops import find
 from modelpress_compression.executor.plan import MISSING, UNWANTED, Plan, Step, freed_after
 from modelpress_compression.executor.registry import Function, Operator
@@ -103,9 +103,7 @@ class _Assembly:
     def assemble(self, nodes: Sequence[onnx_ir.Node]) -> Plan:
         self.fused, gone = gated_activations(nodes, self.outputs)
         for node in nodes:
-            if node in self.fused:
-                self._emit(node, self.fused[node].function, self.fused[node].in_place, self.fused[node].inputs)
-            elif node not in gone:
+            if node not in gone:
                 self._add(node)
         outputs = tuple(self._slot(value, None) for value in self.outputs)
         bound = [slot for slot, value in enumerate(self.template) if value is not None]
@@ -145,6 +143,13 @@ class _Assembly:
 
     def _add(self, node: onnx_ir.Node) -> None:
         compiler = self.compiler
+        fused = self.fused.get(node) or fake_quantization(node, self.outputs, self._constant)
+        if fused is not None:
+            self._emit(node, fused.function, fused.in_place, fused.inputs)
+            return
+        reader = only_consumer(node.outputs[0]) if is_op(node, "QuantizeLinear") else None
+        if reader is not None and fake_quantization(reader, self.outputs, self._constant) is not None:
+            return
         if node.outputs and node.outputs[0] in compiler.parameters:
             return  # a Constant node whose tensor is trained
         entry = compiler.entry(node)
@@ -165,6 +170,10 @@ class _Assembly:
         if all(loaded) and entry.deterministic and self._fold(node, function, (*node.inputs, *captured)):
             return
         self._emit(node, function, in_place(site), (*node.inputs, *captured))
+
+    def _constant(self, value: onnx_ir.Value | None) -> Tensor | None:
+        found = self.compiler.constants[value] if value is not None and self.compiler.load(value) else None
+        return found if isinstance(found, Tensor) else None
 
     def _emit(
         self, node: onnx_ir.Node, function: Function, frugal: Function | None, operands: Sequence[onnx_ir.Value | None]

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from modelpress_compression.analysis.graph import float_attribute, is_op, only_consumer
+from modelpress_compression.analysis.graph import (
+    constant_tensor,
+    float_attribute,
+    int_attribute,
+    is_op,
+    only_consumer,
+)
+from modelpress_compression.executor.dtypes import INTEGER_RANGES
 from modelpress_compression.executor.ops.layout import broadcast
 from modelpress_compression.executor.registry import Function
 from modelpress_compression.executor.site import Site
@@ -59,6 +66,47 @@ def _gate(node: onnx_ir.Node) -> tuple[Function, Function] | None:
         return F.hardswish, lambda x: F.hardswish(x, inplace=True)
     return None
 
+
+def fake_quantization(
+    node: onnx_ir.Node, kept: Sequence[onnx_ir.Value], constant: Callable[[onnx_ir.Value | None], Tensor | None]
+) -> Fused | None:
+    """A DequantizeLinear right behind a QuantizeLinear of 8 bits or less, with constant scales and zero points: one
+    kernel of torch instead of five, with the same straight-through gradient."""
+    source = node.inputs[0].producer() if is_op(node, "DequantizeLinear") and node.inputs[0] is not None else None
+    if source is None or not is_op(source, "QuantizeLinear") or source.outputs[0] in kept:
+        return None
+    if source.graph is not node.graph:
+        return None
+    x, quantized = source.inputs[0], source.outputs[0]
+    scale, zero = constant(node.inputs[1]), constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    dtype = zero_point_type(source)
+    simple = all(
+        int_attribute(item, name, 0) == 0 for item in (node, source) for name in ("block_size", "output_dtype")
+    )
+    same = list(node.inputs[1:]) == list(source.inputs[1:]) and only_consumer(quantized) is node
+    axis = int_attribute(node, "axis", 1)
+    if not (simple and same and axis == int_attribute(source, "axis", 1)) or x is None or constant(x) is not None:
+        return None
+    if scale is None or zero is None or scale.dtype != torch.float32 or dtype not in _FAKE_TYPES:
+        return None
+    low, high = INTEGER_RANGES[dtype]
+    if scale.numel() == 1:
+        factor, offset = float(scale), int(zero)
+        function = lambda x: torch.fake_quantize_per_tensor_affine(x, factor, offset, low, high)  # noqa: E731
+    else:
+        offsets = zero.to(torch.int32)
+        function = lambda x: torch.fake_quantize_per_channel_affine(x, scale, offsets, axis % x.dim(), low, high)  # noqa: E731
+    return Fused(function, function, (x,))
+
+
+def zero_point_type(node: onnx_ir.Node) -> onnx_ir.DataType | None:
+    """Element type of the third input."""
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    tensor = constant_tensor(value)
+    return tensor.dtype if tensor is not None else (None if value is None else value.dtype)
+
+
+_FAKE_TYPES = frozenset((onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8, onnx_ir.DataType.INT4, onnx_ir.DataType.UINT4))
 
 # Operators whose result is always new memory, no view of an input.
 FRESH = frozenset(

@@ -52,6 +52,17 @@ def test_gradients_pass_straight_through_within_the_range(model_from_text: Model
     np.testing.assert_array_equal(x.grad.numpy(), [[1, 1, 1, 0, 0]])
 
 
+def test_constant_scales_make_one_step(model_from_text: ModelFromText) -> None:
+    """Q and DQ run as one kernel; asked for the integers, or to learn the scale, they do not."""
+    model = _fake(model_from_text, np.array([0.5, 0.01, 2]), np.array([3, 100, 7], np.uint8))
+    assert len(Executor(model)._plan.steps) == 1
+    assert len(Executor(model, outputs=["q", "y"])._plan.steps) == 2
+    learned = Executor(model, trainable=quantization_scales)
+    assert len(learned._plan.steps) == 2
+    x = np.random.default_rng(0).normal(0, 3, (4, 3)).astype(np.float32)
+    np.testing.assert_allclose(learned.run({"x": x})["y"], Executor(model).run({"x": x})["y"], rtol=1e-5)
+
+
 def test_the_scale_has_the_gradient_of_lsq(model_from_text: ModelFromText) -> None:
     """round(v / s) - v / s inside, the bound outside; summed over the values."""
     executor = Executor(_fake(model_from_text, np.array(0.5), np.array(0, np.int8)), trainable=quantization_scales)

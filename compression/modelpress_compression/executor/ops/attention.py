@@ -125,9 +125,10 @@ def attend(
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     factor = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
-    plain = bias is None and not (softcap or with_product or precision)
-    if plain and q.element_size() >= 4:
-        return F.scaled_dot_product_attention(q, k, v, scale=factor), None
+    hidden = None if bias is None else torch.isneginf(bias.amax(-1, keepdim=True))
+    blind = hidden is not None and bool(hidden.any())
+    if q.element_size() >= 4 and not (softcap or with_product or precision or blind):
+        return F.scaled_dot_product_attention(q, k, v, bias, scale=factor), None
     root = float(
         torch.tensor(math.sqrt(factor), dtype=q.dtype)
     )  # in the precision of the values, as the standard has it
@@ -136,8 +137,7 @@ def attend(
     biased = capped if bias is None else capped + bias
     logits = biased if precision is None else biased.to(precision)
     weights = softmax(logits, -1)
-    if bias is not None:
-        hidden = torch.isneginf(bias.amax(-1, keepdim=True))
+    if hidden is not None and blind:
         weights = weights.masked_fill(hidden, 0.0)
     y = weights.to(q.dtype) @ v
     shown = {AFTER_SOFTCAP: capped, AFTER_BIAS: biased, AFTER_SOFTMAX: weights}.get(mode, product)

@@ -58,7 +58,7 @@ def clip(site: Site) -> Function:
             return lambda x, *_: x
         if low == 0 and high is None:
             return lambda x, *_: torch.relu(x)
-        if isinstance(low, float) and isinstance(high, float):
+        if isinstance(low, float) and isinstance(high, float) and low <= high:
             # The same as clamp, with one pass instead of four in the gradient.
             return lambda x, *_: F.hardtanh(x, low, high)
         return lambda x, *_: torch.clamp(x, low, high)
