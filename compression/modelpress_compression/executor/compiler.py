@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import onnx_ir
@@ -11,12 +11,14 @@ from torch import Tensor
 
 from modelpress_compression.analysis.graph import constant_tensor, is_op, label, only_consumer
 from modelpress_compression.errors import ModelNotRunnableError
-from modelpress_compression.executor.dtypes import SIGNED, UNSIGNED, tensor_of, torch_type
+from modelpress_compression.executor.dtypes import tensor_of
 from modelpress_compression.executor.errors import NotExecutableError
 from modelpress_compression.executor.fusion import Fused, fake_quantization, gated_activations, in_place, may_overwrite
 from modelpress_compression.executor.ops import find
+from modelpress_compression.executor.placement import for_types, on_device
 from modelpress_compression.executor.plan import MISSING, UNWANTED, Plan, Step, freed_after
 from modelpress_compression.executor.registry import Function, Operator
+from modelpress_compression.executor.scopes import captured_values, subgraphs
 from modelpress_compression.executor.site import Site
 
 # A folded constant may be this many times as large as what it is made of: 4-bit weights become float32.
@@ -164,9 +166,9 @@ class _Assembly:
             node, compiler.version(node), compiler.constants, subplans, compiler.device,
             keeps_gradient=node.op_type == "QuantizeLinear" and _is_only_dequantized(node.outputs[0], self.outputs),
         )  # fmt: skip
-        function = _for_types(entry.build(site), entry, site)
+        function = for_types(entry.build(site), entry, site)
         if compiler.device.type != "cpu":
-            function = _on_device(function, frozenset(site.host_inputs), compiler.device)
+            function = on_device(function, frozenset(site.host_inputs), compiler.device)
         if all(loaded) and entry.deterministic and self._fold(node, function, (*node.inputs, *captured)):
             return
         self._emit(node, function, in_place(site), (*node.inputs, *captured))
@@ -223,52 +225,6 @@ def _bytes(value: Any) -> int:
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
-def subgraphs(node: onnx_ir.Node) -> dict[str, onnx_ir.Graph]:
-    """The node's subgraphs by the name of their attribute."""
-    found = {}
-    for name, attribute in node.attributes.items():
-        if attribute.type == onnx_ir.AttributeType.GRAPH:
-            found[name] = attribute.as_graph()
-    return found
-
-
-def captured_values(node: onnx_ir.Node) -> tuple[onnx_ir.Value, ...]:
-    """Values of outer graphs that the node's subgraphs use, without those that are constant there."""
-    used: dict[onnx_ir.Value, None] = {}
-    inside: set[onnx_ir.Value] = set()
-    for graph in _nested_graphs(node):
-        inside.update(graph.inputs)
-        inside.update(graph.initializers.values())
-        used.update(dict.fromkeys(graph.outputs))
-        for inner in graph:
-            inside.update(inner.outputs)
-            used.update((value, None) for value in inner.inputs if value is not None)
-    return tuple(value for value in used if value not in inside)
-
-
-def _nested_graphs(node: onnx_ir.Node) -> Iterator[onnx_ir.Graph]:
-    for graph in subgraphs(node).values():
-        yield graph
-        for inner in graph:
-            yield from _nested_graphs(inner)
-
-
-def needed_nodes(
-    graph: onnx_ir.Graph, inputs: Collection[onnx_ir.Value], outputs: Sequence[onnx_ir.Value]
-) -> list[onnx_ir.Node]:
-    """Nodes of the graph that the outputs depend on, in order, where `inputs` are given."""
-    needed: set[onnx_ir.Node] = set()
-    frontier = list(outputs)
-    while frontier:
-        value = frontier.pop()
-        node = value.producer()
-        if node is None or node in needed or value in inputs:
-            continue
-        needed.add(node)
-        frontier.extend(item for item in (*node.inputs, *captured_values(node)) if item is not None)
-    return [node for node in graph if node in needed]
-
-
 def _is_only_dequantized(value: onnx_ir.Value, kept: Sequence[onnx_ir.Value]) -> bool:
     """Whether every way from the value leads to a DequantizeLinear, through operators that only move numbers."""
     frontier = [value]
@@ -282,44 +238,3 @@ def _is_only_dequantized(value: onnx_ir.Value, kept: Sequence[onnx_ir.Value]) ->
             elif node.op_type != "DequantizeLinear" or position != 0:
                 return False
     return True
-
-
-def _for_types(function: Function, entry: Operator, site: Site) -> Function:
-    """Around functions of unsigned 16 to 64 bit integers: computed in a signed type, returned in their own."""
-    node = site.node
-    wanted = [site.output_dtype(index) for index in range(len(node.outputs))]
-    types = {*(site.dtype(index) for index in range(len(node.inputs))), *wanted}
-    if entry.carries_unsigned or not types & UNSIGNED:
-        return function
-    targets = [torch_type(dtype) if dtype in UNSIGNED and dtype is not None else None for dtype in wanted]
-
-    def signed(*inputs: Any) -> Any:
-        result = function(*(_signed(value) for value in inputs))
-        results = result if isinstance(result, tuple) else (result,)
-        results = tuple(
-            value if target is None else value.to(target) for value, target in zip(results, targets, strict=False)
-        )
-        return results if isinstance(result, tuple) else results[0]
-
-    return signed
-
-
-def _signed(value: Any) -> Any:
-    return value.to(SIGNED[value.dtype]) if isinstance(value, Tensor) and value.dtype in SIGNED else value
-
-
-def _on_device(function: Function, host_inputs: frozenset[int], device: torch.device) -> Callable[..., Any]:
-    """Around functions on an accelerator: shape arithmetic stays with the CPU until it meets values of the device."""
-
-    def placed(*inputs: Any) -> Any:
-        operands = [value for index, value in enumerate(inputs) if index not in host_inputs]
-        if any(isinstance(value, Tensor) and value.device.type == device.type for value in operands):
-            inputs = tuple(
-                value.to(device)
-                if isinstance(value, Tensor) and value.device.type == "cpu" and index not in host_inputs
-                else value
-                for index, value in enumerate(inputs)
-            )
-        return function(*inputs)
-
-    return placed
