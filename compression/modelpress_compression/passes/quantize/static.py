@@ -25,8 +25,10 @@ import onnx_ir
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, is_excluded
 from modelpress_compression.passes.quantize import dynamic
+from modelpress_compression.passes.quantize.bias_correction import Shifts, correct, mean_shifts
 from modelpress_compression.passes.quantize.calibration import observe
 from modelpress_compression.passes.quantize.edit import Editor, clean, label, required
+from modelpress_compression.passes.quantize.equalize import equalize
 from modelpress_compression.passes.quantize.gptq_rounder import make_rounder
 from modelpress_compression.passes.quantize.observers import Histogram
 from modelpress_compression.passes.quantize.output_error import open_probe
@@ -41,7 +43,8 @@ from modelpress_compression.techniques import QuantizeConfig
 
 # A node that alone takes the outputs below this is a catastrophe, not a compression.
 FLOOR_DB = 15.0
-SMOOTHED = "smooth_quant"  # in the changes: activations whose outliers went into weights
+# Names in the changes, besides those of operators.
+SMOOTHED, EQUALIZED, CORRECTED = "smooth_quant", "equalize", "bias_correction"
 # Shares of the pass's time until smoothing, calibration, sensitivity and better ranges are done.
 _SMOOTHED, _CALIBRATED, _MEASURED, _REFINED = 0.1, 0.45, 0.7, 0.9
 
@@ -60,12 +63,13 @@ class StaticQuantizer:
     findings: Findings
     rounder: Rounder
     floats: frozenset[str] = field(default=frozenset())  # of `heavy`, what must stay float32
+    shifts: Shifts = field(default_factory=dict)  # of means, which biases take back
 
     def result(self, floats: frozenset[str] = frozenset()) -> PassResult:
         """What the pass gives with the nodes of these outputs in float32."""
         written = Findings()
         work = self.quantize(floats, written)
-        if not any(written.changes.values()):
+        if not written.changes:
             # Nothing came of it in 8 bits: then new scales are not worth a change.
             return replace(self.findings.result(work), changes={})
         return self.findings.plus(written).result(work)
@@ -82,6 +86,8 @@ class StaticQuantizer:
         store = WeightStore(editor, self.config, self.rounder)
         plan = self._plan(work, floats)
         planned = set(plan.nodes)
+        if count := correct(plan, self.shifts, editor):
+            findings.changes[CORRECTED] = count
         QdqWriter(editor, store).write(plan, self.ranges.parameters)
         guard_float_nodes(work.graph, editor)
         findings.changes.update(node.op_type for node in plan.nodes)
@@ -112,6 +118,8 @@ def prepare(model: Model, config: QuantizeConfig, context: Context, findings: Fi
     """Works in place. Raises ModelNotRunnableError if the model does not run on the data, TimeLimitError."""
     editor = Editor(model)
     heavy = _choose(model, config, findings)
+    if config.equalize and (count := equalize(model, heavy, editor)):
+        findings.changes[EQUALIZED] = count
     if config.smooth_quant and context.data.provided and heavy:
         context.progress(0.0, "looking for outliers in activations")
         if count := smooth(model, make_plan(model.graph, heavy), editor, context):
@@ -126,6 +134,7 @@ def prepare(model: Model, config: QuantizeConfig, context: Context, findings: Fi
     )
     if plan.heavy:
         _measure(quantizer, plan, histograms, context)
+        _find_shifts(quantizer, context)
     context.progress(_REFINED, "writing 8-bit layers")
     return quantizer
 
@@ -231,6 +240,20 @@ def _measure(quantizer: StaticQuantizer, plan: Plan, histograms: Mapping[str, Hi
     _leave_sensitive(quantizer, plan)
     for node in plan.heavy:
         quantizer.findings.details.append({"layer": label(node), "error_db": decibels(ranges.error_at(node))})
+
+
+def _find_shifts(quantizer: StaticQuantizer, context: Context) -> None:
+    config = quantizer.config
+    if not config.bias_correction:
+        return
+    if not context.data.provided:
+        quantizer.findings.warnings.append(
+            "Biases were not corrected: that needs representative inputs, whose means are those of real ones."
+        )
+        return
+    quantizer.shifts = mean_shifts(
+        quantizer.model, quantizer.plan, quantizer.ranges.parameters, config, quantizer.rounder, context
+    )
 
 
 def _leave_sensitive(quantizer: StaticQuantizer, plan: Plan) -> None:
