@@ -143,7 +143,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", default=[], help="parts of models' names")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one contender on one model")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB of resident memory for one contender")
-    parser.add_argument("--rounds", type=int, default=50, help="timed rounds")
+    parser.add_argument("--rounds", type=int, default=300, help="most timed rounds")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of timing for a model at one batch size")
     parser.add_argument("--again", action="store_true", help="measure again what has not changed")
     parser.add_argument("--render", action="store_true", help="write the page from the gathered figures, and stop")

@@ -28,7 +28,7 @@ class Aim:
 
     def cells(self, model: Row | None) -> list[str]:
         """Aim and ours: size, latency, fidelity."""
-        aimed = [f"{self.size:.2f}", " / ".join(f"{value:.2f}" for value in self.latency), self._text(self.bound)]
+        aimed = [f"{self.size:.3f}", " / ".join(f"{value:.2f}" for value in self.latency), self._text(self.bound)]
         return [self.model, self.others, *aimed, *(self._ours(model) if model else ["", "", "", ""])]
 
     def _ours(self, model: Row) -> list[str]:

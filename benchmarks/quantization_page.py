@@ -222,7 +222,7 @@ def _cells(model: Row, name: str) -> list[str]:
     verdict = "no" if row["outcome"] != "ok" else f"no: {reason}" if reason else "yes"
     fallen = drop(model, name) if row["outcome"] == "ok" else None
     if fallen is not None and middle[-1]:
-        middle[-1] += f" ({-fallen:+.3f})"
+        middle[-1] += f" ({round(-fallen, 3) + 0.0:+.3f})"
     return [label(name), *middle, f"{row['wall_s']:.1f} s{steps}", peak, verdict]
 
 
