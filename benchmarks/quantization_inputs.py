@@ -10,9 +10,9 @@ from modelpress_compression.inputs import Array
 LINES_A_PAGE = 8
 PAGES = 40
 PAGE_HEIGHT, PAGE_WIDTH = 448, 384
-CROPS = 160
+CROPS = 400
 CROP_WIDTH = 192
-FILES = 240
+FILES = 400
 HALF = 1024  # bytes from either end of a file
 PADDING = 256  # the value after the last byte
 # Of ImageNet, as PaddleOCR's detection takes them.

@@ -92,7 +92,7 @@ def _nearest(path: Path, data: InputData) -> np.ndarray:
 
 
 def _masks(path: Path, data: InputData, threshold: float) -> np.ndarray:
-    return np.stack([output > threshold for _, output in _first_output(path, data)])
+    return np.stack([np.asarray(output, np.float64) > threshold for _, output in _first_output(path, data)])
 
 
 def latency(files: Mapping[str, Path], data: InputData, batch_size: int, timing: Timing) -> Figures | None:

@@ -52,10 +52,10 @@ the intervals grow. The row "float32, second session" shows how far chance alone
 **Fidelity** is that of the first output on the held-out inputs: SQNR pooled over all elements, cosine, the share of
 equal top classes (of classifiers), of equal nearest neighbours (of encoders), IoU (of masks).
 
-**Time and memory** are those of quantizing: wall time without imports, and the process's peak of resident memory, of
-which so much lay there before the work began (our process holds torch, theirs does not). `auto` measures fidelity and
-latency of its candidates, and both presets measure their result: that is in their wall time. In parentheses: the steps
-alone.
+**Time and memory** are those of quantizing: wall time without imports and the process's own processor time, which other
+work on the machine does not lengthen; and the peak of resident memory, of which so much lay there before the work began
+(our process holds torch, theirs does not). `auto` measures fidelity and latency of its candidates, and both presets
+measure their result: that is in their time; "steps" is the wall time of the recipe's steps alone.
 
 **Rules.** A model is acceptable where its metric falls by at most {MAX_DROP * 100:g} point; without a metric, where the
 cosine of its outputs is at least {MIN_COSINE} (10 dB) and, in trained classifiers, at least {MIN_AGREEMENT:.0%} of the
@@ -215,7 +215,9 @@ def _cells(model: Row, name: str) -> list[str]:
             _agreement(fidelity),
             _number(row.get("metric"), ".3f"),
         ]
-    steps = f" ({row['steps_s']:.1f} s)" if row.get("steps_s") is not None else ""
+    spans = [f"processor {row['cpu_s']:.1f} s"] if row.get("cpu_s") is not None else []
+    spans += [f"steps {row['steps_s']:.1f} s"] if row.get("steps_s") is not None else []
+    quantizing = f"{row['wall_s']:.1f} s" + (f" ({', '.join(spans)})" if spans else "")
     peak = f"{row['peak_bytes'] / MIB:.0f} MiB"
     peak += f", {row['start_bytes'] / MIB:.0f} before" if "start_bytes" in row else ""
     reason = why_not(model, name) if row["outcome"] == "ok" else ""
@@ -223,7 +225,7 @@ def _cells(model: Row, name: str) -> list[str]:
     fallen = drop(model, name) if row["outcome"] == "ok" else None
     if fallen is not None and middle[-1]:
         middle[-1] += f" ({round(-fallen, 3) + 0.0:+.3f})"
-    return [label(name), *middle, f"{row['wall_s']:.1f} s{steps}", peak, verdict]
+    return [label(name), *middle, quantizing, peak, verdict]
 
 
 def _agreement(fidelity: Row) -> str:
