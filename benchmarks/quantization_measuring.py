@@ -16,7 +16,7 @@ from modelpress_compression.errors import CompressionError
 from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.measure.feeds import batches, true_batch_size
 from modelpress_compression.measure.fidelity import compare_outputs
-from modelpress_compression.measure.latency import time_interleaved
+from modelpress_compression.measure.latency import MIN_ROUNDS, time_interleaved
 from modelpress_compression.runtime import open_session, run
 from quantization_cases import Case, Prepared, file_digest
 from quantization_contenders import OURS
@@ -25,6 +25,7 @@ FLOAT = "float32"
 # A second session on the float model, timed as if it were a contender: how far from 1 chance alone goes.
 CONTROL = "control"
 BATCH_SIZES = (1, 8)
+HOPELESS = 2.5
 # Part of the cached figures' names: raise it when anything here changes what they are.
 VERSION = 1
 Figures = dict[str, Any]
@@ -99,7 +100,9 @@ def latency(files: Mapping[str, Path], data: InputData, batch_size: int, timing:
     """Times all of `files` (name to model, FLOAT among them) in the same interleaved rounds, one thread each.
 
     None where the float model does not take batches of this size. `ratio`: time over that of the float model;
-    `ours`: our time over theirs. What does not run on such a batch has an `error` instead.
+    `ours`: our time over theirs. What does not run on such a batch has an `error` instead. What takes more than
+    HOPELESS times as long as the float model in the first six rounds is left out of the others, which it would make
+    few.
     """
     if true_batch_size(data, batch_size) != batch_size:
         return None
@@ -107,24 +110,31 @@ def latency(files: Mapping[str, Path], data: InputData, batch_size: int, timing:
     errors = {name: error for name, path in files.items() if (error := _refusal(path, feed))}
     if FLOAT in errors:
         return None
-    names = [FLOAT, CONTROL, *(name for name in files if name != FLOAT and name not in errors)]
-    paths = [files[FLOAT] if name == CONTROL else files[name] for name in names]
     load_before = os.getloadavg()[0]
-    timings = time_interleaved(
-        paths, data, threads=1, batch_size=batch_size, rounds=timing.rounds, budget_s=timing.budget_s
-    )
+    paths = {FLOAT: files[FLOAT], CONTROL: files[FLOAT]}
+    paths |= {name: path for name, path in files.items() if name != FLOAT and name not in errors}
+    first = _interleaved(paths, data, batch_size, Timing(MIN_ROUNDS, timing.budget_s / 4))
+    hopeless = {name for name, figures in first.items() if figures["ratio"]["median"] > HOPELESS and name != OURS}
+    rest = {name: path for name, path in paths.items() if name not in hopeless}
     contenders: dict[str, Figures] = {name: {"error": error} for name, error in errors.items()}
+    contenders |= first | _interleaved(rest, data, batch_size, timing)
+    return {"load": [load_before, os.getloadavg()[0]], "contenders": contenders}
+
+
+def _interleaved(paths: Mapping[str, Path], data: InputData, batch_size: int, timing: Timing) -> dict[str, Figures]:
+    """`ratio` and `ours` of all in the same rounds; the first is the float model."""
+    timings = time_interleaved(
+        list(paths.values()), data, threads=1, batch_size=batch_size, rounds=timing.rounds, budget_s=timing.budget_s
+    )
+    names = list(paths)
+    found = {}
     for index, name in enumerate(names):
         figures: Figures = {"ratio": asdict(timings.speedup(index, 0)), "p50_ms": timings.quantiles(index).p50_ms}
+        figures |= {"rounds": timings.rounds, "runs_per_round": timings.runs_per_round}
         if OURS in names:
             figures["ours"] = asdict(timings.speedup(names.index(OURS), index))
-        contenders[name] = figures
-    return {
-        "rounds": timings.rounds,
-        "runs_per_round": timings.runs_per_round,
-        "load": [load_before, os.getloadavg()[0]],
-        "contenders": contenders,
-    }
+        found[name] = figures
+    return found
 
 
 def _refusal(path: Path, feed: Feeds) -> str:

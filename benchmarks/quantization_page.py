@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from modelpress_compression.measure.fidelity import MAX_SQNR_DB
 from quantization_aims import AIMS
 from quantization_contenders import OURS
-from quantization_measuring import BATCH_SIZES, CONTROL, FLOAT
+from quantization_measuring import BATCH_SIZES, CONTROL, FLOAT, HOPELESS
 from quantization_verdict import (
     MAX_DROP,
     MIN_AGREEMENT,
@@ -47,7 +48,8 @@ task metric on an evaluation set that none of them holds.
 **Latency** is time over that of the float model, one thread, all contenders of a model in one process, each once in
 every round in random order: the median over rounds of the ratio, and its 95 % interval, for which nothing is assumed
 about how times are distributed. What else runs on the machine slows all parts of a round; the ratios stay right and
-the intervals grow. The row "float32, second session" shows how far chance alone goes.
+the intervals grow. The row "float32, second session" shows how far chance alone goes. What takes more
+than {HOPELESS:g} times as long as the float model has six rounds only.
 
 **Fidelity** is that of the first output on the held-out inputs: SQNR pooled over all elements, cosine, the share of
 equal top classes (of classifiers), of equal nearest neighbours (of encoders), IoU (of masks).
@@ -127,7 +129,7 @@ def _duel_table(models: Mapping[str, Row]) -> list[str]:
             _interval(one.ratio),
             f"{best['size_ratio']:.3f}, {ours['size_ratio']:.3f}",
             "" if metrics[0] is None else ", ".join(_number(metric, ".3f") for metric in metrics),
-            f"{_number(best['fidelity']['sqnr_db'], '.1f')}, {_number(ours['fidelity']['sqnr_db'], '.1f')}",
+            f"{_decibels(best['fidelity'])}, {_decibels(ours['fidelity'])}",
             "behind" if one.behind else "ahead" if one.ratio["high"] < 1 else "level",
         ])  # fmt: skip
     return _markdown(rows)
@@ -162,12 +164,7 @@ def _section(name: str, model: Row) -> list[str]:
     about = f"{float_row['size_bytes'] / 1e6:.2f} MB"
     if float_row.get("metric") is not None:
         about += f", {model['metric_name']} {float_row['metric']:.3f}"
-    timed = [
-        f"batch {size}: {row['contenders'][FLOAT]['p50_ms']:.2f} ms in float32, {row['rounds']} rounds, load "
-        f"{row['load'][0]:.1f} to {row['load'][1]:.1f}"
-        for size, row in model["latency"].items()
-        if row
-    ]
+    timed = [_timed(size, row) for size, row in model["latency"].items() if row]
     rows: list[Sequence[str]] = [HEADINGS, _control(model)]
     rows += [_cells(model, contender) for contender in contenders if contender != FLOAT]
     notes = []
@@ -190,6 +187,14 @@ def _section(name: str, model: Row) -> list[str]:
     ]
 
 
+def _timed(batch_size: str, row: Row) -> str:
+    float_row, (before, after) = row["contenders"][FLOAT], row["load"]
+    return (
+        f"Batch {batch_size}: {float_row['p50_ms']:.2f} ms in float32, {float_row['rounds']} rounds, load average "
+        f"{before:.1f} to {after:.1f}"
+    )
+
+
 def _machine(environment: Row) -> str:
     instructions = ", ".join(environment["instructions"])
     versions = ", ".join(f"{name} {environment[name]}" for name in ("onnxruntime", "onnx", "torch", "numpy"))
@@ -210,7 +215,7 @@ def _cells(model: Row, name: str) -> list[str]:
         middle = [
             f"{row['size_ratio']:.3f}",
             *(_time(model, name, size) for size in BATCH_SIZES),
-            _number(fidelity["sqnr_db"], ".1f"),
+            _decibels(fidelity),
             _number(fidelity["cosine"], ".4f"),
             _agreement(fidelity),
             _number(row.get("metric"), ".3f"),
@@ -240,6 +245,11 @@ def _time(model: Row, name: str, batch_size: int) -> str:
 
 def _interval(ratio: Row) -> str:
     return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def _decibels(fidelity: Row) -> str:
+    value = fidelity["sqnr_db"]
+    return "equal" if value is not None and value >= MAX_SQNR_DB else _number(value, ".1f")
 
 
 def _number(value: float | None, form: str) -> str:
