@@ -1,9 +1,10 @@
 """Who quantizes: onnxruntime's own tools as a careful user calls them, and ours. Each runs in a process of its own:
 
-    python benchmarks/quantization_contenders.py CONTENDER FOLDER OUTPUT
+    python benchmarks/quantization_contenders.py CONTENDER FOLDER OUTPUT [SAMPLES]
 
-FOLDER is a prepared case (quantization_cases.py). Writes OUTPUT/model.onnx and OUTPUT/made.json with the wall time, the
-processor time, the process's peak of resident memory, and its size before the work began.
+FOLDER is a prepared case (quantization_cases.py), SAMPLES how many of its inputs to calibrate on, if not all. Writes
+OUTPUT/model.onnx and OUTPUT/made.json with the wall time, the processor time, the process's peak of resident memory,
+and its size before the work began.
 """
 
 from __future__ import annotations
@@ -26,6 +27,19 @@ MIN_OPSET = 13  # scales per channel
 VERSION = 1
 
 
+@dataclass(frozen=True)
+class Job:
+    """What to quantize: the prepared case's folder. Results go into `output`; `samples`: None means all."""
+
+    folder: Path
+    output: Path
+    samples: int | None = None
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model.onnx"
+
+
 @dataclass
 class Made:
     """What a contender says of its own work. `seconds` of quantizing alone, where it measures that itself."""
@@ -37,7 +51,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Contender:
-    """`make(model, folder, output)` writes output/model.onnx. `ours`: our engine; `cases`: those it runs on, or all.
+    """`make` writes model.onnx into the job's output. `ours`: our engine; `cases`: those it runs on, or all.
 
     `prepare` imports what `make` needs, so that neither time nor memory of that counts as quantizing.
     """
@@ -46,7 +60,7 @@ class Contender:
     label: str
     ours: bool
     prepare: Callable[[], None]
-    make: Callable[[Path, Path, Path, Made], None]
+    make: Callable[[Job, Made], None]
     cases: tuple[str, ...] = ()
 
     def key(self, digest: str) -> str:
@@ -76,7 +90,7 @@ def _import_onnxruntime() -> None:
     onnxruntime.set_default_logger_severity(3)
 
 
-def _preprocessed(model: Path, output: Path, made: Made) -> Path:
+def _preprocessed(job: Job, made: Made) -> Path:
     """Opset raised where it is too low, then onnxruntime's own pre-processing; where that fails, without it.
 
     Exporters record the shapes of weights beside the weights; `quantize_dynamic` transposes some, checks them against
@@ -85,8 +99,8 @@ def _preprocessed(model: Path, output: Path, made: Made) -> Path:
     import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    current = output / "cleaned.onnx"
-    cleaned = onnx.load(model)
+    current = job.output / "cleaned.onnx"
+    cleaned = onnx.load(job.model)
     opset = next((item.version for item in cleaned.opset_import if item.domain in ("", "ai.onnx")), 0)
     if 0 < opset < MIN_OPSET:
         cleaned = onnx.version_converter.convert_version(cleaned, MIN_OPSET)
@@ -96,20 +110,20 @@ def _preprocessed(model: Path, output: Path, made: Made) -> Path:
     cleaned.graph.value_info.extend(kept)
     onnx.save(cleaned, current)
     try:
-        quant_pre_process(str(current), str(output / "preprocessed.onnx"), skip_symbolic_shape=True)
+        quant_pre_process(str(current), str(job.output / "preprocessed.onnx"), skip_symbolic_shape=True)
     except Exception as error:  # noqa: BLE001 - it raises anything; a careful user then goes on without it
         made.notes.append(f"quant_pre_process failed ({_one_line(error)}); done without it")
         return current
-    return output / "preprocessed.onnx"
+    return job.output / "preprocessed.onnx"
 
 
-def _dynamic(model: Path, folder: Path, output: Path, made: Made) -> None:
+def _dynamic(job: Job, made: Made) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(
-        str(_preprocessed(model, output, made)),
-        str(output / "model.onnx"),
+        str(_preprocessed(job, made)),
+        str(job.output / "model.onnx"),
         per_channel=True,
         weight_type=QuantType.QInt8,
         # What its error message asks for where types are not inferred.
@@ -117,8 +131,8 @@ def _dynamic(model: Path, folder: Path, output: Path, made: Made) -> None:
     )
 
 
-def _static(method: str) -> Callable[[Path, Path, Path, Made], None]:
-    def make(model: Path, folder: Path, output: Path, made: Made) -> None:
+def _static(method: str) -> Callable[[Job, Made], None]:
+    def make(job: Job, made: Made) -> None:
         from onnxruntime.quantization import (
             CalibrationDataReader,
             CalibrationMethod,
@@ -128,15 +142,16 @@ def _static(method: str) -> Callable[[Path, Path, Path, Made], None]:
         )
         from quantization_cases import Prepared
 
-        feeds: Iterator[dict[str, Any]] = Prepared(folder).calibration().feeds(1)
+        data = Prepared(job.folder).calibration()
+        feeds: Iterator[dict[str, Any]] = (data.spread(job.samples) if job.samples else data).feeds(1)
 
         class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no types
             def get_next(self) -> dict[str, Any] | None:
                 return next(feeds, None)
 
         quantize_static(
-            str(_preprocessed(model, output, made)),
-            str(output / "model.onnx"),
+            str(_preprocessed(job, made)),
+            str(job.output / "model.onnx"),
             Reader(),
             quant_format=QuantFormat.QDQ,
             activation_type=QuantType.QUInt8,
@@ -156,24 +171,24 @@ def _import_ours() -> None:
         import_module(f"modelpress_compression.{module}")
 
 
-def _ours(recipe: dict[str, Any] | str) -> Callable[[Path, Path, Path, Made], None]:
+def _ours(recipe: dict[str, Any] | str) -> Callable[[Job, Made], None]:
     """A preset by its name, or a recipe in the YAML shape; by the public API, with the calibration inputs as data."""
 
-    def make(model: Path, folder: Path, output: Path, made: Made) -> None:
+    def make(job: Job, made: Made) -> None:
         from modelpress_compression import InputData, Recipe, compress, load
 
-        loaded = load(model)
-        data = InputData.read(folder / "calibration.npz", loaded.inputs, output)
+        loaded = load(job.model)
+        data = InputData.read(job.folder / "calibration.npz", loaded.inputs, job.output)
         chosen = Recipe.preset(recipe) if isinstance(recipe, str) else Recipe.from_dict(recipe)
         result = compress(loaded, chosen, data=data)
-        result.model.save(output / "model.onnx")
+        result.model.save(job.output / "model.onnx")
         report = result.report
         made.notes += report["warnings"]
         made.notes += [f"{row['name']}: {row['reason']}" for row in report["candidates"] if row["reason"]]
         names = [row["name"] for row in report["candidates"] if row["chosen"]]
         made.chosen = ", ".join(names) if names else "float32" if report["candidates"] else ""
         made.steps_s = sum(step["duration_s"] for step in report["steps"])
-        (output / "report.json").write_text(json.dumps(report, indent=1), "utf-8")
+        (job.output / "report.json").write_text(json.dumps(report, indent=1), "utf-8")
 
     return make
 
@@ -213,13 +228,14 @@ def _resident_bytes(which: str) -> int:
 
 
 def main() -> None:
-    contender, folder, output = CONTENDERS[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])
+    contender = CONTENDERS[sys.argv[1]]
+    job = Job(Path(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:]))
     contender.prepare()
     made = Made()
     outcome: dict[str, Any] = {"outcome": "ok", "error": "", "start_bytes": _resident_bytes("VmRSS")}
     began, began_cpu = time.perf_counter(), time.process_time()
     try:
-        contender.make(folder / "model.onnx", folder, output, made)
+        contender.make(job, made)
     except Exception as error:  # noqa: BLE001 - whatever a contender raises is its result
         traceback.print_exc()
         outcome |= {"outcome": "failed", "error": _one_line(error)}
@@ -231,7 +247,7 @@ def main() -> None:
         "chosen": made.chosen,
         "steps_s": made.steps_s,
     }
-    (output / "made.json").write_text(json.dumps(outcome), "utf-8")
+    (job.output / "made.json").write_text(json.dumps(outcome), "utf-8")
 
 
 if __name__ == "__main__":

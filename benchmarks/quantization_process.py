@@ -17,6 +17,8 @@ from quantization_cases import Prepared
 from quantization_contenders import Contender
 
 POLL_S = 0.05
+# Where memory does not suffice for all samples, peers may try with a half and with a quarter of them.
+FEWER = (2, 4)
 GIB = 1 << 30
 
 
@@ -40,23 +42,50 @@ def made_by(contender: Contender, prepared: Prepared, limits: Limits) -> dict[st
         outcome: dict[str, Any] = json.loads(kept.read_text("utf-8"))
         if outcome["key"] == key and not _may_go_further(outcome, limits):
             return outcome
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    outcome = _run(contender, prepared.folder, folder, limits) | {"key": key}
+    outcome = _run(contender, prepared.folder, folder, limits)
+    if outcome["outcome"] == "out of memory" and not contender.ours:
+        outcome = _with_fewer_samples(contender, prepared, folder, limits, outcome)
+    outcome["key"] = key
     kept.write_text(json.dumps(outcome, indent=1), "utf-8")
     return outcome
 
 
+def _with_fewer_samples(
+    contender: Contender, prepared: Prepared, folder: Path, limits: Limits, first: dict[str, Any]
+) -> dict[str, Any]:
+    """What a careful user does next. The first outcome stays beside the result, as `with_all_samples`."""
+    outcome, samples = first, len(prepared.calibration())
+    for divisor in FEWER:
+        outcome = _run(contender, prepared.folder, folder, limits, samples // divisor)
+        if outcome["outcome"] != "out of memory":
+            outcome["notes"] = [
+                f"{first['error']} with all {samples} samples, so calibrated on {samples // divisor}",
+                *outcome.get("notes", []),
+            ]
+            break
+    return outcome | {"with_all_samples": first}
+
+
 def _may_go_further(outcome: dict[str, Any], limits: Limits) -> bool:
-    """Whether it was stopped at a limit that is wider now."""
+    """Whether it, or its first try, was stopped at a limit that is wider now."""
+    outcome = outcome.get("with_all_samples", outcome)
     stopped_at = outcome.get("limit")
     now = {"out of time": limits.timeout_s, "out of memory": limits.memory_bytes}.get(outcome["outcome"])
     return now is not None and stopped_at is not None and now > stopped_at
 
 
-def _run(contender: Contender, case: Path, folder: Path, limits: Limits) -> dict[str, Any]:
+def _run(contender: Contender, case: Path, folder: Path, limits: Limits, samples: int | None = None) -> dict[str, Any]:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     script = Path(__file__).with_name("quantization_contenders.py")
-    command = [sys.executable, str(script), contender.name, str(case), str(folder)]
+    command = [
+        sys.executable,
+        str(script),
+        contender.name,
+        str(case),
+        str(folder),
+        *([str(samples)] if samples else []),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     began = time.monotonic()
     with (folder / "log.txt").open("w") as log:
