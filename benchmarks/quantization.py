@@ -112,10 +112,9 @@ def run_case(case: Case, results: Figures, arguments: argparse.Namespace) -> Non
     figures = measure(case, prepared, outcomes, arguments)
     for size, row in figures["latency"].items():
         if row:
-            ratios = {
-                name: round(one["ratio"]["median"], 2) for name, one in row["contenders"].items() if "ratio" in one
-            }
-            say(f"{case.name}: batch {size}: {row['rounds']} rounds: {ratios}")
+            timed = {name: one["ratio"]["median"] for name, one in row["contenders"].items() if "ratio" in one}
+            text = ", ".join(f"{name} {ratio:.2f}" for name, ratio in timed.items())
+            say(f"{case.name}: batch {size}, {row['contenders'][FLOAT]['rounds']} rounds: {text}")
     results[case.name] = {"state": state, **figures}
 
 
