@@ -101,8 +101,8 @@ def latency(files: Mapping[str, Path], data: InputData, batch_size: int, timing:
 
     None where the float model does not take batches of this size. `ratio`: time over that of the float model;
     `ours`: our time over theirs. What does not run on such a batch has an `error` instead. What takes more than
-    HOPELESS times as long as the float model in the first six rounds is left out of the others, which it would make
-    few.
+    HOPELESS times as long as the float model in each of the first six rounds is left out of the others, which it would
+    make few.
     """
     if true_batch_size(data, batch_size) != batch_size:
         return None
@@ -114,7 +114,7 @@ def latency(files: Mapping[str, Path], data: InputData, batch_size: int, timing:
     paths = {FLOAT: files[FLOAT], CONTROL: files[FLOAT]}
     paths |= {name: path for name, path in files.items() if name != FLOAT and name not in errors}
     first = _interleaved(paths, data, batch_size, Timing(MIN_ROUNDS, timing.budget_s / 4))
-    hopeless = {name for name, figures in first.items() if figures["ratio"]["median"] > HOPELESS and name != OURS}
+    hopeless = {name for name, figures in first.items() if figures["ratio"]["low"] > HOPELESS and name != OURS}
     rest = {name: path for name, path in paths.items() if name not in hopeless}
     contenders: dict[str, Figures] = {name: {"error": error} for name, error in errors.items()}
     contenders |= first | _interleaved(rest, data, batch_size, timing)
