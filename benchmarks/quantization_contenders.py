@@ -133,34 +133,45 @@ def _dynamic(job: Job, made: Made) -> None:
 
 def _static(method: str) -> Callable[[Job, Made], None]:
     def make(job: Job, made: Made) -> None:
-        from onnxruntime.quantization import (
-            CalibrationDataReader,
-            CalibrationMethod,
-            QuantFormat,
-            QuantType,
-            quantize_static,
-        )
-        from quantization_cases import Prepared
-
-        data = Prepared(job.folder).calibration()
-        feeds: Iterator[dict[str, Any]] = (data.spread(job.samples) if job.samples else data).feeds(1)
-
-        class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no types
-            def get_next(self) -> dict[str, Any] | None:
-                return next(feeds, None)
-
-        quantize_static(
-            str(_preprocessed(job, made)),
-            str(job.output / "model.onnx"),
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-            calibrate_method=CalibrationMethod[method],
-        )
+        model = _preprocessed(job, made)
+        try:
+            _quantize_static(method, model, job)
+        except ValueError as error:
+            # Its adjusting of weight scales to int32 biases fails on some models, and can be turned off.
+            made.notes.append(f"failed at first ({_one_line(error)}); once more without adjusting scales to biases")
+            _quantize_static(method, model, job, QDQDisableWeightAdjustForInt32Bias=True)
 
     return make
+
+
+def _quantize_static(method: str, model: Path, job: Job, **options: bool) -> None:
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+    from quantization_cases import Prepared
+
+    data = Prepared(job.folder).calibration()
+    feeds: Iterator[dict[str, Any]] = (data.spread(job.samples) if job.samples else data).feeds(1)
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no types
+        def get_next(self) -> dict[str, Any] | None:
+            return next(feeds, None)
+
+    quantize_static(
+        str(model),
+        str(job.output / "model.onnx"),
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        calibrate_method=CalibrationMethod[method],
+        extra_options=options,
+    )
 
 
 def _import_ours() -> None:

@@ -48,9 +48,10 @@ task metric on an evaluation set that none of them holds.
 
 **Latency** is time over that of the float model, one thread, all contenders of a model in one process, each once in
 every round in random order: the median over rounds of the ratio, and its 95 % interval, for which nothing is assumed
-about how times are distributed. What else runs on the machine slows all parts of a round; the ratios stay right and
-the intervals grow. The row "float32, second session" shows how far chance alone goes. What takes more
-than {HOPELESS:g} times as long as the float model has six rounds only.
+about how times are distributed. What else runs on the machine slows all parts of a round; the intervals grow, and
+where caches and vector units are shared, ratios of small models move by a tenth: the load average stands beside the
+figures, and those taken on an idle machine count. The row "float32, second session" shows how far chance alone goes.
+What takes more than {HOPELESS:g} times as long as the float model has six rounds only.
 
 **Fidelity** is that of the first output on the held-out inputs: SQNR pooled over all elements, cosine, the share of
 equal top classes (of classifiers), of equal nearest neighbours (of encoders), IoU (of masks).
