@@ -38,7 +38,8 @@ class Case:
     """One model. `metric`: what eval_NAME.py prints, "" where there is none; `inputs`: for files that record none.
 
     `source` gives the file in the folder of models. `embeds`: the first output is token vectors of an encoder, whose
-    nearest neighbours count; `mask_threshold`: the first output is a mask at this threshold.
+    nearest neighbours count; `mask_threshold`: the first output is a mask at this threshold; `classifies`: it holds class
+    scores, also where the engine does not see that.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Case:
     samples: Callable[[Path], Mapping[str, Array]] | None = None
     embeds: bool = False
     mask_threshold: float | None = None
+    classifies: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,15 @@ _TRAINED = (
         _packaged(_OCR, "models/ch_ppocr_mobile_v2.0_cls_infer.onnx"),
         inputs=("x:float32[batch,3,48,192]",),
         samples=line_crops,
+        classifies=True,
     ),
-    Case("magika", "packaged", _packaged("magika", "models/standard_v3_3/model.onnx"), samples=file_bytes),
+    Case(
+        "magika",
+        "packaged",
+        _packaged("magika", "models/standard_v3_3/model.onnx"),
+        samples=file_bytes,
+        classifies=True,
+    ),
 )
 
 

@@ -67,6 +67,9 @@ def _fidelity(case: Case, prepared: Prepared, path: Path) -> Figures:
     if case.embeds:
         nearest = [_nearest(one, data) for one in (prepared.model, path)]
         figures["neighbours"] = float((nearest[0] == nearest[1]).mean())
+    if case.classifies:
+        top = [[output.argmax() for _, output in _first_output(one, data)] for one in (prepared.model, path)]
+        figures["top1_agreement"] = float(np.equal(*top).mean())
     if case.mask_threshold is not None:
         masks = [_masks(one, data, case.mask_threshold) for one in (prepared.model, path)]
         figures["iou"] = float((masks[0] & masks[1]).sum() / max(1, (masks[0] | masks[1]).sum()))
