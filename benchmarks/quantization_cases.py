@@ -38,8 +38,8 @@ class Case:
     """One model. `metric`: what eval_NAME.py prints, "" where there is none; `inputs`: for files that record none.
 
     `source` gives the file in the folder of models. `embeds`: the first output is token vectors of an encoder, whose
-    nearest neighbours count; `mask_threshold`: the first output is a mask at this threshold; `classifies`: it holds class
-    scores, also where the engine does not see that.
+    nearest neighbours count; `mask_threshold`: the first output is a mask at this threshold; `classifies`: it holds
+    class scores, also where the engine does not see that.
     """
 
     name: str
