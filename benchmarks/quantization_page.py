@@ -64,7 +64,8 @@ measure their result: that is in their time; "steps" is the wall time of the rec
 **Rules.** A model is acceptable where its metric falls by at most {MAX_DROP * 100:g} point; without a metric, where the
 cosine of its outputs is at least {MIN_COSINE} (10 dB) and, in trained classifiers, at least {MIN_AGREEMENT:.0%} of the
 top classes are the same. The best of theirs is the fastest acceptable one, or the float model where none is faster.
-Ours is behind where the interval of our time over the best's lies above 1. A regression is a result of `auto` that is
+A result of ours that is not acceptable counts with the time of the float model. Ours is behind where the interval of
+our time over the best's lies above 1. A regression is a result of `auto` that is
 not acceptable, or is slower than float32: its interval lies above 1 and above the second session's.
 """
 
@@ -132,9 +133,14 @@ def _duel_table(models: Mapping[str, Row]) -> list[str]:
             f"{best['size_ratio']:.3f}, {ours['size_ratio']:.3f}",
             "" if metrics[0] is None else ", ".join(_number(metric, ".3f") for metric in metrics),
             f"{_decibels(best['fidelity'])}, {_decibels(ours['fidelity'])}",
-            "behind" if one.behind else "ahead" if one.ratio["high"] < 1 else "level",
+            _standing(one),
         ])  # fmt: skip
     return _markdown(rows)
+
+
+def _standing(one: Duel) -> str:
+    standing = "behind" if one.behind else "ahead" if one.ratio["high"] < 1 else "level"
+    return f"{standing}; ours is not acceptable, counted as float32" if one.unacceptable else standing
 
 
 def _aims(models: Mapping[str, Row]) -> list[str]:

@@ -4,6 +4,7 @@
   its outputs with the float model's is at least MIN_COSINE (10 dB) and, for trained classifiers, the top class is the
   same on at least MIN_AGREEMENT of the held-out samples.
 - The best of theirs at a batch size is the fastest acceptable one, or the float model where none is faster than that.
+- A result of ours that is not acceptable wins nothing: it counts with the time of the float model.
 - Ours is behind where the 95 % interval of (our time / the best's time) lies above 1.
 - A regression is ours not acceptable, or slower than float32: the interval of the time ratio lies above 1 and above
   what a second session on the float model itself shows in the same rounds.
@@ -27,7 +28,10 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Duel:
-    """Ours against the best of theirs on one model at one batch size. `ratio`: our time over the best's."""
+    """Ours against the best of theirs on one model at one batch size. `ratio`: our time over the best's.
+
+    `unacceptable`: why our result would not be taken; the times are then those of the float model.
+    """
 
     model: str
     batch_size: int
@@ -35,6 +39,7 @@ class Duel:
     best_ratio: float
     our_ratio: float
     ratio: Row
+    unacceptable: str = ""
 
     @property
     def behind(self) -> bool:
@@ -77,6 +82,10 @@ def duel(name: str, model: Row, batch_size: int) -> Duel | None:
         if "ratio" in timed.get(peer.name, {}) and not why_not(model, peer.name)
     }
     best = min(ratios, key=lambda peer: ratios[peer])
+    if reason := why_not(model, OURS):
+        theirs = timed[best]["ratio"] if best != FLOAT else {"median": 1.0, "low": 1.0, "high": 1.0}
+        over_best = {"median": 1 / theirs["median"], "low": 1 / theirs["high"], "high": 1 / theirs["low"]}
+        return Duel(name, batch_size, best, ratios[best], 1.0, over_best, reason)
     return Duel(name, batch_size, best, ratios[best], timed[OURS]["ratio"]["median"], timed[best]["ours"])
 
 
