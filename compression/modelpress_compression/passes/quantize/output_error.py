@@ -39,6 +39,7 @@ from modelpress_compression.runtime import run, session_of
 from modelpress_compression.techniques import QuantizeConfig
 
 MAX_SAMPLES = 8
+DISTANCE_SAMPLES = 32
 BUDGET_S = 20.0
 # Trials that would take longer than this on one sample are not made.
 LIMIT_S = 60.0
@@ -56,6 +57,23 @@ class Trial:
     name: str
     is_weight: bool = False
     parameters: ActivationParameters | None = None
+
+
+def output_distance(original: Model, changed: Model, context: Context) -> float:
+    """The error of a changed model's outputs, as above, on `DISTANCE_SAMPLES` samples."""
+    total, signal = 0.0, 0.0
+    with session_of(original, threads=2) as first, session_of(changed, threads=2) as second:
+        for feed in context.data.spread(DISTANCE_SAMPLES).feeds(batch_size=1):
+            context.check_time()
+            mask = counted_positions(feed)
+            before, after = (
+                {name: without_padding(array, mask) for name, array in run(session, feed).items()}
+                for session in (first, second)
+            )
+            floats = {name: array for name, array in before.items() if array.dtype.kind == "f"}
+            total += _squared_distance(floats, after)
+            signal += sum(float(np.square(_finite(array)).sum()) for array in floats.values())
+    return total / signal if signal else math.inf
 
 
 class ErrorProbe:

@@ -1,9 +1,10 @@
 """`quantize: {scheme: auto}`: of none, dynamic and static, layer by layer, the fastest that keeps the answers.
 
 1. dynamic and static are built and judged: answers first, then latency against the float model (judge.py).
-2. Where static does not keep the answers, the layers that make the most error for the time that they take go back to
+2. Static is also tried with the layers that are too light to gain on their own in 8 bits; small networks gain by them.
+3. Where static does not keep the answers, the layers that make the most error for the time that they take go back to
    float32, one after the other, until the rest does: a bisection over that order (mixed.py).
-3. The fastest that is surely faster than float32 is taken; candidates whose latencies cannot be told apart are a draw,
+4. The fastest that is surely faster than float32 is taken; candidates whose latencies cannot be told apart are a draw,
    and the smallest of them wins (candidates.py). Without one the model stays as it is.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from modelpress_compression.inputs import EvaluationData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip
-from modelpress_compression.passes.quantize import Quantize, prepare_static
+from modelpress_compression.passes.quantize import Quantize, is_light, prepare_static
 from modelpress_compression.pipeline.auto.candidates import Candidate, fastest, pareto_set
 from modelpress_compression.pipeline.auto.judge import Judge
 from modelpress_compression.pipeline.auto.mixed import fewest_in_float, order_of
@@ -74,6 +75,8 @@ class _Search:
         if quantizer is None:
             return
         whole = self._add("static", quantizer.result())
+        if any(is_light(node) for node in quantizer.widest.heavy):
+            self._add("static", replace(quantizer, light_too=True).result(), "light layers too")
         order = order_of(quantizer, self.context)
         if not whole.reason or not whole.record.changes or not order or not self.context.data.provided:
             return
@@ -81,7 +84,8 @@ class _Search:
         def keeps(count: int) -> bool:
             self.context.check_time()
             self.context.progress(_STATIC, f"trying static quantization with {count} layers in float32")
-            return not self._add("static", quantizer.result(frozenset(order[:count])), count).reason
+            variant = f"{count} layer{'s' if count > 1 else ''} in float32"
+            return not self._add("static", quantizer.result(frozenset(order[:count])), variant).reason
 
         fewest_in_float(len(order), keeps)
 
@@ -106,11 +110,11 @@ class _Search:
         skips = tuple(Skip(candidate.name, candidate.reason) for candidate, _ in rows)
         return StepRecord(self.step, self.model, self.path, skipped=skips, candidates=table)
 
-    def _add(self, scheme: str, result: PassResult, floats: int = 0) -> Candidate:
+    def _add(self, scheme: str, result: PassResult, variant: str = "") -> Candidate:
         tried = Step(self.step.technique, replace(self.step.config, scheme=scheme))
-        folder = self.target.parent / f"{scheme}-{floats}" / self.target.name
+        folder = self.target.parent / f"candidate-{len(self.candidates)}" / self.target.name
         record = keep(StepRecord(tried, self.model, self.path), result, self.context, folder)
-        candidate = self.judge.answers(Candidate(scheme, record, file_size_bytes(record.path), floats))
+        candidate = self.judge.answers(Candidate(scheme, record, file_size_bytes(record.path), variant))
         self.candidates.append(candidate)
         return candidate
 

@@ -13,12 +13,12 @@ from modelpress_compression.pipeline.steps import StepRecord
 
 @dataclass(frozen=True)
 class Candidate:
-    """`reason`: why it was not taken, empty while it is in the race. `floats`: how many layers stay float32 for it."""
+    """`reason`: why it was not taken, empty while it is in the race. `variant`: in what it differs from its scheme."""
 
     scheme: str
     record: StepRecord
     size_bytes: int
-    floats: int = 0
+    variant: str = ""
     fidelity: Fidelity | None = None
     latency: LatencyRow | None = None
     drop: float | None = None
@@ -27,8 +27,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """What the report calls it."""
-        kept = f", {self.floats} layers in float32" if self.floats > 1 else ", 1 layer in float32"
-        return f"quantize {self.scheme}{kept if self.floats else ''}"
+        return f"quantize {self.scheme}" + (f", {self.variant}" if self.variant else "")
 
     @property
     def cosine(self) -> float:
