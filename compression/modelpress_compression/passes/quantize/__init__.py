@@ -85,7 +85,7 @@ class Quantize:
             return
         if config.activations == "int8":
             findings.warnings.append("Scheme dynamic makes activations uint8; 'activations: int8' has no effect.")
-        quantize_nodes(list(work.nodes()), config, editor, WeightStore(editor, config), findings)
+        quantize_nodes(list(work.nodes()), config, editor, WeightStore(editor, config, context.target), findings)
 
 
 def _why_not(model: Model) -> str | None:

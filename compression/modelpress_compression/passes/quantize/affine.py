@@ -48,12 +48,16 @@ def activation_parameters(value_range: Range, dtype: str) -> ActivationParameter
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """`values` in 8 bits and `scale`: a scalar, or one entry per slice along `axis`. One `zero_point` for all."""
+    """`values` in 8 bits and `scale`: a scalar, or one entry per slice along `axis`. One `zero_point` for all.
+
+    `reduced`: how many slices gave up resolution so that their products do not saturate.
+    """
 
     values: NDArray[np.generic]
     scale: NDArray[np.float32]
     zero_point: NDArray[np.generic]
     axis: int | None
+    reduced: int = 0
 
     def dequantize(self) -> NDArray[np.float32]:
         scale = self.scale

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.passes.quantize.affine import ActivationParameters, quantize_weight
+from modelpress_compression.passes.quantize.affine import ActivationParameters
 from modelpress_compression.passes.quantize.edit import (
     Editor,
     attribute,
@@ -27,6 +27,7 @@ from modelpress_compression.passes.quantize.edit import (
     required,
 )
 from modelpress_compression.passes.quantize.plan import HEAVY, Plan, Tensor, activations_of
+from modelpress_compression.passes.quantize.products import of_node
 from modelpress_compression.passes.quantize.weights import StoredWeight, WeightStore
 
 _INT32_ROOM = float(1 << 30)  # half of the accumulator for the bias
@@ -102,9 +103,10 @@ class QdqWriter:
         least = None
         if bias is not None:
             least = np.abs(bias.astype(np.float64)) / (np.float64(x.scale) * _INT32_ROOM)
-        quantized = quantize_weight(weight, axis, self.store.config.weights, least)
+        summation = of_node(node, weight.shape, axis)
+        quantized = self.store.quantize(weight, axis, summation, least)
         # The bias may have raised the scale, and then another user of the weight needs another copy.
-        key = (id(source), axis, quantized.scale.tobytes())
+        key = (id(source), axis, summation, quantized.scale.tobytes())
         if key not in self._weights:
             self._weights[key] = self.store.store(node, source, quantized)
         return self._weights[key]

@@ -32,7 +32,7 @@ def sqnr_per_node(
     """SQNR in dB by the name of the heavy node's output; `parameters` by the same name: those of the node's input."""
     copy = model.clone()
     editor = Editor(copy)
-    writer = QdqWriter(editor, WeightStore(editor, config))
+    writer = QdqWriter(editor, WeightStore(editor, config, context.target))
     nodes = {node.outputs[0].name: node for node in copy.graph if node.op_type in HEAVY and not node.domain}
     sums: dict[str, tuple[str, str]] = {}
     outputs: list[onnx_ir.Value] = []

@@ -39,7 +39,7 @@ PRODUCT_FLOOR_DB = 30.0
 
 def quantize_static(model: Model, config: QuantizeConfig, context: Context, editor: Editor, findings: Findings) -> None:
     """Quantizes in place."""
-    store = WeightStore(editor, config)
+    store = WeightStore(editor, config, context.target)
     heavy = _choose(model, config, findings)
     plan, parameters = _calibrate(model, config, context, heavy, findings)
     chosen = [node for node in plan.nodes if node.op_type in HEAVY]

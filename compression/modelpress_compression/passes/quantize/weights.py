@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,13 @@ from modelpress_compression.passes.quantize.edit import (
     is_constant,
     required,
 )
+from modelpress_compression.passes.quantize.products import of_matrix
+from modelpress_compression.passes.quantize.saturation import Summation, bounds, least_squares_scale, within_limit
+from modelpress_compression.recipe import Target
 from modelpress_compression.techniques import QuantizeConfig
 
+# Key in `Value.meta` of a quantized weight: how many of its scales were raised, or pairs moved, against saturation.
+REDUCED = "modelpress.reduced_channels"
 # A product with fewer weights costs less than the nodes around it.
 MIN_WEIGHT_ELEMENTS = 256
 
@@ -37,10 +42,14 @@ class StoredWeight:
 
 @dataclass
 class WeightStore:
-    """Quantizes each weight once per layout; `config` gives the type and whether each channel has its own scale."""
+    """Quantizes each weight once per layout; `config` gives the type and whether each channel has its own scale.
+
+    Unless `target` says that products do not saturate, weights are kept from that (saturation.py).
+    """
 
     editor: Editor
     config: QuantizeConfig
+    target: Target = field(default_factory=Target)
     _stored: dict[tuple[object, ...], StoredWeight] = field(default_factory=dict)
 
     def matrix(self, node: onnx_ir.Node) -> StoredWeight:
@@ -53,16 +62,40 @@ class WeightStore:
             weight = self.array(source)
             weight = (weight.T if transposed else weight) * np.float32(alpha)
             axis = weight.ndim - 1 if self.config.per_channel and weight.ndim == 2 else None
-            self._stored[key] = self.store(node, source, quantize_weight(weight, axis, self.config.weights))
+            quantized = self.quantize(weight, axis, of_matrix(weight.ndim, axis))
+            self._stored[key] = self.store(node, source, quantized)
         return self._stored[key]
+
+    def quantize(
+        self,
+        weight: NDArray[np.float32],
+        axis: int | None,
+        summation: Summation | None,
+        least_scale: NDArray[np.float64] | None = None,
+    ) -> QuantizedWeight:
+        """In the type of the recipe, for a kernel that sums up in this way; None: it cannot saturate."""
+        plain = quantize_weight(weight, axis, self.config.weights, least_scale)
+        if self.target.cpu == "vnni" or summation is None or plain.values.dtype != np.int8:
+            return plain
+        saturates = bounds(plain.values, summation).saturates
+        if not saturates.any():
+            return plain
+        scale = np.where(saturates, least_squares_scale(weight, summation), 0.0)
+        if least_scale is not None:
+            scale = np.maximum(scale, least_scale)
+        larger = quantize_weight(weight, axis, self.config.weights, scale)
+        safe, _ = within_limit(larger, weight, summation)
+        return replace(safe, reduced=int(saturates.sum()))
 
     def store(self, node: onnx_ir.Node, source: onnx_ir.Value, quantized: QuantizedWeight) -> StoredWeight:
         """Puts one into the node's graph. The zero point is a scalar where the scale is one."""
         graph, name = graph_of(node), source.name or "weight"
         zero_point = np.broadcast_to(quantized.zero_point, quantized.scale.shape)
+        values = self.editor.constant(graph, quantized.values, f"{name}_quantized")
+        values.meta[REDUCED] = quantized.reduced
         return StoredWeight(
             quantized,
-            self.editor.constant(graph, quantized.values, f"{name}_quantized"),
+            values,
             self.editor.constant(graph, quantized.scale, f"{name}_scale"),
             self.editor.constant(graph, zero_point, f"{name}_zero_point"),
         )
