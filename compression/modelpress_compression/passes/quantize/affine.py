@@ -17,6 +17,7 @@ from modelpress_compression.passes.quantize.observers import Range
 # Smallest scale: below it 1 / scale is no longer a normal float32 with some room.
 MIN_SCALE = 1e-30
 _LEVELS = 255
+LARGEST_LEVEL = 127  # of weights, either side of the middle
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,13 @@ def quantize_weight(
     middle = 128 if kind == np.uint8 else 0
     others = tuple(other for other in range(weight.ndim) if other != axis) if axis is not None else None
     largest = np.maximum(weight.max(axis=others), -weight.min(axis=others)).astype(np.float64)
-    scale = np.where(largest > 0, largest / 127, 1.0)
+    scale = np.where(largest > 0, largest / LARGEST_LEVEL, 1.0)
     if least_scale is not None:
         bound = least_scale if axis is not None else least_scale.max(initial=0.0)
         scale = np.maximum(scale, bound)
     scale = np.maximum(scale, MIN_SCALE).astype(np.float32)
     divisor = scale if axis is None else scale.reshape([-1 if a == axis else 1 for a in range(weight.ndim)])
-    values = (np.clip(np.rint(weight / divisor), -127, 127) + middle).astype(kind)
+    values = (np.clip(np.rint(weight / divisor), -LARGEST_LEVEL, LARGEST_LEVEL) + middle).astype(kind)
     return QuantizedWeight(values, np.asarray(scale), np.asarray(middle, kind), axis)
 
 

@@ -32,8 +32,7 @@ from modelpress_compression.passes.quantize.edit import (
     label,
     required,
 )
-from modelpress_compression.passes.quantize.products import of_matrix
-from modelpress_compression.passes.quantize.saturation import Summation
+from modelpress_compression.passes.quantize.products import Summation, of_matrix
 from modelpress_compression.passes.quantize.weights import WeightStore, why_not_matrix, why_not_weight
 
 # Smaller tables are not worth two more nodes.
@@ -173,7 +172,7 @@ class DynamicRewriter:
         directions, columns, rows = weight.shape
         per_channel = self.store.config.per_channel
         slices = weight.reshape((-1, 1, rows) if per_channel else weight.shape)
-        quantized = self.store.quantize(slices, 0, Summation((2,), 0))
+        quantized = self.store.quantize(slices, Summation((2,), 0))
         values = quantized.values.reshape(weight.shape).transpose(0, 2, 1)
         scale = quantized.scale.reshape(directions, columns) if per_channel else quantized.scale
         return source, replace(quantized, values=values, scale=scale, axis=None)
@@ -181,7 +180,7 @@ class DynamicRewriter:
     def attention(self, node: onnx_ir.Node) -> None:
         source = required(node, 1)
         axis = 1 if self.store.config.per_channel else None
-        quantized = self.store.quantize(self.store.array(source), axis, of_matrix(2, axis))
+        quantized = self.store.quantize(self.store.array(source), of_matrix(2, axis))
         weight = self.store.store(node, source, quantized)
         values, scale, zero_point = self._quantized(node)
         mask, past = input_of(node, 3), input_of(node, 4)

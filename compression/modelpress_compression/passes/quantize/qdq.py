@@ -104,7 +104,7 @@ class QdqWriter:
         if bias is not None:
             least = np.abs(bias.astype(np.float64)) / (np.float64(x.scale) * _INT32_ROOM)
         summation = of_node(node, weight.shape, axis)
-        quantized = self.store.quantize(weight, axis, summation, least)
+        quantized = self.store.quantize(weight, summation, least)
         # The bias may have raised the scale, and then another user of the weight needs another copy.
         key = (id(source), axis, summation, quantized.scale.tobytes())
         if key not in self._weights:

@@ -19,63 +19,17 @@ QgemmU8X8KernelAvx512Core, QgemvU8S8KernelAvx2, ConvSymKernelAvx2, ConvSymKernel
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from modelpress_compression.passes.quantize.affine import QuantizedWeight
+from modelpress_compression.passes.quantize.affine import LARGEST_LEVEL, QuantizedWeight
+from modelpress_compression.passes.quantize.products import Summation
 
 LARGEST_ACTIVATION = 255
 # Levels of one sign that a pair may sum up to: 255 * 128 = 32640 is the last multiple of 255 within 16 bits.
 PAIR_LIMIT = 128
-_LARGEST_LEVEL = 127
-_CHUNK = 1 << 21  # elements: bounds the temporary arrays
-
-
-@dataclass(frozen=True)
-class Summation:
-    """Which axes of a weight a kernel sums over, slowest first, and the axis that has a scale for each slice.
-
-    `axis` None: one scale for all. Terms 0 and 1 of the sum make a pair, 2 and 3, and so on; an odd one stays alone.
-    """
-
-    summed: tuple[int, ...]
-    axis: int | None = None
-
-    def slices(self, shape: tuple[int, ...]) -> int:
-        """How many scales there are."""
-        return 1 if self.axis is None else shape[self.axis]
-
-    def pairs(self, weight: NDArray[Any]) -> NDArray[Any]:
-        """[slices, pairs, 2]; an odd rest is paired with zero."""
-        terms = math.prod(weight.shape[axis] for axis in self.summed)
-        rows = weight.transpose(self._order(weight.ndim)).reshape(-1, terms)
-        if terms % 2:
-            rows = np.pad(rows, ((0, 0), (0, 1)))
-        return rows.reshape(self.slices(weight.shape), -1, 2)
-
-    def restore(self, pairs: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """The inverse of `pairs`."""
-        order = self._order(len(shape))
-        terms = math.prod(shape[axis] for axis in self.summed)
-        rows = pairs.reshape(-1, terms + terms % 2)[:, :terms]
-        return rows.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
-
-    def chunks(self, shape: tuple[int, ...]) -> Iterator[tuple[slice, tuple[slice, ...]]]:
-        """Slices of the scales, and the parts of the weight that belong to them, of bounded size."""
-        count = self.slices(shape)
-        step = max(1, _CHUNK * count // max(math.prod(shape), 1))
-        for start in range(0, count, step):
-            part = slice(start, min(start + step, count))
-            yield part, tuple(part if axis == self.axis else slice(None) for axis in range(len(shape)))
-
-    def _order(self, rank: int) -> tuple[int, ...]:
-        first = () if self.axis is None else (self.axis,)
-        others = tuple(axis for axis in range(rank) if axis not in (*first, *self.summed))
-        return (*first, *others, *self.summed)
 
 
 @dataclass(frozen=True)
@@ -132,22 +86,18 @@ def least_squares_scale(weight: NDArray[np.float32], summation: Summation) -> ND
     return scale
 
 
-def within_limit(
-    quantized: QuantizedWeight, weight: NDArray[np.float32], summation: Summation
-) -> tuple[QuantizedWeight, NDArray[np.bool_]]:
-    """Moves each pair that saturates to the nearest levels that do not; and in which slices there was one."""
+def within_limit(quantized: QuantizedWeight, weight: NDArray[np.float32], summation: Summation) -> QuantizedWeight:
+    """Moves each pair that saturates to the nearest levels that do not."""
     values = np.asarray(quantized.values, np.int8).copy()
-    moved = np.zeros(summation.slices(values.shape), np.bool_)
-    scale = np.broadcast_to(quantized.scale, moved.shape)
+    scale = np.broadcast_to(quantized.scale, summation.slices(values.shape))
     for part, index in summation.chunks(values.shape):
         levels = summation.pairs(values[index]).astype(np.int16)
         beyond = (np.abs(levels).sum(axis=2) > PAIR_LIMIT) & (levels[..., 0] * levels[..., 1] > 0)
         if not beyond.any():
             continue
-        moved[part] = beyond.any(axis=1)
         aim = np.abs(summation.pairs(weight[index])[beyond]) / scale[part][np.nonzero(beyond)[0], None]
         first = np.rint((PAIR_LIMIT + aim[:, 0] - aim[:, 1]) / 2)
-        first = np.clip(first, PAIR_LIMIT - _LARGEST_LEVEL, _LARGEST_LEVEL)
+        first = np.clip(first, PAIR_LIMIT - LARGEST_LEVEL, LARGEST_LEVEL)
         levels[beyond] = np.sign(levels[beyond]) * np.stack([first, PAIR_LIMIT - first], axis=1).astype(np.int16)
         values[index] = summation.restore(levels, values[index].shape)
-    return (replace(quantized, values=values) if moved.any() else quantized), moved
+    return replace(quantized, values=values)

@@ -19,8 +19,9 @@ from modelpress_compression.passes.quantize.edit import (
     is_constant,
     required,
 )
-from modelpress_compression.passes.quantize.products import of_matrix
-from modelpress_compression.passes.quantize.saturation import Summation, bounds, least_squares_scale, within_limit
+from modelpress_compression.passes.quantize.products import Summation, of_matrix
+from modelpress_compression.passes.quantize.rounding import balanced
+from modelpress_compression.passes.quantize.saturation import bounds, least_squares_scale, within_limit
 from modelpress_compression.recipe import Target
 from modelpress_compression.techniques import QuantizeConfig
 
@@ -62,29 +63,27 @@ class WeightStore:
             weight = self.array(source)
             weight = (weight.T if transposed else weight) * np.float32(alpha)
             axis = weight.ndim - 1 if self.config.per_channel and weight.ndim == 2 else None
-            quantized = self.quantize(weight, axis, of_matrix(weight.ndim, axis))
+            quantized = self.quantize(weight, of_matrix(weight.ndim, axis))
             self._stored[key] = self.store(node, source, quantized)
         return self._stored[key]
 
     def quantize(
         self,
         weight: NDArray[np.float32],
-        axis: int | None,
-        summation: Summation | None,
+        summation: Summation,
         least_scale: NDArray[np.float64] | None = None,
     ) -> QuantizedWeight:
-        """In the type of the recipe, for a kernel that sums up in this way; None: it cannot saturate."""
-        plain = quantize_weight(weight, axis, self.config.weights, least_scale)
-        if self.target.cpu == "vnni" or summation is None or plain.values.dtype != np.int8:
-            return plain
+        """In the type of the recipe, with a scale for each slice of the axis that `summation` names."""
+        plain = quantize_weight(weight, summation.axis, self.config.weights, least_scale)
+        if self.target.cpu == "vnni" or not summation.paired or plain.values.dtype != np.int8:
+            return balanced(plain, weight, summation)
         saturates = bounds(plain.values, summation).saturates
-        if not saturates.any():
-            return plain
-        scale = np.where(saturates, least_squares_scale(weight, summation), 0.0)
-        if least_scale is not None:
-            scale = np.maximum(scale, least_scale)
-        larger = quantize_weight(weight, axis, self.config.weights, scale)
-        safe, _ = within_limit(larger, weight, summation)
+        if saturates.any():
+            scale = np.where(saturates, least_squares_scale(weight, summation), 0.0)
+            if least_scale is not None:
+                scale = np.maximum(scale, least_scale)
+            plain = quantize_weight(weight, summation.axis, self.config.weights, scale)
+        safe = within_limit(balanced(plain, weight, summation), weight, summation)
         return replace(safe, reduced=int(saturates.sum()))
 
     def store(self, node: onnx_ir.Node, source: onnx_ir.Value, quantized: QuantizedWeight) -> StoredWeight:
