@@ -13,6 +13,7 @@ import onnx_ir
 
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded
+from modelpress_compression.passes.quantize.certificate import certify, summary
 from modelpress_compression.passes.quantize.edit import Editor, clean
 from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.float16 import store_in_float16
@@ -65,9 +66,15 @@ class Quantize:
         else:
             self._to_8_bits(work, context, findings)
             clean(work)
-        changed = any(findings.changes.values())
+        certificates = certify(work)
+        note = summary(certificates, context.target)
         return PassResult(
-            work if changed else model, dict(findings.changes), tuple(findings.skipped), tuple(findings.warnings)
+            work if any(findings.changes.values()) else model,
+            dict(findings.changes),
+            tuple(findings.skipped),
+            tuple(findings.warnings),
+            details=tuple(item.row() for item in certificates),
+            notes=(note,) if note else (),
         )
 
     def _to_8_bits(self, work: Model, context: Context, findings: Findings) -> None:

@@ -41,6 +41,10 @@ class Summation:
         """How many scales there are."""
         return 1 if self.axis is None else shape[self.axis]
 
+    def pair_count(self, shape: tuple[int, ...]) -> int:
+        """Pairs that make up one output."""
+        return -(-math.prod(shape[axis] for axis in self.summed) // 2)
+
     def pairs(self, weight: NDArray[Any]) -> NDArray[Any]:
         """[slices, pairs, 2]; an odd rest is paired with zero."""
         terms = math.prod(weight.shape[axis] for axis in self.summed)
@@ -53,7 +57,7 @@ class Summation:
         """The inverse of `pairs`."""
         order = self._order(len(shape))
         terms = math.prod(shape[axis] for axis in self.summed)
-        rows = pairs.reshape(-1, terms + terms % 2)[:, :terms]
+        rows = pairs.reshape(-1, 2 * self.pair_count(shape))[:, :terms]
         return rows.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
 
     def chunks(self, shape: tuple[int, ...]) -> Iterator[tuple[slice, tuple[slice, ...]]]:
@@ -84,3 +88,10 @@ def of_node(node: onnx_ir.Node, shape: tuple[int, ...], axis: int | None) -> Sum
     if node.op_type == "Gemm" and attribute(node, "transB", 0):
         return Summation((1,), axis)
     return of_matrix(rank, axis)
+
+
+def output_axis(node: onnx_ir.Node, rank: int) -> int:
+    """The axis of a Conv's, MatMul's or Gemm's weight that counts its output channels."""
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0)):
+        return 0
+    return rank - 1

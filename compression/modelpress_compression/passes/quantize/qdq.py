@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from modelpress_compression.passes.quantize.affine import ActivationParameters
 from modelpress_compression.passes.quantize.edit import (
     Editor,
-    attribute,
     constant_of,
     graph_of,
     input_of,
@@ -27,7 +26,7 @@ from modelpress_compression.passes.quantize.edit import (
     required,
 )
 from modelpress_compression.passes.quantize.plan import HEAVY, Plan, Tensor, activations_of
-from modelpress_compression.passes.quantize.products import of_node
+from modelpress_compression.passes.quantize.products import of_node, output_axis
 from modelpress_compression.passes.quantize.weights import StoredWeight, WeightStore
 
 _INT32_ROOM = float(1 << 30)  # half of the accumulator for the bias
@@ -135,11 +134,8 @@ class QdqWriter:
 
 
 def _channel_axis(node: onnx_ir.Node, rank: int) -> int | None:
-    if node.op_type == "Conv":
-        return 0
-    if node.op_type == "Gemm":
-        return 0 if attribute(node, "transB", 0) else 1
-    return 1 if rank == 2 else None
+    # A stack of matrices has one scale: DequantizeLinear takes one axis, and MatMul's kernels one of two axes.
+    return output_axis(node, rank) if node.op_type == "Conv" or rank == 2 else None
 
 
 def guard_float_nodes(graph: onnx_ir.Graph, editor: Editor) -> int:

@@ -10,7 +10,6 @@ mean.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -25,11 +24,11 @@ def balanced(quantized: QuantizedWeight, weight: NDArray[np.float32], summation:
     values = quantized.values.copy()
     middle = np.float32(quantized.zero_point)
     scale = np.broadcast_to(quantized.scale, summation.slices(values.shape))
-    terms = math.prod(values.shape[axis] for axis in summation.summed)
+    terms = 2 * summation.pair_count(values.shape)
     for part, index in summation.chunks(values.shape):
         levels = summation.pairs(values[index].astype(np.float32) - middle)
-        error = levels - summation.pairs(weight[index]) / scale[part][:, None, None]
-        turned = _turned(error.reshape(-1, terms + terms % 2)).reshape(levels.shape)
+        error = np.asarray(levels - summation.pairs(weight[index]) / scale[part][:, None, None], np.float32)
+        turned = _turned(error.reshape(-1, terms)).reshape(levels.shape)
         levels = np.clip(levels - turned, -LARGEST_LEVEL, LARGEST_LEVEL)
         values[index] = summation.restore(levels + middle, values[index].shape)
     return replace(quantized, values=values)

@@ -18,7 +18,6 @@ QgemmU8X8KernelAvx512Core, QgemvU8S8KernelAvx2, ConvSymKernelAvx2, ConvSymKernel
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,7 +33,7 @@ PAIR_LIMIT = 128
 
 @dataclass(frozen=True)
 class Bounds:
-    """The most that a product of these weights with any activations can reach, for each slice.
+    """The most that products of these weights with any activations can reach: [slices, outputs of a slice].
 
     `low`, `high`: sums of one pair. `total`: magnitude of the 32-bit sum, its correction for the zero point included.
     """
@@ -45,22 +44,22 @@ class Bounds:
 
     @property
     def saturates(self) -> NDArray[np.bool_]:
+        """Which outputs can leave 16 bits."""
         limits = np.iinfo(np.int16)
         return np.asarray((self.low < limits.min) | (self.high > limits.max))
 
 
 def bounds(levels: NDArray[np.int8], summation: Summation) -> Bounds:
-    """The bounds of int8 weights; each is attained by some activations, but for the correction in `total`."""
-    count = summation.slices(levels.shape)
-    low, high, total = (np.zeros(count, np.int64) for _ in range(3))
-    terms = math.prod(levels.shape[axis] for axis in summation.summed)
-    for part, index in summation.chunks(levels.shape):
-        pairs = summation.pairs(levels[index]).astype(np.int32)
-        low[part] = np.minimum(pairs, 0).sum(axis=2).min(axis=1, initial=0)
-        high[part] = np.maximum(pairs, 0).sum(axis=2).max(axis=1, initial=0)
-        rows = np.abs(pairs).reshape(len(pairs), -1, terms + terms % 2).sum(axis=2, dtype=np.int64)
-        total[part] = 2 * rows.max(axis=1, initial=0)  # x * w, and zero_point * sum(w)
-    return Bounds(low * LARGEST_ACTIVATION, high * LARGEST_ACTIVATION, total * LARGEST_ACTIVATION)
+    """The bounds of int8 weights. `low` and `high` are attained by some activations."""
+    low, high, total = [], [], []
+    for _, index in summation.chunks(levels.shape):
+        part = summation.pairs(levels[index]).astype(np.int16)
+        pairs = part.reshape(len(part), -1, summation.pair_count(levels.shape), 2)
+        low.append(np.minimum(pairs, 0).sum(axis=3).min(axis=2, initial=0))
+        high.append(np.maximum(pairs, 0).sum(axis=3).max(axis=2, initial=0))
+        # x * w, and zero_point * sum(w)
+        total.append(2 * np.abs(pairs).sum(axis=(2, 3), dtype=np.int64))
+    return Bounds(*(LARGEST_ACTIVATION * np.concatenate(parts).astype(np.int64) for parts in (low, high, total)))
 
 
 def least_squares_scale(weight: NDArray[np.float32], summation: Summation) -> NDArray[np.float64]:

@@ -77,7 +77,7 @@ class WeightStore:
         plain = quantize_weight(weight, summation.axis, self.config.weights, least_scale)
         if self.target.cpu == "vnni" or not summation.paired or plain.values.dtype != np.int8:
             return balanced(plain, weight, summation)
-        saturates = bounds(plain.values, summation).saturates
+        saturates = bounds(plain.values.astype(np.int8, copy=False), summation).saturates.any(axis=1)
         if saturates.any():
             scale = np.where(saturates, least_squares_scale(weight, summation), 0.0)
             if least_scale is not None:
