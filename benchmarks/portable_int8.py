@@ -109,7 +109,7 @@ def quantize(
     fidelity = compare_outputs(work / f"{case.name}.onnx", path, unseen)
     ratios = [output.sqnr_db for output in fidelity.outputs.values() if output.sqnr_db is not None]
     metrics = [float(evaluate(case.name, models, "--model", str(file))) for file in (path, emulated)]
-    distance = None if qemu is None else against_qemu(path, unseen, work, qemu)
+    distance = None if qemu is None else against_qemu(path, unseen, work, qemu, here=path)
     return Quantized(path, result, float(np.mean(ratios)), metrics[0], metrics[1], distance)
 
 
@@ -122,8 +122,8 @@ def split(samples: InputData) -> tuple[InputData, InputData]:
     return seen, unseen
 
 
-def against_qemu(path: Path, samples: InputData, work: Path, qemu: Path) -> float:
-    """SQNR in dB of the first output on an emulated Haswell against this machine."""
+def against_qemu(path: Path, samples: InputData, work: Path, qemu: Path, *, here: Path) -> float:
+    """SQNR in dB of the first output of `path` on an emulated Haswell, against that of `here` on this machine."""
     feeds = list(samples.feeds(1, limit=QEMU_SAMPLES))
     files = [work / f"feeds_{index}.npz" for index in range(len(feeds))]
     for file, feed in zip(files, feeds, strict=True):
@@ -133,9 +133,11 @@ def against_qemu(path: Path, samples: InputData, work: Path, qemu: Path) -> floa
     subprocess.run([*command, *map(str, files)], check=True, stderr=subprocess.DEVNULL)
     with np.load(work / "out.npz") as outputs:
         other = list(outputs.values())
-    here = [next(iter(output.values())) for output in run_all(open_session(path), feeds)]
-    signal = sum(float(np.square(a, dtype=np.float64).sum()) for a in here)
-    noise = sum(float(np.square(np.subtract(a, b, dtype=np.float64)).sum()) for a, b in zip(here, other, strict=True))
+    expected = [next(iter(output.values())) for output in run_all(open_session(here), feeds)]
+    signal = sum(float(np.square(a, dtype=np.float64).sum()) for a in expected)
+    noise = sum(
+        float(np.square(np.subtract(a, b, dtype=np.float64)).sum()) for a, b in zip(expected, other, strict=True)
+    )
     return min(200.0, 10 * float(np.log10(signal / max(noise, 1e-300))))
 
 

@@ -158,6 +158,18 @@ def test_markdown_cannot_be_injected(fake_server: Any) -> None:
     assert r"\|\`x\`\[a\](b)" in text
 
 
+def test_notes_of_a_step_are_shown(fake_server: Any) -> None:
+    """On the terminal and in Markdown; a report from before there were notes has none."""
+    before = Report.from_dict(fake_server.report)
+    assert before.steps[0].notes == ()
+    fake_server.report["steps"][0]["notes"] = ["No saturation without VNNI: 3 of 3 layers certified"]
+    report = Report.from_dict(fake_server.report)
+    assert "3 of 3 layers certified" in to_markdown(report)
+    console = Console(record=True, width=120, file=StringIO())
+    print_report(console, report)
+    assert "3 of 3 layers certified" in console.export_text()
+
+
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
