@@ -135,9 +135,8 @@ def against_qemu(path: Path, samples: InputData, work: Path, qemu: Path, *, here
         other = list(outputs.values())
     expected = [next(iter(output.values())) for output in run_all(open_session(here), feeds)]
     signal = sum(float(np.square(a, dtype=np.float64).sum()) for a in expected)
-    noise = sum(
-        float(np.square(np.subtract(a, b, dtype=np.float64)).sum()) for a, b in zip(expected, other, strict=True)
-    )
+    differences = [np.subtract(a, b, dtype=np.float64) for a, b in zip(expected, other, strict=True)]
+    noise = sum(float(np.square(difference).sum()) for difference in differences)
     return min(200.0, 10 * float(np.log10(signal / max(noise, 1e-300))))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from modelpress_client import errors, names, recipes
 from modelpress_client.cli import units
 from modelpress_client.cli.report_markdown import to_markdown
 from modelpress_client.cli.report_rows import changes_text
+from modelpress_client.cli.report_text import print_report
 from modelpress_client.errors import INPUT_REASONS, InvalidRecipeError, ModelpressError, ServerError, UsageError
 from modelpress_client.inputs import format_input, parse_input, parse_inputs
 from modelpress_client.jsonable import to_json
 from modelpress_client.report import Report, StepReport
 from modelpress_protos.v1 import common_pb2
 from modelpress_protos.v1.job_service_pb2 import JOB_STATE_FAILED, Job
+from rich.console import Console
 
 # --- inputs ------------------------------------------------------------------------------------------------------
 
