@@ -10,6 +10,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.passes.quantize.affine import QuantizedWeight, quantize_weight
+from modelpress_compression.passes.quantize.balance import balanced
 from modelpress_compression.passes.quantize.edit import (
     Editor,
     attribute,
@@ -20,7 +21,6 @@ from modelpress_compression.passes.quantize.edit import (
     required,
 )
 from modelpress_compression.passes.quantize.products import Summation, of_matrix
-from modelpress_compression.passes.quantize.rounding import balanced
 from modelpress_compression.passes.quantize.saturation import bounds, least_squares_scale, within_limit
 from modelpress_compression.recipe import Target
 from modelpress_compression.techniques import QuantizeConfig
