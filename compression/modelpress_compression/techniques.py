@@ -108,15 +108,15 @@ class PruneConfig:
 class QuantizeConfig:
     """Fewer bits. `scheme` auto tries none, dynamic and static and keeps the fastest that agrees with the original.
 
-    `block_size`: weight_only, weights of one column that share a scale. `smooth_quant`, `equalize`, `bias_correction`:
-    static alone. `rounding`: how weights are rounded, by scheme static and weight_only.
+    `block_size`: weight_only, how many weights share a scale at most. `smooth_quant`, `equalize`, `bias_correction`:
+    static alone. `rounding`: how the weights of Conv, MatMul and Gemm are rounded.
     """
 
     scheme: str = "auto"
     weights: str = "int8"
     activations: str = "uint8"
     per_channel: bool = True
-    calibration: str = "percentile"
+    calibration: str = "auto"
     exclude: tuple[str, ...] = ()
     block_size: int = 32
     smooth_quant: bool = True
@@ -131,7 +131,7 @@ class QuantizeConfig:
         if self.weights == "int4" and self.scheme != "weight_only":
             checks.refuse("weights", "'int4' needs scheme weight_only")
         checks.one_of("activations", ("uint8", "int8"))
-        checks.one_of("calibration", ("minmax", "moving_average", "percentile", "entropy", "mse"))
+        checks.one_of("calibration", ("auto", "minmax", "moving_average", "percentile", "entropy", "mse"))
         checks.within("block_size", 16 <= self.block_size <= 256, "[16, 256]")
         if self.block_size & (self.block_size - 1):
             checks.refuse("block_size", f"{self.block_size} is no power of two")

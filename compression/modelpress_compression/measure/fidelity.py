@@ -10,8 +10,15 @@ Where both are NaN, or the same infinity, the element counts as equal and is lef
 them is finite, the element is left out too, but counted: one such element makes `cosine` 0. Integer, bool and string
 outputs have `equal`, the share of equal elements, instead.
 
+Positions of a sequence [N, T, ...] that an attention mask among the inputs leaves out are not compared: no one reads
+them.
+
 `top1_agreement`: share of positions with the same largest element, for the first output [N, C] or [N, T, C], C >= 2,
 that may hold class scores; see `outputs.classification_outputs`.
+
+`expected_drop`: share of its right answers that the original expects to lose where the class changed from a to b, by
+its own probabilities p: sum(p(a) - p(b)) / sum(p(a)). A change between two classes that it could hardly tell apart
+costs next to nothing; one away from a class that it was sure of costs a whole answer. Labels are not needed.
 """
 
 from __future__ import annotations
@@ -28,6 +35,7 @@ from numpy.typing import NDArray
 
 from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.measure.outputs import classification_outputs
+from modelpress_compression.padding import counted_positions, without_padding
 from modelpress_compression.runtime import open_session, run
 
 MAX_SQNR_DB = 200.0
@@ -51,7 +59,9 @@ class OutputFidelity:
 @dataclass(frozen=True)
 class Fidelity:
     """All outputs. `agreement`, in [0, 1], is what `max_drop` is held against without labels: `top1_agreement` where
-    there is one, else the mean over outputs of cosine (at least 0) or share of equal elements. `notes`: what is odd."""
+    there is one, else the mean over outputs of cosine (at least 0) or share of equal elements. `notes`: what is odd.
+
+    `expected_drop`: see above, None where no output holds classes."""
 
     data: str
     samples: int
@@ -59,6 +69,7 @@ class Fidelity:
     top1_agreement: float | None
     agreement: float
     notes: tuple[str, ...] = ()
+    expected_drop: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report's `fidelity`."""
@@ -68,6 +79,7 @@ class Fidelity:
             "outputs": {name: output.to_dict() for name, output in self.outputs.items()},
             "top1_agreement": self.top1_agreement,
             "agreement": self.agreement,
+            "expected_drop": self.expected_drop,
             "notes": list(self.notes),
         }
 
@@ -95,9 +107,9 @@ def compare_outputs(
     samples = 0
     for feed in data.feeds(1, limit):
         before, after = (run(session, feed) for session in sessions)
+        mask = counted_positions(feed)
         for name in names[0]:
-            other = after.get(partners.get(name, ""))
-            sums[name].add(before[name], other, name in classes)
+            sums[name].add(before[name], after.get(partners.get(name, "")), name in classes, mask)
         samples += data.fixed_batch or 1
         if time.monotonic() > deadline:
             break
@@ -127,15 +139,18 @@ class _OutputSums:
     floats: bool = False
     top1_positions: int = 0
     top1_agreed: int = 0
+    expected_right: float = 0.0
+    expected_lost: float = 0.0
     problem: str = ""
 
-    def add(self, before: Array, after: Array | None, classes: bool) -> None:
+    def add(self, before: Array, after: Array | None, classes: bool, mask: NDArray[np.bool_] | None = None) -> None:
         if after is None:
             self.problem = "is missing in the optimized model"
             return
         if before.shape != after.shape:
             self.problem = f"has shape {before.shape} in the original and {after.shape} in the optimized model"
             return
+        before, after = without_padding(before, mask), without_padding(after, mask)
         if before.dtype.kind not in "fV" or after.dtype.kind not in "fV":
             self.elements += before.size
             self.equal_elements += int(np.count_nonzero(before == after))
@@ -143,9 +158,16 @@ class _OutputSums:
         self.floats = True
         self._add_floats(before.astype(np.float64), after.astype(np.float64))
         if classes and before.ndim in (2, 3) and before.shape[-1] >= 2:
-            top = [np.argmax(array, axis=-1) for array in (before, after)]
-            self.top1_positions += top[0].size
-            self.top1_agreed += int(np.count_nonzero(top[0] == top[1]))
+            self._add_classes(before, after)
+
+    def _add_classes(self, before: Array, after: Array) -> None:
+        first, second = (np.argmax(array, axis=-1)[..., None] for array in (before, after))
+        self.top1_positions += first.size
+        self.top1_agreed += int(np.count_nonzero(first == second))
+        probabilities = _probabilities(before.astype(np.float64))
+        taken, given = (np.take_along_axis(probabilities, index, axis=-1) for index in (first, second))
+        self.expected_right += float(taken.sum())
+        self.expected_lost += float((taken - given).sum())
 
     def _add_floats(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> None:
         finite = np.isfinite(before) & np.isfinite(after)
@@ -199,6 +221,16 @@ class _OutputSums:
         return max(0.0, self.cosine()) if self.floats else self.equal_elements / self.elements
 
 
+def _probabilities(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Class scores as probabilities: as they are where they are some already, else their softmax."""
+    sums = scores.sum(axis=-1)
+    if scores.min(initial=0.0) >= 0 and np.allclose(sums, 1, atol=1e-3):
+        return scores
+    finite = np.nan_to_num(scores, nan=-np.inf)
+    powers = np.exp(finite - np.max(finite, axis=-1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=-1, keepdims=True), np.float64)
+
+
 def _summary(data: str, samples: int, sums: Mapping[str, _OutputSums]) -> Fidelity:
     notes = [f"Output {name!r} {total.problem}." for name, total in sums.items() if total.problem]
     notes += [
@@ -213,4 +245,5 @@ def _summary(data: str, samples: int, sums: Mapping[str, _OutputSums]) -> Fideli
     if any(total.problem for total in sums.values()):
         agreement = 0.0
     outputs = {name: total.figures() for name, total in sums.items()}
-    return Fidelity(data, samples, outputs, top1, agreement, tuple(notes))
+    drop = classifier.expected_lost / classifier.expected_right if classifier and classifier.expected_right else None
+    return Fidelity(data, samples, outputs, top1, agreement, tuple(notes), drop)

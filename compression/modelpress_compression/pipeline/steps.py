@@ -46,13 +46,15 @@ def apply_step(step: Step, model: Model, path: Path, context: Context, target: P
     began = time.monotonic()
     context.check_time()
     result = TECHNIQUES[step.technique].make_pass(step.config)(model, context)
-    record = StepRecord(step, model, path, skipped=result.skipped, warnings=result.warnings)
-    if result.changed:
-        record = _checked(record, result, context, target)
+    record = keep(StepRecord(step, model, path), result, context, target)
     return replace(record, duration_s=time.monotonic() - began)
 
 
-def _checked(record: StepRecord, result: PassResult, context: Context, target: Path) -> StepRecord:
+def keep(record: StepRecord, result: PassResult, context: Context, target: Path) -> StepRecord:
+    """The record with what a pass made of its model, in the file `target`; what does not run is dropped."""
+    record = replace(record, skipped=result.skipped, warnings=result.warnings)
+    if not result.changed:
+        return record
     save(result.model, target)
     problem = broken(target, context.data, reference=record.path)
     if problem is not None:

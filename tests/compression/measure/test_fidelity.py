@@ -33,6 +33,7 @@ def test_identical_models(save_model: Save, threes: InputData) -> None:
         "samples": 50,
         "outputs": {"scores": {"cosine": pytest.approx(1.0), "sqnr_db": MAX_SQNR_DB, "max_abs_error": 0.0}},
         "top1_agreement": 1.0,
+        "expected_drop": 0.0,
         "agreement": 1.0,
         "notes": [],
     }

@@ -1,7 +1,8 @@
-"""Quantization: `Quantize(config)`, schemes static, dynamic and float16.
+"""Quantization: `Quantize(config)`, schemes static, dynamic, weight_only and float16.
 
 - static: 8-bit weights and activations, ranges from calibration (static.py).
 - dynamic: 8-bit weights, activations quantized by the range that they have in each run (dynamic.py).
+- weight_only: weights in 4 or 8 bits, activations in float32 (weight_only.py).
 - float16: weights in half precision (float16.py).
 
 Whether the result runs and is finite is the pipeline's to check, as it does for every pass.
@@ -9,20 +10,24 @@ Whether the result runs and is finite is the pipeline's to check, as it does for
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir
 
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded
-from modelpress_compression.passes.quantize.certificate import certify, summary
+from modelpress_compression.passes.quantize.certificate import certified
 from modelpress_compression.passes.quantize.edit import Editor, clean
 from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.float16 import store_in_float16
+from modelpress_compression.passes.quantize.gptq_rounder import make_rounder
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.static import quantize_nodes, quantize_static
+from modelpress_compression.passes.quantize.static import StaticQuantizer, prepare, quantize_nodes
+from modelpress_compression.passes.quantize.weight_only import store_weights
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.techniques import QuantizeConfig
 
-__all__ = ["Quantize"]
+__all__ = ["Quantize", "StaticQuantizer", "prepare_static"]
 
 # Per-axis scales came with opset 13.
 MIN_OPSET = 13
@@ -59,40 +64,60 @@ class Quantize:
         """Raises ModelNotRunnableError if the model does not run on the data, TimeLimitError if time is up."""
         if reason := _why_not(model):
             return PassResult(model, skipped=(Skip("model", reason),))
-        findings = Findings(warnings=_unmatched(model, self._config.exclude))
-        work = model.clone()
-        if self._config.scheme == "float16":
-            store_in_float16(work, self._config.exclude, findings)
+        if self._config.scheme == "static":
+            quantizer = prepare_static(model, self._config, context)
+            result = quantizer.result() if quantizer is not None else PassResult(model)
         else:
-            self._to_8_bits(work, context, findings)
-            clean(work)
-        certificates = certify(work)
-        note = summary(certificates, context.target)
-        return PassResult(
-            work if any(findings.changes.values()) else model,
-            dict(findings.changes),
-            tuple(findings.skipped),
-            tuple(findings.warnings),
-            details=tuple(item.row() for item in certificates),
-            notes=(note,) if note else (),
-        )
+            findings = Findings(warnings=_unmatched(model, self._config.exclude))
+            result = certified(findings.result(self._apply(model.clone(), context, findings)), context.target)
+        return result if result.changed else replace(result, model=model)
 
-    def _to_8_bits(self, work: Model, context: Context, findings: Findings) -> None:
-        editor, config = Editor(work), self._config
-        expand_fused(work, editor)
-        for node in work.nodes():
-            if is_excluded(node.name, config.exclude) and node.op_type in _WEIGHTED:
-                findings.skip(node, "excluded by the recipe")
-            elif node.op_type in ("GRU", "RNN", "ConvTranspose") and not node.domain:
-                findings.skip(node, "onnxruntime has no 8-bit kernel for it")
-            elif node.op_type == "Conv" and config.scheme == "dynamic":
-                findings.skip(node, "dynamic quantization makes it 3 to 10 times slower; scheme static does not")
-        if config.scheme == "static":
-            quantize_static(work, config, context, editor, findings)
-            return
+    def _apply(self, work: Model, context: Context, findings: Findings) -> Model:
+        config = self._config
+        if config.scheme == "float16":
+            store_in_float16(work, config.exclude, findings)
+            return work
+        _expand(work, config, findings)
+        rounder = make_rounder(work, config, context, findings)
+        if config.scheme == "weight_only":
+            store_weights(work, config, context, rounder, findings)
+            clean(work)
+            return work
         if config.activations == "int8":
             findings.warnings.append("Scheme dynamic makes activations uint8; 'activations: int8' has no effect.")
-        quantize_nodes(list(work.nodes()), config, editor, WeightStore(editor, config, context.target), findings)
+        editor = Editor(work)
+        quantize_nodes(
+            list(work.nodes()), config, editor, WeightStore(editor, config, rounder, context.target), findings
+        )
+        clean(work)
+        return work
+
+
+def prepare_static(model: Model, config: QuantizeConfig, context: Context) -> StaticQuantizer | None:
+    """Calibrates a clone of the model for static quantization, once for as many results as are wanted.
+
+    None: the model cannot be quantized; the pass says why. Raises ModelNotRunnableError, TimeLimitError.
+    """
+    if _why_not(model):
+        return None
+    findings = Findings(warnings=_unmatched(model, config.exclude))
+    work = model.clone()
+    _expand(work, config, findings)
+    return prepare(work, config, context, findings)
+
+
+def _expand(work: Model, config: QuantizeConfig, findings: Findings) -> None:
+    """Brings fused nodes into forms that can be in 8 bits, and says of the others why they cannot."""
+    expand_fused(work, Editor(work))
+    for node in work.nodes():
+        if is_excluded(node.name, config.exclude) and node.op_type in _WEIGHTED:
+            findings.skip(node, "excluded by the recipe")
+        elif config.scheme == "weight_only":
+            continue
+        elif node.op_type in ("GRU", "RNN", "ConvTranspose") and not node.domain:
+            findings.skip(node, "onnxruntime has no 8-bit kernel for it")
+        elif node.op_type == "Conv" and config.scheme == "dynamic":
+            findings.skip(node, "dynamic quantization makes it 3 to 10 times slower; scheme static does not")
 
 
 def _why_not(model: Model) -> str | None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelpress_compression.passes.quantize.observers import Range
+from modelpress_compression.passes.quantize.rounding import Rounding, nearest
 
 # Smallest scale: below it 1 / scale is no longer a normal float32 with some room.
 MIN_SCALE = 1e-30
@@ -68,7 +69,11 @@ class QuantizedWeight:
 
 
 def quantize_weight(
-    weight: NDArray[np.float32], axis: int | None, dtype: str, least_scale: NDArray[np.float64] | None = None
+    weight: NDArray[np.float32],
+    axis: int | None,
+    dtype: str,
+    least_scale: NDArray[np.float64] | None = None,
+    rounding: Rounding = nearest,
 ) -> QuantizedWeight:
     """Symmetric, to the largest magnitude. `least_scale`: a lower bound, per slice, that a bias may ask for."""
     kind = np.dtype(dtype)
@@ -81,7 +86,8 @@ def quantize_weight(
         scale = np.maximum(scale, bound)
     scale = np.maximum(scale, MIN_SCALE).astype(np.float32)
     divisor = scale if axis is None else scale.reshape([-1 if a == axis else 1 for a in range(weight.ndim)])
-    values = (np.clip(np.rint(weight / divisor), -LARGEST_LEVEL, LARGEST_LEVEL) + middle).astype(kind)
+    limits = np.asarray(-float(LARGEST_LEVEL)), np.asarray(float(LARGEST_LEVEL))
+    values = (rounding(weight, np.asarray(divisor), *limits) + middle).astype(kind)
     return QuantizedWeight(values, np.asarray(scale), np.asarray(middle, kind), axis)
 
 

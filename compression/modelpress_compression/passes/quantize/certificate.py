@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
 import onnx_ir
 
 from modelpress_compression.model import Model
+from modelpress_compression.passes.base import PassResult
 from modelpress_compression.passes.quantize.edit import constant_of, input_of, label
 from modelpress_compression.passes.quantize.plan import HEAVY
 from modelpress_compression.passes.quantize.products import Summation, of_matrix, of_node, output_axis
@@ -60,12 +61,18 @@ def certify(model: Model) -> tuple[Certificate, ...]:
     return tuple(product.certificate() for node in model.nodes() for product in _products(node))
 
 
+def certified(result: PassResult, target: Target) -> PassResult:
+    """The result with a row for every certificate of its model, and one sentence on all."""
+    found = certify(result.model)
+    if not found:
+        return result
+    rows = tuple(item.row() for item in found)
+    return replace(result, details=(*result.details, *rows), notes=(*result.notes, summary(found, target)))
+
+
 def summary(certificates: tuple[Certificate, ...], target: Target) -> str:
-    """One sentence for people; empty where nothing runs in 8 bits."""
-    if not certificates:
-        return ""
-    certified = sum(item.certified for item in certificates)
-    count = f"{certified} of {len(certificates)} layers certified"
+    """One sentence for people."""
+    count = f"{sum(item.certified for item in certificates)} of {len(certificates)} layers certified"
     if target.cpu == "vnni":
         return f"Saturation without VNNI was allowed (target.cpu: vnni): {count} to be free of it"
     reduced = sum(item.reduced for item in certificates)

@@ -50,6 +50,16 @@ class Plan:
     nodes: list[onnx_ir.Node]
     tensors: dict[int, Tensor] = field(default_factory=dict)
 
+    @property
+    def heavy(self) -> list[onnx_ir.Node]:
+        """The nodes of the first kind, and light Convs."""
+        return [node for node in self.nodes if node.op_type in HEAVY]
+
+    def on(self, graph: onnx_ir.Graph) -> Plan:
+        """The same plan for a clone of the graph."""
+        names = {node.outputs[0].name for node in self.heavy}
+        return make_plan(graph, [node for node in graph if node.op_type in HEAVY and node.outputs[0].name in names])
+
     def observed(self) -> list[onnx_ir.Value]:
         """The values whose ranges calibration must find, each once."""
         return list({id(tensor.range_of): tensor.range_of for tensor in self.tensors.values()}.values())

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.passes.quantize.affine import ActivationParameters
+from modelpress_compression.passes.quantize.affine import ActivationParameters, QuantizedWeight
 from modelpress_compression.passes.quantize.edit import (
     Editor,
     constant_of,
@@ -26,12 +26,12 @@ from modelpress_compression.passes.quantize.edit import (
     required,
 )
 from modelpress_compression.passes.quantize.plan import HEAVY, Plan, Tensor, activations_of
-from modelpress_compression.passes.quantize.products import of_node, output_axis
+from modelpress_compression.passes.quantize.products import Summation, of_node, output_axis
 from modelpress_compression.passes.quantize.weights import StoredWeight, WeightStore
 
 _INT32_ROOM = float(1 << 30)  # half of the accumulator for the bias
 
-Parameters = Mapping[int, ActivationParameters]  # by the id of a plan's tensor value
+Parameters = Mapping[str, ActivationParameters]  # by the name of a plan's tensor
 
 
 @dataclass
@@ -46,10 +46,10 @@ class QdqWriter:
         """Puts the pairs on the plan's tensors and the weights of its heavy nodes."""
         for node in plan.nodes:
             if node.op_type in HEAVY:
-                self.quantize_weights(node, parameters[id(node.inputs[0])])
+                self.quantize_weights(node, parameters[required(node, 0).name or ""])
         kept = set(plan.nodes)
         for tensor in plan.tensors.values():
-            self._insert_pair(plan.graph, tensor, parameters[id(tensor.value)], kept)
+            self._insert_pair(plan.graph, tensor, parameters[tensor.value.name or ""], kept)
 
     def quantize_weights(self, node: onnx_ir.Node, x: ActivationParameters) -> None:
         """Replaces weight and bias of a heavy node by dequantized 8- and 32-bit ones."""
@@ -97,15 +97,12 @@ class QdqWriter:
 
     def _weight(self, node: onnx_ir.Node, x: ActivationParameters, bias: NDArray[np.float32] | None) -> StoredWeight:
         source = required(node, 1)
-        weight = self.store.array(source)
-        axis = _channel_axis(node, weight.ndim) if self.store.config.per_channel else None
         least = None
         if bias is not None:
             least = np.abs(bias.astype(np.float64)) / (np.float64(x.scale) * _INT32_ROOM)
-        summation = of_node(node, weight.shape, axis)
-        quantized = self.store.quantize(weight, summation, least)
+        quantized = quantize_heavy(node, self.store, least)
         # The bias may have raised the scale, and then another user of the weight needs another copy.
-        key = (id(source), axis, summation, quantized.scale.tobytes())
+        key = (id(source), _summation(node, self.store.array(source), self.store), quantized.scale.tobytes())
         if key not in self._weights:
             self._weights[key] = self.store.store(node, source, quantized)
         return self._weights[key]
@@ -133,9 +130,18 @@ class QdqWriter:
         dequantized.name = name
 
 
-def _channel_axis(node: onnx_ir.Node, rank: int) -> int | None:
+def quantize_heavy(
+    node: onnx_ir.Node, store: WeightStore, least_scale: NDArray[np.float64] | None = None
+) -> QuantizedWeight:
+    """A heavy node's weight in 8 bits; `least_scale`: a lower bound, per output channel."""
+    weight = store.array(required(node, 1))
+    return store.quantize(weight, _summation(node, weight, store), least_scale, store.rounder.rounding(node))
+
+
+def _summation(node: onnx_ir.Node, weight: NDArray[np.float32], store: WeightStore) -> Summation:
     # A stack of matrices has one scale: DequantizeLinear takes one axis, and MatMul's kernels one of two axes.
-    return output_axis(node, rank) if node.op_type == "Conv" or rank == 2 else None
+    per_channel = store.config.per_channel and (node.op_type == "Conv" or weight.ndim == 2)
+    return of_node(node, weight.shape, output_axis(node, weight.ndim) if per_channel else None)
 
 
 def guard_float_nodes(graph: onnx_ir.Graph, editor: Editor) -> int:

@@ -1,62 +1,142 @@
 """Static quantization: ranges from calibration, convolutions and matrix products in integers from one to the next.
 
-1. Choose the heavy nodes and lay the plan (plan.py).
-2. Observe the tensors of the plan on the data (calibration.py); nodes that read infinite or NaN values fall out.
-3. Measure each heavy node's own loss (sensitivity.py). A Conv below the floor stays float32; a MatMul or Gemm that
-   loses too much gets its range at run time instead (dynamic.py): as fast in onnxruntime, and outliers of other rows
-   do not cost it its resolution.
-4. Lay the plan again with what is left, and write it (qdq.py).
+    prepare    1. choose the heavy nodes and lay the plan                       plan
+               2. move outliers from activations into weights                  smooth_quant, equalize
+               3. observe the tensors on the data; nodes that meet infinite or
+                  NaN values fall out                                           calibration, observers
+               4. measure the error that each tensor and weight makes at the
+                  outputs, and give the worst tensors better ranges             output_error, ranges
+    quantize   5. lay the plan for the nodes that shall be in 8 bits, write it  qdq
+               6. what has no static kernel (LSTM, Attention, embeddings,
+                  products inside subgraphs) or is better off with ranges of
+                  its own in each run is quantized dynamically                  dynamic
 
-What has no static kernel (LSTM, Attention, embeddings, products inside subgraphs) is quantized dynamically.
+`prepare` is done once, `quantize` for as many choices of nodes as a search wants to try.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import onnx_ir
 
 from modelpress_compression.model import Model
-from modelpress_compression.passes.base import Context, is_excluded
+from modelpress_compression.passes.base import Context, PassResult, is_excluded
 from modelpress_compression.passes.quantize import dynamic
-from modelpress_compression.passes.quantize.affine import ActivationParameters, activation_parameters
 from modelpress_compression.passes.quantize.calibration import observe
-from modelpress_compression.passes.quantize.edit import Editor
-from modelpress_compression.passes.quantize.observers import METHODS, Histogram
+from modelpress_compression.passes.quantize.certificate import certified
+from modelpress_compression.passes.quantize.edit import Editor, clean, label, required
+from modelpress_compression.passes.quantize.gptq_rounder import make_rounder
+from modelpress_compression.passes.quantize.observers import Histogram
+from modelpress_compression.passes.quantize.output_error import open_probe
 from modelpress_compression.passes.quantize.plan import HEAVY, Plan, is_light, make_plan, why_not_static
 from modelpress_compression.passes.quantize.qdq import QdqWriter, guard_float_nodes
+from modelpress_compression.passes.quantize.ranges import Ranges, measure_errors, refine, start_ranges
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.sensitivity import sqnr_per_node
+from modelpress_compression.passes.quantize.rounding import RememberingRounder, Rounder
+from modelpress_compression.passes.quantize.smooth_quant import smooth
 from modelpress_compression.passes.quantize.weights import WeightStore
+from modelpress_compression.recipe import Target
 from modelpress_compression.techniques import QuantizeConfig
 
-# A Conv that keeps less than this of its own output is a catastrophe, not a compression: in the models that keep their
-# accuracy (EfficientNet-Lite, PP-OCR, Silero) none lies below 23 dB.
-CONV_FLOOR_DB = 15.0
-# A product below this is more exact with a range of its own in each run, at about the same speed.
-PRODUCT_FLOOR_DB = 30.0
+# A node that alone takes the outputs below this is a catastrophe, not a compression.
+FLOOR_DB = 15.0
+SMOOTHED = "smooth_quant"  # in the changes: activations whose outliers went into weights
+# Shares of the pass's time until smoothing, calibration, sensitivity and better ranges are done.
+_SMOOTHED, _CALIBRATED, _MEASURED, _REFINED = 0.1, 0.45, 0.7, 0.9
 
 
-def quantize_static(model: Model, config: QuantizeConfig, context: Context, editor: Editor, findings: Findings) -> None:
-    """Quantizes in place."""
-    store = WeightStore(editor, config, context.target)
-    heavy = _choose(model, config, findings)
-    plan, parameters = _calibrate(model, config, context, heavy, findings)
-    chosen = [node for node in plan.nodes if node.op_type in HEAVY]
-    demoted: list[onnx_ir.Node] = []
-    if chosen:
-        by_output = {node.outputs[0].name or "": parameters[id(node.inputs[0])] for node in chosen}
-        sqnr = sqnr_per_node(model, by_output, config, context)
-        keep, demoted = _judge(chosen, sqnr, findings)
-        plan = make_plan(model.graph, keep)
-        QdqWriter(editor, store).write(plan, parameters)
-        guard_float_nodes(model.graph, editor)
+@dataclass
+class StaticQuantizer:
+    """A model that is ready for static quantization, as `prepare` made it; it is not changed any more.
+
+    `heavy`: names of the outputs of the nodes that can be in 8 bits; `ranges`: of the tensors between them.
+    """
+
+    model: Model
+    config: QuantizeConfig
+    heavy: frozenset[str]
+    ranges: Ranges
+    findings: Findings
+    rounder: Rounder
+    target: Target
+    floats: frozenset[str] = field(default=frozenset())  # of `heavy`, what must stay float32
+
+    def result(self, floats: frozenset[str] = frozenset()) -> PassResult:
+        """What the pass gives with the nodes of these outputs in float32."""
+        written = Findings()
+        work = self.quantize(floats, written)
+        if not any(written.changes.values()):
+            # Nothing came of it in 8 bits: then new scales are not worth a change.
+            return replace(self.findings.result(work), changes={})
+        return certified(self.findings.plus(written).result(work), self.target)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan with every node that can be in 8 bits."""
+        return self._plan(self.model, frozenset())
+
+    def quantize(self, floats: frozenset[str], findings: Findings) -> Model:
+        """A model in which the nodes with these outputs, and those that must, stay float32."""
+        work = self.model.clone()
+        editor = Editor(work)
+        store = WeightStore(editor, self.config, self.rounder, self.target)
+        plan = self._plan(work, floats)
+        planned = set(plan.nodes)
+        QdqWriter(editor, store).write(plan, self.ranges.parameters)
+        guard_float_nodes(work.graph, editor)
         findings.changes.update(node.op_type for node in plan.nodes)
+        left = self.floats | floats
+        rest = [
+            node
+            for node in work.nodes()
+            if node not in planned and node.op_type != "Conv" and node.outputs and node.outputs[0].name not in left
+        ]
+        quantize_nodes(rest, self.config, editor, store, findings)
+        clean(work)
+        return work
+
+    def _plan(self, model: Model, floats: frozenset[str]) -> Plan:
+        left = self.floats | floats
+        chosen = [
+            node
+            for node in model.graph
+            if node.outputs and node.outputs[0].name in self.heavy - left and not self._is_dynamic(node)
+        ]
+        return make_plan(model.graph, chosen)
+
+    def _is_dynamic(self, node: onnx_ir.Node) -> bool:
+        return node.op_type != "Conv" and required(node, 0).name in self.ranges.dynamic and not dynamic.why_not(node)
+
+
+def prepare(model: Model, config: QuantizeConfig, context: Context, findings: Findings) -> StaticQuantizer:
+    """Works in place. Raises ModelNotRunnableError if the model does not run on the data, TimeLimitError."""
+    editor = Editor(model)
+    heavy = _choose(model, config, findings)
+    if config.smooth_quant and context.data.provided and heavy:
+        context.progress(0.0, "looking for outliers in activations")
+        if count := smooth(model, make_plan(model.graph, heavy), editor, context):
+            findings.changes[SMOOTHED] = count
+        clean(model)
+    plan, histograms = _calibrate(model, context, heavy, findings)
     _explain_light(heavy, plan, findings)
-    context.progress(0.9, "quantizing what takes its ranges at run time")
-    settled = set(heavy) - set(demoted)
-    rest = [node for node in model.nodes() if node not in settled and node.op_type != "Conv"]
-    quantize_nodes(rest, config, editor, store, findings)
+    ranges = start_ranges(plan, histograms, config)
+    rounder = RememberingRounder(make_rounder(model, config, context, findings), plan.heavy)
+    quantizer = StaticQuantizer(
+        model,
+        config,
+        frozenset(node.outputs[0].name or "" for node in plan.heavy),
+        ranges,
+        findings,
+        rounder,
+        context.target,
+    )
+    if plan.heavy:
+        _measure(quantizer, plan, histograms, context)
+    context.progress(_REFINED, "writing 8-bit layers")
+    return quantizer
 
 
 def quantize_nodes(
@@ -91,9 +171,9 @@ def _choose(model: Model, config: QuantizeConfig, findings: Findings) -> list[on
 
 
 def _calibrate(
-    model: Model, config: QuantizeConfig, context: Context, heavy: list[onnx_ir.Node], findings: Findings
-) -> tuple[Plan, dict[int, ActivationParameters]]:
-    """The plan without nodes that touch values which are not finite, and the parameters of its tensors."""
+    model: Model, context: Context, heavy: list[onnx_ir.Node], findings: Findings
+) -> tuple[Plan, dict[str, Histogram]]:
+    """The plan without nodes that touch values which are not finite, and the histograms of its tensors."""
     plan = make_plan(model.graph, heavy)
     if not plan.tensors:
         return plan, {}
@@ -102,24 +182,22 @@ def _calibrate(
             "Static quantization was calibrated on synthetic inputs, whose ranges need not be those of real ones: give "
             "representative inputs with --data."
         )
-    histograms = observe(model, plan.observed(), context)
+
+    def done(share: float) -> None:
+        context.progress(_SMOOTHED + (_CALIBRATED - _SMOOTHED) * share, "calibrating")
+
+    histograms = observe(model, plan.observed(), context, done)
     broken = {name for name, histogram in histograms.items() if histogram.non_finite or not histogram.total}
     if broken:
-        plan = _without(model, plan, heavy, broken, histograms, findings)
-    method = METHODS[config.calibration]
-    parameters = {
-        key: activation_parameters(method(histograms[tensor.range_of.name or ""]), config.activations)
-        for key, tensor in plan.tensors.items()
-    }
-    return plan, parameters
+        plan = _without(model, heavy, broken, histograms, findings)
+    return plan, histograms
 
 
 def _without(
     model: Model,
-    plan: Plan,
     heavy: list[onnx_ir.Node],
     broken: set[str],
-    histograms: dict[str, Histogram],
+    histograms: Mapping[str, Histogram],
     findings: Findings,
 ) -> Plan:
     sound = []
@@ -143,20 +221,39 @@ def _explain_light(heavy: list[onnx_ir.Node], plan: Plan, findings: Findings) ->
             findings.skip(node, reason)
 
 
-def _judge(
-    nodes: list[onnx_ir.Node], sqnr: dict[str, float], findings: Findings
-) -> tuple[list[onnx_ir.Node], list[onnx_ir.Node]]:
-    """Nodes that are quantized statically, and products that take their ranges at run time."""
-    keep, demoted = [], []
-    for node in nodes:
-        loss = sqnr[node.outputs[0].name or ""]
-        if node.op_type == "Conv":
-            if loss >= CONV_FLOOR_DB:
-                keep.append(node)
-            else:
-                findings.skip(node, f"8 bits would leave it a signal-to-noise ratio of {loss:.1f} dB only")
-        elif loss >= PRODUCT_FLOOR_DB or dynamic.why_not(node):
-            keep.append(node)
-        else:
-            demoted.append(node)
-    return keep, demoted
+def _measure(quantizer: StaticQuantizer, plan: Plan, histograms: Mapping[str, Histogram], context: Context) -> None:
+    """Sensitivity, better ranges, and the nodes that are too sensitive."""
+
+    def part(start: float, stop: float, message: str) -> Context:
+        return replace(context, progress=lambda share, _: context.progress(start + (stop - start) * share, message))
+
+    config, ranges = quantizer.config, quantizer.ranges
+    with open_probe(quantizer.model, plan, config, quantizer.rounder, context) as probe:
+        measuring = part(_CALIBRATED, _MEASURED, "measuring the sensitivity of each layer")
+        if not measure_errors(ranges, plan, probe, lambda share: measuring.progress(share, "")):
+            quantizer.findings.warnings.append(
+                "The sensitivity of single layers was not measured: runs of this model take too long."
+            )
+            return
+        refining = part(_MEASURED, _REFINED, "trying other ranges")
+        refine(ranges, plan, histograms, config, probe, lambda share: refining.progress(share, ""))
+    _leave_sensitive(quantizer, plan)
+    for node in plan.heavy:
+        quantizer.findings.details.append({"layer": label(node), "error_db": decibels(ranges.error_at(node))})
+
+
+def _leave_sensitive(quantizer: StaticQuantizer, plan: Plan) -> None:
+    floats = set()
+    for node in plan.heavy:
+        error = quantizer.ranges.error_at(node)
+        if decibels(error) < FLOOR_DB:
+            floats.add(node.outputs[0].name or "")
+            quantizer.findings.skip(node, f"8 bits here alone would leave the outputs {decibels(error):.1f} dB")
+    quantizer.floats = frozenset(floats)
+
+
+def decibels(error: float) -> float:
+    """A share of the signal's power as a signal-to-noise ratio; held within +-200 dB."""
+    if not math.isfinite(error):
+        return -200.0
+    return min(200.0, -10 * math.log10(error)) if error > 0 else 200.0

@@ -20,7 +20,8 @@ from modelpress_compression.passes.quantize.edit import (
     is_constant,
     required,
 )
-from modelpress_compression.passes.quantize.products import Summation, of_matrix
+from modelpress_compression.passes.quantize.products import Summation, of_node
+from modelpress_compression.passes.quantize.rounding import NearestRounder, Rounder, Rounding, nearest
 from modelpress_compression.passes.quantize.saturation import bounds, least_squares_scale, within_limit
 from modelpress_compression.recipe import Target
 from modelpress_compression.techniques import QuantizeConfig
@@ -50,6 +51,7 @@ class WeightStore:
 
     editor: Editor
     config: QuantizeConfig
+    rounder: Rounder = field(default_factory=NearestRounder)
     target: Target = field(default_factory=Target)
     _stored: dict[tuple[object, ...], StoredWeight] = field(default_factory=dict)
 
@@ -61,10 +63,13 @@ class WeightStore:
         key = (id(source), id(node.graph), transposed, alpha)
         if key not in self._stored:
             weight = self.array(source)
-            weight = (weight.T if transposed else weight) * np.float32(alpha)
-            axis = weight.ndim - 1 if self.config.per_channel and weight.ndim == 2 else None
-            quantized = self.quantize(weight, of_matrix(weight.ndim, axis))
-            self._stored[key] = self.store(node, source, quantized)
+            axis = int(not transposed) if self.config.per_channel and weight.ndim == 2 else None
+            summation = of_node(node, weight.shape, axis)
+            found = self.quantize(weight, summation, rounding=self.rounder.rounding(node))
+            values = found.values.T if transposed else found.values
+            scale = np.asarray(found.scale * np.float32(alpha))
+            found = replace(found, values=values, scale=scale, axis=None if axis is None else 1)
+            self._stored[key] = self.store(node, source, found)
         return self._stored[key]
 
     def quantize(
@@ -72,19 +77,31 @@ class WeightStore:
         weight: NDArray[np.float32],
         summation: Summation,
         least_scale: NDArray[np.float64] | None = None,
+        rounding: Rounding = nearest,
     ) -> QuantizedWeight:
-        """In the type of the recipe, with a scale for each slice of the axis that `summation` names."""
-        plain = quantize_weight(weight, summation.axis, self.config.weights, least_scale)
-        if self.target.cpu == "vnni" or not summation.paired or plain.values.dtype != np.int8:
-            return balanced(plain, weight, summation)
-        saturates = bounds(plain.values.astype(np.int8, copy=False), summation).saturates.any(axis=1)
-        if saturates.any():
-            scale = np.where(saturates, least_squares_scale(weight, summation), 0.0)
-            if least_scale is not None:
-                scale = np.maximum(scale, least_scale)
-            plain = quantize_weight(weight, summation.axis, self.config.weights, scale)
-        safe = within_limit(balanced(plain, weight, summation), weight, summation)
-        return replace(safe, reduced=int(saturates.sum()))
+        """In the type of the recipe, with a scale for each slice of the axis that `summation` names.
+
+        What is rounded to nearest is balanced as well; other roundings know better.
+        """
+        axis, kind = summation.axis, self.config.weights
+        unsafe = self._saturating(quantize_weight(weight, axis, kind, least_scale), summation)
+        if unsafe is not None and unsafe.any():
+            safe_scale = np.where(unsafe, least_squares_scale(weight, summation), 0.0)
+            least_scale = safe_scale if least_scale is None else np.maximum(safe_scale, least_scale)
+        found = quantize_weight(weight, axis, kind, least_scale, rounding)
+        if rounding is nearest:
+            found = balanced(found, weight, summation)
+        if unsafe is None:
+            return found
+        aim = weight if rounding is nearest else found.dequantize()
+        return replace(within_limit(found, aim, summation), reduced=int(unsafe.sum()))
+
+    def _saturating(self, quantized: QuantizedWeight, summation: Summation) -> NDArray[np.bool_] | None:
+        """Which slices can saturate; None: nothing can, or it does not matter."""
+        if self.target.cpu == "vnni" or not summation.paired or quantized.values.dtype != np.int8:
+            return None
+        found = bounds(quantized.values.astype(np.int8, copy=False), summation)
+        return np.asarray(found.saturates.any(axis=1))
 
     def store(self, node: onnx_ir.Node, source: onnx_ir.Value, quantized: QuantizedWeight) -> StoredWeight:
         """Puts one into the node's graph. The zero point is a scalar where the scale is one."""
@@ -118,7 +135,7 @@ def why_not_weight(node: onnx_ir.Node, index: int, least: int = MIN_WEIGHT_ELEME
         return f"its weight is {tensor.dtype if tensor is not None else 'unknown'}, not float32"
     if tensor.size < least:
         return f"its {tensor.size} weights are too few to pay for quantizing its input"
-    if not _finite(tensor):
+    if not is_finite(tensor):
         return "its weight holds infinite or NaN values"
     return None
 
@@ -139,7 +156,8 @@ def why_not_matrix(node: onnx_ir.Node) -> str | None:
     return None
 
 
-def _finite(tensor: onnx_ir.TensorProtocol) -> bool:
+def is_finite(tensor: onnx_ir.TensorProtocol) -> bool:
+    """Whether a tensor holds neither NaN nor infinities."""
     array: NDArray[Any] = tensor.numpy()
     # Extremes carry NaN and infinities through without a temporary of the weight's size.
     return bool(np.isfinite(array.min()) and np.isfinite(array.max()))

@@ -38,7 +38,7 @@ def store(cpu: str, *, per_channel: bool = True) -> WeightStore:
     """One for an empty model."""
     ir = onnx_ir.Model(onnx_ir.Graph([], [], nodes=[], opset_imports={"": 17}), ir_version=9)
     config = QuantizeConfig(scheme="static", per_channel=per_channel)
-    return WeightStore(Editor(Model(ir, Provenance("onnx", "0" * 64, 0))), config, Target(cpu=cpu))
+    return WeightStore(Editor(Model(ir, Provenance("onnx", "0" * 64, 0))), config, target=Target(cpu=cpu))
 
 
 @given(LEVELS)

@@ -146,7 +146,7 @@ def test_values_that_are_not_finite_keep_a_node_float(  # type: ignore[no-untype
 
 def test_ragged_samples_calibrate(mlp, quantize, sqnr, vectors) -> None:  # type: ignore[no-untyped-def]
     """Static quantization of products with a dynamic axis; 20 dB or more."""
-    result = quantize(mlp, vectors, scheme="static")
+    result = quantize(mlp, vectors, scheme="static", smooth_quant=False)
     assert result.changes == {"MatMul": 2, "Gemm": 1}
     assert sqnr(mlp, result.model, vectors) > 20
 
@@ -160,21 +160,21 @@ def test_a_convolution_that_would_lose_its_signal_stays_float(  # type: ignore[n
     model = build([helper.make_node("Conv", ["x", "w"], ["y"], "c")], {"w": weight}, {"x": ["n", 8, 12, 12]})
     loud = {"x": images["x"].copy()}
     loud["x"][:, 0] *= 1000
-    result = quantize(model, loud, scheme="static", calibration="minmax")
+    result = quantize(model, loud, scheme="static", calibration="minmax", smooth_quant=False)
     assert not result.changed
-    assert any(skip.node == "c" and "signal-to-noise" in skip.reason for skip in result.skipped)
+    assert any(skip.node == "c" and "would leave the outputs" in skip.reason for skip in result.skipped)
 
 
-def test_a_product_below_the_floor_takes_its_range_at_run_time(  # type: ignore[no-untyped-def]
+def test_a_product_takes_its_range_at_run_time_where_that_is_more_exact(  # type: ignore[no-untyped-def]
     build, quantize, rng, operators
 ) -> None:
-    """A huge element that the weights ignore costs a fixed range its resolution: the product becomes dynamic."""
+    """A large element in one sample costs a fixed range its resolution in all: the product becomes dynamic."""
     weight = rng.normal(0, 0.2, (32, 16)).astype(np.float32)
     weight[0] = 0
     model = build([helper.make_node("MatMul", ["x", "w"], ["y"], "product")], {"w": weight}, {"x": ["n", 4, 32]})
     values = rng.normal(0, 1, (16, 4, 32)).astype(np.float32)
-    values[0, 0, 0] = 500
-    result = quantize(model, {"x": values}, scheme="static", calibration="minmax")
+    values[0, 0, 0] = 60
+    result = quantize(model, {"x": values}, scheme="static", calibration="minmax", smooth_quant=False)
     assert result.changes == {"MatMul": 1}
     assert "MatMulInteger" in operators(result.model)
     assert "QuantizeLinear" not in operators(result.model)
@@ -188,6 +188,7 @@ def test_shared_weights_are_stored_once(build, images, quantize, rng) -> None:  
         node("Conv", ["x", "w"], ["a"], "one", pads=[1, 1, 1, 1]),
         node("Conv", ["a", "w"], ["y"], "two", pads=[1, 1, 1, 1]),
     ]
-    result = quantize(build(nodes, {"w": weight}, {"x": ["n", 8, 12, 12]}), images, scheme="static")
+    model = build(nodes, {"w": weight}, {"x": ["n", 8, 12, 12]})
+    result = quantize(model, images, scheme="static", smooth_quant=False)
     assert result.changes == {"Conv": 2}
     assert sum(len(tensor.shape) == 4 for tensor in result.model.tensors()) == 1

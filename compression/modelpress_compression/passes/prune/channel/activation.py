@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from modelpress_compression.analysis.channels import Group, Member
 from modelpress_compression.analysis.graph import int_attribute, is_op
+from modelpress_compression.analysis.streams import observable, taps
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.prune.channel.criterion import Scores
 from modelpress_compression.passes.prune.channel.magnitude import Magnitude
-from modelpress_compression.passes.prune.channel.streams import observable, taps
 from modelpress_compression.passes.prune.channel.weights import Weights, along, per_unit
 
 # Means settle within some hundred samples, each of which has many positions.

@@ -16,11 +16,11 @@ from modelpress_compression.analysis.graph import (
     label,
     only_consumer,
 )
+from modelpress_compression.analysis.linear import Linear, linear_of
+from modelpress_compression.analysis.streams import observable
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Skip
-from modelpress_compression.passes.prune.channel.linear import Linear, linear_of
-from modelpress_compression.passes.prune.channel.streams import observable
 from modelpress_compression.passes.prune.tensors import replace_numbers
 
 

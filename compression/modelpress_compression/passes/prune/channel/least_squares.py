@@ -21,13 +21,13 @@ import numpy as np
 
 from modelpress_compression.analysis.channels import Analysis, Indices
 from modelpress_compression.analysis.graph import constant_array, label
+from modelpress_compression.analysis.linear import Matrix, Places
+from modelpress_compression.analysis.streams import taps
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, Skip
 from modelpress_compression.passes.prune.channel.layers import Bias, Layer, find_layers
-from modelpress_compression.passes.prune.channel.linear import Matrix, Places
 from modelpress_compression.passes.prune.channel.normal_equations import Sums
-from modelpress_compression.passes.prune.channel.streams import taps
 from modelpress_compression.passes.prune.channel.weights import kept_indices
 from modelpress_compression.passes.prune.tensors import replace_numbers
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modelpress_compression.passes.prune.channel.linear import Matrix
+from modelpress_compression.analysis.linear import Matrix
 
 
 @dataclass

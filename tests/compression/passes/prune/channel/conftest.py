@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnx_ir
 import pytest
 from modelpress_compression.inputs import InputData
-from modelpress_compression.model import Model, Provenance
+from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.prune import Prune
-from modelpress_compression.runtime import run, session_of
 from modelpress_compression.techniques import PruneConfig
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
 SIDE = 8  # of the images
 
 
-def _channel_model(
-    nodes: Sequence[onnx.NodeProto], weights: Mapping[str, Any], shape: Sequence[Any], outputs: Sequence[Any]
-) -> Model:
-    """A model x -> y of these nodes and weights."""
-    arrays = {name: np.asarray(value) for name, value in weights.items()}
-    initializers = [
-        numpy_helper.from_array(array if array.dtype.kind == "i" else array.astype(np.float32), name)
-        for name, array in arrays.items()
-    ]
-    graph = helper.make_graph(
-        list(nodes),
-        "test",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, outputs)],
-        initializers,
-    )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return Model(onnx_ir.from_proto(onnx.shape_inference.infer_shapes(proto)), Provenance("onnx", "0" * 64, 0))
-
-
-@pytest.fixture(scope="session")
-def channel_model() -> Callable[..., Model]:
-    """Makes a model x -> y of nodes and weights."""
-    return _channel_model
-
-
-def _conv_net(seed: int, wide: int) -> Model:
+def _conv_net(channel_model: Callable[..., Model], seed: int, wide: int) -> Model:
     """Two convolutions, average pooling and a classifier; the first two layers' channels depend on each other."""
     rng = np.random.default_rng(seed)
     mix = rng.standard_normal((wide, wide // 4))  # so that some channels follow from others
@@ -69,13 +40,13 @@ def _conv_net(seed: int, wide: int) -> Model:
         helper.make_node("Flatten", ["p"], ["f"], name="flatten"),
         helper.make_node("Gemm", ["f", "w3", "b3"], ["y"], name="fc", transB=1),
     ]
-    return _channel_model(nodes, weights, ["n", 3, SIDE, SIDE], ["n", 10])
+    return channel_model(nodes, weights, ["n", 3, SIDE, SIDE], ["n", 10])
 
 
 @pytest.fixture(scope="session")
-def conv_net() -> Callable[..., Model]:
+def conv_net(channel_model: Callable[..., Model]) -> Callable[..., Model]:
     """Makes a small convolutional network: `conv_net(seed=0, wide=32)`."""
-    return lambda seed=0, wide=32: _conv_net(seed, wide)
+    return lambda seed=0, wide=32: _conv_net(channel_model, seed, wide)
 
 
 @pytest.fixture(scope="session")
@@ -117,14 +88,3 @@ def prune_channels_of(context_of: Callable[..., Context]) -> Callable[..., PassR
         return result
 
     return prune
-
-
-@pytest.fixture(scope="session")
-def outputs_of() -> Callable[[Model, Any], Any]:
-    """The first output of a model of one input."""
-
-    def outputs(model: Model, x: Any) -> Any:
-        with session_of(model) as session:
-            return next(iter(run(session, {session.get_inputs()[0].name: x}).values()))
-
-    return outputs

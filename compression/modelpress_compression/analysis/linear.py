@@ -162,14 +162,18 @@ def linear_of(node: onnx_ir.Node) -> Linear | str:
             return "it scales its product or transposes its input"
         return Dense(bool(int_attribute(node, "transB", 0)))
     if is_op(node, "Conv"):
-        return _convolution(node, shape)
+        depthwise = int_attribute(node, "group", 1) > 1 and shape[1] == 1
+        return "a depthwise convolution reads one channel for each that it makes" if depthwise else convolution_of(node)
     return f"{node.op_type} is no plain product with one weight"
 
 
-def _convolution(node: onnx_ir.Node, shape: tuple[int, ...]) -> Linear | str:
+def convolution_of(node: onnx_ir.Node) -> Linear | str:
+    """A Conv with a constant weight, depthwise ones too, or why it is none that can be seen so."""
+    tensor = constant_tensor(node.inputs[1])
+    if tensor is None:
+        return "its weight is no constant"
+    shape = tuple(int(extent) for extent in tensor.shape.numpy())
     groups, axes = int_attribute(node, "group", 1), len(shape) - 2
-    if groups > 1 and shape[1] == 1:
-        return "a depthwise convolution reads one channel for each that it makes"
     if not 1 <= axes <= 3:
         return f"a convolution over {axes} axes"
     mode = string_attribute(node, "auto_pad", "NOTSET")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from modelpress_compression.passes.prune.channel.linear import Linear, linear_of
+from modelpress_compression.analysis.linear import Linear, linear_of
 from onnx import helper
 
 RTOL, ATOL = 1e-4, 1e-4  # float32 in onnxruntime, float64 here

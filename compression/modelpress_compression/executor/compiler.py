@@ -1,0 +1,240 @@
+"""From a graph to a plan: nodes that the outputs need, constants bound, whatever only depends on constants computed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import onnx_ir
+import torch
+from torch import Tensor
+
+from modelpress_compression.analysis.graph import constant_tensor, is_op, label, only_consumer
+from modelpress_compression.errors import ModelNotRunnableError
+from modelpress_compression.executor.dtypes import tensor_of
+from modelpress_compression.executor.errors import NotExecutableError
+from modelpress_compression.executor.fusion import Fused, fake_quantization, gated_activations, in_place, may_overwrite
+from modelpress_compression.executor.ops import find
+from modelpress_compression.executor.placement import for_types, on_device
+from modelpress_compression.executor.plan import MISSING, UNWANTED, Plan, Step, freed_after
+from modelpress_compression.executor.registry import Function, Operator
+from modelpress_compression.executor.scopes import captured_values, subgraphs
+from modelpress_compression.executor.site import Site
+
+# A folded constant may be this many times as large as what it is made of: 4-bit weights become float32.
+_FOLD_GROWTH = 8
+_FOLD_ALWAYS_BYTES = 64 * 1024  # 64 KiB
+# Integer constants up to this size stay with the CPU: shapes, axes, indices.
+_HOST_ELEMENTS = 64
+# Through these, quantized integers reach a DequantizeLinear unchanged.
+_CARRIERS = frozenset(
+    ("Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Expand", "Tile", "Split")
+)
+
+
+class Compiler:
+    """Compiles one model's graphs; constants are loaded once.
+
+    `parameters`: constants that are trained; `given`: values that come from outside, whatever they are in the graph.
+    """
+
+    def __init__(
+        self,
+        opsets: Mapping[str, int],
+        parameters: Mapping[onnx_ir.Value, Tensor],
+        given: Collection[onnx_ir.Value],
+        device: torch.device,
+    ) -> None:
+        self.opsets, self.device = opsets, device
+        self.parameters, self.given = parameters, frozenset(given)
+        self.constants: dict[onnx_ir.Value, Any] = {}
+
+    def compile(
+        self, nodes: Sequence[onnx_ir.Node], inputs: Sequence[onnx_ir.Value], outputs: Sequence[onnx_ir.Value]
+    ) -> Plan:
+        """A plan of these nodes (in topological order). Raises NotExecutableError."""
+        return _Assembly(self, inputs, outputs).assemble(nodes)
+
+    def load(self, value: onnx_ir.Value) -> bool:
+        """Whether the value is a constant that is not trained; if so it is in `constants` from now on."""
+        if value in self.constants:
+            return True
+        tensor = constant_tensor(value) if value not in self.parameters and value not in self.given else None
+        if tensor is None:
+            return False
+        keep = tensor.dtype.is_integer() and tensor.size <= _HOST_ELEMENTS
+        self.constants[value] = laid_out(value, tensor_of(tensor, "cpu" if keep else self.device))
+        return True
+
+    def entry(self, node: onnx_ir.Node) -> Operator:
+        """The implementation of the node's operator. Raises NotExecutableError."""
+        found = find(node.domain, node.op_type, self.version(node))
+        if found is None:
+            raise NotExecutableError(node.op_type, node.domain, self.version(node), label(node))
+        return found
+
+    def version(self, node: onnx_ir.Node) -> int:
+        if node.version is not None:
+            return node.version
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        return self.opsets.get(domain, 1)
+
+
+class _Planned(NamedTuple):
+    """A step before it is known what it frees."""
+
+    function: Function
+    in_place: Function | None
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    label: str
+
+
+class _Assembly:
+    """One plan in the making."""
+
+    def __init__(self, compiler: Compiler, inputs: Sequence[onnx_ir.Value], outputs: Sequence[onnx_ir.Value]) -> None:
+        self.compiler, self.outputs = compiler, outputs
+        self.template: list[Any] = [None, None]
+        self.slots: dict[onnx_ir.Value, int] = {}
+        self.steps: list[_Planned] = []
+        self.fused: dict[onnx_ir.Node, Fused] = {}
+        self.given = frozenset(inputs)
+        self.inputs = tuple(self._new(value) for value in inputs)
+
+    def assemble(self, nodes: Sequence[onnx_ir.Node]) -> Plan:
+        self.fused, gone = gated_activations(nodes, self.outputs)
+        for node in nodes:
+            if node not in gone:
+                self._add(node)
+        outputs = tuple(self._slot(value, None) for value in self.outputs)
+        bound = [slot for slot, value in enumerate(self.template) if value is not None]
+        kept = frozenset((MISSING, UNWANTED, *outputs, *bound))
+        frees = freed_after([(step.inputs, step.outputs) for step in self.steps], kept)
+        steps, frugal = (
+            tuple(
+                Step(
+                    step.in_place or step.function if lean else step.function,
+                    step.inputs,
+                    step.outputs,
+                    free,
+                    step.label,
+                )
+                for step, free in zip(self.steps, frees, strict=True)
+            )
+            for lean in (False, True)
+        )
+        return Plan(self.template, self.inputs, outputs, steps, frugal)
+
+    def _new(self, value: onnx_ir.Value, content: Any = None) -> int:
+        self.slots[value] = len(self.template)
+        self.template.append(content)
+        return self.slots[value]
+
+    def _slot(self, value: onnx_ir.Value | None, node: onnx_ir.Node | None) -> int:
+        if value is None:
+            return MISSING
+        if (slot := self.slots.get(value)) is not None:
+            return slot
+        if value in self.compiler.parameters:
+            return self._new(value, self.compiler.parameters[value])
+        if self.compiler.load(value):
+            return self._new(value, self.compiler.constants[value])
+        where = f"Node {label(node)!r} needs value" if node is not None else "Output"
+        raise ModelNotRunnableError(f"{where} {value.name!r}, which is neither computed nor given as an input.")
+
+    def _add(self, node: onnx_ir.Node) -> None:
+        compiler = self.compiler
+        fused = self.fused.get(node) or fake_quantization(node, self.outputs, self._constant)
+        if fused is not None:
+            self._emit(node, fused.function, fused.in_place, fused.inputs)
+            return
+        reader = only_consumer(node.outputs[0]) if is_op(node, "QuantizeLinear") else None
+        if reader is not None and fake_quantization(reader, self.outputs, self._constant) is not None:
+            return
+        if node.outputs and node.outputs[0] in compiler.parameters:
+            return  # a Constant node whose tensor is trained
+        entry = compiler.entry(node)
+        graphs, captured = subgraphs(node), captured_values(node)
+        operands = [value for value in (*node.inputs, *captured) if value is not None]
+        loaded = [compiler.load(value) for value in operands]
+        subplans = {
+            name: compiler.compile(list(graph), (*graph.inputs, *captured), graph.outputs)
+            for name, graph in graphs.items()
+        }
+        site = Site(
+            node, compiler.version(node), compiler.constants, subplans, compiler.device,
+            keeps_gradient=node.op_type == "QuantizeLinear" and _is_only_dequantized(node.outputs[0], self.outputs),
+        )  # fmt: skip
+        function = for_types(entry.build(site), entry, site)
+        if compiler.device.type != "cpu":
+            function = on_device(function, frozenset(site.host_inputs), compiler.device)
+        if all(loaded) and entry.deterministic and self._fold(node, function, (*node.inputs, *captured)):
+            return
+        self._emit(node, function, in_place(site), (*node.inputs, *captured))
+
+    def _constant(self, value: onnx_ir.Value | None) -> Tensor | None:
+        found = self.compiler.constants[value] if value is not None and self.compiler.load(value) else None
+        return found if isinstance(found, Tensor) else None
+
+    def _emit(
+        self, node: onnx_ir.Node, function: Function, frugal: Function | None, operands: Sequence[onnx_ir.Value | None]
+    ) -> None:
+        inputs = tuple(self._slot(value, node) for value in operands)
+        outputs = tuple(self._new(value) if value.name else UNWANTED for value in node.outputs)
+        first = operands[0] if operands else None
+        own = may_overwrite(first, self.outputs, self.given) and first not in self.compiler.constants
+        usable = frugal if own else None
+        self.steps.append(_Planned(function, usable, inputs, outputs, f"{label(node)!r} ({node.op_type})"))
+
+    def _fold(self, node: onnx_ir.Node, function: Function, operands: Sequence[onnx_ir.Value | None]) -> bool:
+        """Computes the node's outputs here and now, unless they are far larger than its inputs."""
+        values = [None if value is None else self.compiler.constants[value] for value in operands]
+        try:
+            with torch.no_grad():
+                result = function(*values)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError):
+            return False  # left to fail where it runs, since a branch may never be taken
+        results = result if isinstance(result, tuple) else (result,)
+        limit = max(_FOLD_ALWAYS_BYTES, _FOLD_GROWTH * sum(map(_bytes, values)))
+        if sum(map(_bytes, results)) > limit and node.op_type != "Constant":
+            return False
+        self.compiler.constants.update(zip(node.outputs, results, strict=False))
+        return True
+
+
+def laid_out(value: onnx_ir.Value, tensor: Any) -> Any:
+    """Weights of two-dimensional convolutions with their channels last: convolutions then run without reordering, and
+    hand this layout on to what follows."""
+    if not isinstance(tensor, Tensor) or tensor.dim() != 4 or not _reaches_convolution(value):
+        return tensor
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _reaches_convolution(value: onnx_ir.Value, hops: int = 2) -> bool:
+    for node, position in value.uses():
+        if node.op_type in ("Conv", "FusedConv") and position == 1:
+            return True
+        quantizes = node.op_type in ("QuantizeLinear", "DequantizeLinear") and position == 0 and hops > 0
+        if quantizes and _reaches_convolution(node.outputs[0], hops - 1):
+            return True
+    return False
+
+
+def _bytes(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def _is_only_dequantized(value: onnx_ir.Value, kept: Sequence[onnx_ir.Value]) -> bool:
+    """Whether every way from the value leads to a DequantizeLinear, through operators that only move numbers."""
+    frontier = [value]
+    while frontier:
+        current = frontier.pop()
+        if current.is_graph_output() or current in kept:
+            return False
+        for node, position in current.uses():
+            if node.op_type in _CARRIERS and position == 0:
+                frontier.extend(node.outputs)
+            elif node.op_type != "DequantizeLinear" or position != 0:
+                return False
+    return True

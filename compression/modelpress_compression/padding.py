@@ -1,0 +1,37 @@
+"""Positions of padded sequences that count: those that an attention mask does not leave out.
+
+What a model makes of padding is arbitrary, and no one reads it; ranges and errors must not be taken from there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelpress_compression.inputs import Array
+
+# One where a token counts. Names such as padding_mask mean the opposite as often, and are left alone.
+_NAME = re.compile(r"(?:^|[._/])(?:attention|input)_mask$", re.IGNORECASE)
+_Number = TypeVar("_Number", bound=np.generic)
+
+
+def counted_positions(feeds: Mapping[str, Array]) -> NDArray[np.bool_] | None:
+    """The mask [N, T] among a model's inputs; None: it has none, or all positions count."""
+    for name, array in feeds.items():
+        if not _NAME.search(name) or array.ndim != 2 or array.dtype.kind not in "biuf":
+            continue
+        mask: NDArray[np.bool_] = np.not_equal(array, 0)
+        if bool(np.isin(array, (0, 1)).all()) and mask.any() and not mask.all():
+            return mask
+    return None
+
+
+def without_padding(array: NDArray[_Number], mask: NDArray[np.bool_] | None) -> NDArray[_Number]:
+    """Of an activation [N, T, ...] the positions that count, as [positions, ...]; any other array as it is."""
+    if mask is None or array.ndim < 3 or array.shape[:2] != mask.shape:
+        return array
+    return array[mask]

@@ -1,0 +1,100 @@
+"""GPTQ: weights are rounded one input at a time, and those still to come take up the error (arXiv:2210.17323).
+
+    minimize |X W - X Q|^2,   H = X^T X + damping,   H^-1 = U^T U with U upper triangular
+    for k = 0 ... K-1:   q_k = round(w_k),   e = (w_k - q_k) / U_kk,   w_j -= U_kj e   for all j > k
+
+W [K, O] is rounded row by row, all O columns at once. Rows come in the order of falling H_kk, so that the inputs that
+matter most are rounded while there are still many others to make up for it. Scales are fixed beforehand, hence any
+layout of them will do: one a tensor, a channel, or a block.
+
+Each column is kept only where its error on the data, e^T H e, is below that of rounding to the nearest, so that no
+column gets worse by it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from modelpress_compression.analysis.linear import Matrix
+from modelpress_compression.passes.quantize.rounding import nearest
+
+# Added to the diagonal, as a share of its mean; the paper's choice. Where H is singular still, ten times as much.
+DAMPING = 0.01
+_DAMPINGS = (DAMPING, 10 * DAMPING, 100 * DAMPING)
+_BLOCK = 128  # rows whose updates of the rest are put off and done in one product
+
+
+def gptq(weight: Matrix, scale: Matrix, low: Matrix, high: Matrix, hessian: Matrix) -> Matrix:
+    """Levels [g, K, O] of `weight` [g, K, O]; `scale`, `low`, `high` have its shape, `hessian` is X^T X [g, K, K]."""
+    simple = _nearest(weight, scale, low, high)
+    order = np.argsort(-np.diagonal(hessian, axis1=1, axis2=2), axis=1, kind="stable")
+    ordered = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], axis=1), order[:, None, :], axis=2)
+    factor = _inverse_factor(ordered)
+    if factor is None:
+        return simple
+    rows = order[:, :, None]
+    weights, scales, lows, highs = (np.take_along_axis(part, rows, axis=1) for part in (weight, scale, low, high))
+    found = _round_rows(weights, scales, lows, highs, factor)
+    levels = np.empty_like(found)
+    np.put_along_axis(levels, np.broadcast_to(rows, found.shape), found, axis=1)
+    better = output_error(weight - levels * scale, hessian) < output_error(weight - simple * scale, hessian)
+    return np.where(better[:, None, :], levels, simple)
+
+
+def output_error(difference: Matrix, hessian: Matrix) -> Matrix:
+    """e^T H e for each column e of `difference` [g, K, O]: the squared error of its outputs, [g, O]."""
+    return np.asarray((difference * (hessian @ difference)).sum(axis=1))
+
+
+def _inverse_factor(hessian: Matrix) -> Matrix | None:
+    """U, upper triangular with U^T U = H^-1; None where H cannot be factorized, damped or not."""
+    diagonal = np.diagonal(hessian, axis1=1, axis2=2)
+    if not np.isfinite(hessian).all() or not diagonal.any():
+        return None
+    identity = np.eye(hessian.shape[1])
+    # An input that is never anything but zero has an empty row and column: it neither gives nor takes.
+    alive = np.where(diagonal > 0, 0.0, 1.0)[:, :, None] * identity
+    mean = np.maximum(diagonal.mean(axis=1), np.finfo(np.float64).tiny)[:, None, None]
+    for damping in _DAMPINGS:
+        try:
+            # H = R R^T with R upper triangular, by way of the Cholesky factor of H turned end to end; then U = R^-1.
+            turned = (hessian + (damping * mean) * identity + alive)[:, ::-1, ::-1]
+            factor = _inverse_of_upper(np.linalg.cholesky(turned)[:, ::-1, ::-1])
+        except np.linalg.LinAlgError:
+            continue
+        return factor
+    return None
+
+
+def _inverse_of_upper(matrix: Matrix) -> Matrix:
+    """Of upper triangular matrices [g, K, K], by halves: a sixth of the work of a general inverse."""
+    count = matrix.shape[1]
+    if count <= _BLOCK:
+        return np.asarray(np.linalg.inv(matrix), np.float64)
+    half = count // 2
+    first, second = _inverse_of_upper(matrix[:, :half, :half]), _inverse_of_upper(matrix[:, half:, half:])
+    inverse = np.zeros_like(matrix)
+    inverse[:, :half, :half], inverse[:, half:, half:] = first, second
+    inverse[:, :half, half:] = -first @ matrix[:, :half, half:] @ second
+    return inverse
+
+
+def _round_rows(weight: Matrix, scale: Matrix, low: Matrix, high: Matrix, factor: Matrix) -> Matrix:
+    """The loop over K, in blocks; `weight` is used up."""
+    levels = np.empty_like(weight)
+    count = weight.shape[1]
+    for start in range(0, count, _BLOCK):
+        stop = min(start + _BLOCK, count)
+        errors = np.empty_like(weight[:, start:stop])
+        for row in range(start, stop):
+            current = weight[:, row]
+            levels[:, row] = _nearest(current, scale[:, row], low[:, row], high[:, row])
+            error = (current - levels[:, row] * scale[:, row]) / factor[:, row, row, None]
+            weight[:, row + 1 : stop] -= factor[:, row, row + 1 : stop, None] * error[:, None, :]
+            errors[:, row - start] = error
+        weight[:, stop:] -= factor[:, start:stop, stop:].transpose(0, 2, 1) @ errors
+    return levels
+
+
+def _nearest(weight: Matrix, scale: Matrix, low: Matrix, high: Matrix) -> Matrix:
+    return np.asarray(nearest(weight, scale, low, high), np.float64)

@@ -1,0 +1,58 @@
+"""The rounder of `rounding: gptq`: GPTQ where a weight's inputs can be observed, to the nearest elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import onnx_ir
+
+from modelpress_compression.analysis.linear import Linear, Matrix
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.quantize.gptq import gptq
+from modelpress_compression.passes.quantize.hessians import Hessians
+from modelpress_compression.passes.quantize.report import Findings
+from modelpress_compression.passes.quantize.rounding import NearestRounder, Numbers, Rounder, Rounding, nearest
+from modelpress_compression.techniques import QuantizeConfig
+
+_NEEDS_DATA = (
+    "Rounding 'gptq' needs representative inputs, which tell how a weight's inputs go together: give them with --data. "
+    "The weights were rounded to the nearest level."
+)
+
+
+class GptqRounder:
+    """Rounds the weights of one model, as it was when this was made."""
+
+    def __init__(self, hessians: Hessians, skip: Callable[[onnx_ir.Node, str], None]) -> None:
+        self._hessians = hessians
+        self._skip = skip
+
+    def rounding(self, node: onnx_ir.Node) -> Rounding:
+        """GPTQ, or `nearest` where it cannot be done; the reason is handed to `skip`."""
+        weight = node.inputs[1]
+        linear = self._hessians.linear(weight) if weight is not None else "it has no weight"
+        if weight is None or isinstance(linear, str):
+            self._skip(node, f"its weights were rounded to the nearest level, not by gptq: {linear}")
+            return nearest
+        return partial(_rounded, linear, self._hessians.of(weight))
+
+
+def _rounded(linear: Linear, hessian: Matrix, weight: Numbers, scale: Numbers, low: Numbers, high: Numbers) -> Numbers:
+    weights, scales, lows, highs = (
+        linear.matrix(np.broadcast_to(np.asarray(part, np.float64), weight.shape))
+        for part in (weight, scale, low, high)
+    )
+    return linear.weight(gptq(weights, scales, lows, highs, hessian), weight.shape)
+
+
+def make_rounder(model: Model, config: QuantizeConfig, context: Context, findings: Findings) -> Rounder:
+    """The rounder that the configuration asks for, for the weights of `model` as it is now."""
+    if config.rounding != "gptq":
+        return NearestRounder()
+    if not context.data.provided:
+        findings.warnings.append(_NEEDS_DATA)
+        return NearestRounder()
+    return GptqRounder(Hessians(model, context), findings.skip)

@@ -1,0 +1,184 @@
+"""H = X^T X of the inputs X of weights, streamed over the calibration data (the Hessian of a layer's squared error).
+
+    X [g, R, K]: rows of inputs, a Conv's being its patches (analysis/linear.py);   H [g, K, K], float64
+
+Samples go one at a time through the float model. Kept are the sums of as many weights at a time, in the order of the
+graph, as fit into 512 MiB; the data runs once for each such batch, when its first sum is asked for. Weights that read
+the same input the same way (query, key and value) have one H; a weight with several users has the sum of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir
+from numpy.typing import NDArray
+
+from modelpress_compression.analysis.graph import constant_tensor, is_op
+from modelpress_compression.analysis.linear import Convolution, Linear, Matrix, Places, convolution_of, linear_of
+from modelpress_compression.analysis.streams import Taps, observable, taps
+from modelpress_compression.inputs import Array
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import Context
+
+MAX_SAMPLES = 256
+MAX_SUMS_BYTES = 512 * 1024**2  # 512 MiB: of one batch
+# Factorizing takes some four copies more, so that the largest stays within 1 GiB.
+MAX_BYTES = 200 * 1024**2  # 200 MiB: of one H, 5120 inputs
+# Rows for each input of a layer: more only takes time.
+ROWS_PER_INPUT = 8
+ROWS = (4096, 65536)  # fewest and most rows of a layer, where the data has as many
+_CHUNK_BYTES = 4 * 1024**2  # 4 MiB: of rows that wait to be added up
+_NO_SUCH_USER = "it multiplies no input that can be observed"
+
+# How an input is read; `output`: of a node that reads it so, for its shape.
+Reading = tuple[str, Linear]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One H to gather: readings, and for each the name of an output."""
+
+    readings: frozenset[Reading]
+    outputs: tuple[tuple[Reading, str], ...]
+    groups: int
+    inputs: int
+
+    @property
+    def size_bytes(self) -> int:
+        return 8 * self.groups * self.inputs**2
+
+
+class Hessians:
+    """Of the second inputs of a model's MatMul, Gemm and Conv nodes; the model may be changed once this is made."""
+
+    def __init__(self, model: Model, context: Context) -> None:
+        self._context = context
+        self._reasons: dict[int, str] = {}
+        self._weights: dict[int, onnx_ir.Value] = {}  # keeps the ids from being reused
+        self._linears: dict[int, Linear] = {}
+        self._jobs: dict[int, _Job] = {}
+        self._sums: dict[frozenset[Reading], Matrix] = {}
+        users: dict[int, list[onnx_ir.Node]] = {}
+        for node in model.graph:
+            if is_op(node, "MatMul", "Gemm", "Conv") and constant_tensor(node.inputs[1]) is not None:
+                weight = node.inputs[1]
+                self._weights[id(weight)] = weight  # type: ignore[assignment]  # it is constant, hence there
+                users.setdefault(id(weight), []).append(node)
+        for key, nodes in users.items():
+            self._plan(key, nodes, model)
+        self._batches = _batches(list({job.readings: job for job in self._jobs.values()}.values()))
+        self._model = model.clone()
+
+    def _plan(self, key: int, nodes: Sequence[onnx_ir.Node], model: Model) -> None:
+        outputs: dict[Reading, str] = {}
+        for node in nodes:
+            linear = convolution_of(node) if is_op(node, "Conv") else linear_of(node)
+            if isinstance(linear, str):
+                self._reasons[key] = linear
+                return
+            if observable(node.inputs[0], model) and node.inputs[0] is not None:
+                outputs[node.inputs[0].name or "", linear] = node.outputs[0].name or ""
+        if len({linear for _, linear in outputs}) != 1:
+            self._reasons[key] = "its users multiply by it in different ways" if outputs else _NO_SUCH_USER
+            return
+        ((_, linear),) = list(outputs)[:1]
+        groups, inputs = _extents(linear, self._weights[key])
+        job = _Job(frozenset(outputs), tuple(outputs.items()), groups, inputs)
+        if job.size_bytes > MAX_BYTES:
+            self._reasons[key] = f"the sums over its {inputs} inputs would take {job.size_bytes >> 20} MiB"
+            return
+        self._jobs[key], self._linears[key] = job, linear
+
+    def linear(self, weight: onnx_ir.Value) -> Linear | str:
+        """How the weight's users multiply by it, or why there is no H."""
+        return self._linears.get(id(weight)) or self._reasons.get(id(weight), _NO_SUCH_USER)
+
+    def of(self, weight: onnx_ir.Value) -> Matrix:
+        """H [g, K, K] of a weight for which `linear` gave one. Raises ModelNotRunnableError, TimeLimitError."""
+        wanted = self._jobs[id(weight)].readings
+        if wanted not in self._sums:
+            self._sums.clear()
+            for batch in self._batches:
+                if any(job.readings == wanted for job in batch):
+                    self._sums = _gather(self._model, batch, self._context)
+        return self._sums[wanted]
+
+
+def _extents(linear: Linear, weight: onnx_ir.Value) -> tuple[int, int]:
+    """Groups g and inputs K."""
+    tensor = constant_tensor(weight)
+    if tensor is None:
+        raise TypeError(f"the weight {weight.name!r} is not constant")
+    shape = [int(extent) for extent in tensor.shape.numpy()]
+    if isinstance(linear, Convolution):
+        return linear.groups, int(np.prod(shape[1:]))
+    return 1, tensor.size // linear.matrix(np.empty(shape, np.bool_)).shape[2]
+
+
+def _batches(jobs: Sequence[_Job]) -> list[list[_Job]]:
+    batches: list[list[_Job]] = []
+    used = MAX_SUMS_BYTES
+    for job in jobs:
+        if used + job.size_bytes > MAX_SUMS_BYTES:
+            batches.append([])
+            used = 0
+        batches[-1].append(job)
+        used += job.size_bytes
+    return batches
+
+
+def _gather(model: Model, batch: Sequence[_Job], context: Context) -> dict[frozenset[Reading], Matrix]:
+    """Streams the samples through the model."""
+    samples = context.data.spread(MAX_SAMPLES)
+    count = max(1, len(samples) // (samples.fixed_batch or 1))
+    readings = {reading: output for job in batch for reading, output in job.outputs}
+    sums = {job.readings: _Sum(job, count) for job in batch}
+    names = {name for (data, _), output in readings.items() for name in (data, output)}
+    with taps(model, sorted(names)) as look:
+        for index, found in enumerate(_looks(look, samples.feeds(batch_size=1), context)):
+            for job in batch:
+                for (data, linear), output in job.outputs:
+                    sums[job.readings].take(linear, found[data], found[output], index)
+            context.progress((index + 1) / count, f"weighing inputs, sample {index + 1} of {count}")
+    return {key: total.finish() for key, total in sums.items()}
+
+
+def _looks(look: Taps, feeds: Iterator[dict[str, Array]], context: Context) -> Iterator[dict[str, Array]]:
+    for feed in feeds:
+        context.check_time()
+        yield look(feed)
+
+
+class _Sum:
+    """One H while it is gathered: a random part of each sample's rows, added up in chunks."""
+
+    def __init__(self, job: _Job, samples: int) -> None:
+        low, high = ROWS
+        self._rows = -(-int(np.clip(ROWS_PER_INPUT * job.inputs, low, high)) // samples)
+        self._total = np.zeros((job.groups, job.inputs, job.inputs))
+        self._waiting: list[NDArray[np.float32]] = []
+
+    def take(self, linear: Linear, data: Array, output: Array, index: int) -> None:
+        """Rows of one sample; those that are not finite are left out."""
+        total = linear.positions(output)
+        places: Places = np.arange(total)
+        if self._rows < total:
+            places = np.random.default_rng(index).choice(total, self._rows, replace=False, shuffle=False)
+        # Activations are float32 themselves, and the sums over a chunk keep six digits.
+        rows = linear.inputs(data, output, places).astype(np.float32)
+        self._waiting.append(rows[:, np.isfinite(rows).all(axis=(0, 2))])
+        if sum(part.nbytes for part in self._waiting) >= _CHUNK_BYTES:
+            self._flush()
+
+    def finish(self) -> Matrix:
+        self._flush()
+        return self._total
+
+    def _flush(self) -> None:
+        if self._waiting:
+            rows = np.concatenate(self._waiting, axis=1)
+            self._total += rows.transpose(0, 2, 1) @ rows
+            self._waiting.clear()

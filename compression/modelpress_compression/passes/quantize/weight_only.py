@@ -1,0 +1,84 @@
+"""Weights in 4 or 8 bits, activations as they were: `scheme: weight_only`.
+
+    MatMul(A, W), Gemm(A, W, C)  ->  com.microsoft MatMulNBits(A, Wq, scales, zero points, bias), in blocks along K
+    Gather(W, index)             ->  com.microsoft GatherBlockQuantized(Wq, index, scales, zero points): embeddings
+    every other weight           ->  arithmetic that onnxruntime folds into float32 when it loads the model (folded.py)
+
+MatMulNBits runs with accuracy_level 4: onnxruntime quantizes each block of the activations to 8 bits while it runs and
+multiplies integers. At one thread with AVX512-VNNI that takes, of float32's time,
+
+    K x N        rows   4 bits, block 32 / 128   8 bits, block 32 / 128   the same without accuracy_level 4
+    384 x 1536   1      .49 / .37                .48 / .41                1.3 / 20 (8 bits)
+    384 x 1536   128    .93 / .71                .84 / .67                1.1 / 2
+    2048 x 2048  1      .32 / .22                .28 / .23                1.2 / 60
+    2048 x 2048  128    .74 / .59                .68 / .57                1.1 / 2
+    120 x 480    400    1.3 / 1.2                1.2 / 1.1
+    96 x 6625    400    1.7 / 1.5                1.2 / 1.3
+
+so that products over few inputs take the third form. Each weight is stored once, in the graph that owns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir
+
+from modelpress_compression.analysis.graph import is_op
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import Context, is_excluded
+from modelpress_compression.passes.quantize.edit import Editor, is_constant
+from modelpress_compression.passes.quantize.report import Findings
+from modelpress_compression.passes.quantize.rounding import Rounder
+from modelpress_compression.passes.quantize.weight_uses import uses_of
+from modelpress_compression.passes.quantize.weight_writer import WeightWriter
+from modelpress_compression.passes.quantize.weights import is_finite
+from modelpress_compression.techniques import QuantizeConfig
+
+# Fewer weights than this are not worth the nodes and the scales.
+MIN_WEIGHT_ELEMENTS = 512
+
+
+def store_weights(model: Model, config: QuantizeConfig, context: Context, rounder: Rounder, findings: Findings) -> None:
+    """Rewrites every weight of the model's graphs in place. Raises TimeLimitError."""
+    writer = WeightWriter(Editor(model), config, rounder)
+    weights, stored = list(_weights(model)), 0
+    for number, (graph, weight) in enumerate(weights):
+        context.check_time()
+        users = list({id(user): user for user, _ in uses_of(weight)}.values())
+        if not users:
+            continue
+        if reason := _why_not(weight, config):
+            findings.skip(users[0], reason)
+            continue
+        writer.store(graph, weight)
+        stored += 1
+        findings.changes.update(node.op_type for node in users)
+        context.progress((number + 1) / len(weights), f"stored {number + 1} of {len(weights)} weights")
+    if config.weights == "int4" and writer.in_8_bits:
+        findings.warnings.append(
+            f"{writer.in_8_bits} of {stored} weights, those of short or odd rows (depthwise convolutions, stems), were "
+            f"stored in 8 bits instead of 4."
+        )
+
+
+def _weights(model: Model) -> Iterator[tuple[onnx_ir.Graph, onnx_ir.Value]]:
+    """Float32 constants of more than one axis, and the graph that owns each."""
+    for graph in model.graphs():
+        values = [*graph.initializers.values(), *(node.outputs[0] for node in graph if is_op(node, "Constant"))]
+        for value in values:
+            if not is_constant(value) or value.is_graph_output():
+                continue
+            tensor = onnx_ir.convenience.get_const_tensor(value)
+            if tensor is not None and tensor.dtype == onnx_ir.DataType.FLOAT and len(tensor.shape) > 1:
+                yield graph, value
+
+
+def _why_not(weight: onnx_ir.Value, config: QuantizeConfig) -> str | None:
+    """Why a weight stays as it is; None: it can be stored in fewer bits."""
+    tensor = onnx_ir.convenience.get_const_tensor(weight)
+    if any(is_excluded(node.name, config.exclude) for node, _ in uses_of(weight)):
+        return "excluded by the recipe"
+    if tensor is None or tensor.size < MIN_WEIGHT_ELEMENTS:
+        return f"its {tensor.size if tensor is not None else 0} weights are too few to pay for their scales"
+    return None if is_finite(tensor) else "its weight holds infinite or NaN values"

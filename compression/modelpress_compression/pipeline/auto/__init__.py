@@ -1,0 +1,124 @@
+"""`quantize: {scheme: auto}`: of none, dynamic and static, layer by layer, the fastest that keeps the answers.
+
+1. dynamic and static are built and judged: answers first, then latency against the float model (judge.py).
+2. Where static does not keep the answers, the layers that make the most error for the time that they take go back to
+   float32, one after the other, until the rest does: a bisection over that order (mixed.py).
+3. The fastest that is surely faster than float32 is taken; candidates whose latencies cannot be told apart are a draw,
+   and the smallest of them wins (candidates.py). Without one the model stays as it is.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from modelpress_compression.inputs import EvaluationData
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import Context, PassResult, Skip
+from modelpress_compression.passes.quantize import Quantize, prepare_static
+from modelpress_compression.pipeline.auto.candidates import Candidate, fastest, pareto_set
+from modelpress_compression.pipeline.auto.judge import Judge
+from modelpress_compression.pipeline.auto.mixed import fewest_in_float, order_of
+from modelpress_compression.pipeline.steps import StepRecord, file_size_bytes, keep, scaled
+from modelpress_compression.recipe import Recipe, Step
+
+# Shares of the step's time until dynamic and static are built, and until the mixed ones are judged.
+_DYNAMIC, _STATIC, _MIXED = 0.15, 0.6, 0.85
+
+
+def choose_quantization(
+    step: Step,
+    model: Model,
+    path: Path,
+    context: Context,
+    target: Path,
+    *,
+    recipe: Recipe,
+    original: Path,
+    eval_data: EvaluationData | None,
+) -> StepRecord:
+    """Builds and measures the candidates; returns the record of the best, or of the float model when none is better.
+
+    `original`: file of the model as it was uploaded, which agreement and drop are measured against.
+    """
+    began = time.monotonic()
+    search = _Search(step, model, path, context, target, Judge(original, path, context, recipe, eval_data))
+    search.dynamic()
+    search.static()
+    search.measure_speed()
+    return replace(search.outcome(), duration_s=time.monotonic() - began)
+
+
+@dataclass
+class _Search:
+    step: Step
+    model: Model
+    path: Path
+    context: Context
+    target: Path
+    judge: Judge
+    candidates: list[Candidate] = field(default_factory=list)
+
+    def dynamic(self) -> None:
+        self.context.progress(0.0, "trying dynamic quantization")
+        self.context.check_time()
+        result = Quantize(replace(self.step.config, scheme="dynamic"))(self.model, self._part(0.0, _DYNAMIC))
+        self._add("dynamic", result)
+
+    def static(self) -> None:
+        """Static quantization of all layers, and of fewer where that does not keep the answers."""
+        self.context.progress(_DYNAMIC, "trying static quantization")
+        config = replace(self.step.config, scheme="static")
+        quantizer = prepare_static(self.model, config, self._part(_DYNAMIC, _STATIC))
+        if quantizer is None:
+            return
+        whole = self._add("static", quantizer.result())
+        order = order_of(quantizer, self.context)
+        if not whole.reason or not whole.record.changes or not order or not self.context.data.provided:
+            return
+
+        def keeps(count: int) -> bool:
+            self.context.check_time()
+            self.context.progress(_STATIC, f"trying static quantization with {count} layers in float32")
+            return not self._add("static", quantizer.result(frozenset(order[:count])), count).reason
+
+        fewest_in_float(len(order), keeps)
+
+    def measure_speed(self) -> None:
+        for index, candidate in enumerate(self.candidates):
+            self.context.check_time()
+            share = _MIXED + (1 - _MIXED) * index / len(self.candidates)
+            self.context.progress(share, f"timing: {candidate.name}")
+            self.candidates[index] = self.judge.speed(candidate)
+
+    def outcome(self) -> StepRecord:
+        chosen = fastest(self.candidates)
+        rows = []
+        for candidate, pareto in zip(self.candidates, pareto_set(self.candidates), strict=True):
+            lost = replace(candidate, reason=candidate.reason or _lost(chosen))
+            shown = candidate if candidate is chosen else lost
+            self.context.log(f"{shown.name}: {shown.reason or 'taken'}")
+            rows.append((shown, shown.to_dict(candidate is chosen, pareto)))
+        table = tuple(row for _, row in rows)
+        if chosen is not None:
+            return replace(chosen.record, step=self.step, candidates=table)
+        skips = tuple(Skip(candidate.name, candidate.reason) for candidate, _ in rows)
+        return StepRecord(self.step, self.model, self.path, skipped=skips, candidates=table)
+
+    def _add(self, scheme: str, result: PassResult, floats: int = 0) -> Candidate:
+        tried = Step(self.step.technique, replace(self.step.config, scheme=scheme))
+        folder = self.target.parent / f"{scheme}-{floats}" / self.target.name
+        record = keep(StepRecord(tried, self.model, self.path), result, self.context, folder)
+        candidate = self.judge.answers(Candidate(scheme, record, file_size_bytes(record.path), floats))
+        self.candidates.append(candidate)
+        return candidate
+
+    def _part(self, start: float, stop: float) -> Context:
+        return replace(self.context, progress=scaled(self.context.progress, start, stop))
+
+
+def _lost(chosen: Candidate | None) -> str:
+    if chosen is None:
+        return "neither faster nor smaller than float32"
+    return f"{chosen.name.removeprefix('quantize ')} is faster, or smaller at the same speed"

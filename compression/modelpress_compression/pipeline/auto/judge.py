@@ -1,0 +1,129 @@
+"""Whether a candidate keeps the answers, and whether it is faster: measured in turn with the float model.
+
+What "keeps the answers" means, in this order:
+
+1. No output's cosine with the original's falls below 0.95 (10 dB).
+2. With labels: the task metric falls by no more than `max_drop` (0.01 where it is not set).
+3. Without labels, `max_drop` set: agreement with the original is at least `1 - max_drop`.
+4. Else, where outputs hold classes and the data is real: by its own probabilities the original expects to lose at most
+   2 % of its right answers. Seen on an image classifier and a text reader in 8 bits: at 1.3 to 2.7 % the task metric
+   fell by 0.5 points at most, while one in ten classes had changed, between candidates that hardly differed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from modelpress_compression.inputs import EvaluationData
+from modelpress_compression.measure.accuracy import compare_accuracy
+from modelpress_compression.measure.fidelity import Fidelity, compare_outputs
+from modelpress_compression.measure.latency import LatencyRow, compare_latency
+from modelpress_compression.passes.base import Context
+from modelpress_compression.pipeline.auto.candidates import Candidate
+from modelpress_compression.recipe import Recipe
+
+# Of the task metric with labels, where `max_drop` is not set.
+DEFAULT_MAX_DROP = 0.01
+MAX_EXPECTED_DROP = 0.02
+# A sentence encoder whose token vectors keep 0.967 (11.5 dB) retrieves as well as before.
+MIN_COSINE = 0.95
+FIDELITY_SAMPLES = 128
+LATENCY_ROUNDS, MORE_ROUNDS = 30, 240
+LATENCY_BUDGET_S = 15.0
+# Of a candidate that is out of the race: its speed is told, so that one knows what a looser bound would give.
+OUT_BUDGET_S = 4.0
+
+
+@dataclass(frozen=True)
+class Judge:
+    """`original`: file of the model as it was uploaded; `float_path`: of the model before this step."""
+
+    original: Path
+    float_path: Path
+    context: Context
+    recipe: Recipe
+    eval_data: EvaluationData | None
+
+    def answers(self, candidate: Candidate) -> Candidate:
+        """The candidate with its fidelity, and with the reason where it does not keep the answers."""
+        if not candidate.record.changes:
+            undone = candidate.record.warnings
+            return replace(candidate, reason=undone[-1] if undone else "there was nothing that it could quantize")
+        path = candidate.record.path
+        fidelity = compare_outputs(self.original, path, self.context.data, limit=FIDELITY_SAMPLES)
+        candidate = replace(candidate, fidelity=fidelity)
+        if candidate.cosine < MIN_COSINE:
+            return replace(
+                candidate,
+                reason=f"its outputs differ too much from the original's (cosine {candidate.cosine:.4f}, at least "
+                f"{MIN_COSINE} is kept)",
+            )
+        if self.eval_data is None:
+            return replace(candidate, reason=self._disagrees(fidelity))
+        constraints = self.recipe.constraints
+        accuracy = compare_accuracy(self.original, path, self.eval_data, constraints.metric)
+        allowed = DEFAULT_MAX_DROP if constraints.max_drop is None else constraints.max_drop
+        reason = (
+            f"{accuracy.metric} falls by {accuracy.drop:.4f}, more than {allowed}" if accuracy.drop > allowed else ""
+        )
+        return replace(candidate, drop=accuracy.drop, reason=reason)
+
+    def speed(self, candidate: Candidate) -> Candidate:
+        """The candidate with its latency, and with the reason where it is not surely faster."""
+        if not candidate.record.changes:
+            return candidate
+        latency = self._timed(candidate, LATENCY_ROUNDS, OUT_BUDGET_S if candidate.reason else LATENCY_BUDGET_S)
+        if not candidate.reason and latency.speedup.low < 1.0 <= latency.speedup.high:
+            # More rounds make the interval narrower.
+            latency = self._timed(candidate, MORE_ROUNDS, LATENCY_BUDGET_S)
+        candidate, speedup = replace(candidate, latency=latency), latency.speedup
+        if candidate.reason:
+            return candidate
+        # Who asks for a size takes what is as small and not surely slower.
+        least = speedup.high if self.recipe.constraints.max_size_bytes is not None else speedup.low
+        if least < 1.0:
+            return replace(
+                candidate,
+                reason=f"not surely faster than in float32: {speedup.median:.2f} times its speed "
+                f"[{speedup.low:.2f}, {speedup.high:.2f}]",
+            )
+        if candidate.scheme == "static" and not self.context.data.provided:
+            return replace(candidate, reason=_unproven(speedup.median))
+        return candidate
+
+    def _timed(self, candidate: Candidate, rounds: int, budget_s: float) -> LatencyRow:
+        return compare_latency(
+            self.float_path,
+            candidate.record.path,
+            self.context.data,
+            threads=self.recipe.benchmark.threads[0],
+            batch_size=self.recipe.benchmark.batch_sizes[0],
+            rounds=rounds,
+            budget_s=budget_s,
+        )
+
+    def _disagrees(self, fidelity: Fidelity) -> str:
+        """Why the answers have changed too much, without labels; empty where they have not."""
+        allowed = self.recipe.constraints.max_drop
+        if allowed is not None:
+            if fidelity.agreement >= 1.0 - allowed:
+                return ""
+            return f"agrees with the original on {fidelity.agreement:.2%} of the samples, less than {1 - allowed:.2%}"
+        # The classes of noise say nothing.
+        drop = fidelity.expected_drop if self.context.data.provided else None
+        if drop is None or drop <= MAX_EXPECTED_DROP:
+            return ""
+        return (
+            f"by its own probabilities the original would lose {drop:.1%} of its right answers, more than "
+            f"{MAX_EXPECTED_DROP:.0%}"
+        )
+
+
+def _unproven(speedup: float) -> str:
+    """Static ranges are fixed by the data. Synthetic inputs would agree with their own ranges even where real ones, ten
+    times as loud or as dark, do not; so nothing measured on them can vouch for the model."""
+    return (
+        f"its ranges come from synthetic inputs, which cannot vouch for real ones; with representative inputs (--data) "
+        f"it may be taken, and was {speedup:.2f} times as fast as float32 here"
+    )

@@ -1,0 +1,80 @@
+"""Sums over the inputs of weights: equal to the products of all rows, in bounded memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from modelpress_compression.inputs import InputData
+from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.quantize import hessians as module
+from modelpress_compression.passes.quantize.hessians import Hessians
+from onnx import helper
+
+
+def weight_of(model, name: str):  # type: ignore[no-untyped-def]
+    return next(node for node in model.graph if node.name == name).inputs[1]
+
+
+@pytest.fixture
+def context(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """A context with these samples."""
+    return lambda model, arrays: Context(InputData(model.inputs, dict(arrays)), tmp_path)
+
+
+def test_products_of_all_rows(mlp, vectors, context) -> None:  # type: ignore[no-untyped-def]
+    """A MatMul's sums are x^T x over samples and positions (rtol 1e-5)."""
+    found = Hessians(mlp, context(mlp, vectors)).of(weight_of(mlp, "fc1"))
+    rows = vectors["x"].reshape(-1, 32).astype(np.float64)
+    np.testing.assert_allclose(found[0], rows.T @ rows, rtol=1e-5, atol=1e-4)
+
+
+def test_depthwise_patches(cnn, images, context) -> None:  # type: ignore[no-untyped-def]
+    """A depthwise convolution has one matrix of 3 x 3 inputs for each of its 16 channels."""
+    hessians = Hessians(cnn, context(cnn, images))
+    found = hessians.of(weight_of(cnn, "depthwise"))
+    assert found.shape == (16, 9, 9)
+    np.testing.assert_allclose(found, found.transpose(0, 2, 1), rtol=1e-5)
+    assert (np.linalg.eigvalsh(found) > -1e-3).all()
+    assert hessians.of(weight_of(cnn, "conv_1")).shape == (1, 72, 72)
+
+
+def test_a_small_budget_makes_batches_and_changes_nothing(  # type: ignore[no-untyped-def]
+    cnn, images, context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One weight at a time, in any order, gives the same sums; one that is too large by itself says so."""
+    whole = Hessians(cnn, context(cnn, images))
+    wanted = {name: whole.of(weight_of(cnn, name)) for name in ("conv_1", "conv_3", "depthwise")}
+    monkeypatch.setattr(module, "MAX_SUMS_BYTES", 1)
+    monkeypatch.setattr(module, "MAX_BYTES", 8 * 100**2)
+    small = Hessians(cnn, context(cnn, images))
+    for name in ("depthwise", "conv_1"):
+        np.testing.assert_array_equal(small.of(weight_of(cnn, name)), wanted[name])
+    assert "MiB" in str(small.linear(weight_of(cnn, "conv_3")))
+
+
+def test_a_shared_weight_has_the_sum_of_its_users(build, rng, context) -> None:  # type: ignore[no-untyped-def]
+    """Two products by one weight: their rows together; users that read it differently: none, with the reason."""
+    weight = rng.normal(0, 1, (8, 8)).astype(np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "one"),
+        helper.make_node("MatMul", ["h", "w"], ["y"], "two"),
+    ]
+    model = build(nodes, {"w": weight}, {"x": ["n", 8]})
+    x = rng.normal(0, 1, (20, 8)).astype(np.float32)
+    found = Hessians(model, context(model, {"x": x})).of(weight_of(model, "one"))
+    both = np.concatenate([x, x @ weight]).astype(np.float64)
+    np.testing.assert_allclose(found[0], both.T @ both, rtol=1e-4, atol=1e-3)
+    nodes[1] = helper.make_node("Gemm", ["h", "w"], ["y"], "two", transB=1)
+    model = build(nodes, {"w": weight}, {"x": ["n", 8]})
+    assert "different ways" in str(Hessians(model, context(model, {"x": x})).linear(weight_of(model, "one")))
+
+
+def test_rows_that_are_not_finite_are_left_out(mlp, vectors, context) -> None:  # type: ignore[no-untyped-def]
+    """A sample with NaN does not spoil the sums."""
+    x = vectors["x"].copy()
+    x[3, 2, 5] = np.nan
+    found = Hessians(mlp, context(mlp, {"x": x})).of(weight_of(mlp, "fc1"))
+    rows = np.delete(x.reshape(-1, 32), 3 * 5 + 2, axis=0).astype(np.float64)
+    np.testing.assert_allclose(found[0], rows.T @ rows, rtol=1e-5, atol=1e-4)
