@@ -159,6 +159,7 @@ def _step_row(record: StepRecord) -> StepRow:
         size_bytes=file_size_bytes(record.path),
         duration_s=record.duration_s,
         details=record.details,
+        notes=record.notes,
     )
 
 

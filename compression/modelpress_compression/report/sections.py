@@ -62,7 +62,10 @@ def _step(index: int, step: Mapping[str, Any], before: float) -> str:
         + tag("span", f"{size(after)} <small>{escape(shift)}</small>", class_="figures")
         + tag("span", seconds(step["duration_s"]), class_="quiet")
     )
-    return tag("li", tag("header", head) + done + _details(step) + _skipped(step["skipped"]) + _config(step["config"]))
+    notes = "".join(tag("p", escape(note)) for note in step.get("notes", ()))
+    return tag(
+        "li", tag("header", head) + done + notes + _details(step) + _skipped(step["skipped"]) + _config(step["config"])
+    )
 
 
 def _details(step: Mapping[str, Any]) -> str:

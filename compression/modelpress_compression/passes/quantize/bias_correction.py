@@ -45,7 +45,7 @@ def mean_shifts(
     """
     copy = model.clone()
     editor = Editor(copy)
-    writer = QdqWriter(editor, WeightStore(editor, config, rounder))
+    writer = QdqWriter(editor, WeightStore(editor, config, rounder, context.target))
     twins = {
         node.outputs[0].name or "": (_add_twin(node, parameters, writer), _channel_axis(node))
         for node in plan.on(copy.graph).heavy

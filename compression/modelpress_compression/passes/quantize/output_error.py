@@ -152,18 +152,18 @@ def open_probe(
 ) -> Iterator[ErrorProbe]:
     """A probe for the tensors and weights of a plan on `model`. Raises ModelNotRunnableError."""
     copy = model.clone()
-    switches = _Builder(copy, plan.on(copy.graph), config, rounder).build()
+    store = WeightStore(Editor(copy), config, rounder, context.target)
+    switches = _Builder(plan.on(copy.graph), store).build()
     with session_of(copy, threads=2) as session:
         yield ErrorProbe(session, switches, context)
 
 
 class _Builder:
-    """Puts the switches into a model that belongs to it."""
+    """Puts the switches into a model that belongs to it, that of the plan and the store."""
 
-    def __init__(self, model: Model, plan: Plan, config: QuantizeConfig, rounder: Rounder) -> None:
-        self._graph, self._plan, self._config = model.graph, plan, config
-        self._editor = Editor(model)
-        self._store = WeightStore(self._editor, config, rounder)
+    def __init__(self, plan: Plan, store: WeightStore) -> None:
+        self._graph, self._plan, self._store = plan.graph, plan, store
+        self._editor, config = store.editor, store.config
         kind = onnx_ir.DataType.UINT8 if config.activations == "uint8" else onnx_ir.DataType.INT8
         types = (onnx_ir.DataType.INT64, onnx_ir.DataType.FLOAT, kind)
         self._inputs = tuple(
@@ -188,7 +188,7 @@ class _Builder:
         for node, number in zip(self._plan.heavy, weights.values(), strict=True):
             self._switch_weight(node, number)
         self._graph.inputs.extend(self._inputs)
-        return _Switches((first, second, third), names, weights, ranges, self._config.activations)
+        return _Switches((first, second, third), names, weights, ranges, self._store.config.activations)
 
     def _extremes(self, value: onnx_ir.Value) -> tuple[str, str]:
         """Names of two outputs that hold the smallest and the largest value of a tensor."""

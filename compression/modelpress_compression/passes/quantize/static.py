@@ -27,6 +27,7 @@ from modelpress_compression.passes.base import Context, PassResult, is_excluded
 from modelpress_compression.passes.quantize import dynamic
 from modelpress_compression.passes.quantize.bias_correction import Shifts, correct, mean_shifts
 from modelpress_compression.passes.quantize.calibration import observe
+from modelpress_compression.passes.quantize.certificate import certified
 from modelpress_compression.passes.quantize.edit import Editor, clean, label, required
 from modelpress_compression.passes.quantize.equalize import equalize
 from modelpress_compression.passes.quantize.gptq_rounder import make_rounder
@@ -46,6 +47,7 @@ from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding import RememberingRounder, Rounder
 from modelpress_compression.passes.quantize.smooth_quant import smooth
 from modelpress_compression.passes.quantize.weights import WeightStore
+from modelpress_compression.recipe import Target
 from modelpress_compression.techniques import QuantizeConfig
 
 # A node that alone takes the outputs below this is a catastrophe, not a compression.
@@ -69,6 +71,7 @@ class StaticQuantizer:
     ranges: Ranges
     findings: Findings
     rounder: Rounder
+    target: Target
     floats: frozenset[str] = field(default=frozenset())  # of `heavy`, what must stay float32
     shifts: Shifts = field(default_factory=dict)  # of means, which biases take back
     light_too: bool = False  # see make_plan
@@ -79,7 +82,7 @@ class StaticQuantizer:
         work = self.quantize(floats, written)
         result = self.findings.plus(written).result(work)
         # Where nothing came of it in 8 bits, new scales are not worth a change.
-        return result if written.changes else replace(result, changes={})
+        return certified(result, self.target) if written.changes else replace(result, changes={})
 
     @property
     def plan(self) -> Plan:
@@ -95,7 +98,7 @@ class StaticQuantizer:
         """A model in which the nodes with these outputs, and those that must, stay float32."""
         work = self.model.clone()
         editor = Editor(work)
-        store = WeightStore(editor, self.config, self.rounder)
+        store = WeightStore(editor, self.config, self.rounder, self.target)
         plan = self._plan(work, floats)
         self._explain_light(plan, floats, findings)
         planned = set(plan.nodes)
@@ -151,7 +154,13 @@ def prepare(model: Model, config: QuantizeConfig, context: Context, findings: Fi
     ranges = start_ranges(plan, histograms, config)
     rounder = RememberingRounder(make_rounder(model, config, context, findings), plan.heavy)
     quantizer = StaticQuantizer(
-        model, config, frozenset(node.outputs[0].name or "" for node in plan.heavy), ranges, findings, rounder
+        model,
+        config,
+        frozenset(node.outputs[0].name or "" for node in plan.heavy),
+        ranges,
+        findings,
+        rounder,
+        context.target,
     )
     if plan.heavy:
         _measure(quantizer, plan, histograms, context)
