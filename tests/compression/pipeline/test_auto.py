@@ -15,7 +15,8 @@ from modelpress_compression import InputData, Model, Recipe, compress
 from modelpress_compression.measure.fidelity import Fidelity, OutputFidelity
 from modelpress_compression.measure.latency import LatencyRow, Quantiles, Speedup
 from modelpress_compression.model import Provenance
-from modelpress_compression.passes.base import PassResult
+from modelpress_compression.passes.base import Context, PassResult
+from modelpress_compression.passes.quantize import store_rest
 from modelpress_compression.pipeline import auto
 from modelpress_compression.pipeline.auto.candidates import Candidate, fastest, pareto_set
 from modelpress_compression.pipeline.auto.mixed import fewest_in_float
@@ -155,6 +156,22 @@ def test_without_data_no_layer_is_moved(digits: Model) -> None:
     """Synthetic inputs vouch for no ranges: static is measured, said to be unproven, and not searched further."""
     recipe = Recipe.from_dict({"version": 1, "steps": [{"quantize": {"scheme": "auto"}}], "benchmark": {"rounds": 5}})
     result = compress(digits, recipe)
-    names = [row["name"] for row in result.candidates]
+    names = [row["name"] for row in result.candidates if "stored" not in row["name"]]
     assert names == ["quantize dynamic", "quantize static", "quantize static, light layers too"]
     assert not any(row["chosen"] for row in result.candidates if "static" in row["name"])
+
+
+def test_weights_left_in_float_are_stored_small(two_layers: Model, loud: InputData) -> None:
+    """What keeps the answers comes with all its weights in 8 bits too, and that file is smaller."""
+    excluded = {"quantize": {"scheme": "auto", "exclude": ["wide"]}}
+    result = compress(two_layers, Recipe.from_dict({"version": 1, "steps": [excluded]}), data=loud)
+    sizes = {row["name"]: row["size_bytes"] for row in result.candidates}
+    assert not any("all weights stored in 8 bits" in name for name in sizes)  # the recipe wants that one in float32
+    plain = {"quantize": {"scheme": "static", "exclude": ["wide"]}}
+    step = compress(two_layers, Recipe.from_dict({"version": 1, "steps": [plain]}), data=loud)
+    config = QuantizeConfig()
+    stored = store_rest(PassResult(step.model, {"MatMul": 2}), config, Context(loud, Path()))
+    assert stored is not None
+    assert stored.changes["stored_weights"] == 1
+    assert stored.model.weight_bytes() < 0.5 * step.model.weight_bytes()
+    assert store_rest(stored, config, Context(loud, Path())) is None
