@@ -161,6 +161,16 @@ def test_without_data_no_layer_is_moved(digits: Model) -> None:
     assert not any(row["chosen"] for row in result.candidates if "static" in row["name"])
 
 
+def test_samples_that_are_all_the_same_vouch_for_nothing(digits: Model, samples: InputData) -> None:
+    """Ranges of blank images would destroy every digit, though they agree with themselves: static is not taken, and the
+    report says why."""
+    blank = {name: np.zeros_like(array) for name, array in samples.arrays.items()}
+    recipe = Recipe.from_dict({"version": 1, "steps": [{"quantize": {"scheme": "auto"}}], "benchmark": {"rounds": 5}})
+    result = compress(digits, recipe, data=blank)
+    assert not any(row["chosen"] for row in result.candidates if "static" in row["name"])
+    assert any("All samples of the data are the same" in text for text in result.report["warnings"])
+
+
 def test_weights_left_in_float_are_stored_small(two_layers: Model, loud: InputData) -> None:
     """What keeps the answers comes with all its weights in 8 bits too, and that file is smaller."""
     excluded = {"quantize": {"scheme": "auto", "exclude": ["wide"]}}

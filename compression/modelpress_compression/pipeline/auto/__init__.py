@@ -81,7 +81,7 @@ class _Search:
         if any(is_light(node) for node in quantizer.widest.heavy):
             self._add("static", replace(quantizer, light_too=True).result(), "light layers too")
         order = order_of(quantizer, self.context)
-        if not whole.reason or not whole.record.changes or not order or not self.context.data.provided:
+        if not whole.reason or not whole.record.changes or not order or not self.context.data.vouches:
             return
 
         def keeps(count: int) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from modelpress_compression.inputs import EvaluationData
+from modelpress_compression.inputs import EvaluationData, InputData
 from modelpress_compression.measure.accuracy import compare_accuracy
 from modelpress_compression.measure.fidelity import Fidelity, compare_outputs
 from modelpress_compression.measure.latency import LatencyRow, compare_latency
@@ -88,8 +88,8 @@ class Judge:
                 reason=f"not surely faster than in float32: {speedup.median:.2f} times its speed "
                 f"[{speedup.low:.2f}, {speedup.high:.2f}]",
             )
-        if candidate.scheme == "static" and not self.context.data.provided:
-            return replace(candidate, reason=_unproven(speedup.median))
+        if candidate.scheme == "static" and not self.context.data.vouches:
+            return replace(candidate, reason=_unproven(self.context.data, speedup.median))
         return candidate
 
     def _timed(self, candidate: Candidate, rounds: int, budget_s: float) -> LatencyRow:
@@ -111,7 +111,7 @@ class Judge:
                 return ""
             return f"agrees with the original on {fidelity.agreement:.2%} of the samples, less than {1 - allowed:.2%}"
         # The classes of noise say nothing.
-        drop = fidelity.expected_drop if self.context.data.provided else None
+        drop = fidelity.expected_drop if self.context.data.vouches else None
         if drop is None or drop <= MAX_EXPECTED_DROP:
             return ""
         return (
@@ -120,10 +120,11 @@ class Judge:
         )
 
 
-def _unproven(speedup: float) -> str:
+def _unproven(data: InputData, speedup: float) -> str:
     """Static ranges are fixed by the data. Synthetic inputs would agree with their own ranges even where real ones, ten
     times as loud or as dark, do not; so nothing measured on them can vouch for the model."""
+    source = "samples that are all the same" if data.provided else "synthetic inputs"
     return (
-        f"its ranges come from synthetic inputs, which cannot vouch for real ones; with representative inputs (--data) "
+        f"its ranges come from {source}, which cannot vouch for real ones; with representative inputs (--data) "
         f"it may be taken, and was {speedup:.2f} times as fast as float32 here"
     )
