@@ -105,11 +105,9 @@ class _Search:
             self._add("weight_only", Quantize(config)(self.model, self._part(_MIXED, _MIXED)))
 
     def measure_speed(self) -> None:
-        for index, candidate in enumerate(self.candidates):
-            self.context.check_time()
-            share = _MIXED + (1 - _MIXED) * index / len(self.candidates)
-            self.context.progress(share, f"timing: {candidate.name}")
-            self.candidates[index] = self.judge.speed(candidate)
+        self.context.check_time()
+        self.context.progress(_MIXED, f"timing {len(self.candidates)} candidates")
+        self.candidates = self.judge.speed(self.candidates)
 
     def outcome(self) -> StepRecord:
         chosen = fastest(self.candidates)
