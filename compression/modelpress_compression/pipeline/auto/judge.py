@@ -22,6 +22,7 @@ from modelpress_compression.measure.fidelity import Fidelity, compare_outputs
 from modelpress_compression.measure.latency import Speedup, Timings, time_interleaved
 from modelpress_compression.passes.base import Context
 from modelpress_compression.pipeline.auto.candidates import Candidate
+from modelpress_compression.pipeline.steps import file_size_bytes
 from modelpress_compression.recipe import Recipe
 
 # Of the task metric with labels, where `max_drop` is not set.
@@ -60,6 +61,8 @@ class Judge:
                 reason=f"its outputs differ too much from the original's (cosine {candidate.cosine:.4f}, at least "
                 f"{MIN_COSINE} is kept)",
             )
+        if candidate.size_bytes >= file_size_bytes(self.float_path):
+            return replace(candidate, reason="its file would not be smaller than in float32")
         if self.eval_data is None:
             return replace(candidate, reason=self._disagrees(fidelity))
         constraints = self.recipe.constraints
