@@ -1,7 +1,8 @@
 """`quantize: {scheme: auto}`: of none, dynamic and static, layer by layer, the fastest that keeps the answers.
 
 1. dynamic and static are built and judged: answers first, then latency against the float model (judge.py).
-2. Static is also tried with the layers that are too light to gain on their own in 8 bits; small networks gain by them.
+2. Static is also tried with the layers that are too light to gain on their own in 8 bits, and with sums in 8 bits that
+   end a chain; small networks gain by them.
 3. Where static does not keep the answers, the layers that make the most error for the time that they take go back to
    float32, one after the other, until the rest does: a bisection over that order (mixed.py).
 4. Of what keeps the answers, weights that are still in float32 are stored in 8 bits too; they run as before.
@@ -18,7 +19,7 @@ from pathlib import Path
 from modelpress_compression.inputs import EvaluationData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip
-from modelpress_compression.passes.quantize import Quantize, is_light, prepare_static, store_rest
+from modelpress_compression.passes.quantize import Quantize, prepare_static, store_rest
 from modelpress_compression.pipeline.auto.candidates import Candidate, fastest, pareto_set
 from modelpress_compression.pipeline.auto.judge import Judge
 from modelpress_compression.pipeline.auto.mixed import fewest_in_float, order_of
@@ -77,12 +78,12 @@ class _Search:
         quantizer = prepare_static(self.model, config, self._part(_DYNAMIC, _STATIC))
         if quantizer is None:
             return
-        whole = self._add("static", quantizer.result())
-        if any(is_light(node) for node in quantizer.widest.heavy):
-            self._add("static", replace(quantizer, light_too=True).result(), "light layers too")
-        order = order_of(quantizer, self.context)
-        if not whole.reason or not whole.record.changes or not order or not self.context.data.vouches:
+        tried = [self._add("static", quantizer.result())]
+        if len(quantizer.widest.nodes) > len(quantizer.plan.nodes):
+            tried.append(self._add("static", replace(quantizer, wide=True).result(), "light layers and sums too"))
+        if not all(item.reason and item.record.changes for item in tried) or not self.context.data.vouches:
             return
+        order = order_of(quantizer, self.context)
 
         def keeps(count: int) -> bool:
             self.context.check_time()
