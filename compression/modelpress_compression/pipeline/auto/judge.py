@@ -103,6 +103,8 @@ class Judge:
 
     def _judged(self, candidate: Candidate, speedup: Speedup) -> Candidate:
         candidate = replace(candidate, speedup=speedup)
+        if candidate.scheme == "static" and not self.context.data.vouches:
+            return replace(candidate, reason=_unproven(self.context.data, speedup.median))
         # Who asks for a size takes what is as small and not surely slower.
         least = speedup.high if self.recipe.constraints.max_size_bytes is not None else speedup.low
         if least < 1.0:
@@ -111,8 +113,6 @@ class Judge:
                 reason=f"not surely faster than in float32: {speedup.median:.2f} times its speed "
                 f"[{speedup.low:.2f}, {speedup.high:.2f}]",
             )
-        if candidate.scheme == "static" and not self.context.data.vouches:
-            return replace(candidate, reason=_unproven(self.context.data, speedup.median))
         return candidate
 
     def _timed(self, candidates: Sequence[Candidate], rounds: int, budget_s: float) -> Timings:
