@@ -74,7 +74,7 @@ class StaticQuantizer:
     target: Target
     floats: frozenset[str] = field(default=frozenset())  # of `heavy`, what must stay float32
     shifts: Shifts = field(default_factory=dict)  # of means, which biases take back
-    light_too: bool = False  # see make_plan
+    wide: bool = False  # see make_plan
 
     def result(self, floats: frozenset[str] = frozenset()) -> PassResult:
         """What the pass gives with the nodes of these outputs in float32."""
@@ -92,7 +92,7 @@ class StaticQuantizer:
     @property
     def widest(self) -> Plan:
         """The plan with light nodes too."""
-        return replace(self, light_too=True).plan
+        return replace(self, wide=True).plan
 
     def quantize(self, floats: frozenset[str], findings: Findings) -> Model:
         """A model in which the nodes with these outputs, and those that must, stay float32."""
@@ -124,7 +124,7 @@ class StaticQuantizer:
             for node in model.graph
             if node.outputs and node.outputs[0].name in self.heavy - left and not self._is_dynamic(node)
         ]
-        return make_plan(model.graph, chosen, light_too=self.light_too)
+        return make_plan(model.graph, chosen, wide=self.wide)
 
     def _explain_light(self, plan: Plan, floats: frozenset[str], findings: Findings) -> None:
         planned, left = {node.outputs[0].name for node in plan.nodes}, self.floats | floats
@@ -147,7 +147,7 @@ def prepare(model: Model, config: QuantizeConfig, context: Context, findings: Fi
         findings.changes[EQUALIZED] = count
     if config.smooth_quant and context.data.provided and heavy:
         context.progress(0.0, "looking for outliers in activations")
-        if count := smooth(model, make_plan(model.graph, heavy, light_too=True), editor, context):
+        if count := smooth(model, make_plan(model.graph, heavy, wide=True), editor, context):
             findings.changes[SMOOTHED] = count
         clean(model)
     plan, histograms = _calibrate(model, context, heavy, findings)
@@ -204,7 +204,7 @@ def _calibrate(
     model: Model, context: Context, heavy: list[onnx_ir.Node], findings: Findings
 ) -> tuple[Plan, dict[str, Histogram]]:
     """The plan without nodes that touch values which are not finite, and the histograms of its tensors."""
-    plan = make_plan(model.graph, heavy, light_too=True)
+    plan = make_plan(model.graph, heavy, wide=True)
     if not plan.tensors:
         return plan, {}
     if not context.data.provided:
@@ -240,7 +240,7 @@ def _without(
             findings.skip(node, f"tensor {bad[0]!r} held {what} during calibration")
         else:
             sound.append(node)
-    return make_plan(model.graph, sound, light_too=True)
+    return make_plan(model.graph, sound, wide=True)
 
 
 def _measure(quantizer: StaticQuantizer, plan: Plan, histograms: Mapping[str, Histogram], context: Context) -> None:
