@@ -111,7 +111,11 @@ class StaticQuantizer:
         rest = [
             node
             for node in work.nodes()
-            if node not in planned and node.op_type != "Conv" and node.outputs and node.outputs[0].name not in left
+            if node not in planned
+            and node.op_type != "Conv"
+            and node.outputs
+            and node.outputs[0].name not in left
+            and not is_light(node)
         ]
         quantize_nodes(rest, self.config, editor, store, findings)
         clean(work)
@@ -130,10 +134,10 @@ class StaticQuantizer:
         planned, left = {node.outputs[0].name for node in plan.nodes}, self.floats | floats
         for node in plan.graph:
             if node.outputs and node.outputs[0].name in self.heavy - planned - left and is_light(node):
-                findings.skip(
-                    node,
-                    "it sums up few products (depthwise, or few channels) beside float32 nodes: 8 bits would be slower",
+                few = (
+                    "sums up few products (depthwise, or few channels)" if node.op_type == "Conv" else "has few weights"
                 )
+                findings.skip(node, f"it {few} beside float32 nodes: 8 bits would be slower")
 
     def _is_dynamic(self, node: onnx_ir.Node) -> bool:
         return node.op_type != "Conv" and required(node, 0).name in self.ranges.dynamic and not dynamic.why_not(node)
