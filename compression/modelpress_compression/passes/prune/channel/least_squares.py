@@ -1,51 +1,58 @@
 """Closed-form repair: every layer that reads cut channels is fitted to the answers that it gave before the cut.
 
-    W, b = argmin |X' W + b - Y|^2 + lambda |W - W0|^2
+    E, b = argmin |X' (W + E) + b - Y|^2 + lambda |E|^2
 
 X' is what the layer reads in the cut model, whose earlier layers are fitted already; Y is what it made in the uncut
 model, of the channels that stay (He et al., arXiv:1707.06168, and the layer-wise reconstruction of ThiNet,
 arXiv:1707.06342). So each layer mends what those before it could not, and its bias takes over the mean of what is gone.
 
-A quarter of the samples is held out: it chooses lambda, and says whether a fit is better than the layer as it was; only
-then it is taken. Samples are streamed, one at a time, through both models; kept are the sums of `normal_equations`, for
-as many layers of one level at a time as fit into 1 GiB.
+A fit makes a layer's answers better on the samples that it saw than on others. A next layer that is fitted to such
+answers trusts them too much, and so on from layer to layer, and no error that is measured on them tells. So the cut
+model is copied once for each of four folds of the samples, and every sample goes through the copy that is fitted
+without it: what a layer reads here is as good as it will be for new samples, and so are the errors that `folds` chooses
+by. The model's own layers are fitted to all rows. In the end the copies' outputs, of samples that they were not fitted
+to, say whether the model is better with the fits than without.
+
+Samples are streamed, one at a time, through all models; kept are the sums of `normal_equations`, for as many layers of
+one level at a time as fit into 1 GiB, and what `wavefront` needs to go on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 
 from modelpress_compression.analysis.channels import Analysis, Indices
-from modelpress_compression.analysis.graph import constant_array, label
-from modelpress_compression.inputs import Array
+from modelpress_compression.analysis.graph import label
+from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, Skip
-from modelpress_compression.passes.prune.channel.layers import Bias, Layer, find_layers
-from modelpress_compression.passes.prune.channel.linear import Matrix, Places
+from modelpress_compression.passes.prune.channel.folds import Fitted, cross_validate
+from modelpress_compression.passes.prune.channel.layers import Layer, find_layers
+from modelpress_compression.passes.prune.channel.linear import Places, Rows
 from modelpress_compression.passes.prune.channel.normal_equations import Sums
-from modelpress_compression.passes.prune.channel.streams import taps
+from modelpress_compression.passes.prune.channel.wavefront import Values, Wavefront
 from modelpress_compression.passes.prune.channel.weights import kept_indices
-from modelpress_compression.passes.prune.tensors import replace_numbers
 
 MAX_SAMPLES = 512
 MAX_SUMS_BYTES = 1024**3  # 1 GiB
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+MAX_KEPT_BYTES = 1024**3  # 1 GiB, of activations, half of it for the uncut model
+FOLDS = 4
 # Rows for each input of a layer: fits settle at some eight; more only takes time.
 ROWS_PER_INPUT = 8
 ROWS = (4096, 65536)  # fewest and most rows of a layer, where the data has as many
 _CHUNK_ROWS = 2048
-HELD_OUT = 4  # every fourth sample
-# Below this a layer is as good as unchanged.
+# Below this share of the variance a layer is as good as unchanged.
 _NEGLIGIBLE = 1e-9
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One layer: the error of its answers on held-out data before and after, as a share of their variance."""
+    """One layer: the error of its answers before and after, on samples that the fit did not see, as a share of their
+    variance."""
 
     node: str
     error_before: float
@@ -68,112 +75,153 @@ def repair(full: Model, pruned: Model, analysis: Analysis, kept: Mapping[str, In
     groups = {group.id: group for group in analysis.groups}
     stay = kept_indices(groups, kept)
     readers = frozenset(member.node for name in kept for member in groups[name].members if member.role == "consumer")
-    layers, skipped = find_layers(
-        pruned, frozenset(tensor for tensor, _ in stay), readers, {label(node): node for node in full.graph}
-    )
+    samples = context.data.spread(MAX_SAMPLES)
+    count = len(samples) // (samples.fixed_batch or 1)
+    folds = min(FOLDS, count)
+    models = [pruned, *(pruned.clone() for _ in range(folds))]
+    nodes = {label(node): node for node in full.graph}
+    found = [find_layers(model, frozenset(tensor for tensor, _ in stay), readers, nodes) for model in models]
+    skipped = found[0][1]
+    layers = sorted(zip(*(one for one, _ in found), strict=True), key=lambda copies: copies[0].level)
     fits: list[Fit] = []
     done = 0
     context.progress(0.0, f"repairing {len(layers)} layers")
-    for _, level in groupby(sorted(layers, key=lambda layer: layer.level), key=lambda layer: layer.level):
-        for batch, refused in _batches(list(level)):
-            skipped += [Skip(layer.name, "Not fitted anew: its sums would take over 1 GiB.") for layer in refused]
-            fitters = [_Fitter(layer, pruned, stay) for layer in batch]
-            _gather(full, pruned, fitters, context)
-            fits += [fit for fitter in fitters if (fit := fitter.fit()) is not None]
+    outputs = [value.name for value in full.graph.outputs if value.name]
+    read = [name for copies in layers for name in (copies[0].data, copies[0].other) if name]
+    fronts = _Fronts(full, models[1:], samples, [n for copies in layers for n in (copies[0].output, copies[0].sum) if n], read, outputs, context)
+    for _, level in groupby(layers, key=lambda copies: copies[0].level):
+        for batch, refused in _batches(list(level), folds):
+            skipped += [Skip(copies[0].name, "Not fitted anew: its sums would take over 1 GiB.") for copies in refused]
+            fitters = [_Fitter(copies, stay, count) for copies in batch]
+            fronts.gather(fitters)
+            for fitter in fitters:
+                fit = fitter.fit(models)
+                if fit is not None:
+                    fits.append(fit)
             done += len(batch) + len(refused)
             context.progress(done / len(layers), f"repaired {done} of {len(layers)} layers")
     return Repair(tuple(fits), tuple(skipped))
 
 
-def _batches(layers: Sequence[Layer]) -> Iterator[tuple[list[Layer], list[Layer]]]:
+class _Fronts:
+    def __init__(self, full, copies, samples, answers, read, outputs, context):
+        budget = MAX_KEPT_BYTES // 2
+        self.folds = len(copies)
+        self.full = Wavefront(full, lambda: samples.feeds(1), [*answers, *outputs], budget, context.check_time)
+        self.copies = [
+            Wavefront(copy, _fold(samples, number, len(copies)), [*read, *outputs], budget // len(copies), context.check_time)
+            for number, copy in enumerate(copies)
+        ]
+
+    def advance(self, answers, read):
+        yield from zip(self.full.advance(answers), _interleaved([front.advance(read) for front in self.copies]), strict=True)
+
+    def gather(self, fitters):
+        if not fitters:
+            return
+        answers = [name for fitter in fitters for name in (fitter.layer.output, fitter.layer.sum) if name]
+        read = [name for fitter in fitters for name in (fitter.layer.data, fitter.layer.other) if name]
+        for index, (wanted, given) in enumerate(self.advance(answers, read)):
+            for fitter in fitters:
+                fitter.take(index, given, wanted)
+
+
+def _fold(samples, number, folds):
+    return lambda: islice(samples.feeds(1), number, None, folds)
+
+
+def _interleaved(parts: Sequence[Iterator[Values]]) -> Iterator[Values]:
+    while True:
+        for part in parts:
+            value = next(part, None)
+            if value is None:
+                for other in parts:
+                    for _ in other: pass
+                return
+            yield value
+
+
+def _batches(layers, folds: int):
     """Layers whose sums fit into memory together, and those whose sums alone do not."""
-    batch: list[Layer] = []
-    refused: list[Layer] = []
+    batch, refused = [], []
     used = 0
-    for layer in layers:
-        size = _sums_bytes(layer)
+    for copies in layers:
+        size = _sums_bytes(copies[0], folds)
         if size > MAX_SUMS_BYTES:
-            refused.append(layer)
+            refused.append(copies)
             continue
         if used + size > MAX_SUMS_BYTES:
             yield batch, []
             batch, used = [], 0
-        batch.append(layer)
+        batch.append(copies)
         used += size
     yield batch, refused
 
 
-def _sums_bytes(layer: Layer) -> int:
-    matrix = layer.linear.matrix(_numbers(layer))
-    # Two sets, and as much again while the equations are solved.
-    return 4 * Sums.size_bytes(*matrix.shape)
-
-
-def _numbers(layer: Layer) -> Array:
-    array = constant_array(layer.weight)
-    if array is None:
-        raise TypeError(f"the weight of {layer.name!r} is not constant")
-    return array
-
-
-def _gather(full: Model, pruned: Model, fitters: Sequence[_Fitter], context: Context) -> None:
-    """Streams the samples through both models."""
-    samples = context.data.spread(MAX_SAMPLES)
-    count = len(samples) // (samples.fixed_batch or 1)
-    with (
-        taps(full, [fitter.layer.output for fitter in fitters]) as answers,
-        taps(pruned, [fitter.layer.data for fitter in fitters]) as inputs,
-    ):
-        for index, feed in enumerate(samples.feeds(1)):
-            context.check_time()
-            wanted, given = answers(feed), inputs(feed)
-            for fitter in fitters:
-                fitter.take(given[fitter.layer.data], wanted[fitter.layer.output], index, count)
+def _sums_bytes(layer: Layer, folds: int) -> int:
+    matrix = layer.linear.matrix(layer.numbers)
+    # One set for each fold, and twice as much again while the equations are solved.
+    return (folds + 2) * Sums.size_bytes(*matrix.shape)
 
 
 class _Fitter:
     """Gathers one layer's sums and fits it."""
 
-    def __init__(self, layer: Layer, pruned: Model, stay: Mapping[tuple[str, int], np.ndarray]) -> None:
-        self.layer = layer
-        self._weight = _numbers(layer)
-        self._start = layer.linear.matrix(self._weight)
-        self._bias = Bias(layer, pruned)
-        self._stay = stay.get((layer.weight.name or "", layer.output_axis))
-        self._sums = (Sums.zeros(*self._start.shape), Sums.zeros(*self._start.shape))  # to fit, held out
-        self._waiting: tuple[list[tuple[Matrix, Matrix]], ...] = ([], [])  # rows that are not in the sums yet
+    def __init__(self, copies: Sequence[Layer], stay: Mapping[tuple[str, int], np.ndarray], count: int) -> None:
+        self.layer, *self._copies = copies
+        self._layers = copies
+        weight = self.layer.linear.matrix(self.layer.numbers)
+        self._start = [copy.linear.matrix(copy.numbers).astype(np.float32) for copy in copies[:2]][0]
+        self._bias = self._old_bias(weight.shape)
+        self._stay = stay.get((self.layer.weight.name or "", self.layer.output_axis))
+        self._sums = [Sums.zeros(*weight.shape) for _ in self._copies]
+        self._waiting: list[list[tuple[Rows, Rows]]] = [[] for _ in self._copies]
         low, high = ROWS
-        self._rows = int(np.clip(ROWS_PER_INPUT * self._start.shape[1], low, high))
+        self._rows = int(np.clip(ROWS_PER_INPUT * weight.shape[1], low, high))
+        self._count = count
+        self._spread = np.zeros((3, weight.shape[0] * weight.shape[2]))
 
-    def take(self, data: Array, output: Array, index: int, count: int) -> None:
+    def _old_bias(self, shape):
+        from modelpress_compression.analysis.graph import constant_array
+        node, place = self.layer._bias_place()
+        value = node.inputs[place] if self.layer.takes_bias and place < len(node.inputs) else None
+        old = constant_array(value)
+        n = shape[0] * shape[2]
+        return (np.zeros(n) if old is None else np.broadcast_to(old.reshape(-1), n)).astype(np.float32).reshape(shape[0], 1, shape[2])
+
+    def take(self, index: int, given: Values, wanted: Values) -> None:
         """One sample: the layer's input in the cut model, its output in the uncut one."""
-        answers = self._kept(output)
+        answers = self._kept(wanted[self.layer.output])
+        if self.layer.sum and given[self.layer.other].shape == answers.shape:
+            answers = self._kept(wanted[self.layer.sum]) - given[self.layer.other]
         total = self.layer.linear.positions(answers)
-        wanted = -(-self._rows // count)
         places: Places = np.arange(total)
-        if wanted < total:
-            places = np.random.default_rng(index).choice(total, wanted, replace=False, shuffle=False)
-        if count >= 2 * HELD_OUT:
-            self._add(data, answers, places, held_out=index % HELD_OUT == HELD_OUT - 1)
-            return
-        # Too few samples to hold one out: some positions of each are.
-        chosen = np.arange(len(places)) % HELD_OUT == HELD_OUT - 1
-        self._add(data, answers, places[~chosen], held_out=False)
-        self._add(data, answers, places[chosen], held_out=True)
-
-    def _add(self, data: Array, answers: Array, places: Places, *, held_out: bool) -> None:
+        m = self.mask(index, total)
+        if m is not None: places = places[m]
+        wanted_rows = -(-self._rows // self._count)
+        if wanted_rows < len(places):
+            places = np.random.default_rng(index).choice(places, wanted_rows, replace=False, shuffle=False)
+        fold = index % len(self._copies)
         linear = self.layer.linear
-        waiting = self._waiting[held_out]
-        waiting.append((linear.inputs(data, answers, places), linear.answers(answers, places)))
+        x, y = linear.inputs(given[self.layer.data], answers, places), linear.answers(answers, places)
+        z = y.transpose(1, 0, 2).reshape(y.shape[1], -1).astype(np.float64)
+        self._spread += [np.full(z.shape[1], len(z)), z.sum(0), np.square(z).sum(0)]
+        waiting = self._waiting[fold]
+        waiting.append((x, y))
         # A product of a few rows costs as much memory traffic as one of a thousand.
         if sum(rows.shape[1] for rows, _ in waiting) >= min(_CHUNK_ROWS, self._start.shape[1]):
-            self._flush(held_out=held_out)
+            self._flush(fold)
+    MASKS = None
+    def mask(self, index, total):
+        if _Fitter.MASKS is None: return None
+        m = np.asarray(_Fitter.MASKS[index]).reshape(-1)
+        return m != 0 if m.size == total else None
 
-    def _flush(self, *, held_out: bool) -> None:
-        waiting = self._waiting[held_out]
+    def _flush(self, fold: int) -> None:
+        waiting = self._waiting[fold]
         if waiting:
             inputs, answers = (np.concatenate(parts, axis=1) for parts in zip(*waiting, strict=True))
-            self._sums[held_out].add(inputs, answers)
+            self._sums[fold].add(inputs, answers - inputs @ self._start - self._bias)
             waiting.clear()
 
     def _kept(self, output: Array) -> Array:
@@ -185,44 +233,16 @@ class _Fitter:
         rest[: len(self._stay)] = self._stay
         return np.compress(rest, output, axis=axis)
 
-    def fit(self) -> Fit | None:
-        """Puts the fitted weight and bias into the model; None where nothing is better than what is there."""
-        for which in (False, True):
-            self._flush(held_out=which)
-        known, held_out = self._sums
-        if not known.rows or not held_out.rows or not self._bias.readable:
-            return None
-        scale = held_out.spread()
-        old_bias = self._old_bias()
-        before = held_out.error(self._start, old_bias)
+    def fit(self, models) -> Fit | None:
+        """Puts the fitted weight and bias into the models; None where nothing is better than what is there."""
+        for fold in range(len(self._copies)):
+            self._flush(fold)
+        n, s, q = self._spread
+        scale = float((q - np.square(s) / np.maximum(n, 1)).sum())
+        before = sum(float(x.answer_squares.sum()) for x in self._sums)
         if scale <= 0 or before <= _NEGLIGIBLE * scale:
             return None
-        intercept = self._bias.possible
-        errors = {ridge: self._error(ridge, intercept=intercept) for ridge in RIDGES}
-        ridge = min(errors, key=lambda key: errors[key])
-        if not errors[ridge] < before:
-            return None
-        known.merge(held_out)
-        weight = known.solve(self._start, ridge, intercept=intercept)
-        replace_numbers(self.layer.weight, self.layer.linear.weight(weight, self._weight.shape))
-        if intercept:
-            shift = known.best_bias(weight) - old_bias
-            self._bias.shift(shift.reshape(-1), shift.size)
-        return Fit(self.layer.name, before / scale, errors[ridge] / scale)
-
-    def _old_bias(self) -> Matrix:
-        groups, _, answers = self._start.shape
-        own = self._bias.own
-        flat = np.zeros(groups * answers) if own is None else np.broadcast_to(own.reshape(-1), (groups * answers,))
-        return flat.astype(np.float64).reshape(groups, 1, answers)
-
-    def _error(self, ridge: float, *, intercept: bool) -> float:
-        """On what is held out, of a fit to the rest."""
-        known, held_out = self._sums
-        try:
-            weight = known.solve(self._start, ridge, intercept=intercept)
-        except np.linalg.LinAlgError:
-            return np.inf
-        bias = known.best_bias(weight) if intercept else self._old_bias()
-        error = held_out.error(weight, bias)
-        return error if np.isfinite(error) else np.inf
+        fitted = cross_validate(self._sums, intercept=self.layer.takes_bias)
+        for layer, model, c in zip(self._layers, models, (fitted.whole, *fitted.folds), strict=True):
+            layer.correct(c.weight, c.bias, model)
+        return Fit(self.layer.name, fitted.error_before / scale, fitted.error_after / scale)
