@@ -4,7 +4,7 @@ groups      what must be cut together, found in the graph            analysis.ch
 criterion   how important each unit is                               magnitude, activation, control
 selection   which units stay, at which multiple                      selection, costs, scope
 cut         the model without them                                   analysis.channels
-repair      the layers behind fitted to the uncut model's answers    repair, layers, linear, normal_equations
+repair      the layers behind fitted to the uncut model's answers    least_squares, layers, fitter, choice
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ def prune_channels(model: Model, config: PruneConfig, context: Context) -> PassR
         return PassResult(model, {}, tuple(skipped), (*warnings, f"Nothing was cut: {reason}"))
     context.progress(_SHARES[1], f"cutting {len(selection.kept)} groups of channels")
     pruned = cut(model, selection.kept)
-    repaired = Repair((), ())
+    repaired = Repair(pruned)
     if _repairs(config, context):
         repaired = repair(model, pruned, analysis, selection.kept, _rest_of(context))
+        warnings += repaired.warnings
     elif config.repair == "auto":
         warnings.append(
             "The layers behind the cuts were not fitted anew: that needs representative inputs, and keeps much of "
@@ -75,8 +76,8 @@ def prune_channels(model: Model, config: PruneConfig, context: Context) -> PassR
         )
     context.progress(1.0, "pruned")
     return PassResult(
-        pruned,
-        _changes(model, pruned, analysis, selection, repaired),
+        repaired.model,
+        _changes(model, repaired.model, analysis, selection, repaired),
         (*skipped, *repaired.skipped),
         tuple(warnings),
         _details(analysis, selection, repaired),

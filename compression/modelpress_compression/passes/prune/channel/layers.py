@@ -29,13 +29,14 @@ class Layer:
     """One node of a cut model, and the Add of a constant vector behind it, if there is one.
 
     `level`: how many other such layers lie before it on the longest way from the inputs: layers of one level do not
-    depend on each other. `sum` and `other`: where the answers are added to something else, names of the sum and of the
+    depend on each other. `intact`: name of what it reads in the uncut model. `sum` and `other`: where the answers are added to something else, names of the sum and of the
     other summand, whose drift the layer can make up for (He et al., arXiv:1707.06168, section 3.3).
     """
 
     node: onnx_ir.Node
     linear: Linear
     level: int
+    intact: str
     add: onnx_ir.Node | None
     sum: str | None = None
     other: str | None = None
@@ -80,6 +81,14 @@ class Layer:
         """Whether a bias is there or can be given to the node."""
         return self.add is not None or is_op(self.node, "Conv", "Gemm")
 
+    @property
+    def bias(self) -> NDArray[np.float64]:
+        """The bias that is in its answers; zeros where there is none."""
+        node, place = self._bias_place()
+        old = constant_array(node.inputs[place]) if self.takes_bias and place < len(node.inputs) else None
+        channels = self.numbers.shape[self.output_axis]
+        return np.zeros(channels) if old is None else np.broadcast_to(old.astype(np.float64).reshape(-1), channels)
+
     def correct(self, weight: Matrix, bias: Matrix, model: Model) -> None:
         """Adds `weight` [g, K, O] and, where it takes one, `bias` [g, 1, O]."""
         old = self.numbers
@@ -94,10 +103,10 @@ class Layer:
         if value is not None and old is not None and len(value.uses()) == 1 and old.size == by.size:
             replace_numbers(value, old.astype(np.float64) + by.reshape(old.shape))
             return
-        start = np.zeros(by.size) if old is None else np.broadcast_to(old.astype(np.float64).reshape(-1), by.size)
         dtype = self.weight.dtype or onnx_ir.DataType.FLOAT
+        shifted = self._constant((self.bias + by).astype(dtype.numpy()), model)
         node.resize_inputs(max(place + 1, len(node.inputs)))
-        node.replace_input_with(place, self._constant((start + by).astype(dtype.numpy()), model))
+        node.replace_input_with(place, shifted)
 
     def _bias_place(self) -> tuple[onnx_ir.Node, int]:
         if self.add is None:
@@ -177,7 +186,17 @@ def _layer(
     add = None if is_op(node, "Conv", "Gemm") else _bias_add(node)
     output = (add or node).outputs[0]
     total, other = _residual(output, level, levels)
-    return Layer(node, linear, level, add, total, other)
+    if total not in {value.name for one in _consumers(original, add) for value in one.outputs}:
+        total = other = None
+    read = original.inputs[0]
+    return Layer(node, linear, level, (read.name or "") if read is not None else "", add, total, other)
+
+
+def _consumers(original: onnx_ir.Node, add: onnx_ir.Node | None) -> Iterator[onnx_ir.Node]:
+    """What reads the answers in the uncut model."""
+    output = original.outputs[0]
+    follower = only_consumer(output) if add is not None else None
+    yield from (follower.outputs[0] if follower is not None else output).consumers()
 
 
 def _is_constant(value: onnx_ir.Value | None) -> bool:

@@ -3,13 +3,11 @@
 Z is what a layer's answers lack, E and b are what is added to its weight and bias: the penalty draws towards the layer
 that is there, not to zero. d_k is the energy of input k, so that a fit does not depend on the scale of single inputs
 (as of the few huge ones of a transformer's hidden state). Only X^T X [g, K, K], X^T Z [g, K, O] and sums of columns are
-kept, in float64, however many rows come. The error of any E and b on those rows follows from the same sums, for each
-answer by itself.
+kept, in float64, however many rows come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +26,6 @@ class Sums:
     products: Matrix  # X^T Z [g, K, O]
     input_sums: Matrix  # [g, 1, K]
     answer_sums: Matrix  # [g, 1, O]
-    answer_squares: Matrix  # [g, 1, O]
     rows: int = 0
 
     @classmethod
@@ -39,27 +36,12 @@ class Sums:
             np.zeros((groups, inputs, answers)),
             np.zeros((groups, 1, inputs)),
             np.zeros((groups, 1, answers)),
-            np.zeros((groups, 1, answers)),
         )
 
     @staticmethod
     def size_bytes(groups: int, inputs: int, answers: int) -> int:
         """Memory of one set of sums."""
-        return 8 * groups * (inputs * (inputs + answers + 1) + 2 * answers)
-
-    @classmethod
-    def total(cls, parts: Sequence[Sums]) -> Sums:
-        """The sums over the rows of all parts, of which there is at least one."""
-        first = parts[0]
-        total = cls.zeros(first.inputs.shape[0], *first.products.shape[1:])
-        for part in parts:
-            total.inputs += part.inputs
-            total.products += part.products
-            total.input_sums += part.input_sums
-            total.answer_sums += part.answer_sums
-            total.answer_squares += part.answer_squares
-            total.rows += part.rows
-        return total
+        return 8 * groups * (inputs * (inputs + answers + 1) + answers)
 
     def add(self, inputs: Rows, answers: Rows) -> None:
         """Rows X [g, R, K] and Z [g, R, O]; rows that are not finite are left out."""
@@ -71,18 +53,7 @@ class Sums:
         self.products += turned @ answers
         self.input_sums += inputs.sum(axis=1, keepdims=True, dtype=np.float64)
         self.answer_sums += answers.sum(axis=1, keepdims=True, dtype=np.float64)
-        self.answer_squares += np.square(answers).sum(axis=1, keepdims=True, dtype=np.float64)
         self.rows += inputs.shape[1]
-
-    def errors(self, weight: Matrix, bias: Matrix) -> Matrix:
-        """Sums of squares of X E + b - Z, of each answer [g, 1, O]."""
-        totals = (
-            self.answer_squares
-            + (weight * (self.inputs @ weight - 2 * self.products)).sum(axis=1, keepdims=True)
-            + 2 * bias * (self.input_sums @ weight - self.answer_sums)
-            + self.rows * np.square(bias)
-        )
-        return np.maximum(totals, 0.0)
 
     def best_bias(self, weight: Matrix) -> Matrix:
         """The bias of the least error for this weight [g, 1, O]."""

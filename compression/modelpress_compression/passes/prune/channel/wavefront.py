@@ -12,7 +12,7 @@ inputs, if they never did.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class _Piece:
 
 class Wavefront:
     """`feeds`: the samples, from the first one at every call; `wanted`: names of all values of the main graph that will
-    be asked for, each of them once; `budget_bytes`: for what is kept of all samples."""
+    be asked for, as often as they will be; `budget_bytes`: for what is kept of all samples."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Wavefront:
     ) -> None:
         self._model, self._feeds, self._check_time = model, feeds, check_time
         self._budget_bytes = budget_bytes
-        self._wanted = set(wanted)
+        self._wanted = Counter(wanted)
         self._makers: dict[str, onnx_ir.Value] = {}
         self._places: dict[onnx_ir.Node, int] = {}
         self._readers: dict[onnx_ir.Value, list[onnx_ir.Node]] = defaultdict(list)
@@ -68,10 +68,10 @@ class Wavefront:
     def advance(self, names: Sequence[str]) -> Iterator[Values]:
         """What these values hold, sample by sample; to be exhausted. Raises ModelNotRunnableError, TimeLimitError."""
         asked = sorted(set(names))
-        self._wanted.difference_update(asked)
+        self._wanted -= Counter(names)
         piece = self._piece(asked)
         alive = self._still_needed(piece)
-        kept: list[Values] | None = []
+        kept: list[Values] | None = [] if all(_is_tensor(value) for value in alive) else None
         used = 0
         with ExitStack() as stack:
             session = None
@@ -129,6 +129,10 @@ class Wavefront:
 def _computed(node: onnx_ir.Node, graph: onnx_ir.Graph) -> Iterator[onnx_ir.Value]:
     """The inputs and computed values of the graph that the node reads."""
     return (value for value in _read(node) if value.graph is graph and not value.is_initializer())
+
+
+def _is_tensor(value: onnx_ir.Value) -> bool:
+    return value.type is None or isinstance(value.type, onnx_ir.TensorType)
 
 
 def _initializers(node: onnx_ir.Node, graph: onnx_ir.Graph) -> Iterator[onnx_ir.Value]:
