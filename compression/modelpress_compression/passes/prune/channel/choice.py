@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelpress_compression.passes.prune.channel.linear import Matrix, Rows
-from modelpress_compression.passes.prune.channel.normal_equations import Ridge, Sums
+from modelpress_compression.passes.prune.channel.normal_equations import Ridge, Sums, finite_rows
 
 RIDGES = (10.0, 1.0, 0.1, 1e-2, 1e-3)
 
@@ -41,11 +41,11 @@ class HeldOut:
 
     def add(self, inputs: Rows, answers: Rows) -> None:
         """Those of one sample; rows that are not finite are left out."""
-        good = np.isfinite(inputs).all(axis=(0, 2)) & np.isfinite(answers).all(axis=(0, 2))
-        if good.any():
-            self._rows.append((inputs[:, good], answers[:, good]))
+        inputs, answers = finite_rows(inputs, answers)
+        if inputs.shape[1]:
+            self._rows.append((inputs, answers))
 
-    def errors(self, weight: NDArray[np.float32], bias: Matrix) -> Matrix:
+    def errors(self, weight: Rows, bias: Matrix) -> Matrix:
         """Sums of squares of X E + b - Z [samples, g, O]."""
         lacks = (inputs @ weight + bias.astype(np.float32) - answers for inputs, answers in self._rows)
         return np.stack([np.square(lack).sum(axis=1, dtype=np.float64) for lack in lacks])
@@ -75,28 +75,28 @@ def choose_correction(sums: Sums, held_out: HeldOut, *, intercept: bool) -> Corr
 
 
 def choose(errors: Matrix) -> NDArray[np.int64]:
-    """The first candidate within one standard error of the best; errors are [candidates, samples, ...]."""
-    best = errors.sum(axis=1).argmin(axis=0)
+    """The first candidate within one standard error of the best and not worse than the first of all; errors are
+    [candidates, samples, ...]."""
+    totals = errors.sum(axis=1)
+    best = totals.argmin(axis=0)
     worse = errors - np.take_along_axis(errors, best[None, None], axis=0)
     standard_errors = worse.std(axis=1) * np.sqrt(errors.shape[1])
-    chosen: NDArray[np.int64] = (worse.sum(axis=1) <= standard_errors).argmax(axis=0)
+    fine = (worse.sum(axis=1) <= standard_errors) & (totals <= totals[0])
+    chosen: NDArray[np.int64] = fine.argmax(axis=0)
     return chosen
 
 
-def _candidates(sums: Sums, *, intercept: bool) -> tuple[list[NDArray[np.float32]], list[Matrix]]:
+def _candidates(sums: Sums, *, intercept: bool) -> tuple[list[Rows], list[Matrix]]:
     """Weights and biases; equations that cannot be solved give none."""
-    nothing = np.zeros(sums.products.shape, np.float32)
+    nothing: Rows = np.zeros(sums.products.shape, np.float32)
     weights, biases = [nothing], [np.zeros(sums.answer_sums.shape)]
     if intercept:
         weights.append(nothing)
         biases.append(sums.best_bias(nothing))
     ridge = Ridge(sums, intercept=intercept)
     for penalty in RIDGES:
-        try:
-            weight = ridge.solve(penalty)
-        except np.linalg.LinAlgError:
-            continue
-        if np.isfinite(weight).all():
-            weights.append(weight.astype(np.float32))
+        weight = ridge.solve(penalty)
+        if weight is not None:
+            weights.append(weight)
             biases.append(sums.best_bias(weight) if intercept else biases[0])
     return weights, biases

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +14,13 @@ from modelpress_compression.passes.prune.channel.choice import HeldOut, choose_c
 from modelpress_compression.passes.prune.channel.layers import Layer
 from modelpress_compression.passes.prune.channel.linear import Places, Rows
 from modelpress_compression.passes.prune.channel.normal_equations import Sums
-from modelpress_compression.passes.prune.channel.paired import Sample
+from modelpress_compression.passes.prune.channel.paired import HELD_OUT, Sample
 
 # Rows for each input of a layer: fits settle at some five; more only takes time.
 ROWS_PER_INPUT = 5
-ROWS = (4096, 65536)  # fewest and most rows of a layer, where the data has as many
-_CHUNK_ROWS = 2048
+# Fewest and most rows of a layer, where the data has as many; fewer where each makes many small problems.
+ROWS, GROUPED_ROWS = (4096, 65536), (1024, 16384)
+_CHUNK_ROWS = (256, 2048)
 # Below this share of the variance a layer is as good as unchanged.
 _NEGLIGIBLE = 1e-9
 
@@ -42,41 +42,24 @@ class Fitter:
 
     def __init__(self, layer: Layer, masks: Masks, samples: int) -> None:
         self.layer = layer
-        groups, inputs, answers = layer.linear.matrix(layer.numbers).shape
-        self._shape = groups, inputs, answers
+        start = layer.linear.matrix(layer.numbers)
+        groups, inputs, answers = start.shape
+        self._start = start.astype(np.float32)
+        self._bias = layer.bias.astype(np.float32).reshape(groups, 1, answers)
         self._made = masks.get((layer.weight.name or "", layer.output_axis))
         self._read = _read_mask(layer, masks, groups)
-        rows = int(np.clip(ROWS_PER_INPUT * inputs, *ROWS))
-        self._rows = -(-rows // samples)  # of each sample
-        # The sums, as much again while the equations are solved, and the rows that are held out.
-        self.size_bytes = 2 * Sums.size_bytes(*self._shape) + 4 * groups * (inputs + answers) * rows // 4
+        self._rows = -(-_rows(start.shape) // samples)  # of each sample
+        self._sums = Sums.zeros(groups, inputs, answers)
         self._held_out = HeldOut()
         self._waiting: list[tuple[Rows, Rows]] = []  # not in the sums yet
         self._count, self._total, self._squares = 0, np.zeros((groups, answers)), 0.0
 
-    @cached_property
-    def _start(self) -> Rows:
-        """The weight as it is."""
-        return self.layer.linear.matrix(self.layer.numbers).astype(np.float32)
-
-    @cached_property
-    def _bias(self) -> Rows:
-        groups, _, answers = self._shape
-        return self.layer.bias.astype(np.float32).reshape(groups, 1, answers)
-
-    @cached_property
-    def _sums(self) -> Sums:
-        return Sums.zeros(*self._shape)
-
-    @property
-    def names_full(self) -> list[str]:
-        """Values that a sample needs of the uncut model."""
-        return [name for name in (self.layer.intact, self.layer.output, self.layer.sum) if name]
-
-    @property
-    def names_cut(self) -> list[str]:
-        """Values that a sample needs of the cut model."""
-        return [name for name in (self.layer.data, self.layer.other) if name]
+    @staticmethod
+    def size_bytes(layer: Layer) -> int:
+        """Memory that fitting this layer takes: the sums, as much again while the equations are solved, and rows."""
+        groups, inputs, answers = shape = layer.linear.matrix(layer.numbers).shape
+        held_out: int = 4 * groups * (inputs + answers) * _rows(shape) // HELD_OUT
+        return 2 * Sums.size_bytes(groups, inputs, answers) + held_out
 
     def take(self, sample: Sample) -> None:
         """Rows of one sample."""
@@ -97,14 +80,15 @@ class Fitter:
         if intact is not None:
             self._waiting.append(self._pair(intact, plain, places))
         # A product of a few rows costs as much memory traffic as one of a thousand.
-        if sum(rows.shape[1] for rows, _ in self._waiting) >= min(_CHUNK_ROWS, self._shape[1]):
+        if sum(rows.shape[1] for rows, _ in self._waiting) >= np.clip(self._start.shape[1], *_CHUNK_ROWS):
             self._flush()
 
     def _pair(self, data: Array, answers: Array, places: Places) -> tuple[Rows, Rows]:
         """Inputs, and what the layer's answers to them lack."""
         linear = self.layer.linear
         inputs = linear.inputs(data, answers, places)
-        return inputs, linear.answers(answers, places) - inputs @ self._start - self._bias
+        with np.errstate(invalid="ignore", over="ignore"):  # rows that are not finite are left out later
+            return inputs, linear.answers(answers, places) - inputs @ self._start - self._bias
 
     def _with_drift(self, sample: Sample, plain: Array) -> Array:
         """The answers that make the sum right which they go into."""
@@ -112,7 +96,7 @@ class Fitter:
             return plain
         other = sample.cut[self.layer.other]
         total = _kept(sample.full[self.layer.sum], self._made, self.layer.linear.channel_axis)
-        return total - other if total.shape == other.shape == plain.shape else plain
+        return np.subtract(total, other) if total.shape == other.shape == plain.shape else plain
 
     def _intact(self, sample: Sample, data: Array) -> Array | None:
         """What the layer would read if nothing before it had changed its values."""
@@ -138,15 +122,20 @@ class Fitter:
         """Puts the correction into the model; None where nothing is better than what is there."""
         self._flush()
         spread = self._squares - float(np.square(self._total).sum()) / max(1, self._count)
-        if not self._sums.rows or not len(self._held_out) or spread <= 0:
-            return None
-        if self._held_out.spreads().sum() <= _NEGLIGIBLE * spread:
+        if spread <= _NEGLIGIBLE * self._squares:
+            spread = self._squares  # always the same answers
+        if not self._sums.rows or not len(self._held_out) or self._held_out.spreads().sum() <= _NEGLIGIBLE * spread:
             return None
         found = choose_correction(self._sums, self._held_out, intercept=self.layer.takes_bias)
         if not found.error_after < found.error_before:
             return None
         self.layer.correct(found.weight, found.bias, model)
         return Fit(self.layer.name, found.error_before / spread, found.error_after / spread)
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    groups, inputs, _ = shape
+    return int(np.clip(ROWS_PER_INPUT * inputs, *(ROWS if groups == 1 else GROUPED_ROWS)))
 
 
 def _read_mask(layer: Layer, masks: Masks, groups: int) -> NDArray[np.bool_] | None:

@@ -29,8 +29,9 @@ class Layer:
     """One node of a cut model, and the Add of a constant vector behind it, if there is one.
 
     `level`: how many other such layers lie before it on the longest way from the inputs: layers of one level do not
-    depend on each other. `intact`: name of what it reads in the uncut model. `sum` and `other`: where the answers are added to something else, names of the sum and of the
-    other summand, whose drift the layer can make up for (He et al., arXiv:1707.06168, section 3.3).
+    depend on each other. `intact`: name of what it reads in the uncut model. `sum` and `other`: where the answers are
+    added to something else, names of the sum and of the other summand, whose drift the layer can make up for (He et
+    al., arXiv:1707.06168, section 3.3).
     """
 
     node: onnx_ir.Node
@@ -55,6 +56,16 @@ class Layer:
     def output(self) -> str:
         """Name of the value that it makes."""
         return (self.add or self.node).outputs[0].name or ""
+
+    @property
+    def names_full(self) -> list[str]:
+        """Values of the uncut model that a fit needs."""
+        return [name for name in (self.intact, self.output, self.sum) if name]
+
+    @property
+    def names_cut(self) -> list[str]:
+        """Values of the cut model that a fit needs."""
+        return [name for name in (self.data, self.other) if name]
 
     @property
     def weight(self) -> onnx_ir.Value:
@@ -92,7 +103,7 @@ class Layer:
     def correct(self, weight: Matrix, bias: Matrix, model: Model) -> None:
         """Adds `weight` [g, K, O] and, where it takes one, `bias` [g, 1, O]."""
         old = self.numbers
-        replace_numbers(self.weight, old + self.linear.weight(weight, old.shape))
+        replace_numbers(self.weight, old.astype(np.float64) + self.linear.weight(weight, old.shape))
         if self.takes_bias:
             self._shift(bias.reshape(-1), model)
 

@@ -20,7 +20,7 @@ held out, for as many layers of one level at a time as fit into 1 GiB, and what 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -29,10 +29,10 @@ from modelpress_compression.analysis.graph import label
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, Skip
-from modelpress_compression.passes.prune.channel.fitter import Fit, Fitter
+from modelpress_compression.passes.prune.channel.fitter import Fit, Fitter, Masks
 from modelpress_compression.passes.prune.channel.layers import Layer, find_layers
-from modelpress_compression.passes.prune.channel.outputs import OutputErrors
-from modelpress_compression.passes.prune.channel.paired import Paired, is_held_out, positions_of
+from modelpress_compression.passes.prune.channel.outputs import Distance, Moments
+from modelpress_compression.passes.prune.channel.paired import Paired
 from modelpress_compression.passes.prune.channel.streams import taps
 from modelpress_compression.passes.prune.channel.weights import kept_indices
 
@@ -61,86 +61,87 @@ def repair(full: Model, pruned: Model, analysis: Analysis, kept: Mapping[str, In
     groups = {group.id: group for group in analysis.groups}
     masks = kept_indices(groups, kept)
     readers = frozenset(member.node for name in kept for member in groups[name].members if member.role == "consumer")
-    fitted = pruned.clone()
     touched = frozenset(tensor for tensor, _ in masks)
-    layers, skipped = find_layers(fitted, touched, readers, {label(node): node for node in full.graph})
-    fitters = [Fitter(layer, masks, count) for layer in sorted(layers, key=lambda layer: layer.level)]
-    fitters, refused = _affordable(fitters)
+    fitted = pruned.clone()
     outputs = [value.name for value in full.graph.outputs if value.name and value.producer() is not None]
+    found, skipped = find_layers(fitted, touched, readers, {label(node): node for node in full.graph})
+    layers = [layer for layer in found if Fitter.size_bytes(layer) <= MAX_FITTING_BYTES]
+    skipped += [
+        Skip(layer.name, "Not fitted anew: its sums would take over 1 GiB.") for layer in found if layer not in layers
+    ]
     pair = Paired(
         full,
         fitted,
         samples,
-        [*(name for fitter in fitters for name in fitter.names_full), *outputs],
-        [*(name for fitter in fitters for name in fitter.names_cut), *outputs],
+        [*(name for layer in layers for name in layer.names_full), *outputs],
+        [*(name for layer in layers for name in layer.names_cut), *outputs],
         context,
     )
-    fits = _fit_all(fitters, pair, fitted, context)
-    warnings = _verdict(_errors(pruned, samples, outputs, pair, context)) if fits else ()
-    if warnings:
-        return Repair(pruned, (), (*skipped, *refused), warnings)
-    return Repair(fitted, tuple(fits), (*skipped, *refused))
+    fits = _fit_all(layers, masks, pair, fitted, context)
+    if not fits:
+        return Repair(pruned, skipped=tuple(skipped))
+    warnings = _verdict(*_distances(pruned, samples, outputs, pair, context))
+    return Repair(pruned, (), tuple(skipped), warnings) if warnings else Repair(fitted, tuple(fits), tuple(skipped))
 
 
-def _affordable(fitters: Sequence[Fitter]) -> tuple[list[Fitter], list[Skip]]:
-    """Those that fit into memory by themselves."""
-    fine = [fitter for fitter in fitters if fitter.size_bytes <= MAX_FITTING_BYTES]
-    refused = [fitter.layer.name for fitter in fitters if fitter.size_bytes > MAX_FITTING_BYTES]
-    return fine, [Skip(name, "Not fitted anew: its sums would take over 1 GiB.") for name in refused]
-
-
-def _fit_all(fitters: Sequence[Fitter], pair: Paired, model: Model, context: Context) -> list[Fit]:
+def _fit_all(layers: Sequence[Layer], masks: Masks, pair: Paired, model: Model, context: Context) -> list[Fit]:
     """Level by level."""
     fits: list[Fit] = []
     done = 0
-    context.progress(0.0, f"repairing {len(fitters)} layers")
-    for _, level in groupby(fitters, key=lambda fitter: fitter.layer.level):
-        for batch in _batches(list(level)):
-            names_full = [name for fitter in batch for name in fitter.names_full]
-            names_cut = [name for fitter in batch for name in fitter.names_cut]
-            for sample in pair.advance(names_full, names_cut):
-                for fitter in batch:
-                    fitter.take(sample)
-            fits += [fit for fitter in batch if (fit := fitter.fit(model)) is not None]
+    context.progress(0.0, f"repairing {len(layers)} layers")
+    for _, level in groupby(sorted(layers, key=lambda layer: layer.level), key=lambda layer: layer.level):
+        for batch in _batches(level):
+            fits += _fit(batch, masks, pair, model)
             done += len(batch)
-            context.progress(done / len(fitters), f"repaired {done} of {len(fitters)} layers")
+            context.progress(done / len(layers), f"repaired {done} of {len(layers)} layers")
     return fits
 
 
-def _batches(fitters: Sequence[Fitter]) -> Iterator[list[Fitter]]:
-    """Fitters that fit into memory together."""
-    batch: list[Fitter] = []
+def _fit(layers: Sequence[Layer], masks: Masks, pair: Paired, model: Model) -> list[Fit]:
+    """Layers that do not depend on each other, from one run over the samples."""
+    fitters = [Fitter(layer, masks, pair.count) for layer in layers]
+    names_full = [name for layer in layers for name in layer.names_full]
+    for sample in pair.advance(names_full, [name for layer in layers for name in layer.names_cut]):
+        for fitter in fitters:
+            fitter.take(sample)
+    return [fit for fitter in fitters if (fit := fitter.fit(model)) is not None]
+
+
+def _batches(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
+    """Layers that can be fitted at once within the memory."""
+    batch: list[Layer] = []
     used = 0
-    for fitter in fitters:
-        if batch and used + fitter.size_bytes > MAX_FITTING_BYTES:
+    for layer in layers:
+        size = Fitter.size_bytes(layer)
+        if batch and used + size > MAX_FITTING_BYTES:
             yield batch
             batch, used = [], 0
-        batch.append(fitter)
-        used += fitter.size_bytes
+        batch.append(layer)
+        used += size
     yield batch
 
 
-def _errors(
+def _distances(
     unfitted: Model, samples: InputData, outputs: Sequence[str], pair: Paired, context: Context
-) -> tuple[float, float]:
-    """Of the model's outputs on what is held out, without and with the fits."""
-    without, fitted = OutputErrors(), OutputErrors()
+) -> tuple[Distance, Distance]:
+    """Of the outputs on what is held out, without and with the fits."""
+    without, fitted = Moments(), Moments()
     with taps(unfitted, outputs) as plain:
         for feed, sample in zip(samples.feeds(1), pair.advance(outputs, outputs), strict=True):
             context.check_time()
             if sample.held_out:
                 without.add(sample.full, plain(feed), sample.positions)
                 fitted.add(sample.full, sample.cut, sample.positions)
-    return without.relative(), fitted.relative()
+    return without.distance(), fitted.distance()
 
 
-def _verdict(errors: tuple[float, float]) -> tuple[str, ...]:
+def _verdict(without: Distance, fitted: Distance) -> tuple[str, ...]:
     """A warning where the fits are not worth it."""
-    without, fitted = errors
-    if fitted < without:
+    if fitted.error < without.error and fitted.lost <= without.lost:
         return ()
     return (
-        f"The layers behind the cuts were fitted anew, and left as they were after all: on samples that were held out "
-        f"the outputs erred by {fitted:.3g} of their variance with the fits, by {without:.3g} without; give more "
-        f"representative inputs.",
+        f"The layers behind the cuts were fitted anew, but left as they were after all: on samples that no fit saw, "
+        f"the outputs err by {fitted.error:.3g} of their variance with the fits and by {without.error:.3g} without, "
+        f"and {fitted.lost:.3g} of it is lost with the fits and {without.lost:.3g} without. Give more representative "
+        f"inputs.",
     )

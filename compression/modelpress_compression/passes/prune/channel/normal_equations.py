@@ -15,7 +15,7 @@ import numpy as np
 from modelpress_compression.passes.prune.channel.linear import Matrix, Rows
 
 # Inputs that hardly vary are penalized like those of this share of the mean energy.
-_LEAST_ENERGY = 1e-3
+_LEAST_ENERGY = 1e-2
 
 
 @dataclass
@@ -45,17 +45,15 @@ class Sums:
 
     def add(self, inputs: Rows, answers: Rows) -> None:
         """Rows X [g, R, K] and Z [g, R, O]; rows that are not finite are left out."""
-        good = np.isfinite(inputs).all(axis=(0, 2)) & np.isfinite(answers).all(axis=(0, 2))
-        if not good.all():
-            inputs, answers = inputs[:, good], answers[:, good]
-        turned = inputs.transpose(0, 2, 1)
+        inputs, answers = finite_rows(inputs, answers)
+        turned, ones = inputs.transpose(0, 2, 1), np.ones((1, inputs.shape[1]), np.float32)
         self.inputs += turned @ inputs
         self.products += turned @ answers
-        self.input_sums += inputs.sum(axis=1, keepdims=True, dtype=np.float64)
-        self.answer_sums += answers.sum(axis=1, keepdims=True, dtype=np.float64)
+        self.input_sums += ones @ inputs
+        self.answer_sums += ones @ answers
         self.rows += inputs.shape[1]
 
-    def best_bias(self, weight: Matrix) -> Matrix:
+    def best_bias(self, weight: Matrix | Rows) -> Matrix:
         """The bias of the least error for this weight [g, 1, O]."""
         return (self.answer_sums - self.input_sums @ weight) / max(1, self.rows)
 
@@ -71,13 +69,24 @@ class Ridge:
             products = products - means * sums.answer_sums
         energies = np.diagonal(inputs, axis1=1, axis2=2)
         floors = np.maximum(_LEAST_ENERGY * energies.mean(axis=1, keepdims=True), np.finfo(np.float32).tiny)
-        self._scales: Matrix = 1 / np.sqrt(np.maximum(energies, floors))[:, :, None]
+        scales = 1 / np.sqrt(np.maximum(energies, floors))[:, :, None]
         # With a unit diagonal and the penalty on it, float32 is exact enough.
-        self._inputs = (inputs * self._scales * self._scales.transpose(0, 2, 1)).astype(np.float32)
-        self._products = (products * self._scales).astype(np.float32)
+        self._inputs = (inputs * scales * scales.transpose(0, 2, 1)).astype(np.float32)
+        self._products = (products * scales).astype(np.float32)
+        self._scales = scales.astype(np.float32)
 
-    def solve(self, ridge: float) -> Matrix:
-        """E [g, K, O] for lambda = `ridge`, which is relative to the energies. Raises numpy.linalg.LinAlgError."""
+    def solve(self, ridge: float) -> Rows | None:
+        """E [g, K, O] for lambda = `ridge`, which is relative to the energies; None where there is no solution."""
         penalized = self._inputs + np.float32(ridge) * np.eye(self._inputs.shape[1], dtype=np.float32)
-        solution: Matrix = self._scales * np.linalg.solve(penalized, self._products)
-        return solution
+        try:
+            solution: Rows = self._scales * np.linalg.solve(penalized, self._products)
+        except np.linalg.LinAlgError:
+            return None
+        return solution if np.isfinite(solution).all() else None
+
+
+def finite_rows(inputs: Rows, answers: Rows) -> tuple[Rows, Rows]:
+    """The rows that hold neither NaN nor infinity."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        good = np.isfinite(inputs.sum(axis=(0, 2))) & np.isfinite(answers.sum(axis=(0, 2)))
+    return (inputs, answers) if good.all() else (inputs[:, good], answers[:, good])

@@ -14,7 +14,7 @@ from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.prune.channel.wavefront import Wavefront
 
 MAX_KEPT_BYTES = 512 * 1024**2  # 512 MiB of activations, of each of the two models
-HELD_OUT = 5  # every fifth sample, or the last of fewer
+HELD_OUT = 5  # every fifth sample; of fewer than ten every fourth, third or second
 # The conventional name of an input that says which positions of a sequence hold anything.
 _MASK = "attention_mask"
 
@@ -59,7 +59,7 @@ class Paired:
 
 def is_held_out(index: int, count: int) -> bool:
     """Whether this one of `count` samples says how good the fits are, and is not fitted to."""
-    period = min(HELD_OUT, count)
+    period = max(2, min(HELD_OUT, count // 2))
     return index % period == period - 1
 
 
