@@ -25,11 +25,17 @@ ort.set_default_logger_severity(3)  # errors only: warnings of onnxruntime speak
 
 
 def open_session(
-    path: Path, *, threads: int = 1, optimize: bool = True, outputs: Sequence[str] | None = None
+    path: Path,
+    *,
+    threads: int = 1,
+    optimize: bool = True,
+    outputs: Sequence[str] | None = None,
+    profile: Path | None = None,
 ) -> ort.InferenceSession:
     """A session on the file. Raises UnsupportedOperatorError or ModelNotRunnableError.
 
     `optimize=False` runs the graph as it is written, for what must not depend on onnxruntime's own rewriting.
+    `profile`: what the name of a profile begins with, which `end_profiling` of the session writes.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -38,6 +44,8 @@ def open_session(
     # Spinning threads would disturb whatever else is measured in this process.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:

@@ -27,6 +27,7 @@ from modelpress_compression.analysis.graph import (
 from modelpress_compression.inputs import Array
 
 Matrix = NDArray[np.float64]
+Rows = NDArray[np.float32]
 Places = NDArray[np.int64]  # flat positions, of all that an output has but its channels
 
 
@@ -43,11 +44,11 @@ class Linear(Protocol):
         """How many rows this output has."""
         ...
 
-    def inputs(self, data: Array, output: Array, places: Places) -> Matrix:
+    def inputs(self, data: Array, output: Array, places: Places) -> Rows:
         """Rows of the layer's input [g, R, K]; of `output` only the shape is looked at."""
         ...
 
-    def answers(self, output: Array, places: Places) -> Matrix:
+    def answers(self, output: Array, places: Places) -> Rows:
         """The same rows of its output [g, R, O]."""
         ...
 
@@ -73,11 +74,11 @@ class Dense:
     def positions(self, output: Array) -> int:
         return int(output.size // output.shape[-1])
 
-    def inputs(self, data: Array, output: Array, places: Places) -> Matrix:
-        return data.reshape(-1, data.shape[-1])[places].astype(np.float64)[None]
+    def inputs(self, data: Array, output: Array, places: Places) -> Rows:
+        return data.reshape(-1, data.shape[-1])[places].astype(np.float32)[None]
 
-    def answers(self, output: Array, places: Places) -> Matrix:
-        return output.reshape(-1, output.shape[-1])[places].astype(np.float64)[None]
+    def answers(self, output: Array, places: Places) -> Rows:
+        return output.reshape(-1, output.shape[-1])[places].astype(np.float32)[None]
 
     def matrix(self, weight: Array) -> Matrix:
         matrix: Matrix = (weight.T if self.transposed else weight).astype(np.float64)[None]
@@ -106,7 +107,7 @@ class Convolution:
     def positions(self, output: Array) -> int:
         return int(output.size // output.shape[1])
 
-    def inputs(self, data: Array, output: Array, places: Places) -> Matrix:
+    def inputs(self, data: Array, output: Array, places: Places) -> Rows:
         spatial = output.shape[2:]
         sample, *position = np.unravel_index(places, (output.shape[0], *spatial))
         offsets = [grid.reshape(-1) for grid in np.meshgrid(*(np.arange(size) for size in self.kernel), indexing="ij")]
@@ -116,14 +117,14 @@ class Convolution:
             where = (at * self.strides[axis] - before[axis])[:, None] + offset * self.dilations[axis]
             inside &= (where >= 0) & (where < data.shape[2 + axis])
             index.append(np.clip(where, 0, data.shape[2 + axis] - 1))
-        patches = data[(sample[:, None], slice(None), *index)].astype(np.float64)  # [R, kernel, C]
+        patches = data[(sample[:, None], slice(None), *index)].astype(np.float32)  # [R, kernel, C]
         patches *= inside[:, :, None]
         rows, kernel, channels = patches.shape
         grouped = patches.reshape(rows, kernel, self.groups, channels // self.groups).transpose(2, 0, 3, 1)
         return np.ascontiguousarray(grouped).reshape(self.groups, rows, -1)
 
-    def answers(self, output: Array, places: Places) -> Matrix:
-        rows = np.moveaxis(output, 1, -1).reshape(-1, output.shape[1])[places].astype(np.float64)
+    def answers(self, output: Array, places: Places) -> Rows:
+        rows = np.moveaxis(output, 1, -1).reshape(-1, output.shape[1])[places].astype(np.float32)
         return np.ascontiguousarray(rows.reshape(len(rows), self.groups, -1).transpose(1, 0, 2))
 
     def matrix(self, weight: Array) -> Matrix:
@@ -162,17 +163,11 @@ def linear_of(node: onnx_ir.Node) -> Linear | str:
             return "it scales its product or transposes its input"
         return Dense(bool(int_attribute(node, "transB", 0)))
     if is_op(node, "Conv"):
-        depthwise = int_attribute(node, "group", 1) > 1 and shape[1] == 1
-        return "a depthwise convolution reads one channel for each that it makes" if depthwise else convolution_of(node)
+        return _convolution(node, shape)
     return f"{node.op_type} is no plain product with one weight"
 
 
-def convolution_of(node: onnx_ir.Node) -> Linear | str:
-    """A Conv with a constant weight, depthwise ones too, or why it is none that can be seen so."""
-    tensor = constant_tensor(node.inputs[1])
-    if tensor is None:
-        return "its weight is no constant"
-    shape = tuple(int(extent) for extent in tensor.shape.numpy())
+def _convolution(node: onnx_ir.Node, shape: tuple[int, ...]) -> Linear | str:
     groups, axes = int_attribute(node, "group", 1), len(shape) - 2
     if not 1 <= axes <= 3:
         return f"a convolution over {axes} axes"

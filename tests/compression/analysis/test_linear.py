@@ -78,7 +78,6 @@ def test_matmul_of_sequences(channel_model: Any, outputs_of: Any) -> None:
 @pytest.mark.parametrize(
     ("node", "shape"),
     [
-        (helper.make_node("Conv", ["x", "w"], ["y"], group=4), (4, 1, 3, 3)),
         (helper.make_node("ConvTranspose", ["x", "w"], ["y"]), (4, 4, 3, 3)),
         (helper.make_node("Gemm", ["x", "w"], ["y"], alpha=0.5), (4, 4)),
         (helper.make_node("Gemm", ["x", "w"], ["y"], transA=1), (4, 4)),

@@ -17,7 +17,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.analysis.graph import constant_tensor, is_op
-from modelpress_compression.analysis.linear import Convolution, Linear, Matrix, Places, convolution_of, linear_of
+from modelpress_compression.analysis.linear import Convolution, Linear, Matrix, Places, linear_of
 from modelpress_compression.analysis.streams import Taps, observable, taps
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
@@ -78,7 +78,7 @@ class Hessians:
     def _plan(self, key: int, nodes: Sequence[onnx_ir.Node], model: Model) -> None:
         outputs: dict[Reading, str] = {}
         for node in nodes:
-            linear = convolution_of(node) if is_op(node, "Conv") else linear_of(node)
+            linear = linear_of(node)
             if isinstance(linear, str):
                 self._reasons[key] = linear
                 return

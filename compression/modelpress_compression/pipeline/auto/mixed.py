@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from modelpress_compression.analysis.graph import label
-from modelpress_compression.analysis.node_times import node_times_ms
 from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.node_times import node_times_ms
 from modelpress_compression.passes.quantize import StaticQuantizer
 
 # No layer is free: what takes no measurable time still costs so much of what the slowest costs.
@@ -23,7 +23,7 @@ def order_of(quantizer: StaticQuantizer, context: Context) -> list[str]:
     heavy, ranges = quantizer.plan.heavy, quantizer.ranges
     if not ranges.weight_errors:
         return []
-    times = node_times_ms(quantizer.model, next(iter(context.data.feeds(1))), context.work_directory)
+    (times,) = node_times_ms([quantizer.model], context)
     least = _LEAST_SHARE * max(times.values(), default=0.0) or 1.0
     worth = {
         node.outputs[0].name or "": ranges.error_at(node) / max(times.get(label(node), 0.0), least) for node in heavy

@@ -4,7 +4,8 @@ groups      what must be cut together, found in the graph            analysis.ch
 criterion   how important each unit is                               magnitude, activation, control
 selection   which units stay, at which multiple                      selection, costs, scope
 cut         the model without them                                   analysis.channels
-repair      the layers behind fitted to the uncut model's answers    repair, layers, linear, normal_equations
+repair      the layers behind fitted to the uncut model's answers    least_squares, layers, fitter, choice
+report      what layers cost before and after                        details, node_times
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from modelpress_compression.analysis.channels import Analysis, Group, Indices, cut, find_groups
+from modelpress_compression.analysis.channels import Analysis, Group, cut, find_groups
 from modelpress_compression.errors import InvalidDataError
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip
@@ -22,6 +23,7 @@ from modelpress_compression.passes.prune.channel.activation import Activation
 from modelpress_compression.passes.prune.channel.control import Random
 from modelpress_compression.passes.prune.channel.costs import COSTS
 from modelpress_compression.passes.prune.channel.criterion import Criterion
+from modelpress_compression.passes.prune.channel.details import channels_of, fit_rows, group_rows, layer_rows
 from modelpress_compression.passes.prune.channel.least_squares import Repair, repair
 from modelpress_compression.passes.prune.channel.magnitude import Magnitude
 from modelpress_compression.passes.prune.channel.scope import permitted, sparsity_of, unmatched_overrides
@@ -40,7 +42,7 @@ CRITERIA: Mapping[str, Callable[[PruneConfig], Criterion]] = MappingProxyType(
     }
 )
 _SHOWN = 5  # names in a warning
-_SHARES = (0.1, 0.3)  # of the pass's time until groups are found, and until units are chosen
+_SHARES = (0.1, 0.3, 0.95)  # of the pass's time until groups are found, units chosen, and layers fitted
 
 
 def prune_channels(model: Model, config: PruneConfig, context: Context) -> PassResult:
@@ -65,21 +67,28 @@ def prune_channels(model: Model, config: PruneConfig, context: Context) -> PassR
         return PassResult(model, {}, tuple(skipped), (*warnings, f"Nothing was cut: {reason}"))
     context.progress(_SHARES[1], f"cutting {len(selection.kept)} groups of channels")
     pruned = cut(model, selection.kept)
-    repaired = Repair((), ())
+    repaired = Repair(pruned)
     if _repairs(config, context):
-        repaired = repair(model, pruned, analysis, selection.kept, _rest_of(context))
+        repaired = repair(model, pruned, analysis, selection.kept, _for_repair(context))
+        warnings += repaired.warnings
     elif config.repair == "auto":
         warnings.append(
             "The layers behind the cuts were not fitted anew: that needs representative inputs, and keeps much of "
             "what pruning costs."
         )
+    context.progress(_SHARES[2], "timing layers")
+    details = [
+        *group_rows(analysis, selection.kept),
+        *layer_rows(model, repaired.model, analysis, selection.kept, context),
+        *fit_rows(repaired.fits),
+    ]
     context.progress(1.0, "pruned")
     return PassResult(
-        pruned,
-        _changes(model, pruned, analysis, selection, repaired),
+        repaired.model,
+        _changes(model, repaired.model, analysis, selection, repaired),
         (*skipped, *repaired.skipped),
         tuple(warnings),
-        _details(analysis, selection, repaired),
+        tuple(details),
     )
 
 
@@ -98,10 +107,10 @@ def _repairs(config: PruneConfig, context: Context) -> bool:
     return context.data.provided and config.repair != "none"
 
 
-def _rest_of(context: Context) -> Context:
-    """For the last part of the pass."""
-    start = _SHARES[1]
-    return replace(context, progress=lambda share, message: context.progress(start + (1 - start) * share, message))
+def _for_repair(context: Context) -> Context:
+    """For the part of the pass that fits layers."""
+    _, start, stop = _SHARES
+    return replace(context, progress=lambda share, message: context.progress(start + (stop - start) * share, message))
 
 
 def _select(
@@ -174,8 +183,8 @@ def _changes(
         "groups": len(analysis.groups),
         "groups_cut": len(selection.kept),
         "channels_removed": sum(
-            _channels(analysis.group(name), kept)[0] - _channels(analysis.group(name), kept)[1]
-            for name, kept in selection.kept.items()
+            before - after
+            for before, after in (channels_of(analysis.group(name), kept) for name, kept in selection.kept.items())
         ),
         "parameters_removed_share": 1 - after / max(1, before),
     }
@@ -185,20 +194,3 @@ def _changes(
         changes["repair_error_before"] = sum(fit.error_before for fit in repaired.fits) / count
         changes["repair_error_after"] = sum(fit.error_after for fit in repaired.fits) / count
     return changes
-
-
-def _channels(group: Group, kept: Indices) -> tuple[int, int]:
-    return group.units * group.align, len(kept) * group.align
-
-
-def _details(analysis: Analysis, selection: Selection, repaired: Repair) -> tuple[Mapping[str, str | int | float], ...]:
-    """A row for each group that was cut, and one for each layer that was fitted."""
-    rows: list[Mapping[str, str | int | float]] = []
-    for name, kept in selection.kept.items():
-        group = analysis.group(name)
-        before, after = _channels(group, kept)
-        rows.append({"group": name, "kind": group.kind, "channels": before, "channels_kept": after})
-    rows += [
-        {"layer": fit.node, "error_before": fit.error_before, "error_after": fit.error_after} for fit in repaired.fits
-    ]
-    return tuple(rows)

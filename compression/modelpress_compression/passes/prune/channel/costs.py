@@ -4,7 +4,7 @@ MACs and time belong to nodes. A unit's part of a node's cost is the part of the
 cost so counts for the channels that it reads and for those that it makes.
 
 Time is marginal: each node is timed in the model and in the same model with half of every group cut, and what the cut
-saved is what the channels cost. Nodes are timed by onnxruntime's profiler, without its fusions, which would hide them.
+saved is what the channels cost.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 from modelpress_compression.analysis.channels import Group, cut
 from modelpress_compression.analysis.graph import label
 from modelpress_compression.analysis.macs import count_macs
-from modelpress_compression.analysis.node_times import node_times_ms
 from modelpress_compression.analysis.shapes import sample_shapes
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.node_times import node_times_ms
 from modelpress_compression.passes.prune.channel.weights import Weights
 
 Costs = Mapping[str, float]  # of one unit by the group's id
@@ -40,19 +40,14 @@ def parameters(model: Model, groups: Sequence[Group], context: Context) -> Costs
 
 def macs(model: Model, groups: Sequence[Group], context: Context) -> Costs:
     """Multiply-accumulates on one sample of the data; parameters where they are not known."""
-    by_output = count_macs(model, sample_shapes(context.data)).by_output
-    by_node = {label(node): float(_first(node.outputs, by_output) or 0) for node in model.nodes()}
+    by_node = {name: float(count or 0) for name, count in node_macs(model, context).items()}
     return _or_parameters(_of_units(groups, by_node, Weights(model)), groups)
 
 
 def latency(model: Model, groups: Sequence[Group], context: Context) -> Costs:
     """Milliseconds that a unit costs on this machine, on one thread; parameters where nothing can be measured."""
     half = {group.id: np.arange(0, group.units, 2, dtype=np.int64) for group in groups if group.units > 1}
-    feed = next(iter(context.data.feeds(1)))
-    context.check_time()
-    whole = node_times_ms(model, feed, context.work_directory)
-    context.check_time()
-    halved = node_times_ms(cut(model, half), feed, context.work_directory)
+    whole, halved = node_times_ms([model, cut(model, half)], context)
     saved = {name: max(0.0, 2 * (time_ms - halved.get(name, time_ms))) for name, time_ms in whole.items()}
     return _or_parameters(_of_units(groups, saved, Weights(model)), groups)
 
@@ -82,5 +77,7 @@ def _or_parameters(costs: dict[str, float], groups: Sequence[Group]) -> Costs:
     return {name: max(cost, _LEAST_SHARE * dearest) for name, cost in costs.items()}
 
 
-def _first(outputs: Sequence[object], by_output: Mapping[str, int | None]) -> int | None:
-    return by_output.get(getattr(outputs[0], "name", None) or "") if outputs else None
+def node_macs(model: Model, context: Context) -> dict[str, int | None]:
+    """Multiply-accumulates of each node by its label, on one sample of the data; None where they are not known."""
+    by_output = count_macs(model, sample_shapes(context.data)).by_output
+    return {label(node): by_output.get(node.outputs[0].name or "") for node in model.nodes() if node.outputs}

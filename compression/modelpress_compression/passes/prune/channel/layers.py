@@ -1,4 +1,4 @@
-"""The layers of a cut model that repair can fit anew, in the order in which it must, and the places of their biases."""
+"""The layers of a cut model that repair can fit anew, in the order in which it must."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from modelpress_compression.analysis.graph import (
     label,
     only_consumer,
 )
-from modelpress_compression.analysis.linear import Linear, linear_of
+from modelpress_compression.analysis.linear import Linear, Matrix, linear_of
 from modelpress_compression.analysis.streams import observable
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
@@ -26,12 +26,21 @@ from modelpress_compression.passes.prune.tensors import replace_numbers
 
 @dataclass(frozen=True)
 class Layer:
-    """One node of the cut model. `level`: how many other such layers lie before it on the longest way from the inputs:
-    layers of one level do not depend on each other."""
+    """One node of a cut model, and the Add of a constant vector behind it, if there is one.
+
+    `level`: how many other such layers lie before it on the longest way from the inputs: layers of one level do not
+    depend on each other. `intact`: name of what it reads in the uncut model. `sum` and `other`: where the answers are
+    added to something else, names of the sum and of the other summand, whose drift the layer can make up for (He et
+    al., arXiv:1707.06168, section 3.3).
+    """
 
     node: onnx_ir.Node
     linear: Linear
     level: int
+    intact: str
+    add: onnx_ir.Node | None
+    sum: str | None = None
+    other: str | None = None
 
     @property
     def name(self) -> str:
@@ -46,7 +55,17 @@ class Layer:
     @property
     def output(self) -> str:
         """Name of the value that it makes."""
-        return self.node.outputs[0].name or ""
+        return (self.add or self.node).outputs[0].name or ""
+
+    @property
+    def names_full(self) -> list[str]:
+        """Values of the uncut model that a fit needs."""
+        return [name for name in (self.intact, self.output, self.sum) if name]
+
+    @property
+    def names_cut(self) -> list[str]:
+        """Values of the cut model that a fit needs."""
+        return [name for name in (self.data, self.other) if name]
 
     @property
     def weight(self) -> onnx_ir.Value:
@@ -58,9 +77,61 @@ class Layer:
     @property
     def output_axis(self) -> int:
         """The axis of the weight along which its outputs lie."""
-        if is_op(self.node, "Conv"):
-            return 0
-        return 0 if is_op(self.node, "Gemm") and int_attribute(self.node, "transB", 0) else 1
+        return _output_axis(self.node)
+
+    @property
+    def numbers(self) -> Array:
+        """Those of the weight."""
+        array = constant_array(self.weight)
+        if array is None:
+            raise TypeError(f"the weight of {self.name!r} is not constant")
+        return array
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether a bias is there or can be given to the node."""
+        return self.add is not None or is_op(self.node, "Conv", "Gemm")
+
+    @property
+    def bias(self) -> NDArray[np.float64]:
+        """The bias that is in its answers; zeros where there is none."""
+        node, place = self._bias_place()
+        old = constant_array(node.inputs[place]) if self.takes_bias and place < len(node.inputs) else None
+        channels = self.numbers.shape[self.output_axis]
+        return np.zeros(channels) if old is None else np.broadcast_to(old.astype(np.float64).reshape(-1), channels)
+
+    def correct(self, weight: Matrix, bias: Matrix, model: Model) -> None:
+        """Adds `weight` [g, K, O] and, where it takes one, `bias` [g, 1, O]."""
+        old = self.numbers
+        replace_numbers(self.weight, old.astype(np.float64) + self.linear.weight(weight, old.shape))
+        if self.takes_bias:
+            self._shift(bias.reshape(-1), model)
+
+    def _shift(self, by: NDArray[np.float64], model: Model) -> None:
+        node, place = self._bias_place()
+        value = node.inputs[place] if place < len(node.inputs) else None
+        old = constant_array(value)
+        if value is not None and old is not None and len(value.uses()) == 1 and old.size == by.size:
+            replace_numbers(value, old.astype(np.float64) + by.reshape(old.shape))
+            return
+        dtype = self.weight.dtype or onnx_ir.DataType.FLOAT
+        shifted = self._constant((self.bias + by).astype(dtype.numpy()), model)
+        node.resize_inputs(max(place + 1, len(node.inputs)))
+        node.replace_input_with(place, shifted)
+
+    def _bias_place(self) -> tuple[onnx_ir.Node, int]:
+        if self.add is None:
+            return self.node, 2
+        return self.add, 1 if self.add.inputs[0] is self.node.outputs[0] else 0
+
+    def _constant(self, array: Array, model: Model) -> onnx_ir.Value:
+        """Under a new name."""
+        name = f"{self.weight.name}_repaired_bias"
+        while name in model.graph.initializers:
+            name += "_"
+        value = onnx_ir.val(name, const_value=onnx_ir.Tensor(array, name=name))
+        model.graph.register_initializer(value)
+        return value
 
 
 def find_layers(
@@ -68,25 +139,30 @@ def find_layers(
 ) -> tuple[list[Layer], list[Skip]]:
     """The layers among `readers` (labels), those that read cut channels, and why others of them cannot be fitted.
 
-    `touched`: names of the tensors that were cut; `full`: the nodes of the uncut model by label.
+    `touched`: names of the tensors that were cut; `full`: the nodes of the uncut model by label. Depthwise
+    convolutions, which pass cut channels on, are layers as well.
     """
     layers: list[Layer] = []
     skipped: list[Skip] = []
-    levels: dict[int, int] = {}  # of values that are not what they were, by identity
+    levels: dict[onnx_ir.Value, int] = {}  # of values that are not what they were
     for node in pruned.graph:
-        known = [levels[id(value)] for value in _read(node) if id(value) in levels]
+        known = [levels[value] for value in _read(node) if value in levels]
         level = max(known, default=0)
         changed = bool(known) or any(value.name in touched for value in _read(node))
-        if label(node) in readers:
-            found = _layer(node, level, pruned, full)
+        if label(node) in readers or (known and _is_depthwise(node)):
+            found = _layer(node, level, pruned, full, levels)
             if isinstance(found, Layer):
                 layers.append(found)
                 level += 1
             else:
                 skipped.append(Skip(label(node), f"Not fitted anew: {found}."))
         if changed:
-            levels.update((id(value), level) for value in node.outputs)
+            levels.update((value, level) for value in node.outputs)
     return layers, skipped
+
+
+def _is_depthwise(node: onnx_ir.Node) -> bool:
+    return is_op(node, "Conv") and int_attribute(node, "group", 1) > 1
 
 
 def _read(node: onnx_ir.Node) -> Iterator[onnx_ir.Value]:
@@ -98,7 +174,13 @@ def _read(node: onnx_ir.Node) -> Iterator[onnx_ir.Value]:
                 yield from (value for value in inner.inputs if value is not None)
 
 
-def _layer(node: onnx_ir.Node, level: int, pruned: Model, full: Mapping[str, onnx_ir.Node]) -> Layer | str:
+def _layer(
+    node: onnx_ir.Node,
+    level: int,
+    pruned: Model,
+    full: Mapping[str, onnx_ir.Node],
+    levels: Mapping[onnx_ir.Value, int],
+) -> Layer | str:
     """The layer, or why it cannot be fitted."""
     linear = linear_of(node)
     if isinstance(linear, str):
@@ -110,68 +192,57 @@ def _layer(node: onnx_ir.Node, level: int, pruned: Model, full: Mapping[str, onn
         return "the uncut model has no such node"
     if not observable(node.inputs[0], pruned) or not node.outputs[0].name:
         return "its activations have no name"
-    return Layer(node, linear, level)
+    if is_op(node, "Conv", "Gemm") and len(node.inputs) > 2 and node.inputs[2] and not _is_constant(node.inputs[2]):
+        return "its bias is computed"
+    add = None if is_op(node, "Conv", "Gemm") else _bias_add(node)
+    output = (add or node).outputs[0]
+    total, other = _residual(output, level, levels)
+    if total not in {value.name for one in _consumers(original, add) for value in one.outputs}:
+        total = other = None
+    read = original.inputs[0]
+    return Layer(node, linear, level, (read.name or "") if read is not None else "", add, total, other)
 
 
-class Bias:
-    """Where a layer's bias is or can be: its third input, or the constant that an Add puts on a product."""
-
-    def __init__(self, layer: Layer, model: Model) -> None:
-        self._layer, self._model = layer, model
-        self._own = is_op(layer.node, "Conv", "Gemm")
-        self._add = None if self._own else _added(layer)
-
-    @property
-    def possible(self) -> bool:
-        return self._own or self._add is not None
-
-    @property
-    def own(self) -> Array | None:
-        """The bias that is in the node's output; None: there is none."""
-        return constant_array(self._given()) if self._own else None
-
-    @property
-    def readable(self) -> bool:
-        """Whether the bias is constant, or there is none."""
-        return not self._own or self._given() is None or self.own is not None
-
-    def shift(self, by: NDArray[np.float64], channels: int) -> None:
-        """Adds `by` [channels] to the bias; gives the node one where it has none."""
-        value = self._given() if self._own else self._add
-        old = constant_array(value)
-        if value is None or old is None or len(value.uses()) > 1 or old.size != channels:
-            dtype = self._layer.weight.dtype or onnx_ir.DataType.FLOAT
-            start = np.zeros(channels) if old is None else np.broadcast_to(old.astype(np.float64).reshape(-1), channels)
-            self._give((start + by).astype(dtype.numpy()))
-        else:
-            replace_numbers(value, (old.astype(np.float64) + by.reshape(old.shape)).astype(old.dtype))
-
-    def _given(self) -> onnx_ir.Value | None:
-        return self._layer.node.inputs[2] if len(self._layer.node.inputs) > 2 else None
-
-    def _give(self, array: Array) -> None:
-        """A bias of its own, under a new name."""
-        name = f"{self._layer.weight.name}_repaired_bias"
-        while name in self._model.graph.initializers:
-            name += "_"
-        value = onnx_ir.val(name, const_value=onnx_ir.Tensor(array, name=name))
-        self._model.graph.register_initializer(value)
-        node = self._layer.node
-        if self._own:
-            node.resize_inputs(max(3, len(node.inputs)))
-            node.replace_input_with(2, value)
-            return
-        add = only_consumer(node.outputs[0])
-        if add is not None:
-            add.replace_input_with(0 if add.inputs[0] is self._add else 1, value)
+def _consumers(original: onnx_ir.Node, add: onnx_ir.Node | None) -> Iterator[onnx_ir.Node]:
+    """What reads the answers in the uncut model."""
+    output = original.outputs[0]
+    follower = only_consumer(output) if add is not None else None
+    yield from (follower.outputs[0] if follower is not None else output).consumers()
 
 
-def _added(layer: Layer) -> onnx_ir.Value | None:
-    """The constant vector that an Add puts on the product, and on nothing else."""
-    add = only_consumer(layer.node.outputs[0])
-    if not is_op(add, "Add") or add is None:
+def _is_constant(value: onnx_ir.Value | None) -> bool:
+    return constant_array(value) is not None
+
+
+def _bias_add(node: onnx_ir.Node) -> onnx_ir.Node | None:
+    """The Add that puts a constant vector on the product, and on nothing else."""
+    add = only_consumer(node.outputs[0])
+    if add is None or not is_op(add, "Add") or not add.outputs[0].name:
         return None
-    other = add.inputs[1] if add.inputs[0] is layer.node.outputs[0] else add.inputs[0]
-    array = constant_array(other)
-    outputs = layer.weight.shape[layer.output_axis] if layer.weight.shape is not None else None
-    return other if array is not None and array.ndim and array.shape[-1] == array.size == outputs else None
+    array = constant_array(_other(add, node.outputs[0]))
+    weight = node.inputs[1]
+    outputs = weight.shape[_output_axis(node)] if weight is not None and weight.shape is not None else None
+    return add if array is not None and array.ndim and array.shape[-1] == array.size == outputs else None
+
+
+def _residual(
+    output: onnx_ir.Value, level: int, levels: Mapping[onnx_ir.Value, int]
+) -> tuple[str, str] | tuple[None, None]:
+    """The sum that the output goes into, and what it is added to, if that drifted and is known before the fit."""
+    add = only_consumer(output)
+    if add is None or not is_op(add, "Add") or not add.outputs[0].name:
+        return None, None
+    other = _other(add, output)
+    if other is None or not other.name or levels.get(other, level + 1) > level:
+        return None, None
+    return add.outputs[0].name, other.name
+
+
+def _other(add: onnx_ir.Node, summand: onnx_ir.Value) -> onnx_ir.Value | None:
+    return add.inputs[1] if add.inputs[0] is summand else add.inputs[0]
+
+
+def _output_axis(node: onnx_ir.Node) -> int:
+    if is_op(node, "Conv"):
+        return 0
+    return 0 if is_op(node, "Gemm") and int_attribute(node, "transB", 0) else 1

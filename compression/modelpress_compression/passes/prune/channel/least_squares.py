@@ -1,228 +1,147 @@
 """Closed-form repair: every layer that reads cut channels is fitted to the answers that it gave before the cut.
 
-    W, b = argmin |X' W + b - Y|^2 + lambda |W - W0|^2
+    E, b = argmin |X' (W + E) + b - Y|^2 + |X (W + E) + b - Y|^2 + lambda |E|^2
 
-X' is what the layer reads in the cut model, whose earlier layers are fitted already; Y is what it made in the uncut
-model, of the channels that stay (He et al., arXiv:1707.06168, and the layer-wise reconstruction of ThiNet,
+X' is what the layer reads in the cut model, whose earlier layers are fitted already; X and Y are what it read and made
+in the uncut model, of the channels that stay (He et al., arXiv:1707.06168, and the layer-wise reconstruction of ThiNet,
 arXiv:1707.06342). So each layer mends what those before it could not, and its bias takes over the mean of what is gone.
+Where the answers are added to something else, it mends the sum.
 
-A quarter of the samples is held out: it chooses lambda, and says whether a fit is better than the layer as it was; only
-then it is taken. Samples are streamed, one at a time, through both models; kept are the sums of `normal_equations`, for
-as many layers of one level at a time as fit into 1 GiB.
+A fit makes a layer's answers better on the samples that it saw than on others: what the next layer reads of them is
+better than it will be, and so on from layer to layer. That has two consequences. Every fifth sample is held out from
+all fits: it alone chooses lambda (see `choice`), and in the end it says whether the model's outputs are nearer to the
+uncut one's with the fits than without; if not, they are taken back. And X stands beside X': fits to X' alone trust what
+earlier fits learned by heart. A sentence encoder that lost half of its hidden units at random, 200 sentences given:
+retrieval .466 without repair, .420 fitted to X' alone, .496 to both.
+
+Samples are streamed, one at a time, through both models; kept are the sums of `normal_equations` and the rows that are
+held out, for as many layers of one level at a time as fit into 1 GiB, and what `wavefront` needs to go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-import numpy as np
-
 from modelpress_compression.analysis.channels import Analysis, Indices
-from modelpress_compression.analysis.graph import constant_array, label
-from modelpress_compression.analysis.linear import Matrix, Places
+from modelpress_compression.analysis.graph import label
 from modelpress_compression.analysis.streams import taps
-from modelpress_compression.inputs import Array
+from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, Skip
-from modelpress_compression.passes.prune.channel.layers import Bias, Layer, find_layers
-from modelpress_compression.passes.prune.channel.normal_equations import Sums
+from modelpress_compression.passes.prune.channel.fitter import Fit, Fitter, Masks
+from modelpress_compression.passes.prune.channel.layers import Layer, find_layers
+from modelpress_compression.passes.prune.channel.outputs import Distance, Moments
+from modelpress_compression.passes.prune.channel.paired import Paired
 from modelpress_compression.passes.prune.channel.weights import kept_indices
-from modelpress_compression.passes.prune.tensors import replace_numbers
 
 MAX_SAMPLES = 512
-MAX_SUMS_BYTES = 1024**3  # 1 GiB
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-# Rows for each input of a layer: fits settle at some eight; more only takes time.
-ROWS_PER_INPUT = 8
-ROWS = (4096, 65536)  # fewest and most rows of a layer, where the data has as many
-_CHUNK_ROWS = 2048
-HELD_OUT = 4  # every fourth sample
-# Below this a layer is as good as unchanged.
-_NEGLIGIBLE = 1e-9
-
-
-@dataclass(frozen=True)
-class Fit:
-    """One layer: the error of its answers on held-out data before and after, as a share of their variance."""
-
-    node: str
-    error_before: float
-    error_after: float
+MAX_FITTING_BYTES = 1024**3  # 1 GiB
 
 
 @dataclass(frozen=True)
 class Repair:
-    """`fits`: layers that were fitted anew, in their order; `skipped`: those that could not be, with the reason."""
+    """`model`: the cut one with its fits; `fits`: layers that were fitted anew, in their order; `skipped`: those that
+    could not be, with the reason; `warnings`: why there are no fits, where that holds for all."""
 
-    fits: tuple[Fit, ...]
-    skipped: tuple[Skip, ...]
+    model: Model
+    fits: tuple[Fit, ...] = ()
+    skipped: tuple[Skip, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def repair(full: Model, pruned: Model, analysis: Analysis, kept: Mapping[str, Indices], context: Context) -> Repair:
-    """Fits the layers of `pruned`, in place, to those of `full`.
-
-    Raises TimeLimitError, ModelNotRunnableError.
-    """
+    """Fits the layers of a copy of `pruned` to those of `full`. Raises TimeLimitError, ModelNotRunnableError."""
+    samples = context.data.spread(MAX_SAMPLES)
+    count = len(samples) // (samples.fixed_batch or 1)
+    if count < 2:
+        warning = "The layers behind the cuts were not fitted anew: with one sample no fit can be checked; give more."
+        return Repair(pruned, warnings=(warning,))
     groups = {group.id: group for group in analysis.groups}
-    stay = kept_indices(groups, kept)
+    masks = kept_indices(groups, kept)
     readers = frozenset(member.node for name in kept for member in groups[name].members if member.role == "consumer")
-    layers, skipped = find_layers(
-        pruned, frozenset(tensor for tensor, _ in stay), readers, {label(node): node for node in full.graph}
+    touched = frozenset(tensor for tensor, _ in masks)
+    fitted = pruned.clone()
+    outputs = [value.name for value in full.graph.outputs if value.name and value.producer() is not None]
+    found, skipped = find_layers(fitted, touched, readers, {label(node): node for node in full.graph})
+    layers = [layer for layer in found if Fitter.size_bytes(layer) <= MAX_FITTING_BYTES]
+    skipped += [
+        Skip(layer.name, "Not fitted anew: its sums would take over 1 GiB.") for layer in found if layer not in layers
+    ]
+    pair = Paired(
+        full,
+        fitted,
+        samples,
+        [*(name for layer in layers for name in layer.names_full), *outputs],
+        [*(name for layer in layers for name in layer.names_cut), *outputs],
+        context,
     )
+    fits = _fit_all(layers, masks, pair, fitted, context)
+    if not fits:
+        return Repair(pruned, skipped=tuple(skipped))
+    warnings = _verdict(*_distances(pruned, samples, outputs, pair, context))
+    return Repair(pruned, (), tuple(skipped), warnings) if warnings else Repair(fitted, tuple(fits), tuple(skipped))
+
+
+def _fit_all(layers: Sequence[Layer], masks: Masks, pair: Paired, model: Model, context: Context) -> list[Fit]:
+    """Level by level."""
     fits: list[Fit] = []
     done = 0
     context.progress(0.0, f"repairing {len(layers)} layers")
     for _, level in groupby(sorted(layers, key=lambda layer: layer.level), key=lambda layer: layer.level):
-        for batch, refused in _batches(list(level)):
-            skipped += [Skip(layer.name, "Not fitted anew: its sums would take over 1 GiB.") for layer in refused]
-            fitters = [_Fitter(layer, pruned, stay) for layer in batch]
-            _gather(full, pruned, fitters, context)
-            fits += [fit for fitter in fitters if (fit := fitter.fit()) is not None]
-            done += len(batch) + len(refused)
+        for batch in _batches(level):
+            fits += _fit(batch, masks, pair, model)
+            done += len(batch)
             context.progress(done / len(layers), f"repaired {done} of {len(layers)} layers")
-    return Repair(tuple(fits), tuple(skipped))
+    return fits
 
 
-def _batches(layers: Sequence[Layer]) -> Iterator[tuple[list[Layer], list[Layer]]]:
-    """Layers whose sums fit into memory together, and those whose sums alone do not."""
+def _fit(layers: Sequence[Layer], masks: Masks, pair: Paired, model: Model) -> list[Fit]:
+    """Layers that do not depend on each other, from one run over the samples."""
+    fitters = [Fitter(layer, masks, pair.count) for layer in layers]
+    names_full = [name for layer in layers for name in layer.names_full]
+    for sample in pair.advance(names_full, [name for layer in layers for name in layer.names_cut]):
+        for fitter in fitters:
+            fitter.take(sample)
+    return [fit for fitter in fitters if (fit := fitter.fit(model)) is not None]
+
+
+def _batches(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
+    """Layers that can be fitted at once within the memory."""
     batch: list[Layer] = []
-    refused: list[Layer] = []
     used = 0
     for layer in layers:
-        size = _sums_bytes(layer)
-        if size > MAX_SUMS_BYTES:
-            refused.append(layer)
-            continue
-        if used + size > MAX_SUMS_BYTES:
-            yield batch, []
+        size = Fitter.size_bytes(layer)
+        if batch and used + size > MAX_FITTING_BYTES:
+            yield batch
             batch, used = [], 0
         batch.append(layer)
         used += size
-    yield batch, refused
+    yield batch
 
 
-def _sums_bytes(layer: Layer) -> int:
-    matrix = layer.linear.matrix(_numbers(layer))
-    # Two sets, and as much again while the equations are solved.
-    return 4 * Sums.size_bytes(*matrix.shape)
-
-
-def _numbers(layer: Layer) -> Array:
-    array = constant_array(layer.weight)
-    if array is None:
-        raise TypeError(f"the weight of {layer.name!r} is not constant")
-    return array
-
-
-def _gather(full: Model, pruned: Model, fitters: Sequence[_Fitter], context: Context) -> None:
-    """Streams the samples through both models."""
-    samples = context.data.spread(MAX_SAMPLES)
-    count = len(samples) // (samples.fixed_batch or 1)
-    with (
-        taps(full, [fitter.layer.output for fitter in fitters]) as answers,
-        taps(pruned, [fitter.layer.data for fitter in fitters]) as inputs,
-    ):
-        for index, feed in enumerate(samples.feeds(1)):
+def _distances(
+    unfitted: Model, samples: InputData, outputs: Sequence[str], pair: Paired, context: Context
+) -> tuple[Distance, Distance]:
+    """Of the outputs on what is held out, without and with the fits."""
+    without, fitted = Moments(), Moments()
+    with taps(unfitted, outputs) as plain:
+        for feed, sample in zip(samples.feeds(1), pair.advance(outputs, outputs), strict=True):
             context.check_time()
-            wanted, given = answers(feed), inputs(feed)
-            for fitter in fitters:
-                fitter.take(given[fitter.layer.data], wanted[fitter.layer.output], index, count)
+            if sample.held_out:
+                without.add(sample.full, plain(feed), sample.positions)
+                fitted.add(sample.full, sample.cut, sample.positions)
+    return without.distance(), fitted.distance()
 
 
-class _Fitter:
-    """Gathers one layer's sums and fits it."""
-
-    def __init__(self, layer: Layer, pruned: Model, stay: Mapping[tuple[str, int], np.ndarray]) -> None:
-        self.layer = layer
-        self._weight = _numbers(layer)
-        self._start = layer.linear.matrix(self._weight)
-        self._bias = Bias(layer, pruned)
-        self._stay = stay.get((layer.weight.name or "", layer.output_axis))
-        self._sums = (Sums.zeros(*self._start.shape), Sums.zeros(*self._start.shape))  # to fit, held out
-        self._waiting: tuple[list[tuple[Matrix, Matrix]], ...] = ([], [])  # rows that are not in the sums yet
-        low, high = ROWS
-        self._rows = int(np.clip(ROWS_PER_INPUT * self._start.shape[1], low, high))
-
-    def take(self, data: Array, output: Array, index: int, count: int) -> None:
-        """One sample: the layer's input in the cut model, its output in the uncut one."""
-        answers = self._kept(output)
-        total = self.layer.linear.positions(answers)
-        wanted = -(-self._rows // count)
-        places: Places = np.arange(total)
-        if wanted < total:
-            places = np.random.default_rng(index).choice(total, wanted, replace=False, shuffle=False)
-        if count >= 2 * HELD_OUT:
-            self._add(data, answers, places, held_out=index % HELD_OUT == HELD_OUT - 1)
-            return
-        # Too few samples to hold one out: some positions of each are.
-        chosen = np.arange(len(places)) % HELD_OUT == HELD_OUT - 1
-        self._add(data, answers, places[~chosen], held_out=False)
-        self._add(data, answers, places[chosen], held_out=True)
-
-    def _add(self, data: Array, answers: Array, places: Places, *, held_out: bool) -> None:
-        linear = self.layer.linear
-        waiting = self._waiting[held_out]
-        waiting.append((linear.inputs(data, answers, places), linear.answers(answers, places)))
-        # A product of a few rows costs as much memory traffic as one of a thousand.
-        if sum(rows.shape[1] for rows, _ in waiting) >= min(_CHUNK_ROWS, self._start.shape[1]):
-            self._flush(held_out=held_out)
-
-    def _flush(self, *, held_out: bool) -> None:
-        waiting = self._waiting[held_out]
-        if waiting:
-            inputs, answers = (np.concatenate(parts, axis=1) for parts in zip(*waiting, strict=True))
-            self._sums[held_out].add(inputs, answers)
-            waiting.clear()
-
-    def _kept(self, output: Array) -> Array:
-        """The channels of the uncut model's output that the cut layer still makes."""
-        if self._stay is None:
-            return output
-        axis = self.layer.linear.channel_axis
-        rest = np.ones(output.shape[axis], np.bool_)
-        rest[: len(self._stay)] = self._stay
-        return np.compress(rest, output, axis=axis)
-
-    def fit(self) -> Fit | None:
-        """Puts the fitted weight and bias into the model; None where nothing is better than what is there."""
-        for which in (False, True):
-            self._flush(held_out=which)
-        known, held_out = self._sums
-        if not known.rows or not held_out.rows or not self._bias.readable:
-            return None
-        scale = held_out.spread()
-        old_bias = self._old_bias()
-        before = held_out.error(self._start, old_bias)
-        if scale <= 0 or before <= _NEGLIGIBLE * scale:
-            return None
-        intercept = self._bias.possible
-        errors = {ridge: self._error(ridge, intercept=intercept) for ridge in RIDGES}
-        ridge = min(errors, key=lambda key: errors[key])
-        if not errors[ridge] < before:
-            return None
-        known.merge(held_out)
-        weight = known.solve(self._start, ridge, intercept=intercept)
-        replace_numbers(self.layer.weight, self.layer.linear.weight(weight, self._weight.shape))
-        if intercept:
-            shift = known.best_bias(weight) - old_bias
-            self._bias.shift(shift.reshape(-1), shift.size)
-        return Fit(self.layer.name, before / scale, errors[ridge] / scale)
-
-    def _old_bias(self) -> Matrix:
-        groups, _, answers = self._start.shape
-        own = self._bias.own
-        flat = np.zeros(groups * answers) if own is None else np.broadcast_to(own.reshape(-1), (groups * answers,))
-        return flat.astype(np.float64).reshape(groups, 1, answers)
-
-    def _error(self, ridge: float, *, intercept: bool) -> float:
-        """On what is held out, of a fit to the rest."""
-        known, held_out = self._sums
-        try:
-            weight = known.solve(self._start, ridge, intercept=intercept)
-        except np.linalg.LinAlgError:
-            return np.inf
-        bias = known.best_bias(weight) if intercept else self._old_bias()
-        error = held_out.error(weight, bias)
-        return error if np.isfinite(error) else np.inf
+def _verdict(without: Distance, fitted: Distance) -> tuple[str, ...]:
+    """A warning where the fits are not worth it."""
+    if fitted.error < without.error and fitted.lost <= without.lost:
+        return ()
+    return (
+        f"The layers behind the cuts were fitted anew, but left as they were after all: on samples that no fit saw, "
+        f"the outputs err by {fitted.error:.3g} of their variance with the fits and by {without.error:.3g} without, "
+        f"and {fitted.lost:.3g} of it is lost with the fits and {without.lost:.3g} without. Give more representative "
+        f"inputs.",
+    )

@@ -1,0 +1,156 @@
+"""Gathers the rows of one layer from the activations of both models, and fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelpress_compression.analysis.linear import Places, Rows
+from modelpress_compression.inputs import Array
+from modelpress_compression.model import Model
+from modelpress_compression.passes.prune.channel.choice import HeldOut, choose_correction
+from modelpress_compression.passes.prune.channel.layers import Layer
+from modelpress_compression.passes.prune.channel.normal_equations import Sums
+from modelpress_compression.passes.prune.channel.paired import HELD_OUT, Sample
+
+# Rows for each input of a layer: fits settle at some five; more only takes time.
+ROWS_PER_INPUT = 5
+# Fewest and most rows of a layer, where the data has as many; fewer where each makes many small problems.
+ROWS, GROUPED_ROWS = (4096, 65536), (1024, 16384)
+_CHUNK_ROWS = (256, 2048)
+# Below this share of the variance a layer is as good as unchanged.
+_NEGLIGIBLE = 1e-9
+
+Masks = Mapping[tuple[str, int], NDArray[np.bool_]]  # which indices of (tensor, axis) stay
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One layer: the error of its answers before and after, on samples that the fit did not see, as a share of their
+    variance."""
+
+    node: str
+    error_before: float
+    error_after: float
+
+
+class Fitter:
+    """`masks`: what stays of every axis that was cut; `samples`: how many will come, those held out included."""
+
+    def __init__(self, layer: Layer, masks: Masks, samples: int) -> None:
+        self.layer = layer
+        start = layer.linear.matrix(layer.numbers)
+        groups, inputs, answers = start.shape
+        self._start = start.astype(np.float32)
+        self._bias = layer.bias.astype(np.float32).reshape(groups, 1, answers)
+        self._made = masks.get((layer.weight.name or "", layer.output_axis))
+        self._read = _read_mask(layer, masks, groups)
+        self._rows = -(-_rows(start.shape) // samples)  # of each sample
+        self._sums = Sums.zeros(groups, inputs, answers)
+        self._held_out = HeldOut()
+        self._waiting: list[tuple[Rows, Rows]] = []  # not in the sums yet
+        self._count, self._total, self._squares = 0, np.zeros((groups, answers)), 0.0
+
+    @staticmethod
+    def size_bytes(layer: Layer) -> int:
+        """Memory that fitting this layer takes: the sums, as much again while the equations are solved, and rows."""
+        groups, inputs, answers = shape = layer.linear.matrix(layer.numbers).shape
+        held_out: int = 4 * groups * (inputs + answers) * _rows(shape) // HELD_OUT
+        return 2 * Sums.size_bytes(groups, inputs, answers) + held_out
+
+    def take(self, sample: Sample) -> None:
+        """Rows of one sample."""
+        layer, linear = self.layer, self.layer.linear
+        data, plain = sample.cut[layer.data], _kept(sample.full[layer.output], self._made, linear.channel_axis)
+        answers = self._with_drift(sample, plain)
+        places = self._places(sample, linear.positions(plain))
+        inputs, lacks = self._pair(data, answers, places)
+        if sample.held_out:
+            self._held_out.add(inputs, lacks)
+            rows = linear.answers(answers, places)
+            self._count += rows.shape[1]
+            self._total += rows.sum(axis=1, dtype=np.float64)
+            self._squares += float(np.square(rows).sum(dtype=np.float64))
+            return
+        self._waiting.append((inputs, lacks))
+        intact = self._intact(sample, data)
+        if intact is not None:
+            self._waiting.append(self._pair(intact, plain, places))
+        # A product of a few rows costs as much memory traffic as one of a thousand.
+        if sum(rows.shape[1] for rows, _ in self._waiting) >= np.clip(self._start.shape[1], *_CHUNK_ROWS):
+            self._flush()
+
+    def _pair(self, data: Array, answers: Array, places: Places) -> tuple[Rows, Rows]:
+        """Inputs, and what the layer's answers to them lack."""
+        linear = self.layer.linear
+        inputs = linear.inputs(data, answers, places)
+        with np.errstate(invalid="ignore", over="ignore"):  # rows that are not finite are left out later
+            return inputs, linear.answers(answers, places) - inputs @ self._start - self._bias
+
+    def _with_drift(self, sample: Sample, plain: Array) -> Array:
+        """The answers that make the sum right which they go into."""
+        if not self.layer.sum or not self.layer.other:
+            return plain
+        other = sample.cut[self.layer.other]
+        total = _kept(sample.full[self.layer.sum], self._made, self.layer.linear.channel_axis)
+        return np.subtract(total, other) if total.shape == other.shape == plain.shape else plain
+
+    def _intact(self, sample: Sample, data: Array) -> Array | None:
+        """What the layer would read if nothing before it had changed its values."""
+        if self._read is None:
+            return None
+        intact = _kept(sample.full[self.layer.intact], self._read, self.layer.linear.channel_axis)
+        return intact if intact.shape == data.shape else None
+
+    def _places(self, sample: Sample, count: int) -> Places:
+        places: Places = np.arange(count)
+        if sample.positions is not None and sample.positions.size == count:
+            places = places[sample.positions]
+        if self._rows < len(places):
+            places = np.random.default_rng(sample.index).choice(places, self._rows, replace=False, shuffle=False)
+        return places
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._sums.add(*(np.concatenate(parts, axis=1) for parts in zip(*self._waiting, strict=True)))
+            self._waiting.clear()
+
+    def fit(self, model: Model) -> Fit | None:
+        """Puts the correction into the model; None where nothing is better than what is there."""
+        self._flush()
+        spread = self._squares - float(np.square(self._total).sum()) / max(1, self._count)
+        if spread <= _NEGLIGIBLE * self._squares:
+            spread = self._squares  # always the same answers
+        if not self._sums.rows or not len(self._held_out) or self._held_out.spreads().sum() <= _NEGLIGIBLE * spread:
+            return None
+        found = choose_correction(self._sums, self._held_out, intercept=self.layer.takes_bias)
+        if not found.error_after < found.error_before:
+            return None
+        self.layer.correct(found.weight, found.bias, model)
+        return Fit(self.layer.name, found.error_before / spread, found.error_after / spread)
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    groups, inputs, _ = shape
+    return int(np.clip(ROWS_PER_INPUT * inputs, *(ROWS if groups == 1 else GROUPED_ROWS)))
+
+
+def _read_mask(layer: Layer, masks: Masks, groups: int) -> NDArray[np.bool_] | None:
+    """Which channels of the uncut model's input the cut layer still reads; None where that is not known."""
+    tensor = layer.weight.name or ""
+    if groups == 1:
+        return masks.get((tensor, 1 - layer.output_axis), np.ones(0, np.bool_))
+    one_by_one = layer.numbers.shape[0] == groups
+    return masks.get((tensor, 0), np.ones(0, np.bool_)) if one_by_one else None
+
+
+def _kept(values: Array, mask: NDArray[np.bool_] | None, axis: int) -> Array:
+    """The channels that stay; those beyond the mask all do."""
+    if mask is None or not mask.size:
+        return values
+    stay = np.ones(values.shape[axis], np.bool_)
+    stay[: len(mask)] = mask
+    return np.compress(stay, values, axis=axis)
