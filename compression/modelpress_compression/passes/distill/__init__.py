@@ -25,6 +25,7 @@ from modelpress_compression.executor import Selector, weights
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded
 from modelpress_compression.passes.distill import end_to_end
+from modelpress_compression.passes.distill.augmentation import make_augmenter
 from modelpress_compression.passes.distill.end_to_end import Taught
 from modelpress_compression.passes.distill.judge import written_loss
 from modelpress_compression.passes.distill.lesson import Lesson, make_objective, stop_time
@@ -71,6 +72,8 @@ class Distill:
                 f"was trained on."
             )
         skipped = tuple(Skip(name, f"Not trained towards: {reason}.") for name, reason in reasons.items())
+        augment, refused = make_augmenter(original, samples.data, config.augment, config.seed)
+        warnings += [f"The augmentation {name!r} was left out: {reason}." for name, reason in refused]
         lesson = Lesson(
             original,
             model,
@@ -79,7 +82,7 @@ class Distill:
             objective,
             config,
             replace(context, progress=lambda share, message: context.progress(_WRITTEN * share, message)),
-            None,
+            augment,
             stop_at,
         )
         return lesson, _Notes(skipped, tuple(warnings))
