@@ -5,9 +5,10 @@ distance between the answers is what training lessens (Hinton et al., arXiv:1503
 some.
 
     samples       a share held out that judges; batches of the rest            samples, augmentation
+                  made up where no data was given                              inversion
     teacher       the original's answers                                       teacher
     loss          by what the outputs are                                      losses, labels, matching, objective
-    training      the whole model, or block after block                        end_to_end, layerwise, training
+    training      the whole model, or block after block                        end_to_end, layerwise, blocks, training
     proof         the written model must be nearer to the original than
                   before, on the samples held out, in onnxruntime              judge
 """
@@ -24,9 +25,10 @@ from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOper
 from modelpress_compression.executor import Selector, weights
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded
-from modelpress_compression.passes.distill import end_to_end
+from modelpress_compression.passes.distill import end_to_end, layerwise
 from modelpress_compression.passes.distill.augmentation import make_augmenter
 from modelpress_compression.passes.distill.end_to_end import Taught
+from modelpress_compression.passes.distill.inversion import training_inputs
 from modelpress_compression.passes.distill.judge import written_loss
 from modelpress_compression.passes.distill.lesson import Lesson, make_objective, stop_time
 from modelpress_compression.passes.distill.samples import Samples, split
@@ -58,17 +60,23 @@ class Distill:
         if context.original is None:
             raise ValueError("distill needs the original model in the context")
         lesson, notes = self._prepare(model, context.original, context)
-        taught = end_to_end.teach(lesson)
+        method = layerwise if self._config.method == "layerwise" else end_to_end
+        taught = method.teach(lesson)
         return self._result(model, lesson, taught, notes)
 
     def _prepare(self, model: Model, original: Model, context: Context) -> tuple[Lesson, _Notes]:
         config = self._config
         stop_at = stop_time(context)
-        samples = split(context.data, config.hold_out, config.batch_size, config.seed)
+        data, made = context.data, []
+        if not data.provided:
+            data, warning = training_inputs(original, context, config.seed, stop_at)
+            made = [warning]
+        samples = split(data, config.hold_out, config.batch_size, config.seed)
         objective, reasons, warnings = make_objective(original, _answers(original, samples), samples, config)
+        warnings += made
         if not samples.held_out:
             warnings.append(
-                f"{len(context.data)} samples are too few to hold some out: the best state was chosen on those that it "
+                f"{len(data)} samples are too few to hold some out: the best state was chosen on those that it "
                 f"was trained on."
             )
         skipped = tuple(Skip(name, f"Not trained towards: {reason}.") for name, reason in reasons.items())
@@ -88,17 +96,17 @@ class Distill:
         return lesson, _Notes(skipped, tuple(warnings))
 
     def _result(self, model: Model, lesson: Lesson, taught: Taught, notes: _Notes) -> PassResult:
-        skipped = (*notes.skipped, *(Skip(*pair) for pair in taught.skipped))
-        warnings = [*notes.warnings, *taught.trained.warnings]
+        skipped = notes.skipped
+        warnings = [*notes.warnings, *taught.warnings]
         if not taught.weights:
             reason = "The model has no float weights that could be trained; it stays as it is."
             return PassResult(model, {}, skipped, (*warnings, reason))
         lesson.context.progress(1.0, "judging the trained model")
-        if taught.trained.improved:
+        if taught.improved:
             before, after = _losses(model, taught.student, lesson)
             if after < before:
                 changes = _changes(taught, before, after)
-                return PassResult(taught.student, changes, skipped, tuple(warnings), _details(taught))
+                return PassResult(taught.student, changes, skipped, tuple(warnings), taught.details)
         reason = "Training did not bring the model nearer to the original, so it stays as it was."
         return PassResult(model, {}, skipped, (*warnings, reason))
 
@@ -132,16 +140,4 @@ def _losses(model: Model, student: Model, lesson: Lesson) -> tuple[float, float]
 
 
 def _changes(taught: Taught, before: float, after: float) -> dict[str, int | float]:
-    return {
-        "weights_trained": taught.weights,
-        "features_matched": taught.features,
-        "epochs": len(taught.trained.epochs),
-        "best_epoch": taught.trained.best_epoch,
-        "loss_before": before,
-        "loss_after": after,
-    }
-
-
-def _details(taught: Taught) -> tuple[dict[str, float], ...]:
-    rows = taught.trained.epochs
-    return tuple(row for row in rows if all(math.isfinite(value) for value in row.values()))
+    return {"weights_trained": taught.weights, **taught.changes, "loss_before": before, "loss_after": after}

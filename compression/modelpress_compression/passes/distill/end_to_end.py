@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from modelpress_compression.analysis.streams import taps
 from modelpress_compression.executor import Executor
@@ -10,20 +12,21 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.distill.lesson import Lesson
 from modelpress_compression.passes.distill.losses import ValueLoss, relative_mse
 from modelpress_compression.passes.distill.matching import agreeing, common_values, spread
-from modelpress_compression.passes.distill.objective import Objective
 from modelpress_compression.passes.distill.teacher import Teacher
-from modelpress_compression.passes.distill.training import Trained, Trainer
+from modelpress_compression.passes.distill.training import Trainer
 
 
 @dataclass(frozen=True)
 class Taught:
-    """The trained student, in the form in which it was trained; `weights`: how many tensors were trained."""
+    """The trained student, in the form in which it was trained. `weights`: how many tensors were trained; `improved`:
+    whether training gained anything by its own account; `changes`, `details`, `warnings`: for the report."""
 
     student: Model
-    trained: Trained
     weights: int
-    features: int = 0
-    skipped: tuple[tuple[str, str], ...] = ()
+    improved: bool = False
+    changes: Mapping[str, int | float] = field(default_factory=dict)
+    details: tuple[Mapping[str, str | int | float], ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def teach(lesson: Lesson) -> Taught:
@@ -31,7 +34,7 @@ def teach(lesson: Lesson) -> Taught:
     objective = replace(lesson.objective, features=_features(lesson), feature_weight=lesson.config.feature_weight)
     executor = Executor(lesson.student, trainable=lesson.selector, outputs=objective.names)
     if not executor.parameters_by_name:
-        return Taught(lesson.student, Trained(0.0, 0.0), 0)
+        return Taught(lesson.student, 0)
     with taps(lesson.original, objective.names) as observe:
         trainer = Trainer(
             executor,
@@ -46,7 +49,14 @@ def teach(lesson: Lesson) -> Taught:
         trained = trainer.train()
     student = lesson.student.clone()
     executor.write_back(student)
-    return Taught(student, trained, len(executor.parameters_by_name), len(objective.features))
+    details = tuple(row for row in trained.epochs if all(map(math.isfinite, row.values())))
+    changes = {
+        "features_matched": len(objective.features),
+        "epochs": len(trained.epochs),
+        "best_epoch": trained.best_epoch,
+    }
+    weights = len(executor.parameters_by_name)
+    return Taught(student, weights, trained.improved, changes, details, tuple(trained.warnings))
 
 
 def _features(lesson: Lesson) -> tuple[ValueLoss, ...]:
@@ -56,6 +66,3 @@ def _features(lesson: Lesson) -> tuple[ValueLoss, ...]:
     inputs = next(iter(lesson.samples.judging())).inputs
     arrays = agreeing(lesson.original, lesson.student, names, inputs)
     return tuple(ValueLoss(name, "mse", relative_mse(arrays[name])) for name in spread(list(arrays)))
-
-
-__all__ = ["Objective", "Taught", "teach"]

@@ -41,7 +41,7 @@ def reached_values(student: Model, selector: Selector) -> list[onnx_ir.Value]:
     reached: set[onnx_ir.Value] = set()
     found = []
     for node in student.graph:
-        if any(value in reached or selector(value) for value in _read(node)):
+        if any(value in reached or selector(value) for value in read_values(node)):
             reached.update(node.outputs)
             found += [value for value in node.outputs if value.name]
     return found
@@ -72,7 +72,8 @@ def _is_activation(array: Array) -> bool:
     return float(np.abs(array).max()) < _LARGEST and float(array.std()) > 0
 
 
-def _read(node: onnx_ir.Node) -> Collection[onnx_ir.Value]:
+def read_values(node: onnx_ir.Node) -> Collection[onnx_ir.Value]:
+    """What a node reads, its subgraphs included."""
     values = [value for value in node.inputs if value is not None]
     for attribute in node.attributes.values():
         if attribute.type == onnx_ir.AttributeType.GRAPH:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from modelpress_compression.executor import Executor
 from modelpress_compression.inputs import Feeds
 from modelpress_compression.passes.distill.objective import Objective, mask_of, tensors
-from modelpress_compression.passes.distill.samples import Feed, Samples
-from modelpress_compression.passes.distill.teacher import Teacher
+from modelpress_compression.passes.distill.samples import Feed
+from modelpress_compression.passes.distill.teacher import Answers
 from modelpress_compression.techniques import DistillConfig
 
 MOMENTUM = 0.9
@@ -28,6 +29,29 @@ _PERFECT = 1e-12  # a loss that nothing is left to learn from
 
 # A batch's inputs, changed at random, and whether its labels still hold.
 Augment = Callable[[Feeds], tuple[Feeds, bool]]
+
+
+class TrainingSamples(Protocol):
+    """`steps`: batches of an epoch."""
+
+    @property
+    def steps(self) -> int: ...
+
+    def batches(self, generator: np.random.Generator) -> Iterator[list[Feed]]:
+        """All training samples once, in a new order."""
+        ...
+
+    def judging(self) -> Iterator[Feed]:
+        """The samples that judge."""
+        ...
+
+
+class Answering(Protocol):
+    """A teacher: what training aims at, for samples as they are and for changed inputs."""
+
+    def __call__(self, feed: Feed) -> Answers: ...
+
+    def changed(self, inputs: Feeds) -> Answers: ...
 
 
 @dataclass
@@ -51,8 +75,8 @@ class Trainer:
 
     executor: Executor
     objective: Objective
-    samples: Samples
-    teacher: Teacher
+    samples: TrainingSamples
+    teacher: Answering
     config: DistillConfig
     augment: Augment | None = None
     stop_at: float = math.inf
@@ -165,7 +189,7 @@ _DIVERGED = (
 
 
 def judged(
-    feeds: Iterable[Feed], teacher: Teacher, objective: Objective, run: Callable[[Feeds], Mapping[str, Tensor]]
+    feeds: Iterable[Feed], teacher: Answering, objective: Objective, run: Callable[[Feeds], Mapping[str, Tensor]]
 ) -> float:
     """Mean loss of what `run` answers, over all samples."""
     total, count = 0.0, 0

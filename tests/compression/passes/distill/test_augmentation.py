@@ -11,7 +11,7 @@ import torch
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult
-from modelpress_compression.passes.distill import training
+from modelpress_compression.passes.distill import teacher, training
 from modelpress_compression.passes.distill.augmentation import Augmenter, image, make_augmenter, signal
 from modelpress_compression.passes.distill.augmentation.kinds import InputKind, input_kinds
 from modelpress_compression.techniques import AUGMENTATIONS, Augmentation
@@ -156,7 +156,7 @@ def test_both_models_see_the_same(
 ) -> None:
     """For every batch, teacher and student get the same changed inputs."""
     seen: dict[str, list[Any]] = {"teacher": [], "student": []}
-    changed, forward = training.Teacher.changed, training.Executor.forward
+    changed, forward = teacher.Teacher.changed, training.Executor.forward
 
     def watch_teacher(self: Any, inputs: Any) -> Any:
         seen["teacher"].append(inputs["x"].copy())
@@ -167,7 +167,7 @@ def test_both_models_see_the_same(
             seen["student"].append(inputs["x"].copy())
         return forward(self, inputs)
 
-    monkeypatch.setattr(training.Teacher, "changed", watch_teacher)
+    monkeypatch.setattr(teacher.Teacher, "changed", watch_teacher)
     monkeypatch.setattr(training.Executor, "forward", watch_student)
     arrays = images(32)
     distill(conv_net, perturbed(conv_net), {"x": arrays}, epochs=2, augment=(Augmentation("rotation", 15),))
