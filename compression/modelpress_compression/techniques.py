@@ -84,8 +84,8 @@ class PruneConfig:
     def __post_init__(self) -> None:
         checks = Checks(self)
         checks.one_of("structure", ("unstructured", "n:m", "channel"))
-        checks.one_of("criterion", ("l1", "l2", "activation", "random"))
-        if self.structure != "channel" and self.criterion in ("l2", "activation"):
+        checks.one_of("criterion", ("l1", "l2", "activation", "taylor", "random"))
+        if self.structure != "channel" and self.criterion in ("l2", "activation", "taylor"):
             checks.refuse("criterion", f"{self.criterion!r} needs structure channel")
         checks.one_of("scope", ("layer", "global"))
         checks.within("sparsity", 0 <= self.sparsity < 1, "[0, 1)")

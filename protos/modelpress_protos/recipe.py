@@ -45,7 +45,7 @@ __all__ = [
 MAX_STEPS = 64
 MAX_ITEMS = 1000  # of any other list
 MAX_STRING_CHARS = 1024
-_OF_CHANNELS = ("l2", "activation")  # criteria that judge whole channels alone
+_OF_CHANNELS = ("l2", "activation", "taylor")  # criteria that judge whole channels alone
 
 # YAML 1.1 reads `1e-3` (no dot) as a string; a person who writes it means the number.
 _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")

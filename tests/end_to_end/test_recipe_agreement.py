@@ -99,7 +99,7 @@ values = st.one_of(
     st.booleans(),
     st.integers(-3, 70),
     st.floats(-2, 2),
-    st.sampled_from(["auto", "n:m", "l1", "x", "layer", "static", "channel", "activation", "macs"]),
+    st.sampled_from(["auto", "n:m", "l1", "x", "layer", "static", "channel", "activation", "taylor", "macs"]),
     st.dictionaries(st.sampled_from(["layer4*", "a.b"]), st.one_of(st.none(), st.floats(-1, 2)), max_size=2),
 )
 

@@ -201,7 +201,7 @@ class PruneStep(_message.Message):
     m: _builtins.int
     """n:m only: size of a group of neighbours along the input axis."""
     seed: _builtins.int
-    """Seed of the random criterion."""
+    """Seed of the criteria random and taylor."""
     round_to: _builtins.int
     """channel only: channels that stay are a multiple of this."""
     min_channels: _builtins.int

@@ -3,8 +3,8 @@
     normalization statistics   inputs are optimized until the mean and variance of each channel before every
                                BatchNormalization are those that it stores from its training, and classes are told apart
                                (DeepInversion, Yin et al., arXiv:1912.08795)
-    none in the graph          plausible random inputs (`analysis.synthetic`); exporters fold statistics into weights: so
-                               it is mostly
+    none in the graph          plausible random inputs (`analysis.synthetic`); exporters fold statistics away,
+                               which is the usual case
 
     loss = sum over layers of mean((m - m_l)^2 / v_l) + mean((v / v_l - 1)^2)
            + 0.1 cross-entropy with classes drawn at random + 0.001 total variation
