@@ -9,6 +9,7 @@ some.
     teacher       the original's answers                                       teacher
     loss          by what the outputs are                                      losses, labels, matching, objective
     training      the whole model, or block after block                        end_to_end, layerwise, blocks, training
+    integers      trained as floats behind fake quantization                   fake_quantization
     proof         the written model must be nearer to the original than
                   before, on the samples held out, in onnxruntime              judge
 """
@@ -28,6 +29,7 @@ from modelpress_compression.passes.base import Context, PassResult, Skip, is_exc
 from modelpress_compression.passes.distill import end_to_end, layerwise
 from modelpress_compression.passes.distill.augmentation import make_augmenter
 from modelpress_compression.passes.distill.end_to_end import Taught
+from modelpress_compression.passes.distill.fake_quantization import Unfolded, unfold
 from modelpress_compression.passes.distill.inversion import training_inputs
 from modelpress_compression.passes.distill.judge import written_loss
 from modelpress_compression.passes.distill.lesson import Lesson, make_objective, stop_time
@@ -59,12 +61,12 @@ class Distill:
         """
         if context.original is None:
             raise ValueError("distill needs the original model in the context")
-        lesson, notes = self._prepare(model, context.original, context)
+        unfolded = unfold(model, self._config.exclude)
+        lesson, notes = self._prepare(unfolded, context.original, context)
         method = layerwise if self._config.method == "layerwise" else end_to_end
-        taught = method.teach(lesson)
-        return self._result(model, lesson, taught, notes)
+        return self._result(model, lesson, method.teach(lesson), unfolded, notes)
 
-    def _prepare(self, model: Model, original: Model, context: Context) -> tuple[Lesson, _Notes]:
+    def _prepare(self, unfolded: Unfolded, original: Model, context: Context) -> tuple[Lesson, _Notes]:
         config = self._config
         stop_at = stop_time(context)
         data, made = context.data, []
@@ -79,13 +81,15 @@ class Distill:
                 f"{len(data)} samples are too few to hold some out: the best state was chosen on those that it "
                 f"was trained on."
             )
-        skipped = tuple(Skip(name, f"Not trained towards: {reason}.") for name, reason in reasons.items())
+        skipped = unfolded.skipped + tuple(
+            Skip(name, f"Not trained towards: {reason}.") for name, reason in reasons.items()
+        )
         augment, refused = make_augmenter(original, samples.data, config.augment, config.seed)
         warnings += [f"The augmentation {name!r} was left out: {reason}." for name, reason in refused]
         lesson = Lesson(
             original,
-            model,
-            _selector(config),
+            unfolded.model,
+            _selector(config, unfolded),
             samples,
             objective,
             config,
@@ -95,7 +99,7 @@ class Distill:
         )
         return lesson, _Notes(skipped, tuple(warnings))
 
-    def _result(self, model: Model, lesson: Lesson, taught: Taught, notes: _Notes) -> PassResult:
+    def _result(self, model: Model, lesson: Lesson, taught: Taught, unfolded: Unfolded, notes: _Notes) -> PassResult:
         skipped = notes.skipped
         warnings = [*notes.warnings, *taught.warnings]
         if not taught.weights:
@@ -103,10 +107,11 @@ class Distill:
             return PassResult(model, {}, skipped, (*warnings, reason))
         lesson.context.progress(1.0, "judging the trained model")
         if taught.improved:
-            before, after = _losses(model, taught.student, lesson)
+            written = unfolded.fold(taught.student, model) if unfolded.latents else taught.student
+            before, after = _losses(model, written, lesson)
             if after < before:
-                changes = _changes(taught, before, after)
-                return PassResult(taught.student, changes, skipped, tuple(warnings), taught.details)
+                changes = _changes(taught, unfolded, before, after)
+                return PassResult(written, changes, skipped, tuple(warnings), taught.details)
         reason = "Training did not bring the model nearer to the original, so it stays as it was."
         return PassResult(model, {}, skipped, (*warnings, reason))
 
@@ -118,9 +123,9 @@ def _answers(original: Model, samples: Samples) -> Answers:
         return observe(next(iter(samples.judging())).inputs) if names else {}
 
 
-def _selector(config: DistillConfig) -> Selector:
+def _selector(config: DistillConfig, unfolded: Unfolded) -> Selector:
     def trained(value: onnx_ir.Value) -> bool:
-        return weights(value) and not _excluded(value, config.exclude)
+        return value.name in unfolded.latents or (weights(value) and not _excluded(value, config.exclude))
 
     return trained
 
@@ -139,5 +144,7 @@ def _losses(model: Model, student: Model, lesson: Lesson) -> tuple[float, float]
     return before, after
 
 
-def _changes(taught: Taught, before: float, after: float) -> dict[str, int | float]:
-    return {"weights_trained": taught.weights, **taught.changes, "loss_before": before, "loss_after": after}
+def _changes(taught: Taught, unfolded: Unfolded, before: float, after: float) -> dict[str, int | float]:
+    quantized = {"quantized_weights_trained": len(unfolded.latents)} if unfolded.latents else {}
+    losses = {"loss_before": before, "loss_after": after}
+    return {"weights_trained": taught.weights, **quantized, **taught.changes, **losses}

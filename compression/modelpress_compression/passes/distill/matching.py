@@ -1,4 +1,4 @@
-"""Intermediate values that teacher and student have in common: the same name, and the same shape when both run.
+"""Intermediate values that teacher and student have in common: the same name, the same shape, and much the same values.
 
 Where channels were cut the shapes differ, and such values are left out; what a residual stream or an embedding keeps is
 compared. Values that no trained constant reaches are left out as well: they cannot differ, or cannot be helped.
@@ -19,6 +19,7 @@ from modelpress_compression.model import Model
 MAX_FEATURES = 8
 # Larger magnitudes are those of masks, not of activations.
 _LARGEST = 1e4
+_SAME = 0.5
 _MOVING = frozenset(("Identity", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Cast", "Slice", "Split"))
 _FAKE = frozenset(("QuantizeLinear", "DequantizeLinear"))
 
@@ -48,14 +49,18 @@ def reached_values(student: Model, selector: Selector) -> list[onnx_ir.Value]:
 
 
 def agreeing(original: Model, student: Model, names: Sequence[str], inputs: Feeds) -> dict[str, Array]:
-    """Of these names those whose values have the same shape in both models, with what the original's are."""
+    """Of these names those whose values are alike in both models, with what the original's are.
+
+    A pass may keep a name and change what it stands for, as smoothing does, which scales channels: values further apart
+    than half of the original's variance are not taken for the same.
+    """
     if not names:
         return {}
     with taps(original, names) as observe:
         theirs = observe(inputs)
     with taps(student, names) as observe:
-        mine = {name: array.shape for name, array in observe(inputs).items()}
-    return {name: theirs[name] for name in names if theirs[name].shape == mine[name] and _is_activation(theirs[name])}
+        mine = observe(inputs)
+    return {name: theirs[name] for name in names if _are_alike(mine[name], theirs[name])}
 
 
 def spread(names: Sequence[str], limit: int = MAX_FEATURES) -> list[str]:
@@ -66,10 +71,13 @@ def spread(names: Sequence[str], limit: int = MAX_FEATURES) -> list[str]:
     return [names[place] for place in dict.fromkeys(places.tolist())]
 
 
-def _is_activation(array: Array) -> bool:
-    if array.dtype.kind != "f" or array.ndim < 2 or not array.size or not np.isfinite(array).all():
+def _are_alike(mine: Array, theirs: Array) -> bool:
+    if mine.shape != theirs.shape or theirs.dtype.kind != "f" or theirs.ndim < 2 or not theirs.size:
         return False
-    return float(np.abs(array).max()) < _LARGEST and float(array.std()) > 0
+    expected, got = theirs.astype(np.float64), mine.astype(np.float64)
+    if not np.isfinite(expected).all() or np.abs(expected).max() >= _LARGEST:
+        return False
+    return bool(np.square(got - expected).mean() < _SAME * expected.var())
 
 
 def read_values(node: onnx_ir.Node) -> Collection[onnx_ir.Value]:
