@@ -237,6 +237,17 @@ def exported(architecture: Architecture, exporter: Exporter, folder: Path) -> tu
         return path, dict(arrays)
 
 
+def drawn_samples(architecture: Architecture, count: int, seed: int = 1) -> dict[str, np.ndarray]:
+    """More inputs of the kind that `make` gives, first axis = samples; the same for the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        drawn: dict[str, list[Tensor]] = {name: [] for name in architecture.inputs}
+        while sum(len(tensor) for tensor in next(iter(drawn.values()))) < count:
+            for name, draw in architecture.inputs.items():
+                drawn[name].append(draw())
+    return {name: torch.cat(tensors)[:count].numpy() for name, tensors in drawn.items()}
+
+
 def _export(
     module: nn.Module, inputs: dict[str, Tensor], architecture: Architecture, exporter: Exporter, path: Path
 ) -> None:

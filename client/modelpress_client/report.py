@@ -100,7 +100,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did."""
+    """What one step did. notes: sentences on its result as a whole."""
 
     name: str
     config: dict[str, Any]
@@ -108,6 +108,7 @@ class StepReport:
     skipped: tuple[Skipped, ...]
     size_bytes: int | None
     duration_s: float | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,7 @@ def _step(value: Mapping[str, Any]) -> StepReport:
         skipped=tuple(Skipped(item.get("node", ""), item["reason"]) for item in value.get("skipped") or ()),
         size_bytes=value.get("size_bytes"),
         duration_s=value.get("duration_s"),
+        notes=tuple(map(str, value.get("notes") or ())),
     )
 
 

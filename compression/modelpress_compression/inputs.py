@@ -11,6 +11,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,16 @@ class InputData:
     def __len__(self) -> int:
         """How many samples there are."""
         return min((len(array) for array in self.arrays.values()), default=0)
+
+    @cached_property
+    def varied(self) -> bool:
+        """Whether the samples tell anything: False where all are the same, or hold one number throughout."""
+        return any(_varies(array) for array in self.arrays.values())
+
+    @property
+    def vouches(self) -> bool:
+        """Whether ranges and answers seen on these samples say something of real ones."""
+        return self.provided and self.varied
 
     @property
     def whole_feeds(self) -> bool:
@@ -205,6 +216,13 @@ def _check_array(spec: TensorSpec, array: Array, where: str) -> None:
         raise InvalidDataError(f"{where}: array {spec.name!r} is {array.dtype}, the input {spec} cannot take that.")
     if array.dtype.kind == "f" and not _all_finite(array):
         raise InvalidDataError(f"{where}: array {spec.name!r} holds NaN or infinite values.")
+
+
+def _varies(array: Array) -> bool:
+    """Whether samples differ, or a single one holds different numbers; stops at the first difference."""
+    if len(array) == 1:
+        return array.size > 1 and bool((array != array.reshape(-1)[0]).any())
+    return any(not np.array_equal(array[0], sample) for sample in array)
 
 
 def _all_finite(array: Array) -> bool:

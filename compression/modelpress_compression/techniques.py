@@ -121,8 +121,8 @@ class QuantizeConfig:
     block_size: int = 32
     smooth_quant: bool = True
     equalize: bool = False
-    bias_correction: bool = False
-    rounding: str = "nearest"
+    bias_correction: bool = True
+    rounding: str = "auto"
 
     def __post_init__(self) -> None:
         checks = Checks(self)
@@ -135,7 +135,7 @@ class QuantizeConfig:
         checks.within("block_size", 16 <= self.block_size <= 256, "[16, 256]")
         if self.block_size & (self.block_size - 1):
             checks.refuse("block_size", f"{self.block_size} is no power of two")
-        checks.one_of("rounding", ("nearest", "gptq"))
+        checks.one_of("rounding", ("auto", "nearest", "gptq"))
         checks.finish()
 
 

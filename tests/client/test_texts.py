@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from modelpress_client import errors, names, recipes
 from modelpress_client.cli import units
 from modelpress_client.cli.report_markdown import to_markdown
 from modelpress_client.cli.report_rows import changes_text
+from modelpress_client.cli.report_text import print_report
 from modelpress_client.errors import INPUT_REASONS, InvalidRecipeError, ModelpressError, ServerError, UsageError
 from modelpress_client.inputs import format_input, parse_input, parse_inputs
 from modelpress_client.jsonable import to_json
 from modelpress_client.report import Report, StepReport
 from modelpress_protos.v1 import common_pb2
 from modelpress_protos.v1.job_service_pb2 import JOB_STATE_FAILED, Job
+from rich.console import Console
 
 # --- inputs ------------------------------------------------------------------------------------------------------
 
@@ -156,6 +159,18 @@ def test_markdown_cannot_be_injected(fake_server: Any) -> None:
     assert "<script>" not in text
     assert "\n# title" not in text
     assert r"\|\`x\`\[a\](b)" in text
+
+
+def test_notes_of_a_step_are_shown(fake_server: Any) -> None:
+    """On the terminal and in Markdown; a report from before there were notes has none."""
+    before = Report.from_dict(fake_server.report)
+    assert before.steps[0].notes == ()
+    fake_server.report["steps"][0]["notes"] = ["No saturation without VNNI: 3 of 3 layers certified"]
+    report = Report.from_dict(fake_server.report)
+    assert "3 of 3 layers certified" in to_markdown(report)
+    console = Console(record=True, width=120, file=StringIO())
+    print_report(console, report)
+    assert "3 of 3 layers certified" in console.export_text()
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

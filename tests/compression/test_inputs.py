@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from modelpress_compression.errors import InvalidDataError
 from modelpress_compression.inputs import EvaluationData, InputData
-from modelpress_compression.specs import TensorSpec
+from modelpress_compression.specs import TensorSpec, parse_specs
 
 IMAGE = (TensorSpec("x", "float32", ("batch", 1, 4, 4)),)
 PAIR = (TensorSpec("a", "float32", ("n", 3)), TensorSpec("b", "int64", ("n",)))
@@ -127,3 +127,19 @@ def test_labels_that_do_not_fit_are_refused(labels: np.ndarray | None) -> None:
     if labels is not None:
         with pytest.raises(InvalidDataError, match="labels"):
             InputData.from_arrays(arrays, IMAGE)
+
+
+def test_samples_that_are_all_the_same_tell_nothing() -> None:
+    """Constant data, or one sample over and over, vouches for nothing; a difference anywhere, or one sample of several
+    numbers, does."""
+    specs = parse_specs(["x:float32[batch,3]"])
+
+    def data(values: list[list[float]]) -> InputData:
+        return InputData.from_arrays({"x": np.asarray(values, np.float32)}, specs)
+
+    assert not data([[0, 0, 0]] * 4).varied
+    assert not data([[1, 2, 3]] * 4).varied
+    assert not data([[2, 2, 2]]).varied
+    assert data([[1, 2, 3], [1, 2, 4]]).vouches
+    assert data([[1, 2, 3]]).vouches
+    assert not InputData(specs, data([[1, 2, 3]]).arrays, provided=False).vouches

@@ -32,7 +32,7 @@ def _steps(report: Report) -> str:
         return ""
     rows: list[list[str | list[str]]] = []
     for step in report.steps:
-        did = [changes_text(step), *(f"not: {line}" for line in skipped_lines(step))]
+        did = [changes_text(step), *step.notes, *(f"not: {line}" for line in skipped_lines(step))]
         rows.append([step.name, did, units.size(step.size_bytes), units.seconds(step.duration_s)])
     return "## Steps\n\n" + _table(["Step", "What it did", "Size", "Time"], rows, align=["---", "---", "---:", "---:"])
 

@@ -54,6 +54,8 @@ def _steps(console: Console, report: Report) -> None:
     table = plain_table("Step", "What it did", "Size", "Time", right=(2, 3), wrap=(1,))
     for step in report.steps:
         did = Text(changes_text(step))
+        for note in step.notes:
+            did.append(f"\n{note}")
         for line in skipped_lines(step):
             did.append(f"\nnot: {line}", style="dim")
         table.add_row(Text(step.name), did, units.size(step.size_bytes), units.seconds(step.duration_s))

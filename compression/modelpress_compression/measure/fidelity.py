@@ -14,7 +14,7 @@ Positions of a sequence [N, T, ...] that an attention mask among the inputs leav
 them.
 
 `top1_agreement`: share of positions with the same largest element, for the first output [N, C] or [N, T, C], C >= 2,
-that may hold class scores; see `analysis.outputs`.
+that may hold class scores (see `analysis.outputs`) or does hold probabilities.
 
 `expected_drop`: share of its right answers that the original expects to lose where the class changed from a to b, by
 its own probabilities p: sum(p(a) - p(b)) / sum(p(a)). A change between two classes that it could hardly tell apart
@@ -158,7 +158,7 @@ class _OutputSums:
             return
         self.floats = True
         self._add_floats(before.astype(np.float64), after.astype(np.float64))
-        if classes and before.ndim in (2, 3) and before.shape[-1] >= 2:
+        if before.ndim in (2, 3) and before.shape[-1] >= 2 and (classes or _are_probabilities(before)):
             self._add_classes(before, after)
 
     def _add_classes(self, before: Array, after: Array) -> None:
@@ -222,10 +222,14 @@ class _OutputSums:
         return max(0.0, self.cosine()) if self.floats else self.equal_elements / self.elements
 
 
+def _are_probabilities(scores: NDArray[Any]) -> bool:
+    """Whether every row sums up to one without negative entries: class scores, whatever made them."""
+    return bool(scores.size) and float(scores.min()) >= 0 and bool(np.allclose(scores.sum(axis=-1), 1, atol=1e-3))
+
+
 def _probabilities(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Class scores as probabilities: as they are where they are some already, else their softmax."""
-    sums = scores.sum(axis=-1)
-    if scores.min(initial=0.0) >= 0 and np.allclose(sums, 1, atol=1e-3):
+    if _are_probabilities(scores):
         return scores
     finite = np.nan_to_num(scores, nan=-np.inf)
     powers = np.exp(finite - np.max(finite, axis=-1, keepdims=True))

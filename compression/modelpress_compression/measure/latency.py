@@ -1,8 +1,8 @@
-"""Latency of two models, measured so that what disturbs one disturbs the other.
+"""Latency of two or more models, measured so that what disturbs one disturbs the others.
 
-Both models have a session with equal options in one process. Every round times each of them once, in random order, on
+All models have a session with equal options in one process. Every round times each of them once, in random order, on
 the same inputs. The speedup is the median over rounds of original / optimized: a machine that slows down for a while
-slows both halves of a round. Its 95 % interval is the exact one for a median, from binomial order statistics: nothing
+slows all parts of a round. Its 95 % interval is the exact one for a median, from binomial order statistics: nothing
 is assumed about how times are distributed. Six rounds are the fewest for which such an interval exists (1 - 2 / 2**6 =
 96.9 %), so there are never fewer.
 """
@@ -26,6 +26,8 @@ from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.inputs import Feeds, InputData
 from modelpress_compression.measure.feeds import batches, true_batch_size
 from modelpress_compression.runtime import EXECUTION_PROVIDER, open_session, run
+
+Times = np.ndarray[Any, np.dtype[np.float64]]
 
 MIN_ROUNDS = 6
 CONFIDENCE = 0.95
@@ -62,6 +64,30 @@ class Speedup:
 
 
 @dataclass(frozen=True)
+class Timings:
+    """Times of several models from interleaved rounds, in seconds for one run of the whole batch, [models, rounds].
+
+    `batch_size`, `runs_per_round`: as in `LatencyRow`.
+    """
+
+    batch_size: int
+    runs_per_round: int
+    times_s: Times
+
+    @property
+    def rounds(self) -> int:
+        return int(self.times_s.shape[1])
+
+    def quantiles(self, model: int) -> Quantiles:
+        """Of the model at this place in the order they were given in."""
+        return _quantiles(self.times_s[model])
+
+    def speedup(self, before: int, after: int) -> Speedup:
+        """The time of model `before` over that of model `after`, round by round."""
+        return median_interval((self.times_s[before] / self.times_s[after]).tolist())
+
+
+@dataclass(frozen=True)
 class LatencyRow:
     """One row of the report's `latency`. `rounds` and `batch_size` are those that were run, not those asked for.
 
@@ -93,17 +119,49 @@ def compare_latency(
     seed: int = 0,
     budget_s: float = DEFAULT_BUDGET_S,
 ) -> LatencyRow:
-    """Times both models in interleaved rounds, within about `budget_s` seconds.
+    """Times both models in interleaved rounds, within about `budget_s` seconds; see `time_interleaved`."""
+    timings = time_interleaved(
+        (original, optimized),
+        data,
+        threads=threads,
+        batch_size=batch_size,
+        rounds=rounds,
+        seed=seed,
+        budget_s=budget_s,
+    )
+    return LatencyRow(
+        execution_provider=EXECUTION_PROVIDER,
+        threads=threads,
+        batch_size=timings.batch_size,
+        rounds=timings.rounds,
+        runs_per_round=timings.runs_per_round,
+        original=timings.quantiles(0),
+        optimized=timings.quantiles(1),
+        speedup=timings.speedup(0, 1),
+    )
 
-    Where time does not suffice there are fewer rounds, but at least six. A model that cannot take batches of
-    `batch_size` (its batch is fixed, or baked into a Reshape) is timed with what it takes, and the row says so.
-    Raises ModelNotRunnableError, UnsupportedOperatorError.
+
+def time_interleaved(
+    models: Sequence[Path],
+    data: InputData,
+    *,
+    threads: int,
+    batch_size: int,
+    rounds: int,
+    seed: int = 0,
+    budget_s: float = DEFAULT_BUDGET_S,
+) -> Timings:
+    """Times all models in interleaved rounds, within about `budget_s` seconds.
+
+    Where time does not suffice there are fewer rounds, but at least six. Where a model cannot take batches of
+    `batch_size` (its batch is fixed, or baked into a Reshape), all are timed with what it takes, and the result says
+    so. Raises ModelNotRunnableError, UnsupportedOperatorError.
     """
     began = time.perf_counter()
-    sessions = [open_session(path, threads=threads) for path in (original, optimized)]
+    sessions = [open_session(path, threads=threads) for path in models]
     feeds, size = _accepted_feeds(sessions, data, batch_size)
     with _no_garbage_collection():
-        warm_up_s = min(WARM_UP_MAX_S, budget_s * WARM_UP_SHARE / 2)
+        warm_up_s = min(WARM_UP_MAX_S, budget_s * WARM_UP_SHARE / len(sessions))
         once_s = [_warm_up(session, feeds, warm_up_s) for session in sessions]
         runs = max(1, min(MAX_RUNS_PER_ROUND, math.ceil(MIN_TIMING_S / max(min(once_s), 1e-7))))
         remaining_s = budget_s - (time.perf_counter() - began)
@@ -111,17 +169,7 @@ def compare_latency(
         count = max(MIN_ROUNDS, min(rounds, affordable))
         shuffler = random.Random(seed)  # noqa: S311  # an order, not a secret
         times_s = _rounds(sessions, feeds, count, runs, shuffler=shuffler, deadline=began + budget_s)
-    before, after = np.asarray(times_s[0]), np.asarray(times_s[1])
-    return LatencyRow(
-        execution_provider=EXECUTION_PROVIDER,
-        threads=threads,
-        batch_size=size,
-        rounds=len(before),
-        runs_per_round=runs,
-        original=_quantiles(before),
-        optimized=_quantiles(after),
-        speedup=median_interval((before / after).tolist()),
-    )
+    return Timings(size, runs, np.asarray(times_s))
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Speedup:
@@ -207,7 +255,7 @@ def _time_s(session: ort.InferenceSession, feed: Feeds, runs: int) -> float:
     return (time.perf_counter_ns() - began) / runs / 1e9
 
 
-def _quantiles(times_s: np.ndarray[Any, np.dtype[np.float64]]) -> Quantiles:
+def _quantiles(times_s: Times) -> Quantiles:
     times_ms = times_s * 1e3
     p50, p90, p99 = (float(value) for value in np.percentile(times_ms, (50, 90, 99)))
     return Quantiles(p50_ms=p50, p90_ms=p90, p99_ms=p99, mean_ms=float(times_ms.mean()))

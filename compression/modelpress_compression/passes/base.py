@@ -31,7 +31,8 @@ class Skip:
 class PassResult:
     """What a pass made. `changes`: how often each rewrite fired. `warnings` go into the report.
 
-    `details`: figures of single layers, for passes that have some.
+    `details`: figures of single layers, for passes that have some. `notes`: what is true of the result as a whole, one
+    sentence each.
     """
 
     model: Model
@@ -39,6 +40,7 @@ class PassResult:
     skipped: tuple[Skip, ...] = ()
     warnings: tuple[str, ...] = ()
     details: tuple[Mapping[str, str | int | float], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def changed(self) -> bool:

@@ -102,7 +102,11 @@ def compress(
         final, path = (records[-1].model, records[-1].path) if records else (model, original)
         progress.begin(len(stages) - 2, "measuring the original and the result")
         measured = measure(original, path, inputs, evaluation, recipe, progress.update)
-        warnings = [*model.warnings, *(warning for record in records for warning in record.warnings)]
+        warnings = [
+            *model.warnings,
+            *_warnings_on(inputs),
+            *(warning for record in records for warning in record.warnings),
+        ]
         if (reason := not_better(measured, file_size_bytes(original), file_size_bytes(path))) is not None:
             warnings.append(reason)
             final, path = model, original
@@ -168,12 +172,19 @@ def _step_row(record: StepRecord) -> StepRow:
         size_bytes=file_size_bytes(record.path),
         duration_s=record.duration_s,
         details=record.details,
+        notes=record.notes,
     )
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _warnings_on(data: InputData) -> list[str]:
+    if data.varied or not data.provided:
+        return []
+    return ["All samples of the data are the same: neither ranges nor agreement seen on them say anything of others."]
 
 
 def _input_data(model: Model, data: InputData | Mapping[str, Array] | None) -> InputData:

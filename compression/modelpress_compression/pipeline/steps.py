@@ -35,6 +35,7 @@ class StepRecord:
     duration_s: float = 0.0
     candidates: tuple[dict[str, Any], ...] = ()
     details: tuple[Mapping[str, str | int | float], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def apply_step(step: Step, model: Model, path: Path, context: Context, target: Path) -> StepRecord:
@@ -60,7 +61,14 @@ def keep(record: StepRecord, result: PassResult, context: Context, target: Path)
         warning = f"{record.step.technique} was undone: {problem}"
         context.log(warning)
         return replace(record, warnings=(*record.warnings, warning))
-    return replace(record, model=result.model, path=target, changes=dict(result.changes), details=result.details)
+    return replace(
+        record,
+        model=result.model,
+        path=target,
+        changes=dict(result.changes),
+        details=result.details,
+        notes=result.notes,
+    )
 
 
 def save(model: Model, path: Path) -> None:

@@ -56,7 +56,7 @@ class SkippedNode(Protocol):
 class StepRow:
     """One step of the recipe. `size_bytes`: of the model after it, as a file; `config` with its defaults.
 
-    `details`: figures of single layers; rows of the same keys belong together.
+    `details`: figures of single layers; rows of the same keys belong together. `notes`: sentences on its result.
     """
 
     name: str
@@ -66,6 +66,7 @@ class StepRow:
     size_bytes: int
     duration_s: float
     details: Sequence[Mapping[str, str | int | float]] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ def _step(step: StepRow) -> dict[str, Any]:
         "size_bytes": step.size_bytes,
         "duration_s": step.duration_s,
         "details": [dict(row) for row in step.details],
+        "notes": list(step.notes),
     }
 
 

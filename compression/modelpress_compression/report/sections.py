@@ -62,7 +62,10 @@ def _step(index: int, step: Mapping[str, Any], before: float) -> str:
         + tag("span", f"{size(after)} <small>{escape(shift)}</small>", class_="figures")
         + tag("span", seconds(step["duration_s"]), class_="quiet")
     )
-    return tag("li", tag("header", head) + done + _details(step) + _skipped(step["skipped"]) + _config(step["config"]))
+    notes = "".join(tag("p", escape(note)) for note in step.get("notes", ()))
+    return tag(
+        "li", tag("header", head) + done + notes + _details(step) + _skipped(step["skipped"]) + _config(step["config"])
+    )
 
 
 def _details(step: Mapping[str, Any]) -> str:
@@ -115,20 +118,24 @@ def candidates(rows: Sequence[Mapping[str, Any]]) -> str:
         name = escape(row.get("name", ""))
         if row.get("chosen"):
             name += " " + tag("b", "chosen", class_="chosen")
-        elif row.get("reason"):
+        elif row.get("pareto"):
+            name += " " + tag("small", "smallest, fastest or closest of its kind")
+        if row.get("reason"):
             name += tag("p", escape(row["reason"]), class_="quiet")
-        drop = row.get("drop")
+        cosine, drop = row.get("cosine"), row.get("drop")
         written.append(
             [
                 name,
                 size(row.get("size_bytes")),
                 speed,
+                NOT_MEASURED if cosine is None else f"{cosine:.4f}",
                 percent(row.get("agreement"), 2),
+                percent(row.get("expected_drop"), 2),
                 NOT_MEASURED if drop is None else f"{drop:.4f}",
             ]
         )
-    headers = ("Candidate", "Size", "Speed", "Agreement", "Drop")
-    return table(headers, written, numeric=(1, 2, 3, 4)) if written else ""
+    headers = ("Candidate", "Size", "Speed", "Cosine", "Agreement", "Expected drop", "Drop")
+    return table(headers, written, numeric=(1, 2, 3, 4, 5, 6)) if written else ""
 
 
 def outputs(fidelity: Mapping[str, Any] | None) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.fidelity import MAX_SQNR_DB, compare_outputs
+from modelpress_compression.specs import parse_specs
 
 IDENTITY = "g (float[batch,3] x) => (float[batch,3] y) { y = Identity(x) }"
 SCALED = "g (float[batch,3] x) => (float[batch,3] y) { y = Mul(x, k) }"
@@ -122,3 +123,31 @@ def test_limit_and_budget(save_model: Save, threes: InputData) -> None:
     path = save_model(IDENTITY)
     assert compare_outputs(path, path, threes, limit=7).samples == 7
     assert compare_outputs(path, path, threes, budget_s=0.0).samples == 1
+
+
+def test_expected_drop_by_hand(save_model: Save, samples: Samples) -> None:
+    """Classes 0 and 1 swap in both samples: between .5 and .45 that costs .05 of an answer, between .9 and .05 it costs
+    .85, of .5 + .9 answers that are expected to be right (rtol 1e-5). Probabilities are classes whatever made them."""
+    data = samples("x:float32[batch,3]", np.asarray([[0.5, 0.45, 0.05], [0.9, 0.05, 0.05]], np.float32))
+    swapped = save_model(
+        "g (float[batch,3] x) => (float[batch,3] y) { y = Gather<axis=1>(x, order) }", {"order": np.asarray([1, 0, 2])}
+    )
+    found = compare_outputs(save_model(IDENTITY, name="before"), swapped, data)
+    assert found.top1_agreement == 0.0
+    assert found.expected_drop == pytest.approx((0.05 + 0.85) / 1.4, rel=1e-5)
+
+
+def test_padding_is_not_compared(save_model: Save) -> None:
+    """Positions that attention_mask leaves out may differ as they like; those that count are compared (rtol 1e-5)."""
+    text = """g (float[batch,4,2] x, float[batch,4] attention_mask) => (float[batch,4,2] y)
+        {{ m = Unsqueeze(attention_mask, last)  y = {} }}"""
+    last = {"last": np.asarray([2])}
+    before = save_model(text.format("Identity(x)"), last, "before")
+    after = save_model(text.format("Mul(x, m)"), last, "after")
+    mask = np.asarray([[1, 1, 0, 0], [1, 1, 1, 0]], np.float32)
+    values = np.random.default_rng(1).normal(0, 1, (2, 4, 2)).astype(np.float32)
+    specs = parse_specs(["x:float32[batch,4,2]", "attention_mask:float32[batch,4]"])
+    data = InputData.from_arrays({"x": values, "attention_mask": mask}, specs)
+    found = compare_outputs(before, after, data)
+    assert found.outputs["y"].cosine == pytest.approx(1.0, rel=1e-5)
+    assert found.outputs["y"].max_abs_error == 0.0

@@ -15,7 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.inputs import InputData
-from modelpress_compression.measure.latency import MIN_ROUNDS, compare_latency, median_interval
+from modelpress_compression.measure.latency import (
+    MIN_ROUNDS,
+    Timings,
+    compare_latency,
+    median_interval,
+    time_interleaved,
+)
 from modelpress_compression.specs import parse_specs
 
 RELU = "g (float[batch,4] x) => (float[batch,4] y) { y = Relu(x) }"
@@ -87,6 +93,24 @@ def test_garbage_collection_comes_back(relu: Path, four: InputData) -> None:
     """It is off while timing only, also where timing fails."""
     compare_latency(relu, relu, four, threads=1, batch_size=1, rounds=MIN_ROUNDS)
     assert gc.isenabled()
+
+
+def test_any_number_of_models_share_the_rounds(relu: Path, four: InputData) -> None:
+    """Three models have one time each in every round, and each can be held against each."""
+    timings = time_interleaved((relu, relu, relu), four, threads=1, batch_size=2, rounds=9)
+    assert timings.times_s.shape == (3, 9)
+    assert (timings.rounds, timings.batch_size) == (9, 2)
+    assert (timings.times_s > 0).all()
+    assert timings.speedup(1, 1).median == 1.0
+
+
+def test_speedups_are_taken_round_by_round() -> None:
+    """A machine that turns ten times slower for some rounds does not move the ratio of two models."""
+    disturbance = np.array([1, 10, 1, 10, 1, 10, 1], np.float64)
+    timings = Timings(1, 1, np.stack([2.0 * disturbance, 1.0 * disturbance]))
+    assert timings.speedup(0, 1).low == timings.speedup(0, 1).high == 2.0
+    assert timings.speedup(1, 0).median == 0.5
+    assert timings.quantiles(1).p50_ms == 1e3
 
 
 def test_a_model_that_does_not_run_is_named(save_model: Callable[..., Path], four: InputData) -> None:

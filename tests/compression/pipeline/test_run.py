@@ -30,16 +30,18 @@ def outputs(model: Model, samples: InputData) -> np.ndarray:
 
 
 def test_the_whole_way(digits: Model, samples: InputData, labelled: EvaluationData, tmp_path: Path) -> None:
-    """The default preset gives a smaller model that still reads digits, and a report that fits its schema."""
+    """The default preset gives a model that still reads digits, and a report that fits its schema."""
     result = compress(digits, Recipe.preset("default"), data=samples, eval_data=labelled, job="j")
     report = result.report
     jsonschema.validate(report, report_schema())
-    assert report["size_ratio"] > 1.5
     assert report["accuracy"]["original"] >= 0.97
     assert report["accuracy"]["drop"] <= 0.01
     assert report["fidelity"]["data"] == "provided"
     assert [step["name"] for step in report["steps"]] == ["fuse", "quantize"]
-    assert sum(candidate["chosen"] for candidate in result.candidates) == 1
+    chosen = [candidate for candidate in result.candidates if candidate["chosen"]]
+    # On a busy machine the gain of so small a model may not be sure; then it stays as it is.
+    assert all(candidate["speedup"]["low"] >= 1.0 for candidate in chosen)
+    assert (report["size_ratio"] > 1.5) == any(candidate["name"] == "quantize static" for candidate in chosen)
     written = dict(result.write(tmp_path))
     assert json.loads(written["report.json"][0].read_text()) == report
     content = written["model"][0].read_bytes()
@@ -83,9 +85,9 @@ def test_without_data_inputs_are_synthetic(digits: Model) -> None:
     """The report says so, and auto does not trust static ranges that nothing vouches for."""
     result = compress(digits, Recipe.preset("default"))
     assert result.report["fidelity"]["data"] == "synthetic"
-    (static,) = [candidate for candidate in result.candidates if "static" in candidate["name"]]
-    assert not static["chosen"]
-    assert "--data" in static["reason"]
+    static = [candidate for candidate in result.candidates if "static" in candidate["name"]]
+    assert not any(candidate["chosen"] for candidate in static)
+    assert any("--data" in candidate["reason"] for candidate in static)
 
 
 def test_static_on_synthetic_inputs_warns(digits: Model) -> None:
@@ -182,15 +184,6 @@ def test_a_worse_model_is_not_given_back(digits: Model, samples: InputData, monk
     result = compress(digits, recipe({"fuse": {}}), data=samples)
     assert result.report["size_ratio"] == 1.0
     assert any("returned as it was" in warning for warning in result.report["warnings"])
-
-
-def test_auto_drops_what_disagrees(digits: Model, samples: InputData, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A candidate whose outputs moved too far is named with its cosine, and the float model stays."""
-    monkeypatch.setattr(steps, "TECHNIQUES", {"quantize": SimpleNamespace(make_pass=lambda config: Ruin(-1.0))})
-    result = compress(digits, recipe({"quantize": {"scheme": "auto"}}), data=samples)
-    assert result.report["size_ratio"] == 1.0
-    assert [candidate["chosen"] for candidate in result.candidates] == [False, False]
-    assert all("cosine" in candidate["reason"] for candidate in result.candidates)
 
 
 def test_auto_holds_the_task_metric(digits: Model, samples: InputData, labelled: EvaluationData) -> None:

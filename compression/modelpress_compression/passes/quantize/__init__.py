@@ -16,17 +16,18 @@ import onnx_ir
 
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded
+from modelpress_compression.passes.quantize.certificate import certified
 from modelpress_compression.passes.quantize.edit import Editor, clean
 from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.float16 import store_in_float16
 from modelpress_compression.passes.quantize.gptq_rounder import make_rounder
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.static import StaticQuantizer, prepare, quantize_nodes
-from modelpress_compression.passes.quantize.weight_only import store_weights
+from modelpress_compression.passes.quantize.weight_only import store_rest, store_weights
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.techniques import QuantizeConfig
 
-__all__ = ["Quantize", "StaticQuantizer", "prepare_static"]
+__all__ = ["Quantize", "StaticQuantizer", "prepare_static", "store_rest"]
 
 # Per-axis scales came with opset 13.
 MIN_OPSET = 13
@@ -68,7 +69,7 @@ class Quantize:
             result = quantizer.result() if quantizer is not None else PassResult(model)
         else:
             findings = Findings(warnings=_unmatched(model, self._config.exclude))
-            result = findings.result(self._apply(model.clone(), context, findings))
+            result = certified(findings.result(self._apply(model.clone(), context, findings)), context.target)
         return result if result.changed else replace(result, model=model)
 
     def _apply(self, work: Model, context: Context, findings: Findings) -> Model:
@@ -85,7 +86,9 @@ class Quantize:
         if config.activations == "int8":
             findings.warnings.append("Scheme dynamic makes activations uint8; 'activations: int8' has no effect.")
         editor = Editor(work)
-        quantize_nodes(list(work.nodes()), config, editor, WeightStore(editor, config, rounder), findings)
+        quantize_nodes(
+            list(work.nodes()), config, editor, WeightStore(editor, config, rounder, context.target), findings
+        )
         clean(work)
         return work
 

@@ -18,6 +18,7 @@ from modelpress_compression.passes.quantize.rounding import Rounding, nearest
 # Smallest scale: below it 1 / scale is no longer a normal float32 with some room.
 MIN_SCALE = 1e-30
 _LEVELS = 255
+LARGEST_LEVEL = 127  # of weights, either side of the middle
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,16 @@ def activation_parameters(value_range: Range, dtype: str) -> ActivationParameter
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """`values` in 8 bits and `scale`: a scalar, or one entry per slice along `axis`. One `zero_point` for all."""
+    """`values` in 8 bits and `scale`: a scalar, or one entry per slice along `axis`. One `zero_point` for all.
+
+    `reduced`: how many slices gave up resolution so that their products do not saturate.
+    """
 
     values: NDArray[np.generic]
     scale: NDArray[np.float32]
     zero_point: NDArray[np.generic]
     axis: int | None
+    reduced: int = 0
 
     def dequantize(self) -> NDArray[np.float32]:
         scale = self.scale
@@ -75,13 +80,14 @@ def quantize_weight(
     middle = 128 if kind == np.uint8 else 0
     others = tuple(other for other in range(weight.ndim) if other != axis) if axis is not None else None
     largest = np.maximum(weight.max(axis=others), -weight.min(axis=others)).astype(np.float64)
-    scale = np.where(largest > 0, largest / 127, 1.0)
+    scale = np.where(largest > 0, largest / LARGEST_LEVEL, 1.0)
     if least_scale is not None:
         bound = least_scale if axis is not None else least_scale.max(initial=0.0)
         scale = np.maximum(scale, bound)
     scale = np.maximum(scale, MIN_SCALE).astype(np.float32)
     divisor = scale if axis is None else scale.reshape([-1 if a == axis else 1 for a in range(weight.ndim)])
-    values = (rounding(weight, np.asarray(divisor), np.asarray(-127.0), np.asarray(127.0)) + middle).astype(kind)
+    limits = np.asarray(-float(LARGEST_LEVEL)), np.asarray(float(LARGEST_LEVEL))
+    values = (rounding(weight, np.asarray(divisor), *limits) + middle).astype(kind)
     return QuantizedWeight(values, np.asarray(scale), np.asarray(middle, kind), axis)
 
 

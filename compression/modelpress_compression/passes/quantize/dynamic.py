@@ -14,7 +14,7 @@ float32's time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -32,6 +32,7 @@ from modelpress_compression.passes.quantize.edit import (
     label,
     required,
 )
+from modelpress_compression.passes.quantize.products import Summation, of_matrix
 from modelpress_compression.passes.quantize.weights import WeightStore, why_not_matrix, why_not_weight
 
 # Smaller tables are not worth two more nodes.
@@ -169,18 +170,17 @@ class DynamicRewriter:
         source = required(node, index)
         weight = self.store.array(source)
         directions, columns, rows = weight.shape
-        flat = weight.reshape(directions * columns, rows)
-        if not self.store.config.per_channel:
-            flat = weight.reshape(directions, columns * rows)
-        quantized = quantize_weight(flat, 0, self.store.config.weights)
+        per_channel = self.store.config.per_channel
+        slices = weight.reshape((-1, 1, rows) if per_channel else weight.shape)
+        quantized = self.store.quantize(slices, Summation((2,), 0))
         values = quantized.values.reshape(weight.shape).transpose(0, 2, 1)
-        scale = quantized.scale.reshape(directions, columns) if self.store.config.per_channel else quantized.scale
-        return source, QuantizedWeight(values, scale, quantized.zero_point, None)
+        scale = quantized.scale.reshape(directions, columns) if per_channel else quantized.scale
+        return source, replace(quantized, values=values, scale=scale, axis=None)
 
     def attention(self, node: onnx_ir.Node) -> None:
         source = required(node, 1)
         axis = 1 if self.store.config.per_channel else None
-        quantized = quantize_weight(self.store.array(source), axis, self.store.config.weights)
+        quantized = self.store.quantize(self.store.array(source), of_matrix(2, axis))
         weight = self.store.store(node, source, quantized)
         values, scale, zero_point = self._quantized(node)
         mask, past = input_of(node, 3), input_of(node, 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import numpy as np
@@ -48,11 +48,19 @@ def _rounded(linear: Linear, hessian: Matrix, weight: Numbers, scale: Numbers, l
     return linear.weight(gptq(weights, scales, lows, highs, hessian), weight.shape)
 
 
-def make_rounder(model: Model, config: QuantizeConfig, context: Context, findings: Findings) -> Rounder:
-    """The rounder that the configuration asks for, for the weights of `model` as it is now."""
-    if config.rounding != "gptq":
+def make_rounder(
+    model: Model, config: QuantizeConfig, context: Context, findings: Findings, only: Collection[str] | None = None
+) -> Rounder:
+    """The rounder that the configuration asks for, for the weights of `model` as it is now.
+
+    `rounding: auto` is GPTQ for 4 bits, where that gains much, and to the nearest for 8; static quantization, which
+    knows the error of each weight, decides layer by layer and names those in `only`.
+    """
+    wanted = config.rounding == "gptq" or (config.rounding == "auto" and (only or config.weights == "int4"))
+    if not wanted:
         return NearestRounder()
     if not context.data.provided:
-        findings.warnings.append(_NEEDS_DATA)
+        if config.rounding == "gptq":
+            findings.warnings.append(_NEEDS_DATA)
         return NearestRounder()
-    return GptqRounder(Hessians(model, context), findings.skip)
+    return GptqRounder(Hessians(model, context, only), findings.skip)

@@ -9,7 +9,7 @@ the same input the same way (query, key and value) have one H; a weight with sev
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,8 @@ class _Job:
 class Hessians:
     """Of the second inputs of a model's MatMul, Gemm and Conv nodes; the model may be changed once this is made."""
 
-    def __init__(self, model: Model, context: Context) -> None:
+    def __init__(self, model: Model, context: Context, only: Collection[str] | None = None) -> None:
+        """`only`: names of the weights that will be asked for; None: any."""
         self._context = context
         self._reasons: dict[int, str] = {}
         self._weights: dict[int, onnx_ir.Value] = {}  # keeps the ids from being reused
@@ -65,6 +66,8 @@ class Hessians:
         for node in model.graph:
             if is_op(node, "MatMul", "Gemm", "Conv") and constant_tensor(node.inputs[1]) is not None:
                 weight = node.inputs[1]
+                if only is not None and (weight is None or weight.name not in only):
+                    continue
                 self._weights[id(weight)] = weight  # type: ignore[assignment]  # it is constant, hence there
                 users.setdefault(id(weight), []).append(node)
         for key, nodes in users.items():

@@ -39,6 +39,7 @@ from modelpress_compression.runtime import run, session_of
 from modelpress_compression.techniques import QuantizeConfig
 
 MAX_SAMPLES = 8
+DISTANCE_SAMPLES = 32
 BUDGET_S = 20.0
 # Trials that would take longer than this on one sample are not made.
 LIMIT_S = 60.0
@@ -56,6 +57,23 @@ class Trial:
     name: str
     is_weight: bool = False
     parameters: ActivationParameters | None = None
+
+
+def output_distance(original: Model, changed: Model, context: Context) -> float:
+    """The error of a changed model's outputs, as above, on `DISTANCE_SAMPLES` samples."""
+    total, signal = 0.0, 0.0
+    with session_of(original, threads=2) as first, session_of(changed, threads=2) as second:
+        for feed in context.data.spread(DISTANCE_SAMPLES).feeds(batch_size=1):
+            context.check_time()
+            mask = counted_positions(feed)
+            before, after = (
+                {name: without_padding(array, mask) for name, array in run(session, feed).items()}
+                for session in (first, second)
+            )
+            floats = {name: array for name, array in before.items() if array.dtype.kind == "f"}
+            total += _squared_distance(floats, after)
+            signal += sum(float(np.square(_finite(array)).sum()) for array in floats.values())
+    return total / signal if signal else math.inf
 
 
 class ErrorProbe:
@@ -134,18 +152,18 @@ def open_probe(
 ) -> Iterator[ErrorProbe]:
     """A probe for the tensors and weights of a plan on `model`. Raises ModelNotRunnableError."""
     copy = model.clone()
-    switches = _Builder(copy, plan.on(copy.graph), config, rounder).build()
+    store = WeightStore(Editor(copy), config, rounder, context.target)
+    switches = _Builder(plan.on(copy.graph), store).build()
     with session_of(copy, threads=2) as session:
         yield ErrorProbe(session, switches, context)
 
 
 class _Builder:
-    """Puts the switches into a model that belongs to it."""
+    """Puts the switches into a model that belongs to it, that of the plan and the store."""
 
-    def __init__(self, model: Model, plan: Plan, config: QuantizeConfig, rounder: Rounder) -> None:
-        self._graph, self._plan, self._config = model.graph, plan, config
-        self._editor = Editor(model)
-        self._store = WeightStore(self._editor, config, rounder)
+    def __init__(self, plan: Plan, store: WeightStore) -> None:
+        self._graph, self._plan, self._store = plan.graph, plan, store
+        self._editor, config = store.editor, store.config
         kind = onnx_ir.DataType.UINT8 if config.activations == "uint8" else onnx_ir.DataType.INT8
         types = (onnx_ir.DataType.INT64, onnx_ir.DataType.FLOAT, kind)
         self._inputs = tuple(
@@ -170,7 +188,7 @@ class _Builder:
         for node, number in zip(self._plan.heavy, weights.values(), strict=True):
             self._switch_weight(node, number)
         self._graph.inputs.extend(self._inputs)
-        return _Switches((first, second, third), names, weights, ranges, self._config.activations)
+        return _Switches((first, second, third), names, weights, ranges, self._store.config.activations)
 
     def _extremes(self, value: onnx_ir.Value) -> tuple[str, str]:
         """Names of two outputs that hold the smallest and the largest value of a tensor."""

@@ -5,8 +5,8 @@ Three kinds of nodes take part:
 1. heavy: Conv, MatMul and Gemm with constant weights; what is gained is gained here.
 2. own range: light Convs (depthwise ones, stems), Add, Mul, Concat, pooling: computed in 8 bits where all they read is
    in 8 bits already and a quantized node reads what they write, so that no detour through float32 lies between two
-   heavy nodes. On their own they would lose: a depthwise Conv takes 1.4 times float32's time, yet less than the
-   detour.
+   heavy nodes. On their own they mostly lose: a depthwise Conv takes 1.4 times float32's time, yet less than the
+   detour. A small network, whose layers are all light or nearly so, can gain by a `wide` plan all the same.
 3. same range: MaxPool, Reshape, Transpose, ...: move values about; output and input share scale and zero point.
 
 A Relu or Clip that alone reads a node of 1 or 2 is absorbed: the range of its output, ending at the bounds, does its
@@ -48,6 +48,7 @@ class Plan:
 
     graph: onnx_ir.Graph
     nodes: list[onnx_ir.Node]
+    wide: bool
     tensors: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -58,7 +59,8 @@ class Plan:
     def on(self, graph: onnx_ir.Graph) -> Plan:
         """The same plan for a clone of the graph."""
         names = {node.outputs[0].name for node in self.heavy}
-        return make_plan(graph, [node for node in graph if node.op_type in HEAVY and node.outputs[0].name in names])
+        heavy = [node for node in graph if node.op_type in HEAVY and node.outputs[0].name in names]
+        return make_plan(graph, heavy, wide=self.wide)
 
     def observed(self) -> list[onnx_ir.Value]:
         """The values whose ranges calibration must find, each once."""
@@ -96,22 +98,31 @@ def _why_not_gemm(node: onnx_ir.Node) -> str | None:
     return None
 
 
-def make_plan(graph: onnx_ir.Graph, heavy: Iterable[onnx_ir.Node]) -> Plan:
-    """The plan for one graph with these heavy nodes, in one pass forward and one backward."""
+def make_plan(graph: onnx_ir.Graph, heavy: Iterable[onnx_ir.Node], *, wide: bool = False) -> Plan:
+    """The plan for one graph with these heavy nodes, in one pass forward and one backward.
+
+    `wide`: light Convs are in 8 bits wherever they stand, not only between others, and so are sums of tensors that are
+    in 8 bits, even where float32 goes on behind them: one tensor is dequantized then instead of two.
+    """
+
+    def waits(node: onnx_ir.Node) -> bool:
+        return not wide and is_light(node)
+
     selected = set(heavy)
     available: set[int] = set()  # ids of values that exist in 8 bits if the nodes so far are kept
     candidates: list[onnx_ir.Node] = []
     for node in graph:
-        if (node in selected and not (is_light(node) and id(node.inputs[0]) not in available)) or _is_glue(
+        if (node in selected and not (waits(node) and id(node.inputs[0]) not in available)) or _is_glue(
             node, available
         ):
             candidates.append(node)
             available.add(id(output_of(node)))
     kept: set[onnx_ir.Node] = set()
     for node in reversed(candidates):
-        if (node in selected and not is_light(node)) or any(user in kept for user in output_of(node).consumers()):
+        ends = wide and node.op_type == "Add"
+        if ends or (node in selected and not waits(node)) or any(user in kept for user in output_of(node).consumers()):
             kept.add(node)
-    plan = Plan(graph, [node for node in candidates if node in kept])
+    plan = Plan(graph, [node for node in candidates if node in kept], wide)
     _collect_tensors(plan, kept)
     return plan
 

@@ -16,10 +16,9 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.passes.quantize.affine import ActivationParameters, QuantizedWeight, quantize_weight
+from modelpress_compression.passes.quantize.affine import ActivationParameters, QuantizedWeight
 from modelpress_compression.passes.quantize.edit import (
     Editor,
-    attribute,
     constant_of,
     graph_of,
     input_of,
@@ -27,6 +26,7 @@ from modelpress_compression.passes.quantize.edit import (
     required,
 )
 from modelpress_compression.passes.quantize.plan import HEAVY, Plan, Tensor, activations_of
+from modelpress_compression.passes.quantize.products import Summation, of_node, output_axis
 from modelpress_compression.passes.quantize.weights import StoredWeight, WeightStore
 
 _INT32_ROOM = float(1 << 30)  # half of the accumulator for the bias
@@ -102,7 +102,7 @@ class QdqWriter:
             least = np.abs(bias.astype(np.float64)) / (np.float64(x.scale) * _INT32_ROOM)
         quantized = quantize_heavy(node, self.store, least)
         # The bias may have raised the scale, and then another user of the weight needs another copy.
-        key = (id(source), quantized.axis, quantized.scale.tobytes())
+        key = (id(source), _summation(node, self.store.array(source), self.store), quantized.scale.tobytes())
         if key not in self._weights:
             self._weights[key] = self.store.store(node, source, quantized)
         return self._weights[key]
@@ -135,16 +135,13 @@ def quantize_heavy(
 ) -> QuantizedWeight:
     """A heavy node's weight in 8 bits; `least_scale`: a lower bound, per output channel."""
     weight = store.array(required(node, 1))
-    axis = _channel_axis(node, weight.ndim) if store.config.per_channel else None
-    return quantize_weight(weight, axis, store.config.weights, least_scale, store.rounder.rounding(node))
+    return store.quantize(weight, _summation(node, weight, store), least_scale, store.rounder.rounding(node))
 
 
-def _channel_axis(node: onnx_ir.Node, rank: int) -> int | None:
-    if node.op_type == "Conv":
-        return 0
-    if node.op_type == "Gemm":
-        return 0 if attribute(node, "transB", 0) else 1
-    return 1 if rank == 2 else None
+def _summation(node: onnx_ir.Node, weight: NDArray[np.float32], store: WeightStore) -> Summation:
+    # A stack of matrices has one scale: DequantizeLinear takes one axis, and MatMul's kernels one of two axes.
+    per_channel = store.config.per_channel and (node.op_type == "Conv" or weight.ndim == 2)
+    return of_node(node, weight.shape, output_axis(node, weight.ndim) if per_channel else None)
 
 
 def guard_float_nodes(graph: onnx_ir.Graph, editor: Editor) -> int:

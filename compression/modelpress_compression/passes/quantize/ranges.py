@@ -23,6 +23,8 @@ AUTO = "auto"
 _START = "percentile"
 # Tensors that make up this share of the error, and at most so many, try other ranges.
 _WORST_SHARE, _MOST_TRIED = 0.9, 24
+# Below this share of the whole error, better rounding of weights is not worth its time.
+_LEAST_WEIGHT_SHARE = 0.2
 # Two ranges are the same when their scales and edges differ by less than this share of the scale's.
 _SAME = 0.01
 # A range in each run costs a pass over the tensor: it must take away so much of its error.
@@ -114,8 +116,27 @@ def refine(
         ranges.parameters[tensor.value.name or ""] = ranges.parameters[tensor.range_of.name or ""]
 
 
-def _worst(errors: Mapping[str, float]) -> list[str]:
-    names = sorted(errors, key=lambda name: -errors[name])[:_MOST_TRIED]
+def worst_weights(ranges: Ranges) -> list[str]:
+    """Names of the outputs of the heavy nodes whose weights make most of the weights' error; none where that is little
+    beside the tensors'."""
+    weights, tensors = sum(ranges.weight_errors.values()), sum(ranges.tensor_errors.values())
+    if not weights or weights < _LEAST_WEIGHT_SHARE * (weights + tensors):
+        return []
+    return _worst(ranges.weight_errors, len(ranges.weight_errors))
+
+
+def improve_weights(ranges: Ranges, names: Sequence[str], probe: ErrorProbe) -> set[str]:
+    """Takes the errors of a probe with other weights where they are smaller; returns where they are."""
+    errors = probe.errors([Trial(name, is_weight=True) for name in names])
+    better = {
+        name: error for name, error in zip(names, errors or (), strict=False) if error < ranges.weight_errors[name]
+    }
+    ranges.weight_errors.update(better)
+    return set(better)
+
+
+def _worst(errors: Mapping[str, float], most: int = _MOST_TRIED) -> list[str]:
+    names = sorted(errors, key=lambda name: -errors[name])[:most]
     left, chosen = _WORST_SHARE * sum(errors.values()), []
     for name in names:
         if left <= 0 or not errors[name]:

@@ -62,6 +62,12 @@ class RememberingRounder:
 
         return inner if inner is nearest else remembered
 
+    def only(self, nodes: Iterable[onnx_ir.Node]) -> RememberingRounder:
+        """The same, for the weights of these nodes alone."""
+        rounder = RememberingRounder(self._rounder, nodes)
+        rounder._roundings, rounder._levels = self._roundings, self._levels
+        return rounder
+
 
 class NearestRounder:
     """Every weight to the nearest level."""

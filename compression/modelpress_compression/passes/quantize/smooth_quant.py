@@ -34,6 +34,8 @@ ROWS = 256  # of an edge's activation, over all samples
 COLUMNS = 512  # of its weights: enough to tell strengths apart
 # Share of the error that must go: of what costs nothing, and of what costs a Mul.
 _LEAST_GAIN, _LEAST_GAIN_OF_MUL = 0.05, 0.2
+# A Mul costs a few products for each of its elements; products with fewer outputs would feel that.
+_LEAST_OUTPUTS_OF_MUL = 256
 # A channel that hardly spoke in these samples may speak in others: no scale goes further from the mean than this.
 _MOST = 8.0
 _SMALLEST = 1e-5  # of the largest: keeps logarithms finite
@@ -117,10 +119,13 @@ def _matrix(slot: Slot) -> Matrix:
 
 
 def _can_smooth(edge: Edge, plan: Plan) -> bool:
-    """Depthwise weights have a scale for each of their inputs already; a Mul would end a chain in 8 bits."""
+    """Depthwise weights have a scale for each of their inputs already; a Mul would end a chain in 8 bits, or cost more
+    than small products can pay."""
+    outputs = sum(_matrix(slot).shape[1] for slot in edge.weights)
     depthwise = any(slot.node.op_type == "Conv" and slot.axis == 0 for slot in edge.weights)
     tensor = plan.tensors.get(id(edge.value))
-    return not depthwise and (bool(edge.makers) or tensor is None or not tensor.all_consumers)
+    may_divide = outputs >= _LEAST_OUTPUTS_OF_MUL and (tensor is None or not tensor.all_consumers)
+    return not depthwise and (bool(edge.makers) or may_divide)
 
 
 def _normalized(scale: Scale) -> Scale:

@@ -25,23 +25,35 @@ import onnx_ir
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, is_excluded
 from modelpress_compression.passes.quantize import dynamic
+from modelpress_compression.passes.quantize.bias_correction import Shifts, correct, mean_shifts
 from modelpress_compression.passes.quantize.calibration import observe
+from modelpress_compression.passes.quantize.certificate import certified
 from modelpress_compression.passes.quantize.edit import Editor, clean, label, required
+from modelpress_compression.passes.quantize.equalize import equalize
 from modelpress_compression.passes.quantize.gptq_rounder import make_rounder
 from modelpress_compression.passes.quantize.observers import Histogram
-from modelpress_compression.passes.quantize.output_error import open_probe
+from modelpress_compression.passes.quantize.output_error import open_probe, output_distance
 from modelpress_compression.passes.quantize.plan import HEAVY, Plan, is_light, make_plan, why_not_static
 from modelpress_compression.passes.quantize.qdq import QdqWriter, guard_float_nodes
-from modelpress_compression.passes.quantize.ranges import Ranges, measure_errors, refine, start_ranges
+from modelpress_compression.passes.quantize.ranges import (
+    Ranges,
+    improve_weights,
+    measure_errors,
+    refine,
+    start_ranges,
+    worst_weights,
+)
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding import RememberingRounder, Rounder
 from modelpress_compression.passes.quantize.smooth_quant import smooth
 from modelpress_compression.passes.quantize.weights import WeightStore
+from modelpress_compression.recipe import Target
 from modelpress_compression.techniques import QuantizeConfig
 
 # A node that alone takes the outputs below this is a catastrophe, not a compression.
 FLOOR_DB = 15.0
-SMOOTHED = "smooth_quant"  # in the changes: activations whose outliers went into weights
+# Names in the changes, besides those of operators.
+SMOOTHED, EQUALIZED, CORRECTED, GPTQ = "smooth_quant", "equalize", "bias_correction", "gptq"
 # Shares of the pass's time until smoothing, calibration, sensitivity and better ranges are done.
 _SMOOTHED, _CALIBRATED, _MEASURED, _REFINED = 0.1, 0.45, 0.7, 0.9
 
@@ -59,29 +71,39 @@ class StaticQuantizer:
     ranges: Ranges
     findings: Findings
     rounder: Rounder
+    target: Target
     floats: frozenset[str] = field(default=frozenset())  # of `heavy`, what must stay float32
+    shifts: Shifts = field(default_factory=dict)  # of means, which biases take back
+    wide: bool = False  # see make_plan
 
     def result(self, floats: frozenset[str] = frozenset()) -> PassResult:
         """What the pass gives with the nodes of these outputs in float32."""
         written = Findings()
         work = self.quantize(floats, written)
-        if not any(written.changes.values()):
-            # Nothing came of it in 8 bits: then new scales are not worth a change.
-            return replace(self.findings.result(work), changes={})
-        return self.findings.plus(written).result(work)
+        result = self.findings.plus(written).result(work)
+        # Where nothing came of it in 8 bits, new scales are not worth a change.
+        return certified(result, self.target) if written.changes else replace(result, changes={})
 
     @property
     def plan(self) -> Plan:
         """The plan with every node that can be in 8 bits."""
         return self._plan(self.model, frozenset())
 
+    @property
+    def widest(self) -> Plan:
+        """The plan with light nodes too."""
+        return replace(self, wide=True).plan
+
     def quantize(self, floats: frozenset[str], findings: Findings) -> Model:
         """A model in which the nodes with these outputs, and those that must, stay float32."""
         work = self.model.clone()
         editor = Editor(work)
-        store = WeightStore(editor, self.config, self.rounder)
+        store = WeightStore(editor, self.config, self.rounder, self.target)
         plan = self._plan(work, floats)
+        self._explain_light(plan, floats, findings)
         planned = set(plan.nodes)
+        if count := correct(plan, self.shifts, editor):
+            findings.changes[CORRECTED] = count
         QdqWriter(editor, store).write(plan, self.ranges.parameters)
         guard_float_nodes(work.graph, editor)
         findings.changes.update(node.op_type for node in plan.nodes)
@@ -102,7 +124,16 @@ class StaticQuantizer:
             for node in model.graph
             if node.outputs and node.outputs[0].name in self.heavy - left and not self._is_dynamic(node)
         ]
-        return make_plan(model.graph, chosen)
+        return make_plan(model.graph, chosen, wide=self.wide)
+
+    def _explain_light(self, plan: Plan, floats: frozenset[str], findings: Findings) -> None:
+        planned, left = {node.outputs[0].name for node in plan.nodes}, self.floats | floats
+        for node in plan.graph:
+            if node.outputs and node.outputs[0].name in self.heavy - planned - left and is_light(node):
+                findings.skip(
+                    node,
+                    "it sums up few products (depthwise, or few channels) beside float32 nodes: 8 bits would be slower",
+                )
 
     def _is_dynamic(self, node: onnx_ir.Node) -> bool:
         return node.op_type != "Conv" and required(node, 0).name in self.ranges.dynamic and not dynamic.why_not(node)
@@ -112,20 +143,28 @@ def prepare(model: Model, config: QuantizeConfig, context: Context, findings: Fi
     """Works in place. Raises ModelNotRunnableError if the model does not run on the data, TimeLimitError."""
     editor = Editor(model)
     heavy = _choose(model, config, findings)
+    if config.equalize and (count := equalize(model, heavy, editor)):
+        findings.changes[EQUALIZED] = count
     if config.smooth_quant and context.data.provided and heavy:
         context.progress(0.0, "looking for outliers in activations")
-        if count := smooth(model, make_plan(model.graph, heavy), editor, context):
+        if count := smooth(model, make_plan(model.graph, heavy, wide=True), editor, context):
             findings.changes[SMOOTHED] = count
         clean(model)
     plan, histograms = _calibrate(model, context, heavy, findings)
-    _explain_light(heavy, plan, findings)
     ranges = start_ranges(plan, histograms, config)
     rounder = RememberingRounder(make_rounder(model, config, context, findings), plan.heavy)
     quantizer = StaticQuantizer(
-        model, config, frozenset(node.outputs[0].name or "" for node in plan.heavy), ranges, findings, rounder
+        model,
+        config,
+        frozenset(node.outputs[0].name or "" for node in plan.heavy),
+        ranges,
+        findings,
+        rounder,
+        context.target,
     )
     if plan.heavy:
         _measure(quantizer, plan, histograms, context)
+        _find_shifts(quantizer, context)
     context.progress(_REFINED, "writing 8-bit layers")
     return quantizer
 
@@ -165,7 +204,7 @@ def _calibrate(
     model: Model, context: Context, heavy: list[onnx_ir.Node], findings: Findings
 ) -> tuple[Plan, dict[str, Histogram]]:
     """The plan without nodes that touch values which are not finite, and the histograms of its tensors."""
-    plan = make_plan(model.graph, heavy)
+    plan = make_plan(model.graph, heavy, wide=True)
     if not plan.tensors:
         return plan, {}
     if not context.data.provided:
@@ -201,15 +240,7 @@ def _without(
             findings.skip(node, f"tensor {bad[0]!r} held {what} during calibration")
         else:
             sound.append(node)
-    return make_plan(model.graph, sound)
-
-
-def _explain_light(heavy: list[onnx_ir.Node], plan: Plan, findings: Findings) -> None:
-    planned = set(plan.nodes)
-    for node in heavy:
-        if is_light(node) and node not in planned:
-            reason = "it sums up few products (depthwise, or few channels) beside float32 nodes: 8 bits would be slower"
-            findings.skip(node, reason)
+    return make_plan(model.graph, sound, wide=True)
 
 
 def _measure(quantizer: StaticQuantizer, plan: Plan, histograms: Mapping[str, Histogram], context: Context) -> None:
@@ -219,7 +250,8 @@ def _measure(quantizer: StaticQuantizer, plan: Plan, histograms: Mapping[str, Hi
         return replace(context, progress=lambda share, _: context.progress(start + (stop - start) * share, message))
 
     config, ranges = quantizer.config, quantizer.ranges
-    with open_probe(quantizer.model, plan, config, quantizer.rounder, context) as probe:
+    rounder = quantizer.rounder
+    with open_probe(quantizer.model, plan, config, rounder, context) as probe:
         measuring = part(_CALIBRATED, _MEASURED, "measuring the sensitivity of each layer")
         if not measure_errors(ranges, plan, probe, lambda share: measuring.progress(share, "")):
             quantizer.findings.warnings.append(
@@ -228,9 +260,44 @@ def _measure(quantizer: StaticQuantizer, plan: Plan, histograms: Mapping[str, Hi
             return
         refining = part(_MEASURED, _REFINED, "trying other ranges")
         refine(ranges, plan, histograms, config, probe, lambda share: refining.progress(share, ""))
+    if config.rounding == "auto" and context.data.provided:
+        _round_better(quantizer, plan, context)
     _leave_sensitive(quantizer, plan)
     for node in plan.heavy:
         quantizer.findings.details.append({"layer": label(node), "error_db": decibels(ranges.error_at(node))})
+
+
+def _round_better(quantizer: StaticQuantizer, plan: Plan, context: Context) -> None:
+    """GPTQ for the weights that make most of the error, where weights matter at all; kept where it lessens theirs."""
+    names = worst_weights(quantizer.ranges)
+    chosen = [node for node in plan.heavy if node.outputs[0].name in names]
+    if not chosen:
+        return
+    context.progress(_REFINED, f"rounding the weights of {len(chosen)} layers by GPTQ")
+    weights = {required(node, 1).name or "" for node in chosen}
+    inner = make_rounder(quantizer.model, quantizer.config, context, quantizer.findings, weights)
+    rounder = RememberingRounder(inner, chosen)
+    with open_probe(quantizer.model, plan, quantizer.config, rounder, context) as probe:
+        better = improve_weights(quantizer.ranges, names, probe)
+    kept = [node for node in chosen if node.outputs[0].name in better]
+    if kept:
+        quantizer.rounder = rounder.only(kept)
+        quantizer.findings.changes[GPTQ] = len(kept)
+
+
+def _find_shifts(quantizer: StaticQuantizer, context: Context) -> None:
+    config = quantizer.config
+    if not config.bias_correction or not context.data.provided:
+        return
+    context.progress(_REFINED, "correcting biases")
+    plain = output_distance(quantizer.model, quantizer.quantize(frozenset(), Findings()), context)
+    quantizer.shifts = mean_shifts(
+        quantizer.model, quantizer.plan, quantizer.ranges.parameters, config, quantizer.rounder, context
+    )
+    corrected = output_distance(quantizer.model, quantizer.quantize(frozenset(), Findings()), context)
+    if corrected >= plain:
+        # Means of inner layers are right then, but errors that met before and cancelled out do not any more.
+        quantizer.shifts = {}
 
 
 def _leave_sensitive(quantizer: StaticQuantizer, plan: Plan) -> None:

@@ -21,15 +21,16 @@ so that products over few inputs take the third form. Each weight is stored once
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import onnx_ir
 
 from modelpress_compression.analysis.graph import is_op
 from modelpress_compression.model import Model
-from modelpress_compression.passes.base import Context, is_excluded
-from modelpress_compression.passes.quantize.edit import Editor, is_constant
+from modelpress_compression.passes.base import Context, PassResult, is_excluded
+from modelpress_compression.passes.quantize.edit import Editor, clean, is_constant
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.rounding import Rounder
+from modelpress_compression.passes.quantize.rounding import NearestRounder, Rounder
 from modelpress_compression.passes.quantize.weight_uses import uses_of
 from modelpress_compression.passes.quantize.weight_writer import WeightWriter
 from modelpress_compression.passes.quantize.weights import is_finite
@@ -37,11 +38,41 @@ from modelpress_compression.techniques import QuantizeConfig
 
 # Fewer weights than this are not worth the nodes and the scales.
 MIN_WEIGHT_ELEMENTS = 512
+_LEAST_GAIN = 0.05
+
+
+STORED = "stored_weights"  # in the changes: weights in fewer bits that run as float32 does
+
+
+def store_rest(result: PassResult, config: QuantizeConfig, context: Context) -> PassResult | None:
+    """The result with the weights that it left in float32 stored in 8 bits all the same, for size alone.
+
+    None where that would make the file smaller by less than a twentieth. Raises TimeLimitError.
+    """
+    left = sum(_storable_bytes(weight, config) for _, weight in _weights(result.model))
+    if left * 3 / 4 < _LEAST_GAIN * result.model.weight_bytes():
+        return None
+    work, findings = result.model.clone(), Findings()
+    writer = WeightWriter(Editor(work), replace(config, weights="int8"), NearestRounder(), folded=True)
+    _store(work, writer, config, context, findings)
+    clean(work)
+    changes = {**result.changes, STORED: sum(findings.changes.values())}
+    return replace(result, model=work, changes=changes)
 
 
 def store_weights(model: Model, config: QuantizeConfig, context: Context, rounder: Rounder, findings: Findings) -> None:
     """Rewrites every weight of the model's graphs in place. Raises TimeLimitError."""
     writer = WeightWriter(Editor(model), config, rounder)
+    stored = _store(model, writer, config, context, findings)
+    if config.weights == "int4" and writer.in_8_bits:
+        findings.warnings.append(
+            f"{writer.in_8_bits} of {stored} weights, those of short or odd rows (depthwise convolutions, stems), were "
+            f"stored in 8 bits instead of 4."
+        )
+
+
+def _store(model: Model, writer: WeightWriter, config: QuantizeConfig, context: Context, findings: Findings) -> int:
+    """How many weights were stored."""
     weights, stored = list(_weights(model)), 0
     for number, (graph, weight) in enumerate(weights):
         context.check_time()
@@ -55,11 +86,12 @@ def store_weights(model: Model, config: QuantizeConfig, context: Context, rounde
         stored += 1
         findings.changes.update(node.op_type for node in users)
         context.progress((number + 1) / len(weights), f"stored {number + 1} of {len(weights)} weights")
-    if config.weights == "int4" and writer.in_8_bits:
-        findings.warnings.append(
-            f"{writer.in_8_bits} of {stored} weights, those of short or odd rows (depthwise convolutions, stems), were "
-            f"stored in 8 bits instead of 4."
-        )
+    return stored
+
+
+def _storable_bytes(weight: onnx_ir.Value, config: QuantizeConfig) -> int:
+    tensor = onnx_ir.convenience.get_const_tensor(weight)
+    return tensor.nbytes if tensor is not None and uses_of(weight) and not _why_not(weight, config) else 0
 
 
 def _weights(model: Model) -> Iterator[tuple[onnx_ir.Graph, onnx_ir.Value]]:

@@ -37,19 +37,20 @@ _INT8_COMPUTE = 4  # accuracy_level
 
 @dataclass
 class WeightWriter:
-    """Puts weights into graphs that belong to the caller."""
+    """Puts weights into graphs that belong to the caller. `folded`: all in the form that runs as float32 does."""
 
     editor: Editor
     config: QuantizeConfig
     rounder: Rounder
+    folded: bool = False
     in_8_bits: int = 0  # weights so far that are not in 4 bits
 
     def store(self, graph: onnx_ir.Graph, weight: onnx_ir.Value) -> None:
         """One weight, for all who use it; its graph takes the new constants."""
         uses = list(weight.uses())
-        if all(is_blocked(*use) for use in uses):
+        if not self.folded and all(is_blocked(*use) for use in uses):
             self._products(graph, weight, [use.node for use in uses])
-        elif all(is_embedding(*use) for use in uses):
+        elif not self.folded and all(is_embedding(*use) for use in uses):
             self._embeddings(graph, weight, [use.node for use in uses])
         else:
             self._folded(graph, weight, next((use for use in uses if axes_of(*use) is not None), None))

@@ -1,9 +1,12 @@
 """`quantize: {scheme: auto}`: of none, dynamic and static, layer by layer, the fastest that keeps the answers.
 
 1. dynamic and static are built and judged: answers first, then latency against the float model (judge.py).
-2. Where static does not keep the answers, the layers that make the most error for the time that they take go back to
+2. Static is also tried with the layers that are too light to gain on their own in 8 bits, and with sums in 8 bits that
+   end a chain; small networks gain by them.
+3. Where static does not keep the answers, the layers that make the most error for the time that they take go back to
    float32, one after the other, until the rest does: a bisection over that order (mixed.py).
-3. The fastest that is surely faster than float32 is taken; candidates whose latencies cannot be told apart are a draw,
+4. Of what keeps the answers, weights that are still in float32 are stored in 8 bits too; they run as before.
+5. The fastest that is surely faster than float32 is taken; candidates whose latencies cannot be told apart are a draw,
    and the smallest of them wins (candidates.py). Without one the model stays as it is.
 """
 
@@ -16,7 +19,7 @@ from pathlib import Path
 from modelpress_compression.inputs import EvaluationData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip
-from modelpress_compression.passes.quantize import Quantize, prepare_static
+from modelpress_compression.passes.quantize import Quantize, prepare_static, store_rest
 from modelpress_compression.pipeline.auto.candidates import Candidate, fastest, pareto_set
 from modelpress_compression.pipeline.auto.judge import Judge
 from modelpress_compression.pipeline.auto.mixed import fewest_in_float, order_of
@@ -46,6 +49,7 @@ def choose_quantization(
     search = _Search(step, model, path, context, target, Judge(original, path, context, recipe, eval_data))
     search.dynamic()
     search.static()
+    search.smaller()
     search.measure_speed()
     return replace(search.outcome(), duration_s=time.monotonic() - began)
 
@@ -59,6 +63,7 @@ class _Search:
     target: Path
     judge: Judge
     candidates: list[Candidate] = field(default_factory=list)
+    results: list[PassResult] = field(default_factory=list)  # of the candidates
 
     def dynamic(self) -> None:
         self.context.progress(0.0, "trying dynamic quantization")
@@ -73,24 +78,37 @@ class _Search:
         quantizer = prepare_static(self.model, config, self._part(_DYNAMIC, _STATIC))
         if quantizer is None:
             return
-        whole = self._add("static", quantizer.result())
-        order = order_of(quantizer, self.context)
-        if not whole.reason or not whole.record.changes or not order or not self.context.data.provided:
+        tried = [self._add("static", quantizer.result())]
+        if len(quantizer.widest.nodes) > len(quantizer.plan.nodes):
+            tried.append(self._add("static", replace(quantizer, wide=True).result(), "light layers and sums too"))
+        if not all(item.reason and item.record.changes for item in tried) or not self.context.data.vouches:
             return
+        order = order_of(quantizer, self.context)
 
         def keeps(count: int) -> bool:
             self.context.check_time()
             self.context.progress(_STATIC, f"trying static quantization with {count} layers in float32")
-            return not self._add("static", quantizer.result(frozenset(order[:count])), count).reason
+            variant = f"{count} layer{'s' if count > 1 else ''} in float32"
+            return not self._add("static", quantizer.result(frozenset(order[:count])), variant).reason
 
         fewest_in_float(len(order), keeps)
 
+    def smaller(self) -> None:
+        """What keeps the answers, with the weights that it left in float32 stored in 8 bits too; and all weights stored
+        so, where a size was asked for."""
+        for candidate, result in list(zip(self.candidates, self.results, strict=True)):
+            stored = None if candidate.reason else store_rest(result, self.step.config, self.context)
+            if stored is not None:
+                variant = f"{candidate.variant}, all weights stored in 8 bits".removeprefix(", ")
+                self._add(candidate.scheme, stored, variant)
+        if self.judge.recipe.constraints.max_size_bytes is not None:
+            config = replace(self.step.config, scheme="weight_only")
+            self._add("weight_only", Quantize(config)(self.model, self._part(_MIXED, _MIXED)))
+
     def measure_speed(self) -> None:
-        for index, candidate in enumerate(self.candidates):
-            self.context.check_time()
-            share = _MIXED + (1 - _MIXED) * index / len(self.candidates)
-            self.context.progress(share, f"timing: {candidate.name}")
-            self.candidates[index] = self.judge.speed(candidate)
+        self.context.check_time()
+        self.context.progress(_MIXED, f"timing {len(self.candidates)} candidates")
+        self.candidates = self.judge.speed(self.candidates)
 
     def outcome(self) -> StepRecord:
         chosen = fastest(self.candidates)
@@ -106,12 +124,13 @@ class _Search:
         skips = tuple(Skip(candidate.name, candidate.reason) for candidate, _ in rows)
         return StepRecord(self.step, self.model, self.path, skipped=skips, candidates=table)
 
-    def _add(self, scheme: str, result: PassResult, floats: int = 0) -> Candidate:
+    def _add(self, scheme: str, result: PassResult, variant: str = "") -> Candidate:
         tried = Step(self.step.technique, replace(self.step.config, scheme=scheme))
-        folder = self.target.parent / f"{scheme}-{floats}" / self.target.name
+        folder = self.target.parent / f"candidate-{len(self.candidates)}" / self.target.name
         record = keep(StepRecord(tried, self.model, self.path), result, self.context, folder)
-        candidate = self.judge.answers(Candidate(scheme, record, file_size_bytes(record.path), floats))
+        candidate = self.judge.answers(Candidate(scheme, record, file_size_bytes(record.path), variant))
         self.candidates.append(candidate)
+        self.results.append(result)
         return candidate
 
     def _part(self, start: float, stop: float) -> Context:

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from modelpress_compression.measure.fidelity import Fidelity
-from modelpress_compression.measure.latency import LatencyRow
+from modelpress_compression.measure.latency import Speedup, Times, median_interval
 from modelpress_compression.pipeline.steps import StepRecord
+
+DRAW = 0.02
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """`reason`: why it was not taken, empty while it is in the race. `floats`: how many layers stay float32 for it."""
+    """`reason`: why it was not taken, empty while it is in the race. `variant`: in what it differs from its scheme."""
 
     scheme: str
     record: StepRecord
     size_bytes: int
-    floats: int = 0
+    variant: str = ""
     fidelity: Fidelity | None = None
-    latency: LatencyRow | None = None
+    speedup: Speedup | None = None
+    times_s: Times | None = None  # [rounds], those of all who ran in the same rounds
     drop: float | None = None
     reason: str = ""
 
     @property
     def name(self) -> str:
         """What the report calls it."""
-        kept = f", {self.floats} layers in float32" if self.floats > 1 else ", 1 layer in float32"
-        return f"quantize {self.scheme}{kept if self.floats else ''}"
+        return f"quantize {self.scheme}" + (f", {self.variant}" if self.variant else "")
 
     @property
     def cosine(self) -> float:
@@ -42,7 +46,7 @@ class Candidate:
         return {
             "name": self.name,
             "size_bytes": self.size_bytes,
-            "speedup": self.latency.to_dict()["speedup"] if self.latency else None,
+            "speedup": asdict(self.speedup) if self.speedup else None,
             "agreement": self.fidelity.agreement if self.fidelity else None,
             "expected_drop": self.fidelity.expected_drop if self.fidelity else None,
             "cosine": self.cosine if self.fidelity else None,
@@ -54,19 +58,22 @@ class Candidate:
 
 
 def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
-    """The one to take among those without a reason against them; draws in latency go to the smallest file."""
-    measured = [(item, item.latency) for item in candidates if not item.reason and item.latency is not None]
-    if not measured:
+    """The one to take among those without a reason against them; draws in latency go to the smallest file.
+
+    A draw is who is not surely slower than the fastest by more than `DRAW`, in the rounds that both ran.
+    """
+    racers = [(item, item.times_s) for item in candidates if not item.reason and item.times_s is not None]
+    if not racers:
         return None
-    best = max(latency.speedup.median for _, latency in measured)
-    draws = [item for item, latency in measured if latency.speedup.high >= best]
+    best = min((times_s for _, times_s in racers), key=lambda times_s: float(np.median(times_s)))
+    draws = [item for item, times_s in racers if median_interval((best / times_s).tolist()).high >= 1 - DRAW]
     return min(draws, key=lambda item: item.size_bytes)
 
 
 def pareto_set(candidates: Sequence[Candidate]) -> list[bool]:
     """Which of the measured candidates no other beats in size, speed and cosine at once."""
     figures = [
-        (-item.size_bytes, item.latency.speedup.median, item.cosine) if item.latency is not None else None
+        (-item.size_bytes, item.speedup.median, item.cosine) if item.speedup is not None else None
         for item in candidates
     ]
     return [

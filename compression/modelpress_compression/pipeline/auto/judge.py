@@ -12,15 +12,17 @@ What "keeps the answers" means, in this order:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from modelpress_compression.inputs import EvaluationData
+from modelpress_compression.inputs import EvaluationData, InputData
 from modelpress_compression.measure.accuracy import compare_accuracy
 from modelpress_compression.measure.fidelity import Fidelity, compare_outputs
-from modelpress_compression.measure.latency import LatencyRow, compare_latency
+from modelpress_compression.measure.latency import Speedup, Timings, time_interleaved
 from modelpress_compression.passes.base import Context
 from modelpress_compression.pipeline.auto.candidates import Candidate
+from modelpress_compression.pipeline.steps import file_size_bytes
 from modelpress_compression.recipe import Recipe
 
 # Of the task metric with labels, where `max_drop` is not set.
@@ -59,6 +61,8 @@ class Judge:
                 reason=f"its outputs differ too much from the original's (cosine {candidate.cosine:.4f}, at least "
                 f"{MIN_COSINE} is kept)",
             )
+        if candidate.size_bytes >= file_size_bytes(self.float_path):
+            return replace(candidate, reason="its file would not be smaller than in float32")
         if self.eval_data is None:
             return replace(candidate, reason=self._disagrees(fidelity))
         constraints = self.recipe.constraints
@@ -69,17 +73,38 @@ class Judge:
         )
         return replace(candidate, drop=accuracy.drop, reason=reason)
 
-    def speed(self, candidate: Candidate) -> Candidate:
-        """The candidate with its latency, and with the reason where it is not surely faster."""
+    def speed(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates with their speed, and with the reason where one is not surely faster.
+
+        Those in the race run in the same rounds, so that they can be told apart from each other; those that are out of
+        it run against the float model alone.
+        """
+        race = [item for item in candidates if not item.reason and item.record.changes]
+        timed = dict(zip(map(id, race), self._race(race), strict=True))
+        return [timed[id(item)] if id(item) in timed else self._out_of_race(item) for item in candidates]
+
+    def _race(self, race: Sequence[Candidate]) -> list[Candidate]:
+        if not race:
+            return []
+        timings = self._timed(race, LATENCY_ROUNDS, LATENCY_BUDGET_S * len(race))
+        speedups = [timings.speedup(0, place + 1) for place in range(len(race))]
+        if any(speedup.low < 1.0 <= speedup.high for speedup in speedups):
+            # More rounds make the intervals narrower.
+            timings = self._timed(race, MORE_ROUNDS, LATENCY_BUDGET_S * len(race))
+        return [
+            self._judged(replace(item, times_s=timings.times_s[place]), timings.speedup(0, place))
+            for place, item in enumerate(race, start=1)
+        ]
+
+    def _out_of_race(self, candidate: Candidate) -> Candidate:
         if not candidate.record.changes:
             return candidate
-        latency = self._timed(candidate, LATENCY_ROUNDS, OUT_BUDGET_S if candidate.reason else LATENCY_BUDGET_S)
-        if not candidate.reason and latency.speedup.low < 1.0 <= latency.speedup.high:
-            # More rounds make the interval narrower.
-            latency = self._timed(candidate, MORE_ROUNDS, LATENCY_BUDGET_S)
-        candidate, speedup = replace(candidate, latency=latency), latency.speedup
-        if candidate.reason:
-            return candidate
+        return replace(candidate, speedup=self._timed([candidate], LATENCY_ROUNDS, OUT_BUDGET_S).speedup(0, 1))
+
+    def _judged(self, candidate: Candidate, speedup: Speedup) -> Candidate:
+        candidate = replace(candidate, speedup=speedup)
+        if candidate.scheme == "static" and not self.context.data.vouches:
+            return replace(candidate, reason=_unproven(self.context.data, speedup.median))
         # Who asks for a size takes what is as small and not surely slower.
         least = speedup.high if self.recipe.constraints.max_size_bytes is not None else speedup.low
         if least < 1.0:
@@ -88,14 +113,12 @@ class Judge:
                 reason=f"not surely faster than in float32: {speedup.median:.2f} times its speed "
                 f"[{speedup.low:.2f}, {speedup.high:.2f}]",
             )
-        if candidate.scheme == "static" and not self.context.data.provided:
-            return replace(candidate, reason=_unproven(speedup.median))
         return candidate
 
-    def _timed(self, candidate: Candidate, rounds: int, budget_s: float) -> LatencyRow:
-        return compare_latency(
-            self.float_path,
-            candidate.record.path,
+    def _timed(self, candidates: Sequence[Candidate], rounds: int, budget_s: float) -> Timings:
+        """The float model first."""
+        return time_interleaved(
+            [self.float_path, *(item.record.path for item in candidates)],
             self.context.data,
             threads=self.recipe.benchmark.threads[0],
             batch_size=self.recipe.benchmark.batch_sizes[0],
@@ -111,7 +134,7 @@ class Judge:
                 return ""
             return f"agrees with the original on {fidelity.agreement:.2%} of the samples, less than {1 - allowed:.2%}"
         # The classes of noise say nothing.
-        drop = fidelity.expected_drop if self.context.data.provided else None
+        drop = fidelity.expected_drop if self.context.data.vouches else None
         if drop is None or drop <= MAX_EXPECTED_DROP:
             return ""
         return (
@@ -120,10 +143,11 @@ class Judge:
         )
 
 
-def _unproven(speedup: float) -> str:
+def _unproven(data: InputData, speedup: float) -> str:
     """Static ranges are fixed by the data. Synthetic inputs would agree with their own ranges even where real ones, ten
     times as loud or as dark, do not; so nothing measured on them can vouch for the model."""
+    source = "samples that are all the same" if data.provided else "synthetic inputs"
     return (
-        f"its ranges come from synthetic inputs, which cannot vouch for real ones; with representative inputs (--data) "
+        f"its ranges come from {source}, which cannot vouch for real ones; with representative inputs (--data) "
         f"it may be taken, and was {speedup:.2f} times as fast as float32 here"
     )

@@ -90,7 +90,7 @@ def sqnr() -> Callable[[Model, Model, Arrays], float]:
 
 @pytest.fixture
 def cnn(build: BuildModel, rng: np.random.Generator) -> Model:
-    """Conv-Relu, depthwise Conv-Clip, Conv, residual Add-Relu, pooling, Gemm: x [N,8,12,12] -> y [N,32]."""
+    """Conv-Relu, depthwise Conv-Clip, Conv, residual Add-Relu, pooling, Gemm: x [N,8,12,12] -> y [N,64]."""
     node = helper.make_node
     weights = {
         "w1": rng.normal(0, 0.2, (16, 8, 3, 3)),
@@ -99,8 +99,8 @@ def cnn(build: BuildModel, rng: np.random.Generator) -> Model:
         "b2": rng.normal(0, 0.1, 16),
         "w3": rng.normal(0, 0.1, (16, 16, 3, 3)),
         "b3": rng.normal(0, 0.1, 16),
-        "w4": rng.normal(0, 0.3, (32, 16)),
-        "b4": rng.normal(0, 0.1, 32),
+        "w4": rng.normal(0, 0.3, (64, 16)),
+        "b4": rng.normal(0, 0.1, 64),
     }
     constants = {"low": np.float32(0), "high": np.float32(6), "shape": np.asarray([0, -1], np.int64)}
     nodes = [
@@ -126,14 +126,14 @@ def images(rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
 
 @pytest.fixture
 def mlp(build: BuildModel, rng: np.random.Generator) -> Model:
-    """Two MatMuls with bias and a Gemm: x [N,T,32] -> y [N*T,8]."""
+    """Two MatMuls with bias and a Gemm: x [N,T,32] -> y [N*T,32]."""
     node = helper.make_node
     weights = {
         "w1": rng.normal(0, 0.2, (32, 64)).astype(np.float32),
         "b1": rng.normal(0, 0.2, 64).astype(np.float32),
         "w2": rng.normal(0, 0.2, (64, 32)).astype(np.float32),
-        "w3": rng.normal(0, 0.2, (32, 8)).astype(np.float32),
-        "b3": rng.normal(0, 0.2, 8).astype(np.float32),
+        "w3": rng.normal(0, 0.2, (32, 32)).astype(np.float32),
+        "b3": rng.normal(0, 0.2, 32).astype(np.float32),
         "rows": np.asarray([-1, 32], np.int64),
     }
     nodes = [

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from modelpress_compression.passes.quantize.observers import BINS, Histogram, entropy, minmax, percentile
+from modelpress_compression.passes.quantize.observers import (
+    BINS,
+    METHODS,
+    Histogram,
+    entropy,
+    minmax,
+    moving_average,
+    mse,
+    percentile,
+)
 
 FLOATS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
 CHUNKS = st.lists(hnp.arrays(np.float32, hnp.array_shapes(max_dims=3, max_side=6), elements=FLOATS), min_size=1)
@@ -90,3 +99,44 @@ def test_zeros_before_the_first_value_are_counted() -> None:
     histogram = histogram_of(np.zeros(5, np.float32), np.asarray([1.0], np.float32))
     assert histogram.counts[BINS // 2] == 5
     assert histogram.total == 6
+
+
+def test_moving_average_follows_the_samples() -> None:
+    """Extremes of each sample, the last one counting a tenth; a sample larger than a chunk counts once (rtol 1e-6)."""
+    samples = [np.asarray([-1.0, 2.0]), np.asarray([-3.0, 4.0]), np.asarray([0.0, 20.0])]
+    low, high = -1.0, 2.0
+    for sample in samples[1:]:
+        low, high = 0.9 * low + 0.1 * sample.min(), 0.9 * high + 0.1 * sample.max()
+    assert moving_average(histogram_of(*samples)) == pytest.approx((low, high), rel=1e-6)
+    large = np.linspace(-1, 1, (1 << 20) + 7, dtype=np.float32)
+    assert moving_average(histogram_of(large)) == pytest.approx((-1, 1))
+
+
+@pytest.mark.parametrize(("outliers", "clips"), [(0, False), (1, True)])
+def test_mse_is_the_best_of_the_ranges_it_tries(outliers: int, clips: bool) -> None:
+    """By the real error of 256 levels, no range between shares of the extremes is more than 5 % better; a lone value
+    far out is clipped, a uniform tensor is not."""
+    rng = np.random.default_rng(3)
+    values = np.concatenate([rng.uniform(-1, 2, 400_000), np.full(outliers, 4.0)]).astype(np.float32)
+
+    def error(low: float, high: float) -> float:
+        scale = (high - low) / 255
+        zero = np.rint(-low / scale)
+        levels = np.clip(np.rint(values / scale) + zero, 0, 255)
+        return float(np.square((levels - zero) * scale - values).sum())
+
+    found = mse(histogram_of(values))
+    tried = [
+        error(values.min() * a, values.max() * b) for a in np.linspace(0.1, 1, 19) for b in np.linspace(0.1, 1, 19)
+    ]
+    assert error(*found) <= 1.05 * min(tried)
+    assert (found.high < 0.9 * values.max()) == clips
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_takes_zeros_constants_and_nothing(method: str) -> None:
+    """An empty histogram, zeros alone and one constant give finite ranges that hold what was seen."""
+    for values in ([], [0.0, 0.0], [3.0, 3.0, 3.0], [-2.0]):
+        found = METHODS[method](histogram_of(np.asarray(values, np.float32)) if values else Histogram())
+        assert np.isfinite([found.low, found.high]).all()
+        assert not values or found.low <= max(values) + 1e-6

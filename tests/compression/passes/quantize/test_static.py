@@ -140,13 +140,13 @@ def test_values_that_are_not_finite_keep_a_node_float(  # type: ignore[no-untype
     ]
     model = build(nodes, weights, {"x": ["n", 8, 12, 12]}, outputs=["y", "z"])
     result = quantize(model, images, scheme="static")
-    assert result.changes == {"Conv": 1}
+    assert result.changes["Conv"] == 1
     assert any(skip.node == "broken" and "infinite or NaN" in skip.reason for skip in result.skipped)
 
 
 def test_ragged_samples_calibrate(mlp, quantize, sqnr, vectors) -> None:  # type: ignore[no-untyped-def]
     """Static quantization of products with a dynamic axis; 20 dB or more."""
-    result = quantize(mlp, vectors, scheme="static", smooth_quant=False)
+    result = quantize(mlp, vectors, scheme="static", smooth_quant=False, rounding="nearest")
     assert result.changes == {"MatMul": 2, "Gemm": 1}
     assert sqnr(mlp, result.model, vectors) > 20
 
@@ -169,7 +169,7 @@ def test_a_product_takes_its_range_at_run_time_where_that_is_more_exact(  # type
     build, quantize, rng, operators
 ) -> None:
     """A large element in one sample costs a fixed range its resolution in all: the product becomes dynamic."""
-    weight = rng.normal(0, 0.2, (32, 16)).astype(np.float32)
+    weight = rng.normal(0, 0.2, (32, 64)).astype(np.float32)
     weight[0] = 0
     model = build([helper.make_node("MatMul", ["x", "w"], ["y"], "product")], {"w": weight}, {"x": ["n", 4, 32]})
     values = rng.normal(0, 1, (16, 4, 32)).astype(np.float32)
@@ -190,5 +190,5 @@ def test_shared_weights_are_stored_once(build, images, quantize, rng) -> None:  
     ]
     model = build(nodes, {"w": weight}, {"x": ["n", 8, 12, 12]})
     result = quantize(model, images, scheme="static", smooth_quant=False)
-    assert result.changes == {"Conv": 2}
+    assert result.changes["Conv"] == 2
     assert sum(len(tensor.shape) == 4 for tensor in result.model.tensors()) == 1

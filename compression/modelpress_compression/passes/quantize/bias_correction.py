@@ -1,0 +1,118 @@
+"""Bias correction: rounding shifts the mean of a layer's outputs; the bias takes the shift back.
+
+    b' = b - E[ op(Q(x), Q(W)) - op(x, W) ]        per output channel, over the data
+
+Both sides read the float model's activations, so that each layer answers for its own error alone and one run over the
+data serves all (the empirical form of Nagel et al., arXiv:1906.04721, section 4.2, without its order of layers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir
+from numpy.typing import NDArray
+
+from modelpress_compression.analysis.graph import only_consumer
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.quantize.activations import Listener, stream
+from modelpress_compression.passes.quantize.edit import Editor, constant_of, graph_of, input_of, is_constant, label
+from modelpress_compression.passes.quantize.plan import Plan
+from modelpress_compression.passes.quantize.qdq import Parameters, QdqWriter
+from modelpress_compression.passes.quantize.rounding import Rounder
+from modelpress_compression.passes.quantize.weights import WeightStore
+from modelpress_compression.techniques import QuantizeConfig
+
+MAX_SAMPLES = 64
+
+Shifts = Mapping[str, NDArray[np.float64]]  # [channels], by the name of the heavy node's output
+
+
+def mean_shifts(
+    model: Model,
+    plan: Plan,
+    parameters: Parameters,
+    config: QuantizeConfig,
+    rounder: Rounder,
+    context: Context,
+    done: Listener | None = None,
+) -> Shifts:
+    """The mean error of each output channel of the plan's heavy nodes that have a bias, or can have one.
+
+    Raises ModelNotRunnableError, TimeLimitError.
+    """
+    copy = model.clone()
+    editor = Editor(copy)
+    writer = QdqWriter(editor, WeightStore(editor, config, rounder, context.target))
+    twins = {
+        node.outputs[0].name or "": (_add_twin(node, parameters, writer), _channel_axis(node))
+        for node in plan.on(copy.graph).heavy
+        if _can_shift(node)
+    }
+    sums = {name: (np.zeros(1), 0) for name in twins}
+    wanted = [*twins, *(value.name or "" for value, _ in twins.values())]
+    for tensors in stream(copy, wanted, context, MAX_SAMPLES, done) if twins else ():
+        for name, (twin, axis) in twins.items():
+            difference = tensors[twin.name or ""].astype(np.float64) - tensors[name].astype(np.float64)
+            rows = np.moveaxis(difference, axis, -1).reshape(-1, difference.shape[axis])
+            total, count = sums[name]
+            sums[name] = (total + rows.sum(axis=0), count + len(rows))
+    return {name: total / count for name, (total, count) in sums.items() if count and np.isfinite(total).all()}
+
+
+def correct(plan: Plan, shifts: Shifts, editor: Editor) -> int:
+    """Takes the shifts out of the biases of a float graph that is about to be quantized; returns of how many nodes."""
+    found = [(node, shifts[node.outputs[0].name or ""]) for node in plan.heavy if node.outputs[0].name in shifts]
+    for node, shift in found:
+        _subtract(node, shift, editor)
+    return len(found)
+
+
+def _add_twin(node: onnx_ir.Node, parameters: Parameters, writer: QdqWriter) -> onnx_ir.Value:
+    """The output of a copy of the node, before it in its graph, that reads input and weight in 8 bits."""
+    source = node.inputs[0]
+    if source is None:
+        raise ValueError(f"Node {label(node)!r} has no input.")
+    x = parameters[source.name or ""]
+    twin = writer.editor.make(node.op_type, [writer.pair(graph_of(node), source, x), *node.inputs[1:]], label(node))
+    twin.attributes.update(node.attributes)
+    graph_of(node).insert_before(node, twin)
+    writer.quantize_weights(twin, x)
+    return twin.outputs[0]
+
+
+def _channel_axis(node: onnx_ir.Node) -> int:
+    return 1 if node.op_type == "Conv" else -1
+
+
+def _added_bias(node: onnx_ir.Node) -> tuple[onnx_ir.Node, int] | None:
+    """The Add that alone reads a product and the index of the vector that it adds."""
+    add = only_consumer(node.outputs[0])
+    if add is None or add.op_type != "Add" or add.domain:
+        return None
+    index = 1 if add.inputs[0] is node.outputs[0] else 0
+    bias = constant_of(add.inputs[index]) if is_constant(add.inputs[index]) else None
+    return (add, index) if bias is not None and bias.ndim == 1 and bias.dtype == np.float32 else None
+
+
+def _can_shift(node: onnx_ir.Node) -> bool:
+    if node.op_type == "MatMul":
+        return _added_bias(node) is not None
+    bias = input_of(node, 2)
+    return bias is None or is_constant(bias)
+
+
+def _subtract(node: onnx_ir.Node, shift: NDArray[np.float64], editor: Editor) -> None:
+    user, index = node, 2
+    if node.op_type == "MatMul":
+        found = _added_bias(node)
+        if found is None:
+            return
+        user, index = found
+    old = constant_of(input_of(user, index))
+    bias = (-shift if old is None else old - shift).astype(np.float32)
+    value = editor.constant(graph_of(user), bias, f"{label(node)}_bias_corrected")
+    user.resize_inputs(max(index + 1, len(user.inputs)))
+    user.replace_input_with(index, value)

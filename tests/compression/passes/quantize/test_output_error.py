@@ -1,0 +1,117 @@
+"""Errors at the outputs, one tensor and one weight at a time, and what is done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from modelpress_compression.inputs import InputData
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import Context, PassResult
+from modelpress_compression.passes.quantize import prepare_static
+from modelpress_compression.passes.quantize.affine import activation_parameters
+from modelpress_compression.passes.quantize.bias_correction import mean_shifts
+from modelpress_compression.passes.quantize.edit import Editor, constant_of
+from modelpress_compression.passes.quantize.observers import Range
+from modelpress_compression.passes.quantize.output_error import Trial, open_probe, output_distance
+from modelpress_compression.passes.quantize.plan import make_plan
+from modelpress_compression.passes.quantize.qdq import quantize_heavy
+from modelpress_compression.passes.quantize.report import Findings
+from modelpress_compression.passes.quantize.rounding import NearestRounder
+from modelpress_compression.passes.quantize.static import StaticQuantizer, decibels
+from modelpress_compression.passes.quantize.weights import WeightStore
+from modelpress_compression.recipe import Target
+from modelpress_compression.techniques import QuantizeConfig
+from numpy.typing import NDArray
+
+Arrays = Mapping[str, NDArray[np.generic]]
+PLAIN = QuantizeConfig(
+    scheme="static", smooth_quant=False, bias_correction=False, rounding="nearest", calibration="minmax"
+)
+
+
+def prepared(
+    model: Model, arrays: Arrays, folder: Path, config: QuantizeConfig = PLAIN
+) -> tuple[StaticQuantizer, Context]:
+    context = Context(InputData(model.inputs, dict(arrays)), folder, target=Target(cpu="vnni"))
+    quantizer = prepare_static(model, config, context)
+    assert quantizer is not None
+    return quantizer, context
+
+
+def test_the_parts_add_up_to_the_whole(cnn: Model, images: Arrays, tmp_path: Path) -> None:
+    """The sum over tensors and weights is within 3 dB of what the quantized model really errs by."""
+    quantizer, context = prepared(cnn, images, tmp_path)
+    predicted = quantizer.ranges.error_of(quantizer.plan)
+    assert predicted is not None
+    measured = output_distance(cnn, quantizer.quantize(frozenset(), Findings()), context)
+    assert decibels(predicted) == pytest.approx(decibels(measured), abs=3.0)
+
+
+def test_a_trial_is_what_it_says(cnn: Model, images: Arrays, tmp_path: Path) -> None:
+    """A range that clips everything destroys the output; the tensor's own hardly hurts it; the range of each run, which
+    a product's input may have, is no worse than one that is ten times too wide; 0 trials take no run."""
+    quantizer, context = prepared(cnn, images, tmp_path)
+    with open_probe(cnn, quantizer.plan, PLAIN, NearestRounder(), context) as probe:
+        clipped = activation_parameters(Range(0.0, 1e-3), "uint8")
+        good = quantizer.ranges.parameters["r1"]
+        errors = probe.errors([Trial("r1", parameters=clipped), Trial("r1", parameters=good)])
+        assert errors is not None
+        assert errors[0] > 0.1
+        assert errors[1] < 1e-3
+        assert probe.errors([]) == []
+
+
+def test_the_probe_leaves_the_model_as_it_was(cnn: Model, images: Arrays, tmp_path: Path) -> None:
+    """Nodes, inputs and outputs are those of before."""
+    before = ([node.op_type for node in cnn.nodes()], cnn.inputs, cnn.outputs)
+    quantizer, context = prepared(cnn, images, tmp_path)
+    with open_probe(cnn, quantizer.plan, PLAIN, NearestRounder(), context):
+        pass
+    assert ([node.op_type for node in cnn.nodes()], cnn.inputs, cnn.outputs) == before
+
+
+def test_auto_ranges_are_no_worse_than_any_method(cnn: Model, images: Arrays, tmp_path: Path) -> None:
+    """The predicted error of calibration auto is at most that of each method alone, on the samples it was measured on;
+    2 % are left for ranges that count as the same."""
+    outlier = {"x": np.asarray(images["x"]).copy()}
+    outlier["x"][::7, 0, 0, 0] = 40.0
+    errors = {}
+    for method in ("auto", "minmax", "percentile", "entropy", "mse", "moving_average"):
+        quantizer, _ = prepared(cnn, outlier, tmp_path, replace(PLAIN, calibration=method))
+        errors[method] = quantizer.ranges.error_of(quantizer.plan)
+    best = errors.pop("auto")
+    assert best is not None
+    assert all(other is not None and best <= 1.02 * other for other in errors.values())
+
+
+def test_layers_and_their_errors_are_in_the_report(
+    cnn: Model, images: Arrays, quantize: Callable[..., PassResult]
+) -> None:
+    """Each layer in 8 bits has a row with its error in dB."""
+    rows = {row["layer"]: row["error_db"] for row in quantize(cnn, images, scheme="static").details if "layer" in row}
+    assert set(rows) == {"conv_1", "depthwise", "conv_3", "head"}
+    assert all(float(value) > 15 for value in rows.values())
+
+
+def test_shifts_are_those_of_the_means(mlp: Model, vectors: Arrays, tmp_path: Path) -> None:
+    """The shift of the first product is the mean of what its 8-bit form gives beyond itself, over samples and
+    positions, here computed by hand (atol 1e-4). The second has no bias of its own to take it back."""
+    plan = make_plan(mlp.graph, [node for node in mlp.graph if node.op_type == "MatMul"])
+    x = np.asarray(vectors["x"], np.float64).reshape(-1, 32)
+    parameters = {
+        name: activation_parameters(Range(*span), "uint8")
+        for name, span in {"x": (x.min(), x.max()), "t1": (-1.0, 1.0)}.items()
+    }
+    context = Context(InputData(mlp.inputs, dict(vectors)), tmp_path, target=Target(cpu="vnni"))
+    shifts = mean_shifts(mlp, plan, parameters, PLAIN, NearestRounder(), context)
+    assert set(shifts) == {"m1"}
+    node = next(node for node in mlp.graph if node.name == "fc1")
+    store = WeightStore(Editor(mlp.clone()), PLAIN, NearestRounder(), Target(cpu="vnni"))
+    rounded = quantize_heavy(node, store).dequantize()
+    read = parameters["x"].fake_quantize(x.astype(np.float32))
+    by_hand = (read @ rounded - x @ np.asarray(constant_of(node.inputs[1]), np.float64)).mean(axis=0)
+    np.testing.assert_allclose(shifts["m1"], by_hand, atol=1e-4)

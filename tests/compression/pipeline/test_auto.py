@@ -1,0 +1,195 @@
+"""The search for the fastest quantization that keeps the answers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from modelpress_compression import InputData, Model, Recipe, compress
+from modelpress_compression.measure.fidelity import Fidelity, OutputFidelity
+from modelpress_compression.measure.latency import Speedup
+from modelpress_compression.model import Provenance
+from modelpress_compression.passes.base import Context, PassResult
+from modelpress_compression.passes.quantize import store_rest
+from modelpress_compression.pipeline import auto
+from modelpress_compression.pipeline.auto.candidates import Candidate, fastest, pareto_set
+from modelpress_compression.pipeline.auto.mixed import fewest_in_float
+from modelpress_compression.pipeline.steps import StepRecord
+from modelpress_compression.recipe import Step
+from modelpress_compression.techniques import QuantizeConfig
+from onnx import TensorProto, helper, numpy_helper
+
+
+def candidate(name: str, size: int, time_s: float, cosine: float = 1.0, noise: float = 0.0) -> Candidate:
+    """A racer of so many seconds; its rounds differ by up to `noise` of them."""
+    times = time_s * (1 + noise * np.sin(np.arange(30)))
+    speed = Speedup(1 / time_s, 1 / time_s, 1 / time_s)
+    fidelity = Fidelity("provided", 8, {"y": OutputFidelity(cosine, 20.0, 0.1)}, None, cosine)
+    record = StepRecord(Step("quantize", QuantizeConfig()), None, Path())  # type: ignore[arg-type]
+    return Candidate(name, record, size, fidelity=fidelity, speedup=speed, times_s=times)
+
+
+def test_the_fastest_wins_and_draws_go_to_the_smallest() -> None:
+    """Who is not surely slower by 2 % draws with the fastest, and the smaller file is taken; who is, loses, however
+    small; one with a reason against it does not run."""
+    slow, small = candidate("a", 50, 0.9), candidate("b", 80, 0.51, noise=0.3)
+    quick = candidate("c", 100, 0.5)
+    assert fastest([slow, small, quick]) is small
+    assert fastest([slow, replace(small, reason="no"), quick]) is quick
+    assert fastest([candidate("d", 80, 0.52), quick]) is quick
+    assert fastest([replace(slow, reason="no")]) is None
+
+
+def test_the_pareto_set_holds_what_nothing_beats() -> None:
+    """A candidate is out where another is at least as small, fast and close, and better in one of them."""
+    best, close = candidate("a", 50, 0.5, 0.97), candidate("b", 60, 0.6, 0.999)
+    beaten = candidate("c", 60, 0.7, 0.96)
+    unmeasured = replace(beaten, speedup=None)
+    assert pareto_set([best, close, beaten, unmeasured]) == [True, True, False, False]
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_the_count_that_suffices_is_found_in_few_tries(layers: int, needed: int) -> None:
+    """At most a quarter more than the fewest, in a logarithmic number of tries; None where even all do not suffice."""
+    tried: list[int] = []
+
+    def keeps(count: int) -> bool:
+        tried.append(count)
+        return count >= needed
+
+    found = fewest_in_float(layers, keeps)
+    if needed > layers:
+        assert found is None
+    else:
+        assert found is not None
+        assert needed <= found <= max(needed + 1, needed * 4 / 3 + 1)
+    assert len(tried) <= 2 * layers.bit_length() + 2
+    assert len(set(tried)) == len(tried)
+
+
+@pytest.fixture
+def two_layers() -> Model:
+    """x [N,64,260] -> wide product -> classes; a narrow one beside it decides the class by inputs that one loud input,
+    which it does not read, drowns in 8 bits."""
+    rng = np.random.default_rng(3)
+    wide = rng.normal(0, 0.06, (260, 1024)).astype(np.float32)
+    back = rng.normal(0, 0.0003, (1024, 8)).astype(np.float32)
+    wide[256:] = 0
+    narrow = np.zeros((260, 8), np.float32)
+    narrow[:256] = rng.normal(0, 0.2, (256, 8))
+    node = helper.make_node
+    graph = helper.make_graph(
+        [
+            node("Slice", ["x", "start", "stop", "axis"], ["quiet"], "slice"),
+            node("MatMul", ["quiet", "wide"], ["h"], "wide"),
+            node("Relu", ["h"], ["r"], "relu"),
+            node("MatMul", ["r", "back"], ["b"], "back"),
+            node("MatMul", ["x", "narrow"], ["n"], "sensitive"),
+            node("Add", ["b", "n"], ["s"], "sum"),
+            node("MatMul", ["s", "head"], ["y"], "head"),
+        ],
+        "two",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64, 260])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [
+            numpy_helper.from_array(array, name)
+            for name, array in {
+                "wide": wide[:256], "back": back, "narrow": narrow, "head": np.eye(8, dtype=np.float32),
+                "start": np.asarray([0]), "stop": np.asarray([256]), "axis": np.asarray([2]),
+            }.items()
+        ],
+    )  # fmt: skip
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    proto = onnx.shape_inference.infer_shapes(proto)
+    return Model(onnx_ir.serde.deserialize_model(proto), Provenance("onnx", "0" * 64, 0))
+
+
+@pytest.fixture
+def loud(two_layers: Model) -> InputData:
+    values = np.random.default_rng(5).normal(0, 1, (24, 64, 260)).astype(np.float32)
+    values[:, :, 256:] = 400
+    return InputData.from_arrays({"x": values}, two_layers.inputs)
+
+
+def test_the_sensitive_layer_goes_back_to_float(two_layers: Model, loud: InputData) -> None:
+    """Neither scheme keeps the classes as asked; with one layer in float32, the one that loses them, static does, and
+    is taken."""
+    step = {"quantize": {"scheme": "auto", "smooth_quant": False}}
+    asked = Recipe.from_dict({"version": 1, "steps": [step], "constraints": {"max_drop": 0.003}})
+    result = compress(two_layers, asked, data=loud)
+    rows = {row["name"]: row for row in result.candidates}
+    assert "agrees with the original" in rows["quantize static"]["reason"]
+    assert rows["quantize dynamic"]["reason"]
+    (chosen,) = [row for row in rows.values() if row["chosen"]]
+    assert chosen["name"].startswith("quantize static, 1 layer in float32")
+    assert chosen["speedup"]["low"] >= 1.0
+    assert chosen["agreement"] >= 0.997
+    integers = {
+        node.name
+        for node in result.model.nodes()
+        if node.op_type == "MatMul" and node.inputs[1].producer() is not None  # type: ignore[union-attr]
+    }
+    assert {"wide", "back"} <= integers
+    assert "sensitive" not in integers
+
+
+def test_candidates_that_disagree_are_dropped(
+    digits: Model, samples: InputData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A candidate whose outputs moved too far is named with its cosine, and the float model stays."""
+
+    def ruined(model: Model) -> PassResult:
+        work = model.clone()
+        for value in work.graph.initializers.values():
+            if value.const_value is not None and value.const_value.dtype == onnx_ir.DataType.FLOAT:
+                value.const_value = onnx_ir.tensor(-value.const_value.numpy(), name=value.name)
+        return PassResult(work, {"ruined": 1})
+
+    monkeypatch.setattr(auto, "Quantize", lambda config: lambda model, context: ruined(model))
+    monkeypatch.setattr(auto, "prepare_static", lambda model, config, context: None)
+    recipe = Recipe.from_dict({"version": 1, "steps": [{"quantize": {"scheme": "auto"}}], "benchmark": {"rounds": 5}})
+    result = compress(digits, recipe, data=samples)
+    assert result.report["size_ratio"] == 1.0
+    assert [row["chosen"] for row in result.candidates] == [False]
+    assert "cosine" in result.candidates[0]["reason"]
+
+
+def test_without_data_no_layer_is_moved(digits: Model) -> None:
+    """Synthetic inputs vouch for no ranges: static is measured, said to be unproven, and not searched further."""
+    recipe = Recipe.from_dict({"version": 1, "steps": [{"quantize": {"scheme": "auto"}}], "benchmark": {"rounds": 5}})
+    result = compress(digits, recipe)
+    names = [row["name"] for row in result.candidates if "stored" not in row["name"]]
+    assert names == ["quantize dynamic", "quantize static", "quantize static, light layers and sums too"]
+    assert not any(row["chosen"] for row in result.candidates if "static" in row["name"])
+
+
+def test_samples_that_are_all_the_same_vouch_for_nothing(digits: Model, samples: InputData) -> None:
+    """Ranges of blank images would destroy every digit, though they agree with themselves: static is not taken, and the
+    report says why."""
+    blank = {name: np.zeros_like(array) for name, array in samples.arrays.items()}
+    recipe = Recipe.from_dict({"version": 1, "steps": [{"quantize": {"scheme": "auto"}}], "benchmark": {"rounds": 5}})
+    result = compress(digits, recipe, data=blank)
+    assert not any(row["chosen"] for row in result.candidates if "static" in row["name"])
+    assert any("All samples of the data are the same" in text for text in result.report["warnings"])
+
+
+def test_weights_left_in_float_are_stored_small(two_layers: Model, loud: InputData) -> None:
+    """What keeps the answers comes with all its weights in 8 bits too, and that file is smaller."""
+    excluded = {"quantize": {"scheme": "auto", "exclude": ["wide"]}}
+    result = compress(two_layers, Recipe.from_dict({"version": 1, "steps": [excluded]}), data=loud)
+    sizes = {row["name"]: row["size_bytes"] for row in result.candidates}
+    assert not any("all weights stored in 8 bits" in name for name in sizes)  # the recipe wants that one in float32
+    plain = {"quantize": {"scheme": "static", "exclude": ["wide"]}}
+    step = compress(two_layers, Recipe.from_dict({"version": 1, "steps": [plain]}), data=loud)
+    config = QuantizeConfig()
+    stored = store_rest(PassResult(step.model, {"MatMul": 2}), config, Context(loud, Path()))
+    assert stored is not None
+    assert stored.changes["stored_weights"] == 1
+    assert stored.model.weight_bytes() < 0.5 * step.model.weight_bytes()
+    assert store_rest(stored, config, Context(loud, Path())) is None
