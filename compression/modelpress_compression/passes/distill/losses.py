@@ -51,7 +51,9 @@ class ValueLoss:
     form: str = LOGITS
 
     def __call__(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
-        mine, theirs = student[self.name].float(), teacher[self.name].float()
+        # Judging must tell losses apart that lie below what float32 sums can tell.
+        precision = torch.float32 if torch.is_grad_enabled() else torch.float64
+        mine, theirs = student[self.name].to(precision), teacher[self.name].to(precision)
         if mask is not None and mine.dim() >= 3 and mine.shape[:2] == mask.shape:
             mine, theirs = mine[mask], theirs[mask]
         return self.distance(mine, theirs)

@@ -49,11 +49,11 @@ def wide_net(channel_model: Callable[..., Model]) -> Model:
 
 @pytest.fixture
 def quantized(wide_net: Model, images: Any, context_of: Callable[..., Context]) -> Quantized:
-    """The wide net in a form."""
+    """The wide net, or another model, in a form."""
 
-    def make(form: str) -> Model:
-        config = QuantizeConfig(**FORMS[form])
-        return Quantize(config)(wide_net, context_of(wide_net, {"x": images(64)})).model
+    def make(form: str, model: Model | None = None) -> Model:
+        model = wide_net if model is None else model
+        return Quantize(QuantizeConfig(**FORMS[form]))(model, context_of(model, {"x": images(64)})).model
 
     return make
 
@@ -87,12 +87,19 @@ def test_folding_gives_the_same_integers(form: str, quantized: Quantized, weight
 
 @pytest.mark.parametrize("form", FORMS)
 def test_training_improves_a_quantized_model(
-    form: str, wide_net: Model, quantized: Quantized, images: Any, distill: Callable[..., PassResult], weights_of: Any
+    form: str,
+    wide_net: Model,
+    quantized: Quantized,
+    perturbed: Callable[..., Model],
+    images: Any,
+    distill: Callable[..., PassResult],
+    weights_of: Any,
 ) -> None:
-    """Trained towards the original, the quantized model comes nearer to it; its nodes, types and scales stay."""
-    model = quantized(form)
+    """Trained towards the original, a disturbed and quantized model comes nearer to it: its loss falls to a fifth at
+    most, in the integers of the file; its nodes, types and scales stay."""
+    model = quantized(form, perturbed(wide_net, 0.2))
     result = distill(wide_net, model, {"x": images(256)}, epochs=8, batch_size=16, learning_rate=5e-4)
-    assert result.changes["loss_after"] < 0.8 * result.changes["loss_before"]
+    assert result.changes["loss_after"] < 0.2 * result.changes["loss_before"]
     assert result.changes["quantized_weights_trained"] >= 3
     assert [node.op_type for node in result.model.nodes()] == [node.op_type for node in model.nodes()]
     before, after = weights_of(model), weights_of(result.model)
