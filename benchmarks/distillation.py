@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -155,10 +155,14 @@ def recovery(bench: Bench, sparsity: float) -> None:
         bench.row("recovery", DISTILL, model, seconds + more, epochs=epochs)
     model, more = bench.distilled(repaired, epochs=bench.subject.epochs[-1], augment=bench.subject.augment)
     bench.row("recovery", AUGMENTED, model, seconds + more, epochs=bench.subject.epochs[-1])
-    blind, seconds = pruned(bench, bench.without_data(), sparsity=sparsity, criterion="l2")
-    bench.row("recovery", "nothing, without data", blind, seconds)
-    model, more = bench.distilled(blind, bench.without_data(), epochs=30, learning_rate=1e-3)
-    bench.row("recovery", DATA_FREE, model, seconds + more, epochs=30)
+
+
+def blind(bench: Bench, sparsity: float) -> None:
+    """The same without any data."""
+    cut, seconds = pruned(bench, bench.without_data(), sparsity=sparsity, criterion="l2")
+    bench.row("blind", f"{NONE}, without data", cut, seconds)
+    model, more = bench.distilled(cut, bench.without_data(), epochs=30, learning_rate=1e-3)
+    bench.row("blind", DATA_FREE, model, seconds + more, epochs=30)
 
 
 def criteria(bench: Bench, sparsity: float) -> None:
@@ -174,7 +178,7 @@ def criteria(bench: Bench, sparsity: float) -> None:
             bench.row("criteria", f"{criterion}, {scope}", trained, seconds, **more)
 
 
-def quantized(bench: Bench) -> None:
+def quantized(bench: Bench, _: float) -> None:
     """Post-training quantization, and the same model trained."""
     forms: Mapping[str, dict[str, Any]] = {
         "static int8": {"scheme": "static"},
@@ -195,8 +199,16 @@ def quantized(bench: Bench) -> None:
         bench.row("quantized", name, trained, seconds, trained=True)
 
 
-def measure(name: str, models: Path) -> None:
-    """All tables of one model, into the results."""
+PARTS: Mapping[str, Callable[[Bench, float], None]] = {
+    "recovery": recovery,
+    "blind": blind,
+    "quantized": quantized,
+    "criteria": criteria,
+}
+
+
+def measure(name: str, models: Path, parts: Sequence[str]) -> None:
+    """Tables of one model, into the results; other tables stay."""
     subject = SUBJECTS[name]
     original = load(models / subject.file)
     (spec,) = original.inputs
@@ -206,10 +218,12 @@ def measure(name: str, models: Path) -> None:
         bench = Bench(name, models, subject, original, Context(data, Path(folder), original=original))
         bench.row("original", "original", original, 0.0, samples=len(data))
         sparsity = 0.5 if name == "mnist" else half_of_macs(bench)
-        for part in (lambda: recovery(bench, sparsity), lambda: quantized(bench), lambda: criteria(bench, sparsity)):
-            part()
+        for part in parts:
+            PARTS[part](bench, sparsity)
             found = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
-            RESULTS.write_text(json.dumps({**found, name: bench.rows}, indent=1) + "\n", "utf-8")
+            new = {row["table"] for row in bench.rows}
+            rows = [*(row for row in found.get(name, ()) if row["table"] not in new), *bench.rows]
+            RESULTS.write_text(json.dumps({**found, name: rows}, indent=1) + "\n", "utf-8")
 
 
 def main() -> None:
@@ -218,11 +232,12 @@ def main() -> None:
     run = commands.add_parser("run", help="measure one model")
     run.add_argument("--models", type=Path, required=True)
     run.add_argument("--name", choices=sorted(SUBJECTS), required=True)
+    run.add_argument("--part", choices=sorted(PARTS), action="append", help="some tables only")
     commands.add_parser("render", help="write the page from the results")
     arguments = parser.parse_args()
     if arguments.command == "run":
         torch.set_num_threads(1)
-        measure(arguments.name, arguments.models)
+        measure(arguments.name, arguments.models, arguments.part or list(PARTS))
     else:
         from distillation_page import render_page
 

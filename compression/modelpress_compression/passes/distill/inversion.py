@@ -1,15 +1,18 @@
-"""Inputs for training where no data is given: made from the original model itself.
+"""Inputs for training where no data is given: made from the original model itself, by gradients to its inputs.
 
     normalization statistics   inputs are optimized until the mean and variance of each channel before every
-                               BatchNormalization are those that it stores from its training, and classes are told apart
-                               (DeepInversion, Yin et al., arXiv:1912.08795)
-    none in the graph          plausible random inputs (`analysis.synthetic`); exporters fold statistics away,
-                               which is the usual case
+                               BatchNormalization are those that it stores from its training (DeepInversion, Yin et al.,
+                               arXiv:1912.08795), and classes are told apart
+    class scores alone         exporters fold the statistics away: what is left to ask for are inputs that the model is
+                               sure of, one class after the other, and that are smooth
+    neither                    plausible random inputs (`analysis.synthetic`)
 
     loss = sum over layers of mean((m - m_l)^2 / v_l) + mean((v / v_l - 1)^2)
-           + 0.1 cross-entropy with classes drawn at random + 0.001 total variation
+           + a * cross-entropy with classes drawn at random + b * total variation
 
-Both are poor beside real inputs: what a model makes of them need not be what it is used for.
+All are poor beside real inputs: what a model makes of them need not be what it is used for. Of random ones that holds
+most: on two small classifiers pruned by half (top-1 .821 and .270), training on random inputs gave .719 and .216, on
+inputs optimized for classes .948 and .601.
 """
 
 from __future__ import annotations
@@ -35,11 +38,12 @@ from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.distill.augmentation.kinds import IMAGE, SIGNAL, input_kinds
 from modelpress_compression.passes.distill.losses import log_probabilities
 
-SAMPLES = 256
+SAMPLES = 512
 STEPS = 100
 BATCH_SIZE = 32
-_LEARNING_RATE = 0.05
-_CLASS_WEIGHT, _VARIATION_WEIGHT = 0.1, 1e-3
+_LEARNING_RATE = 0.1
+# a and b, where there are statistics, and where there are none.
+_WEIGHTS = {True: (0.1, 1e-3), False: (1.0, 1.0)}
 _SHARE_OF_TIME = 0.3  # at most, of what training has
 _EPSILON = 1e-5
 
@@ -64,12 +68,13 @@ def training_inputs(original: Model, context: Context, seed: int, stop_at: float
     data = synthetic_inputs(original, samples=SAMPLES, seed=seed)
     statistics = find_statistics(original)
     free = [kind.name for kind in input_kinds(original, data) if kind.kind in (IMAGE, SIGNAL)]
-    if not statistics or not free or data.whole_feeds:
-        how = "plausible random ones, since the graph holds no normalization statistics to make better ones from"
+    if not free or data.whole_feeds or not (statistics or _scores(original) is not None):
+        how = "plausible random ones, since the graph holds neither normalization statistics nor class scores"
     else:
         until = time.monotonic() + _SHARE_OF_TIME * (stop_at - time.monotonic())
         data = _optimized(original, data, statistics, free, context, seed, until)
-        how = f"optimized to meet the statistics of {len(statistics)} normalization layers"
+        met = f"meet the statistics of {len(statistics)} normalization layers" if statistics else "show each class"
+        how = f"optimized to {met}"
     return data, (
         f"No data was given: training ran on {len(data)} synthetic inputs ({how}), and its gain was measured on such "
         f"inputs alone. Give representative inputs with --data."
@@ -126,19 +131,20 @@ def _optimize(
     """Changes the free inputs of one batch in place."""
     variables = [inputs[name].requires_grad_() for name in free]
     optimizer = torch.optim.Adam(variables, lr=_LEARNING_RATE)
+    class_weight, variation_weight = _WEIGHTS[bool(statistics)]
     classes: Tensor | None = None
     for _ in range(STEPS):
         if time.monotonic() > until:
             return
         optimizer.zero_grad(set_to_none=True)
         values = {**inputs, **executor(inputs)}
-        loss = torch.stack([item.distance(values[item.value]) for item in statistics]).sum()
+        loss = torch.stack([item.distance(values[item.value]) for item in statistics] or [torch.zeros(())]).sum()
         if scores is not None:
             logs = log_probabilities(values[scores.name or ""], score_form(scores))
             if classes is None:
                 classes = torch.randint(logs.shape[-1], (len(logs),), generator=generator)
-            loss = loss + _CLASS_WEIGHT * F.nll_loss(logs, classes)
-        loss = loss + _VARIATION_WEIGHT * sum(_variation(variable) for variable in variables)
+            loss = loss + class_weight * F.nll_loss(logs, classes)
+        loss = loss + variation_weight * sum(_variation(variable) for variable in variables)
         if not bool(torch.isfinite(loss)):
             return
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotations there

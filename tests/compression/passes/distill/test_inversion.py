@@ -66,11 +66,22 @@ def test_inputs_meet_the_statistics(normalized_net: Model, tmp_path: Path, monke
     assert "optimized to meet the statistics of 1 normalization" in warning
 
 
-def test_without_statistics_inputs_are_plausible(
-    conv_net: Model, tmp_path: Path, perturbed: Callable[..., Model]
+def test_without_statistics_inputs_show_the_classes(
+    conv_net: Model, tmp_path: Path, outputs_of: Callable[[Model, Any], Any]
 ) -> None:
-    """A graph without normalization is trained on random inputs; the report says so, and the model comes nearer to the
-    original on such inputs."""
+    """A classifier without normalization gets inputs of all its classes, where random ones show few of them."""
+    data, warning = training_inputs(conv_net, without_data(conv_net, tmp_path, conv_net), 0, float("inf"))
+    shown = np.bincount(outputs_of(conv_net, data.arrays["x"]).argmax(1), minlength=4) / len(data)
+    assert shown.min() > 0.1
+    assert "optimized to show each class" in warning
+
+
+def test_without_classes_inputs_are_plausible(conv_net: Model, tmp_path: Path, perturbed: Callable[..., Model]) -> None:
+    """A graph that tells nothing of its data is trained on random inputs; the report says so, and the model comes
+    nearer to the original on such inputs."""
+    conv_net = conv_net.clone()
+    for value in list(conv_net.graph.outputs):
+        value.name = "embedding"
     context = without_data(conv_net, tmp_path, conv_net)
     result = Distill(DistillConfig(epochs=3))(perturbed(conv_net), context)
     assert any("No data was given" in warning and "plausible random" in warning for warning in result.warnings)
