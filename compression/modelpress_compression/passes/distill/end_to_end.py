@@ -13,7 +13,7 @@ from modelpress_compression.passes.distill.lesson import Lesson
 from modelpress_compression.passes.distill.losses import ValueLoss, relative_mse
 from modelpress_compression.passes.distill.matching import agreeing, common_values, spread
 from modelpress_compression.passes.distill.teacher import Teacher
-from modelpress_compression.passes.distill.training import Trainer
+from modelpress_compression.passes.distill.training import PERFECT, Trainer
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ def teach(lesson: Lesson) -> Taught:
         "best_epoch": trained.best_epoch,
     }
     weights = len(executor.parameters_by_name)
+    if trained.first_loss <= PERFECT:
+        trained.warnings.append("The model answers as the original does already: there was nothing to learn.")
     return Taught(student, weights, trained.improved, changes, details, tuple(trained.warnings))
 
 

@@ -25,7 +25,7 @@ from modelpress_compression.techniques import DistillConfig
 
 MOMENTUM = 0.9
 MAX_GRADIENT_NORM = 1.0
-_PERFECT = 1e-12  # a loss that nothing is left to learn from
+PERFECT = 1e-12  # a loss that nothing is left to learn from
 
 # A batch's inputs, changed at random, and whether its labels still hold.
 Augment = Callable[[Feeds], tuple[Feeds, bool]]
@@ -87,8 +87,8 @@ class Trainer:
         parameters = self.executor.parameters_by_name
         first = self.judge()
         trained, best = Trained(first, first), _state(parameters)
-        if first <= _PERFECT or not math.isfinite(first):
-            if first > _PERFECT or math.isnan(first):
+        if first <= PERFECT or not math.isfinite(first):
+            if first > PERFECT or math.isnan(first):
                 trained.warnings.append("The model's answers are not finite on the samples held out; nothing trained.")
             return trained
         optimizer, schedule = self._optimizer()
