@@ -119,7 +119,7 @@ def candidates(rows: Sequence[Mapping[str, Any]]) -> str:
         if row.get("chosen"):
             name += " " + tag("b", "chosen", class_="chosen")
         elif row.get("pareto"):
-            name += " " + tag("small", "smallest, fastest or closest of its kind")
+            name += " " + tag("small", "on the Pareto front")
         if row.get("reason"):
             name += tag("p", escape(row["reason"]), class_="quiet")
         cosine, drop = row.get("cosine"), row.get("drop")

@@ -19,6 +19,7 @@ from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.quantize import store_rest
 from modelpress_compression.pipeline import auto
 from modelpress_compression.pipeline.auto.candidates import Candidate, fastest, pareto_set
+from modelpress_compression.pipeline.auto.heads import unvouched_heads
 from modelpress_compression.pipeline.auto.mixed import fewest_in_float
 from modelpress_compression.pipeline.steps import StepRecord
 from modelpress_compression.recipe import Step
@@ -193,3 +194,44 @@ def test_weights_left_in_float_are_stored_small(two_layers: Model, loud: InputDa
     assert stored.changes["stored_weights"] == 1
     assert stored.model.weight_bytes() < 0.5 * step.model.weight_bytes()
     assert store_rest(stored, config, Context(loud, Path())) is None
+
+
+@pytest.fixture
+def reader(two_layers: Model) -> Model:
+    """The same with a head of 300 classes behind it, a bias and a softmax."""
+    rng = np.random.default_rng(9)
+    work = two_layers.clone()
+    (old,) = work.graph.outputs
+    values = {
+        name: onnx_ir.Value(name=name, const_value=onnx_ir.tensor(array.astype(np.float32), name=name))
+        for name, array in {"classes": rng.normal(0, 1, (8, 300)), "bias": rng.normal(0, 1, 300)}.items()
+    }
+    for value in values.values():
+        work.graph.register_initializer(value)
+    scores = onnx_ir.node("MatMul", [old, values["classes"]], name="head_300")
+    shifted = onnx_ir.node("Add", [values["bias"], scores.outputs[0]])
+    soft = onnx_ir.node("Softmax", [shifted.outputs[0]])
+    for name, made in (("scores", scores), ("shifted", shifted), ("p", soft)):
+        made.outputs[0].name = name
+        made.outputs[0].type = onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
+    work.graph.extend([scores, shifted, soft])
+    work.graph.outputs[0] = soft.outputs[0]
+    return work
+
+
+def test_heads_of_more_classes_than_samples_are_found(reader: Model, two_layers: Model) -> None:
+    """Behind bias and softmax; with as many samples as classes there is none; eight classes are few."""
+    assert unvouched_heads(reader, 299) == {"head_300": 300}
+    assert unvouched_heads(reader, 300) == {}
+    assert unvouched_heads(two_layers, 24) == {}
+
+
+def test_such_a_head_stays_in_float(reader: Model, loud: InputData) -> None:
+    """No candidate has it in 8 bits, and the report says why; with labels, the metric judges instead."""
+    recipe = Recipe.from_dict({"version": 1, "steps": [{"quantize": {"scheme": "auto"}}], "benchmark": {"rounds": 5}})
+    result = compress(reader, recipe, data=loud)
+    skipped = {skip["node"]: skip["reason"] for skip in result.report["steps"][0]["skipped"]}
+    assert skipped["head_300"] == "24 samples cannot vouch for the weights of its 300 classes"
+    (head,) = [node for node in result.model.nodes() if node.name == "head_300"]
+    assert head.op_type == "MatMul"
+    assert head.inputs[0].producer().op_type != "DequantizeLinear"  # type: ignore[union-attr]

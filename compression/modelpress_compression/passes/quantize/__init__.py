@@ -21,8 +21,9 @@ from modelpress_compression.passes.quantize.edit import Editor, clean
 from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.float16 import store_in_float16
 from modelpress_compression.passes.quantize.gptq_rounder import make_rounder
+from modelpress_compression.passes.quantize.preparation import prepare
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.static import StaticQuantizer, prepare, quantize_nodes
+from modelpress_compression.passes.quantize.static import StaticQuantizer, quantize_nodes
 from modelpress_compression.passes.quantize.weight_only import store_rest, store_weights
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.techniques import QuantizeConfig

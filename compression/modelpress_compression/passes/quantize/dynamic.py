@@ -32,6 +32,7 @@ from modelpress_compression.passes.quantize.edit import (
     label,
     required,
 )
+from modelpress_compression.passes.quantize.plan import is_light
 from modelpress_compression.passes.quantize.products import Summation, of_matrix
 from modelpress_compression.passes.quantize.weights import WeightStore, why_not_matrix, why_not_weight
 
@@ -59,7 +60,8 @@ _LSTM_ATTRIBUTES = (
 def why_not(node: onnx_ir.Node) -> str | None:
     """Why a node of `REWRITES` stays as it is; None: it can be rewritten."""
     if node.op_type in ("MatMul", "Gemm"):
-        return why_not_matrix(node)
+        few = "it has too few weights to pay for quantizing its input" if is_light(node) else None
+        return why_not_matrix(node) or few
     if node.op_type == "LSTM":
         if attribute(node, "layout", 0):
             return "its layout is batch first"

@@ -1,12 +1,13 @@
 """`quantize: {scheme: auto}`: of none, dynamic and static, layer by layer, the fastest that keeps the answers.
 
-1. dynamic and static are built and judged: answers first, then latency against the float model (judge.py).
-2. Static is also tried with the layers that are too light to gain on their own in 8 bits, and with sums in 8 bits that
+1. Heads of more classes than there are samples stay in float32, unless labels judge (heads.py).
+2. dynamic and static are built and judged: answers first, then latency against the float model (judge.py).
+3. Static is also tried with the layers that are too light to gain on their own in 8 bits, and with sums in 8 bits that
    end a chain; small networks gain by them.
-3. Where static does not keep the answers, the layers that make the most error for the time that they take go back to
+4. Where static does not keep the answers, the layers that make the most error for the time that they take go back to
    float32, one after the other, until the rest does: a bisection over that order (mixed.py).
-4. Of what keeps the answers, weights that are still in float32 are stored in 8 bits too; they run as before.
-5. The fastest that is surely faster than float32 is taken; candidates whose latencies cannot be told apart are a draw,
+5. Of what keeps the answers, weights that are still in float32 are stored in 8 bits too; they run as before.
+6. The fastest that is surely faster than float32 is taken; candidates whose latencies cannot be told apart are a draw,
    and the smallest of them wins (candidates.py). Without one the model stays as it is.
 """
 
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from glob import escape
 from pathlib import Path
 
 from modelpress_compression.inputs import EvaluationData
@@ -21,10 +24,12 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip
 from modelpress_compression.passes.quantize import Quantize, prepare_static, store_rest
 from modelpress_compression.pipeline.auto.candidates import Candidate, fastest, pareto_set
+from modelpress_compression.pipeline.auto.heads import unvouched_heads
 from modelpress_compression.pipeline.auto.judge import Judge
 from modelpress_compression.pipeline.auto.mixed import fewest_in_float, order_of
 from modelpress_compression.pipeline.steps import StepRecord, file_size_bytes, keep, scaled
 from modelpress_compression.recipe import Recipe, Step
+from modelpress_compression.techniques import QuantizeConfig
 
 # Shares of the step's time until dynamic and static are built, and until the mixed ones are judged.
 _DYNAMIC, _STATIC, _MIXED = 0.15, 0.6, 0.85
@@ -65,17 +70,27 @@ class _Search:
     candidates: list[Candidate] = field(default_factory=list)
     results: list[PassResult] = field(default_factory=list)  # of the candidates
 
+    @cached_property
+    def heads(self) -> dict[str, int]:
+        """Class heads that stay in float32; labels vouch for all of them."""
+        if self.judge.eval_data is not None:
+            return {}
+        return unvouched_heads(self.model, len(self.context.data))
+
+    def _config(self, scheme: str) -> QuantizeConfig:
+        config: QuantizeConfig = self.step.config
+        kept = tuple(escape(name) for name in self.heads)
+        return replace(config, scheme=scheme, exclude=(*config.exclude, *kept))
+
     def dynamic(self) -> None:
         self.context.progress(0.0, "trying dynamic quantization")
         self.context.check_time()
-        result = Quantize(replace(self.step.config, scheme="dynamic"))(self.model, self._part(0.0, _DYNAMIC))
-        self._add("dynamic", result)
+        self._add("dynamic", Quantize(self._config("dynamic"))(self.model, self._part(0.0, _DYNAMIC)))
 
     def static(self) -> None:
         """Static quantization of all layers, and of fewer where that does not keep the answers."""
         self.context.progress(_DYNAMIC, "trying static quantization")
-        config = replace(self.step.config, scheme="static")
-        quantizer = prepare_static(self.model, config, self._part(_DYNAMIC, _STATIC))
+        quantizer = prepare_static(self.model, self._config("static"), self._part(_DYNAMIC, _STATIC))
         if quantizer is None:
             return
         tried = [self._add("static", quantizer.result())]
@@ -127,11 +142,18 @@ class _Search:
     def _add(self, scheme: str, result: PassResult, variant: str = "") -> Candidate:
         tried = Step(self.step.technique, replace(self.step.config, scheme=scheme))
         folder = self.target.parent / f"candidate-{len(self.candidates)}" / self.target.name
+        result = replace(result, skipped=tuple(self._explained(skip) for skip in result.skipped))
         record = keep(StepRecord(tried, self.model, self.path), result, self.context, folder)
         candidate = self.judge.answers(Candidate(scheme, record, file_size_bytes(record.path), variant))
         self.candidates.append(candidate)
         self.results.append(result)
         return candidate
+
+    def _explained(self, skip: Skip) -> Skip:
+        if skip.node not in self.heads:
+            return skip
+        classes, samples = self.heads[skip.node], len(self.context.data)
+        return Skip(skip.node, f"{samples} samples cannot vouch for the weights of its {classes} classes")
 
     def _part(self, start: float, stop: float) -> Context:
         return replace(self.context, progress=scaled(self.context.progress, start, stop))

@@ -18,10 +18,11 @@ from modelpress_compression.passes.quantize.edit import Editor, constant_of
 from modelpress_compression.passes.quantize.observers import Range
 from modelpress_compression.passes.quantize.output_error import Trial, open_probe, output_distance
 from modelpress_compression.passes.quantize.plan import make_plan
+from modelpress_compression.passes.quantize.preparation import decibels
 from modelpress_compression.passes.quantize.qdq import quantize_heavy
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding import NearestRounder
-from modelpress_compression.passes.quantize.static import StaticQuantizer, decibels
+from modelpress_compression.passes.quantize.static import StaticQuantizer
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.recipe import Target
 from modelpress_compression.techniques import QuantizeConfig

@@ -1,0 +1,50 @@
+"""Class heads that the data cannot vouch for: the last layers of classifiers with more classes than there are samples.
+
+Every class has weights of its own there. An error in those of a class that no sample shows moves no figure that is
+measured without labels, and is a bias for or against that class all the same: with its head of 6,625 classes in 8 bits
+a text reader kept 32 dB, and read 1.7 points fewer words. Such heads compute in float32; they can be stored in 8 bits.
+"""
+
+from __future__ import annotations
+
+import onnx_ir
+
+from modelpress_compression.analysis.graph import constant_tensor, int_attribute, is_op
+from modelpress_compression.model import Model
+
+# Behind these the last axis still holds the classes.
+_TRANSPARENT = (
+    "Add", "Softmax", "LogSoftmax", "Sigmoid", "Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze",
+)  # fmt: skip
+_MAX_HOPS = 24
+
+
+def unvouched_heads(model: Model, samples: int) -> dict[str, int]:
+    """Names of the heads, and how many classes each has; nodes without a name are not among them."""
+    found = {}
+    for output in model.graph.outputs:
+        head = _head(output)
+        classes = _classes(head) if head is not None else 0
+        if head is not None and head.name and classes > samples:
+            found[head.name] = classes
+    return found
+
+
+def _head(value: onnx_ir.Value | None) -> onnx_ir.Node | None:
+    for _ in range(_MAX_HOPS):
+        node = value.producer() if value is not None else None
+        if node is None or is_op(node, "MatMul", "Gemm"):
+            return node
+        if not is_op(node, *_TRANSPARENT):
+            return None
+        # A bias may stand on either side of an Add; the computed side is the one that matters.
+        value = next((item for item in node.inputs if item is not None and constant_tensor(item) is None), None)
+    return None
+
+
+def _classes(node: onnx_ir.Node) -> int:
+    weight = constant_tensor(node.inputs[1])
+    if weight is None or len(weight.shape) != 2:
+        return 0
+    transposed = is_op(node, "Gemm") and int_attribute(node, "transB", 0)
+    return int(weight.shape.numpy()[0 if transposed else 1])
