@@ -20,7 +20,7 @@ from modelpress_client.cli.app import cli
 from modelpress_compression.recipe import presets
 from modelpress_protos.recipe import OptionInfo, techniques
 from modelpress_protos.recipe_schema import message_type, option_info
-from modelpress_protos.v1.recipe_pb2 import Recipe
+from modelpress_protos.v1.recipe_pb2 import Augmentation, Recipe
 from modelpress_server.config import GIB, KIB, MIB, Settings
 
 FOLDER = Path(__file__).resolve().parent
@@ -66,6 +66,13 @@ def section_reference(name: str) -> str:
     """The options of one of the recipe's other sections."""
     message = message_type(Recipe.DESCRIPTOR.fields_by_name[name])
     return options_table(option_info(field) for field in message.fields)
+
+
+def augmentations_reference() -> str:
+    """One row a change that `distill.augment` can name."""
+    infos = map(option_info, Augmentation.DESCRIPTOR.fields)
+    rows = ((code(info.name), code(info.default_value), code(info.range), info.description) for info in infos)
+    return table(("augmentation", "default", "allowed", "what it does"), rows)
 
 
 def presets_reference() -> str:
@@ -137,6 +144,7 @@ def client_options_reference(name: str) -> str:
 
 REFERENCES: dict[str, Callable[[], str]] = {
     "techniques": techniques_reference,
+    "augmentations": augmentations_reference,
     "target": lambda: section_reference("target"),
     "constraints": lambda: section_reference("constraints"),
     "benchmark": lambda: section_reference("benchmark"),

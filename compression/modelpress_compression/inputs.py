@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,11 +36,13 @@ class InputData:
 
     `arrays[name]`: first axis = samples, already of the model's element type or cast on the way out.
     `provided`: given by the user; False: synthetic.
+    `labels[i]` belongs to sample i, where the user gave some: a class index, or an array of the output's sample shape.
     """
 
     specs: tuple[TensorSpec, ...]
     arrays: Mapping[str, Array]
     provided: bool = True
+    labels: Array | None = None
 
     def __len__(self) -> int:
         """How many samples there are."""
@@ -87,14 +89,29 @@ class InputData:
 
     def head(self, samples: int) -> InputData:
         """The first `samples` samples; nothing is copied."""
-        return replace(self, arrays={name: array[:samples] for name, array in self.arrays.items()})
+        return self._sliced(slice(samples))
 
     def spread(self, limit: int) -> InputData:
         """At most `limit` samples, evenly spread, since files are often sorted by class; views, nothing is copied."""
         step = max(1, -(-len(self) // limit))
         if self.fixed_batch and len(self) // step < self.fixed_batch:
             return self.head(max(limit, self.fixed_batch))
-        return replace(self, arrays={name: array[::step] for name, array in self.arrays.items()})
+        return self._sliced(slice(None, None, step))
+
+    def take(self, indices: Sequence[int]) -> Feeds:
+        """One feed of these samples, copied. Of whole feeds, or where the batch is fixed, as many as make one feed."""
+        if self.whole_feeds:
+            (index,) = indices
+            return {spec.name: self._take(spec, slice(index, index + 1)) for spec in self.specs}
+        rows = np.asarray(indices, np.int64)
+        return {
+            spec.name: np.ascontiguousarray(self.arrays[spec.name][rows], dtype=np.dtype(spec.dtype))
+            for spec in self.specs
+        }
+
+    def _sliced(self, samples: slice) -> InputData:
+        arrays = {name: array[samples] for name, array in self.arrays.items()}
+        return replace(self, arrays=arrays, labels=None if self.labels is None else self.labels[samples])
 
     def _take(self, spec: TensorSpec, samples: slice) -> Array:
         array = self.arrays[spec.name]
@@ -105,8 +122,13 @@ class InputData:
     def from_arrays(
         cls, arrays: Mapping[str, Array], specs: tuple[TensorSpec, ...], where: str = "The data"
     ) -> InputData:
-        """Checks names, ranks, fixed dimensions, types, counts and values. Raises InvalidDataError."""
-        arrays = _match_names({name: np.asanyarray(array) for name, array in arrays.items()}, specs, where)
+        """Checks names, ranks, fixed dimensions, types, counts and values; `labels` may stand beside the inputs.
+
+        Raises InvalidDataError.
+        """
+        given = {name: np.asanyarray(array) for name, array in arrays.items()}
+        labels = None if LABELS in {spec.name for spec in specs} else given.pop(LABELS, None)
+        arrays = _match_names(given, specs, where)
         for spec in specs:
             _check_array(spec, arrays[spec.name], where)
         counts = {name: len(array) for name, array in arrays.items()}
@@ -114,7 +136,9 @@ class InputData:
             raise InvalidDataError(f"{where}: the arrays hold different numbers of samples: {counts}.")
         if 0 in counts.values():
             raise InvalidDataError(f"{where} holds no samples.")
-        data = cls(specs, arrays)
+        if labels is not None:
+            _check_labels(labels, min(counts.values()), where)
+        data = cls(specs, arrays, labels=labels)
         if data.fixed_batch and len(data) < data.fixed_batch:
             raise InvalidDataError(
                 f"{where} holds {len(data)} samples, but the model takes {data.fixed_batch} at a time."
@@ -124,9 +148,7 @@ class InputData:
     @classmethod
     def read(cls, path: str | os.PathLike[str], specs: tuple[TensorSpec, ...], work_directory: Path) -> InputData:
         """Reads an .npz; its arrays are unpacked into `work_directory` and memory-mapped. Raises InvalidDataError."""
-        arrays = _unpack(Path(path), work_directory)
-        arrays.pop(LABELS, None)
-        return cls.from_arrays(arrays, specs, where="The data file")
+        return cls.from_arrays(_unpack(Path(path), work_directory), specs, where="The data file")
 
 
 @dataclass(frozen=True)
@@ -144,17 +166,21 @@ class EvaluationData:
         if LABELS not in arrays:
             raise InvalidDataError(f"{where} holds no array 'labels'; it has {', '.join(sorted(arrays)) or 'nothing'}.")
         labels = np.asanyarray(arrays[LABELS])
-        if labels.dtype.kind not in "biuf":
-            raise InvalidDataError(f"{where}: 'labels' must be numbers, not {labels.dtype}.")
         inputs = InputData.from_arrays({name: arrays[name] for name in arrays if name != LABELS}, specs, where)
-        if labels.ndim == 0 or len(labels) != len(inputs):
-            raise InvalidDataError(f"{where}: {len(inputs)} samples, but labels of shape {labels.shape}.")
+        _check_labels(labels, len(inputs), where)
         return cls(inputs, labels)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], specs: tuple[TensorSpec, ...], work_directory: Path) -> EvaluationData:
         """Reads an .npz with inputs and `labels`. Raises InvalidDataError."""
         return cls.from_arrays(_unpack(Path(path), work_directory), specs, where="The evaluation file")
+
+
+def _check_labels(labels: Array, samples: int, where: str) -> None:
+    if labels.dtype.kind not in "biuf":
+        raise InvalidDataError(f"{where}: 'labels' must be numbers, not {labels.dtype}.")
+    if labels.ndim == 0 or len(labels) != samples:
+        raise InvalidDataError(f"{where}: {samples} samples, but labels of shape {labels.shape}.")
 
 
 def _match_names(arrays: dict[str, Array], specs: tuple[TensorSpec, ...], where: str) -> dict[str, Array]:

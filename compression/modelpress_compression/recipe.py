@@ -6,6 +6,7 @@ torch nor onnx, since the server process reads it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
@@ -14,11 +15,20 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 
 from modelpress_compression.errors import InvalidRecipeError, Violation
-from modelpress_compression.techniques import TECHNIQUES, Checks, ConfigError, config_to_dict
+from modelpress_compression.techniques import (
+    AUGMENTATIONS,
+    TECHNIQUES,
+    Augmentation,
+    Checks,
+    ConfigError,
+    config_to_dict,
+)
 
 VERSION = 1
 METRICS = ("top1", "top5", "mse", "mae", "cosine")
 Section = TypeVar("Section")
+# YAML 1.1 reads 1e-3 (no dot) as a string; a person who writes it means the number.
+_NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -206,6 +216,8 @@ def _read_int(value: Any) -> int:
 
 
 def _read_float(value: Any) -> float:
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not float("-inf") < value < float("inf"):
         raise TypeError(f"{value!r} is not a number")
     return float(value)
@@ -233,6 +245,18 @@ def _read_numbers_by_name(value: Any) -> tuple[tuple[str, float], ...]:
     return tuple(sorted((_read_str(name), _read_float(number)) for name, number in value.items()))
 
 
+def _read_augmentation(value: Any) -> Augmentation:
+    """A name, or a mapping of one name to its number."""
+    if isinstance(value, str):
+        value = {value: None}
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise TypeError(f"{value!r} is not an augmentation, such as rotation or {{rotation: 30}}")
+    ((name, amount),) = value.items()
+    if name not in AUGMENTATIONS:
+        raise ValueError(f"{name!r} is not one of {', '.join(AUGMENTATIONS)}")
+    return Augmentation(name, AUGMENTATIONS[name].default if amount is None else _read_float(amount))
+
+
 _READERS: dict[Any, Callable[[Any], Any]] = {
     bool: _read_bool,
     int: _read_int,
@@ -244,4 +268,5 @@ _READERS: dict[Any, Callable[[Any], Any]] = {
     tuple[str, ...]: _tuple_of(_read_str),
     tuple[int, ...]: _tuple_of(_read_int),
     tuple[tuple[str, float], ...]: _read_numbers_by_name,
+    tuple[Augmentation, ...]: _tuple_of(_read_augmentation),
 }

@@ -45,7 +45,7 @@ __all__ = [
 MAX_STEPS = 64
 MAX_ITEMS = 1000  # of any other list
 MAX_STRING_CHARS = 1024
-_OF_CHANNELS = ("l2", "activation")  # criteria that judge whole channels alone
+_OF_CHANNELS = ("l2", "activation", "taylor")  # criteria that judge whole channels alone
 
 # YAML 1.1 reads `1e-3` (no dot) as a string; a person who writes it means the number.
 _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -132,6 +132,8 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> di
 
 def _read_message(value: object, message: Message, path: str, violations: list[Violation]) -> None:
     choice = schema.is_choice(message.DESCRIPTOR)
+    if isinstance(value, str) and schema.is_numbered_choice(message.DESCRIPTOR):
+        value = {value: None}  # a name alone takes its default
     if not isinstance(value, Mapping):
         hint = "; write 'NAME: {}'" if choice else ""
         description = f"expected a mapping of keys to values, got {show(value)}{hint}"
@@ -148,7 +150,7 @@ def _read_message(value: object, message: Message, path: str, violations: list[V
             _read_field(field, item, message, join(path, field.name), violations)
         elif choice:
             # `- fuse:` reads as {fuse: None}; naming the technique is enough.
-            getattr(message, field.name).SetInParent()
+            _choose(field, message)
     if choice:
         complained = len(violations) > before
         violations.extend(_choice_violations(value, message.DESCRIPTOR, path, complained=complained))
@@ -156,6 +158,14 @@ def _read_message(value: object, message: Message, path: str, violations: list[V
         if schema.rules_of(field).required and value.get(field.name) is None:
             violations.append(Violation(join(path, field.name), schema.missing(field)))
     violations.extend(_cross_field_rules(message, path))
+
+
+def _choose(field: Field, message: Message) -> None:
+    """Names one of a choice, with its defaults."""
+    if field.message_type is not None:
+        getattr(message, field.name).SetInParent()
+    else:
+        setattr(message, field.name, float(schema.rules_of(field).default_value))
 
 
 def _read_field(field: Field, value: object, message: Message, path: str, violations: list[Violation]) -> None:
@@ -276,13 +286,15 @@ def _string(field: Field, value: object) -> str:
 def _choice_violations(
     value: Mapping[Any, Any], message: MessageType, path: str, *, complained: bool
 ) -> list[Violation]:
-    """A step names exactly one technique."""
+    """A step names exactly one technique, an item of a list of augmentations exactly one of these."""
     named = [key for key in value if isinstance(key, str) and key in message.fields_by_name]
+    noun = schema.noun_of(message)
     if len(named) > 1:
-        description = f"names {len(named)} techniques ({', '.join(named)}); write one step for each"
+        one = "step" if noun == "technique" else "item"
+        description = f"names {len(named)} {noun}s ({', '.join(named)}); write one {one} for each"
         return [Violation(path, description)]
     if not named and not complained:
-        return [Violation(path, f"names no technique; there are {schema.names_of(message)}")]
+        return [Violation(path, f"names no {noun}; there are {schema.names_of(message)}")]
     return []
 
 

@@ -65,6 +65,9 @@ def option_info(field: Field) -> OptionInfo:
     """One field of a recipe message, described."""
     rule = rules_of(field)
     value = map_value(field) or field
+    if value.message_type is not None and is_numbered_choice(value.message_type):
+        names = tuple(item.name for item in value.message_type.fields)
+        return OptionInfo(field.name, "list of names, or {name: number}", "[]", names, "", rule.description)
     kind = {BOOL: "bool", STRING: "string"}.get(value.type, "float" if value.type in FLOATS else "int")
     is_map = value is not field
     empty = "{}" if is_map else "[]" if field.is_repeated else ""
@@ -103,6 +106,16 @@ def is_choice(message: MessageType) -> bool:
     return len(oneofs) == 1 and len(oneofs[0].fields) == len(message.fields)
 
 
+def is_numbered_choice(message: MessageType) -> bool:
+    """Whether it is a choice among numbers: in YAML `name`, which takes the default, or `{name: number}`."""
+    return is_choice(message) and all(field.type in FLOATS for field in message.fields)
+
+
+def noun_of(message: MessageType) -> str:
+    """What the keys of a choice are called: the name of its oneof."""
+    return message.oneofs[0].name
+
+
 def bounds(field: Field) -> tuple[float, float]:
     """Smallest and largest value that the type and the inclusive rules allow."""
     rule = rules_of(field)
@@ -128,7 +141,7 @@ def unknown_key(message: MessageType, key: object) -> str:
     """What is wrong with a key that the message does not have, and what there is instead."""
     names = [field.name for field in message.fields]
     if is_choice(message):
-        return f"unknown technique{did_you_mean(key, names)}; there are {names_of(message)}"
+        return f"unknown {noun_of(message)}{did_you_mean(key, names)}; there are {names_of(message)}"
     return f"unknown key{did_you_mean(key, names)}; known keys: {', '.join(names)}"
 
 

@@ -105,10 +105,15 @@ def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
         InputData.read(tmp_path / "data.npz", IMAGE, tmp_path)
 
 
-def test_labels_belong_to_evaluation(tmp_path: Path) -> None:
-    """Labels are read by EvaluationData and passed over by InputData."""
+def test_labels_stay_with_their_samples(tmp_path: Path) -> None:
+    """Labels beside the inputs are read by both kinds of data, and follow the samples through every choice of them."""
     np.savez(tmp_path / "eval.npz", x=images(), labels=np.arange(5))
-    assert len(InputData.read(tmp_path / "eval.npz", IMAGE, tmp_path)) == 5
+    data = InputData.read(tmp_path / "eval.npz", IMAGE, tmp_path)
+    assert len(data) == 5
+    for chosen, expected in ((data.head(3), [0, 1, 2]), (data.spread(2), [0, 3])):
+        np.testing.assert_array_equal(chosen.labels, expected)
+        np.testing.assert_array_equal(chosen.arrays["x"], images()[expected])
+    np.testing.assert_array_equal(data.take([4, 1])["x"], images()[[4, 1]])
     evaluation = EvaluationData.read(tmp_path / "eval.npz", IMAGE, tmp_path)
     np.testing.assert_array_equal(evaluation.labels, np.arange(5))
 
@@ -119,6 +124,9 @@ def test_labels_that_do_not_fit_are_refused(labels: np.ndarray | None) -> None:
     arrays = {"x": images()} | ({} if labels is None else {"labels": labels})
     with pytest.raises(InvalidDataError, match="labels"):
         EvaluationData.from_arrays(arrays, IMAGE)
+    if labels is not None:
+        with pytest.raises(InvalidDataError, match="labels"):
+            InputData.from_arrays(arrays, IMAGE)
 
 
 def test_samples_that_are_all_the_same_tell_nothing() -> None:

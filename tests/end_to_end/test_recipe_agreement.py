@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from modelpress_compression.errors import InvalidRecipeError
 from modelpress_compression.recipe import METRICS, Benchmark, Constraints, Recipe, Target, presets
-from modelpress_compression.techniques import TECHNIQUES
+from modelpress_compression.techniques import AUGMENTATIONS, TECHNIQUES
 from modelpress_protos import recipe as language
 from modelpress_protos.v1 import options_pb2, recipe_pb2
 
@@ -45,6 +45,36 @@ def test_same_techniques() -> None:
     }
 
 
+def test_same_augmentations() -> None:
+    """Both sides know the same augmentations, with the same defaults and the same bounds."""
+    theirs = rules("Augmentation")
+    assert theirs.keys() == AUGMENTATIONS.keys()
+    for name, limits in AUGMENTATIONS.items():
+        assert (float(theirs[name].default_value), theirs[name].gt, theirs[name].lte) == (*limits[:1], 0, limits[1])
+
+
+@pytest.mark.parametrize(
+    "augment", [["rotation"], [{"rotation": 30}], [{"noise": None}, "mixup"], ["horizontal_flip", {"rotation": "3e1"}]]
+)
+def test_augmentations_survive_the_api(augment: list[Any]) -> None:
+    """Names and names with a number mean the same on both sides, and arrive as they were sent."""
+    document = {"version": 1, "steps": [{"distill": {"augment": augment}}]}
+    recipe = Recipe.from_dict(document)
+    assert len(recipe.steps[0].config.augment) == len(augment)
+    assert Recipe.from_dict(language.to_dict(language.from_dict(document))) == recipe
+
+
+def test_the_example_of_the_documentation_is_read_by_both() -> None:
+    """YAML 1.1 takes 1e-3 for a string; both sides take it for the number."""
+    document = yaml.safe_load(
+        """{version: 1, steps: [
+        {distill: {epochs: 3, learning_rate: 1e-3, augment: [horizontal_flip, {rotation: 30}]}}]}"""
+    )
+    ours = Recipe.from_dict(document)
+    assert ours.steps[0].config.learning_rate == 1e-3
+    assert Recipe.from_dict(language.to_dict(language.from_dict(document))) == ours
+
+
 def test_metrics_agree() -> None:
     """Both sides know the same metrics."""
     assert tuple(getattr(rules("Constraints")["metric"], "in")) == METRICS
@@ -57,12 +87,19 @@ def test_presets_survive_the_api(preset: str) -> None:
     assert Recipe.from_dict(language.to_dict(language.from_dict(recipe.to_dict()))) == recipe
 
 
+augmentations = st.one_of(
+    st.sampled_from([*AUGMENTATIONS, "x"]),
+    st.dictionaries(st.sampled_from([*AUGMENTATIONS, "x"]), st.one_of(st.none(), st.floats(-1, 200)), max_size=2),
+    st.integers(),
+)
 values = st.one_of(
     st.none(),
+    st.lists(augmentations, max_size=2),
+    st.just("1e-3"),
     st.booleans(),
     st.integers(-3, 70),
     st.floats(-2, 2),
-    st.sampled_from(["auto", "n:m", "l1", "x", "layer", "static", "channel", "activation", "macs"]),
+    st.sampled_from(["auto", "n:m", "l1", "x", "layer", "static", "channel", "activation", "taylor", "macs"]),
     st.dictionaries(st.sampled_from(["layer4*", "a.b"]), st.one_of(st.none(), st.floats(-1, 2)), max_size=2),
 )
 

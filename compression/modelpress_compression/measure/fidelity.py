@@ -14,7 +14,7 @@ Positions of a sequence [N, T, ...] that an attention mask among the inputs leav
 them.
 
 `top1_agreement`: share of positions with the same largest element, for the first output [N, C] or [N, T, C], C >= 2,
-that may hold class scores (see `outputs.classification_outputs`) or does hold probabilities.
+that may hold class scores (see `analysis.outputs`) or does hold probabilities.
 
 `expected_drop`: share of its right answers that the original expects to lose where the class changed from a to b, by
 its own probabilities p: sum(p(a) - p(b)) / sum(p(a)). A change between two classes that it could hardly tell apart
@@ -31,10 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.analysis.outputs import classification_outputs
 from modelpress_compression.inputs import Array, InputData
-from modelpress_compression.measure.outputs import classification_outputs
 from modelpress_compression.padding import counted_positions, without_padding
 from modelpress_compression.runtime import open_session, run
 
@@ -102,7 +103,7 @@ def compare_outputs(
     names = [[value.name for value in session.get_outputs()] for session in sessions]
     partners = _partners(*names)
     sums = {name: _OutputSums() for name in names[0]}
-    classes = classification_outputs(original)
+    classes = classification_outputs(onnx_ir.load(original).graph)
     deadline = math.inf if budget_s is None else time.monotonic() + budget_s
     samples = 0
     for feed in data.feeds(1, limit):

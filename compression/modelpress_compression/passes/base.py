@@ -59,6 +59,7 @@ class Context:
     `work_directory`: a private folder for temporary files.
     `deadline`: `time.monotonic()` at which the job's time is up; None: no limit.
     `target`: what the result will run on.
+    `original`: the model as it was uploaded, which passes that train take as their teacher; None: not known.
     `log`: one line for the job's log; `progress`: share of this pass done, 0 to 1, and one line for people.
     """
 
@@ -68,6 +69,7 @@ class Context:
     target: Target = field(default_factory=Target)
     log: Callable[[str], None] = _silent
     progress: Callable[[float, str], None] = lambda fraction, message: None
+    original: Model | None = None
 
     def check_time(self) -> None:
         """Raises TimeLimitError when the job's time is up; passes call it in their outer loops."""

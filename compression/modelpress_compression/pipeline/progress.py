@@ -10,8 +10,8 @@ from modelpress_compression.recipe import Recipe
 # stage, stage_index, stage_count, fraction of the whole job, one line for people
 ProgressListener = Callable[[str, int, int, float, str], None]
 
-# Shares of the whole: loading was done before, measuring takes about as long as a step.
-_WEIGHTS = {"load": 1.0, "measure": 3.0, "report": 0.2}
+# Shares of the whole: loading was done before, measuring takes about as long as a step, training longer.
+_WEIGHTS = {"load": 1.0, "measure": 3.0, "report": 0.2, "distill": 12.0}
 _STEP_WEIGHT = 3.0
 
 

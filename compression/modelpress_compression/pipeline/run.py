@@ -70,7 +70,8 @@ def compress(
 ) -> Result:
     """Runs the recipe's steps in order and measures the result against the model as it was given.
 
-    `data`: representative inputs, one array a model input, first axis = samples; None: synthetic ones, and a warning.
+    `data`: representative inputs, one array a model input, first axis = samples, and `labels` if there are any; None:
+    synthetic ones, and a warning.
     `eval_data`: inputs with `labels`. `work_directory`: for temporary files; None: one of its own.
 
     Raises InvalidDataError, ModelNotRunnableError, UnsupportedOperatorError, TimeLimitError. A step that breaks the
@@ -88,7 +89,15 @@ def compress(
         save(model, original)
         if (problem := broken(original, inputs, original)) is not None:
             raise ModelNotRunnableError(problem)
-        context = Context(inputs, work, deadline, recipe.target, lambda text: log("INFO", text), progress.update)
+        context = Context(
+            inputs,
+            work,
+            deadline,
+            recipe.target,
+            log=lambda text: log("INFO", text),
+            progress=progress.update,
+            original=model,
+        )
         records = _run_steps(recipe, model, original, context, progress, evaluation)
         final, path = (records[-1].model, records[-1].path) if records else (model, original)
         progress.begin(len(stages) - 2, "measuring the original and the result")

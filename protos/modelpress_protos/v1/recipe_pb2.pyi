@@ -75,6 +75,7 @@ class Step(_message.Message):
     FUSE_FIELD_NUMBER: _builtins.int
     PRUNE_FIELD_NUMBER: _builtins.int
     QUANTIZE_FIELD_NUMBER: _builtins.int
+    DISTILL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def fuse(self) -> Global___FuseStep:
         """Fold and fuse operators without changing what the model computes."""
@@ -87,18 +88,23 @@ class Step(_message.Message):
     def quantize(self) -> Global___QuantizeStep:
         """Store and compute in fewer bits."""
 
+    @_builtins.property
+    def distill(self) -> Global___DistillStep:
+        """Train the model as it stands with the original as the teacher."""
+
     def __init__(
         self,
         *,
         fuse: Global___FuseStep | None = ...,
         prune: Global___PruneStep | None = ...,
         quantize: Global___QuantizeStep | None = ...,
+        distill: Global___DistillStep | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["fuse", b"fuse", "prune", b"prune", "quantize", b"quantize", "technique", b"technique"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["distill", b"distill", "fuse", b"fuse", "prune", b"prune", "quantize", b"quantize", "technique", b"technique"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fuse", b"fuse", "prune", b"prune", "quantize", b"quantize", "technique", b"technique"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["distill", b"distill", "fuse", b"fuse", "prune", b"prune", "quantize", b"quantize", "technique", b"technique"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_technique: _TypeAlias = _typing.Literal["fuse", "prune", "quantize"]  # noqa: Y015
+    _WhichOneofReturnType_technique: _TypeAlias = _typing.Literal["fuse", "prune", "quantize", "distill"]  # noqa: Y015
     _WhichOneofArgType_technique: _TypeAlias = _typing.Literal["technique", b"technique"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_technique) -> _WhichOneofReturnType_technique | None: ...
 
@@ -195,7 +201,7 @@ class PruneStep(_message.Message):
     m: _builtins.int
     """n:m only: size of a group of neighbours along the input axis."""
     seed: _builtins.int
-    """Seed of the random criterion."""
+    """Seed of the criteria random and taylor."""
     round_to: _builtins.int
     """channel only: channels that stay are a multiple of this."""
     min_channels: _builtins.int
@@ -382,6 +388,203 @@ class QuantizeStep(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weights) -> _WhichOneofReturnType__weights | None: ...
 
 Global___QuantizeStep: _TypeAlias = QuantizeStep  # noqa: Y015
+
+@_typing.final
+class DistillStep(_message.Message):
+    """Trains the model as it stands towards the answers of the model as it was uploaded; labels are not needed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METHOD_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
+    WARMUP_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    FEATURE_WEIGHT_FIELD_NUMBER: _builtins.int
+    LABEL_WEIGHT_FIELD_NUMBER: _builtins.int
+    HOLD_OUT_FIELD_NUMBER: _builtins.int
+    PATIENCE_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    AUGMENT_FIELD_NUMBER: _builtins.int
+    EXCLUDE_FIELD_NUMBER: _builtins.int
+    method: _builtins.str
+    """Train the whole model at once, or block after block."""
+    loss: _builtins.str
+    """What measures the distance to the original's outputs."""
+    epochs: _builtins.int
+    """Passes over the data, at most."""
+    batch_size: _builtins.int
+    """Samples a step."""
+    optimizer: _builtins.str
+    """The optimizer."""
+    learning_rate: _builtins.float
+    """Largest step of the schedule."""
+    weight_decay: _builtins.float
+    """Decoupled weight decay."""
+    warmup: _builtins.float
+    """Share of the steps until the learning rate is reached."""
+    temperature: _builtins.float
+    """Divides class scores before they are compared."""
+    feature_weight: _builtins.float
+    """Weight of the loss at intermediate tensors."""
+    label_weight: _builtins.float
+    """Share of the loss against labels."""
+    hold_out: _builtins.float
+    """Share of the samples that is not trained on."""
+    patience: _builtins.int
+    """Epochs without a gain until training ends."""
+    seed: _builtins.int
+    """Seed of the order of samples, of the share held out, and of augmentation."""
+    @_builtins.property
+    def augment(self) -> _containers.RepeatedCompositeFieldContainer[Global___Augmentation]:
+        """Random changes of the inputs that both models see."""
+
+    @_builtins.property
+    def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of nodes or weights that are not trained, with * and ?."""
+
+    def __init__(
+        self,
+        *,
+        method: _builtins.str | None = ...,
+        loss: _builtins.str | None = ...,
+        epochs: _builtins.int | None = ...,
+        batch_size: _builtins.int | None = ...,
+        optimizer: _builtins.str | None = ...,
+        learning_rate: _builtins.float | None = ...,
+        weight_decay: _builtins.float | None = ...,
+        warmup: _builtins.float | None = ...,
+        temperature: _builtins.float | None = ...,
+        feature_weight: _builtins.float | None = ...,
+        label_weight: _builtins.float | None = ...,
+        hold_out: _builtins.float | None = ...,
+        patience: _builtins.int | None = ...,
+        seed: _builtins.int | None = ...,
+        augment: _abc.Iterable[Global___Augmentation] | None = ...,
+        exclude: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_epochs", b"_epochs", "_feature_weight", b"_feature_weight", "_hold_out", b"_hold_out", "_label_weight", b"_label_weight", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_method", b"_method", "_optimizer", b"_optimizer", "_patience", b"_patience", "_seed", b"_seed", "_temperature", b"_temperature", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "epochs", b"epochs", "feature_weight", b"feature_weight", "hold_out", b"hold_out", "label_weight", b"label_weight", "learning_rate", b"learning_rate", "loss", b"loss", "method", b"method", "optimizer", b"optimizer", "patience", b"patience", "seed", b"seed", "temperature", b"temperature", "warmup", b"warmup", "weight_decay", b"weight_decay"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_epochs", b"_epochs", "_feature_weight", b"_feature_weight", "_hold_out", b"_hold_out", "_label_weight", b"_label_weight", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_method", b"_method", "_optimizer", b"_optimizer", "_patience", b"_patience", "_seed", b"_seed", "_temperature", b"_temperature", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "augment", b"augment", "batch_size", b"batch_size", "epochs", b"epochs", "exclude", b"exclude", "feature_weight", b"feature_weight", "hold_out", b"hold_out", "label_weight", b"label_weight", "learning_rate", b"learning_rate", "loss", b"loss", "method", b"method", "optimizer", b"optimizer", "patience", b"patience", "seed", b"seed", "temperature", b"temperature", "warmup", b"warmup", "weight_decay", b"weight_decay"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
+    _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__epochs: _TypeAlias = _typing.Literal["epochs"]  # noqa: Y015
+    _WhichOneofArgType__epochs: _TypeAlias = _typing.Literal["_epochs", b"_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__feature_weight: _TypeAlias = _typing.Literal["feature_weight"]  # noqa: Y015
+    _WhichOneofArgType__feature_weight: _TypeAlias = _typing.Literal["_feature_weight", b"_feature_weight"]  # noqa: Y015
+    _WhichOneofReturnType__hold_out: _TypeAlias = _typing.Literal["hold_out"]  # noqa: Y015
+    _WhichOneofArgType__hold_out: _TypeAlias = _typing.Literal["_hold_out", b"_hold_out"]  # noqa: Y015
+    _WhichOneofReturnType__label_weight: _TypeAlias = _typing.Literal["label_weight"]  # noqa: Y015
+    _WhichOneofArgType__label_weight: _TypeAlias = _typing.Literal["_label_weight", b"_label_weight"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    _WhichOneofReturnType__method: _TypeAlias = _typing.Literal["method"]  # noqa: Y015
+    _WhichOneofArgType__method: _TypeAlias = _typing.Literal["_method", b"_method"]  # noqa: Y015
+    _WhichOneofReturnType__optimizer: _TypeAlias = _typing.Literal["optimizer"]  # noqa: Y015
+    _WhichOneofArgType__optimizer: _TypeAlias = _typing.Literal["_optimizer", b"_optimizer"]  # noqa: Y015
+    _WhichOneofReturnType__patience: _TypeAlias = _typing.Literal["patience"]  # noqa: Y015
+    _WhichOneofArgType__patience: _TypeAlias = _typing.Literal["_patience", b"_patience"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
+    _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+    _WhichOneofReturnType__warmup: _TypeAlias = _typing.Literal["warmup"]  # noqa: Y015
+    _WhichOneofArgType__warmup: _TypeAlias = _typing.Literal["_warmup", b"_warmup"]  # noqa: Y015
+    _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
+    _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epochs) -> _WhichOneofReturnType__epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__feature_weight) -> _WhichOneofReturnType__feature_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__hold_out) -> _WhichOneofReturnType__hold_out | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__label_weight) -> _WhichOneofReturnType__label_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__method) -> _WhichOneofReturnType__method | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__optimizer) -> _WhichOneofReturnType__optimizer | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patience) -> _WhichOneofReturnType__patience | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__warmup) -> _WhichOneofReturnType__warmup | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
+
+Global___DistillStep: _TypeAlias = DistillStep  # noqa: Y015
+
+@_typing.final
+class Augmentation(_message.Message):
+    """One random change of the inputs of a batch. In YAML its name, which takes the default, or `{name: number}`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HORIZONTAL_FLIP_FIELD_NUMBER: _builtins.int
+    VERTICAL_FLIP_FIELD_NUMBER: _builtins.int
+    ROTATION_FIELD_NUMBER: _builtins.int
+    RANDOM_RESIZED_CROP_FIELD_NUMBER: _builtins.int
+    COLOR_JITTER_FIELD_NUMBER: _builtins.int
+    NOISE_FIELD_NUMBER: _builtins.int
+    MIXUP_FIELD_NUMBER: _builtins.int
+    TIME_MASKING_FIELD_NUMBER: _builtins.int
+    TOKEN_MASKING_FIELD_NUMBER: _builtins.int
+    horizontal_flip: _builtins.float
+    """Images: mirrors left and right."""
+    vertical_flip: _builtins.float
+    """Images: mirrors top and bottom."""
+    rotation: _builtins.float
+    """Images: turns."""
+    random_resized_crop: _builtins.float
+    """Images: a part, resized."""
+    color_jitter: _builtins.float
+    """Images: brightness, contrast and saturation."""
+    noise: _builtins.float
+    """Images and signals: Gaussian noise."""
+    mixup: _builtins.float
+    """Images: pairs blended."""
+    time_masking: _builtins.float
+    """Signals: a stretch silenced."""
+    token_masking: _builtins.float
+    """Tokens: some replaced."""
+    def __init__(
+        self,
+        *,
+        horizontal_flip: _builtins.float = ...,
+        vertical_flip: _builtins.float = ...,
+        rotation: _builtins.float = ...,
+        random_resized_crop: _builtins.float = ...,
+        color_jitter: _builtins.float = ...,
+        noise: _builtins.float = ...,
+        mixup: _builtins.float = ...,
+        time_masking: _builtins.float = ...,
+        token_masking: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["augmentation", b"augmentation", "color_jitter", b"color_jitter", "horizontal_flip", b"horizontal_flip", "mixup", b"mixup", "noise", b"noise", "random_resized_crop", b"random_resized_crop", "rotation", b"rotation", "time_masking", b"time_masking", "token_masking", b"token_masking", "vertical_flip", b"vertical_flip"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["augmentation", b"augmentation", "color_jitter", b"color_jitter", "horizontal_flip", b"horizontal_flip", "mixup", b"mixup", "noise", b"noise", "random_resized_crop", b"random_resized_crop", "rotation", b"rotation", "time_masking", b"time_masking", "token_masking", b"token_masking", "vertical_flip", b"vertical_flip"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_augmentation: _TypeAlias = _typing.Literal["horizontal_flip", "vertical_flip", "rotation", "random_resized_crop", "color_jitter", "noise", "mixup", "time_masking", "token_masking"]  # noqa: Y015
+    _WhichOneofArgType_augmentation: _TypeAlias = _typing.Literal["augmentation", b"augmentation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_augmentation) -> _WhichOneofReturnType_augmentation | None: ...
+
+Global___Augmentation: _TypeAlias = Augmentation  # noqa: Y015
 
 @_typing.final
 class Target(_message.Message):

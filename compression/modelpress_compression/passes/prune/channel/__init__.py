@@ -1,7 +1,7 @@
 """Pruning of whole channels, attention heads and hidden units: the model gets smaller and faster on every runtime.
 
 groups      what must be cut together, found in the graph            analysis.channels
-criterion   how important each unit is                               magnitude, activation, control
+criterion   how important each unit is                               magnitude, activation, taylor, control
 selection   which units stay, at which multiple                      selection, costs, scope
 cut         the model without them                                   analysis.channels
 repair      the layers behind fitted to the uncut model's answers    least_squares, layers, fitter, choice
@@ -33,11 +33,19 @@ from modelpress_compression.techniques import PruneConfig
 
 __all__ = ["CRITERIA", "prune_channels"]
 
+
+def _taylor(config: PruneConfig) -> Criterion:
+    from modelpress_compression.passes.prune.channel.taylor import Taylor  # imports torch, which the others do not need
+
+    return Taylor(config.seed)
+
+
 CRITERIA: Mapping[str, Callable[[PruneConfig], Criterion]] = MappingProxyType(
     {
         "l1": lambda config: Magnitude(1),
         "l2": lambda config: Magnitude(2),
         "activation": lambda config: Activation(),
+        "taylor": _taylor,
         "random": lambda config: Random(config.seed),
     }
 )

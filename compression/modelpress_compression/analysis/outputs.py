@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import onnx_ir
 
@@ -20,16 +19,52 @@ _HEADS = frozenset((
     "ConvInteger",
 ))  # fmt: skip
 _EMBEDDING_NAME = re.compile(r"embed|hidden|feature|state", re.IGNORECASE)
+_NORMALIZATIONS = frozenset((
+    "LayerNormalization", "SkipLayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization",
+    "SkipSimplifiedLayerNormalization", "LpNormalization",
+))  # fmt: skip
 _MAX_HOPS = 24
 
 
-def classification_outputs(path: Path) -> frozenset[str]:
+# What only moves or casts scores: before it lies what they are.
+_MOVING = frozenset((
+    "Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Dropout", "QuantizeLinear",
+    "DequantizeLinear",
+))  # fmt: skip
+LOGITS, PROBABILITIES, LOG_PROBABILITIES, INDEPENDENT = "logits", "probabilities", "log_probabilities", "independent"
+_FORMS = {
+    "Softmax": PROBABILITIES,
+    "LogSoftmax": LOG_PROBABILITIES,
+    "Sigmoid": INDEPENDENT,
+    "HardSigmoid": INDEPENDENT,
+}
+
+
+def classification_outputs(graph: onnx_ir.Graph) -> frozenset[str]:
     """Names of the outputs whose last axis may be class scores: what ends in a linear layer, softmax or not.
 
     Hidden states, which end in a normalization, and what is named as an embedding have no meaningful largest element.
     """
-    graph = onnx_ir.load(path).graph
     return frozenset(value.name for value in graph.outputs if value.name and _is_classifier(value))
+
+
+def score_form(value: onnx_ir.Value) -> str:
+    """What class scores are: logits, probabilities, their logarithms, or probabilities independent of each other."""
+    current: onnx_ir.Value | None = value
+    for _ in range(_MAX_HOPS):
+        node = current.producer() if current is not None else None
+        if node is None or node.op_type not in _MOVING:
+            return LOGITS if node is None else _FORMS.get(node.op_type, LOGITS)
+        current = node.inputs[0]
+    return LOGITS
+
+
+def is_embedding(value: onnx_ir.Value) -> bool:
+    """Whether the output is named as an embedding, or ends in a normalization."""
+    if value.name is not None and _EMBEDDING_NAME.search(value.name):
+        return True
+    node = value.producer()
+    return node is not None and node.op_type in _NORMALIZATIONS
 
 
 def _is_classifier(value: onnx_ir.Value) -> bool:

@@ -1,0 +1,126 @@
+"""A graph in blocks: stretches of nodes between values that alone carry what the weights before them made.
+
+A value is such a border where, in the order of the graph, no other value that a trained weight reaches is still needed
+behind it: the output of a layer in a chain, of a whole residual block otherwise. Masks and shapes, which no weight
+reaches, may pass by. The last block ends with the model's outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import onnx_ir
+
+from modelpress_compression.analysis.graph import constant_tensor
+from modelpress_compression.executor import Selector
+from modelpress_compression.model import Model
+from modelpress_compression.passes.distill.matching import read_values
+
+MAX_BLOCKS = 32
+_END = 1 << 60
+
+
+@dataclass(frozen=True)
+class Block:
+    """`inputs`: values that it takes as given; `target`: what it ends with, "" for the model's outputs; `weights`:
+    constants that are trained here."""
+
+    inputs: tuple[str, ...]
+    target: str
+    weights: frozenset[onnx_ir.Value]
+
+
+def find_blocks(model: Model, selector: Selector, matched: Collection[str]) -> list[Block]:
+    """Blocks in order, each with weights of its own; borders are among the `matched` names. Weights that several blocks
+    use are in none."""
+    nodes = list(model.graph)
+    fixed = _fixed_values(nodes)
+    owned = [_weights_of(node, selector, fixed) for node in nodes]
+    ends = _borders(model, nodes, selector, owned, matched)
+    stretches = list(zip([0, *(end + 1 for end, _ in ends)], [*ends, (len(nodes) - 1, "")], strict=True))
+    uses: dict[onnx_ir.Value, int] = {}
+    for start, (end, _) in stretches:
+        for value in frozenset().union(*owned[start : end + 1]):
+            uses[value] = uses.get(value, 0) + 1
+    blocks = []
+    for start, (end, target) in stretches:
+        weights = frozenset(value for value in frozenset().union(*owned[start : end + 1]) if uses[value] == 1)
+        blocks.append(Block(_inputs(nodes[start : end + 1], fixed), target, weights))
+    return blocks
+
+
+def _borders(
+    model: Model,
+    nodes: Sequence[onnx_ir.Node],
+    selector: Selector,
+    owned: Sequence[frozenset[onnx_ir.Value]],
+    matched: Collection[str],
+) -> list[tuple[int, str]]:
+    """(index of the last node of a block, its target), at most so many that there are 32 blocks."""
+    last = _last_uses(model, nodes)
+    reached: set[onnx_ir.Value] = set()
+    live: set[onnx_ir.Value] = set()
+    found: list[tuple[int, str]] = []
+    waiting = False  # whether weights came since the last border
+    for index, node in enumerate(nodes):
+        waiting = waiting or bool(owned[index])
+        if any(value in reached or selector(value) for value in read_values(node)):
+            reached.update(node.outputs)
+            live.update(value for value in node.outputs if last.get(value, -1) > index)
+        live = {value for value in live if last[value] > index} if len(live) < 64 else live
+        if waiting and len(live) == 1 and (name := next(iter(live)).name) in matched and index < len(nodes) - 1:
+            found.append((index, name or ""))
+            waiting = False
+    # What is left at the end without weights belongs to the block before.
+    if found and not any(owned[index] for index in range(found[-1][0] + 1, len(nodes))):
+        found.pop()
+    step = -(-len(found) // (MAX_BLOCKS - 1))
+    return found[step - 1 :: step] if found else []
+
+
+def _last_uses(model: Model, nodes: Sequence[onnx_ir.Node]) -> dict[onnx_ir.Value, int]:
+    last: dict[onnx_ir.Value, int] = {}
+    for index, node in enumerate(nodes):
+        last.update(dict.fromkeys(read_values(node), index))
+    last.update(dict.fromkeys(model.graph.outputs, _END))
+    return last
+
+
+def _fixed_values(nodes: Sequence[onnx_ir.Node]) -> set[onnx_ir.Value]:
+    """Values that only constants make: dequantized or transposed weights."""
+    fixed: set[onnx_ir.Value] = set()
+    for node in nodes:
+        if all(value in fixed or constant_tensor(value) is not None for value in read_values(node)):
+            fixed.update(node.outputs)
+    return fixed
+
+
+def _weights_of(node: onnx_ir.Node, selector: Selector, fixed: set[onnx_ir.Value]) -> frozenset[onnx_ir.Value]:
+    """Trained constants that the node reads, directly or through what only constants make; none for nodes that are
+    such themselves."""
+    if any(value in fixed for value in node.outputs):
+        return frozenset()
+    found, frontier = set(), list(read_values(node))
+    while frontier:
+        value = frontier.pop()
+        producer = value.producer()
+        if selector(value):
+            found.add(value)
+        elif value in fixed and producer is not None:
+            frontier += read_values(producer)
+    return frozenset(found)
+
+
+def _inputs(nodes: Sequence[onnx_ir.Node], fixed: set[onnx_ir.Value]) -> tuple[str, ...]:
+    """Values from before that the nodes read."""
+    made = {value for node in nodes for value in node.outputs}
+    graph = nodes[0].graph
+    found: dict[str, None] = {}
+    for node in nodes:
+        for value in read_values(node):
+            producer = value.producer()
+            outer = value.is_graph_input() if producer is None else producer.graph is graph
+            if outer and value not in made and value not in fixed and constant_tensor(value) is None and value.name:
+                found[value.name] = None
+    return tuple(found)

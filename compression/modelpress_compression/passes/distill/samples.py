@@ -1,0 +1,86 @@
+"""The samples of a training run: a part held out that judges, and the rest in batches of a random order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelpress_compression.inputs import Array, Feeds, InputData
+
+# With fewer samples than this, a part held out would say nothing.
+LEAST_SAMPLES = 10
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a model is run on at once: samples by their indices, their inputs, and their labels where there are some."""
+
+    indices: tuple[int, ...]
+    inputs: Feeds
+    labels: Array | None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """`train` and `judge`: indices of the samples; the same ones where there are too few to hold some out."""
+
+    data: InputData
+    train: Indices
+    judge: Indices
+    batch_size: int
+
+    @property
+    def held_out(self) -> bool:
+        return self.train is not self.judge
+
+    @property
+    def steps(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self._units(self.train)) // self._feeds_a_batch)
+
+    def batches(self, generator: np.random.Generator) -> Iterator[list[Feed]]:
+        """The training samples in a new order; a batch is several feeds where a model takes few samples at a time."""
+        units = self._units(generator.permutation(self.train))
+        for start in range(0, len(units), self._feeds_a_batch):
+            yield [self.feed(unit.tolist()) for unit in units[start : start + self._feeds_a_batch]]
+
+    def judging(self) -> Iterator[Feed]:
+        """The samples that judge, always in the same order."""
+        return (self.feed(unit.tolist()) for unit in self._units(self.judge))
+
+    def feed(self, indices: Sequence[int]) -> Feed:
+        labels = self.data.labels
+        return Feed(
+            tuple(indices),
+            self.data.take(indices),
+            None if labels is None else np.asarray(labels[np.asarray(indices, np.int64)]),
+        )
+
+    @property
+    def _feed_size(self) -> int:
+        return 1 if self.data.whole_feeds else self.data.fixed_batch or self.batch_size
+
+    @property
+    def _feeds_a_batch(self) -> int:
+        return max(1, round(self.batch_size / self._feed_size))
+
+    def _units(self, indices: Indices) -> list[Indices]:
+        """Indices feed by feed; what does not fill a fixed batch is left out."""
+        size = self._feed_size
+        units = [indices[start : start + size] for start in range(0, len(indices), size)]
+        return [unit for unit in units if not self.data.fixed_batch or len(unit) == size]
+
+
+def split(data: InputData, hold_out: float, batch_size: int, seed: int) -> Samples:
+    """A random share held out, whole feeds of it; none where there are fewer than 10 samples or two feeds."""
+    count, unit = len(data), data.fixed_batch or 1
+    order = np.random.default_rng(seed).permutation(count).astype(np.int64)
+    held = max(1, round(count * hold_out / unit)) * unit
+    if count < LEAST_SAMPLES or count - held < unit:
+        everything = np.arange(count, dtype=np.int64)
+        return Samples(data, everything, everything, batch_size)
+    return Samples(data, order[held:], np.sort(order[:held]), batch_size)

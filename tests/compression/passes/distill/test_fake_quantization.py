@@ -1,0 +1,142 @@
+"""Quantized models in training: taken apart and put together without loss, and better after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from modelpress_compression.executor import Executor
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import Context, PassResult
+from modelpress_compression.passes.distill.fake_quantization import unfold
+from modelpress_compression.passes.quantize import Quantize
+from modelpress_compression.runtime import run, session_of
+from modelpress_compression.techniques import QuantizeConfig
+from onnx import helper
+
+Quantized = Callable[..., Model]
+FORMS: dict[str, dict[str, Any]] = {
+    "static": {"scheme": "static", "smooth_quant": False},
+    "static, one scale a tensor": {"scheme": "static", "per_channel": False, "smooth_quant": False},
+    "weights of 8 bits": {"scheme": "weight_only", "weights": "int8"},
+    "weights of 4 bits": {"scheme": "weight_only", "weights": "int4"},
+}
+
+
+@pytest.fixture(scope="session")
+def wide_net(channel_model: Callable[..., Model]) -> Model:
+    """Conv-Relu, Conv-Relu, pooling, Gemm, Relu, MatMul, with weights large enough for every form: x -> y [n, 8]."""
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (16, 3, 3, 3), "w2": (24, 16, 3, 3), "w3": (300, 24), "w4": (300, 8)}
+    weights = {name: rng.standard_normal(s) / np.sqrt(np.prod(s[1:])) for name, s in shapes.items()}
+    weights["w4"] = weights["w4"] / 6
+    weights |= {name: rng.standard_normal(size) / 4 for name, size in {"b1": 16, "b2": 24, "b3": 300}.items()}
+    nodes = [
+        helper.make_node("Conv", ["x", "w1", "b1"], ["c1"], name="conv1", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c1"], ["r1"], name="relu1"),
+        helper.make_node("Conv", ["r1", "w2", "b2"], ["c2"], name="conv2", pads=[1, 1, 1, 1], strides=[2, 2]),
+        helper.make_node("Relu", ["c2"], ["r2"], name="relu2"),
+        helper.make_node("GlobalAveragePool", ["r2"], ["p"], name="pool"),
+        helper.make_node("Flatten", ["p"], ["f"], name="flatten"),
+        helper.make_node("Gemm", ["f", "w3", "b3"], ["g"], name="fc1", transB=1),
+        helper.make_node("Relu", ["g"], ["r3"], name="relu3"),
+        helper.make_node("MatMul", ["r3", "w4"], ["y"], name="fc2"),
+    ]
+    return channel_model(nodes, weights, ["n", 3, 8, 8], ["n", 8])
+
+
+@pytest.fixture
+def quantized(wide_net: Model, images: Any, context_of: Callable[..., Context]) -> Quantized:
+    """The wide net, or another model, in a form."""
+
+    def make(form: str, model: Model | None = None) -> Model:
+        model = wide_net if model is None else model
+        return Quantize(QuantizeConfig(**FORMS[form]))(model, context_of(model, {"x": images(64)})).model
+
+    return make
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_unfolding_keeps_the_answers(form: str, quantized: Quantized, images: Any) -> None:
+    """With float weights behind fake quantization a model answers as before, in the executor and in onnxruntime (to
+    1e-4 of the largest answer), and there is a float weight for each quantized one."""
+    model, x = quantized(form), images(8)
+    unfolded = unfold(model, ())
+    assert len(unfolded.latents) >= 3
+    expected = Executor(model).run({"x": x})["y"]
+    got = Executor(unfolded.model, trainable=list(unfolded.latents)).run({"x": x})["y"]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    with session_of(unfolded.model) as session:
+        again = run(session, {"x": x})["y"]
+    np.testing.assert_allclose(again, expected, rtol=0, atol=0.03 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_folding_gives_the_same_integers(form: str, quantized: Quantized, weights_of: Any) -> None:
+    """Untrained float weights become the integers that they came from, to the last bit."""
+    model = quantized(form)
+    unfolded = unfold(model, ())
+    before, after = weights_of(model), weights_of(unfolded.fold(unfolded.model, model))
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        assert after[name].dtype == array.dtype
+        np.testing.assert_array_equal(after[name], array)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_training_improves_a_quantized_model(
+    form: str,
+    wide_net: Model,
+    quantized: Quantized,
+    perturbed: Callable[..., Model],
+    images: Any,
+    distill: Callable[..., PassResult],
+    weights_of: Any,
+) -> None:
+    """Trained towards the original, a disturbed and quantized model comes nearer to it: its loss falls to a fifth at
+    most, in the integers of the file; its nodes, types and scales stay."""
+    model = quantized(form, perturbed(wide_net, 0.2))
+    result = distill(wide_net, model, {"x": images(256)}, epochs=8, batch_size=16, learning_rate=5e-4)
+    assert result.changes["loss_after"] < 0.2 * result.changes["loss_before"]
+    assert result.changes["quantized_weights_trained"] >= 3
+    assert [node.op_type for node in result.model.nodes()] == [node.op_type for node in model.nodes()]
+    before, after = weights_of(model), weights_of(result.model)
+    for name, array in before.items():
+        assert after[name].dtype == array.dtype
+        if "scale" in name or "zero_point" in name:
+            np.testing.assert_array_equal(after[name], array)
+
+
+def test_levels_stay_within_their_range(
+    wide_net: Model, quantized: Quantized, images: Any, distill: Callable[..., PassResult], weights_of: Any
+) -> None:
+    """Steps far beyond the range do not write levels further from the zero point than the file had."""
+    model = quantized("static")
+    result = distill(wide_net, model, {"x": images(64)}, epochs=2, learning_rate=0.05, feature_weight=0.0)
+    before, after = weights_of(model), weights_of(result.model)
+    for name, array in before.items():
+        if array.dtype == np.int8 and array.ndim > 1:
+            assert np.abs(after[name].astype(int)).max() <= np.abs(array.astype(int)).max()
+
+
+def test_dynamic_quantization_says_why_not(
+    wide_net: Model, images: Any, distill: Callable[..., PassResult], context_of: Callable[..., Context]
+) -> None:
+    """Products that compute in integers are named with the reason and what to do instead."""
+    context = context_of(wide_net, {"x": images(16)})
+    model = Quantize(QuantizeConfig(scheme="dynamic"))(wide_net, context).model
+    result = distill(wide_net, model, {"x": images(64)}, epochs=1)
+    reasons = [skip.reason for skip in result.skipped]
+    assert any(
+        "integers, which have no gradient" in reason and "Distill before quantizing" in reason for reason in reasons
+    )
+
+
+def test_excluded_weights_keep_their_integers(quantized: Quantized) -> None:
+    """A quantized weight is excluded by the name of the node that uses it."""
+    model = quantized("static")
+    names = unfold(model, ("conv2",)).latents
+    assert len(names) < len(unfold(model, ()).latents)
+    assert not any("w2" in name or "conv2" in name for name in names)
