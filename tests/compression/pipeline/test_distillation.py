@@ -49,7 +49,7 @@ def test_half_of_the_channels_gone_costs_little(
 
 def test_quantized_and_trained_in_one_recipe(digits: Model, samples: InputData, labelled: EvaluationData) -> None:
     """Static quantization and then training: the file stays in eight bits, and comes nearer to the original."""
-    steps = ({"quantize": {"scheme": "static"}}, {"distill": {"epochs": 4, "learning_rate": 3e-4}})
+    steps = ({"quantize": {"scheme": "static"}}, {"distill": {"epochs": 4, "learning_rate": 1e-4}})
     result = compress(digits, recipe(*steps), data=samples, eval_data=labelled)
     before, after = result.report["steps"]
     assert after["changes"]["quantized_weights_trained"] > 0

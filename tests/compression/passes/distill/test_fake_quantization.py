@@ -101,6 +101,7 @@ def test_training_improves_a_quantized_model(
     result = distill(wide_net, model, {"x": images(256)}, epochs=8, batch_size=16, learning_rate=5e-4)
     assert result.changes["loss_after"] < 0.2 * result.changes["loss_before"]
     assert result.changes["quantized_weights_trained"] >= 3
+    assert any("without VNNI" in warning for warning in result.warnings) is form.startswith("static")
     assert [node.op_type for node in result.model.nodes()] == [node.op_type for node in model.nodes()]
     before, after = weights_of(model), weights_of(result.model)
     for name, array in before.items():

@@ -46,6 +46,7 @@ class Unfolded:
     model: Model
     latents: dict[str, tuple[str, Callable[[Array], Array]]]
     skipped: tuple[Skip, ...]
+    integers_multiplied: bool = False  # whether 8-bit weights meet 8-bit activations, as under static quantization
 
     def fold(self, trained: Model, into: Model) -> Model:
         """A copy of `into`, the model that was unfolded, with the numbers of the trained one."""
@@ -67,6 +68,7 @@ def unfold(model: Model, exclude: tuple[str, ...]) -> Unfolded:
     work = model.clone()
     latents: dict[str, tuple[str, Callable[[Array], Array]]] = {}
     skipped = []
+    multiplied = False
     for node in list(work.nodes()):
         if is_op(node, *_INTEGERS) or is_op(node, *_INTEGERS_MICROSOFT, domain=MICROSOFT):
             skipped.append(Skip(label(node), _NO_GRADIENT.format(op_type=node.op_type)))
@@ -87,9 +89,10 @@ def unfold(model: Model, exclude: tuple[str, ...]) -> Unfolded:
             # Under its old name it is an output still, and matched with the original's.
             output.name, value.name = f"{output.name}__stored", output.name
         latents[name] = (form.stored.name, form.pack)
+        multiplied = multiplied or is_op(node, "DequantizeLinear")
     if latents:
         RemoveUnusedNodesPass()(work.ir)
-    return Unfolded(work, latents, tuple(skipped))
+    return Unfolded(work, latents, tuple(skipped), multiplied)
 
 
 _NO_GRADIENT = (
