@@ -70,7 +70,7 @@ _LIMITS = """
 def render_page(results: Mapping[str, Rows], docs: Path, svg: Callable[..., str]) -> None:
     """Writes docs/distillation.md and docs/images/distillation_NAME.svg."""
     ways = "".join(f"| {' | '.join(row)} |\n" for row in _WAYS)
-    parts = [_HEAD.replace("{ways}\n", ways)]
+    parts = [_HEAD.replace("{ways}", ways)]
     for name, rows in results.items():
         (original,) = _of(rows, "original")
         parts.append(
