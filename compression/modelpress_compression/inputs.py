@@ -109,7 +109,12 @@ class InputData:
             for spec in self.specs
         }
 
-    def _sliced(self, samples: slice) -> InputData:
+    def only(self, feeds: Sequence[int]) -> InputData:
+        """The samples of these feeds of `feeds(1)`, copied."""
+        size = self.fixed_batch or 1
+        return self._sliced(np.asarray([row for feed in feeds for row in range(feed * size, (feed + 1) * size)]))
+
+    def _sliced(self, samples: slice | NDArray[np.int64]) -> InputData:
         arrays = {name: array[samples] for name, array in self.arrays.items()}
         return replace(self, arrays=arrays, labels=None if self.labels is None else self.labels[samples])
 

@@ -50,13 +50,19 @@ def classification_outputs(graph: onnx_ir.Graph) -> frozenset[str]:
 
 def score_form(value: onnx_ir.Value) -> str:
     """What class scores are: logits, probabilities, their logarithms, or probabilities independent of each other."""
+    node = score_node(value)
+    return LOGITS if node is None else _FORMS.get(node.op_type, LOGITS)
+
+
+def score_node(value: onnx_ir.Value) -> onnx_ir.Node | None:
+    """The node that computed a value, seen through those that only move it; None: it was fed."""
     current: onnx_ir.Value | None = value
     for _ in range(_MAX_HOPS):
         node = current.producer() if current is not None else None
         if node is None or node.op_type not in _MOVING:
-            return LOGITS if node is None else _FORMS.get(node.op_type, LOGITS)
+            return node
         current = node.inputs[0]
-    return LOGITS
+    return None
 
 
 def is_embedding(value: onnx_ir.Value) -> bool:

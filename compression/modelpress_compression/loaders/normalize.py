@@ -58,12 +58,15 @@ def _inline(ir: onnx_ir.Model) -> None:
 
 
 def _forget_false_names(ir: onnx_ir.Model) -> None:
-    """Dimensions of inputs called `?` or -1 are unknown: two of them need not be the same."""
+    """Dimensions of inputs called `?` or -1 are unknown: two of them need not be the same. Nowhere is one negative."""
     for value in ir.graph.inputs:
         if value.shape is not None:
             value.shape = onnx_ir.Shape(
                 None if isinstance(dim, onnx_ir.SymbolicDim) and dim.value in _NO_NAMES else dim for dim in value.shape
             )
+    for value in _values(ir):
+        if value.shape is not None and any(isinstance(dim, int) and dim < 0 for dim in value.shape):
+            value.shape = onnx_ir.Shape(None if isinstance(dim, int) and dim < 0 else dim for dim in value.shape)
 
 
 def _tidy(ir: onnx_ir.Model) -> None:

@@ -175,3 +175,13 @@ def test_unsorted_graphs_are_sorted(tmp_path: Path) -> None:
     assert [node.op_type for node in model.nodes()] == ["Abs", "Neg"]
     value = run_onnx(model, [{"x": np.full((1, 4), -2, np.float32)}])[0]["y"]
     np.testing.assert_array_equal(value, np.full((1, 4), -2, np.float32))
+
+
+def test_negative_dimensions_are_unknown(tmp_path: Path, make: SimpleNamespace) -> None:
+    """-1, which some exporters write for "any", is no extent; such a model of an old operator set loads too."""
+    proto = make.onnx_model(
+        [helper.make_node("Relu", ["x"], ["y"])], inputs={"x": [-1, 3]}, outputs={"y": [-1, 3]}, opset=11
+    )
+    model = load(make.write_onnx(proto, tmp_path / "m.onnx"))
+    assert model.inputs[0].shape == (None, 3)
+    assert model.outputs[0].shape == (None, 3)

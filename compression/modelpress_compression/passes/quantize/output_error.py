@@ -23,7 +23,8 @@ import onnx_ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from modelpress_compression.inputs import Array, Feeds
+from modelpress_compression.analysis.outputs import score_node
+from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.padding import counted_positions, without_padding
 from modelpress_compression.passes.base import Context
@@ -59,10 +60,25 @@ class Trial:
     parameters: ActivationParameters | None = None
 
 
-def output_distance(original: Model, changed: Model, context: Context) -> float:
-    """The error of a changed model's outputs, as above, on `DISTANCE_SAMPLES` samples."""
-    total, signal = 0.0, 0.0
-    with session_of(original, threads=2) as first, session_of(changed, threads=2) as second:
+@dataclass(frozen=True)
+class Distances:
+    """Of two models' outputs: [feeds], sums of squares over all float outputs."""
+
+    errors: NDArray[np.float64]
+    signals: NDArray[np.float64]
+
+    @property
+    def error(self) -> float:
+        """As above, over all feeds."""
+        signal = float(self.signals.sum())
+        return float(self.errors.sum()) / signal if signal else math.inf
+
+
+def output_distances(original: Model, changed: Model, context: Context) -> Distances:
+    """How far a changed model's outputs are, feed by feed, on `DISTANCE_SAMPLES` samples."""
+    errors, signals = [], []
+    models = [_without_softmax(model) for model in (original, changed)]
+    with session_of(models[0], threads=2) as first, session_of(models[1], threads=2) as second:
         for feed in context.data.spread(DISTANCE_SAMPLES).feeds(batch_size=1):
             context.check_time()
             mask = counted_positions(feed)
@@ -71,25 +87,37 @@ def output_distance(original: Model, changed: Model, context: Context) -> float:
                 for session in (first, second)
             )
             floats = {name: array for name, array in before.items() if array.dtype.kind == "f"}
-            total += _squared_distance(floats, after)
-            signal += sum(float(np.square(_finite(array)).sum()) for array in floats.values())
-    return total / signal if signal else math.inf
+            errors.append(_squared_distance(floats, after))
+            signals.append(sum(float(np.square(_finite(array)).sum()) for array in floats.values()))
+    return Distances(np.asarray(errors), np.asarray(signals))
+
+
+def _without_softmax(model: Model) -> Model:
+    """A copy whose outputs are what went into the softmax that they came from."""
+    copy = model.clone()
+    for node in {id(node): node for value in copy.graph.outputs if (node := score_node(value)) is not None}.values():
+        if node.op_type == "Softmax" and node.domain == "":
+            node.op_type = "Identity"
+            node.attributes.clear()
+    return copy
 
 
 class ErrorProbe:
     """Tries things out on one model; made by `open_probe`."""
 
-    def __init__(self, session: ort.InferenceSession, switches: _Switches, context: Context) -> None:
-        self._session, self._switches, self._context = session, switches, context
+    def __init__(
+        self, session: ort.InferenceSession, switches: _Switches, context: Context, samples: InputData
+    ) -> None:
+        self._session, self._switches, self._context, self._samples = session, switches, context, samples
 
     def errors(self, trials: Sequence[Trial], done: Listener | None = None) -> list[float] | None:
         """The error of each trial, infinite where outputs are not finite; None: that would take too long.
 
-        Takes as many of `MAX_SAMPLES` samples as `BUDGET_S` allows, one at least. Raises TimeLimitError.
+        Takes as many of the samples as `BUDGET_S` allows, one at least. Raises TimeLimitError.
         """
         sums, signal = [0.0] * len(trials), 0.0
         began = time.monotonic()
-        for index, feed in enumerate(self._context.data.spread(MAX_SAMPLES).feeds(batch_size=1)):
+        for index, feed in enumerate(self._samples.feeds(batch_size=1)):
             started = time.monotonic()
             if index and started - began + (started - began) / index > BUDGET_S:
                 break
@@ -148,14 +176,22 @@ class _Switches:
 
 @contextmanager
 def open_probe(
-    model: Model, plan: Plan, config: QuantizeConfig, rounder: Rounder, context: Context
+    model: Model,
+    plan: Plan,
+    config: QuantizeConfig,
+    rounder: Rounder,
+    context: Context,
+    samples: InputData | None = None,
 ) -> Iterator[ErrorProbe]:
-    """A probe for the tensors and weights of a plan on `model`. Raises ModelNotRunnableError."""
-    copy = model.clone()
+    """A probe for the tensors and weights of a plan on `model`; `samples`: `MAX_SAMPLES` of the data where None.
+
+    Raises ModelNotRunnableError.
+    """
+    copy = _without_softmax(model)
     store = WeightStore(Editor(copy), config, rounder, context.target)
     switches = _Builder(plan.on(copy.graph), store).build()
     with session_of(copy, threads=2) as session:
-        yield ErrorProbe(session, switches, context)
+        yield ErrorProbe(session, switches, context, samples or context.data.spread(MAX_SAMPLES))
 
 
 class _Builder:
@@ -215,7 +251,7 @@ class _Builder:
 
     def _switch_tensor(self, tensor: Tensor, number: int) -> None:
         value, (_, scale, zero_point) = tensor.value, self._inputs
-        kept = set(self._plan.nodes)
+        kept = self._plan.members
         uses = [
             (user, index)
             for user, index in value.uses()

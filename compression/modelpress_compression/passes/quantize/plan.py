@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import onnx_ir
 
@@ -53,6 +54,11 @@ class Plan:
     nodes: list[onnx_ir.Node]
     wide: bool
     tensors: dict[int, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def members(self) -> frozenset[onnx_ir.Node]:
+        """The nodes, for the question whether one is among them."""
+        return frozenset(self.nodes)
 
     @property
     def heavy(self) -> list[onnx_ir.Node]:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 
+import numpy as np
 import onnx_ir
 
 from modelpress_compression.model import Model
@@ -24,7 +26,13 @@ from modelpress_compression.passes.quantize.edit import Editor, clean, label, re
 from modelpress_compression.passes.quantize.equalize import equalize
 from modelpress_compression.passes.quantize.gptq_rounder import make_rounder
 from modelpress_compression.passes.quantize.observers import Histogram
-from modelpress_compression.passes.quantize.output_error import open_probe, output_distance
+from modelpress_compression.passes.quantize.output_error import (
+    DISTANCE_SAMPLES,
+    MAX_SAMPLES,
+    Distances,
+    open_probe,
+    output_distances,
+)
 from modelpress_compression.passes.quantize.plan import HEAVY, Plan, make_plan, why_not_static
 from modelpress_compression.passes.quantize.ranges import (
     improve_weights,
@@ -41,6 +49,8 @@ from modelpress_compression.techniques import QuantizeConfig
 
 # A node that alone takes the outputs below this is a catastrophe, not a compression.
 FLOOR_DB = 15.0
+# Errors of parts, which are measured on few samples, make up the whole to within so much, or the samples were too few.
+_ADDS_UP = 1.5
 # Shares of the pass's time until smoothing, calibration, sensitivity and better ranges are done.
 _SMOOTHED, _CALIBRATED, _MEASURED, _REFINED = 0.1, 0.45, 0.7, 0.9
 
@@ -70,7 +80,9 @@ def prepare(model: Model, config: QuantizeConfig, context: Context, findings: Fi
     )
     if plan.heavy:
         _measure(quantizer, plan, histograms, context)
-        _find_shifts(quantizer, context)
+        if context.data.provided:
+            _improve(quantizer, plan, histograms, context)
+        _leave_sensitive(quantizer, plan)
     context.progress(_REFINED, "writing 8-bit layers")
     return quantizer
 
@@ -135,7 +147,7 @@ def _without(
 
 
 def _measure(quantizer: StaticQuantizer, plan: Plan, histograms: Mapping[str, Histogram], context: Context) -> None:
-    """Sensitivity, better ranges, and the nodes that are too sensitive."""
+    """Sensitivity, and better ranges."""
 
     def part(start: float, stop: float, message: str) -> Context:
         return replace(context, progress=lambda share, _: context.progress(start + (stop - start) * share, message))
@@ -151,11 +163,15 @@ def _measure(quantizer: StaticQuantizer, plan: Plan, histograms: Mapping[str, Hi
             return
         refining = part(_MEASURED, _REFINED, "trying other ranges")
         refine(ranges, plan, histograms, config, probe, lambda share: refining.progress(share, ""))
-    if config.rounding == "auto" and context.data.provided:
+
+
+def _improve(quantizer: StaticQuantizer, plan: Plan, histograms: Mapping[str, Histogram], context: Context) -> None:
+    """Better rounding, ranges for the hardest samples, and biases: what takes representative inputs."""
+    if quantizer.config.rounding == "auto":
         _round_better(quantizer, plan, context)
-    _leave_sensitive(quantizer, plan)
-    for node in plan.heavy:
-        quantizer.findings.details.append({"layer": label(node), "error_db": decibels(ranges.error_at(node))})
+    distances = _look_closer(quantizer, plan, histograms, context)
+    if quantizer.config.bias_correction:
+        _find_shifts(quantizer, context, distances)
 
 
 def _round_better(quantizer: StaticQuantizer, plan: Plan, context: Context) -> None:
@@ -176,25 +192,61 @@ def _round_better(quantizer: StaticQuantizer, plan: Plan, context: Context) -> N
         quantizer.findings.changes[GPTQ] = len(kept)
 
 
-def _find_shifts(quantizer: StaticQuantizer, context: Context) -> None:
-    config = quantizer.config
-    if not config.bias_correction or not context.data.provided:
-        return
+def _look_closer(
+    quantizer: StaticQuantizer, plan: Plan, histograms: Mapping[str, Histogram], context: Context
+) -> Distances:
+    """What the quantized model errs by.
+
+    Where that is more than its parts tell, the samples that these were measured on missed something: once more, on
+    those that the model errs most on.
+    """
+    distances = _distances(quantizer, context)
+    predicted = quantizer.ranges.error_of(quantizer.plan)
+    if predicted is None or distances.error <= _ADDS_UP * predicted:
+        return distances
+    context.progress(_REFINED, "measuring again on the samples that it errs most on")
+    worst = np.argsort(distances.errors)[-MAX_SAMPLES:]
+    usual = np.arange(0, len(distances.errors), -(-len(distances.errors) // MAX_SAMPLES))
+    samples = context.data.spread(DISTANCE_SAMPLES).only(sorted({*worst.tolist(), *usual.tolist()}))
+    with open_probe(quantizer.model, plan, quantizer.config, quantizer.rounder, context, samples) as probe:
+        before = deepcopy(quantizer.ranges)
+        if not measure_errors(quantizer.ranges, plan, probe):
+            return distances
+        refine(quantizer.ranges, plan, histograms, quantizer.config, probe)
+    again = _distances(quantizer, context)
+    if again.error < distances.error:
+        return again
+    quantizer.ranges = before
+    return distances
+
+
+def _distances(quantizer: StaticQuantizer, context: Context) -> Distances:
+    return output_distances(quantizer.model, quantizer.quantize(frozenset(), Findings()), context)
+
+
+def _find_shifts(quantizer: StaticQuantizer, context: Context, plain: Distances) -> None:
     context.progress(_REFINED, "correcting biases")
-    plain = output_distance(quantizer.model, quantizer.quantize(frozenset(), Findings()), context)
     quantizer.shifts = mean_shifts(
-        quantizer.model, quantizer.plan, quantizer.ranges.parameters, config, quantizer.rounder, context
+        quantizer.model,
+        quantizer.plan,
+        quantizer.ranges.parameters,
+        quantizer.config,
+        quantizer.rounder,
+        context,
     )
-    corrected = output_distance(quantizer.model, quantizer.quantize(frozenset(), Findings()), context)
-    if corrected >= plain:
+    if _distances(quantizer, context).error >= plain.error:
         # Means of inner layers are right then, but errors that met before and cancelled out do not any more.
         quantizer.shifts = {}
 
 
 def _leave_sensitive(quantizer: StaticQuantizer, plan: Plan) -> None:
+    """Notes the error of each layer; those that are too sensitive stay float32."""
+    if not quantizer.ranges.weight_errors:
+        return
     floats = set()
     for node in plan.heavy:
         error = quantizer.ranges.error_at(node)
+        quantizer.findings.details.append({"layer": label(node), "error_db": decibels(error)})
         if decibels(error) < FLOOR_DB:
             floats.add(node.outputs[0].name or "")
             quantizer.findings.skip(node, f"8 bits here alone would leave the outputs {decibels(error):.1f} dB")

@@ -47,7 +47,7 @@ class QdqWriter:
         for node in plan.nodes:
             if node.op_type in HEAVY:
                 self.quantize_weights(node, parameters[required(node, 0).name or ""])
-        kept = set(plan.nodes)
+        kept = plan.members
         for tensor in plan.tensors.values():
             self._insert_pair(plan.graph, tensor, parameters[tensor.value.name or ""], kept)
 
@@ -108,7 +108,7 @@ class QdqWriter:
         return self._weights[key]
 
     def _insert_pair(
-        self, graph: onnx_ir.Graph, tensor: Tensor, x: ActivationParameters, kept: set[onnx_ir.Node]
+        self, graph: onnx_ir.Graph, tensor: Tensor, x: ActivationParameters, kept: frozenset[onnx_ir.Node]
     ) -> None:
         value = tensor.value
         uses = list(value.uses())

@@ -16,7 +16,7 @@ from modelpress_compression.passes.quantize.activations import Listener
 from modelpress_compression.passes.quantize.affine import ActivationParameters, activation_parameters
 from modelpress_compression.passes.quantize.observers import METHODS, Histogram
 from modelpress_compression.passes.quantize.output_error import ErrorProbe, Trial
-from modelpress_compression.passes.quantize.plan import Plan
+from modelpress_compression.passes.quantize.plan import Plan, output_of
 from modelpress_compression.techniques import QuantizeConfig
 
 AUTO = "auto"
@@ -56,6 +56,19 @@ class Ranges:
         source = node.inputs[0]
         inputs = self.tensor_errors.get(source.name or "", 0.0) if source is not None else 0.0
         return inputs + self.weight_errors.get(node.outputs[0].name or "", 0.0)
+
+    def error_saved(self, node: onnx_ir.Node, plan: Plan) -> float:
+        """What goes when a heavy node goes back to float32: its weight's error, that of its output where it writes 8
+        bits, and its part of that of its input where the input came in float32."""
+        saved = self.weight_errors.get(node.outputs[0].name or "", 0.0)
+        output = plan.tensors.get(id(output_of(node)))
+        if output is not None and output.all_consumers:
+            saved += self.tensor_errors.get(output.value.name or "", 0.0)
+        source = plan.tensors.get(id(node.inputs[0]))
+        if source is not None and not source.all_consumers:
+            readers = sum(user in plan.members for user in source.value.consumers())
+            saved += self.tensor_errors.get(source.value.name or "", 0.0) / max(readers, 1)
+        return saved
 
 
 def start_ranges(plan: Plan, histograms: Mapping[str, Histogram], config: QuantizeConfig) -> Ranges:

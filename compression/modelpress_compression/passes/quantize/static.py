@@ -77,7 +77,7 @@ class StaticQuantizer:
         store = WeightStore(editor, self.config, self.rounder, self.target)
         plan = self._plan(work, floats)
         self._explain_light(plan, floats, findings)
-        planned = set(plan.nodes)
+        planned = plan.members
         if count := correct(plan, self.shifts, editor):
             findings.changes[CORRECTED] = count
         QdqWriter(editor, store).write(plan, self.ranges.parameters)

@@ -1,14 +1,15 @@
 """`quantize: {scheme: auto}`: of none, dynamic and static, layer by layer, the fastest that keeps the answers.
 
-1. Heads of more classes than there are samples stay in float32, unless labels judge (heads.py).
-2. dynamic and static are built and judged: answers first, then latency against the float model (judge.py).
+1. dynamic and static are built and judged: answers first, then latency against the float model (judge.py).
+2. Heads of more classes than there are samples stay in float32 under dynamic, unless labels judge (heads.py).
 3. Static is also tried with the layers that are too light to gain on their own in 8 bits, and with sums in 8 bits that
    end a chain; small networks gain by them.
 4. Where static does not keep the answers, the layers that make the most error for the time that they take go back to
    float32, one after the other, until the rest does: a bisection over that order (mixed.py).
 5. Of what keeps the answers, weights that are still in float32 are stored in 8 bits too; they run as before.
-6. The fastest that is surely faster than float32 is taken; candidates whose latencies cannot be told apart are a draw,
-   and the smallest of them wins (candidates.py). Without one the model stays as it is.
+6. The fastest is taken, of those that are surely faster than float32 at every batch size that the recipe measures;
+   candidates whose latencies cannot be told apart are a draw, and the smallest of them wins (candidates.py). Without
+   one the model stays as it is.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class _Search:
 
     def _config(self, scheme: str) -> QuantizeConfig:
         config: QuantizeConfig = self.step.config
-        kept = tuple(escape(name) for name in self.heads)
+        kept = tuple(escape(name) for name in self.heads) if scheme == "dynamic" else ()
         return replace(config, scheme=scheme, exclude=(*config.exclude, *kept))
 
     def dynamic(self) -> None:

@@ -1,8 +1,11 @@
 """Class heads that the data cannot vouch for: the last layers of classifiers with more classes than there are samples.
 
 Every class has weights of its own there. An error in those of a class that no sample shows moves no figure that is
-measured without labels, and is a bias for or against that class all the same: with its head of 6,625 classes in 8 bits
-a text reader kept 32 dB, and read 1.7 points fewer words. Such heads compute in float32; they can be stored in 8 bits.
+measured without labels, and is a bias for or against that class all the same: with its head of 6,625 classes alone
+quantized dynamically for processors without VNNI, a text reader kept 34 dB, and read 1.6 points fewer words. Static
+quantization takes the mean error of every class back by its bias, whether a sample shows the class or not; with its
+head alone in 8 bits the same reader reads as well as before. So such heads compute in float32 under dynamic
+quantization only; they can be stored in 8 bits.
 """
 
 from __future__ import annotations

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from modelpress_compression.inputs import EvaluationData, InputData
 from modelpress_compression.measure.accuracy import compare_accuracy
 from modelpress_compression.measure.fidelity import Fidelity, compare_outputs
-from modelpress_compression.measure.latency import Speedup, Timings, time_interleaved
+from modelpress_compression.measure.latency import Speedup, Times, Timings, median_interval, time_interleaved
 from modelpress_compression.passes.base import Context
 from modelpress_compression.pipeline.auto.candidates import Candidate
 from modelpress_compression.pipeline.steps import file_size_bytes
@@ -35,6 +38,28 @@ LATENCY_ROUNDS, MORE_ROUNDS = 30, 240
 LATENCY_BUDGET_S = 15.0
 # Of a candidate that is out of the race: its speed is told, so that one knows what a looser bound would give.
 OUT_BUDGET_S = 4.0
+
+
+@dataclass(frozen=True)
+class RaceTimings:
+    """Of the float model, at place 0, and candidates; one for each batch size that the model takes."""
+
+    by_batch_size: tuple[Timings, ...]
+
+    @cached_property
+    def times_s(self) -> Times:
+        """[models, rounds]: the geometric mean over batch sizes, of the rounds that all of them have."""
+        rounds = min(one.rounds for one in self.by_batch_size)
+        logarithms = [np.log(one.times_s[:, :rounds]) for one in self.by_batch_size]
+        return np.asarray(np.exp(np.mean(logarithms, axis=0)), np.float64)
+
+    def speedup(self, place: int) -> Speedup:
+        """Over the float model, all batch sizes together."""
+        return median_interval((self.times_s[0] / self.times_s[place]).tolist())
+
+    def speedups(self, place: int) -> list[Speedup]:
+        """Over the float model, at each batch size."""
+        return [one.speedup(0, place) for one in self.by_batch_size]
 
 
 @dataclass(frozen=True)
@@ -87,44 +112,46 @@ class Judge:
         if not race:
             return []
         timings = self._timed(race, LATENCY_ROUNDS, LATENCY_BUDGET_S * len(race))
-        speedups = [timings.speedup(0, place + 1) for place in range(len(race))]
-        if any(speedup.low < 1.0 <= speedup.high for speedup in speedups):
+        if any(one.low < 1.0 <= one.high for place in range(1, len(race) + 1) for one in timings.speedups(place)):
             # More rounds make the intervals narrower.
             timings = self._timed(race, MORE_ROUNDS, LATENCY_BUDGET_S * len(race))
-        return [
-            self._judged(replace(item, times_s=timings.times_s[place]), timings.speedup(0, place))
-            for place, item in enumerate(race, start=1)
-        ]
+        return [self._judged(item, timings, place) for place, item in enumerate(race, start=1)]
 
     def _out_of_race(self, candidate: Candidate) -> Candidate:
         if not candidate.record.changes:
             return candidate
-        return replace(candidate, speedup=self._timed([candidate], LATENCY_ROUNDS, OUT_BUDGET_S).speedup(0, 1))
+        return replace(candidate, speedup=self._timed([candidate], LATENCY_ROUNDS, OUT_BUDGET_S).speedup(1))
 
-    def _judged(self, candidate: Candidate, speedup: Speedup) -> Candidate:
-        candidate = replace(candidate, speedup=speedup)
+    def _judged(self, candidate: Candidate, timings: RaceTimings, place: int) -> Candidate:
+        candidate = replace(candidate, speedup=timings.speedup(place), times_s=timings.times_s[place])
         if candidate.scheme == "static" and not self.context.data.vouches:
-            return replace(candidate, reason=_unproven(self.context.data, speedup.median))
+            return replace(candidate, reason=_unproven(self.context.data, timings.speedup(place).median))
         # Who asks for a size takes what is as small and not surely slower.
-        least = speedup.high if self.recipe.constraints.max_size_bytes is not None else speedup.low
-        if least < 1.0:
+        asked = self.recipe.constraints.max_size_bytes is not None
+        worst = min(timings.speedups(place), key=lambda one: one.high if asked else one.low)
+        if (worst.high if asked else worst.low) < 1.0:
             return replace(
                 candidate,
-                reason=f"not surely faster than in float32: {speedup.median:.2f} times its speed "
-                f"[{speedup.low:.2f}, {speedup.high:.2f}]",
+                reason=f"not surely faster than in float32: {worst.median:.2f} times its speed "
+                f"[{worst.low:.2f}, {worst.high:.2f}]",
             )
         return candidate
 
-    def _timed(self, candidates: Sequence[Candidate], rounds: int, budget_s: float) -> Timings:
+    def _timed(self, candidates: Sequence[Candidate], rounds: int, budget_s: float) -> RaceTimings:
         """The float model first."""
-        return time_interleaved(
-            [self.float_path, *(item.record.path for item in candidates)],
-            self.context.data,
-            threads=self.recipe.benchmark.threads[0],
-            batch_size=self.recipe.benchmark.batch_sizes[0],
-            rounds=rounds,
-            budget_s=budget_s,
-        )
+        models = [self.float_path, *(item.record.path for item in candidates)]
+        timings: dict[int, Timings] = {}
+        for batch_size in self.recipe.benchmark.batch_sizes:
+            one = time_interleaved(
+                models,
+                self.context.data,
+                threads=self.recipe.benchmark.threads[0],
+                batch_size=batch_size,
+                rounds=rounds,
+                budget_s=budget_s,
+            )
+            timings.setdefault(one.batch_size, one)
+        return RaceTimings(tuple(timings.values()))
 
     def _disagrees(self, fidelity: Fidelity) -> str:
         """Why the answers have changed too much, without labels; empty where they have not."""

@@ -1,8 +1,8 @@
 """Which layers go back to float32 first, and how few suffice.
 
-A layer's place in the order is the error that its 8 bits make at the outputs, over the time that it takes in float32 on
-this machine, which is what going back costs. Layers added in that order make the error fall and the time rise, so that
-the fewest that suffice are found by bisection: some `2 log2(n)` models are built and judged.
+A layer's place in the order is the error that goes from the outputs when it goes back to float32, over the time that it
+takes in float32 on this machine, which is what going back costs. Layers added in that order make the error fall and the
+time rise, so that the fewest that suffice are found by bisection: some `2 log2(n)` models are built and judged.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ _LEAST_SHARE = 1e-3
 
 def order_of(quantizer: StaticQuantizer, context: Context) -> list[str]:
     """Names of the outputs of the layers in 8 bits, the best to leave in float32 first; empty: not measured."""
-    heavy, ranges = quantizer.plan.heavy, quantizer.ranges
+    plan, ranges = quantizer.plan, quantizer.ranges
     if not ranges.weight_errors:
         return []
     (times,) = node_times_ms([quantizer.model], context)
     least = _LEAST_SHARE * max(times.values(), default=0.0) or 1.0
     worth = {
-        node.outputs[0].name or "": ranges.error_at(node) / max(times.get(label(node), 0.0), least) for node in heavy
+        node.outputs[0].name or "": ranges.error_saved(node, plan) / max(times.get(label(node), 0.0), least)
+        for node in plan.heavy
     }
     return sorted(worth, key=lambda name: -worth[name])
 

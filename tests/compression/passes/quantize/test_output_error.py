@@ -16,7 +16,7 @@ from modelpress_compression.passes.quantize.affine import activation_parameters
 from modelpress_compression.passes.quantize.bias_correction import mean_shifts
 from modelpress_compression.passes.quantize.edit import Editor, constant_of
 from modelpress_compression.passes.quantize.observers import Range
-from modelpress_compression.passes.quantize.output_error import Trial, open_probe, output_distance
+from modelpress_compression.passes.quantize.output_error import Trial, open_probe, output_distances
 from modelpress_compression.passes.quantize.plan import make_plan
 from modelpress_compression.passes.quantize.preparation import decibels
 from modelpress_compression.passes.quantize.qdq import quantize_heavy
@@ -48,7 +48,7 @@ def test_the_parts_add_up_to_the_whole(cnn: Model, images: Arrays, tmp_path: Pat
     quantizer, context = prepared(cnn, images, tmp_path)
     predicted = quantizer.ranges.error_of(quantizer.plan)
     assert predicted is not None
-    measured = output_distance(cnn, quantizer.quantize(frozenset(), Findings()), context)
+    measured = output_distances(cnn, quantizer.quantize(frozenset(), Findings()), context).error
     assert decibels(predicted) == pytest.approx(decibels(measured), abs=3.0)
 
 
