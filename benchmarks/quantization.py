@@ -32,8 +32,8 @@ from modelpress_compression.errors import CompressionError
 from modelpress_compression.pipeline.steps import file_size_bytes
 from modelpress_compression.report.environment import environment
 from quantization_cases import Case, Kind, NotInstalledError, Prepared, cases, prepare
-from quantization_contenders import CONTENDERS
-from quantization_measuring import BATCH_SIZES, FLOAT, VERSION, Figures, Timing, latency, quality
+from quantization_contenders import BATCH_SIZES, CONTENDERS
+from quantization_measuring import FLOAT, VERSION, Figures, Timing, latency, quality
 from quantization_page import KINDS, page
 from quantization_process import GIB, Limits, made_by
 

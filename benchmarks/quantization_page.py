@@ -8,8 +8,8 @@ from typing import Any
 
 from modelpress_compression.measure.fidelity import MAX_SQNR_DB
 from quantization_aims import AIMS
-from quantization_contenders import OURS
-from quantization_measuring import BATCH_SIZES, CONTROL, FLOAT, HOPELESS
+from quantization_contenders import BATCH_SIZES, OURS
+from quantization_measuring import CONTROL, FLOAT, HOPELESS
 from quantization_verdict import (
     MAX_DROP,
     MIN_COSINE,

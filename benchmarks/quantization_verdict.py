@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantization_contenders import CONTENDERS, OURS, PEERS
-from quantization_measuring import BATCH_SIZES, CONTROL, FLOAT
+from quantization_contenders import BATCH_SIZES, CONTENDERS, OURS, PEERS
+from quantization_measuring import CONTROL, FLOAT
 
 MAX_DROP = 0.01
 MIN_COSINE = 0.95
