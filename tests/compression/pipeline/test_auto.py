@@ -12,14 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from modelpress_compression import InputData, Model, Recipe, compress
+from modelpress_compression.inputs import EvaluationData
 from modelpress_compression.measure.fidelity import Fidelity, OutputFidelity
-from modelpress_compression.measure.latency import Speedup
+from modelpress_compression.measure.latency import Speedup, Timings
 from modelpress_compression.model import Provenance
 from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.quantize import store_rest
 from modelpress_compression.pipeline import auto
 from modelpress_compression.pipeline.auto.candidates import Candidate, fastest, pareto_set
 from modelpress_compression.pipeline.auto.heads import unvouched_heads
+from modelpress_compression.pipeline.auto.judge import RaceTimings
 from modelpress_compression.pipeline.auto.mixed import fewest_in_float
 from modelpress_compression.pipeline.steps import StepRecord
 from modelpress_compression.recipe import Step
@@ -226,12 +228,32 @@ def test_heads_of_more_classes_than_samples_are_found(reader: Model, two_layers:
     assert unvouched_heads(two_layers, 24) == {}
 
 
-def test_such_a_head_stays_in_float(reader: Model, loud: InputData) -> None:
-    """No candidate has it in 8 bits, and the report says why; with labels, the metric judges instead."""
-    recipe = Recipe.from_dict({"version": 1, "steps": [{"quantize": {"scheme": "auto"}}], "benchmark": {"rounds": 5}})
-    result = compress(reader, recipe, data=loud)
-    skipped = {skip["node"]: skip["reason"] for skip in result.report["steps"][0]["skipped"]}
-    assert skipped["head_300"] == "24 samples cannot vouch for the weights of its 300 classes"
-    (head,) = [node for node in result.model.nodes() if node.name == "head_300"]
-    assert head.op_type == "MatMul"
-    assert head.inputs[0].producer().op_type != "DequantizeLinear"  # type: ignore[union-attr]
+def test_such_a_head_stays_in_float_under_dynamic(reader: Model, loud: InputData, tmp_path: Path) -> None:
+    """Dynamic quantization leaves it, and says why; with labels the metric judges instead. Static, whose biases take
+    back the mean error of every class, has it in 8 bits."""
+    path = reader.save(tmp_path / "reader.onnx")[0]
+    recipe = Recipe.from_dict({"version": 1, "steps": [{"quantize": {"scheme": "auto"}}]})
+    context = Context(loud, tmp_path)
+    labelled = EvaluationData(loud, np.zeros((24, 64), np.int64))
+    for eval_data, kept in ((None, True), (labelled, False)):
+        judge = auto.Judge(path, path, context, recipe, eval_data)
+        search = auto._Search(recipe.steps[0], reader, path, context, tmp_path / str(kept) / "model.onnx", judge)
+        search.dynamic()
+        search.static()
+        dynamic, static = search.candidates[:2]
+        reasons = {skip.node: skip.reason for skip in dynamic.record.skipped}
+        assert ("24 samples cannot vouch for the weights of its 300 classes" in reasons.values()) is kept
+        assert any(node.name == "head_300" for node in dynamic.record.model.graph) is kept
+        head = next(node for node in static.record.model.graph if node.name == "head_300")
+        assert head.inputs[0].producer().op_type == "DequantizeLinear"  # type: ignore[union-attr]
+
+
+def test_batch_sizes_count_alike(tmp_path: Path) -> None:
+    """Times of a race are geometric means over batch sizes, in the rounds that all of them have; a candidate that is
+    slower at one of them shows there."""
+    one = Timings(1, 1, np.asarray([[4.0] * 9, [1.0] * 9]))
+    eight = Timings(8, 1, np.asarray([[9.0] * 6, [16.0] * 6]))
+    race = RaceTimings((one, eight))
+    np.testing.assert_allclose(race.times_s, [[6.0] * 6, [4.0] * 6])
+    assert race.speedup(1).median == pytest.approx(1.5)
+    assert [speed.median for speed in race.speedups(1)] == [4.0, 9 / 16]
