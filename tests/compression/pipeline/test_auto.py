@@ -40,13 +40,15 @@ def candidate(name: str, size: int, time_s: float, cosine: float = 1.0, noise: f
 
 def test_the_fastest_wins_and_draws_go_to_the_smallest() -> None:
     """Who is not surely slower by 2 % draws with the fastest, and the smaller file is taken; who is, loses, however
-    small; one with a reason against it does not run."""
+    small; one with a reason against it does not run. Of files that are as small to within 1 % the faster one wins."""
     slow, small = candidate("a", 50, 0.9), candidate("b", 80, 0.51, noise=0.3)
     quick = candidate("c", 100, 0.5)
     assert fastest([slow, small, quick]) is small
     assert fastest([slow, replace(small, reason="no"), quick]) is quick
     assert fastest([candidate("d", 80, 0.52), quick]) is quick
     assert fastest([replace(slow, reason="no")]) is None
+    as_small = candidate("e", 1005, 0.5)
+    assert fastest([candidate("f", 1000, 0.505), as_small]) is as_small
 
 
 def test_the_pareto_set_holds_what_nothing_beats() -> None:

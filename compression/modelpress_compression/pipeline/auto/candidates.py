@@ -13,6 +13,7 @@ from modelpress_compression.measure.latency import Speedup, Times, median_interv
 from modelpress_compression.pipeline.steps import StepRecord
 
 DRAW = 0.02
+SAME_SIZE = 0.01
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,19 @@ class Candidate:
 
 
 def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
-    """The one to take among those without a reason against them; draws in latency go to the smallest file.
+    """The one to take among those without a reason against them; draws in latency go to the smallest file, and files
+    that are as small, to within `SAME_SIZE`, to the fastest.
 
     A draw is who is not surely slower than the fastest by more than `DRAW`, in the rounds that both ran.
     """
     racers = [(item, item.times_s) for item in candidates if not item.reason and item.times_s is not None]
     if not racers:
         return None
-    best = min((times_s for _, times_s in racers), key=lambda times_s: float(np.median(times_s)))
+    racers.sort(key=lambda racer: float(np.median(racer[1])))
+    best = racers[0][1]
     draws = [item for item, times_s in racers if median_interval((best / times_s).tolist()).high >= 1 - DRAW]
-    return min(draws, key=lambda item: item.size_bytes)
+    smallest = min(item.size_bytes for item in draws)
+    return next(item for item in draws if item.size_bytes <= smallest * (1 + SAME_SIZE))
 
 
 def pareto_set(candidates: Sequence[Candidate]) -> list[bool]:
