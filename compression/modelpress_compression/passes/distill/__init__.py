@@ -35,14 +35,11 @@ from modelpress_compression.passes.distill.judge import written_loss
 from modelpress_compression.passes.distill.lesson import Lesson, make_objective, stop_time
 from modelpress_compression.passes.distill.samples import Samples, split
 from modelpress_compression.passes.distill.teacher import Answers
+from modelpress_compression.passes.integers.certificate import certified, keep_within_limits
 from modelpress_compression.techniques import DistillConfig
 
 __all__ = ["Distill"]
 
-_NOT_PROVED = (
-    "Training moved eight-bit weights: that CPUs without VNNI give the same answers was shown for the weights before "
-    "it, not for these."
-)
 _WRITTEN = 0.95  # share of the pass's time until the result is judged
 
 
@@ -112,12 +109,13 @@ class Distill:
         lesson.context.progress(1.0, "judging the trained model")
         if taught.improved:
             written = unfolded.fold(taught.student, model) if unfolded.latents else taught.student
+            target = lesson.context.target
+            if unfolded.integers_multiplied and target.cpu == "generic":
+                keep_within_limits(written)
             before, after = _losses(model, written, lesson)
             if after < before:
                 changes = _changes(taught, unfolded, before, after)
-                if unfolded.integers_multiplied and lesson.context.target.cpu == "generic":
-                    warnings.append(_NOT_PROVED)
-                return PassResult(written, changes, skipped, tuple(warnings), taught.details)
+                return certified(PassResult(written, changes, skipped, tuple(warnings), taught.details), target)
         reason = "Training did not bring the model nearer to the original, so it stays as it was."
         return PassResult(model, {}, skipped, (*warnings, reason))
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from modelpress_compression.passes.integers.saturation import LARGEST_LEVEL
 from modelpress_compression.passes.quantize.observers import Range
 from modelpress_compression.passes.quantize.rounding import Rounding, nearest
 
 # Smallest scale: below it 1 / scale is no longer a normal float32 with some room.
 MIN_SCALE = 1e-30
 _LEVELS = 255
-LARGEST_LEVEL = 127  # of weights, either side of the middle
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from modelpress_compression.passes.quantize.affine import LARGEST_LEVEL, QuantizedWeight
-from modelpress_compression.passes.quantize.products import Summation
+from modelpress_compression.passes.integers.products import Summation
+from modelpress_compression.passes.integers.saturation import LARGEST_LEVEL
+from modelpress_compression.passes.quantize.affine import QuantizedWeight
 
 
 def balanced(quantized: QuantizedWeight, weight: NDArray[np.float32], summation: Summation) -> QuantizedWeight:

@@ -20,6 +20,7 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir
 
+from modelpress_compression.passes.integers.products import Summation, of_matrix
 from modelpress_compression.passes.quantize.affine import QuantizedWeight, quantize_weight
 from modelpress_compression.passes.quantize.edit import (
     MICROSOFT,
@@ -33,7 +34,6 @@ from modelpress_compression.passes.quantize.edit import (
     required,
 )
 from modelpress_compression.passes.quantize.plan import is_light
-from modelpress_compression.passes.quantize.products import Summation, of_matrix
 from modelpress_compression.passes.quantize.weights import WeightStore, why_not_matrix, why_not_weight
 
 # Smaller tables are not worth two more nodes.

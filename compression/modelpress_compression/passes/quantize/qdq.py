@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.passes.integers.products import Summation, of_node, output_axis
 from modelpress_compression.passes.quantize.affine import ActivationParameters, QuantizedWeight
 from modelpress_compression.passes.quantize.edit import (
     Editor,
@@ -26,7 +27,6 @@ from modelpress_compression.passes.quantize.edit import (
     required,
 )
 from modelpress_compression.passes.quantize.plan import HEAVY, Plan, Tensor, activations_of
-from modelpress_compression.passes.quantize.products import Summation, of_node, output_axis
 from modelpress_compression.passes.quantize.weights import StoredWeight, WeightStore
 
 _INT32_ROOM = float(1 << 30)  # half of the accumulator for the bias

@@ -15,9 +15,9 @@ import onnx_ir
 
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult, is_excluded
+from modelpress_compression.passes.integers.certificate import certified
 from modelpress_compression.passes.quantize import dynamic
 from modelpress_compression.passes.quantize.bias_correction import Shifts, correct
-from modelpress_compression.passes.quantize.certificate import certified
 from modelpress_compression.passes.quantize.edit import Editor, clean, required
 from modelpress_compression.passes.quantize.plan import Plan, is_light, make_plan
 from modelpress_compression.passes.quantize.qdq import QdqWriter, guard_float_nodes

@@ -9,6 +9,9 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.passes.integers.certificate import REDUCED
+from modelpress_compression.passes.integers.products import Summation, of_node
+from modelpress_compression.passes.integers.saturation import bounds, least_squares_scale, within_limit
 from modelpress_compression.passes.quantize.affine import QuantizedWeight, quantize_weight
 from modelpress_compression.passes.quantize.balance import balanced
 from modelpress_compression.passes.quantize.edit import (
@@ -20,14 +23,10 @@ from modelpress_compression.passes.quantize.edit import (
     is_constant,
     required,
 )
-from modelpress_compression.passes.quantize.products import Summation, of_node
 from modelpress_compression.passes.quantize.rounding import NearestRounder, Rounder, Rounding, nearest
-from modelpress_compression.passes.quantize.saturation import bounds, least_squares_scale, within_limit
 from modelpress_compression.recipe import Target
 from modelpress_compression.techniques import QuantizeConfig
 
-# Key in `Value.meta` of a quantized weight: how many of its scales were raised, or pairs moved, against saturation.
-REDUCED = "modelpress.reduced_channels"
 # A product with fewer weights costs less than the nodes around it.
 MIN_WEIGHT_ELEMENTS = 256
 
@@ -94,7 +93,8 @@ class WeightStore:
         if unsafe is None:
             return found
         aim = weight if rounding is nearest else found.dequantize()
-        return replace(within_limit(found, aim, summation), reduced=int(unsafe.sum()))
+        levels = within_limit(found.values.astype(np.int8, copy=False), found.scale, aim, summation)
+        return replace(found, values=levels, reduced=int(unsafe.sum()))
 
     def _saturating(self, quantized: QuantizedWeight, summation: Summation) -> NDArray[np.bool_] | None:
         """Which slices can saturate; None: nothing can, or it does not matter."""

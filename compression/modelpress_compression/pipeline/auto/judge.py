@@ -6,8 +6,8 @@ What "keeps the answers" means, in this order:
 2. With labels: the task metric falls by no more than `max_drop` (0.01 where it is not set).
 3. Without labels, `max_drop` set: agreement with the original is at least `1 - max_drop`.
 4. Else, where outputs hold classes and the data is real: by its own probabilities the original expects to lose at most
-   1 % of its right answers. Seen on a text reader in 8 bits: at .9 % it read .7 points fewer words, at 1.4 and 3.1 % 1.6
-   points fewer, while an image classifier of which one class in ten had changed, at 1.3 %, was as good as before.
+   1 % of its right answers. Seen on a text reader in 8 bits: at .9 % it read .7 points fewer words, at 1.4 and 3.1 %
+   1.6 points fewer, while an image classifier of which one class in ten had changed, at 1.3 %, was as good as before.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import pytest
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
+from modelpress_compression.passes.integers.certificate import certify, keep_within_limits
 from modelpress_compression.passes.quantize import Quantize
 from modelpress_compression.pipeline.run import Result, compress
 from modelpress_compression.recipe import Recipe, Target
@@ -195,3 +196,14 @@ def test_gptq_is_kept_within_the_limits_too(cnn, images, tmp_path) -> None:  # t
     result = quantized(cnn, loud, tmp_path, "generic", scheme="static", rounding="gptq")
     assert all("exact" in str(row["without_vnni"]) for row in certificates(result))
     assert any(int(row["channels_reduced"]) for row in certificates(result))
+
+
+def test_a_finished_model_can_be_kept_within_the_limits(cnn, images, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Weights made for VNNI saturate; moved to the nearest levels that do not, every layer is certified, and a second
+    time there is nothing to move."""
+    result = quantized(cnn, images, tmp_path, "vnni", scheme="static")
+    work = result.model.clone()
+    assert not all(item.certified for item in certify(work))
+    assert keep_within_limits(work) > 0
+    assert all(item.certified for item in certify(work))
+    assert keep_within_limits(work) == 0

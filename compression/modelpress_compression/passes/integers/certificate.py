@@ -14,15 +14,16 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir
 
+from modelpress_compression.analysis.graph import constant_array, constant_tensor, is_op, label
+from modelpress_compression.analysis.tensors import replace_numbers
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult
-from modelpress_compression.passes.quantize.edit import constant_of, input_of, label
-from modelpress_compression.passes.quantize.plan import HEAVY
-from modelpress_compression.passes.quantize.products import Summation, of_matrix, of_node, output_axis
-from modelpress_compression.passes.quantize.saturation import Bounds, bounds
-from modelpress_compression.passes.quantize.weights import REDUCED
+from modelpress_compression.passes.integers.products import Summation, of_matrix, of_node, output_axis
+from modelpress_compression.passes.integers.saturation import Bounds, bounds, within_limit
 from modelpress_compression.recipe import Target
 
+# Key in `Value.meta` of a quantized weight: how many of its scales were raised, or pairs moved, against saturation.
+REDUCED = "modelpress.reduced_channels"
 _INT16, _INT32 = np.iinfo(np.int16).max, np.iinfo(np.int32).max
 # Indices of a weight, and of an input that has an entry for each of its scales.
 _INTEGER_OPERATORS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
@@ -61,6 +62,27 @@ def certify(model: Model) -> tuple[Certificate, ...]:
     return tuple(product.certificate() for node in model.nodes() for product in _products(node))
 
 
+def keep_within_limits(model: Model) -> int:
+    """Moves pairs of weights that saturate without VNNI to the nearest levels that do not, in place; scales stay.
+
+    Returns in how many weights there were some.
+    """
+    moved = 0
+    for product in (product for node in model.nodes() for product in _products(node)):
+        stored, scales = constant_array(product.values), constant_array(product.scales)
+        if stored is None or scales is None or stored.dtype != np.int8 or not product.summation.paired:
+            continue
+        levels, scale = stored.astype(np.int8, copy=False), scales.astype(np.float32, copy=False)
+        if not bounds(levels, product.summation).saturates.any():
+            continue
+        axis = product.summation.axis
+        shape = [-1 if scale.size > 1 and index == axis else 1 for index in range(levels.ndim)]
+        weight = levels * scale.reshape(shape)
+        replace_numbers(product.values, within_limit(levels, scale, weight, product.summation))
+        moved += 1
+    return moved
+
+
 def certified(result: PassResult, target: Target) -> PassResult:
     """The result with a row for every certificate of its model, and one sentence on all."""
     found = certify(result.model)
@@ -92,7 +114,7 @@ class _Product:
     bias: onnx_ir.Value | None = None
 
     def certificate(self) -> Certificate:
-        levels = np.asarray(constant_of(self.values))
+        levels = np.asarray(constant_array(self.values))
         reach, certified = 0, True
         if levels.dtype != np.int8:
             reason = "exact: unsigned weights are multiplied in 16 bits and added in 32"
@@ -109,7 +131,7 @@ class _Product:
 
     def _flaw(self, found: Bounds) -> str:
         """What can go wrong; empty: nothing."""
-        bias = constant_of(self.bias)
+        bias = constant_array(self.bias)
         offset = 0 if bias is None else int(np.abs(bias.astype(np.int64)).max(initial=0))
         overflowing = int((found.total + offset > _INT32).sum())
         if overflowing:
@@ -119,11 +141,11 @@ class _Product:
 
 
 def _products(node: onnx_ir.Node) -> Iterator[_Product]:
-    if node.op_type in HEAVY and not node.domain:
+    if is_op(node, "Conv", "MatMul", "Gemm"):
         yield from _between_dequantized(node)
     for weight, scales in _INTEGER_OPERATORS.get(node.op_type, ()):
-        values, per_channel = input_of(node, weight), input_of(node, scales)
-        if constant_of(values) is not None and values is not None and per_channel is not None:
+        values, per_channel = _input(node, weight), _input(node, scales)
+        if values is not None and per_channel is not None and constant_tensor(values) is not None:
             rank = len(_shape(values))
             yield _Product(node, values, per_channel, of_matrix(rank, rank - 1))
 
@@ -135,12 +157,16 @@ def _between_dequantized(node: onnx_ir.Node) -> Iterator[_Product]:
         return
     weight = sources[1]
     values, scales = (weight.inputs[0], weight.inputs[1]) if weight is not None else (None, None)
-    if constant_of(values) is None or values is None or scales is None:
+    if values is None or scales is None or constant_tensor(values) is None:
         return
     shape = _shape(values)
     summation = of_node(node, shape, output_axis(node, len(shape)))
     bias = sources[2].inputs[0] if len(sources) > 2 and sources[2] is not None else None
     yield _Product(node, values, scales, summation, bias)
+
+
+def _input(node: onnx_ir.Node, index: int) -> onnx_ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def _shape(value: onnx_ir.Value) -> tuple[int, ...]:

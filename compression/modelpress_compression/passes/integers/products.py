@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.passes.quantize.edit import attribute
+from modelpress_compression.analysis.graph import int_attribute
 
 _CHUNK = 1 << 21  # elements: bounds the temporary arrays
 
@@ -83,15 +83,15 @@ def of_node(node: onnx_ir.Node, shape: tuple[int, ...], axis: int | None) -> Sum
     """How a Conv, MatMul or Gemm sums over its weight of this shape and with these scales."""
     rank = len(shape)
     if node.op_type == "Conv":
-        depthwise = shape[1] == 1 and shape[0] == attribute(node, "group", 1)
+        depthwise = shape[1] == 1 and shape[0] == int_attribute(node, "group", 1)
         return Summation((*range(2, rank), 1), axis, paired=not depthwise)
-    if node.op_type == "Gemm" and attribute(node, "transB", 0):
+    if node.op_type == "Gemm" and int_attribute(node, "transB", 0):
         return Summation((1,), axis)
     return of_matrix(rank, axis)
 
 
 def output_axis(node: onnx_ir.Node, rank: int) -> int:
     """The axis of a Conv's, MatMul's or Gemm's weight that counts its output channels."""
-    if node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0)):
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and int_attribute(node, "transB", 0)):
         return 0
     return rank - 1

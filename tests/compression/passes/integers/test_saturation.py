@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir
@@ -11,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from modelpress_compression.model import Model, Provenance
+from modelpress_compression.passes.integers.products import Summation, of_node
+from modelpress_compression.passes.integers.saturation import bounds, least_squares_scale, within_limit
 from modelpress_compression.passes.quantize.affine import QuantizedWeight, quantize_weight
 from modelpress_compression.passes.quantize.balance import balanced
 from modelpress_compression.passes.quantize.edit import Editor
-from modelpress_compression.passes.quantize.products import Summation, of_node
-from modelpress_compression.passes.quantize.saturation import bounds, least_squares_scale, within_limit
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.recipe import Target
 from modelpress_compression.techniques import QuantizeConfig
@@ -154,7 +155,9 @@ def test_the_scale_beats_scaling_alone_and_moving_alone(terms: int) -> None:
     plain = quantize_weight(weight, 0, "int8").scale.astype(np.float64)
 
     def error(scale: NDArray[np.float64]) -> float:
-        return _error(within_limit(quantize_weight(weight, 0, "int8", scale), weight, ROWS), weight)
+        found = quantize_weight(weight, 0, "int8", scale)
+        levels = within_limit(found.values.astype(np.int8), found.scale, weight, ROWS)
+        return _error(replace(found, values=levels), weight)
 
     chosen = error(least_squares_scale(weight, ROWS))
     grid = [error(plain * factor) for factor in np.linspace(1, 2, 30)]

@@ -18,15 +18,15 @@ QgemmU8X8KernelAvx512Core, QgemvU8S8KernelAvx2, ConvSymKernelAvx2, ConvSymKernel
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from modelpress_compression.passes.quantize.affine import LARGEST_LEVEL, QuantizedWeight
-from modelpress_compression.passes.quantize.products import Summation
+from modelpress_compression.passes.integers.products import Summation
 
 LARGEST_ACTIVATION = 255
+LARGEST_LEVEL = 127  # of weights, either side of zero
 # Levels of one sign that a pair may sum up to: 255 * 128 = 32640 is the last multiple of 255 within 16 bits.
 PAIR_LIMIT = 128
 
@@ -85,18 +85,23 @@ def least_squares_scale(weight: NDArray[np.float32], summation: Summation) -> ND
     return scale
 
 
-def within_limit(quantized: QuantizedWeight, weight: NDArray[np.float32], summation: Summation) -> QuantizedWeight:
-    """Moves each pair that saturates to the nearest levels that do not."""
-    values = np.asarray(quantized.values, np.int8).copy()
-    scale = np.broadcast_to(quantized.scale, summation.slices(values.shape))
+def within_limit(
+    levels: NDArray[np.int8], scale: NDArray[np.float32], weight: NDArray[np.float32], summation: Summation
+) -> NDArray[np.int8]:
+    """Levels of `weight` in which each pair that saturates has moved to the nearest that does not.
+
+    `scale`: one number, or [slices].
+    """
+    values = levels.copy()
+    scale = np.broadcast_to(scale.reshape(-1), summation.slices(values.shape))
     for part, index in summation.chunks(values.shape):
-        levels = summation.pairs(values[index]).astype(np.int16)
-        beyond = (np.abs(levels).sum(axis=2) > PAIR_LIMIT) & (levels[..., 0] * levels[..., 1] > 0)
+        pairs = summation.pairs(values[index]).astype(np.int16)
+        beyond = (np.abs(pairs).sum(axis=2) > PAIR_LIMIT) & (pairs[..., 0] * pairs[..., 1] > 0)
         if not beyond.any():
             continue
         aim = np.abs(summation.pairs(weight[index])[beyond]) / scale[part][np.nonzero(beyond)[0], None]
         first = np.rint((PAIR_LIMIT + aim[:, 0] - aim[:, 1]) / 2)
         first = np.clip(first, PAIR_LIMIT - LARGEST_LEVEL, LARGEST_LEVEL)
-        levels[beyond] = np.sign(levels[beyond]) * np.stack([first, PAIR_LIMIT - first], axis=1).astype(np.int16)
-        values[index] = summation.restore(levels, values[index].shape)
-    return replace(quantized, values=values)
+        pairs[beyond] = np.sign(pairs[beyond]) * np.stack([first, PAIR_LIMIT - first], axis=1).astype(np.int16)
+        values[index] = summation.restore(pairs, values[index].shape)
+    return values
