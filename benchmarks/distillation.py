@@ -48,6 +48,19 @@ NONE, REPAIR, LAYERWISE, DISTILL, AUGMENTED, DATA_FREE = (
 )
 
 
+def _representative(name: str) -> Callable[[Path], dict[str, Array]]:
+    """The representative inputs that a user would have at hand: some 100 to 200, as `eval_NAME.py` makes them."""
+
+    def read(models: Path) -> dict[str, Array]:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "inputs.npz"
+            evaluate(name, models, "--make-calib", str(path))
+            with np.load(path) as arrays:
+                return dict(arrays)
+
+    return read
+
+
 def _digits(models: Path) -> dict[str, Array]:
     with np.load(models / "mnist" / "mnist_data.npz") as arrays:
         return {"input": arrays["x_train"].astype(np.float32)}
@@ -60,13 +73,18 @@ def _clothes(models: Path) -> dict[str, Array]:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model: its file, its training inputs, what is measured; `epochs`: budgets of whole-model training."""
+    """A model: its file, its training inputs, what is measured; `epochs`: budgets of whole-model training.
+
+    `shapes`: inputs of a file that does not record them; `options`: of `distill`, where they are not the usual ones.
+    """
 
     file: str
     metric: str
     inputs: Callable[[Path], dict[str, Array]]
     augment: tuple[Augmentation, ...]
     epochs: tuple[int, ...]
+    shapes: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 SUBJECTS = {
@@ -83,6 +101,39 @@ SUBJECTS = {
         _clothes,
         (Augmentation("horizontal_flip", 0.5), Augmentation("random_resized_crop", 0.8)),
         (1, 4, 12),
+    ),
+    "silero_vad": Subject(
+        "files/silero_vad_16k_op15.onnx",
+        "ROC AUC on labelled speech",
+        _representative("silero_vad"),
+        (Augmentation("noise", 0.05), Augmentation("time_masking", 0.1)),
+        (5, 20, 60),
+        options={"batch_size": 16, "learning_rate": 1e-3},
+    ),
+    "ppocr_rec": Subject(
+        "files/ppocr_rec.onnx",
+        "words read right on 400 lines",
+        _representative("ppocr_rec"),
+        (Augmentation("color_jitter", 0.2), Augmentation("rotation", 2)),
+        (2, 6, 15),
+        options={"batch_size": 8, "learning_rate": 5e-4},
+    ),
+    "minilm": Subject(
+        "files/minilm.onnx",
+        "retrieval top-1 on 500 queries",
+        _representative("minilm"),
+        (Augmentation("token_masking", 0.15),),
+        (2, 6, 15),
+        options={"batch_size": 8, "learning_rate": 1e-4},
+    ),
+    "effnet_lite0": Subject(
+        "files/effnet_lite0.traced.pt",
+        "top-1 on 200 photos",
+        _representative("effnet_lite0"),
+        (Augmentation("horizontal_flip", 0.5), Augmentation("random_resized_crop", 0.7)),
+        (2, 6),
+        shapes=("input:float32[batch,3,224,224]",),
+        options={"batch_size": 8, "learning_rate": 1e-3},
     ),
 }
 
@@ -117,7 +168,7 @@ class Bench:
 
     def distilled(self, model: Model, context: Context | None = None, **options: Any) -> tuple[Model, float]:
         began = time.process_time()
-        config = DistillConfig(**{"learning_rate": 3e-3, "feature_weight": 1.0, **options})
+        config = DistillConfig(**{"learning_rate": 3e-3, "feature_weight": 1.0, **self.subject.options, **options})
         result = Distill(config)(model, context or self.context)
         return result.model, time.process_time() - began
 
@@ -210,10 +261,11 @@ PARTS: Mapping[str, Callable[[Bench, float], None]] = {
 def measure(name: str, models: Path, parts: Sequence[str]) -> None:
     """Tables of one model, into the results; other tables stay."""
     subject = SUBJECTS[name]
-    original = load(models / subject.file)
-    (spec,) = original.inputs
-    (array,) = subject.inputs(models).values()
-    data = InputData.from_arrays({spec.name: array}, original.inputs)
+    original = load(models / subject.file, subject.shapes)
+    arrays = subject.inputs(models)
+    names = [spec.name for spec in original.inputs]
+    given = {name: arrays[name] for name in names} if len(names) > 1 else dict(zip(names, arrays.values(), strict=True))
+    data = InputData.from_arrays(given, original.inputs)
     with TemporaryDirectory() as folder:
         bench = Bench(name, models, subject, original, Context(data, Path(folder), original=original))
         bench.row("original", "original", original, 0.0, samples=len(data))

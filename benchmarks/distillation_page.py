@@ -56,8 +56,8 @@ _LIMITS = """
 - Layers that compute in integers themselves (`quantize` with scheme `dynamic`, QLinear operators) pass no gradient; the
   report names them. Distill before quantizing so.
 - The scales and zero points of a quantized model stay as calibration chose them; the weights and biases move.
-- `quantize` proves that static 8-bit weights give the same answers on CPUs without VNNI; training moves the weights,
-  and the proof is not made again. The report says so.
+- Static 8-bit weights that `quantize` kept from saturating on CPUs without VNNI are kept from it after training too:
+  pairs that training moved beyond go to the nearest levels that do not saturate, and the report proves it anew.
 - Normalization statistics stay as they are: BatchNormalization is trained in its inference form.
 - Inputs made without data are poor beside real ones. Where a graph holds neither BatchNormalization nor class scores
   they are random, and what is learned on random inputs may harm on real ones; the gain is measured on them alone.
