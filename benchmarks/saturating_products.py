@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import onnx_ir
+from modelpress_compression.analysis.graph import constant_array, input_of, label
 from modelpress_compression.model import Model
-from modelpress_compression.passes.quantize.edit import Editor, attribute, clean, constant_of, graph_of, input_of, label
+from modelpress_compression.passes.quantize.edit import Editor, attribute, clean, graph_of
 from numpy.typing import NDArray
 
 LOW, HIGH = -32768, 32767
@@ -59,22 +60,22 @@ class _Product:
     def dequantized(self) -> None:
         node = self.node
         x, w = (_source(value) for value in node.inputs[:2])  # type: ignore[arg-type]  # the caller has looked
-        levels = np.asarray(constant_of(w.inputs[0]))
-        x_scale, w_scale = (np.asarray(constant_of(item.inputs[1])) for item in (x, w))
+        levels = np.asarray(constant_array(w.inputs[0]))
+        x_scale, w_scale = (np.asarray(constant_array(item.inputs[1])) for item in (x, w))
         result = self._sum(x.inputs[0], x.inputs[2], levels, self._zero_point(w.inputs[2], levels))
         scale = (x_scale * w_scale).astype(np.float32)
         bias = input_of(node, 2)
         shape = (1, -1, *[1] * (levels.ndim - 2)) if node.op_type == "Conv" else (-1,)
         if bias is not None:
             integer = _source(bias)
-            whole = np.asarray(constant_of(integer.inputs[0]), np.float32)
+            whole = np.asarray(constant_array(integer.inputs[0]), np.float32)
             result = self._emit("Add", result, self._constant(whole.reshape(shape)))
         result = self._emit("Mul", result, self._constant(scale.reshape(shape) if scale.ndim else scale))
         self._replace(result)
 
     def integers(self) -> None:
         node = self.node
-        levels = np.asarray(constant_of(node.inputs[1]))
+        levels = np.asarray(constant_array(node.inputs[1]))
         result = self._sum(node.inputs[0], input_of(node, 2), levels, self._zero_point(input_of(node, 3), levels))
         self._replace(self._emit("Cast", result, to=int(onnx_ir.DataType.INT32)))
 
@@ -182,7 +183,7 @@ class _Product:
 
     @staticmethod
     def _zero_point(value: onnx_ir.Value | None, levels: NDArray[Any]) -> int:
-        zero_point = constant_of(value)
+        zero_point = constant_array(value)
         return 0 if zero_point is None or levels.dtype == np.int8 else int(np.ravel(zero_point)[0])
 
     def _constant(self, array: NDArray[Any]) -> onnx_ir.Value:

@@ -44,6 +44,16 @@ def constant_array(value: onnx_ir.Value | None) -> Array | None:
     return None if tensor is None or tensor.dtype.is_string() else np.asarray(tensor.numpy())
 
 
+def is_constant(value: onnx_ir.Value | None) -> bool:
+    """As `constant_array`, without touching the data."""
+    return constant_tensor(value) is not None
+
+
+def input_of(node: onnx_ir.Node, index: int) -> onnx_ir.Value | None:
+    """The input, or None where it is left out."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
 def constant_scalar(value: onnx_ir.Value | None) -> float | None:
     """The number of a constant with exactly one element, whatever its rank."""
     tensor = constant_tensor(value)

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_array, constant_tensor, is_op, label
+from modelpress_compression.analysis.graph import constant_array, input_of, is_constant, is_op, label
 from modelpress_compression.analysis.tensors import replace_numbers
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult
@@ -144,8 +144,8 @@ def _products(node: onnx_ir.Node) -> Iterator[_Product]:
     if is_op(node, "Conv", "MatMul", "Gemm"):
         yield from _between_dequantized(node)
     for weight, scales in _INTEGER_OPERATORS.get(node.op_type, ()):
-        values, per_channel = _input(node, weight), _input(node, scales)
-        if values is not None and per_channel is not None and constant_tensor(values) is not None:
+        values, per_channel = input_of(node, weight), input_of(node, scales)
+        if values is not None and per_channel is not None and is_constant(values):
             rank = len(_shape(values))
             yield _Product(node, values, per_channel, of_matrix(rank, rank - 1))
 
@@ -157,16 +157,12 @@ def _between_dequantized(node: onnx_ir.Node) -> Iterator[_Product]:
         return
     weight = sources[1]
     values, scales = (weight.inputs[0], weight.inputs[1]) if weight is not None else (None, None)
-    if values is None or scales is None or constant_tensor(values) is None:
+    if values is None or scales is None or not is_constant(values):
         return
     shape = _shape(values)
     summation = of_node(node, shape, output_axis(node, len(shape)))
     bias = sources[2].inputs[0] if len(sources) > 2 and sources[2] is not None else None
     yield _Product(node, values, scales, summation, bias)
-
-
-def _input(node: onnx_ir.Node, index: int) -> onnx_ir.Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def _shape(value: onnx_ir.Value) -> tuple[int, ...]:

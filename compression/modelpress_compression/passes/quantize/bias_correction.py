@@ -14,11 +14,11 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.graph import only_consumer
+from modelpress_compression.analysis.graph import constant_array, input_of, is_constant, label, only_consumer
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.activations import Listener, stream
-from modelpress_compression.passes.quantize.edit import Editor, constant_of, graph_of, input_of, is_constant, label
+from modelpress_compression.passes.quantize.edit import Editor, graph_of
 from modelpress_compression.passes.quantize.plan import Plan
 from modelpress_compression.passes.quantize.qdq import Parameters, QdqWriter
 from modelpress_compression.passes.quantize.rounding import Rounder
@@ -93,7 +93,7 @@ def _added_bias(node: onnx_ir.Node) -> tuple[onnx_ir.Node, int] | None:
     if add is None or add.op_type != "Add" or add.domain:
         return None
     index = 1 if add.inputs[0] is node.outputs[0] else 0
-    bias = constant_of(add.inputs[index]) if is_constant(add.inputs[index]) else None
+    bias = constant_array(add.inputs[index]) if is_constant(add.inputs[index]) else None
     return (add, index) if bias is not None and bias.ndim == 1 and bias.dtype == np.float32 else None
 
 
@@ -111,8 +111,8 @@ def _subtract(node: onnx_ir.Node, shift: NDArray[np.float64], editor: Editor) ->
         if found is None:
             return
         user, index = found
-    old = constant_of(input_of(user, index))
-    bias = (-shift if old is None else old - shift).astype(np.float32)
+    old = constant_array(input_of(user, index))
+    bias = (-shift if old is None else np.asarray(old, np.float64) - shift).astype(np.float32)
     value = editor.constant(graph_of(user), bias, f"{label(node)}_bias_corrected")
     user.resize_inputs(max(index + 1, len(user.inputs)))
     user.replace_input_with(index, value)

@@ -20,19 +20,10 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir
 
+from modelpress_compression.analysis.graph import constant_array, input_of, is_constant, label
 from modelpress_compression.passes.integers.products import Summation, of_matrix
 from modelpress_compression.passes.quantize.affine import QuantizedWeight, quantize_weight
-from modelpress_compression.passes.quantize.edit import (
-    MICROSOFT,
-    Editor,
-    attribute,
-    constant_of,
-    graph_of,
-    input_of,
-    is_constant,
-    label,
-    required,
-)
+from modelpress_compression.passes.quantize.edit import MICROSOFT, Editor, attribute, graph_of, required
 from modelpress_compression.passes.quantize.plan import is_light
 from modelpress_compression.passes.quantize.weights import WeightStore, why_not_matrix, why_not_weight
 
@@ -141,9 +132,9 @@ class DynamicRewriter:
         beta = np.float32(attribute(node, "beta", 1.0))
         if beta == 1:
             return bias
-        constant = constant_of(bias)
+        constant = constant_array(bias)
         if constant is not None:
-            return self.editor.constant(graph_of(node), (constant * beta).astype(np.float32), f"{bias.name}_scaled")
+            return self.editor.constant(graph_of(node), np.asarray(constant, np.float32) * beta, f"{bias.name}_scaled")
         factor = self.editor.constant(graph_of(node), np.asarray(beta), f"{label(node)}_beta")
         return self.editor.emit(node, "Mul", [bias, factor], f"{label(node)}_beta")[0]
 

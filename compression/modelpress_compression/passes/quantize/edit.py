@@ -10,6 +10,7 @@ import onnx_ir
 import onnx_ir.passes.common
 from numpy.typing import NDArray
 
+from modelpress_compression.analysis.graph import input_of
 from modelpress_compression.model import Model
 
 MICROSOFT = "com.microsoft"
@@ -96,32 +97,6 @@ def graph_of(node: onnx_ir.Node) -> onnx_ir.Graph:
     if not isinstance(graph, onnx_ir.Graph):
         raise TypeError(f"Node {node.name!r} lies in no graph.")
     return graph
-
-
-def label(node: onnx_ir.Node) -> str:
-    """The node's name, or for one without a name its operator and output."""
-    return node.name or f"{node.op_type} -> {node.outputs[0].name if node.outputs else ''}"
-
-
-def constant_of(value: onnx_ir.Value | None) -> NDArray[Any] | None:
-    """The array of an initializer or of a Constant node's output; None where the value is computed or fed."""
-    if value is None or value.is_graph_input():
-        return None
-    tensor = onnx_ir.convenience.get_const_tensor(value)
-    return None if tensor is None or tensor.dtype == onnx_ir.DataType.STRING else tensor.numpy()
-
-
-def is_constant(value: onnx_ir.Value | None) -> bool:
-    """As `constant_of`, without touching the data."""
-    if value is None or value.is_graph_input():
-        return False
-    producer = value.producer()
-    return value.const_value is not None or (producer is not None and producer.op_type == "Constant")
-
-
-def input_of(node: onnx_ir.Node, index: int) -> onnx_ir.Value | None:
-    """The input, or None where it is left out."""
-    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def required(node: onnx_ir.Node, index: int) -> onnx_ir.Value:

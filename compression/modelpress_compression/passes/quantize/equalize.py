@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir
 
+from modelpress_compression.analysis.graph import constant_array
 from modelpress_compression.model import Model
-from modelpress_compression.passes.quantize.edit import Editor, clean, constant_of, required
+from modelpress_compression.passes.quantize.edit import Editor, clean, required
 from modelpress_compression.passes.quantize.scaling import Edge, Scale, Slot, find_edges
 
 ROUNDS = 8
@@ -55,5 +56,5 @@ def _weights_of(edge: Edge) -> list[Slot]:
 
 
 def _ranges(slot: Slot) -> Scale:
-    weight = np.abs(np.asarray(constant_of(required(slot.node, slot.index)), np.float64))
+    weight = np.abs(np.asarray(constant_array(required(slot.node, slot.index)), np.float64))
     return np.asarray(np.moveaxis(weight, slot.axis, 0).reshape(weight.shape[slot.axis], -1).max(axis=1), np.float64)

@@ -11,9 +11,10 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.analysis.graph import constant_array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import is_excluded
-from modelpress_compression.passes.quantize.edit import Editor, clean, constant_of
+from modelpress_compression.passes.quantize.edit import Editor, clean
 from modelpress_compression.passes.quantize.report import Findings
 
 # Rounding to float16 leaves about 70 dB; a weight that keeps less has values that overflow or vanish.
@@ -74,4 +75,4 @@ def _is_weight(value: onnx_ir.Value) -> bool:
 
 
 def _array(value: onnx_ir.Value) -> NDArray[np.float32]:
-    return np.asarray(constant_of(value), np.float32)
+    return np.asarray(constant_array(value), np.float32)

@@ -23,6 +23,7 @@ import onnx_ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from modelpress_compression.analysis.graph import label
 from modelpress_compression.analysis.outputs import score_node
 from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import Model
@@ -30,7 +31,7 @@ from modelpress_compression.padding import counted_positions, without_padding
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.activations import Listener
 from modelpress_compression.passes.quantize.affine import ActivationParameters, activation_parameters
-from modelpress_compression.passes.quantize.edit import Editor, graph_of, label
+from modelpress_compression.passes.quantize.edit import Editor, graph_of
 from modelpress_compression.passes.quantize.observers import Range
 from modelpress_compression.passes.quantize.plan import Plan, Tensor, activations_of
 from modelpress_compression.passes.quantize.qdq import quantize_heavy

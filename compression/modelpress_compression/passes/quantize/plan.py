@@ -22,7 +22,8 @@ from functools import cached_property
 
 import onnx_ir
 
-from modelpress_compression.passes.quantize.edit import attribute, constant_of, input_of, is_constant
+from modelpress_compression.analysis.graph import constant_array, input_of, is_constant
+from modelpress_compression.passes.quantize.edit import attribute
 from modelpress_compression.passes.quantize.weights import why_not_matrix, why_not_weight
 
 HEAVY = ("Conv", "MatMul", "Gemm")
@@ -103,7 +104,7 @@ def _why_not_gemm(node: onnx_ir.Node) -> str | None:
     if node.op_type == "Gemm" and not all(attribute(node, name, 1.0) == 1.0 for name in ("alpha", "beta")):
         return "it scales its operands (alpha, beta)"
     if node.op_type == "Gemm" and input_of(node, 2) is not None:
-        bias = constant_of(input_of(node, 2))
+        bias = constant_array(input_of(node, 2))
         if bias is None or bias.ndim != 1:
             return "its bias is no constant vector"
     return None
@@ -179,7 +180,7 @@ def _holds_zero(activation: onnx_ir.Node) -> bool:
     """Quantized ranges hold zero always, so a Clip to an interval without zero cannot be absorbed."""
     if activation.op_type == "Relu":
         return True
-    low, high = constant_of(input_of(activation, 1)), constant_of(input_of(activation, 2))
+    low, high = constant_array(input_of(activation, 1)), constant_array(input_of(activation, 2))
     return (low is None or low.size != 1 or float(low.item()) <= 0) and (
         high is None or high.size != 1 or float(high.item()) >= 0
     )

@@ -18,11 +18,12 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir
 
+from modelpress_compression.analysis.graph import label
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, is_excluded
 from modelpress_compression.passes.quantize.bias_correction import mean_shifts
 from modelpress_compression.passes.quantize.calibration import observe
-from modelpress_compression.passes.quantize.edit import Editor, clean, label, required
+from modelpress_compression.passes.quantize.edit import Editor, clean, required
 from modelpress_compression.passes.quantize.equalize import equalize
 from modelpress_compression.passes.quantize.gptq_rounder import make_rounder
 from modelpress_compression.passes.quantize.observers import Histogram

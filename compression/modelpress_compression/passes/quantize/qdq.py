@@ -16,16 +16,10 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.analysis.graph import constant_array, input_of, label
 from modelpress_compression.passes.integers.products import Summation, of_node, output_axis
 from modelpress_compression.passes.quantize.affine import ActivationParameters, QuantizedWeight
-from modelpress_compression.passes.quantize.edit import (
-    Editor,
-    constant_of,
-    graph_of,
-    input_of,
-    label,
-    required,
-)
+from modelpress_compression.passes.quantize.edit import Editor, graph_of, required
 from modelpress_compression.passes.quantize.plan import HEAVY, Plan, Tensor, activations_of
 from modelpress_compression.passes.quantize.weights import StoredWeight, WeightStore
 
@@ -53,7 +47,8 @@ class QdqWriter:
 
     def quantize_weights(self, node: onnx_ir.Node, x: ActivationParameters) -> None:
         """Replaces weight and bias of a heavy node by dequantized 8- and 32-bit ones."""
-        bias = constant_of(input_of(node, 2)) if node.op_type != "MatMul" else None
+        constant = constant_array(input_of(node, 2)) if node.op_type != "MatMul" else None
+        bias = None if constant is None else np.asarray(constant, np.float32)
         stored = self._weight(node, x, bias)
         node.replace_input_with(1, self.dequantized(node, stored))
         if bias is None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import onnx_ir
 
+from modelpress_compression.analysis.graph import label
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult, Skip
-from modelpress_compression.passes.quantize.edit import label
 
 
 @dataclass

@@ -18,16 +18,8 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.passes.quantize.edit import (
-    MICROSOFT,
-    Editor,
-    attribute,
-    constant_of,
-    graph_of,
-    input_of,
-    is_constant,
-    required,
-)
+from modelpress_compression.analysis.graph import constant_array, input_of, is_constant
+from modelpress_compression.passes.quantize.edit import MICROSOFT, Editor, attribute, graph_of, required
 
 # f(X / s) = f(X) / s for every positive s, channel by channel.
 _HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "Identity")
@@ -47,7 +39,7 @@ class Slot:
     def scaled(self, scale: Scale, editor: Editor) -> None:
         """Multiplies the operand, which stays as it is for its other users."""
         value = required(self.node, self.index)
-        array = np.asarray(constant_of(value))
+        array = np.asarray(constant_array(value))
         shape = [1] * array.ndim
         shape[self.axis] = len(scale)
         new = (array * scale.reshape(shape)).astype(array.dtype)
@@ -103,7 +95,7 @@ def find_edges(graph: onnx_ir.Graph, heavy: Iterable[onnx_ir.Node]) -> list[Edge
 
 def _weight_slot(node: onnx_ir.Node) -> Slot | None:
     """The node's weight with the axis of its inputs; None for grouped convolutions but depthwise ones."""
-    weight = constant_of(input_of(node, 1))
+    weight = constant_array(input_of(node, 1))
     if weight is None:
         return None
     if node.op_type == "Conv":
@@ -202,7 +194,7 @@ def _operand(node: onnx_ir.Node, other: onnx_ir.Value, axis: int, channels: int)
 
 def _fits(slot: Slot, channels: int) -> bool:
     value = input_of(slot.node, slot.index)
-    array = constant_of(value) if is_constant(value) else None
+    array = constant_array(value) if is_constant(value) else None
     if array is None or array.dtype != np.float32 or array.ndim < (slot.axis + 1 if slot.axis >= 0 else -slot.axis):
         return False
     return array.shape[slot.axis] == channels and math.isfinite(float(np.abs(array).max(initial=0)))

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from modelpress_compression.analysis.graph import constant_array
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.activations import Listener, stream
 from modelpress_compression.passes.quantize.affine import activation_parameters, quantize_weight
-from modelpress_compression.passes.quantize.edit import Editor, constant_of, required
+from modelpress_compression.passes.quantize.edit import Editor, required
 from modelpress_compression.passes.quantize.observers import Range
 from modelpress_compression.passes.quantize.plan import Plan
 from modelpress_compression.passes.quantize.scaling import Edge, Scale, Slot, find_edges
@@ -113,7 +114,7 @@ def _rows(array: Array, axis: int) -> Matrix:
 
 def _matrix(slot: Slot) -> Matrix:
     """The weight as [K, O]; every position of a Conv's kernel is a column of its own."""
-    weight = np.asarray(constant_of(required(slot.node, slot.index)), np.float32)
+    weight = np.asarray(constant_array(required(slot.node, slot.index)), np.float32)
     matrix = np.moveaxis(weight, slot.axis, 0).reshape(weight.shape[slot.axis], -1)
     return matrix[:, :: max(1, matrix.shape[1] // COLUMNS)]
 

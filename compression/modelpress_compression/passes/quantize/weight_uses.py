@@ -7,9 +7,9 @@ from types import MappingProxyType
 
 import onnx_ir
 
-from modelpress_compression.analysis.graph import is_op
+from modelpress_compression.analysis.graph import constant_array, input_of, is_op
 from modelpress_compression.passes.quantize.dynamic import is_candidate
-from modelpress_compression.passes.quantize.edit import MICROSOFT, attribute, constant_of, input_of, required
+from modelpress_compression.passes.quantize.edit import MICROSOFT, attribute, required
 from modelpress_compression.passes.quantize.weights import why_not_matrix
 
 # Inputs of a product from which on integers in blocks are no slower than float32, however many rows there are.
@@ -79,7 +79,7 @@ def is_transposed(node: onnx_ir.Node) -> bool:
 
 def _bias_fits(node: onnx_ir.Node, outputs: int) -> bool:
     bias = input_of(node, 2) if node.op_type == "Gemm" else None
-    array = constant_of(bias)
+    array = constant_array(bias)
     return bias is None or (
         array is not None and array.size in (1, outputs) and array.shape[-1:] in ((), (array.size,))
     )

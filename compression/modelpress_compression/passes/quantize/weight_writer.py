@@ -9,17 +9,9 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.graph import is_op
+from modelpress_compression.analysis.graph import input_of, is_op, label
 from modelpress_compression.passes.quantize.blocks import Blocks, block_size, quantize_blocks
-from modelpress_compression.passes.quantize.edit import (
-    MICROSOFT,
-    Editor,
-    attribute,
-    graph_of,
-    input_of,
-    label,
-    required,
-)
+from modelpress_compression.passes.quantize.edit import MICROSOFT, Editor, attribute, graph_of, required
 from modelpress_compression.passes.quantize.folded import MIN_4_BIT_COLUMNS, columns_of, in_4_bits, in_8_bits
 from modelpress_compression.passes.quantize.rounding import Numbers, Rounder, Rounding, nearest
 from modelpress_compression.passes.quantize.weight_uses import (

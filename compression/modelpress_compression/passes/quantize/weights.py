@@ -9,20 +9,13 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.analysis.graph import constant_array, input_of, is_constant
 from modelpress_compression.passes.integers.certificate import REDUCED
 from modelpress_compression.passes.integers.products import Summation, of_node
 from modelpress_compression.passes.integers.saturation import bounds, least_squares_scale, within_limit
 from modelpress_compression.passes.quantize.affine import QuantizedWeight, quantize_weight
 from modelpress_compression.passes.quantize.balance import balanced
-from modelpress_compression.passes.quantize.edit import (
-    Editor,
-    attribute,
-    constant_of,
-    graph_of,
-    input_of,
-    is_constant,
-    required,
-)
+from modelpress_compression.passes.quantize.edit import Editor, attribute, graph_of, required
 from modelpress_compression.passes.quantize.rounding import NearestRounder, Rounder, Rounding, nearest
 from modelpress_compression.recipe import Target
 from modelpress_compression.techniques import QuantizeConfig
@@ -119,7 +112,7 @@ class WeightStore:
     @staticmethod
     def array(source: onnx_ir.Value | None) -> NDArray[np.float32]:
         """The data of a value that is known to be constant."""
-        found = constant_of(source)
+        found = constant_array(source)
         if found is None:
             raise ValueError(f"{source.name if source is not None else 'a missing input'!r} is not constant.")
         return np.asarray(found, np.float32)

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir
 import pytest
+from modelpress_compression.analysis.graph import constant_array
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.quantize import preparation, prepare_static
 from modelpress_compression.passes.quantize.affine import activation_parameters
 from modelpress_compression.passes.quantize.bias_correction import mean_shifts
-from modelpress_compression.passes.quantize.edit import Editor, constant_of
+from modelpress_compression.passes.quantize.edit import Editor
 from modelpress_compression.passes.quantize.observers import Range
 from modelpress_compression.passes.quantize.output_error import Trial, open_probe, output_distances
 from modelpress_compression.passes.quantize.plan import make_plan
@@ -156,5 +157,5 @@ def test_shifts_are_those_of_the_means(mlp: Model, vectors: Arrays, tmp_path: Pa
     store = WeightStore(Editor(mlp.clone()), PLAIN, NearestRounder(), Target(cpu="vnni"))
     rounded = quantize_heavy(node, store).dequantize()
     read = parameters["x"].fake_quantize(x.astype(np.float32))
-    by_hand = (read @ rounded - x @ np.asarray(constant_of(node.inputs[1]), np.float64)).mean(axis=0)
+    by_hand = (read @ rounded - x @ np.asarray(constant_array(node.inputs[1]), np.float64)).mean(axis=0)
     np.testing.assert_allclose(shifts["m1"], by_hand, atol=1e-4)
