@@ -1,8 +1,8 @@
 """Quantization: `Quantize(config)`, schemes static, dynamic, weight_only and float16.
 
-- static: 8-bit weights and activations, ranges from calibration (static.py).
+- static: 8-bit weights and activations, ranges from calibration (static/, ranges/, scaling/).
 - dynamic: 8-bit weights, activations quantized by the range that they have in each run (dynamic.py).
-- weight_only: weights in 4 or 8 bits, activations in float32 (weight_only.py).
+- weight_only: weights in 4 or 8 bits, activations in float32 (weight_only/).
 - float16: weights in half precision (float16.py).
 
 Whether the result runs and is finite is the pipeline's to check, as it does for every pass.
@@ -20,11 +20,11 @@ from modelpress_compression.passes.integers.certificate import certified
 from modelpress_compression.passes.quantize.edit import Editor, clean
 from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.float16 import store_in_float16
-from modelpress_compression.passes.quantize.gptq_rounder import make_rounder
-from modelpress_compression.passes.quantize.preparation import prepare
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.static import StaticQuantizer, quantize_nodes
-from modelpress_compression.passes.quantize.weight_only import store_rest, store_weights
+from modelpress_compression.passes.quantize.rounding.gptq_rounder import make_rounder
+from modelpress_compression.passes.quantize.static.preparation import prepare
+from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer, quantize_nodes
+from modelpress_compression.passes.quantize.weight_only.store import store_rest, store_weights
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.techniques import QuantizeConfig
 

@@ -13,10 +13,10 @@ from modelpress_compression.analysis.graph import constant_array, input_of, is_c
 from modelpress_compression.passes.integers.certificate import REDUCED
 from modelpress_compression.passes.integers.products import Summation, of_node
 from modelpress_compression.passes.integers.saturation import bounds, least_squares_scale, within_limit
-from modelpress_compression.passes.quantize.affine import QuantizedWeight, quantize_weight
-from modelpress_compression.passes.quantize.balance import balanced
 from modelpress_compression.passes.quantize.edit import Editor, attribute, graph_of, required
-from modelpress_compression.passes.quantize.rounding import NearestRounder, Rounder, Rounding, nearest
+from modelpress_compression.passes.quantize.rounding.affine import QuantizedWeight, quantize_weight
+from modelpress_compression.passes.quantize.rounding.balance import balanced
+from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder, Rounder, Rounding, nearest
 from modelpress_compression.recipe import Target
 from modelpress_compression.techniques import QuantizeConfig
 
@@ -38,7 +38,7 @@ class StoredWeight:
 class WeightStore:
     """Quantizes each weight once per layout; `config` gives the type and whether each channel has its own scale.
 
-    Unless `target` says that products do not saturate, weights are kept from that (saturation.py).
+    Unless `target` says that products do not saturate, weights are kept from that (integers.saturation).
     """
 
     editor: Editor

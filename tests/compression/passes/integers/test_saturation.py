@@ -14,9 +14,9 @@ from hypothesis.extra import numpy as arrays
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.integers.products import Summation, of_node
 from modelpress_compression.passes.integers.saturation import bounds, least_squares_scale, within_limit
-from modelpress_compression.passes.quantize.affine import QuantizedWeight, quantize_weight
-from modelpress_compression.passes.quantize.balance import balanced
 from modelpress_compression.passes.quantize.edit import Editor
+from modelpress_compression.passes.quantize.rounding.affine import QuantizedWeight, quantize_weight
+from modelpress_compression.passes.quantize.rounding.balance import balanced
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.recipe import Target
 from modelpress_compression.techniques import QuantizeConfig

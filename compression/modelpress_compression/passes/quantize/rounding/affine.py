@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelpress_compression.passes.integers.saturation import LARGEST_LEVEL
-from modelpress_compression.passes.quantize.observers import Range
-from modelpress_compression.passes.quantize.rounding import Rounding, nearest
+from modelpress_compression.passes.quantize.ranges.observers import Range
+from modelpress_compression.passes.quantize.rounding.rounder import Rounding, nearest
 
 # Smallest scale: below it 1 / scale is no longer a normal float32 with some room.
 MIN_SCALE = 1e-30

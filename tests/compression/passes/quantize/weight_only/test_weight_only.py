@@ -13,10 +13,10 @@ import onnxruntime as ort
 import pytest
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.base import PassResult
-from modelpress_compression.passes.quantize.blocks import block_size, quantize_blocks
 from modelpress_compression.passes.quantize.edit import Editor
-from modelpress_compression.passes.quantize.folded import columns_of, in_4_bits
-from modelpress_compression.passes.quantize.rounding import nearest
+from modelpress_compression.passes.quantize.rounding.rounder import nearest
+from modelpress_compression.passes.quantize.weight_only.blocks import block_size, quantize_blocks
+from modelpress_compression.passes.quantize.weight_only.folded import columns_of, in_4_bits
 from modelpress_compression.runtime import run, session_of
 from onnx import TensorProto, helper, numpy_helper
 

@@ -4,7 +4,7 @@
 
 so that both have sqrt(r1 r2) (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction",
 arXiv:1906.04721). It holds where what lies between is linear or a Relu, and where W1's channel has no other reader
-(scaling.py); a chain of layers takes a few rounds. A Relu6 or hard-swish is in the way: the clipping would move.
+(edges.py); a chain of layers takes a few rounds. A Relu6 or hard-swish is in the way: the clipping would move.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import onnx_ir
 from modelpress_compression.analysis.graph import constant_array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.quantize.edit import Editor, clean, required
-from modelpress_compression.passes.quantize.scaling import Edge, Scale, Slot, find_edges
+from modelpress_compression.passes.quantize.scaling.edges import Edge, Scale, Slot, find_edges
 
 ROUNDS = 8
 # Ends the rounds: no channel moved by more than this share.

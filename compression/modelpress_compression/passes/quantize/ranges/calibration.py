@@ -12,8 +12,8 @@ import onnx_ir
 
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.quantize.activations import Listener, stream
-from modelpress_compression.passes.quantize.observers import Histogram
+from modelpress_compression.passes.quantize.ranges.activations import Listener, stream
+from modelpress_compression.passes.quantize.ranges.observers import Histogram
 
 # Ranges settle within some tens of samples on the models tried; more only takes time.
 MAX_SAMPLES = 256

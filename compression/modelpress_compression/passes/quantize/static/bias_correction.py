@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from modelpress_compression.analysis.graph import constant_array, input_of, is_constant, label, only_consumer
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.quantize.activations import Listener, stream
 from modelpress_compression.passes.quantize.edit import Editor, graph_of
-from modelpress_compression.passes.quantize.plan import Plan
-from modelpress_compression.passes.quantize.qdq import Parameters, QdqWriter
-from modelpress_compression.passes.quantize.rounding import Rounder
+from modelpress_compression.passes.quantize.ranges.activations import Listener, stream
+from modelpress_compression.passes.quantize.rounding.rounder import Rounder
+from modelpress_compression.passes.quantize.static.plan import Plan
+from modelpress_compression.passes.quantize.static.qdq import Parameters, QdqWriter
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.techniques import QuantizeConfig
 

@@ -11,10 +11,10 @@ import onnx_ir
 from modelpress_compression.analysis.linear import Linear, Matrix
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.quantize.gptq import gptq
-from modelpress_compression.passes.quantize.hessians import Hessians
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.rounding import NearestRounder, Numbers, Rounder, Rounding, nearest
+from modelpress_compression.passes.quantize.rounding.gptq import gptq
+from modelpress_compression.passes.quantize.rounding.hessians import Hessians
+from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder, Numbers, Rounder, Rounding, nearest
 from modelpress_compression.techniques import QuantizeConfig
 
 _NEEDS_DATA = (

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from modelpress_compression.passes.integers.products import Summation
 from modelpress_compression.passes.integers.saturation import LARGEST_LEVEL
-from modelpress_compression.passes.quantize.affine import QuantizedWeight
+from modelpress_compression.passes.quantize.rounding.affine import QuantizedWeight
 
 
 def balanced(quantized: QuantizedWeight, weight: NDArray[np.float32], summation: Summation) -> QuantizedWeight:

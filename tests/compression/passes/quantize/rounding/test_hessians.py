@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from modelpress_compression.inputs import InputData
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.quantize import hessians as module
-from modelpress_compression.passes.quantize.hessians import Hessians
+from modelpress_compression.passes.quantize.rounding import hessians as module
+from modelpress_compression.passes.quantize.rounding.hessians import Hessians
 from onnx import helper
 
 

@@ -30,9 +30,9 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, is_excluded
 from modelpress_compression.passes.quantize.edit import Editor, clean
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.rounding import NearestRounder, Rounder
-from modelpress_compression.passes.quantize.weight_uses import uses_of
-from modelpress_compression.passes.quantize.weight_writer import WeightWriter
+from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder, Rounder
+from modelpress_compression.passes.quantize.weight_only.uses import uses_of
+from modelpress_compression.passes.quantize.weight_only.writer import WeightWriter
 from modelpress_compression.passes.quantize.weights import is_finite
 from modelpress_compression.techniques import QuantizeConfig
 

@@ -21,31 +21,31 @@ import onnx_ir
 from modelpress_compression.analysis.graph import label
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, is_excluded
-from modelpress_compression.passes.quantize.bias_correction import mean_shifts
-from modelpress_compression.passes.quantize.calibration import observe
 from modelpress_compression.passes.quantize.edit import Editor, clean, required
-from modelpress_compression.passes.quantize.equalize import equalize
-from modelpress_compression.passes.quantize.gptq_rounder import make_rounder
-from modelpress_compression.passes.quantize.observers import Histogram
-from modelpress_compression.passes.quantize.output_error import (
-    DISTANCE_SAMPLES,
-    MAX_SAMPLES,
-    Distances,
-    open_probe,
-    output_distances,
-)
-from modelpress_compression.passes.quantize.plan import HEAVY, Plan, make_plan, why_not_static
-from modelpress_compression.passes.quantize.ranges import (
+from modelpress_compression.passes.quantize.ranges.calibration import observe
+from modelpress_compression.passes.quantize.ranges.choice import (
     improve_weights,
     measure_errors,
     refine,
     start_ranges,
     worst_weights,
 )
+from modelpress_compression.passes.quantize.ranges.observers import Histogram
+from modelpress_compression.passes.quantize.ranges.output_error import (
+    DISTANCE_SAMPLES,
+    MAX_SAMPLES,
+    Distances,
+    open_probe,
+    output_distances,
+)
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.rounding import RememberingRounder
-from modelpress_compression.passes.quantize.smooth_quant import smooth
-from modelpress_compression.passes.quantize.static import EQUALIZED, GPTQ, SMOOTHED, StaticQuantizer
+from modelpress_compression.passes.quantize.rounding.gptq_rounder import make_rounder
+from modelpress_compression.passes.quantize.rounding.rounder import RememberingRounder
+from modelpress_compression.passes.quantize.scaling.equalize import equalize
+from modelpress_compression.passes.quantize.scaling.smooth_quant import smooth
+from modelpress_compression.passes.quantize.static.bias_correction import mean_shifts
+from modelpress_compression.passes.quantize.static.plan import HEAVY, Plan, make_plan, why_not_static
+from modelpress_compression.passes.quantize.static.quantizer import EQUALIZED, GPTQ, SMOOTHED, StaticQuantizer
 from modelpress_compression.techniques import QuantizeConfig
 
 # A node that alone takes the outputs below this is a catastrophe, not a compression.

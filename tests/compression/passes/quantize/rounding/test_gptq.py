@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modelpress_compression.passes.base import PassResult
-from modelpress_compression.passes.quantize import gptq as module
-from modelpress_compression.passes.quantize.gptq import gptq, output_error
-from modelpress_compression.passes.quantize.rounding import nearest
+from modelpress_compression.passes.quantize.rounding import gptq as module
+from modelpress_compression.passes.quantize.rounding.gptq import gptq, output_error
+from modelpress_compression.passes.quantize.rounding.rounder import nearest
 from onnx import helper
 
 Apply = Callable[..., PassResult]

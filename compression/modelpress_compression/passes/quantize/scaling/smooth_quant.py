@@ -22,12 +22,12 @@ from modelpress_compression.analysis.graph import constant_array
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.quantize.activations import Listener, stream
-from modelpress_compression.passes.quantize.affine import activation_parameters, quantize_weight
 from modelpress_compression.passes.quantize.edit import Editor, required
-from modelpress_compression.passes.quantize.observers import Range
-from modelpress_compression.passes.quantize.plan import Plan
-from modelpress_compression.passes.quantize.scaling import Edge, Scale, Slot, find_edges
+from modelpress_compression.passes.quantize.ranges.activations import Listener, stream
+from modelpress_compression.passes.quantize.ranges.observers import Range
+from modelpress_compression.passes.quantize.rounding.affine import activation_parameters, quantize_weight
+from modelpress_compression.passes.quantize.scaling.edges import Edge, Scale, Slot, find_edges
+from modelpress_compression.passes.quantize.static.plan import Plan
 
 STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 MAX_SAMPLES = 32

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from modelpress_compression.passes.quantize.blocks import Blocks, along_rows, pack, quantize_blocks, unpack
+from modelpress_compression.passes.quantize.weight_only.blocks import Blocks, along_rows, pack, quantize_blocks, unpack
 from modelpress_compression.runtime import run, session_of
 from onnx import helper
 

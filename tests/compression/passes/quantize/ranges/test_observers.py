@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from modelpress_compression.passes.quantize.observers import (
+from modelpress_compression.passes.quantize.ranges.observers import (
     BINS,
     METHODS,
     Histogram,

@@ -17,9 +17,9 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.passes.quantize.blocks import Blocks, block_size, quantize_blocks, usable_scale
 from modelpress_compression.passes.quantize.edit import Editor
-from modelpress_compression.passes.quantize.rounding import Numbers, Rounding
+from modelpress_compression.passes.quantize.rounding.rounder import Numbers, Rounding
+from modelpress_compression.passes.quantize.weight_only.blocks import Blocks, block_size, quantize_blocks, usable_scale
 from modelpress_compression.passes.quantize.weights import WeightStore
 
 # Shorter rows are those of depthwise convolutions and stems: few weights, on which much depends.

@@ -3,7 +3,7 @@
 preparation.py does once what any choice of nodes needs. The quantizer that it makes then writes a model for a choice:
 the plan for the nodes that shall be in 8 bits (plan.py) as pairs of QuantizeLinear and DequantizeLinear (qdq.py). What
 has no static kernel (LSTM, Attention, embeddings, products inside subgraphs), or is better off with ranges of its own
-in each run, is quantized dynamically (dynamic.py).
+in each run, is quantized dynamically (../dynamic.py).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult, is_excluded
 from modelpress_compression.passes.integers.certificate import certified
 from modelpress_compression.passes.quantize import dynamic
-from modelpress_compression.passes.quantize.bias_correction import Shifts, correct
 from modelpress_compression.passes.quantize.edit import Editor, clean, required
-from modelpress_compression.passes.quantize.plan import Plan, is_light, make_plan
-from modelpress_compression.passes.quantize.qdq import QdqWriter, guard_float_nodes
-from modelpress_compression.passes.quantize.ranges import (
+from modelpress_compression.passes.quantize.ranges.choice import (
     Ranges,
 )
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.rounding import Rounder
+from modelpress_compression.passes.quantize.rounding.rounder import Rounder
+from modelpress_compression.passes.quantize.static.bias_correction import Shifts, correct
+from modelpress_compression.passes.quantize.static.plan import Plan, is_light, make_plan
+from modelpress_compression.passes.quantize.static.qdq import QdqWriter, guard_float_nodes
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.recipe import Target
 from modelpress_compression.techniques import QuantizeConfig

@@ -21,8 +21,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from modelpress_compression.passes.quantize.affine import MIN_SCALE
-from modelpress_compression.passes.quantize.rounding import Rounding, nearest
+from modelpress_compression.passes.quantize.rounding.affine import MIN_SCALE
+from modelpress_compression.passes.quantize.rounding.rounder import Rounding, nearest
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]

@@ -10,11 +10,16 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.analysis.graph import input_of, is_op, label
-from modelpress_compression.passes.quantize.blocks import Blocks, block_size, quantize_blocks
 from modelpress_compression.passes.quantize.edit import MICROSOFT, Editor, attribute, graph_of, required
-from modelpress_compression.passes.quantize.folded import MIN_4_BIT_COLUMNS, columns_of, in_4_bits, in_8_bits
-from modelpress_compression.passes.quantize.rounding import Numbers, Rounder, Rounding, nearest
-from modelpress_compression.passes.quantize.weight_uses import (
+from modelpress_compression.passes.quantize.rounding.rounder import Numbers, Rounder, Rounding, nearest
+from modelpress_compression.passes.quantize.weight_only.blocks import Blocks, block_size, quantize_blocks
+from modelpress_compression.passes.quantize.weight_only.folded import (
+    MIN_4_BIT_COLUMNS,
+    columns_of,
+    in_4_bits,
+    in_8_bits,
+)
+from modelpress_compression.passes.quantize.weight_only.uses import (
     axes_of,
     extents_of,
     is_blocked,

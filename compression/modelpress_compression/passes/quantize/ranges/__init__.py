@@ -1,0 +1,1 @@
+"""Ranges of activations: observed on data, measured by the error that they make at the outputs, and chosen."""

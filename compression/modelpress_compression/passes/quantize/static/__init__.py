@@ -1,0 +1,1 @@
+"""Static quantization: what is in 8 bits, made ready once, and written for any choice of layers."""
