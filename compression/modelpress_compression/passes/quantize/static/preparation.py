@@ -81,9 +81,15 @@ def prepare(model: Model, config: QuantizeConfig, context: Context, findings: Fi
     )
     if plan.heavy:
         _measure(quantizer, plan, histograms, context)
+        if config.rounding == "auto" and context.data.provided:
+            _round_better(quantizer, plan, context)
+        _leave_sensitive(quantizer, plan)
         if context.data.provided:
             _improve(quantizer, plan, histograms, context)
-        _leave_sensitive(quantizer, plan)
+        if ranges.weight_errors:
+            findings.details += [
+                {"layer": label(node), "error_db": decibels(quantizer.ranges.error_at(node))} for node in plan.heavy
+            ]
     context.progress(_REFINED, "writing 8-bit layers")
     return quantizer
 
@@ -167,9 +173,7 @@ def _measure(quantizer: StaticQuantizer, plan: Plan, histograms: Mapping[str, Hi
 
 
 def _improve(quantizer: StaticQuantizer, plan: Plan, histograms: Mapping[str, Histogram], context: Context) -> None:
-    """Better rounding, ranges for the hardest samples, and biases: what takes representative inputs."""
-    if quantizer.config.rounding == "auto":
-        _round_better(quantizer, plan, context)
+    """Ranges for the hardest samples, and biases: what the quantized model itself judges, on representative inputs."""
     distances = _look_closer(quantizer, plan, histograms, context)
     if quantizer.config.bias_correction:
         _find_shifts(quantizer, context, distances)
@@ -201,7 +205,7 @@ def _look_closer(
     Where that is more than its parts tell, the samples that these were measured on missed something: once more, on
     those that the model errs most on.
     """
-    distances = _distances(quantizer, context)
+    distances, floats = _distances(quantizer, context), quantizer.floats
     predicted = quantizer.ranges.error_of(quantizer.plan)
     if predicted is None or distances.error <= _ADDS_UP * predicted:
         return distances
@@ -215,10 +219,11 @@ def _look_closer(
             return distances
         refine(quantizer.ranges, plan, histograms, quantizer.config, probe)
     again = _distances(quantizer, context)
-    if again.error < distances.error:
-        return again
-    quantizer.ranges = before
-    return distances
+    if again.error >= distances.error:
+        quantizer.ranges = before
+        return distances
+    _leave_sensitive(quantizer, plan)
+    return _distances(quantizer, context) if quantizer.floats != floats else again
 
 
 def _distances(quantizer: StaticQuantizer, context: Context) -> Distances:
@@ -241,17 +246,12 @@ def _find_shifts(quantizer: StaticQuantizer, context: Context, plain: Distances)
 
 
 def _leave_sensitive(quantizer: StaticQuantizer, plan: Plan) -> None:
-    """Notes the error of each layer; those that are too sensitive stay float32."""
-    if not quantizer.ranges.weight_errors:
-        return
-    floats = set()
+    """Nodes that alone would be a catastrophe stay float32, from now on."""
     for node in plan.heavy:
-        error = quantizer.ranges.error_at(node)
-        quantizer.findings.details.append({"layer": label(node), "error_db": decibels(error)})
-        if decibels(error) < FLOOR_DB:
-            floats.add(node.outputs[0].name or "")
+        error, name = quantizer.ranges.error_at(node), node.outputs[0].name or ""
+        if decibels(error) < FLOOR_DB and name not in quantizer.floats:
+            quantizer.floats |= {name}
             quantizer.findings.skip(node, f"8 bits here alone would leave the outputs {decibels(error):.1f} dB")
-    quantizer.floats = frozenset(floats)
 
 
 def decibels(error: float) -> float:
