@@ -19,8 +19,9 @@ def render_svg(title: str, metric: str, curves: Mapping[str, Points], reference:
     """`curves`: points of (seconds, metric) by method; `reference`: a name and a metric, drawn as a dashed line."""
     points = [point for line in curves.values() for point in line]
     first, last = min(max(s, 0.1) for s, _ in points), max(s for s, _ in points)
-    low = math.floor(20 * min(value for _, value in points)) / 20
-    high = math.ceil(20 * max(reference[1], *(value for _, value in points))) / 20
+    lowest, highest = (extreme(reference[1], *(value for _, value in points)) for extreme in (min, max))
+    step = 0.05 if highest - lowest <= 0.45 else 0.1
+    low, high = math.floor(lowest / step) * step, math.ceil(highest / step) * step
 
     def x(seconds: float) -> float:
         share = math.log(max(seconds, 0.1) / first) / max(math.log(last / first), 1e-9)
@@ -30,7 +31,6 @@ def render_svg(title: str, metric: str, curves: Mapping[str, Points], reference:
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<text x="{LEFT}" y="20" font-weight="bold">{escape(title)}</text>']
-    step = 0.05 if high - low <= 0.5 else 0.1
     for tick in range(round((high - low) / step) + 1):
         value = low + step * tick
         parts.append(
@@ -48,7 +48,7 @@ def render_svg(title: str, metric: str, curves: Mapping[str, Points], reference:
     )
     for index, (method, line) in enumerate(curves.items()):
         colour, row = COLOURS[index % len(COLOURS)], HEIGHT + LEGEND_ROW * (index // 3) + 12
-        path = " ".join(f"{x(seconds):.1f},{y(value):.1f}" for seconds, value in line)
+        path = " ".join(f"{x(seconds):.1f},{y(value):.1f}" for seconds, value in sorted(line))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="4" fill="{colour}"/>' for s, v in line]
         left = LEFT + index % 3 * 200
