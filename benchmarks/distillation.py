@@ -133,9 +133,9 @@ SUBJECTS = {
         "top-1 on 200 photos",
         _representative("effnet_lite0"),
         (Augmentation("horizontal_flip", 0.5), Augmentation("random_resized_crop", 0.7)),
-        (2, 6),
+        (10, 40),
         shapes=("input:float32[batch,3,224,224]",),
-        options={"batch_size": 8, "learning_rate": 1e-3},
+        options={"batch_size": 8, "learning_rate": 5e-4, "patience": 15},
     ),
 }
 
