@@ -17,6 +17,7 @@ from itertools import chain, product
 import numpy as np
 import onnx_ir
 
+from modelpress_compression.analysis.graph import input_of
 from modelpress_compression.analysis.values import ATTEMPTS, is_certain, plausible_values
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.inputs import Array, InputData
@@ -133,7 +134,7 @@ def _candidates(spec: TensorSpec, axis: int, value: onnx_ir.Value) -> tuple[int,
 def _demanded(value: onnx_ir.Value, axis: int, rank: int) -> int | None:
     """What the first consumer's weight fixes: Conv its channels, a matrix product its inner extent."""
     for node, position in value.uses():
-        weight = node.inputs[1] if len(node.inputs) > 1 else None
+        weight = input_of(node, 1)
         tensor = onnx_ir.convenience.get_const_tensor(weight) if weight is not None else None
         if position != 0 or tensor is None:
             continue

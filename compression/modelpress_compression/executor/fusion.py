@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from modelpress_compression.analysis.graph import (
     constant_tensor,
     float_attribute,
+    input_of,
     int_attribute,
     is_op,
     only_consumer,
@@ -101,7 +102,7 @@ def fake_quantization(
 
 def zero_point_type(node: onnx_ir.Node) -> onnx_ir.DataType | None:
     """Element type of the third input."""
-    value = node.inputs[2] if len(node.inputs) > 2 else None
+    value = input_of(node, 2)
     tensor = constant_tensor(value)
     return tensor.dtype if tensor is not None else (None if value is None else value.dtype)
 

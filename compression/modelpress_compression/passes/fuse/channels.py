@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_tensor, float_attribute, int_attribute
+from modelpress_compression.analysis.graph import constant_tensor, float_attribute, input_of, int_attribute
 from modelpress_compression.passes.fuse.rewriting import Floats, Scope, float_array, graph_of
 
 LINEAR = ("Conv", "ConvTranspose", "Gemm")
@@ -37,7 +37,7 @@ class Linear:
     def scaled(self, scale: Floats, shift: Floats, scope: Scope) -> onnx_ir.Node:
         """The same operator followed by `scale * y + shift`; both have shape [channels], float64. Not yet placed."""
         node, graph = self.node, graph_of(self.node)
-        weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+        weight, bias = node.inputs[1], input_of(node, 2)
         alpha, beta = float_attribute(node, "alpha", 1.0), float_attribute(node, "beta", 1.0)
         old = np.zeros(self.channels) if self.bias is None else self.bias.astype(np.float64) * beta
         values = (self.weight * self._spread(scale * alpha)).astype(self.weight.dtype)
@@ -72,7 +72,7 @@ class Linear:
 def linear_of(node: onnx_ir.Node) -> Linear | str:
     """The operator with its numbers, or the reason why its weights cannot be changed."""
     weight = node.inputs[1]
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = input_of(node, 2)
     if (reason := _why_fixed(node, weight)) is not None:
         return reason
     if bias is not None and constant_tensor(bias) is None:

@@ -17,6 +17,7 @@ import onnx_ir
 from modelpress_compression.analysis.graph import (
     constant_scalar,
     constant_tensor,
+    input_of,
     int_attribute,
     ints_attribute,
     is_op,
@@ -82,7 +83,7 @@ def _at_inference(node: onnx_ir.Node) -> bool:
     """The mask unused, and training_mode (an input since opset 12) absent or false."""
     if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
         return False
-    training = node.inputs[2] if len(node.inputs) > 2 else None
+    training = input_of(node, 2)
     return training is None or constant_scalar(training) == 0
 
 

@@ -18,6 +18,7 @@ from modelpress_compression.analysis.graph import (
     constant_scalar,
     constant_tensor,
     float_attribute,
+    input_of,
     ints_attribute,
     only_consumer,
     string_attribute,
@@ -60,7 +61,7 @@ class FusePadConv:
 def _why_not(pad: onnx_ir.Node, conv: onnx_ir.Node) -> str | None:
     if string_attribute(pad, "mode", "constant") != "constant":
         return f"Conv knows no padding of mode {string_attribute(pad, 'mode', 'constant')!r}"
-    value = pad.inputs[2] if len(pad.inputs) > 2 else None
+    value = input_of(pad, 2)
     number = float_attribute(pad, "value", 0.0) if value is None else constant_scalar(value)
     if number != 0:
         return "it pads with other values than zeros"

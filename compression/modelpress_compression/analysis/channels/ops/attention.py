@@ -9,7 +9,7 @@ from modelpress_compression.analysis.channels.fixes import Count, Parts
 from modelpress_compression.analysis.channels.labels import Axes, Axis, Ints
 from modelpress_compression.analysis.channels.ops.registry import MICROSOFT, rule
 from modelpress_compression.analysis.channels.tracer import Tracer
-from modelpress_compression.analysis.graph import int_attribute, ints_attribute
+from modelpress_compression.analysis.graph import input_of, int_attribute, ints_attribute
 
 _UNKNOWN = "The shapes of the attention are not known."
 _TIME = "The axis is one of batch or time of an attention."
@@ -46,7 +46,7 @@ def _caches(node: onnx_ir.Node, positions: tuple[int, ...], heads: Ints, tracer:
 
 def _bias(node: onnx_ir.Node, position: int, heads: Ints, tracer: Tracer) -> None:
     """What is added to the scores: [.., heads or 1, S, T]."""
-    value = node.inputs[position] if position < len(node.inputs) else None
+    value = input_of(node, position)
     axes, shape = tracer.axes(value), tracer.shape(value)
     if axes is None or shape is None:
         return

@@ -11,7 +11,7 @@ from modelpress_compression.analysis.channels.ops.layout import axis_of
 from modelpress_compression.analysis.channels.ops.registry import rule
 from modelpress_compression.analysis.channels.ops.strided import identity_copy
 from modelpress_compression.analysis.channels.tracer import Tracer
-from modelpress_compression.analysis.graph import constant_array, ints_attribute
+from modelpress_compression.analysis.graph import constant_array, input_of, ints_attribute
 
 _UNKNOWN = "The shapes at the node are not known."
 
@@ -83,7 +83,7 @@ def slice_(node: onnx_ir.Node, tracer: Tracer) -> str | None:
 
 
 def _numbers(node: onnx_ir.Node, position: int, tracer: Tracer) -> list[int] | None:
-    value = node.inputs[position] if position < len(node.inputs) else None
+    value = input_of(node, position)
     array = tracer.known(value)
     return None if array is None else [int(number) for number in array.reshape(-1)]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_array, constant_tensor, int_attribute, is_op
+from modelpress_compression.analysis.graph import constant_array, constant_tensor, input_of, int_attribute, is_op
 from modelpress_compression.inputs import Array
 from modelpress_compression.passes.distill.fake_quantization.grid import (
     Emitter,
@@ -253,7 +253,7 @@ def _repacked(levels: Levels, bits: int, rows: int, shape: Sequence[int]) -> Arr
 
 
 def _given(node: onnx_ir.Node, position: int) -> onnx_ir.Value | None:
-    return node.inputs[position] if len(node.inputs) > position else None
+    return input_of(node, position)
 
 
 def _flat(array: Array | None) -> Array | None:

@@ -9,13 +9,7 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.graph import (
-    constant_array,
-    int_attribute,
-    is_op,
-    label,
-    only_consumer,
-)
+from modelpress_compression.analysis.graph import constant_array, input_of, int_attribute, is_op, label, only_consumer
 from modelpress_compression.analysis.linear import Linear, Matrix, linear_of
 from modelpress_compression.analysis.streams import observable
 from modelpress_compression.inputs import Array
@@ -109,7 +103,7 @@ class Layer:
 
     def _shift(self, by: NDArray[np.float64], model: Model) -> None:
         node, place = self._bias_place()
-        value = node.inputs[place] if place < len(node.inputs) else None
+        value = input_of(node, place)
         old = constant_array(value)
         if value is not None and old is not None and len(value.uses()) == 1 and old.size == by.size:
             replace_numbers(value, old.astype(np.float64) + by.reshape(old.shape))

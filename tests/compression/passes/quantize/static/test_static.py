@@ -5,26 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import pytest
-from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult
 from modelpress_compression.runtime import run, session_of
 from onnx import helper
 
 Apply = Callable[..., PassResult]
-
-
-def fused_operators(model: Model, tmp_path) -> list[str]:  # type: ignore[no-untyped-def]
-    """The operators that onnxruntime really runs."""
-    source, target = tmp_path / "quantized.onnx", tmp_path / "fused.onnx"
-    model.save(source)
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(target)
-    options.log_severity_level = 4
-    ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
-    return [node.op_type for node in onnx.load(target).graph.node]
 
 
 @pytest.mark.parametrize("calibration", ["minmax", "percentile", "entropy"])
@@ -51,10 +37,10 @@ def test_types_are_honoured(cnn, images, quantize, sqnr, weights, activations) -
     assert sqnr(cnn, result.model, images) > 20
 
 
-def test_onnxruntime_runs_it_in_integers(cnn, images, quantize, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_onnxruntime_runs_it_in_integers(cnn, images, quantize, loaded_operators) -> None:  # type: ignore[no-untyped-def]
     """Relu and Clip are absorbed, and no float convolution, addition or product is left in the fused graph."""
     result = quantize(cnn, images, scheme="static")
-    fused = fused_operators(result.model, tmp_path)
+    fused = loaded_operators(result.model)
     assert fused.count("QLinearConv") == 3
     assert {"QLinearAdd", "QLinearGlobalAveragePool", "QGemm"} <= set(fused)
     assert not {"Conv", "Relu", "Clip", "Add", "FusedConv"} & set(fused)
@@ -79,13 +65,13 @@ def test_a_quantized_output_keeps_its_name(build, images, quantize, sqnr, rng) -
 
 
 def test_an_excluded_convolution_stays_float_in_onnxruntime_too(  # type: ignore[no-untyped-def]
-    cnn, images, quantize, tmp_path
+    cnn, images, quantize, loaded_operators
 ) -> None:
     """onnxruntime would quantize a float Conv between 8-bit ones by itself; the result keeps it from that."""
     result = quantize(cnn, images, scheme="static", exclude=("conv_3",))
     assert ("conv_3", "Conv: excluded by the recipe") in {(skip.node, skip.reason) for skip in result.skipped}
     assert result.warnings == ()
-    assert "Conv" in " ".join(name for name in fused_operators(result.model, tmp_path) if "QLinear" not in name)
+    assert "Conv" in " ".join(name for name in loaded_operators(result.model) if "QLinear" not in name)
 
 
 def test_a_lone_depthwise_convolution_is_left(build, images, quantize, rng) -> None:  # type: ignore[no-untyped-def]

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir
-import onnxruntime as ort
 import pytest
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.base import PassResult
@@ -46,17 +45,6 @@ def wide(build, rng):  # type: ignore[no-untyped-def]
 def samples(rng) -> dict[str, Any]:  # type: ignore[no-untyped-def]
     """16 samples for `wide`."""
     return {"x": rng.normal(0, 1, (16, 5, WIDE)).astype(np.float32)}
-
-
-def folded_operators(model: Model, tmp_path) -> list[str]:  # type: ignore[no-untyped-def]
-    """The operators of the main graph that are left once onnxruntime has loaded the model."""
-    source, target = tmp_path / "model.onnx", tmp_path / "optimized.onnx"
-    model.save(source)
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(target)
-    options.log_severity_level = 4
-    ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
-    return [node.op_type for node in onnx.load(target).graph.node]
 
 
 @pytest.mark.parametrize(("weights", "size", "used", "least", "ratio"), [
@@ -108,7 +96,7 @@ def test_a_bias_that_is_fed_keeps_the_gemm(build, rng, quantize: Apply, sqnr) ->
 
 @pytest.mark.parametrize(("weights", "least"), [("int8", 35), ("int4", 20)])
 def test_convolutions_are_folded_when_loaded(  # type: ignore[no-untyped-def]
-    cnn, images, quantize: Apply, sqnr, tmp_path, weights, least
+    cnn, images, quantize: Apply, sqnr, loaded_operators, weights, least
 ) -> None:
     """Weights of Convs go through arithmetic that onnxruntime folds away; small ones stay, and say why.
 
@@ -120,7 +108,7 @@ def test_convolutions_are_folded_when_loaded(  # type: ignore[no-untyped-def]
         (skip.node, skip.reason) for skip in result.skipped
     }
     assert bool(result.warnings) == (weights == "int4")
-    assert folded_operators(result.model, tmp_path) == folded_operators(cnn, tmp_path)
+    assert loaded_operators(result.model) == loaded_operators(cnn)
     assert sqnr(cnn, result.model, images) > least
 
 
