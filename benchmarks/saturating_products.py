@@ -16,7 +16,8 @@ import numpy as np
 import onnx_ir
 from modelpress_compression.analysis.graph import constant_array, input_of, label
 from modelpress_compression.model import Model
-from modelpress_compression.passes.quantize.edit import Editor, attribute, clean, graph_of
+from modelpress_compression.passes.edit import Editor, attribute, clean, graph_of
+from modelpress_compression.passes.integers.fused_products import split_products
 from numpy.typing import NDArray
 
 LOW, HIGH = -32768, 32767
@@ -27,6 +28,7 @@ def emulate(model: Model, *, saturating: bool) -> Model:
     """The model with every 8-bit Conv, MatMul, Gemm and MatMulInteger written out. Raises NotImplementedError."""
     work = model.clone()
     editor = Editor(work)
+    split_products(work, editor)
     for node in list(work.nodes()):
         if node.op_type in ("DynamicQuantizeLSTM", "QAttention"):
             raise NotImplementedError(f"{label(node)}: {node.op_type} is not emulated.")

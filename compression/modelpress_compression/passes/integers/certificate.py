@@ -27,7 +27,12 @@ REDUCED = "modelpress.reduced_channels"
 _INT16, _INT32 = np.iinfo(np.int16).max, np.iinfo(np.int32).max
 # Indices of a weight, and of an input that has an entry for each of its scales.
 _INTEGER_OPERATORS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
-    {"MatMulInteger": ((1, 3),), "DynamicQuantizeLSTM": ((1, 8), (2, 10)), "QAttention": ((1, 4),)}
+    {
+        "MatMulInteger": ((1, 3),),
+        "MatMulIntegerToFloat": ((1, 3),),
+        "DynamicQuantizeLSTM": ((1, 8), (2, 10)),
+        "QAttention": ((1, 4),),
+    }
 )
 
 

@@ -16,8 +16,8 @@ import onnx_ir
 
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded
+from modelpress_compression.passes.edit import Editor, clean
 from modelpress_compression.passes.integers.certificate import certified
-from modelpress_compression.passes.quantize.edit import Editor, clean
 from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.float16 import store_in_float16
 from modelpress_compression.passes.quantize.report import Findings

@@ -21,8 +21,8 @@ import numpy as np
 import onnx_ir
 
 from modelpress_compression.analysis.graph import constant_array, input_of, is_constant, label
+from modelpress_compression.passes.edit import MICROSOFT, Editor, attribute, graph_of, required
 from modelpress_compression.passes.integers.products import Summation, of_matrix
-from modelpress_compression.passes.quantize.edit import MICROSOFT, Editor, attribute, graph_of, required
 from modelpress_compression.passes.quantize.rounding.affine import QuantizedWeight, quantize_weight
 from modelpress_compression.passes.quantize.static.plan import is_light
 from modelpress_compression.passes.quantize.weights import WeightStore, why_not_matrix, why_not_weight

@@ -17,7 +17,7 @@ import onnx_ir
 
 from modelpress_compression.analysis.graph import input_of, label
 from modelpress_compression.model import Model
-from modelpress_compression.passes.quantize.edit import MICROSOFT, Editor, attribute, graph_of
+from modelpress_compression.passes.edit import MICROSOFT, Editor, attribute, graph_of
 
 # Activation -> the names of its parameters, in the order of activation_params.
 _PARAMETERS: Mapping[str, tuple[str, ...]] = MappingProxyType(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from modelpress_compression.analysis.graph import constant_array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import is_excluded
-from modelpress_compression.passes.quantize.edit import Editor, clean
+from modelpress_compression.passes.edit import Editor, clean
 from modelpress_compression.passes.quantize.report import Findings
 
 # Rounding to float16 leaves about 70 dB; a weight that keeps less has values that overflow or vanish.

@@ -10,10 +10,10 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.analysis.graph import constant_array, input_of, is_constant
+from modelpress_compression.passes.edit import Editor, attribute, graph_of, required
 from modelpress_compression.passes.integers.certificate import REDUCED
 from modelpress_compression.passes.integers.products import Summation, of_node
 from modelpress_compression.passes.integers.saturation import bounds, least_squares_scale, within_limit
-from modelpress_compression.passes.quantize.edit import Editor, attribute, graph_of, required
 from modelpress_compression.passes.quantize.rounding.affine import QuantizedWeight, quantize_weight
 from modelpress_compression.passes.quantize.rounding.balance import balanced
 from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder, Rounder, Rounding, nearest

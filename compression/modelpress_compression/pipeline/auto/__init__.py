@@ -8,8 +8,9 @@
    float32, one after the other, until the rest does: a bisection over that order (mixed.py).
 5. Of what keeps the answers, weights that are still in float32 are stored in 8 bits too; they run as before.
 6. The fastest is taken, of those that are surely faster than float32 at every batch size that the recipe measures;
-   candidates whose latencies cannot be told apart are a draw, and the smallest of them wins (candidates.py). Without
-   one the model stays as it is.
+   candidates whose latencies cannot be told apart are a draw, and the smallest of them wins (candidates.py).
+7. Without one, the model goes on in float32; where earlier steps have made it surely faster than the original, its
+   weights are stored in 8 bits, which onnxruntime turns into float32 when it loads the file.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def choose_quantization(
     search.static()
     search.smaller()
     search.measure_speed()
+    search.in_float()
     return replace(search.outcome(), duration_s=time.monotonic() - began)
 
 
@@ -125,6 +127,17 @@ class _Search:
         self.context.check_time()
         self.context.progress(_MIXED, f"timing {len(self.candidates)} candidates")
         self.candidates = self.judge.speed(self.candidates)
+
+    def in_float(self) -> None:
+        """Where nothing is faster in 8 bits: float32 with weights stored in 8 bits."""
+        if self.path == self.judge.original or fastest(self.candidates) is not None:
+            return
+        config = replace(self.step.config, scheme="weight_only")
+        stored = store_rest(PassResult(self.model), config, self.context)
+        if stored is not None:
+            self.context.check_time()
+            candidate = self._add("weight_only", stored, "all weights stored in 8 bits, computing in float32")
+            self.candidates[-1] = self.judge.speed_in_float(candidate)
 
     def outcome(self) -> StepRecord:
         chosen = fastest(self.candidates)

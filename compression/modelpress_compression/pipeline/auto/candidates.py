@@ -14,6 +14,8 @@ from modelpress_compression.pipeline.steps import StepRecord
 
 DRAW = 0.02
 SAME_SIZE = 0.01
+# Share of the error that must go for what is a little slower, within `DRAW`, to be taken: 3 dB.
+CLEARLY_LESS_ERROR = 0.5
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Candidate:
 
 
 def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
-    """The one to take among those without a reason against them; draws in latency go to the smallest file, and files
-    that are as small, to within `SAME_SIZE`, to the fastest.
+    """The one to take among those without a reason against them. Draws in latency go to the smallest file; among files
+    as small, to within `SAME_SIZE`, to the one that errs clearly less than the fastest, or else to that.
 
     A draw is who is not surely slower than the fastest by more than `DRAW`, in the rounds that both ran.
     """
@@ -71,7 +73,10 @@ def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
     best = racers[0][1]
     draws = [item for item, times_s in racers if median_interval((best / times_s).tolist()).high >= 1 - DRAW]
     smallest = min(item.size_bytes for item in draws)
-    return next(item for item in draws if item.size_bytes <= smallest * (1 + SAME_SIZE))
+    as_small = [item for item in draws if item.size_bytes <= smallest * (1 + SAME_SIZE)]
+    quickest, closest = as_small[0], max(as_small, key=lambda item: item.cosine)
+    clearly = 1 - closest.cosine <= CLEARLY_LESS_ERROR * (1 - quickest.cosine)
+    return closest if clearly and (closest.drop or 0) <= (quickest.drop or 0) else quickest
 
 
 def pareto_set(candidates: Sequence[Candidate]) -> list[bool]:

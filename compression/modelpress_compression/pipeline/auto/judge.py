@@ -108,19 +108,33 @@ class Judge:
         timed = dict(zip(map(id, race), self._race(race), strict=True))
         return [timed[id(item)] if id(item) in timed else self._out_of_race(item) for item in candidates]
 
+    def speed_in_float(self, candidate: Candidate) -> Candidate:
+        """The same for one that computes in float32 as the model before this step does, and is faster than the original
+        only by what earlier steps did."""
+        if candidate.reason:
+            return candidate
+        timings = self._timed([candidate.record.path, self.original], MORE_ROUNDS, LATENCY_BUDGET_S)
+        candidate = replace(candidate, speedup=timings.speedup(1), times_s=timings.times_s[1])
+        worst = min((one.speedup(2, 1) for one in timings.by_batch_size), key=lambda one: one.low)
+        if worst.low >= 1.0:
+            return candidate
+        return replace(candidate, reason=f"computes in float32: {_not_faster('the original', worst)}")
+
     def _race(self, race: Sequence[Candidate]) -> list[Candidate]:
         if not race:
             return []
-        timings = self._timed(race, LATENCY_ROUNDS, LATENCY_BUDGET_S * len(race))
+        paths = [item.record.path for item in race]
+        timings = self._timed(paths, LATENCY_ROUNDS, LATENCY_BUDGET_S * len(race))
         if any(one.low < 1.0 <= one.high for place in range(1, len(race) + 1) for one in timings.speedups(place)):
             # More rounds make the intervals narrower.
-            timings = self._timed(race, MORE_ROUNDS, LATENCY_BUDGET_S * len(race))
+            timings = self._timed(paths, MORE_ROUNDS, LATENCY_BUDGET_S * len(race))
         return [self._judged(item, timings, place) for place, item in enumerate(race, start=1)]
 
     def _out_of_race(self, candidate: Candidate) -> Candidate:
         if not candidate.record.changes:
             return candidate
-        return replace(candidate, speedup=self._timed([candidate], LATENCY_ROUNDS, OUT_BUDGET_S).speedup(1))
+        timings = self._timed([candidate.record.path], LATENCY_ROUNDS, OUT_BUDGET_S)
+        return replace(candidate, speedup=timings.speedup(1))
 
     def _judged(self, candidate: Candidate, timings: RaceTimings, place: int) -> Candidate:
         candidate = replace(candidate, speedup=timings.speedup(place), times_s=timings.times_s[place])
@@ -130,16 +144,12 @@ class Judge:
         asked = self.recipe.constraints.max_size_bytes is not None
         worst = min(timings.speedups(place), key=lambda one: one.high if asked else one.low)
         if (worst.high if asked else worst.low) < 1.0:
-            return replace(
-                candidate,
-                reason=f"not surely faster than in float32: {worst.median:.2f} times its speed "
-                f"[{worst.low:.2f}, {worst.high:.2f}]",
-            )
+            return replace(candidate, reason=_not_faster("in float32", worst))
         return candidate
 
-    def _timed(self, candidates: Sequence[Candidate], rounds: int, budget_s: float) -> RaceTimings:
+    def _timed(self, paths: Sequence[Path], rounds: int, budget_s: float) -> RaceTimings:
         """The float model first."""
-        models = [self.float_path, *(item.record.path for item in candidates)]
+        models = [self.float_path, *paths]
         timings: dict[int, Timings] = {}
         for batch_size in self.recipe.benchmark.batch_sizes:
             one = time_interleaved(
@@ -168,6 +178,10 @@ class Judge:
             f"by its own probabilities the original would lose {drop:.1%} of its right answers, more than "
             f"{MAX_EXPECTED_DROP:.0%}"
         )
+
+
+def _not_faster(than: str, worst: Speedup) -> str:
+    return f"not surely faster than {than}: {worst.median:.2f} times its speed [{worst.low:.2f}, {worst.high:.2f}]"
 
 
 def _unproven(data: InputData, speedup: float) -> str:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from modelpress_compression.model import Model, Provenance
+from modelpress_compression.passes.edit import Editor
 from modelpress_compression.passes.integers.products import Summation, of_node
 from modelpress_compression.passes.integers.saturation import bounds, least_squares_scale, within_limit
-from modelpress_compression.passes.quantize.edit import Editor
 from modelpress_compression.passes.quantize.rounding.affine import QuantizedWeight, quantize_weight
 from modelpress_compression.passes.quantize.rounding.balance import balanced
 from modelpress_compression.passes.quantize.weights import WeightStore

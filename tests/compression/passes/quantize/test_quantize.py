@@ -11,8 +11,8 @@ import pytest
 from modelpress_compression.errors import TimeLimitError
 from modelpress_compression.inputs import InputData
 from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.edit import Editor
 from modelpress_compression.passes.quantize import Quantize
-from modelpress_compression.passes.quantize.edit import Editor
 from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.float16 import store_in_float16
 from modelpress_compression.passes.quantize.report import Findings

@@ -24,6 +24,8 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Skip, is_excluded
 from modelpress_compression.passes.distill.fake_quantization.forms import MICROSOFT, form_of
 from modelpress_compression.passes.distill.fake_quantization.grid import Emitter
+from modelpress_compression.passes.edit import Editor
+from modelpress_compression.passes.integers.fused_products import split_products
 
 __all__ = ["Unfolded", "unfold"]
 
@@ -33,7 +35,7 @@ _INTEGERS = (
     "MatMulInteger", "ConvInteger", "QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear",
 )  # fmt: skip
 _INTEGERS_MICROSOFT = (
-    "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "MatMulIntegerToFloat", "QAttention", "QGemm", "QLinearAdd",
+    "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention", "QGemm", "QLinearAdd",
     "QLinearMul", "QLinearConcat", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearGlobalAveragePool",
 )  # fmt: skip
 
@@ -66,6 +68,7 @@ class Unfolded:
 def unfold(model: Model, exclude: tuple[str, ...]) -> Unfolded:
     """Weights that match `exclude`, by their own name or that of a node that uses them, stay as they are."""
     work = model.clone()
+    split_products(work, Editor(work))
     latents: dict[str, tuple[str, Callable[[Array], Array]]] = {}
     skipped = []
     multiplied = False

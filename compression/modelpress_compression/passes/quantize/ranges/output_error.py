@@ -29,7 +29,7 @@ from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.padding import counted_positions, without_padding
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.quantize.edit import Editor, graph_of
+from modelpress_compression.passes.edit import Editor, graph_of
 from modelpress_compression.passes.quantize.ranges.activations import Listener
 from modelpress_compression.passes.quantize.ranges.observers import Range
 from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters, activation_parameters

@@ -19,7 +19,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.analysis.graph import constant_array, input_of, is_constant
-from modelpress_compression.passes.quantize.edit import MICROSOFT, Editor, attribute, graph_of, required
+from modelpress_compression.passes.edit import MICROSOFT, Editor, attribute, graph_of, required
 
 # f(X / s) = f(X) / s for every positive s, channel by channel.
 _HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "Identity")

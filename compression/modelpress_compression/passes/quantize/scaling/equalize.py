@@ -16,7 +16,7 @@ import onnx_ir
 
 from modelpress_compression.analysis.graph import constant_array
 from modelpress_compression.model import Model
-from modelpress_compression.passes.quantize.edit import Editor, clean, required
+from modelpress_compression.passes.edit import Editor, clean, required
 from modelpress_compression.passes.quantize.scaling.edges import Edge, Scale, Slot, find_edges
 
 ROUNDS = 8

@@ -22,7 +22,7 @@ from modelpress_compression.analysis.graph import constant_array
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.quantize.edit import Editor, required
+from modelpress_compression.passes.edit import Editor, required
 from modelpress_compression.passes.quantize.ranges.activations import Listener, stream
 from modelpress_compression.passes.quantize.ranges.observers import Range
 from modelpress_compression.passes.quantize.rounding.affine import activation_parameters, quantize_weight

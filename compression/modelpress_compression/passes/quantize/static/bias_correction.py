@@ -14,10 +14,11 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.graph import constant_array, input_of, is_constant, label, only_consumer
+from modelpress_compression.analysis.graph import constant_array, input_of, is_constant, label
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.quantize.edit import Editor, graph_of
+from modelpress_compression.passes.edit import Editor, graph_of
+from modelpress_compression.passes.integers.fused_products import added_bias
 from modelpress_compression.passes.quantize.ranges.activations import Listener, stream
 from modelpress_compression.passes.quantize.rounding.rounder import Rounder
 from modelpress_compression.passes.quantize.static.plan import Plan
@@ -87,19 +88,9 @@ def _channel_axis(node: onnx_ir.Node) -> int:
     return 1 if node.op_type == "Conv" else -1
 
 
-def _added_bias(node: onnx_ir.Node) -> tuple[onnx_ir.Node, int] | None:
-    """The Add that alone reads a product and the index of the vector that it adds."""
-    add = only_consumer(node.outputs[0])
-    if add is None or add.op_type != "Add" or add.domain:
-        return None
-    index = 1 if add.inputs[0] is node.outputs[0] else 0
-    bias = constant_array(add.inputs[index]) if is_constant(add.inputs[index]) else None
-    return (add, index) if bias is not None and bias.ndim == 1 and bias.dtype == np.float32 else None
-
-
 def _can_shift(node: onnx_ir.Node) -> bool:
     if node.op_type == "MatMul":
-        return _added_bias(node) is not None
+        return added_bias(node) is not None
     bias = input_of(node, 2)
     return bias is None or is_constant(bias)
 
@@ -107,7 +98,7 @@ def _can_shift(node: onnx_ir.Node) -> bool:
 def _subtract(node: onnx_ir.Node, shift: NDArray[np.float64], editor: Editor) -> None:
     user, index = node, 2
     if node.op_type == "MatMul":
-        found = _added_bias(node)
+        found = added_bias(node)
         if found is None:
             return
         user, index = found

@@ -7,7 +7,9 @@ Three kinds of nodes take part:
    in 8 bits already and a quantized node reads what they write, so that no detour through float32 lies between two
    heavy nodes. On their own they mostly lose: a depthwise Conv takes 1.4 times float32's time, yet less than the
    detour. A small network, whose layers are all light or nearly so, can gain by a `wide` plan all the same.
-3. same range: MaxPool, Reshape, Transpose, ...: move values about; output and input share scale and zero point.
+   Concat needs one operand in 8 bits: it is cheaper to quantize the others than what they make together.
+3. same range: MaxPool, Reshape, Split, Resize to the nearest, ...: move values about; outputs and input share scale and
+   zero point.
 
 A Relu or Clip that alone reads a node of 1 or 2 is absorbed: the range of its output, ending at the bounds, does its
 work, and onnxruntime removes it. References: onnxruntime's QDQ selectors, qdq_selector_action_transformer.cc.
@@ -17,18 +19,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_array, input_of, is_constant
-from modelpress_compression.passes.quantize.edit import attribute
+from modelpress_compression.analysis.graph import constant_array, input_of, is_constant, is_op
+from modelpress_compression.passes.edit import attribute
 from modelpress_compression.passes.quantize.weights import why_not_matrix, why_not_weight
 
 HEAVY = ("Conv", "MatMul", "Gemm")
 _OWN_RANGE = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool")
-_SAME_RANGE = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
+_SAME_RANGE = (
+    "MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Split", "Slice", "Gather", "DepthToSpace",
+    "Resize",
+)  # fmt: skip
 _ACTIVATIONS = ("Relu", "Clip")
 # Products summed up per output of a Conv: with fewer the integer kernel does not win.
 LIGHT_PRODUCTS = 32
@@ -128,12 +133,12 @@ def make_plan(graph: onnx_ir.Graph, heavy: Iterable[onnx_ir.Node], *, wide: bool
             node, available
         ):
             candidates.append(node)
-            available.add(id(output_of(node)))
+            available.update(map(id, outputs_of(node)))
     kept: set[onnx_ir.Node] = set()
     for node in reversed(candidates):
         # A product gives float32 out of 8 bits for nothing.
         ends = (wide and node.op_type == "Add") or (node in selected and node.op_type != "Conv")
-        if ends or (node in selected and not waits(node)) or any(user in kept for user in output_of(node).consumers()):
+        if ends or (node in selected and not waits(node)) or _is_read(node, kept):
             kept.add(node)
     plan = Plan(graph, [node for node in candidates if node in kept], wide)
     _collect_tensors(plan, kept)
@@ -145,22 +150,44 @@ def _collect_tensors(plan: Plan, kept: set[onnx_ir.Node]) -> None:
         for value in activations_of(node):
             if id(value) not in plan.tensors:
                 plan.tensors[id(value)] = Tensor(value, value, all_consumers=False)
-        output = output_of(node)
-        if not _writes_quantized(node, output, kept):
+        if node.op_type == "Concat":
+            _share_range(node, plan)
+        # A matrix product may also give float32, which is more exact where no quantized node reads it.
+        if node.op_type in ("MatMul", "Gemm") and not _is_read(node, kept):
             continue
-        source = plan.tensors[id(node.inputs[0])].range_of if node.op_type in _SAME_RANGE else output
-        plan.tensors[id(output)] = Tensor(output, source, all_consumers=True)
+        for output in outputs_of(node):
+            source = plan.tensors[id(node.inputs[0])].range_of if node.op_type in _SAME_RANGE else output
+            plan.tensors[id(output)] = Tensor(output, source, all_consumers=True)
 
 
-def _writes_quantized(node: onnx_ir.Node, output: onnx_ir.Value, kept: set[onnx_ir.Node]) -> bool:
-    """A matrix product may also give float32, which is more exact where no quantized node reads it."""
-    return node.op_type not in ("MatMul", "Gemm") or any(user in kept for user in output.consumers())
+def _share_range(concat: onnx_ir.Node, plan: Plan) -> None:
+    """What only a Concat reads takes the range of the whole at once, instead of being brought to it by another rounding.
+
+    Not where the end of its own range does the work of a Relu, unless all operands have one.
+    """
+    operands = [plan.tensors[id(value)] for value in activations_of(concat)]
+    clipped = [is_op(operand.value.producer(), *_ACTIVATIONS) for operand in operands]
+    rectified = all(is_op(operand.value.producer(), "Relu") for operand in operands)
+    for operand, own in zip(operands, clipped, strict=True):
+        alone = len(operand.value.uses()) == 1 and not operand.value.is_graph_output()
+        if alone and operand.range_of is operand.value and (rectified or not own):
+            plan.tensors[id(operand.value)] = replace(operand, range_of=output_of(concat))
+
+
+def _is_read(node: onnx_ir.Node, kept: set[onnx_ir.Node]) -> bool:
+    """Whether a kept node reads any of its outputs."""
+    return any(user in kept for output in outputs_of(node) for user in output.consumers())
 
 
 def activations_of(node: onnx_ir.Node) -> Sequence[onnx_ir.Value]:
     """The inputs that are activations and take part in 8 bits."""
     count = len(node.inputs) if node.op_type in _OWN_RANGE else 1
     return [value for value in node.inputs[:count] if value is not None]
+
+
+def outputs_of(node: onnx_ir.Node) -> Sequence[onnx_ir.Value]:
+    """The outputs that are in 8 bits: all of a Split's, else the one of `output_of`."""
+    return node.outputs if node.op_type == "Split" else (output_of(node),)
 
 
 def output_of(node: onnx_ir.Node) -> onnx_ir.Value:
@@ -189,9 +216,14 @@ def _holds_zero(activation: onnx_ir.Node) -> bool:
 def _is_glue(node: onnx_ir.Node, available: set[int]) -> bool:
     if node.domain or node.op_type not in (*_OWN_RANGE, *_SAME_RANGE):
         return False
-    if len(node.outputs) != 1 and any(output.uses() for output in node.outputs[1:]):
+    if node.op_type == "Split":
+        if not all(output.uses() or output.is_graph_output() for output in node.outputs):
+            return False
+    elif any(output.uses() for output in node.outputs[1:]):
         return False
     if node.op_type == "AveragePool" and attribute(node, "ceil_mode", 0):
         return False
-    inputs = activations_of(node)
-    return bool(inputs) and all(id(value) in available for value in inputs)
+    if node.op_type == "Resize" and attribute(node, "mode", "nearest") != "nearest":
+        return False
+    there = [id(value) in available for value in activations_of(node)]
+    return any(there) if node.op_type == "Concat" else bool(there) and all(there)

@@ -21,7 +21,7 @@ import onnx_ir
 from modelpress_compression.analysis.graph import label
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, is_excluded
-from modelpress_compression.passes.quantize.edit import Editor, clean, required
+from modelpress_compression.passes.edit import Editor, clean, required
 from modelpress_compression.passes.quantize.ranges.calibration import observe
 from modelpress_compression.passes.quantize.ranges.choice import (
     improve_weights,

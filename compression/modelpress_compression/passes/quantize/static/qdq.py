@@ -17,8 +17,8 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.analysis.graph import constant_array, input_of, label
+from modelpress_compression.passes.edit import Editor, graph_of, required
 from modelpress_compression.passes.integers.products import Summation, of_node, output_axis
-from modelpress_compression.passes.quantize.edit import Editor, graph_of, required
 from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters, QuantizedWeight
 from modelpress_compression.passes.quantize.static.plan import HEAVY, Plan, Tensor, activations_of
 from modelpress_compression.passes.quantize.weights import StoredWeight, WeightStore

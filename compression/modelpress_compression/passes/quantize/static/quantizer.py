@@ -15,9 +15,10 @@ import onnx_ir
 
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult, is_excluded
+from modelpress_compression.passes.edit import Editor, clean, required
 from modelpress_compression.passes.integers.certificate import certified
+from modelpress_compression.passes.integers.fused_products import fuse_products
 from modelpress_compression.passes.quantize import dynamic
-from modelpress_compression.passes.quantize.edit import Editor, clean, required
 from modelpress_compression.passes.quantize.ranges.choice import (
     Ranges,
 )
@@ -94,6 +95,7 @@ class StaticQuantizer:
             and not is_light(node)
         ]
         quantize_nodes(rest, self.config, editor, store, findings)
+        fuse_products(work, editor)
         clean(work)
         return work
 

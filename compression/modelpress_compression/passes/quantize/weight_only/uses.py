@@ -8,8 +8,8 @@ from types import MappingProxyType
 import onnx_ir
 
 from modelpress_compression.analysis.graph import constant_array, input_of, is_op
+from modelpress_compression.passes.edit import MICROSOFT, attribute, required
 from modelpress_compression.passes.quantize.dynamic import is_candidate
-from modelpress_compression.passes.quantize.edit import MICROSOFT, attribute, required
 from modelpress_compression.passes.quantize.weights import why_not_matrix
 
 # Inputs of a product from which on integers in blocks are no slower than float32, however many rows there are.

@@ -13,8 +13,8 @@ from modelpress_compression.analysis.graph import constant_array
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
+from modelpress_compression.passes.edit import Editor
 from modelpress_compression.passes.quantize import prepare_static
-from modelpress_compression.passes.quantize.edit import Editor
 from modelpress_compression.passes.quantize.ranges.observers import Range
 from modelpress_compression.passes.quantize.ranges.output_error import Trial, open_probe, output_distances
 from modelpress_compression.passes.quantize.report import Findings

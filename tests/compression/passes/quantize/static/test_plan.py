@@ -1,0 +1,113 @@
+"""Between heavy layers: what moves values about stays in 8 bits, and what is joined shares a range."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import PassResult
+from onnx import NodeProto, helper
+
+NODE = helper.make_node
+Quantize = Callable[..., PassResult]
+
+# Each takes "a" [n, 16, 12, 12] from one convolution and gives "b" to the next.
+MOVES: dict[str, tuple[list[NodeProto], dict[str, Any]]] = {
+    "Split": (
+        [NODE("Split", ["a"], ["a1", "a2"], axis=1), NODE("Concat", ["a2", "a1"], ["b"], axis=1)],
+        {},
+    ),
+    "Slice": ([NODE("Slice", ["a", "zero", "six", "two"], ["b"])], {"zero": [0], "six": [6], "two": [2]}),
+    "Gather": ([NODE("Gather", ["a", "order"], ["b"], axis=1)], {"order": np.arange(16)[::-1]}),
+    "DepthToSpace": ([NODE("DepthToSpace", ["a"], ["b"], blocksize=2)], {}),
+    "Resize": (
+        [NODE("Resize", ["a", "", "twice"], ["b"], coordinate_transformation_mode="asymmetric", nearest_mode="floor")],
+        {"twice": np.asarray([1, 1, 2, 2], np.float32)},
+    ),
+    "Transpose": ([NODE("Transpose", ["a"], ["b"], perm=[0, 1, 3, 2])], {}),
+}
+
+
+def convolution(rng: np.random.Generator, outputs: int, inputs: int) -> np.ndarray[Any, Any]:
+    return rng.normal(0, 0.1, (outputs, inputs, 3, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", MOVES)
+def test_moves_are_made_in_8_bits(kind, build, images, quantize, sqnr, rng, loaded_operators) -> None:  # type: ignore[no-untyped-def]
+    """One QuantizeLinear at the input, one DequantizeLinear at the output, integers between; 25 dB or more."""
+    nodes, constants = MOVES[kind]
+    channels = 4 if kind == "DepthToSpace" else 16
+    model = build(
+        [
+            NODE("Conv", ["x", "w1"], ["c"], "first"),
+            NODE("Relu", ["c"], ["a"]),
+            *nodes,
+            NODE("Conv", ["b", "w2"], ["y"]),
+        ],
+        {"w1": convolution(rng, 16, 8), "w2": convolution(rng, 8, channels)}
+        | {name: np.asarray(value) for name, value in constants.items()},
+        {"x": ["n", 8, 14, 14]},
+    )
+    x = {"x": rng.normal(0, 1, (6, 8, 14, 14)).astype(np.float32)}
+    result = quantize(model, x, scheme="static")
+    assert sqnr(model, result.model, x) > 25
+    loaded = loaded_operators(result.model)
+    assert loaded.count("QLinearConv") == 2
+    assert loaded.count("QuantizeLinear") == loaded.count("DequantizeLinear") == 1
+    assert kind in loaded
+
+
+def joined(build: Callable[..., Model], rng: np.random.Generator, activations: Mapping[str, str]) -> Model:
+    """x -> two convolutions, each with its activation or without -> Concat -> convolution -> y."""
+    nodes = [
+        NODE("Conv", ["x", "w1"], ["c1" if "one" in activations else "one"]),
+        NODE("Conv", ["x", "w2"], ["c2" if "two" in activations else "two"]),
+        *(NODE(kind, [f"c{1 if name == 'one' else 2}"], [name]) for name, kind in activations.items()),
+        NODE("Concat", ["one", "two"], ["both"], axis=1),
+        NODE("Conv", ["both", "w3"], ["y"]),
+    ]
+    weights = {
+        "w1": convolution(rng, 16, 8), "w2": 7 * convolution(rng, 16, 8), "w3": convolution(rng, 8, 32),
+    }  # fmt: skip
+    return build(nodes, weights, {"x": ["n", 8, 12, 12]})
+
+
+def scale_of(model: Model, name: str) -> float:
+    """The scale of the QuantizeLinear behind a tensor."""
+    (node,) = [node for node in model.nodes() if node.op_type == "QuantizeLinear" and node.inputs[0].name == name]
+    return float(node.inputs[1].const_value.numpy())
+
+
+@pytest.mark.parametrize(
+    ("activations", "shared"),
+    [({}, {"one", "two"}), ({"one": "Relu", "two": "Relu"}, {"one", "two"}), ({"one": "Relu"}, {"two"})],
+)
+def test_what_is_joined_has_the_range_of_the_whole(activations, shared, build, images, quantize, sqnr, rng) -> None:  # type: ignore[no-untyped-def]
+    """So nothing is rounded twice; a Relu that only its own range stands for keeps that."""
+    model = joined(build, rng, activations)
+    result = quantize(model, images, scheme="static")
+    scales = {name: scale_of(result.model, name) for name in ("one", "two", "both")}
+    assert {name for name in ("one", "two") if scales[name] == scales["both"]} == shared
+    assert sqnr(model, result.model, images) > 25
+
+
+def test_an_operand_in_float32_is_quantized_for_its_concat(
+    build, images, quantize, sqnr, rng, loaded_operators
+) -> None:  # type: ignore[no-untyped-def]
+    """An 8-bit convolution and a ConvTranspose, which has no 8-bit kernel, meet in integers."""
+    nodes = [
+        NODE("Conv", ["x", "w1"], ["one"], pads=[1, 1, 1, 1]),
+        NODE("ConvTranspose", ["x", "w2"], ["two"], pads=[1, 1, 1, 1]),
+        NODE("Concat", ["one", "two"], ["both"], axis=1),
+        NODE("Conv", ["both", "w3"], ["y"]),
+    ]
+    weights = {"w1": convolution(rng, 16, 8), "w2": convolution(rng, 8, 16), "w3": convolution(rng, 8, 32)}
+    model = build(nodes, weights, {"x": ["n", 8, 12, 12]})
+    result = quantize(model, images, scheme="static")
+    loaded = loaded_operators(result.model)
+    assert "QLinearConcat" in loaded
+    assert "Concat" not in loaded
+    assert sqnr(model, result.model, images) > 25
