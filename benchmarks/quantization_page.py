@@ -24,6 +24,7 @@ from quantization_verdict import (
 
 Row = Mapping[str, Any]
 MIB = 1 << 20
+RELATIVELY_ROUGH_DB = 3.0  # twice the error's power
 KINDS = {
     "real": "trained models with a task metric",
     "packaged": "trained models without labels",
@@ -89,17 +90,32 @@ def _summary(models: Mapping[str, Row]) -> list[str]:
         for kind, title in KINDS.items()
         if any(model["kind"] == kind for model in models.values())
     ]
-    behind = [
-        f"{one.model} at batch {one.batch_size} ({one.ratio['median']:.2f} times the time of {label(one.best)})"
-        for one in found
-        if one.behind
-    ]
+    behind = [one for one in found if one.behind]
+    rough = sum(_is_rougher(one, models) for one in behind)
+    listed = "; ".join(_named(one, models) for one in behind)
     worse = regressions(models)
     lines += [
-        f"- Behind the best of theirs: {len(behind)} of {len(found)}{': ' if behind else ''}{'; '.join(behind)}.",
+        f"- Behind the best of theirs: {len(behind)} of {len(found)}{': ' if behind else ''}{listed}."
+        + (f" In {rough} of them theirs errs at least twice as much (3 dB)." if behind else ""),
         f"- Regressions: {len(worse)} of {len(models)} models{': ' if worse else ''}{'; '.join(worse)}.",
     ]
     return lines
+
+
+def _named(one: Duel, models: Mapping[str, Row]) -> str:
+    contenders = models[one.model]["contenders"]
+    theirs, ours = (_decibels(contenders[name]["fidelity"]) for name in (one.best, OURS))
+    return (
+        f"{one.model} at batch {one.batch_size} ({one.ratio['median']:.2f} times the time of {label(one.best)}; "
+        f"ours {ours} dB, theirs {theirs} dB)"
+    )
+
+
+def _is_rougher(one: Duel, models: Mapping[str, Row]) -> bool:
+    """Whether theirs has at least twice the error of ours."""
+    contenders = models[one.model]["contenders"]
+    theirs, ours = (contenders[name]["fidelity"].get("sqnr_db") for name in (one.best, OURS))
+    return theirs is not None and ours is not None and bool(theirs <= ours - RELATIVELY_ROUGH_DB)
 
 
 def _mean(found: Sequence[Duel], models: Mapping[str, Row], kind: str, batch_size: int) -> str:

@@ -161,7 +161,7 @@ def _collect_tensors(plan: Plan, kept: set[onnx_ir.Node]) -> None:
 
 
 def _share_range(concat: onnx_ir.Node, plan: Plan) -> None:
-    """What only a Concat reads takes the range of the whole at once, instead of being brought to it by another rounding.
+    """What only a Concat reads takes the range of the whole at once, so that no second rounding brings it to that.
 
     Not where the end of its own range does the work of a Relu, unless all operands have one.
     """
