@@ -16,9 +16,10 @@ them.
 `top1_agreement`: share of positions with the same largest element, for the first output [N, C] or [N, T, C], C >= 2,
 that may hold class scores (see `analysis.outputs`) or does hold probabilities.
 
-`expected_drop`: share of its right answers that the original expects to lose where the class changed from a to b, by
-its own probabilities p: sum(p(a) - p(b)) / sum(p(a)). A change between two classes that it could hardly tell apart
-costs next to nothing; one away from a class that it was sure of costs a whole answer. Labels are not needed.
+`expected_top1` and `expected_drop`: the accuracy that the original expects of itself by its own probabilities p, and
+how much of it is lost where the class changed from a to b: mean(p(a)) and mean(p(a) - p(b)). A change between two
+classes that it could hardly tell apart costs next to nothing; one away from a class that it was sure of costs a whole
+answer. Labels are not needed.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Fidelity:
     """All outputs. `agreement`, in [0, 1], is what `max_drop` is held against without labels: `top1_agreement` where
     there is one, else the mean over outputs of cosine (at least 0) or share of equal elements. `notes`: what is odd.
 
-    `expected_drop`: see above, None where no output holds classes."""
+    `expected_top1`, `expected_drop`: see above, None where no output holds classes."""
 
     data: str
     samples: int
@@ -70,6 +71,7 @@ class Fidelity:
     top1_agreement: float | None
     agreement: float
     notes: tuple[str, ...] = ()
+    expected_top1: float | None = None
     expected_drop: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,6 +82,7 @@ class Fidelity:
             "outputs": {name: output.to_dict() for name, output in self.outputs.items()},
             "top1_agreement": self.top1_agreement,
             "agreement": self.agreement,
+            "expected_top1": self.expected_top1,
             "expected_drop": self.expected_drop,
             "notes": list(self.notes),
         }
@@ -170,6 +173,10 @@ class _OutputSums:
         self.expected_right += float(taken.sum())
         self.expected_lost += float((taken - given).sum())
 
+    def expectations(self) -> tuple[float, float]:
+        """Means over all positions of what is expected to be right, and to be lost of it."""
+        return self.expected_right / self.top1_positions, self.expected_lost / self.top1_positions
+
     def _add_floats(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> None:
         finite = np.isfinite(before) & np.isfinite(after)
         if not finite.all():
@@ -250,5 +257,5 @@ def _summary(data: str, samples: int, sums: Mapping[str, _OutputSums]) -> Fideli
     if any(total.problem for total in sums.values()):
         agreement = 0.0
     outputs = {name: total.figures() for name, total in sums.items()}
-    drop = classifier.expected_lost / classifier.expected_right if classifier and classifier.expected_right else None
-    return Fidelity(data, samples, outputs, top1, agreement, tuple(notes), drop)
+    right, lost = classifier.expectations() if classifier else (None, None)
+    return Fidelity(data, samples, outputs, top1, agreement, tuple(notes), right, lost)

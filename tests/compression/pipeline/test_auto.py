@@ -315,3 +315,23 @@ def test_without_a_faster_one_float32_is_stored_small(two_layers: Model, loud: I
             assert file_size_bytes(record.path) < 0.4 * file_size_bytes(original)
         else:
             assert "the original" in record.candidates[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("cosine", "expected", "drop", "kept"),
+    [
+        (0.999, 0.9, 0.009, True),
+        (0.999, 0.9, 0.011, False),
+        (0.96, 0.9, 0.0, True),
+        (0.96, 0.05, 0.0, False),
+        (0.995, 0.05, 0.004, True),
+    ],
+)
+def test_the_doubt_of_the_original_decides_without_labels(
+    two_layers: Model, loud: InputData, cosine: float, expected: float, drop: float, kept: bool
+) -> None:
+    """One point of expected accuracy may go; scores that are no probabilities must stay closer instead."""
+    recipe = Recipe.from_dict({"version": 1})
+    judge = Judge(Path(), Path(), Context(loud, Path()), recipe, None)
+    fidelity = Fidelity("provided", 8, {}, 0.9, 0.9, expected_top1=expected, expected_drop=drop)
+    assert (judge._disagrees(cosine, fidelity) == "") is kept
