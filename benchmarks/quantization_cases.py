@@ -55,7 +55,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The files of a case in the cache: model.onnx, calibration.npz, held_out.npz, specs.json."""
+    """The files of a case in the cache: model.onnx, calibration.npz, held_out.npz, constraints.json (of the recipe),
+    specs.json."""
 
     folder: Path
 
@@ -98,9 +99,12 @@ def prepare(case: Case, models: Path, cache: Path) -> Prepared:
     from modelpress_compression import load
 
     prepared = Prepared(cache / case.name)
+    prepared.folder.mkdir(parents=True, exist_ok=True)
+    # Which class random weights name means nothing.
+    constraints = {"metric": "cosine"} if case.kind == "architecture" else {}
+    (prepared.folder / "constraints.json").write_text(json.dumps(constraints), "utf-8")
     if (prepared.folder / "specs.json").exists():
         return prepared
-    prepared.folder.mkdir(parents=True, exist_ok=True)
     model = load(case.source(models), case.inputs)
     names = {spec.name for spec in model.inputs}
     arrays = dict(_samples(case, models, prepared.folder))

@@ -188,13 +188,14 @@ def _ours(recipe: dict[str, Any] | str) -> Callable[[Job, Made], None]:
 
     def make(job: Job, made: Made) -> None:
         from modelpress_compression import InputData, Recipe, compress, load
-        from modelpress_compression.recipe import Benchmark
+        from modelpress_compression.recipe import Benchmark, Constraints
 
         loaded = load(job.model)
         data = InputData.read(job.folder / "calibration.npz", loaded.inputs, job.output)
         chosen = Recipe.preset(recipe) if isinstance(recipe, str) else Recipe.from_dict(recipe)
         # `auto` chooses by the speed at the batch sizes that the recipe measures.
-        chosen = replace(chosen, benchmark=Benchmark(batch_sizes=BATCH_SIZES))
+        constraints = Constraints(**json.loads((job.folder / "constraints.json").read_text("utf-8")))
+        chosen = replace(chosen, benchmark=Benchmark(batch_sizes=BATCH_SIZES), constraints=constraints)
         result = compress(loaded, chosen, data=data)
         result.model.save(job.output / "model.onnx")
         report = result.report

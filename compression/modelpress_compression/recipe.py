@@ -33,14 +33,15 @@ _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 @dataclass(frozen=True)
 class Target:
-    """What the result will run on. `cpu`: whether 8-bit layers may rely on products that do not saturate (VNNI)."""
+    """What the result will run on. `device`: cuda: gradients are computed on a GPU where there is one; `cpu`: whether
+    8-bit layers may rely on products that do not saturate (VNNI)."""
 
     device: str = "cpu"
     cpu: str = "generic"
 
     def __post_init__(self) -> None:
         checks = Checks(self)
-        checks.one_of("device", ("cpu",))
+        checks.one_of("device", ("cpu", "cuda"))
         checks.one_of("cpu", ("generic", "vnni"))
         checks.finish()
 

@@ -11,9 +11,18 @@ A graph is compiled once into a flat list of steps (`plan`, `compiler`); operato
 lists the operators and how they fare in ONNX's own tests.
 """
 
+from modelpress_compression.executor.devices import device_for
 from modelpress_compression.executor.errors import NotExecutableError
 from modelpress_compression.executor.module import Executor, Selector
 from modelpress_compression.executor.support import UnsupportedNode, unsupported_nodes
 from modelpress_compression.executor.trainable import weights
 
-__all__ = ["Executor", "NotExecutableError", "Selector", "UnsupportedNode", "unsupported_nodes", "weights"]
+__all__ = [
+    "Executor",
+    "NotExecutableError",
+    "Selector",
+    "UnsupportedNode",
+    "device_for",
+    "unsupported_nodes",
+    "weights",
+]

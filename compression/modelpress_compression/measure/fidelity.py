@@ -74,6 +74,16 @@ class Fidelity:
     expected_top1: float | None = None
     expected_drop: float | None = None
 
+    @property
+    def cosine(self) -> float:
+        """The worst output's."""
+        return min((output.cosine for output in self.outputs.values() if output.cosine is not None), default=1.0)
+
+    def kept(self, metric: str | None) -> tuple[str, float]:
+        """What `max_drop` is held against without labels, by its name: the worst output's cosine where that is the
+        metric, else `agreement`."""
+        return ("cosine", self.cosine) if metric == "cosine" else ("agreement", self.agreement)
+
     def to_dict(self) -> dict[str, Any]:
         """The report's `fidelity`."""
         return {

@@ -71,8 +71,9 @@ def _violations(
 ) -> tuple[str, ...]:
     found: list[str] = []
     if constraints.max_drop is not None:
-        drop = accuracy.drop if accuracy is not None else 1.0 - fidelity.agreement
-        name = accuracy.metric if accuracy is not None else "agreement with the original"
+        kept, share = fidelity.kept(constraints.metric)
+        drop = accuracy.drop if accuracy is not None else 1.0 - share
+        name = accuracy.metric if accuracy is not None else f"{kept} with the original"
         if drop > constraints.max_drop:
             found.append(f"{name} falls by {drop:.4f}, more than max_drop {constraints.max_drop:g}")
     if constraints.max_size_bytes is not None and size_bytes > constraints.max_size_bytes:

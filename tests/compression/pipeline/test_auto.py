@@ -140,7 +140,7 @@ def test_the_sensitive_layer_goes_back_to_float(two_layers: Model, loud: InputDa
     asked = Recipe.from_dict({"version": 1, "steps": [step], "constraints": {"max_drop": 0.003}})
     result = compress(two_layers, asked, data=loud)
     rows = {row["name"]: row for row in result.candidates}
-    assert "agrees with the original" in rows["quantize static"]["reason"]
+    assert "agreement with the original" in rows["quantize static"]["reason"]
     assert rows["quantize dynamic"]["reason"]
     (chosen,) = [row for row in rows.values() if row["chosen"]]
     assert chosen["name"].startswith("quantize static, 1 layer in float32")
@@ -333,5 +333,20 @@ def test_the_doubt_of_the_original_decides_without_labels(
     """One point of expected accuracy may go; scores that are no probabilities must stay closer instead."""
     recipe = Recipe.from_dict({"version": 1})
     judge = Judge(Path(), Path(), Context(loud, Path()), recipe, None)
-    fidelity = Fidelity("provided", 8, {}, 0.9, 0.9, expected_top1=expected, expected_drop=drop)
-    assert (judge._disagrees(cosine, fidelity) == "") is kept
+    outputs = {"y": OutputFidelity(cosine, 20.0, 0.1)}
+    fidelity = Fidelity("provided", 8, outputs, 0.9, 0.9, expected_top1=expected, expected_drop=drop)
+    assert (judge._disagrees(fidelity) == "") is kept
+
+
+@pytest.mark.parametrize(("max_drop", "kept"), [(None, True), (0.008, True), (0.006, False)])
+def test_the_metric_cosine_needs_no_classes(
+    two_layers: Model, loud: InputData, max_drop: float | None, kept: bool
+) -> None:
+    """With it, classes may change as they like; without a `max_drop` a cosine of 0.99 is kept."""
+    constraints = {"metric": "cosine"} | ({} if max_drop is None else {"max_drop": max_drop})
+    judge = Judge(
+        Path(), Path(), Context(loud, Path()), Recipe.from_dict({"version": 1, "constraints": constraints}), None
+    )
+    outputs = {"y": OutputFidelity(0.993, 20.0, 0.1), "z": OutputFidelity(0.999, 20.0, 0.1)}
+    fidelity = Fidelity("provided", 8, outputs, 0.2, 0.2, expected_top1=0.9, expected_drop=0.8)
+    assert (judge._disagrees(fidelity) == "") is kept

@@ -24,6 +24,7 @@ import onnx_ir
 from modelpress_compression.analysis.streams import observable, taps
 from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOperatorError
 from modelpress_compression.executor import Selector, weights
+from modelpress_compression.executor.devices import why_not
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded
 from modelpress_compression.passes.distill import end_to_end, layerwise
@@ -76,7 +77,7 @@ class Distill:
             made = [warning]
         samples = split(data, config.hold_out, config.batch_size, config.seed)
         objective, reasons, warnings = make_objective(original, _answers(original, samples), samples, config)
-        warnings += made
+        warnings += [*made, *filter(None, [why_not(context.target.device)])]
         if not samples.held_out:
             warnings.append(
                 f"{len(data)} samples are too few to hold some out: the best state was chosen on those that it "

@@ -32,7 +32,7 @@ class Taught:
 def teach(lesson: Lesson) -> Taught:
     """Raises NotExecutableError, ModelNotRunnableError."""
     objective = replace(lesson.objective, features=_features(lesson), feature_weight=lesson.config.feature_weight)
-    executor = Executor(lesson.student, trainable=lesson.selector, outputs=objective.names)
+    executor = Executor(lesson.student, trainable=lesson.selector, outputs=objective.names, device=lesson.device)
     if not executor.parameters_by_name:
         return Taught(lesson.student, 0)
     with taps(lesson.original, objective.names) as observe:

@@ -31,7 +31,7 @@ from modelpress_compression.analysis.graph import constant_array, int_attribute,
 from modelpress_compression.analysis.outputs import classification_outputs, score_form
 from modelpress_compression.analysis.streams import observable
 from modelpress_compression.analysis.synthetic import synthetic_inputs
-from modelpress_compression.executor import Executor
+from modelpress_compression.executor import Executor, device_for
 from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
@@ -55,6 +55,9 @@ class _Statistics:
     value: str
     mean: Tensor
     variance: Tensor
+
+    def on(self, device: torch.device) -> _Statistics:
+        return replace(self, mean=self.mean.to(device), variance=self.variance.to(device))
 
     def distance(self, x: Tensor) -> Tensor:
         axes = [axis for axis in range(x.dim()) if axis != 1]
@@ -106,15 +109,17 @@ def _optimized(
 ) -> InputData:
     scores = _scores(model)
     values = [item.value for item in statistics if item.value not in data.arrays]
-    executor = Executor(model, outputs=list(dict.fromkeys([*values, *([scores.name or ""] if scores else [])])))
+    outputs = list(dict.fromkeys([*values, *([scores.name or ""] if scores else [])]))
+    executor = Executor(model, outputs=outputs, device=device_for(context.target.device))
+    statistics = [item.on(executor.device) for item in statistics]
     generator = torch.Generator().manual_seed(seed)
     size = data.fixed_batch or BATCH_SIZE
     batches: list[Mapping[str, Array]] = []
     for number, feed in enumerate(data.feeds(size)):
         context.progress(0.0, f"making inputs: batch {number + 1} of {-(-len(data) // size)}")
-        inputs = {name: torch.from_numpy(np.array(array)) for name, array in feed.items()}
+        inputs = {name: torch.from_numpy(np.array(array)).to(executor.device) for name, array in feed.items()}
         _optimize(executor, inputs, statistics, free, scores, generator, until)
-        batches.append({name: tensor.detach().numpy() for name, tensor in inputs.items()})
+        batches.append({name: tensor.detach().cpu().numpy() for name, tensor in inputs.items()})
     arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     return replace(data, arrays=arrays)
 
@@ -138,11 +143,12 @@ def _optimize(
             return
         optimizer.zero_grad(set_to_none=True)
         values = {**inputs, **executor(inputs)}
-        loss = torch.stack([item.distance(values[item.value]) for item in statistics] or [torch.zeros(())]).sum()
+        nothing = torch.zeros((), device=executor.device)
+        loss = torch.stack([item.distance(values[item.value]) for item in statistics] or [nothing]).sum()
         if scores is not None:
             logs = log_probabilities(values[scores.name or ""], score_form(scores))
             if classes is None:
-                classes = torch.randint(logs.shape[-1], (len(logs),), generator=generator)
+                classes = torch.randint(logs.shape[-1], (len(logs),), generator=generator).to(logs.device)
             loss = loss + class_weight * F.nll_loss(logs, classes)
         loss = loss + variation_weight * sum(_variation(variable) for variable in variables)
         if not bool(torch.isfinite(loss)):

@@ -119,6 +119,7 @@ def _fit(lesson: Lesson, student: Model, block: Block, stop_at: float) -> Traine
         trainable=lambda value: value in block.weights,
         outputs=objective.output_names,
         inputs=block.inputs,
+        device=lesson.device,
     )
     trained = Trainer(executor, objective, samples, samples, lesson.config, None, stop_at).train()
     if trained.improved:

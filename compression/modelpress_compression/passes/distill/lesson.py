@@ -6,8 +6,10 @@ import math
 import time
 from dataclasses import dataclass
 
+import torch
+
 from modelpress_compression.errors import InvalidRecipeError, Violation
-from modelpress_compression.executor import Selector
+from modelpress_compression.executor import Selector, device_for
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.distill.labels import LabelLoss, label_loss
@@ -39,6 +41,11 @@ class Lesson:
     context: Context
     augment: Augment | None
     stop_at: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student runs."""
+        return device_for(self.context.target.device)
 
 
 def stop_time(context: Context) -> float:

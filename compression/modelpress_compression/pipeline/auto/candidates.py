@@ -42,7 +42,7 @@ class Candidate:
         """The worst output's; 0 before it was measured."""
         if self.fidelity is None:
             return 0.0
-        return min((output.cosine for output in self.fidelity.outputs.values() if output.cosine is not None), default=1)
+        return self.fidelity.cosine
 
     def to_dict(self, chosen: bool, pareto: bool) -> dict[str, Any]:
         """The row of the report's `candidates`."""

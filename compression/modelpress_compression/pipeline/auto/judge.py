@@ -4,7 +4,8 @@ What "keeps the answers" means, in this order:
 
 1. No output's cosine with the original's falls below 0.95 (10 dB).
 2. With labels: the task metric falls by no more than `max_drop` (0.01 where it is not set).
-3. Without labels, `max_drop` set: agreement with the original is at least `1 - max_drop`.
+3. Without labels, `max_drop` set: agreement with the original is at least `1 - max_drop`. With the metric cosine, that
+   takes the place of agreement, and 0.01 that of a `max_drop` that is not set.
 4. Else, where outputs hold classes and the data is real: by its own probabilities the original expects to lose at most
    one point of accuracy, as much as with labels. Seen on a text reader in 8 bits: at .9 points it read .7 points fewer
    words, at 1.4 and 3.1 1.6 points fewer, while an image classifier of which one class in ten had changed, at 1.3, was
@@ -93,7 +94,7 @@ class Judge:
         if candidate.size_bytes >= file_size_bytes(self.float_path):
             return replace(candidate, reason="its file would not be smaller than in float32")
         if self.eval_data is None:
-            return replace(candidate, reason=self._disagrees(candidate.cosine, fidelity))
+            return replace(candidate, reason=self._disagrees(fidelity))
         constraints = self.recipe.constraints
         accuracy = compare_accuracy(self.original, path, self.eval_data, constraints.metric)
         allowed = DEFAULT_MAX_DROP if constraints.max_drop is None else constraints.max_drop
@@ -167,13 +168,15 @@ class Judge:
             timings.setdefault(one.batch_size, one)
         return RaceTimings(tuple(timings.values()))
 
-    def _disagrees(self, cosine: float, fidelity: Fidelity) -> str:
+    def _disagrees(self, fidelity: Fidelity) -> str:
         """Why the answers have changed too much, without labels; empty where they have not."""
-        allowed = self.recipe.constraints.max_drop
+        metric, allowed = self.recipe.constraints.metric, self.recipe.constraints.max_drop
+        name, share = fidelity.kept(metric)
+        if allowed is None and name == metric:
+            allowed = DEFAULT_MAX_DROP
         if allowed is not None:
-            if fidelity.agreement >= 1.0 - allowed:
-                return ""
-            return f"agrees with the original on {fidelity.agreement:.2%} of the samples, less than {1 - allowed:.2%}"
+            least = 1.0 - allowed
+            return "" if share >= least else f"its {name} with the original is {share:.4f}, less than {least:g}"
         expected, drop = fidelity.expected_top1, fidelity.expected_drop
         # The classes of noise say nothing.
         if not self.context.data.vouches or expected is None or drop is None:
@@ -183,10 +186,10 @@ class Judge:
                 f"by its own probabilities the original would lose {100 * drop:.1f} points of accuracy, more than "
                 f"{100 * MAX_EXPECTED_DROP:g}"
             )
-        if expected < MIN_EXPECTED_TOP1 and cosine < MIN_COSINE_OF_SCORES:
+        if expected < MIN_EXPECTED_TOP1 and fidelity.cosine < MIN_COSINE_OF_SCORES:
             return (
-                f"its scores differ too much from the original's (cosine {cosine:.4f}), which hardly tells its classes "
-                f"apart (at least {MIN_COSINE_OF_SCORES} is kept there)"
+                f"its scores differ too much (cosine {fidelity.cosine:.4f}, at least {MIN_COSINE_OF_SCORES} is kept) "
+                f"from those of an original that hardly tells its classes apart"
             )
         return ""
 

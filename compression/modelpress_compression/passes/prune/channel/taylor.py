@@ -32,7 +32,7 @@ from modelpress_compression.analysis.outputs import (
     classification_outputs,
     score_form,
 )
-from modelpress_compression.executor import Executor
+from modelpress_compression.executor import Executor, device_for
 from modelpress_compression.inputs import Feeds
 from modelpress_compression.model import Model
 from modelpress_compression.padding import counted_positions
@@ -74,7 +74,12 @@ class Taylor:
     ) -> dict[str, Scores]:
         names = {member.tensor for found in members.values() for member in found}
         values = [value for value in model.graph.outputs if value.producer() is not None]
-        executor = Executor(model, trainable=names, outputs=[value.name or "" for value in values])
+        executor = Executor(
+            model,
+            trainable=names,
+            outputs=[value.name or "" for value in values],
+            device=device_for(context.target.device),
+        )
         parameters = executor.parameters_by_name
         generator = Generator().manual_seed(self._seed)
         scores = {group.id: np.zeros(group.units) for group in groups}
@@ -116,7 +121,7 @@ def _effect(group: Group, members: Sequence[Member], changes: Mapping[str, Tenso
         change = changes.get(member.tensor)
         if change is not None:
             others = [axis for axis in range(change.dim()) if axis != member.axis % change.dim()]
-            total += per_unit(change.to(torch.float64).sum(dim=others).numpy(), member)
+            total += per_unit(change.to(torch.float64).sum(dim=others).cpu().numpy(), member)
     return total
 
 
@@ -135,7 +140,7 @@ def _drawn_loss(
         if not isinstance(output, Tensor) or not output.requires_grad:
             continue
         if mask is not None and output.dim() >= 3 and tuple(output.shape[:2]) == mask.shape:
-            output = output[torch.from_numpy(mask)]  # padding is nobody's answer
+            output = output[torch.from_numpy(mask).to(output.device)]  # padding is nobody's answer
         form = score_form(value)
         if value.name in classes and form != INDEPENDENT and output.dim() in (2, 3) and output.shape[-1] > 1:
             losses.append(_fisher_projection(output, form, generator))
@@ -149,13 +154,13 @@ def _fisher_projection(scores: Tensor, form: str, generator: Generator) -> Tenso
     logs = scores.clamp_min(_TINY).log() if form == PROBABILITIES else scores.log_softmax(-1)
     p = logs.detach().exp()
     root = p.sqrt()
-    e = torch.randn(p.shape, generator=generator)
+    e = torch.randn(p.shape, generator=generator).to(p.device)
     r = root * e - p * (root * e).sum(-1, keepdim=True)
     return (r * torch.nan_to_num(logs, neginf=0.0)).sum()
 
 
 def _projection(output: Tensor, generator: Generator) -> Tensor:
     """<r, output> over the square root of the output's power."""
-    random = torch.randn(output.shape, generator=generator)
+    random = torch.randn(output.shape, generator=generator).to(output.device)
     power = output.detach().square().mean().clamp_min(_TINY)
     return (random * output).sum() / (power * output[0].numel()).sqrt()
