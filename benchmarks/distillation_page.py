@@ -20,6 +20,9 @@ measure.
 Augmentation changes each batch at random, and both models see the same batch, so that it is safe wherever the original
 can be asked: choose what could occur in use. With `labels` in the data file, half of the loss is theirs.
 
+`target: {device: cuda}` trains on a GPU where torch sees one; without one it trains on the CPU, and a warning says so.
+The original answers in onnxruntime on the CPU all the same.
+
 The figures below come from `benchmarks/distillation.py`: trained models, task metrics on data that training never sees,
 unlabelled training inputs. Times are CPU seconds on one thread, with everything that the step does (the teacher's
 answers and the proof in onnxruntime included); times of trained models include the repair before.

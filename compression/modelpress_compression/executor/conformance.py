@@ -92,12 +92,12 @@ def check(case: Any) -> Outcome:
 
 def _compare(case: Any, executor: Executor, inputs: Sequence[Any], expected: Sequence[Any]) -> None:
     names = [value.name for value in case.model.graph.input]
-    feeds = {name: _feed(value) for name, value in zip(names, inputs, strict=True)}
+    feeds = {name: feed_of(value) for name, value in zip(names, inputs, strict=True)}
     found = list(executor.run(feeds).values())
     random = any(_is_random(node) for node in case.model.graph.node) and "zero_ratio" not in case.name
     _require(len(found) == len(expected), f"{len(found)} outputs instead of {len(expected)}")
     for got, wanted in zip(found, expected, strict=True):
-        _same(got, _feed(wanted), case, values=not random)
+        _same(got, feed_of(wanted), case, values=not random)
 
 
 def _require(holds: bool, message: str) -> None:
@@ -109,12 +109,12 @@ def _is_random(node: Any) -> bool:
     return node.op_type in _RANDOM or (node.op_type == "Dropout" and len(node.input) == 3)
 
 
-def _feed(value: Any) -> Any:
+def feed_of(value: Any) -> Any:
     """Arrays of ONNX's own types; sequences as lists; an empty optional as None."""
     if isinstance(value, onnx.TensorProto):
         return onnx_ir.from_proto(value).numpy()
     if isinstance(value, list):
-        return [_feed(item) for item in value]
+        return [feed_of(item) for item in value]
     return value
 
 
