@@ -40,13 +40,13 @@ def candidate(name: str, size: int, time_s: float, cosine: float = 1.0, noise: f
     return Candidate(name, record, size, fidelity=fidelity, speedup=speed, times_s=times)
 
 
-ROUGH_AND_CLOSE = (("rough", 0.5, 0.99), ("closer", 0.507, 0.996), ("little", 0.507, 0.993))
+ROUGH_AND_CLOSE = (("rough", 0.5, 0.99), ("closer", 0.52, 0.996), ("little", 0.507, 0.993))
 
 
 def test_the_fastest_wins_and_draws_go_to_the_smallest() -> None:
     """Who is not surely slower by 2 % draws with the fastest, and the smaller file is taken; who is, loses, however
     small; one with a reason against it does not run. Of files that are as small to within 1 % the faster one wins, or
-    the one that errs at most half as much."""
+    one that errs at most half as much and is slower by 5 % at most."""
     slow, small = candidate("a", 50, 0.9), candidate("b", 80, 0.51, noise=0.3)
     quick = candidate("c", 100, 0.5)
     assert fastest([slow, small, quick]) is small
@@ -59,7 +59,7 @@ def test_the_fastest_wins_and_draws_go_to_the_smallest() -> None:
     assert fastest([rough, little]) is rough
     assert fastest([rough, little, closer]) is closer
     assert fastest([rough, replace(closer, drop=0.02)]) is rough
-    assert fastest([rough, candidate("slower", 1000, 0.52, 1.0)]) is rough
+    assert fastest([rough, candidate("slower", 1000, 0.53, 1.0)]) is rough
 
 
 def test_the_pareto_set_holds_what_nothing_beats() -> None:

@@ -14,8 +14,9 @@ from modelpress_compression.pipeline.steps import StepRecord
 
 DRAW = 0.02
 SAME_SIZE = 0.01
-# Share of the error that must go for what is a little slower, within `DRAW`, to be taken: 3 dB.
+# What errs at most so much of what the fastest does (3 dB) may be slower by `WORTH`.
 CLEARLY_LESS_ERROR = 0.5
+WORTH = 0.05
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Candidate:
 
 
 def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
-    """The one to take among those without a reason against them. Draws in latency go to the smallest file; among files
-    as small, to within `SAME_SIZE`, to the one that errs clearly less than the fastest, or else to that.
+    """The one to take among those without a reason against them. Draws in latency go to the smallest file; of files as
+    small, to within `SAME_SIZE`, to the fastest, unless one is hardly slower and errs clearly less.
 
     A draw is who is not surely slower than the fastest by more than `DRAW`, in the rounds that both ran.
     """
@@ -71,10 +72,13 @@ def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
         return None
     racers.sort(key=lambda racer: float(np.median(racer[1])))
     best = racers[0][1]
-    draws = [item for item, times_s in racers if median_interval((best / times_s).tolist()).high >= 1 - DRAW]
-    smallest = min(item.size_bytes for item in draws)
-    as_small = [item for item in draws if item.size_bytes <= smallest * (1 + SAME_SIZE)]
-    quickest, closest = as_small[0], max(as_small, key=lambda item: item.cosine)
+
+    def within(share: float) -> list[Candidate]:
+        return [item for item, times_s in racers if median_interval((best / times_s).tolist()).high >= 1 - share]
+
+    most = min(item.size_bytes for item in within(DRAW)) * (1 + SAME_SIZE)
+    quickest = next(item for item in within(DRAW) if item.size_bytes <= most)
+    closest = max((item for item in within(WORTH) if item.size_bytes <= most), key=lambda item: item.cosine)
     clearly = 1 - closest.cosine <= CLEARLY_LESS_ERROR * (1 - quickest.cosine)
     return closest if clearly and (closest.drop or 0) <= (quickest.drop or 0) else quickest
 

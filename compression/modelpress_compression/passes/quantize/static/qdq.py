@@ -57,10 +57,10 @@ class QdqWriter:
         limits = np.iinfo(np.int32)
         levels = np.clip(np.rint(bias.astype(np.float64) / scale), limits.min, limits.max).astype(np.int32)
         graph, name = graph_of(node), f"{label(node)}_bias"
+        # Without a zero point, which int32 has none of: it would be as large as the bias.
         inputs = [
             self.editor.constant(graph, levels, f"{name}_quantized"),
             self.editor.constant(graph, np.asarray(scale), f"{name}_scale"),
-            self.editor.constant(graph, np.zeros(scale.shape, np.int32), f"{name}_zero_point"),
         ]
         attributes = {"axis": 0} if scale.ndim else None
         node.replace_input_with(2, self.editor.emit(node, "DequantizeLinear", inputs, name, attributes=attributes)[0])
