@@ -21,6 +21,7 @@ from modelpress_compression.analysis.graph import constant_scalar, constant_tens
 from modelpress_compression.passes.fuse.rewriting import FIRED, MICROSOFT, Outcome, Scope
 
 GELU_OPSET = 20
+_CUBIC = 0.044715
 
 
 class FuseGelu:
@@ -82,7 +83,7 @@ def _tanh_argument(node: onnx_ir.Node, scope: Scope) -> onnx_ir.Value | None:
     total = scope.producer(inner, "Add")
     if total is not None:
         for value, cube in (tuple(total.inputs), tuple(reversed(total.inputs))):
-            if value is not None and _is_power(_times(cube, 0.044715, scope), value, 3, scope):
+            if value is not None and _is_cubic(cube, value, 3, scope):
                 return value
     product = scope.producer(inner, "Mul")
     if product is None:
@@ -92,25 +93,35 @@ def _tanh_argument(node: onnx_ir.Node, scope: Scope) -> onnx_ir.Value | None:
         if add is None or value is None:
             continue
         for one, square in (tuple(add.inputs), tuple(reversed(add.inputs))):
-            if _close(one, 1.0, square) and _is_power(_times(square, 0.044715, scope), value, 2, scope):
+            if _close(one, 1.0, square) and _is_cubic(square, value, 2, scope):
                 return value
     return None
 
 
-def _is_power(value: onnx_ir.Value | None, base: onnx_ir.Value, exponent: int, scope: Scope) -> bool:
-    """Whether the value is base ** exponent, as Pow or as products of bases."""
-    if exponent == 1:
-        return value is base
-    power = scope.producer(value, "Pow")
-    if power is not None:
-        return power.inputs[0] is base and constant_scalar(power.inputs[1]) == exponent
-    product = scope.producer(value, "Mul")
-    if product is None:
-        return False
-    return any(
-        product.inputs[position] is base and _is_power(product.inputs[1 - position], base, exponent - 1, scope)
-        for position in (0, 1)
-    )
+def _is_cubic(value: onnx_ir.Value | None, base: onnx_ir.Value, exponent: int, scope: Scope) -> bool:
+    """Whether the value is 0.044715 base ** exponent, the factors in any order."""
+    factors = _factors(value, base, scope, exponent + 1)
+    return factors is not None and factors[0] == exponent and math.isclose(factors[1], _CUBIC, rel_tol=2e-3)
+
+
+def _factors(value: onnx_ir.Value | None, base: onnx_ir.Value, scope: Scope, most: int) -> tuple[float, float] | None:
+    """How often a product of at most `most` factors, as Mul and Pow, holds the base, and its constant; None: it holds
+    something else."""
+    if value is base:
+        return 1, 1.0
+    number = constant_scalar(value)
+    if number is not None and _close(value, number, base):
+        return 0, number
+    power, product = scope.producer(value, "Pow"), scope.producer(value, "Mul")
+    if power is not None and power.inputs[0] is base:
+        exponent = constant_scalar(power.inputs[1])
+        return None if exponent is None else (exponent, 1.0)
+    if product is None or most < 2:
+        return None
+    sides = [_factors(side, base, scope, most - 1) for side in product.inputs]
+    if sides[0] is None or sides[1] is None:
+        return None
+    return sides[0][0] + sides[1][0], sides[0][1] * sides[1][1]
 
 
 def _last_product(node: onnx_ir.Node, value: onnx_ir.Value, scope: Scope) -> onnx_ir.Node | None:  # noqa: PLR0911 - a return for each reason

@@ -40,6 +40,13 @@ _TANH = {
         ("Add", ["r", "x"], "v"),
         *_TANH_END,
     ],
+    "constant first": [
+        ("Mul", ["cubic", "x"], "q1"),
+        ("Mul", ["x", "q1"], "q2"),
+        ("Mul", ["x", "q2"], "r"),
+        ("Add", ["x", "r"], "v"),
+        *_TANH_END,
+    ],
     "factored": [
         ("Mul", ["x", "x"], "q"),
         ("Mul", ["q", "cubic"], "r"),
@@ -78,6 +85,17 @@ def test_other_erf_stays(build: Any, fuse: Any, ops: Any) -> None:
     result = fuse(build(_nodes(parts), _WEIGHTS, shape=("n", 16)))
     assert "Erf" in ops(result)
     assert [skip.node for skip in result.skipped] == ["n_e"]
+
+
+@pytest.mark.parametrize("factors", [["x", "x"], ["x", "x", "x", "x"], ["x", "x", "two"], ["x", "x", "y2"]])
+def test_other_cubes_stay(build: Any, fuse: Any, ops: Any, factors: list[str]) -> None:
+    """x + c x^2, c x^4, 2 c x^2 and c x^2 tanh(x) inside the tanh are no GELU."""
+    chain, last = [("Tanh", ["x"], "y2")], "cubic"
+    for number, factor in enumerate(factors):
+        chain.append(("Mul", [factor, last], f"f{number}"))
+        last = f"f{number}"
+    parts = [*chain, ("Add", ["x", last], "v"), *_TANH_END, *_PRODUCTS["x * (s / 2)"]]
+    assert not {"Gelu", "com.microsoft.FastGelu"} & set(ops(fuse(build(_nodes(parts), _WEIGHTS, shape=("n", 16)))))
 
 
 def test_intermediate_output_stays(build: Any, fuse: Any, ops: Any) -> None:
