@@ -6,7 +6,7 @@ Each model is quantized for `target.cpu` vnni and generic. The table tells how m
 how many channels gave up resolution for it, the signal-to-noise ratio of the outputs against float32 (mean over the
 outputs, on representative inputs that calibration has not seen), and the task metric: in onnxruntime on this machine,
 which must have VNNI for the comparison to mean anything, and with the arithmetic written out (saturating_products.py),
-exact as with VNNI and saturating as without. Those two differ by saturation alone; onnxruntime's kernels round what lies
+exact as with VNNI and saturating as without. Those differ by saturation alone; onnxruntime's kernels round what lies
 in the middle between two levels in their own way.
 
 --qemu: qemu-x86_64 of version 7.2 or later, which then runs onnxruntime's own AVX2 kernels on a CPU without VNNI, on a
