@@ -4,7 +4,7 @@ Three groups, each verified on representative inputs and undone as a whole when 
 
     standard       folding, no-ops, duplicates, and constants merged into weights; ONNX operators only
     activations    hard swish and hard sigmoid in the form that onnxruntime fuses into its convolutions
-    transformers   attention, GELU, layer normalization
+    transformers   attention, GELU, normalization by mean and root
 
 What exporters leave behind for debugging (stack traces, module paths) goes as well.
 
@@ -49,6 +49,7 @@ from modelpress_compression.passes.fuse.no_ops import MergeTransposes, RemoveNoO
 from modelpress_compression.passes.fuse.pad_conv import FusePadConv
 from modelpress_compression.passes.fuse.residual_shapes import forget_residual_shapes
 from modelpress_compression.passes.fuse.rewriting import MICROSOFT, Rewrite, Scope, Tally, apply
+from modelpress_compression.passes.fuse.root_division import DivideByRoot
 from modelpress_compression.passes.fuse.verification import Verification
 from modelpress_compression.techniques import FuseConfig
 
@@ -114,7 +115,8 @@ class Fuse:
         if self._config.activations:
             groups.append(_Group("activations", [FuseHardSwish(), *merging]))
         if self._config.transformers:
-            groups.append(_Group("transformers", [FuseLayerNormalization(), FuseGelu(), FuseAttention()]))
+            rewrites: list[Rewrite] = [DivideByRoot(), FuseLayerNormalization(), FuseGelu(), FuseAttention()]
+            groups.append(_Group("transformers", rewrites))
         return groups
 
 
