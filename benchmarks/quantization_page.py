@@ -61,14 +61,14 @@ work on the machine does not lengthen; and the peak of resident memory, of which
 (our process holds torch, theirs does not). `auto` measures fidelity and latency of its candidates, and both presets
 measure their result: that is in their time; "steps" is the wall time of the recipe's steps alone.
 
-**Rules.** A model is acceptable where its metric falls by at most {MAX_DROP * 100:g} point; of an architecture with
-random weights, whose classes mean nothing, the metric is the cosine of its outputs with those of the float model
-(`constraints.metric: cosine` in the recipe of `auto`). A trained model without labels is acceptable where that cosine
-is at least {MIN_COSINE} (10 dB) and, in classifiers, the float model expects by its own probabilities to lose at most
-{MAX_DROP * 100:g} point of accuracy. The best of theirs is the fastest acceptable one, or the float model where none is
-faster. A result of ours that is not acceptable counts with the time of the float model. Ours is behind where the
-interval of our time over the best's lies above 1. A regression is a result of `auto` that is not acceptable, or is
-slower than float32: its interval lies above 1 and above the second session's.
+**Rules.** A model is acceptable where its metric falls by at most {MAX_DROP * 100:g} point; without a metric, where the
+cosine of its outputs with those of the float model is at least {MIN_COSINE} (10 dB) and, in trained classifiers, the
+float model expects by its own probabilities to lose at most {MAX_DROP * 100:g} point of accuracy. Which class an
+architecture with random weights names means nothing, so the recipe of `auto` says `constraints.metric: cosine` there,
+and `auto` keeps 0.99 on the samples that it has. The best of theirs is the fastest acceptable one, or the float model
+where none is faster. A result of ours that is not acceptable counts with the time of the float model. Ours is behind
+where the interval of our time over the best's lies above 1. A regression is a result of `auto` that is not acceptable,
+or is slower than float32: its interval lies above 1 and above the second session's.
 """
 
 

@@ -1,9 +1,9 @@
 """Who wins, by rules that are stated: which of theirs a careful user would take, and whether ours is as good.
 
-- A quantized model is acceptable where its task metric falls by at most MAX_DROP. Of an architecture with random
-  weights the metric is the cosine of its outputs with the float model's. Trained models without labels are acceptable
-  where that cosine is at least MIN_COSINE (10 dB) and a classifier, by the float model's own probabilities, is expected
-  to lose at most MAX_DROP of its accuracy on the held-out samples.
+- A quantized model is acceptable where its task metric falls by at most MAX_DROP. Without a metric: where the cosine of
+  its outputs with the float model's is at least MIN_COSINE (10 dB) and, for trained classifiers, the float model by its
+  own probabilities expects to lose at most MAX_DROP of its accuracy on the held-out samples. Which class an architecture
+  with random weights names means nothing.
 - The best of theirs at a batch size is the fastest acceptable one, or the float model where none is faster than that.
 - A result of ours that is not acceptable wins nothing: it counts with the time of the float model.
 - Ours is behind where the 95 % interval of (our time / the best's time) lies above 1.
@@ -64,10 +64,9 @@ def why_not(model: Row, name: str) -> str:
         # Metrics are printed with four digits: half a unit of the last is no fall.
         return f"the metric falls by {fallen:.3f}" if fallen > MAX_DROP + 5e-5 else ""
     cosine, lost = row["fidelity"]["cosine"], row["fidelity"].get("expected_drop")
-    untrained = model["kind"] == "architecture"
-    if cosine is None or cosine < (1 - MAX_DROP if untrained else MIN_COSINE):
+    if cosine is None or cosine < MIN_COSINE:
         return f"cosine {cosine}" if cosine is None else f"cosine {cosine:.3f}"
-    if not untrained and lost is not None and lost > MAX_DROP:
+    if model["kind"] != "architecture" and lost is not None and lost > MAX_DROP:
         return f"the expected drop is {lost:.3f}"
     return ""
 
