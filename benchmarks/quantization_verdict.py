@@ -2,8 +2,8 @@
 
 - A quantized model is acceptable where its task metric falls by at most MAX_DROP. Without a metric: where the cosine of
   its outputs with the float model's is at least MIN_COSINE (10 dB) and, for trained classifiers, the float model by its
-  own probabilities expects to lose at most MAX_DROP of its accuracy on the held-out samples. Which class an architecture
-  with random weights names means nothing.
+  own probabilities expects to lose at most MAX_DROP of its accuracy on the held-out samples. Which class a network with
+  random weights names means nothing.
 - The best of theirs at a batch size is the fastest acceptable one, or the float model where none is faster than that.
 - A result of ours that is not acceptable wins nothing: it counts with the time of the float model.
 - Ours is behind where the 95 % interval of (our time / the best's time) lies above 1.
