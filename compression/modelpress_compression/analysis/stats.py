@@ -37,7 +37,7 @@ _MAX_HOPS = 8
 _LAYERS = frozenset((
     "Conv", "ConvTranspose", "Gemm", "MatMul", "PRelu", "BatchNormalization", "LayerNormalization",
     "InstanceNormalization", "GroupNormalization", "LSTM", "GRU", "RNN", "FusedConv", "FusedGemm", "QLinearConv",
-    "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul",
+    "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
 ))  # fmt: skip
 _SHAPES_AND_BOUNDS = {
     "Reshape": (1,), "Slice": (1, 2, 3, 4), "Unsqueeze": (1,), "Squeeze": (1,), "Expand": (1,), "Pad": (1, 2, 3),

@@ -73,11 +73,13 @@ class Fidelity:
     notes: tuple[str, ...] = ()
     expected_top1: float | None = None
     expected_drop: float | None = None
+    comparable: bool = True  # every output is there, in its shape
 
     @property
     def cosine(self) -> float:
-        """The worst output's."""
-        return min((output.cosine for output in self.outputs.values() if output.cosine is not None), default=1.0)
+        """The worst output's; of integers the share that is equal, and 0 of what could not be compared."""
+        figures = [output.equal if output.cosine is None else output.cosine for output in self.outputs.values()]
+        return min((figure for figure in figures if figure is not None), default=1.0) if self.comparable else 0.0
 
     def kept(self, metric: str | None) -> tuple[str, float]:
         """What `max_drop` is held against without labels, by its name: the worst output's cosine where that is the
@@ -264,8 +266,9 @@ def _summary(data: str, samples: int, sums: Mapping[str, _OutputSums]) -> Fideli
     top1 = classifier.top1_agreed / classifier.top1_positions if classifier else None
     agreements = [value for total in sums.values() if (value := total.agreement()) is not None]
     agreement = top1 if top1 is not None else (sum(agreements) / len(agreements) if agreements else 1.0)
-    if any(total.problem for total in sums.values()):
+    comparable = not any(total.problem for total in sums.values())
+    if not comparable:
         agreement = 0.0
     outputs = {name: total.figures() for name, total in sums.items()}
     right, lost = classifier.expectations() if classifier else (None, None)
-    return Fidelity(data, samples, outputs, top1, agreement, tuple(notes), right, lost)
+    return Fidelity(data, samples, outputs, top1, agreement, tuple(notes), right, lost, comparable)

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # Copies between devices; reading a number; positions, which torch takes from the CPU too.
-ALLOWED = {"_to_copy", "copy_", "_local_scalar_dense", "index", "index_put", "index_put_"}
+ALLOWED = {"_to_copy", "copy_", "_local_scalar_dense", "index"}
 
 
 class MixedDevicesError(Exception):

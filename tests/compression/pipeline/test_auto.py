@@ -338,6 +338,17 @@ def test_the_doubt_of_the_original_decides_without_labels(
     assert (judge._disagrees(fidelity) == "") is kept
 
 
+def test_an_output_that_is_missing_is_no_cosine(two_layers: Model, loud: InputData) -> None:
+    """With the metric cosine, what cannot be compared counts 0, and integers the share that is equal."""
+    recipe = Recipe.from_dict({"version": 1, "constraints": {"metric": "cosine"}})
+    judge = Judge(Path(), Path(), Context(loud, Path()), recipe, None)
+    whole = Fidelity("provided", 8, {"y": OutputFidelity(0.999, 20.0, 0.1)}, None, 0.999)
+    assert judge._disagrees(whole) == ""
+    assert judge._disagrees(replace(whole, comparable=False)) != ""
+    integers = {**whole.outputs, "z": OutputFidelity(None, None, None, equal=0.5)}
+    assert judge._disagrees(replace(whole, outputs=integers)) != ""
+
+
 @pytest.mark.parametrize(("max_drop", "kept"), [(None, True), (0.008, True), (0.006, False)])
 def test_the_metric_cosine_needs_no_classes(
     two_layers: Model, loud: InputData, max_drop: float | None, kept: bool

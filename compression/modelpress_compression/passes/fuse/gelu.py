@@ -100,28 +100,34 @@ def _tanh_argument(node: onnx_ir.Node, scope: Scope) -> onnx_ir.Value | None:
 
 def _is_cubic(value: onnx_ir.Value | None, base: onnx_ir.Value, exponent: int, scope: Scope) -> bool:
     """Whether the value is 0.044715 base ** exponent, the factors in any order."""
-    factors = _factors(value, base, scope, exponent + 1)
+    factors = _factors(value, base, scope, exponent)
     return factors is not None and factors[0] == exponent and math.isclose(factors[1], _CUBIC, rel_tol=2e-3)
 
 
-def _factors(value: onnx_ir.Value | None, base: onnx_ir.Value, scope: Scope, most: int) -> tuple[float, float] | None:
-    """How often a product of at most `most` factors, as Mul and Pow, holds the base, and its constant; None: it holds
-    something else."""
+def _factors(  # noqa: PLR0911 - a return for each form
+    value: onnx_ir.Value | None, base: onnx_ir.Value, scope: Scope, depth: int
+) -> tuple[int, float] | None:
+    """How often a product, written as Mul, Div and Pow in at most so many layers, holds the base, and its constant;
+    None: it holds something else."""
     if value is base:
         return 1, 1.0
     number = constant_scalar(value)
     if number is not None and _close(value, number, base):
         return 0, number
-    power, product = scope.producer(value, "Pow"), scope.producer(value, "Mul")
+    power = scope.producer(value, "Pow")
     if power is not None and power.inputs[0] is base:
-        exponent = constant_scalar(power.inputs[1])
-        return None if exponent is None else (exponent, 1.0)
-    if product is None or most < 2:
+        exponent = constant_scalar(power.inputs[1]) or 0.0
+        # Roots are another function: they are not there for negative numbers.
+        return (int(exponent), 1.0) if exponent >= 1 and exponent == int(exponent) else None
+    product = scope.producer(value, "Mul", "Div")
+    if product is None or not depth:
         return None
-    sides = [_factors(side, base, scope, most - 1) for side in product.inputs]
-    if sides[0] is None or sides[1] is None:
+    first, second = (_factors(side, base, scope, depth - 1) for side in product.inputs)
+    if first is None or second is None:
         return None
-    return sides[0][0] + sides[1][0], sides[0][1] * sides[1][1]
+    if product.op_type == "Mul":
+        return first[0] + second[0], first[1] * second[1]
+    return None if second[0] or not second[1] else (first[0], first[1] / second[1])
 
 
 def _last_product(node: onnx_ir.Node, value: onnx_ir.Value, scope: Scope) -> onnx_ir.Node | None:  # noqa: PLR0911 - a return for each reason

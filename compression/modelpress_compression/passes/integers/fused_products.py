@@ -16,6 +16,7 @@ from modelpress_compression.analysis.graph import (
     constant_array,
     constant_tensor,
     input_of,
+    int_attribute,
     is_constant,
     is_op,
     label,
@@ -61,17 +62,27 @@ def _fuse(node: onnx_ir.Node, editor: Editor) -> bool:
     if found is None or not all(is_op(source, "DequantizeLinear") for source in sources):
         return False
     x, weight = sources
-    stored = constant_tensor(input_of(weight, 0)) if weight is not None else None
-    if x is None or weight is None or stored is None or len(stored.shape) != 2:
-        return False
     add, index = found
+    if x is None or weight is None or not _fits(x, weight, required(add, index)):
+        return False
     operands = [input_of(source, position) for position in range(3) for source in (x, weight)]
-    inputs = [*operands, required(add, index)]
-    (result,) = editor.emit(add, FUSED, inputs, label(node), domain=MICROSOFT)
+    (result,) = editor.emit(add, FUSED, [*operands, add.inputs[index]], label(node), domain=MICROSOFT)
     editor.hand_over(add.outputs[0], result)
     graph_of(add).remove(add, safe=True)
-    graph_of(node).remove(node, safe=True)
+    _take_over(node, result)
     return True
+
+
+def _fits(x: onnx_ir.Node, weight: onnx_ir.Node, bias: onnx_ir.Value) -> bool:
+    """Whether onnxruntime has a kernel: one matrix with scales for columns, a number of the bias for each, and no
+    signed activations on unsigned weights."""
+    stored, zero = constant_tensor(input_of(weight, 0)), constant_tensor(input_of(x, 2))
+    added = constant_tensor(bias)
+    if stored is None or len(stored.shape) != 2 or added is None or tuple(added.shape) != tuple(stored.shape)[1:]:
+        return False
+    signed = zero is not None and zero.dtype == onnx_ir.DataType.INT8
+    by_column = int_attribute(weight, "axis", 1) in (1, -1)
+    return by_column and not (signed and stored.dtype == onnx_ir.DataType.UINT8)
 
 
 def _split(node: onnx_ir.Node, editor: Editor) -> None:
@@ -82,11 +93,18 @@ def _split(node: onnx_ir.Node, editor: Editor) -> None:
     (matrix,) = editor.emit(
         node, "DequantizeLinear", _given(weight, scales, zeros), f"{name}_weight", attributes={"axis": 1}
     )
-    (result,) = editor.emit(node, "MatMul", [real, matrix], name)
-    if bias is not None:
-        (result,) = editor.emit(node, "Add", [result, bias], name)
+    (product,) = editor.emit(node, "MatMul", [real, matrix], name)
+    result = product if bias is None else editor.emit(node, "Add", [product, bias], name)[0]
     editor.hand_over(node.outputs[0], result)
-    graph_of(node).remove(node, safe=True)
+    _take_over(node, product)
+
+
+def _take_over(old: onnx_ir.Node, value: onnx_ir.Value) -> None:
+    """Removes a node, whose name goes to the one that makes the value: recipes exclude nodes by their names."""
+    name, maker = old.name, value.producer()
+    graph_of(old).remove(old, safe=True)
+    if maker is not None:
+        maker.name = name
 
 
 def _given(*inputs: onnx_ir.Value | None) -> list[onnx_ir.Value | None]:

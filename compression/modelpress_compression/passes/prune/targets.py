@@ -38,7 +38,9 @@ _WEIGHTS: Mapping[tuple[str, str], tuple[int, ...]] = MappingProxyType(
     }
 )
 _QUANTIZED = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
-_QUANTIZED_MICROSOFT = ("QGemm", "QAttention", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "MatMulNBits")
+_QUANTIZED_MICROSOFT = (
+    "QGemm", "QAttention", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "MatMulIntegerToFloat", "MatMulNBits",
+)  # fmt: skip
 _FLOATS = (
     onnx_ir.DataType.FLOAT,
     onnx_ir.DataType.FLOAT16,

@@ -73,14 +73,19 @@ def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
     racers.sort(key=lambda racer: float(np.median(racer[1])))
     best = racers[0][1]
 
-    def within(share: float) -> list[Candidate]:
-        return [item for item, times_s in racers if median_interval((best / times_s).tolist()).high >= 1 - share]
-
-    most = min(item.size_bytes for item in within(DRAW)) * (1 + SAME_SIZE)
-    quickest = next(item for item in within(DRAW) if item.size_bytes <= most)
-    closest = max((item for item in within(WORTH) if item.size_bytes <= most), key=lambda item: item.cosine)
-    clearly = 1 - closest.cosine <= CLEARLY_LESS_ERROR * (1 - quickest.cosine)
-    return closest if clearly and (closest.drop or 0) <= (quickest.drop or 0) else quickest
+    speeds = [(item, median_interval((best / times_s).tolist())) for item, times_s in racers]
+    draws = [item for item, speed in speeds if speed.high >= 1 - DRAW]
+    most = min(item.size_bytes for item in draws) * (1 + SAME_SIZE)
+    quickest = next(item for item in draws if item.size_bytes <= most)
+    closer = [
+        item
+        for item, speed in speeds
+        if speed.median >= 1 - WORTH
+        and item.size_bytes <= most
+        and 1 - item.cosine <= CLEARLY_LESS_ERROR * (1 - quickest.cosine)
+        and (item.drop or 0) <= (quickest.drop or 0)
+    ]
+    return max(closer, key=lambda item: item.cosine, default=quickest)
 
 
 def pareto_set(candidates: Sequence[Candidate]) -> list[bool]:

@@ -186,15 +186,19 @@ def test_label_weight_without_labels_is_told(conv_net: Model, images: Any, pertu
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, which the warning is not about")
-def test_a_gpu_that_is_not_there_is_told(conv_net: Model, images: Any) -> None:
-    """With the device cuda and no GPU the CPU trains, to the same result, and the report says so."""
-    step = {"distill": {"epochs": 1}}
-    cut = {"prune": {"structure": "channel", "sparsity": 0.25, "criterion": "taylor", "round_to": 1}}
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"distill": {"epochs": 1}},
+        {"prune": {"structure": "channel", "sparsity": 0.25, "criterion": "taylor", "round_to": 1}},
+    ],
+)
+def test_a_gpu_that_is_not_there_is_told(conv_net: Model, images: Any, step: Any) -> None:
+    """With the device cuda and no GPU the CPU computes, to the same result, and the report says so."""
     reports = {}
     for device in ("cpu", "cuda"):
-        recipe = Recipe.from_dict({"version": 1, "steps": [cut, step], "target": {"device": device}})
+        recipe = Recipe.from_dict({"version": 1, "steps": [step], "target": {"device": device}})
         reports[device] = compress(conv_net, recipe, data={"x": images(64)}).report
-    told = [warning for warning in reports["cuda"]["warnings"] if "ran on the CPU" in warning]
-    assert len(told) == 1
+    assert any("ran on the CPU" in warning for warning in reports["cuda"]["warnings"])
     assert not any("ran on the CPU" in warning for warning in reports["cpu"]["warnings"])
     assert reports["cuda"]["optimized"]["sha256"] == reports["cpu"]["optimized"]["sha256"]

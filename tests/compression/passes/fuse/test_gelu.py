@@ -18,6 +18,7 @@ _WEIGHTS = {
     "two": 2.0,
     "three": 3.0,
     "cubic": 0.044715,
+    "uncubic": 1 / 0.044715,
     "rootpi": math.sqrt(2 / math.pi),
 }
 _PRODUCTS = {
@@ -40,6 +41,7 @@ _TANH = {
         ("Add", ["r", "x"], "v"),
         *_TANH_END,
     ],
+    "division": [("Pow", ["x", "three"], "q"), ("Div", ["q", "uncubic"], "r"), ("Add", ["x", "r"], "v"), *_TANH_END],
     "constant first": [
         ("Mul", ["cubic", "x"], "q1"),
         ("Mul", ["x", "q1"], "q2"),
@@ -85,6 +87,23 @@ def test_other_erf_stays(build: Any, fuse: Any, ops: Any) -> None:
     result = fuse(build(_nodes(parts), _WEIGHTS, shape=("n", 16)))
     assert "Erf" in ops(result)
     assert [skip.node for skip in result.skipped] == ["n_e"]
+
+
+def test_roots_are_no_powers(build: Any, fuse: Any, ops: Any) -> None:
+    """x^.5 x^2.5 is a cube of positive numbers alone."""
+    weights = _WEIGHTS | {"root": 0.5, "rest": 2.5}
+    parts = [
+        ("Abs", ["x"], "a"),
+        ("Pow", ["a", "root"], "f1"),
+        ("Pow", ["a", "rest"], "f2"),
+        ("Mul", ["f1", "f2"], "f3"),
+        ("Mul", ["f3", "cubic"], "f4"),
+        ("Add", ["a", "f4"], "v"),
+        *_TANH_END,
+        ("Mul", ["half", "s"], "p"),
+        ("Mul", ["a", "p"], "y"),
+    ]
+    assert "Tanh" in ops(fuse(build(_nodes(parts), weights, shape=("n", 16))))
 
 
 @pytest.mark.parametrize("factors", [["x", "x"], ["x", "x", "x", "x"], ["x", "x", "two"], ["x", "x", "y2"]])

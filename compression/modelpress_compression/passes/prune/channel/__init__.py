@@ -17,6 +17,7 @@ from types import MappingProxyType
 
 from modelpress_compression.analysis.channels import Analysis, Group, cut, find_groups
 from modelpress_compression.errors import InvalidDataError
+from modelpress_compression.executor.devices import why_not
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip
 from modelpress_compression.passes.prune.channel.activation import Activation
@@ -66,6 +67,8 @@ def prune_channels(model: Model, config: PruneConfig, context: Context) -> PassR
     groups, skipped = permitted(analysis.groups, config)
     skipped = [*(Skip(item.node, item.reason) for item in analysis.frozen), *skipped]
     warnings = _unmatched(model, analysis, config)
+    if config.criterion == "taylor" and (reason := why_not(context.target.device)):
+        warnings.append(reason)
     context.progress(_SHARES[0], f"judging {len(groups)} groups of channels")
     selection = _select(model, groups, criterion, config, context)
     warnings += _held_back(selection, config)

@@ -33,7 +33,7 @@ _LEAST_GAIN_OF_DYNAMIC = 0.3
 
 @dataclass
 class Ranges:
-    """`parameters` by the tensor's name; `dynamic`: inputs of products whose range is found in each run.
+    """`parameters` of each tensor's own range, by its name; `dynamic`: inputs of products that find theirs in each run.
 
     `tensor_errors`, `weight_errors`: error at the outputs, by the tensor's name and by that of the heavy node's output;
     empty where they were not measured.
@@ -44,11 +44,18 @@ class Ranges:
     tensor_errors: dict[str, float] = field(default_factory=dict)
     weight_errors: dict[str, float] = field(default_factory=dict)
 
+    def on(self, plan: Plan) -> dict[str, ActivationParameters]:
+        """The parameters that the plan's tensors have in it, by their names."""
+        return {
+            tensor.value.name or "": self.parameters[tensor.range_of.name or ""] for tensor in plan.tensors.values()
+        }
+
     def error_of(self, plan: Plan) -> float | None:
         """Error at the outputs that a plan will make, the sum of its parts; None: it was not measured."""
         if not self.weight_errors:
             return None
-        tensors = sum(self.tensor_errors.get(tensor.value.name or "", 0.0) for tensor in plan.tensors.values())
+        roots = [tensor for tensor in plan.tensors.values() if tensor.range_of is tensor.value]
+        tensors = sum(self.tensor_errors.get(tensor.value.name or "", 0.0) for tensor in roots)
         return tensors + sum(self.weight_errors.get(node.outputs[0].name or "", 0.0) for node in plan.heavy)
 
     def error_at(self, node: onnx_ir.Node) -> float:
@@ -76,17 +83,15 @@ def start_ranges(plan: Plan, histograms: Mapping[str, Histogram], config: Quanti
     method = METHODS[_START if config.calibration == AUTO else config.calibration]
     return Ranges(
         {
-            tensor.value.name or "": activation_parameters(
-                method(histograms[tensor.range_of.name or ""]), config.activations
-            )
-            for tensor in plan.tensors.values()
+            value.name or "": activation_parameters(method(histograms[value.name or ""]), config.activations)
+            for value in plan.observed()
         }
     )
 
 
 def measure_errors(ranges: Ranges, plan: Plan, probe: ErrorProbe, done: Listener | None = None) -> bool:
     """Fills in the errors; returns whether there was time to."""
-    tensors = [tensor.value.name or "" for tensor in plan.tensors.values() if tensor.range_of is tensor.value]
+    tensors = [tensor.value.name or "" for tensor in plan.tensors.values() if tensor.has_own_range]
     weights = [node.outputs[0].name or "" for node in plan.heavy]
     trials = [Trial(name, parameters=ranges.parameters[name]) for name in tensors]
     errors = probe.errors([*trials, *(Trial(name, is_weight=True) for name in weights)], done)
@@ -124,9 +129,6 @@ def refine(
             ranges.dynamic.add(trial.name)
         else:
             ranges.parameters[trial.name] = trial.parameters
-    for tensor in plan.tensors.values():
-        # Tensors of the same range follow.
-        ranges.parameters[tensor.value.name or ""] = ranges.parameters[tensor.range_of.name or ""]
 
 
 def worst_weights(ranges: Ranges) -> list[str]:

@@ -211,7 +211,7 @@ class _Builder:
     def build(self) -> _Switches:
         first, second, third = (value.name or "" for value in self._inputs)
         products = {id(node.inputs[0]) for node in self._plan.heavy if node.op_type != "Conv"}
-        tensors = [tensor for tensor in self._plan.tensors.values() if tensor.range_of is tensor.value]
+        tensors = [tensor for tensor in self._plan.tensors.values() if tensor.has_own_range]
         ranges = {
             tensor.value.name or "": self._extremes(tensor.value)
             for tensor in tensors

@@ -50,6 +50,13 @@ class Tensor:
     range_of: onnx_ir.Value
     # All consumers read the 8-bit form: the float32 one does not exist where its producer computes in 8 bits.
     all_consumers: bool
+    # It has another's range because that joins it, and has its own in plans where that runs in float32.
+    joined: bool = False
+
+    @property
+    def has_own_range(self) -> bool:
+        """In this plan, or in a smaller one."""
+        return self.joined or self.range_of is self.value
 
 
 @dataclass
@@ -78,8 +85,9 @@ class Plan:
         return make_plan(graph, heavy, wide=self.wide)
 
     def observed(self) -> list[onnx_ir.Value]:
-        """The values whose ranges calibration must find, each once."""
-        return list({id(tensor.range_of): tensor.range_of for tensor in self.tensors.values()}.values())
+        """The values whose ranges calibration must find, each once: those of smaller plans among them."""
+        values = [value for tensor in self.tensors.values() for value in (tensor.range_of, tensor.value)]
+        return list({id(value): value for value in values}.values())
 
 
 def why_not_static(node: onnx_ir.Node) -> str | None:
@@ -146,32 +154,45 @@ def make_plan(graph: onnx_ir.Graph, heavy: Iterable[onnx_ir.Node], *, wide: bool
 
 
 def _collect_tensors(plan: Plan, kept: set[onnx_ir.Node]) -> None:
+    rectified: set[int] = set()
     for node in plan.nodes:
         for value in activations_of(node):
             if id(value) not in plan.tensors:
                 plan.tensors[id(value)] = Tensor(value, value, all_consumers=False)
         if node.op_type == "Concat":
-            _share_range(node, plan)
+            _share_range(node, plan, rectified)
         # A matrix product may also give float32, which is more exact where no quantized node reads it.
         if node.op_type in ("MatMul", "Gemm") and not _is_read(node, kept):
             continue
         for output in outputs_of(node):
             source = plan.tensors[id(node.inputs[0])].range_of if node.op_type in _SAME_RANGE else output
             plan.tensors[id(output)] = Tensor(output, source, all_consumers=True)
+    for key, tensor in plan.tensors.items():
+        root = tensor.range_of
+        while plan.tensors[id(root)].range_of is not root:
+            root = plan.tensors[id(root)].range_of
+        plan.tensors[key] = replace(tensor, range_of=root)
 
 
-def _share_range(concat: onnx_ir.Node, plan: Plan) -> None:
+def _share_range(concat: onnx_ir.Node, plan: Plan, rectified: set[int]) -> None:
     """What only a Concat reads takes the range of the whole at once, so that no second rounding brings it to that.
 
-    Not where the end of its own range does the work of a Relu, unless all operands have one.
+    The end of a tensor's own range may do the work of a Relu: so does that of a whole which holds no others. A Clip's
+    upper end is its own. `rectified`: ids of the wholes so far that hold no others.
     """
-    operands = [plan.tensors[id(value)] for value in activations_of(concat)]
-    clipped = [is_op(operand.value.producer(), *_ACTIVATIONS) for operand in operands]
-    rectified = all(is_op(operand.value.producer(), "Relu") for operand in operands)
-    for operand, own in zip(operands, clipped, strict=True):
+    operands, whole = [plan.tensors[id(value)] for value in activations_of(concat)], output_of(concat)
+    relus = [_is_rectified(operand.value, rectified) for operand in operands]
+    if all(relus) or is_op(whole.producer(), "Relu"):
+        rectified.add(id(whole))
+    for operand, relu in zip(operands, relus, strict=True):
+        bounded = is_op(operand.value.producer(), "Clip") or (relu and id(whole) not in rectified)
         alone = len(operand.value.uses()) == 1 and not operand.value.is_graph_output()
-        if alone and operand.range_of is operand.value and (rectified or not own):
-            plan.tensors[id(operand.value)] = replace(operand, range_of=output_of(concat))
+        if alone and not bounded and operand.range_of is operand.value:
+            plan.tensors[id(operand.value)] = replace(operand, range_of=whole, joined=True)
+
+
+def _is_rectified(value: onnx_ir.Value, rectified: set[int]) -> bool:
+    return id(value) in rectified or is_op(value.producer(), "Relu")
 
 
 def _is_read(node: onnx_ir.Node, kept: set[onnx_ir.Node]) -> bool:
@@ -214,16 +235,26 @@ def _holds_zero(activation: onnx_ir.Node) -> bool:
 
 
 def _is_glue(node: onnx_ir.Node, available: set[int]) -> bool:
-    if node.domain or node.op_type not in (*_OWN_RANGE, *_SAME_RANGE):
-        return False
-    if node.op_type == "Split":
-        if not all(output.uses() or output.is_graph_output() for output in node.outputs):
-            return False
-    elif any(output.uses() for output in node.outputs[1:]):
-        return False
-    if node.op_type == "AveragePool" and attribute(node, "ceil_mode", 0):
-        return False
-    if node.op_type == "Resize" and attribute(node, "mode", "nearest") != "nearest":
+    if node.domain or node.op_type not in (*_OWN_RANGE, *_SAME_RANGE) or not _has_8_bit_form(node):
         return False
     there = [id(value) in available for value in activations_of(node)]
-    return any(there) if node.op_type == "Concat" else bool(there) and all(there)
+    if node.op_type == "Concat":
+        return any(there) and not any(is_constant(value) for value in node.inputs)
+    return bool(there) and all(there)
+
+
+def _has_8_bit_form(node: onnx_ir.Node) -> bool:
+    """Whether onnxruntime runs it in 8 bits as it stands."""
+    if node.op_type == "Split":
+        return all(output.uses() or output.is_graph_output() for output in node.outputs)
+    if any(output.uses() for output in node.outputs[1:]):
+        return False
+    if node.op_type == "Resize":
+        return _moves_only(node)
+    return node.op_type != "AveragePool" or not attribute(node, "ceil_mode", 0)
+
+
+def _moves_only(resize: onnx_ir.Node) -> bool:
+    """Whether every output is one of the inputs."""
+    cropping = attribute(resize, "coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
+    return attribute(resize, "mode", "nearest") == "nearest" and not cropping

@@ -235,7 +235,7 @@ def _find_shifts(quantizer: StaticQuantizer, context: Context, plain: Distances)
     quantizer.shifts = mean_shifts(
         quantizer.model,
         quantizer.plan,
-        quantizer.ranges.parameters,
+        quantizer.ranges.on(quantizer.plan),
         quantizer.config,
         quantizer.rounder,
         context,

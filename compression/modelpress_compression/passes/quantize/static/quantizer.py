@@ -19,9 +19,7 @@ from modelpress_compression.passes.edit import Editor, clean, required
 from modelpress_compression.passes.integers.certificate import certified
 from modelpress_compression.passes.integers.fused_products import fuse_products
 from modelpress_compression.passes.quantize import dynamic
-from modelpress_compression.passes.quantize.ranges.choice import (
-    Ranges,
-)
+from modelpress_compression.passes.quantize.ranges.choice import Ranges
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.rounder import Rounder
 from modelpress_compression.passes.quantize.static.bias_correction import Shifts, correct
@@ -81,7 +79,7 @@ class StaticQuantizer:
         planned = plan.members
         if count := correct(plan, self.shifts, editor):
             findings.changes[CORRECTED] = count
-        QdqWriter(editor, store).write(plan, self.ranges.parameters)
+        QdqWriter(editor, store).write(plan, self.ranges.on(plan))
         guard_float_nodes(work.graph, editor)
         findings.changes.update(node.op_type for node in plan.nodes)
         left = self.floats | floats

@@ -94,6 +94,83 @@ def test_what_is_joined_has_the_range_of_the_whole(activations, shared, build, i
     assert sqnr(model, result.model, images) > 25
 
 
+@pytest.mark.parametrize("scale", [10.0, 300.0])
+def test_a_range_is_shared_only_where_the_concat_is_in_8_bits(scale, build, images, quantize, sqnr, rng) -> None:  # type: ignore[no-untyped-def]
+    """Beside a much larger operand, before a reader that stays in float32, a convolution keeps its own range."""
+    nodes = [
+        NODE("Conv", ["x", "w1"], ["one"], pads=[1, 1, 1, 1]),
+        NODE("Mul", ["x", "large"], ["two"]),
+        NODE("Concat", ["one", "two"], ["both"], axis=1),
+        NODE("Conv", ["both", "w3"], ["d"], "depthwise", group=24),
+        NODE("Tanh", ["d"], ["y"]),
+    ]
+    light = rng.normal(0, 0.1, (24, 1, 3, 3)).astype(np.float32)
+    light[16:] /= scale
+    weights = {"w1": convolution(rng, 16, 8), "w3": light, "large": np.asarray(scale, np.float32)}
+    model = build(nodes, weights, {"x": ["n", 8, 12, 12]})
+    result = quantize(model, images, scheme="static")
+    assert result.changes["Conv"] == 1
+    assert sqnr(model, result.model, images) > 30
+
+
+def test_a_concat_that_falls_out_leaves_the_others(build, images, quantize, rng) -> None:  # type: ignore[no-untyped-def]
+    """An operand that is infinite keeps the Concat in float32; the convolution before it is quantized all the same."""
+    nodes = [
+        NODE("Conv", ["x", "w1"], ["one"], pads=[1, 1, 1, 1]),
+        NODE("Relu", ["x"], ["r"]),
+        NODE("Log", ["r"], ["two"]),
+        NODE("Concat", ["one", "two"], ["both"], axis=1),
+        NODE("Conv", ["both", "w3"], ["c"]),
+        NODE("Clip", ["c", "low", "high"], ["y"]),
+    ]
+    weights = {
+        "w1": convolution(rng, 16, 8), "w3": np.abs(convolution(rng, 8, 24)),
+        "low": np.float32(-3), "high": np.float32(6),
+    }  # fmt: skip
+    result = quantize(build(nodes, weights, {"x": ["n", 8, 12, 12]}), images, scheme="static")
+    assert result.changes["Conv"] == 1
+
+
+def test_constants_are_joined_in_float32(build, images, quantize, sqnr, rng) -> None:  # type: ignore[no-untyped-def]
+    """Coordinates that two Concats append, as CoordConv does, have no range that calibration could see."""
+    nodes = [
+        NODE("Conv", ["x", "w1"], ["a"], pads=[1, 1, 1, 1]),
+        NODE("Concat", ["a", "grid"], ["b"], axis=1),
+        NODE("Conv", ["b", "w2"], ["c"], pads=[1, 1, 1, 1]),
+        NODE("Concat", ["c", "grid"], ["d"], axis=1),
+        NODE("Conv", ["d", "w3"], ["y"]),
+    ]
+    weights = {
+        "w1": convolution(rng, 16, 8), "w2": convolution(rng, 16, 17), "w3": convolution(rng, 8, 17),
+        "grid": np.linspace(-1, 1, 144, dtype=np.float32).reshape(1, 1, 12, 12),
+    }  # fmt: skip
+    model = build(nodes, weights, {"x": [1, 8, 12, 12]})
+    assert sqnr(model, quantize(model, images, scheme="static").model, images) > 25
+
+
+@pytest.mark.parametrize("last", ["Relu", ""])
+def test_concats_in_a_chain_share_what_the_last_one_has(  # type: ignore[no-untyped-def]
+    last, build, images, quantize, sqnr, rng, loaded_operators
+) -> None:
+    """All operands have one scale where all are rectified; where the last is not, those before share among themselves,
+    and their Relus stay absorbed."""
+    nodes = [
+        *(NODE("Conv", ["x", f"w{n}"], [f"c{n}"]) for n in (1, 2, 3)),
+        *(NODE("Relu", [f"c{n}"], [f"r{n}"]) for n in ((1, 2, 3) if last else (1, 2))),
+        NODE("Concat", ["r1", "r2"], ["inner"], axis=1),
+        NODE("Concat", ["inner", "r3" if last else "c3"], ["outer"], axis=1),
+        NODE("Conv", ["outer", "w4"], ["y"]),
+    ]
+    weights = {f"w{n}": n * convolution(rng, 16, 8) for n in (1, 2, 3)} | {"w4": convolution(rng, 8, 48)}
+    model = build(nodes, weights, {"x": ["n", 8, 12, 12]})
+    result = quantize(model, images, scheme="static")
+    scales = {name: scale_of(result.model, name) for name in ("r1", "r2", "inner", "outer")}
+    assert scales["r1"] == scales["r2"] == scales["inner"]
+    assert (scales["inner"] == scales["outer"]) is bool(last)
+    assert not {"Conv", "FusedConv", "Relu"} & set(loaded_operators(result.model))
+    assert sqnr(model, result.model, images) > 25
+
+
 def test_an_operand_in_float32_is_quantized_for_its_concat(
     build, images, quantize, sqnr, rng, loaded_operators
 ) -> None:  # type: ignore[no-untyped-def]
