@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir
+import onnxruntime as ort
 import pytest
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.runtime import run, session_of
@@ -49,3 +51,19 @@ def outputs_of() -> Callable[[Model, Any], Any]:
             return next(iter(run(session, {session.get_inputs()[0].name: x}).values()))
 
     return outputs
+
+
+@pytest.fixture
+def loaded_operators(tmp_path: Path) -> Callable[[Model], list[str]]:
+    """The operators of the main graph that are left once onnxruntime has loaded a model: those that it really runs."""
+
+    def operators(model: Model) -> list[str]:
+        source, target = tmp_path / "source.onnx", tmp_path / "loaded.onnx"
+        model.save(source)
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(target)
+        options.log_severity_level = 4
+        ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+        return [node.op_type for node in onnx.load(target).graph.node]
+
+    return operators

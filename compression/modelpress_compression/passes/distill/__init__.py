@@ -77,7 +77,9 @@ class Distill:
             made = [warning]
         samples = split(data, config.hold_out, config.batch_size, config.seed)
         objective, reasons, warnings = make_objective(original, _answers(original, samples), samples, config)
-        warnings += [*made, *filter(None, [why_not(context.target.device)])]
+        warnings += made
+        if reason := why_not(context.target.device):
+            warnings.append(reason)
         if not samples.held_out:
             warnings.append(
                 f"{len(data)} samples are too few to hold some out: the best state was chosen on those that it "

@@ -26,8 +26,9 @@ from modelpress_compression.analysis.graph import (
     rank,
     string_attribute,
 )
+from modelpress_compression.passes.edit import graph_of
 from modelpress_compression.passes.fuse.channels import linear_of
-from modelpress_compression.passes.fuse.rewriting import FIRED, Floats, Outcome, Scope, float_array, graph_of
+from modelpress_compression.passes.fuse.rewriting import FIRED, Floats, Outcome, Scope, float_array
 
 # d / c must not blow up: rounding of x + d / c is relative to the larger of the two.
 _MAX_QUOTIENT = 64.0

@@ -34,7 +34,8 @@ from modelpress_compression.analysis.graph import (
     only_consumer,
     rank,
 )
-from modelpress_compression.passes.fuse.rewriting import FIRED, MICROSOFT, Outcome, Scope, graph_of
+from modelpress_compression.passes.edit import graph_of
+from modelpress_compression.passes.fuse.rewriting import FIRED, MICROSOFT, Outcome, Scope
 
 _HEADS_FIRST = (0, 2, 1, 3)
 _KEYS = (0, 2, 3, 1)

@@ -70,16 +70,19 @@ def _statistics(division: onnx_ir.Node, scope: Scope) -> tuple[onnx_ir.Value, fl
     minus = scope.producer(difference, "Sub")
     if epsilon is None or variance is None or square is None or minus is None:
         return None
-    is_square = (
-        constant_scalar(square.inputs[1]) == 2.0 if square.op_type == "Pow" else square.inputs[1] is difference
-    ) and square.inputs[0] is difference
     users = {id(user) for user in difference.consumers()}
     mean, value = scope.inner(minus.inputs[1], "ReduceMean"), minus.inputs[0]
-    if not is_square or users != {id(square), id(division)} or mean is None or value is None:
+    if not is_square(square, difference) or users != {id(square), id(division)} or mean is None or value is None:
         return None
     if mean.inputs[0] is not value or not _last_axis(mean) or not _last_axis(variance):
         return None
     return (value, epsilon) if not difference.is_graph_output() else None
+
+
+def is_square(node: onnx_ir.Node, base: onnx_ir.Value) -> bool:
+    """Whether a Pow or Mul is base^2."""
+    twice = constant_scalar(node.inputs[1]) == 2.0 if node.op_type == "Pow" else node.inputs[1] is base
+    return twice and node.inputs[0] is base
 
 
 def _last_axis(mean: onnx_ir.Node) -> bool:

@@ -22,7 +22,8 @@ from modelpress_compression.analysis.graph import (
     only_consumer,
     rank,
 )
-from modelpress_compression.passes.fuse.rewriting import FIRED, Floats, Outcome, Scope, float_array, graph_of
+from modelpress_compression.passes.edit import graph_of
+from modelpress_compression.passes.fuse.rewriting import FIRED, Floats, Outcome, Scope, float_array
 
 
 class FuseMatMulAffine:

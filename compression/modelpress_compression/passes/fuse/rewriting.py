@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from modelpress_compression.analysis.graph import constant_array, is_op, label, only_consumer, value_names
 from modelpress_compression.inputs import Array
 from modelpress_compression.passes.base import Skip, is_excluded
+from modelpress_compression.passes.edit import graph_of
 
 FIRED: Final = True
 MICROSOFT: Final = "com.microsoft"
@@ -143,13 +144,6 @@ class Scope:
             name = f"{like}_{number}"
         self._names.add(name)
         return name
-
-
-def graph_of(node: onnx_ir.Node) -> onnx_ir.Graph:
-    """The graph that the node is in; functions are left out of every walk here."""
-    if not isinstance(node.graph, onnx_ir.Graph):
-        raise TypeError(f"node {label(node)!r} is in no graph")
-    return node.graph
 
 
 def float_array(value: onnx_ir.Value | None) -> Floats | None:

@@ -16,6 +16,7 @@ from typing import ClassVar
 import onnx_ir
 
 from modelpress_compression.analysis.graph import constant_scalar, is_op, only_consumer
+from modelpress_compression.passes.fuse.layer_normalization import is_square
 from modelpress_compression.passes.fuse.rewriting import FIRED, Outcome, Scope
 
 
@@ -45,6 +46,4 @@ def _is_mean_square(value: onnx_ir.Value | None, base: onnx_ir.Value, scope: Sco
         value = total.inputs[0] if constants[1] else total.inputs[1] if constants[0] else None
     mean = scope.producer(value, "ReduceMean")
     square = scope.producer(mean.inputs[0], "Pow", "Mul") if mean is not None else None
-    if square is None or square.inputs[0] is not base:
-        return False
-    return square.inputs[1] is base if square.op_type == "Mul" else constant_scalar(square.inputs[1]) == 2.0
+    return square is not None and is_square(square, base)

@@ -72,7 +72,6 @@ def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
         return None
     racers.sort(key=lambda racer: float(np.median(racer[1])))
     best = racers[0][1]
-
     speeds = [(item, median_interval((best / times_s).tolist())) for item, times_s in racers]
     draws = [item for item, speed in speeds if speed.high >= 1 - DRAW]
     most = min(item.size_bytes for item in draws) * (1 + SAME_SIZE)

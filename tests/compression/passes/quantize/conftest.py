@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir
-import onnxruntime as ort
 import pytest
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model, Provenance
@@ -55,22 +54,6 @@ def build() -> BuildModel:
         return Model(onnx_ir.serde.deserialize_model(proto), Provenance("onnx", "0" * 64, 0))
 
     return make
-
-
-@pytest.fixture
-def loaded_operators(tmp_path: Path) -> Callable[[Model], list[str]]:
-    """The operators of the main graph that are left once onnxruntime has loaded a model: those that it really runs."""
-
-    def operators(model: Model) -> list[str]:
-        source, target = tmp_path / "source.onnx", tmp_path / "loaded.onnx"
-        model.save(source)
-        options = ort.SessionOptions()
-        options.optimized_model_filepath = str(target)
-        options.log_severity_level = 4
-        ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
-        return [node.op_type for node in onnx.load(target).graph.node]
-
-    return operators
 
 
 @pytest.fixture

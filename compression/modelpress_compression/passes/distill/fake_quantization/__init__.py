@@ -22,9 +22,9 @@ from modelpress_compression.analysis.tensors import replace_numbers
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Skip, is_excluded
-from modelpress_compression.passes.distill.fake_quantization.forms import MICROSOFT, form_of
+from modelpress_compression.passes.distill.fake_quantization.forms import form_of
 from modelpress_compression.passes.distill.fake_quantization.grid import Emitter
-from modelpress_compression.passes.edit import Editor
+from modelpress_compression.passes.edit import MICROSOFT, Editor
 from modelpress_compression.passes.integers.fused_products import split_products
 
 __all__ = ["Unfolded", "unfold"]

@@ -27,8 +27,8 @@ from modelpress_compression.passes.distill.fake_quantization.grid import (
     first_columns,
     reshaped,
 )
+from modelpress_compression.passes.edit import MICROSOFT
 
-MICROSOFT = "com.microsoft"
 _BITS = {
     onnx_ir.DataType.INT8: (8, True),
     onnx_ir.DataType.UINT8: (8, False),
