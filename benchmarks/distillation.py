@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from model_evaluation import evaluate
 from modelpress_compression import Model, load
-from modelpress_compression.analysis.shapes import sample_shapes
-from modelpress_compression.analysis.stats import model_stats
-from modelpress_compression.analysis.synthetic import synthetic_inputs
+from modelpress_compression.graph.shapes import sample_shapes
+from modelpress_compression.graph.stats import model_stats
+from modelpress_compression.graph.synthetic import synthetic_inputs
 from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.distill import Distill

@@ -5,8 +5,8 @@
 Every architecture is exported by both torch exporters and loaded as a user's file. Half of the units of every group
 are cut, a random half: which ones does not matter to the shares, and a wrong pairing of indices cannot hide as it can
 behind the first half. The cut model is compared with the masked one, the full model on whose outputs the units that
-are cut have no influence (`modelpress_compression.analysis.masking`, which shares no code with the cut), and timed
-against the full one in interleaved rounds.
+are cut have no influence (`oracles.masking`, which shares no code with the cut), and timed against the full one in
+interleaved rounds.
 
 `--docs` writes docs/pruning_coverage.md; for all architectures only. Needs timm, torchvision and transformers beside
 the engine: `pip install timm transformers` and `pip install --no-deps torchvision`.
@@ -25,15 +25,15 @@ from pathlib import Path
 
 import numpy as np
 from architectures import ARCHITECTURES, EXPORTERS, Architecture, Exporter, exported
-from modelpress_compression.analysis.channels import Analysis, Group, Indices, cut, find_groups
-from modelpress_compression.analysis.masking import masked
-from modelpress_compression.analysis.stats import model_stats
+from modelpress_compression.channels import Analysis, Group, Indices, cut, find_groups
+from modelpress_compression.graph.stats import model_stats
 from modelpress_compression.inputs import Feeds, InputData
 from modelpress_compression.loaders import load
 from modelpress_compression.measure.latency import LatencyRow, compare_latency
 from modelpress_compression.model import Model
 from modelpress_compression.report.environment import environment
 from modelpress_compression.runtime import open_session, run
+from oracles.masking import masked
 from pruning_scale import Scale, measure_scale
 
 SPARSITY = 0.5

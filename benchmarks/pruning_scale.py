@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir
 from architectures import LARGE, exported
-from modelpress_compression.analysis.channels import find_groups
+from modelpress_compression.channels import find_groups
 from modelpress_compression.loaders import load
 from modelpress_compression.loaders.normalize import normalize
 from modelpress_compression.model import Model, Provenance

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import onnx_ir
-from modelpress_compression.analysis.graph import constant_array, input_of, label
+from modelpress_compression.graph.edit import Editor, clean
+from modelpress_compression.graph.read import attribute, constant_array, graph_of, input_of, label
 from modelpress_compression.model import Model
-from modelpress_compression.passes.edit import Editor, attribute, clean, graph_of
 from modelpress_compression.passes.integers.fused_products import split_products
 from numpy.typing import NDArray
 

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
-from modelpress_compression.executor import conformance
 from modelpress_compression.executor.registry import find
 from modelpress_compression.executor.support import supported_operators
 from modelpress_compression.model import MAX_OPSET
+from oracles import conformance
 
 PAGE = Path(__file__).resolve().parent / "executor_coverage.md"
 FIRST_OPSET = 11

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import onnx
 import onnx_ir
 import onnxruntime as ort
 import pytest
+import torch
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.runtime import run, session_of
 from onnx import TensorProto, helper, numpy_helper
@@ -67,3 +70,37 @@ def loaded_operators(tmp_path: Path) -> Callable[[Model], list[str]]:
         return [node.op_type for node in onnx.load(target).graph.node]
 
     return operators
+
+
+@pytest.fixture
+def model_from_text() -> Callable[..., Model]:
+    """Builds a model from ONNX's text form; `weights` become initializers of the main graph."""
+
+    def build(text: str, weights: dict[str, np.ndarray] | None = None) -> Model:
+        proto = onnx.parser.parse_model(text)
+        for name, array in (weights or {}).items():
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+        return Model(onnx_ir.from_proto(proto), Provenance("onnx", "", 0))
+
+    return build
+
+
+@pytest.fixture
+def model_from_torch() -> Callable[[torch.nn.Module, tuple[int, ...]], Model]:
+    """Exports a module with one float input x whose batch is dynamic."""
+
+    def export(module: torch.nn.Module, shape: tuple[int, ...]) -> Model:
+        buffer = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch deprecates the exporter that needs no tracing of symbols
+            torch.onnx.export(
+                module.eval(),
+                (torch.zeros(shape),),
+                buffer,
+                dynamo=False,
+                input_names=["x"],
+                dynamic_axes={"x": {0: "batch"}},
+            )
+        return Model(onnx_ir.from_proto(onnx.load_from_string(buffer.getvalue())), Provenance("onnx", "", 0))
+
+    return export

@@ -9,7 +9,6 @@ import onnx_ir
 import torch
 from torch import Tensor
 
-from modelpress_compression.analysis.graph import constant_tensor, is_op, label, only_consumer
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.executor.dtypes import tensor_of
 from modelpress_compression.executor.errors import NotExecutableError
@@ -18,8 +17,9 @@ from modelpress_compression.executor.ops import find
 from modelpress_compression.executor.placement import for_types, on_device
 from modelpress_compression.executor.plan import MISSING, UNWANTED, Plan, Step, freed_after
 from modelpress_compression.executor.registry import Function, Operator
-from modelpress_compression.executor.scopes import captured_values, subgraphs
 from modelpress_compression.executor.site import Site
+from modelpress_compression.graph.read import constant_tensor, is_op, label, only_consumer
+from modelpress_compression.graph.subgraphs import captured_values, subgraphs
 
 # A folded constant may be this many times as large as what it is made of: 4-bit weights become float32.
 _FOLD_GROWTH = 8

@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from modelpress_compression.analysis.graph import (
+from modelpress_compression.executor.dtypes import INTEGER_RANGES
+from modelpress_compression.executor.ops.layout import broadcast
+from modelpress_compression.executor.registry import Function
+from modelpress_compression.executor.site import Site
+from modelpress_compression.graph.read import (
     constant_tensor,
     float_attribute,
     input_of,
@@ -22,10 +26,6 @@ from modelpress_compression.analysis.graph import (
     is_op,
     only_consumer,
 )
-from modelpress_compression.executor.dtypes import INTEGER_RANGES
-from modelpress_compression.executor.ops.layout import broadcast
-from modelpress_compression.executor.registry import Function
-from modelpress_compression.executor.site import Site
 
 
 @dataclass(frozen=True)

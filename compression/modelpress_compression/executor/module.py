@@ -11,11 +11,11 @@ import onnx_ir
 import torch
 from torch import Tensor, nn
 
-from modelpress_compression.analysis.graph import constant_tensor
 from modelpress_compression.errors import InvalidInputsError
 from modelpress_compression.executor.compiler import Compiler, laid_out
 from modelpress_compression.executor.dtypes import tensor_of, to_numpy, to_torch
-from modelpress_compression.executor.scopes import needed_nodes
+from modelpress_compression.graph.read import constant_tensor
+from modelpress_compression.graph.subgraphs import needed_nodes
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 

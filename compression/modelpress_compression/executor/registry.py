@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from modelpress_compression.executor.site import Site
 
-MICROSOFT = "com.microsoft"
 # Broadcasting as it is today began with opset 7.
 FIRST_OPSET = 7
 Function = Callable[..., Any]

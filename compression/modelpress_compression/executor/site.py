@@ -10,15 +10,15 @@ import torch
 from onnx_ir import DataType
 from torch import Tensor
 
-from modelpress_compression.analysis.graph import (
+from modelpress_compression.executor.dtypes import tensor_of, torch_type
+from modelpress_compression.executor.errors import NotExecutableError
+from modelpress_compression.graph.read import (
     constant_tensor,
     float_attribute,
     int_attribute,
     label,
     string_attribute,
 )
-from modelpress_compression.executor.dtypes import tensor_of, torch_type
-from modelpress_compression.executor.errors import NotExecutableError
 
 if TYPE_CHECKING:
     from modelpress_compression.executor.plan import Plan

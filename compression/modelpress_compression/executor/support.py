@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modelpress_compression.analysis.graph import label
 from modelpress_compression.executor.ops import find, registered
+from modelpress_compression.graph.read import label
 from modelpress_compression.model import Model
 
 

@@ -7,8 +7,7 @@ from types import MappingProxyType
 
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_tensor, is_op
-from modelpress_compression.executor.registry import MICROSOFT
+from modelpress_compression.graph.read import MICROSOFT, constant_tensor, is_op
 
 # (operator, domain) -> inputs that hold weights, biases and scales. Statistics of BatchNormalization are not among
 # them, nor are scales of quantization, which `quantization_scales` picks.

@@ -10,13 +10,13 @@ import onnx
 import onnx_ir
 from google.protobuf.message import DecodeError
 
-from modelpress_compression.analysis.metadata import clear_debug_metadata
 from modelpress_compression.errors import (
     ModelNotRunnableError,
     RejectedModelError,
     UnsupportedFormatError,
     UnsupportedOperatorError,
 )
+from modelpress_compression.graph.metadata import clear_debug_metadata
 from modelpress_compression.loaders.external_data import check_external_data
 from modelpress_compression.loaders.functions import check_functions
 from modelpress_compression.loaders.named_inputs import apply_specs

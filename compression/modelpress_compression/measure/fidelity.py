@@ -14,7 +14,7 @@ Positions of a sequence [N, T, ...] that an attention mask among the inputs leav
 them.
 
 `top1_agreement`: share of positions with the same largest element, for the first output [N, C] or [N, T, C], C >= 2,
-that may hold class scores (see `analysis.outputs`) or does hold probabilities.
+that may hold class scores (see `graph.outputs`) or does hold probabilities.
 
 `expected_top1` and `expected_drop`: the accuracy that the original expects of itself by its own probabilities p, and
 how much of it is lost where the class changed from a to b: mean(p(a)) and mean(p(a) - p(b)). A change between two
@@ -35,9 +35,9 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.outputs import classification_outputs
+from modelpress_compression.graph.outputs import classification_outputs
+from modelpress_compression.graph.padding import counted_positions, without_padding
 from modelpress_compression.inputs import Array, InputData
-from modelpress_compression.padding import counted_positions, without_padding
 from modelpress_compression.runtime import open_session, run
 
 MAX_SQNR_DB = 200.0

@@ -27,7 +27,7 @@ class HasDict(Protocol):
 
 
 class ModelFigures(Protocol):
-    """What the report takes from `analysis.stats.ModelStats`."""
+    """What the report takes from `graph.stats.ModelStats`."""
 
     @property
     def parameters(self) -> int: ...

@@ -15,7 +15,7 @@ _SUFFIX = re.compile(
 
 
 class LayerFigures(Protocol):
-    """What the report takes from `analysis.stats.LayerStats`."""
+    """What the report takes from `graph.stats.LayerStats`."""
 
     @property
     def name(self) -> str: ...

@@ -15,10 +15,10 @@ import pytest
 import torch
 from modelpress_compression.errors import CompressionError
 from modelpress_compression.executor import Executor, device_for, unsupported_nodes, weights
-from modelpress_compression.executor.conformance import cases, feed_of
 from modelpress_compression.executor.devices import why_not
 from modelpress_compression.model import Model, Provenance
 from onnx import helper
+from oracles.conformance import cases, feed_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

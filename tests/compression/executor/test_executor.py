@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from modelpress_compression import runtime
-from modelpress_compression.analysis.graph import constant_array
 from modelpress_compression.errors import InvalidInputsError, ModelNotRunnableError
 from modelpress_compression.executor import Executor, NotExecutableError, unsupported_nodes, weights
+from modelpress_compression.graph.read import constant_array
 from modelpress_compression.model import Model
 
 ModelFromText = Callable[..., Model]

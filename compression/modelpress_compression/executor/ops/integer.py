@@ -12,8 +12,9 @@ from torch.nn import functional as F  # noqa: N812
 from modelpress_compression.executor.dtypes import torch_type
 from modelpress_compression.executor.ops.convolution import convolution
 from modelpress_compression.executor.ops.quantization import dynamic_parameters, quantized, spread
-from modelpress_compression.executor.registry import MICROSOFT, Function, operator
+from modelpress_compression.executor.registry import Function, operator
 from modelpress_compression.executor.site import Site
+from modelpress_compression.graph.read import MICROSOFT
 
 
 def centred(x: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:

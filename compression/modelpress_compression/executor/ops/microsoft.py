@@ -13,8 +13,9 @@ from modelpress_compression.executor.ops.attention import rotate
 from modelpress_compression.executor.ops.convolution import convolution
 from modelpress_compression.executor.ops.matmul import gemm
 from modelpress_compression.executor.ops.normalization import layer_norm, rms_norm
-from modelpress_compression.executor.registry import MICROSOFT, Function, operator, stateless
+from modelpress_compression.executor.registry import Function, operator, stateless
 from modelpress_compression.executor.site import Site
+from modelpress_compression.graph.read import MICROSOFT
 
 
 def fast_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from modelpress_compression.executor.ops.attention import attend, causal_bias, merge_heads, split_heads
 from modelpress_compression.executor.ops.integer import centred
-from modelpress_compression.executor.registry import MICROSOFT, Function, operator
+from modelpress_compression.executor.registry import Function, operator
 from modelpress_compression.executor.site import Site
+from modelpress_compression.graph.read import MICROSOFT
 
 
 def _padding_bias(mask: Tensor, keys: int, fill: float, like: Tensor) -> Tensor:

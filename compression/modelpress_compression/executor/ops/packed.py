@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from modelpress_compression.executor.ops.recurrent import recurrent
-from modelpress_compression.executor.registry import MICROSOFT, Function, operator
+from modelpress_compression.executor.registry import Function, operator
 from modelpress_compression.executor.site import Site
+from modelpress_compression.graph.read import MICROSOFT
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:

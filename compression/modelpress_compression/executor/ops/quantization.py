@@ -18,8 +18,9 @@ from torch import Tensor
 
 from modelpress_compression.executor.dtypes import INTEGER_RANGES, TORCH_TYPES, torch_type
 from modelpress_compression.executor.ops.casting import cast
-from modelpress_compression.executor.registry import MICROSOFT, Function, operator
+from modelpress_compression.executor.registry import Function, operator
 from modelpress_compression.executor.site import Site
+from modelpress_compression.graph.read import MICROSOFT
 
 
 class RoundStraightThrough(torch.autograd.Function):

@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 
 import onnx_ir
 
-from modelpress_compression.analysis.streams import observable, taps
 from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOperatorError
 from modelpress_compression.executor import Selector, weights
 from modelpress_compression.executor.devices import why_not
+from modelpress_compression.graph.watch import observable, taps
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded
 from modelpress_compression.passes.distill import end_to_end, layerwise

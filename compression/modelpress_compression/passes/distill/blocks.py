@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_tensor
 from modelpress_compression.executor import Selector
+from modelpress_compression.graph.read import constant_tensor
 from modelpress_compression.model import Model
 from modelpress_compression.passes.distill.matching import read_values
 

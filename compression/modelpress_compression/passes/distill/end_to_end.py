@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from modelpress_compression.analysis.streams import taps
 from modelpress_compression.executor import Executor
+from modelpress_compression.graph.watch import taps
 from modelpress_compression.model import Model
 from modelpress_compression.passes.distill.lesson import Lesson
 from modelpress_compression.passes.distill.losses import ValueLoss, relative_mse

@@ -5,7 +5,7 @@
                                arXiv:1912.08795), and classes are told apart
     class scores alone         exporters fold the statistics away: what is left to ask for are inputs that the model is
                                sure of, one class after the other, and that are smooth
-    neither                    plausible random inputs (`analysis.synthetic`)
+    neither                    plausible random inputs (`graph.synthetic`)
 
     loss = sum over layers of mean((m - m_l)^2 / v_l) + mean((v / v_l - 1)^2)
            + a * cross-entropy with classes drawn at random + b * total variation
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from modelpress_compression.analysis.graph import constant_array, int_attribute, is_op
-from modelpress_compression.analysis.outputs import classification_outputs, score_form
-from modelpress_compression.analysis.streams import observable
-from modelpress_compression.analysis.synthetic import synthetic_inputs
 from modelpress_compression.executor import Executor, device_for
+from modelpress_compression.graph.outputs import classification_outputs, score_form
+from modelpress_compression.graph.read import constant_array, int_attribute, is_op
+from modelpress_compression.graph.synthetic import synthetic_inputs
+from modelpress_compression.graph.watch import observable
 from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context

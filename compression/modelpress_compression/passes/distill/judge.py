@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from modelpress_compression.analysis.streams import taps
+from modelpress_compression.graph.watch import taps
 from modelpress_compression.inputs import Feeds
 from modelpress_compression.model import Model
 from modelpress_compression.passes.distill.objective import Objective, tensors

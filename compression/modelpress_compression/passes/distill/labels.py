@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from modelpress_compression.analysis.outputs import INDEPENDENT
+from modelpress_compression.graph.outputs import INDEPENDENT
 from modelpress_compression.inputs import Array
 from modelpress_compression.passes.distill.losses import Distance, ValueLoss, log_probabilities, relative_mse
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from modelpress_compression.analysis.outputs import (
+from modelpress_compression.graph.outputs import (
     INDEPENDENT,
     LOG_PROBABILITIES,
     LOGITS,

@@ -11,8 +11,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.streams import observable, taps
 from modelpress_compression.executor import Selector
+from modelpress_compression.graph.watch import observable, taps
 from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.model import Model
 

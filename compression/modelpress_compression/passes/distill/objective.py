@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modelpress_compression.graph.padding import counted_positions
 from modelpress_compression.inputs import Array, Feeds
-from modelpress_compression.padding import counted_positions
 from modelpress_compression.passes.distill.labels import LabelLoss, as_tensor
 from modelpress_compression.passes.distill.losses import ValueLoss
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from modelpress_compression.analysis.streams import Taps
+from modelpress_compression.graph.watch import Taps
 from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.passes.distill.samples import Feed
 

@@ -31,8 +31,8 @@ from dataclasses import dataclass, replace
 import onnx_ir
 from onnx_ir.passes import common as ir_passes
 
-from modelpress_compression.analysis.graph import label
-from modelpress_compression.analysis.metadata import clear_debug_metadata
+from modelpress_compression.graph.metadata import clear_debug_metadata
+from modelpress_compression.graph.read import MICROSOFT, label
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip
 from modelpress_compression.passes.fuse.affine_conv import FuseAffineConv
@@ -48,7 +48,7 @@ from modelpress_compression.passes.fuse.matmul_affine import FuseMatMulAffine
 from modelpress_compression.passes.fuse.no_ops import MergeTransposes, RemoveNoOps
 from modelpress_compression.passes.fuse.pad_conv import FusePadConv
 from modelpress_compression.passes.fuse.residual_shapes import forget_residual_shapes
-from modelpress_compression.passes.fuse.rewriting import MICROSOFT, Rewrite, Scope, Tally, apply
+from modelpress_compression.passes.fuse.rewriting import Rewrite, Scope, Tally, apply
 from modelpress_compression.passes.fuse.root_division import DivideByRoot
 from modelpress_compression.passes.fuse.verification import Verification
 from modelpress_compression.techniques import FuseConfig

@@ -18,15 +18,15 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.graph import (
+from modelpress_compression.graph.read import (
     constant_tensor,
+    graph_of,
     int_attribute,
     ints_attribute,
     only_consumer,
     rank,
     string_attribute,
 )
-from modelpress_compression.passes.edit import graph_of
 from modelpress_compression.passes.fuse.channels import linear_of
 from modelpress_compression.passes.fuse.rewriting import FIRED, Floats, Outcome, Scope, float_array
 

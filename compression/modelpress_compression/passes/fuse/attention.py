@@ -25,17 +25,18 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.graph import (
+from modelpress_compression.graph.read import (
+    MICROSOFT,
     constant_array,
     constant_scalar,
+    graph_of,
     int_attribute,
     ints_attribute,
     is_op,
     only_consumer,
     rank,
 )
-from modelpress_compression.passes.edit import graph_of
-from modelpress_compression.passes.fuse.rewriting import FIRED, MICROSOFT, Outcome, Scope
+from modelpress_compression.passes.fuse.rewriting import FIRED, Outcome, Scope
 
 _HEADS_FIRST = (0, 2, 1, 3)
 _KEYS = (0, 2, 3, 1)

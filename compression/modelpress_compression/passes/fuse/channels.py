@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_tensor, float_attribute, input_of, int_attribute
-from modelpress_compression.passes.edit import graph_of
+from modelpress_compression.graph.read import constant_tensor, float_attribute, graph_of, input_of, int_attribute
 from modelpress_compression.passes.fuse.rewriting import Floats, Scope, float_array
 
 LINEAR = ("Conv", "ConvTranspose", "Gemm")

@@ -24,8 +24,8 @@ import onnx_ir
 from onnx_ir.passes import common as ir_passes
 from onnxscript.optimizer import _constant_folding as folding
 
-from modelpress_compression.analysis.graph import constant_tensor, is_op
 from modelpress_compression.errors import CompressionError
+from modelpress_compression.graph.read import constant_tensor, is_op
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.fuse.rewriting import Scope

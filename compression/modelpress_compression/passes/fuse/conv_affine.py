@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_tensor, only_consumer
+from modelpress_compression.graph.read import constant_tensor, only_consumer
 from modelpress_compression.passes.fuse.channels import LINEAR, linear_of, per_channel
 from modelpress_compression.passes.fuse.rewriting import FIRED, Floats, Outcome, Scope, float_array
 

@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.graph import float_attribute, int_attribute, is_op, only_consumer
+from modelpress_compression.graph.read import float_attribute, int_attribute, is_op, only_consumer
 from modelpress_compression.passes.fuse.channels import LINEAR, linear_of
 from modelpress_compression.passes.fuse.rewriting import FIRED, Outcome, Scope, float_array
 

@@ -17,7 +17,7 @@ from collections.abc import Hashable
 
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_tensor
+from modelpress_compression.graph.read import constant_tensor
 from modelpress_compression.passes.fuse.rewriting import Scope
 
 MIN_SHARED_BYTES = 1024  # 1 KiB

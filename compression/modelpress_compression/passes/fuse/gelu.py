@@ -17,8 +17,8 @@ from typing import ClassVar
 
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_scalar, constant_tensor, is_op, only_consumer, rank
-from modelpress_compression.passes.fuse.rewriting import FIRED, MICROSOFT, Outcome, Scope
+from modelpress_compression.graph.read import MICROSOFT, constant_scalar, constant_tensor, is_op, only_consumer, rank
+from modelpress_compression.passes.fuse.rewriting import FIRED, Outcome, Scope
 
 GELU_OPSET = 20
 _CUBIC = 0.044715

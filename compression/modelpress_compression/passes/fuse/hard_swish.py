@@ -18,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.graph import (
+from modelpress_compression.graph.read import (
     constant_scalar,
     constant_tensor,
     float_attribute,

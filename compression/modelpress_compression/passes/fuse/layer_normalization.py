@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import onnx_ir
 
-from modelpress_compression.analysis.graph import (
+from modelpress_compression.graph.read import (
     axes_of,
     constant_scalar,
     constant_tensor,

@@ -15,14 +15,14 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.graph import (
+from modelpress_compression.graph.read import (
     constant_tensor,
     float_attribute,
+    graph_of,
     int_attribute,
     only_consumer,
     rank,
 )
-from modelpress_compression.passes.edit import graph_of
 from modelpress_compression.passes.fuse.rewriting import FIRED, Floats, Outcome, Scope, float_array
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import onnx_ir
 
-from modelpress_compression.analysis.graph import (
+from modelpress_compression.graph.read import (
     constant_scalar,
     constant_tensor,
     input_of,

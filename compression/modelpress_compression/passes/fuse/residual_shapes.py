@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import onnx_ir
 
-from modelpress_compression.analysis.graph import is_op
+from modelpress_compression.graph.read import is_op
 
 
 def forget_residual_shapes(model: onnx_ir.Model) -> int:

@@ -15,13 +15,19 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.graph import constant_array, is_op, label, only_consumer, value_names
+from modelpress_compression.graph.read import (
+    MICROSOFT,
+    constant_array,
+    graph_of,
+    is_op,
+    label,
+    only_consumer,
+    value_names,
+)
 from modelpress_compression.inputs import Array
 from modelpress_compression.passes.base import Skip, is_excluded
-from modelpress_compression.passes.edit import graph_of
 
 FIRED: Final = True
-MICROSOFT: Final = "com.microsoft"
 # A report with a line for each of thousands of nodes helps no one.
 MAX_SKIPS_PER_REWRITE = 50
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_scalar, is_op, only_consumer
+from modelpress_compression.graph.read import constant_scalar, is_op, only_consumer
 from modelpress_compression.passes.fuse.layer_normalization import is_square
 from modelpress_compression.passes.fuse.rewriting import FIRED, Outcome, Scope
 

@@ -14,8 +14,8 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_array, input_of, is_constant, is_op, label
-from modelpress_compression.analysis.tensors import replace_numbers
+from modelpress_compression.graph.edit import replace_numbers
+from modelpress_compression.graph.read import constant_array, input_of, is_constant, is_op, label
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult
 from modelpress_compression.passes.integers.products import Summation, of_matrix, of_node, output_axis

@@ -12,18 +12,21 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.graph import (
+from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.read import (
+    MICROSOFT,
     constant_array,
     constant_tensor,
+    graph_of,
     input_of,
     int_attribute,
     is_constant,
     is_op,
     label,
     only_consumer,
+    required,
 )
 from modelpress_compression.model import Model
-from modelpress_compression.passes.edit import MICROSOFT, Editor, graph_of, required
 
 FUSED = "MatMulIntegerToFloat"
 

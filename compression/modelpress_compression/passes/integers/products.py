@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.graph import int_attribute
+from modelpress_compression.graph.read import int_attribute
 
 _CHUNK = 1 << 21  # elements: bounds the temporary arrays
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from modelpress_compression.graph.edit import replace_numbers
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip
@@ -27,7 +28,6 @@ from modelpress_compression.passes.prune.channel import prune_channels
 from modelpress_compression.passes.prune.rows import layout_of, smallest_of_groups
 from modelpress_compression.passes.prune.selection import Mask, Scores, Selector, smallest
 from modelpress_compression.passes.prune.targets import Target, find_targets, unmatched
-from modelpress_compression.passes.prune.tensors import replace_numbers
 from modelpress_compression.techniques import PruneConfig
 
 __all__ = ["Prune"]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modelpress_compression.analysis.graph import int_attribute
+from modelpress_compression.graph.read import int_attribute
 from modelpress_compression.inputs import Array
 from modelpress_compression.passes.prune.selection import Mask, Scores
 from modelpress_compression.passes.prune.targets import Target

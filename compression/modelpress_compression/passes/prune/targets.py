@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_tensor, is_op, label
+from modelpress_compression.graph.read import MICROSOFT, constant_tensor, is_op, label
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Skip, is_excluded
 
@@ -31,10 +31,10 @@ _WEIGHTS: Mapping[tuple[str, str], tuple[int, ...]] = MappingProxyType(
         ("", "LSTM"): (1, 2),
         ("", "GRU"): (1, 2),
         ("", "RNN"): (1, 2),
-        ("com.microsoft", "Attention"): (1,),
-        ("com.microsoft", "FusedConv"): (1,),
-        ("com.microsoft", "FusedGemm"): (1,),
-        ("com.microsoft", "FusedMatMul"): (1, 0),
+        (MICROSOFT, "Attention"): (1,),
+        (MICROSOFT, "FusedConv"): (1,),
+        (MICROSOFT, "FusedGemm"): (1,),
+        (MICROSOFT, "FusedMatMul"): (1, 0),
     }
 )
 _QUANTIZED = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
@@ -149,7 +149,7 @@ def _embedding(node: onnx_ir.Node, seen: set[int]) -> list[Skip]:
 
 
 def _quantized(node: onnx_ir.Node) -> list[Skip]:
-    if is_op(node, *_QUANTIZED) or is_op(node, *_QUANTIZED_MICROSOFT, domain="com.microsoft"):
+    if is_op(node, *_QUANTIZED) or is_op(node, *_QUANTIZED_MICROSOFT, domain=MICROSOFT):
         return [Skip(label(node), "The weight is quantized already; prune before quantizing.")]
     return []
 

@@ -14,9 +14,9 @@ from dataclasses import replace
 
 import onnx_ir
 
+from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded
-from modelpress_compression.passes.edit import Editor, clean
 from modelpress_compression.passes.integers.certificate import certified
 from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.float16 import store_in_float16

@@ -20,8 +20,17 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_array, input_of, is_constant, label
-from modelpress_compression.passes.edit import MICROSOFT, Editor, attribute, graph_of, required
+from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.read import (
+    MICROSOFT,
+    attribute,
+    constant_array,
+    graph_of,
+    input_of,
+    is_constant,
+    label,
+    required,
+)
 from modelpress_compression.passes.integers.products import Summation, of_matrix
 from modelpress_compression.passes.quantize.rounding.affine import QuantizedWeight, quantize_weight
 from modelpress_compression.passes.quantize.static.plan import is_light

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.graph import input_of, label
+from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.read import MICROSOFT, attribute, graph_of, input_of, label
 from modelpress_compression.model import Model
-from modelpress_compression.passes.edit import MICROSOFT, Editor, attribute, graph_of
 
 # Activation -> the names of its parameters, in the order of activation_params.
 _PARAMETERS: Mapping[str, tuple[str, ...]] = MappingProxyType(

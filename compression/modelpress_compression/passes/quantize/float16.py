@@ -11,10 +11,10 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.graph import constant_array
+from modelpress_compression.graph.edit import Editor, clean
+from modelpress_compression.graph.read import constant_array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import is_excluded
-from modelpress_compression.passes.edit import Editor, clean
 from modelpress_compression.passes.quantize.report import Findings
 
 # Rounding to float16 leaves about 70 dB; a weight that keeps less has values that overflow or vanish.

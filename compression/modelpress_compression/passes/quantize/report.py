@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir
 
-from modelpress_compression.analysis.graph import label
+from modelpress_compression.graph.read import label
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult, Skip
 

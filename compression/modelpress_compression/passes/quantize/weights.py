@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.graph import constant_array, input_of, is_constant
-from modelpress_compression.passes.edit import Editor, attribute, graph_of, required
+from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.read import attribute, constant_array, graph_of, input_of, is_constant, required
 from modelpress_compression.passes.integers.certificate import REDUCED
 from modelpress_compression.passes.integers.products import Summation, of_node
 from modelpress_compression.passes.integers.saturation import bounds, least_squares_scale, within_limit

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_tensor, int_attribute, is_op
+from modelpress_compression.graph.read import constant_tensor, int_attribute, is_op
 from modelpress_compression.model import Model
 
 # Behind these the last axis still holds the classes.

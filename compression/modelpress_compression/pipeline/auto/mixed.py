@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from modelpress_compression.analysis.graph import label
+from modelpress_compression.graph.read import label
+from modelpress_compression.measure.node_times import node_times_ms
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.node_times import node_times_ms
 from modelpress_compression.passes.quantize import StaticQuantizer
 
 # No layer is free: what takes no measurable time still costs so much of what the slowest costs.
@@ -23,7 +23,7 @@ def order_of(quantizer: StaticQuantizer, context: Context) -> list[str]:
     plan, ranges = quantizer.plan, quantizer.ranges
     if not ranges.weight_errors:
         return []
-    (times,) = node_times_ms([quantizer.model], context)
+    (times,) = node_times_ms([quantizer.model], context.data, context.work_directory, context.check_time)
     least = _LEAST_SHARE * max(times.values(), default=0.0) or 1.0
     worth = {
         node.outputs[0].name or "": ranges.error_saved(node, plan) / max(times.get(label(node), 0.0), least)

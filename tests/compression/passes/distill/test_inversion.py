@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from modelpress_compression.analysis.synthetic import synthetic_inputs
 from modelpress_compression.executor import Executor
+from modelpress_compression.graph.synthetic import synthetic_inputs
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.distill import Distill, inversion

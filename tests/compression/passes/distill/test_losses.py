@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir
 import pytest
 import torch
-from modelpress_compression.analysis.outputs import LOG_PROBABILITIES, LOGITS, PROBABILITIES
+from modelpress_compression.graph.outputs import LOG_PROBABILITIES, LOGITS, PROBABILITIES
 from modelpress_compression.passes.distill.labels import as_tensor, label_loss
 from modelpress_compression.passes.distill.losses import (
     ValueLoss,

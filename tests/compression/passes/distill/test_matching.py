@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir
-from modelpress_compression.analysis.tensors import replace_numbers
 from modelpress_compression.executor import weights
+from modelpress_compression.graph.edit import replace_numbers
 from modelpress_compression.model import Model
 from modelpress_compression.passes.distill.matching import agreeing, common_values, spread
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from modelpress_compression.graph.edit import Editor
 from modelpress_compression.model import Model, Provenance
-from modelpress_compression.passes.edit import Editor
 from modelpress_compression.passes.integers.products import Summation, of_node
 from modelpress_compression.passes.integers.saturation import bounds, least_squares_scale, within_limit
 from modelpress_compression.passes.quantize.rounding.affine import QuantizedWeight, quantize_weight

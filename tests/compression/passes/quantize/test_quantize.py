@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir
 import pytest
 from modelpress_compression.errors import TimeLimitError
+from modelpress_compression.graph.edit import Editor
 from modelpress_compression.inputs import InputData
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.edit import Editor
 from modelpress_compression.passes.quantize import Quantize
 from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.float16 import store_in_float16

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from modelpress_compression.graph.padding import counted_positions
 from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import Model
-from modelpress_compression.padding import counted_positions
 from modelpress_compression.passes.distill.augmentation import image, signal
 from modelpress_compression.passes.distill.augmentation.kinds import IMAGE, SIGNAL, TOKENS, InputKind, input_kinds
 from modelpress_compression.techniques import Augmentation

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_tensor, is_op
+from modelpress_compression.graph.read import constant_tensor, is_op
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_array, constant_tensor, input_of, int_attribute, is_op
+from modelpress_compression.graph.read import MICROSOFT, constant_array, constant_tensor, input_of, int_attribute, is_op
 from modelpress_compression.inputs import Array
 from modelpress_compression.passes.distill.fake_quantization.grid import (
     Emitter,
@@ -27,7 +27,6 @@ from modelpress_compression.passes.distill.fake_quantization.grid import (
     first_columns,
     reshaped,
 )
-from modelpress_compression.passes.edit import MICROSOFT
 
 _BITS = {
     onnx_ir.DataType.INT8: (8, True),

@@ -1,9 +1,9 @@
 """Pruning of whole channels, attention heads and hidden units: the model gets smaller and faster on every runtime.
 
-groups      what must be cut together, found in the graph            analysis.channels
+groups      what must be cut together, found in the graph            channels
 criterion   how important each unit is                               magnitude, activation, taylor, control
 selection   which units stay, at which multiple                      selection, costs, scope
-cut         the model without them                                   analysis.channels
+cut         the model without them                                   channels
 repair      the layers behind fitted to the uncut model's answers    least_squares, layers, fitter, choice
 report      what layers cost before and after                        details, node_times
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from modelpress_compression.analysis.channels import Analysis, Group, cut, find_groups
+from modelpress_compression.channels import Analysis, Group, cut, find_groups
 from modelpress_compression.errors import InvalidDataError
 from modelpress_compression.executor.devices import why_not
 from modelpress_compression.model import Model

@@ -17,9 +17,9 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.channels import Group, Member
-from modelpress_compression.analysis.graph import int_attribute, is_op
-from modelpress_compression.analysis.streams import observable, taps
+from modelpress_compression.channels import Group, Member
+from modelpress_compression.graph.read import MICROSOFT, int_attribute, is_op
+from modelpress_compression.graph.watch import observable, taps
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
@@ -109,7 +109,7 @@ def _data_of(node: onnx_ir.Node, weight: onnx_ir.Value) -> tuple[onnx_ir.Value |
         return node.inputs[1 - position], -1 if position == 1 else -2
     if is_op(node, "LSTM", "GRU", "RNN") and position == 1:
         return node.inputs[0], -1
-    if is_op(node, "Attention", domain="com.microsoft") and position == 1:
+    if is_op(node, "Attention", domain=MICROSOFT) and position == 1:
         return node.inputs[0], -1
     return None, 0
 

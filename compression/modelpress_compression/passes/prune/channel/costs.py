@@ -14,13 +14,13 @@ from types import MappingProxyType
 
 import numpy as np
 
-from modelpress_compression.analysis.channels import Group, cut
-from modelpress_compression.analysis.graph import label
-from modelpress_compression.analysis.macs import count_macs
-from modelpress_compression.analysis.shapes import sample_shapes
+from modelpress_compression.channels import Group, cut
+from modelpress_compression.graph.macs import count_macs
+from modelpress_compression.graph.read import label
+from modelpress_compression.graph.shapes import sample_shapes
+from modelpress_compression.measure.node_times import node_times_ms
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.node_times import node_times_ms
 from modelpress_compression.passes.prune.channel.weights import Weights
 
 Costs = Mapping[str, float]  # of one unit by the group's id
@@ -47,7 +47,7 @@ def macs(model: Model, groups: Sequence[Group], context: Context) -> Costs:
 def latency(model: Model, groups: Sequence[Group], context: Context) -> Costs:
     """Milliseconds that a unit costs on this machine, on one thread; parameters where nothing can be measured."""
     half = {group.id: np.arange(0, group.units, 2, dtype=np.int64) for group in groups if group.units > 1}
-    whole, halved = node_times_ms([model, cut(model, half)], context)
+    whole, halved = node_times_ms([model, cut(model, half)], context.data, context.work_directory, context.check_time)
     saved = {name: max(0.0, 2 * (time_ms - halved.get(name, time_ms))) for name, time_ms in whole.items()}
     return _or_parameters(_of_units(groups, saved, Weights(model)), groups)
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.channels import Group
+from modelpress_compression.channels import Group
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from modelpress_compression.analysis.channels import Analysis, Group, Indices
-from modelpress_compression.analysis.graph import constant_tensor, label
+from modelpress_compression.channels import Analysis, Group, Indices
 from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOperatorError
+from modelpress_compression.graph.read import constant_tensor, label
+from modelpress_compression.measure.node_times import NodeTimes, node_times_ms
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.node_times import NodeTimes, node_times_ms
 from modelpress_compression.passes.prune.channel.costs import node_macs
 from modelpress_compression.passes.prune.channel.fitter import Fit
 from modelpress_compression.passes.prune.channel.weights import Weights
@@ -61,7 +61,7 @@ def fit_rows(fits: Sequence[Fit]) -> list[Row]:
 def _times_ms(models: Sequence[Model], context: Context) -> Sequence[NodeTimes]:
     """None of a model that does not run without onnxruntime's rewriting: the report can do without them."""
     try:
-        return node_times_ms(models, context)
+        return node_times_ms(models, context.data, context.work_directory, context.check_time)
     except (ModelNotRunnableError, UnsupportedOperatorError):
         return [{} for _ in models]
 

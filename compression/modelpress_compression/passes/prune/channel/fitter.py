@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.linear import Places, Rows
+from modelpress_compression.graph.linear import Places, Rows
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.prune.channel.choice import HeldOut, choose_correction

@@ -9,13 +9,13 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.graph import constant_array, input_of, int_attribute, is_op, label, only_consumer
-from modelpress_compression.analysis.linear import Linear, Matrix, linear_of
-from modelpress_compression.analysis.streams import observable
+from modelpress_compression.graph.edit import replace_numbers
+from modelpress_compression.graph.linear import Linear, Matrix, linear_of
+from modelpress_compression.graph.read import constant_array, input_of, int_attribute, is_op, label, only_consumer
+from modelpress_compression.graph.watch import observable
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Skip
-from modelpress_compression.passes.prune.tensors import replace_numbers
 
 
 @dataclass(frozen=True)

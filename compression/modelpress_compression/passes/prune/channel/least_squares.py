@@ -24,9 +24,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from modelpress_compression.analysis.channels import Analysis, Indices
-from modelpress_compression.analysis.graph import label
-from modelpress_compression.analysis.streams import taps
+from modelpress_compression.channels import Analysis, Indices
+from modelpress_compression.graph.read import label
+from modelpress_compression.graph.watch import taps
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, Skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modelpress_compression.analysis.linear import Matrix, Rows
+from modelpress_compression.graph.linear import Matrix, Rows
 
 # Inputs that hardly vary are penalized like those of this share of the mean energy.
 _LEAST_ENERGY = 1e-2

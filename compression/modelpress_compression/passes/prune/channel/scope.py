@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from modelpress_compression.analysis.channels import Group, Member
+from modelpress_compression.channels import Group, Member
 from modelpress_compression.passes.base import Skip, is_excluded
 from modelpress_compression.techniques import PruneConfig
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.channels import Group, Indices
+from modelpress_compression.channels import Group, Indices
 from modelpress_compression.passes.prune.channel.criterion import Scores
 
 

@@ -25,17 +25,17 @@ import onnx_ir
 import torch
 from torch import Generator, Tensor
 
-from modelpress_compression.analysis.channels import Group, Member
-from modelpress_compression.analysis.outputs import (
+from modelpress_compression.channels import Group, Member
+from modelpress_compression.executor import Executor, device_for
+from modelpress_compression.graph.outputs import (
     INDEPENDENT,
     PROBABILITIES,
     classification_outputs,
     score_form,
 )
-from modelpress_compression.executor import Executor, device_for
+from modelpress_compression.graph.padding import counted_positions
 from modelpress_compression.inputs import Feeds
 from modelpress_compression.model import Model
-from modelpress_compression.padding import counted_positions
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.prune.channel.criterion import Scores
 from modelpress_compression.passes.prune.channel.magnitude import Magnitude

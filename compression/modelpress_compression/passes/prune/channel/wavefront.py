@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir
 import onnxruntime as ort
 
-from modelpress_compression.analysis.graph import is_op
+from modelpress_compression.graph.read import is_op
 from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.model import Model
 from modelpress_compression.runtime import run, session_of

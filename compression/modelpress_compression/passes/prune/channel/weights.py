@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.channels import Group, Indices, Member
-from modelpress_compression.analysis.graph import constant_array, is_op, label
+from modelpress_compression.channels import Group, Indices, Member
+from modelpress_compression.graph.read import constant_array, is_op, label
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 

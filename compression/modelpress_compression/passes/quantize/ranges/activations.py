@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import onnx_ir
 
+from modelpress_compression.graph.padding import counted_positions, without_padding
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
-from modelpress_compression.padding import counted_positions, without_padding
 from modelpress_compression.passes.base import Context
 from modelpress_compression.runtime import run, session_of
 

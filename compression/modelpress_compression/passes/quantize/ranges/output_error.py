@@ -23,13 +23,13 @@ import onnx_ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.graph import label
-from modelpress_compression.analysis.outputs import score_node
+from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.outputs import score_node
+from modelpress_compression.graph.padding import counted_positions, without_padding
+from modelpress_compression.graph.read import graph_of, label
 from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import Model
-from modelpress_compression.padding import counted_positions, without_padding
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.edit import Editor, graph_of
 from modelpress_compression.passes.quantize.ranges.activations import Listener
 from modelpress_compression.passes.quantize.ranges.observers import Range
 from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters, activation_parameters

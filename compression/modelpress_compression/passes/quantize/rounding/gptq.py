@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from modelpress_compression.analysis.linear import Matrix
+from modelpress_compression.graph.linear import Matrix
 from modelpress_compression.passes.quantize.rounding.rounder import nearest
 
 # Added to the diagonal, as a share of its mean; the paper's choice. Where H is singular still, ten times as much.

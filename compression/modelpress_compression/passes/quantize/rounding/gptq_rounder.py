@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.linear import Linear, Matrix
+from modelpress_compression.graph.linear import Linear, Matrix
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.report import Findings

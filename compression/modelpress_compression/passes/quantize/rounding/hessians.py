@@ -1,6 +1,6 @@
 """H = X^T X of the inputs X of weights, streamed over the calibration data (the Hessian of a layer's squared error).
 
-    X [g, R, K]: rows of inputs, a Conv's being its patches (analysis/linear.py);   H [g, K, K], float64
+    X [g, R, K]: rows of inputs, a Conv's being its patches (graph/linear.py);   H [g, K, K], float64
 
 Samples go one at a time through the float model. Kept are the sums of as many weights at a time, in the order of the
 graph, as fit into 512 MiB; the data runs once for each such batch, when its first sum is asked for. Weights that read
@@ -16,9 +16,9 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.graph import constant_tensor, is_op
-from modelpress_compression.analysis.linear import Convolution, Linear, Matrix, Places, linear_of
-from modelpress_compression.analysis.streams import Taps, observable, taps
+from modelpress_compression.graph.linear import Convolution, Linear, Matrix, Places, linear_of
+from modelpress_compression.graph.read import constant_tensor, is_op
+from modelpress_compression.graph.watch import Taps, observable, taps
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context

@@ -18,8 +18,16 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.graph import constant_array, input_of, is_constant
-from modelpress_compression.passes.edit import MICROSOFT, Editor, attribute, graph_of, required
+from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.read import (
+    MICROSOFT,
+    attribute,
+    constant_array,
+    graph_of,
+    input_of,
+    is_constant,
+    required,
+)
 
 # f(X / s) = f(X) / s for every positive s, channel by channel.
 _HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "Identity")

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_array
+from modelpress_compression.graph.edit import Editor, clean
+from modelpress_compression.graph.read import constant_array, required
 from modelpress_compression.model import Model
-from modelpress_compression.passes.edit import Editor, clean, required
 from modelpress_compression.passes.quantize.scaling.edges import Edge, Scale, Slot, find_edges
 
 ROUNDS = 8

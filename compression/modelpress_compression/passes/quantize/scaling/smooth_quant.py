@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.graph import constant_array
+from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.read import constant_array, required
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.edit import Editor, required
 from modelpress_compression.passes.quantize.ranges.activations import Listener, stream
 from modelpress_compression.passes.quantize.ranges.observers import Range
 from modelpress_compression.passes.quantize.rounding.affine import activation_parameters, quantize_weight

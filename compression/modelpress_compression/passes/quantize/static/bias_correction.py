@@ -14,10 +14,10 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.graph import constant_array, input_of, is_constant, label
+from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.read import constant_array, graph_of, input_of, is_constant, label
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.edit import Editor, graph_of
 from modelpress_compression.passes.integers.fused_products import added_bias
 from modelpress_compression.passes.quantize.ranges.activations import Listener, stream
 from modelpress_compression.passes.quantize.rounding.rounder import Rounder

@@ -24,8 +24,7 @@ from functools import cached_property
 
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_array, input_of, is_constant, is_op
-from modelpress_compression.passes.edit import attribute
+from modelpress_compression.graph.read import attribute, constant_array, input_of, is_constant, is_op
 from modelpress_compression.passes.quantize.weights import why_not_matrix, why_not_weight
 
 HEAVY = ("Conv", "MatMul", "Gemm")

@@ -18,10 +18,10 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.analysis.graph import label
+from modelpress_compression.graph.edit import Editor, clean
+from modelpress_compression.graph.read import label, required
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, is_excluded
-from modelpress_compression.passes.edit import Editor, clean, required
 from modelpress_compression.passes.quantize.ranges.calibration import observe
 from modelpress_compression.passes.quantize.ranges.choice import (
     improve_weights,

@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.graph import constant_array, input_of, label
-from modelpress_compression.passes.edit import Editor, graph_of, required
+from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.read import constant_array, graph_of, input_of, label, required
 from modelpress_compression.passes.integers.products import Summation, of_node, output_axis
 from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters, QuantizedWeight
 from modelpress_compression.passes.quantize.static.plan import HEAVY, Plan, Tensor, activations_of

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 
 import onnx_ir
 
+from modelpress_compression.graph.edit import Editor, clean
+from modelpress_compression.graph.read import required
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult, is_excluded
-from modelpress_compression.passes.edit import Editor, clean, required
 from modelpress_compression.passes.integers.certificate import certified
 from modelpress_compression.passes.integers.fused_products import fuse_products
 from modelpress_compression.passes.quantize import dynamic

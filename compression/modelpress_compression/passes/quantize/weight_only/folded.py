@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.passes.edit import Editor
+from modelpress_compression.graph.edit import Editor
 from modelpress_compression.passes.quantize.rounding.rounder import Numbers, Rounding
 from modelpress_compression.passes.quantize.weight_only.blocks import Blocks, block_size, quantize_blocks, usable_scale
 from modelpress_compression.passes.quantize.weights import WeightStore

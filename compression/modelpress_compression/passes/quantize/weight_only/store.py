@@ -25,10 +25,10 @@ from dataclasses import replace
 
 import onnx_ir
 
-from modelpress_compression.analysis.graph import is_constant, is_op
+from modelpress_compression.graph.edit import Editor, clean
+from modelpress_compression.graph.read import is_constant, is_op
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, is_excluded
-from modelpress_compression.passes.edit import Editor, clean
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder, Rounder
 from modelpress_compression.passes.quantize.weight_only.uses import uses_of

@@ -7,8 +7,7 @@ from types import MappingProxyType
 
 import onnx_ir
 
-from modelpress_compression.analysis.graph import constant_array, input_of, is_op
-from modelpress_compression.passes.edit import MICROSOFT, attribute, required
+from modelpress_compression.graph.read import MICROSOFT, attribute, constant_array, input_of, is_op, required
 from modelpress_compression.passes.quantize.dynamic import is_candidate
 from modelpress_compression.passes.quantize.weights import why_not_matrix
 

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.analysis.graph import input_of, is_op, label
-from modelpress_compression.passes.edit import MICROSOFT, Editor, attribute, graph_of, required
+from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.read import MICROSOFT, attribute, graph_of, input_of, is_op, label, required
 from modelpress_compression.passes.quantize.rounding.rounder import Numbers, Rounder, Rounding, nearest
 from modelpress_compression.passes.quantize.weight_only.blocks import Blocks, block_size, quantize_blocks
 from modelpress_compression.passes.quantize.weight_only.folded import (

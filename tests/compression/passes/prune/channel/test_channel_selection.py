@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from modelpress_compression.analysis.channels import Group
+from modelpress_compression.channels import Group
 from modelpress_compression.passes.prune.channel.selection import (
     Limits,
     floor_of,

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from modelpress_compression.analysis.channels import find_groups
+from modelpress_compression.channels import find_groups
+from modelpress_compression.graph.edit import replace_numbers
 from modelpress_compression.passes.prune.channel import CRITERIA
-from modelpress_compression.passes.prune.tensors import replace_numbers
 from modelpress_compression.techniques import PruneConfig
 from onnx import helper
 

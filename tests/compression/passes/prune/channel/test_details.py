@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from modelpress_compression.errors import ModelNotRunnableError
-from modelpress_compression.passes import node_times
-from modelpress_compression.passes.node_times import node_times_ms
+from modelpress_compression.measure import node_times
+from modelpress_compression.measure.node_times import node_times_ms
 from modelpress_compression.passes.prune.channel import details
 
 
@@ -53,7 +53,8 @@ def test_rounds_are_bounded(
     monkeypatch.setattr(node_times, "run", run)
     monkeypatch.setattr(node_times, "BUDGET_S", budget_s)
     models = [conv_net(), conv_net(wide=16)]
-    times = node_times_ms(models, context_of(models[0], {"x": images(2)}))
+    context = context_of(models[0], {"x": images(2)})
+    times = node_times_ms(models, context.data, context.work_directory)
     assert len(ran) == 2 * rounds
     assert ran[0::2] == [ran[0]] * rounds
     assert ran[1::2] == [ran[1]] * rounds

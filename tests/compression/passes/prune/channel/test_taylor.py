@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from modelpress_compression.analysis.channels import find_groups
+from modelpress_compression.channels import find_groups
 from modelpress_compression.errors import InvalidDataError
+from modelpress_compression.graph.edit import replace_numbers
 from modelpress_compression.passes.prune.channel.taylor import Taylor
-from modelpress_compression.passes.prune.tensors import replace_numbers
 
 
 def numbers(model: Any, name: str) -> Any:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from modelpress_compression.graph.edit import replace_numbers
 from modelpress_compression.passes.prune.channel import wavefront
 from modelpress_compression.passes.prune.channel.wavefront import Wavefront
-from modelpress_compression.passes.prune.tensors import replace_numbers
 from modelpress_compression.runtime import run, session_of
 from onnx import TensorProto, helper, numpy_helper
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir
 import pytest
-from modelpress_compression.analysis.graph import constant_array
+from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.read import constant_array
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
-from modelpress_compression.passes.edit import Editor
 from modelpress_compression.passes.quantize import prepare_static
 from modelpress_compression.passes.quantize.ranges.observers import Range
 from modelpress_compression.passes.quantize.ranges.output_error import Trial, open_probe, output_distances

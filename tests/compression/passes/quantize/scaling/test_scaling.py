@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
+from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult
-from modelpress_compression.passes.edit import Editor, clean
 from modelpress_compression.passes.quantize.scaling.edges import find_edges
 from modelpress_compression.passes.quantize.scaling.equalize import equalize, pair_scale
 from modelpress_compression.passes.quantize.static.plan import HEAVY

@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import onnx_ir
 import pytest
+from modelpress_compression.graph.edit import Editor
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.base import PassResult
-from modelpress_compression.passes.edit import Editor
 from modelpress_compression.passes.quantize.rounding.rounder import nearest
 from modelpress_compression.passes.quantize.weight_only.blocks import block_size, quantize_blocks
 from modelpress_compression.passes.quantize.weight_only.folded import columns_of, in_4_bits

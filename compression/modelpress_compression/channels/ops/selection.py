@@ -1,0 +1,131 @@
+"""Operators that pick indices of an axis: Split, Slice, Gather and its kin."""
+
+from __future__ import annotations
+
+import onnx_ir
+
+from modelpress_compression.channels.fixes import Bounds, Parts, Positions
+from modelpress_compression.channels.integers import slice_of
+from modelpress_compression.channels.labels import Axes, Axis, Ints
+from modelpress_compression.channels.ops.layout import axis_of
+from modelpress_compression.channels.ops.registry import rule
+from modelpress_compression.channels.ops.strided import identity_copy
+from modelpress_compression.channels.tracer import Tracer
+from modelpress_compression.graph.read import constant_array, input_of, ints_attribute
+
+_UNKNOWN = "The shapes at the node are not known."
+
+
+@rule("Split")
+def split(node: onnx_ir.Node, tracer: Tracer) -> str | None:
+    axes = tracer.axes(node.inputs[0])
+    shapes = [tracer.shape(output) for output in node.outputs]
+    if axes is None:
+        return _UNKNOWN
+    along = axis_of(node, 0, len(axes))
+    whole = axes[along]
+    parts: list[Ints] = []
+    start = 0
+    for output, shape in zip(node.outputs, shapes, strict=True):
+        if shape is None:
+            return _UNKNOWN
+        part: Axis = None
+        if whole is not None:
+            part = whole[start : start + shape[along]]
+            parts.append(part)
+        start += shape[along]
+        tracer.set(output, (*axes[:along], part, *axes[along + 1 :]))
+    if whole is not None:
+        tracer.parts += parts
+        tracer.fixes.append(Parts(node, tuple(parts)))
+    elif len(node.inputs) > 1:
+        tracer.use(node.inputs[1], node)
+    return None
+
+
+@rule("Slice")
+def slice_(node: onnx_ir.Node, tracer: Tracer) -> str | None:
+    axes, before, after = tracer.axes(node.inputs[0]), tracer.shape(node.inputs[0]), tracer.shape(node.outputs[0])
+    if axes is None or before is None or after is None:
+        return _UNKNOWN
+    if ints_attribute(node, "starts") is not None or len(node.inputs) < 3:
+        return "Slice with bounds as attributes is of an old opset."
+    chosen = _numbers(node, 3, tracer)
+    order = [int(axis) % len(axes) for axis in (chosen if chosen is not None else range(len(axes)))]
+    starts, ends, steps = (_numbers(node, position, tracer) for position in (1, 2, 4))
+    sourced = any(tracer.sources(value) for value in node.inputs[1:3])
+    output, slices = list(axes), {}
+    for number, axis in enumerate(order):
+        labels = axes[axis]
+        if labels is None:
+            continue
+        if starts is None or ends is None or not all(tracer.is_fixed(value) for value in node.inputs[1:]):
+            return "The bounds of the slice are computed."
+        bounds = slice_of(starts[number], ends[number], 1 if steps is None else steps[number], before[axis])
+        start, end, step = bounds.start, bounds.stop, bounds.step
+        if (start, end, step) == (0, before[axis], 1) and not sourced:
+            continue
+        if step != 1:
+            tracer.freeze(labels, node, "The axis is sliced in steps.")
+        else:
+            slices[number] = (labels, start, end)
+            tracer.parts.append(labels[bounds])
+        output[axis] = labels[bounds]
+    if chosen is None and len(node.inputs) > 3 and node.inputs[3] is not None:
+        return "The axes of the slice are computed."
+    tracer.set(node.outputs[0], tuple(output))
+    if slices:
+        tracer.fixes.append(Bounds(node, slices))
+    else:
+        for value in node.inputs[1:3]:
+            tracer.use(value, node)
+    return None
+
+
+def _numbers(node: onnx_ir.Node, position: int, tracer: Tracer) -> list[int] | None:
+    value = input_of(node, position)
+    array = tracer.known(value)
+    return None if array is None else [int(number) for number in array.reshape(-1)]
+
+
+@rule("Gather")
+def gather(node: onnx_ir.Node, tracer: Tracer) -> str | None:
+    """Rows of an embedding by computed indices, or constant indices of any axis."""
+    axes, indices = tracer.axes(node.inputs[0]), tracer.axes(node.inputs[1])
+    if axes is None or indices is None:
+        return _UNKNOWN
+    if (copied := identity_copy(node, tracer)) is not None:
+        tracer.set(node.outputs[0], copied)
+        return None
+    along = axis_of(node, 0, len(axes))
+    whole = axes[along]
+    picked: Axes = (None,) * len(indices)
+    if whole is not None:
+        array = constant_array(node.inputs[1])
+        if array is None:
+            array = tracer.known(node.inputs[1]) if tracer.is_fixed(node.inputs[1]) else None
+        if array is None:
+            tracer.freeze(whole, node, "Rows of the axis are looked up by computed indices.")
+        elif array.ndim == 1:
+            chosen = whole[array]
+            tracer.fixes.append(Positions(node, whole, chosen))
+            tracer.parts.append(chosen)
+            picked = (chosen,)
+        else:
+            tracer.freeze(whole, node, "One index of the axis is picked.")
+    for axis in indices:
+        # Indices are integers of shape [T] or such; labels of a constant one mean nothing but their own places.
+        if not picked or picked[0] is None or len(indices) != 1:
+            tracer.freeze(axis, node, "The axis is one of indices.")
+    if tracer.is_derived(node.inputs[0]):
+        for number, axis in enumerate(axes):
+            if number != along:
+                tracer.mark(axis, "producer", node)
+    tracer.set(node.outputs[0], (*axes[:along], *picked, *axes[along + 1 :]))
+    return None
+
+
+@rule("GatherElements", "TopK", "CumSum", "Compress", "ArgMax", "ArgMin", "LpNormalization", "Hardmax")
+def along_one_axis(node: onnx_ir.Node, tracer: Tracer) -> str | None:
+    """The answer depends on every index of the axis, or on its number."""
+    return f"{node.op_type} depends on every index of an axis."

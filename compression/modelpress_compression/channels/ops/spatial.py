@@ -1,0 +1,69 @@
+"""Pooling, padding, resizing: axes of space change, channels pass."""
+
+from __future__ import annotations
+
+import onnx_ir
+
+from modelpress_compression.channels.fixes import Extents
+from modelpress_compression.channels.labels import Axis
+from modelpress_compression.channels.ops.registry import rule
+from modelpress_compression.channels.tracer import Tracer
+
+_UNKNOWN = "The shapes at the node are not known."
+_SPACE = "The axis is one of space: windows run over it."
+
+
+@rule("AveragePool", "MaxPool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
+def pool(node: onnx_ir.Node, tracer: Tracer) -> str | None:
+    """[N, C, space...]; the indices of MaxPool count over channels and are frozen where they are used."""
+    axes = tracer.axes(node.inputs[0])
+    if axes is None or len(axes) < 3:
+        return _UNKNOWN
+    if len(node.outputs) > 1 and (node.outputs[1].uses() or node.outputs[1].is_graph_output()):
+        return "The indices of the pooling count over all channels."
+    for axis in axes[2:]:
+        tracer.freeze(axis, node, _SPACE)
+    for output in node.outputs:
+        tracer.set(output, (*axes[:2], *(None,) * (len(axes) - 2)))
+    return None
+
+
+@rule("Pad", "Resize", "Upsample", "CenterCropPad")
+def resize(node: onnx_ir.Node, tracer: Tracer) -> str | None:
+    """Axes whose extent stays pass; a labelled axis that gets another extent is frozen."""
+    axes, before, after = tracer.axes(node.inputs[0]), tracer.shape(node.inputs[0]), tracer.shape(node.outputs[0])
+    if axes is None or before is None or after is None:
+        return _UNKNOWN
+    output: list[Axis] = []
+    for axis, old, new in zip(axes, before, after, strict=True):
+        passes = old == new and not (node.op_type == "Pad" and _shifts(node, len(output), tracer))
+        if not passes:
+            tracer.freeze(axis, node, "The axis is resized or padded.")
+        output.append(axis if passes else None)
+    tracer.set(node.outputs[0], tuple(output))
+    if node.op_type == "Resize" and len(node.inputs) > 3 and node.inputs[3] is not None:
+        if tracer.known(node.inputs[3]) is None or "axes" in node.attributes:
+            return None if all(axis is None for axis in output) else "The sizes of the resizing are not known."
+        tracer.fixes.append(Extents(node, 3, tuple(output)))
+    return None
+
+
+def _shifts(node: onnx_ir.Node, axis: int, tracer: Tracer) -> bool:
+    """Whether padding moves the axis though its extent stays (pads of opposite signs)."""
+    if len(node.inputs) < 2:
+        return False
+    pads = tracer.known(node.inputs[1])
+    if pads is None or (len(node.inputs) > 3 and node.inputs[3] is not None):
+        return False
+    return bool(pads.reshape(-1)[axis] != 0)
+
+
+@rule("GridSample")
+def grid_sample(node: onnx_ir.Node, tracer: Tracer) -> str | None:
+    axes, shape = tracer.axes(node.inputs[0]), tracer.shape(node.outputs[0])
+    if axes is None or shape is None:
+        return _UNKNOWN
+    for axis in (*axes[2:], *(tracer.axes(node.inputs[1]) or ())):
+        tracer.freeze(axis, node, "The axis is one of space: it is sampled.")
+    tracer.set(node.outputs[0], (*axes[:2], *(None,) * (len(shape) - 2)))
+    return None

@@ -1,0 +1,234 @@
+"""Figures of a model, read from its graph: parameters, bytes, multiply-accumulates, operators, layers.
+
+A parameter is an element of a constant tensor that computes: floating point, or the integers that stand for it in a
+quantized model. Not counted are
+
+- scales, zero points and group indices of quantization;
+- 32 and 64 bit integers and bools (shapes, axes, indices), unless a quantized operator takes them as its bias;
+- single numbers in elementwise operators (the 0.5 and 1.41 of a GELU, an epsilon, the bounds of Clip).
+
+A tensor that several nodes share counts once, for one of them. In a packed weight (MatMulNBits) the parameters
+are the values that it holds, not its bytes. In a quantized weight the elements equal to its zero point are the zeros.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir
+
+from modelpress_compression.graph.macs import count_macs
+from modelpress_compression.graph.operands import is_quantization_parameter, zero_point
+from modelpress_compression.graph.shapes import Shape
+from modelpress_compression.inputs import Array
+from modelpress_compression.model import Model
+
+_STANDARD_DOMAINS = ("", "ai.onnx")
+# Between a stored weight and the operator that works with it.
+_CONVERSIONS = frozenset((
+    "DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Identity", "Reshape", "Slice", "Split", "Concat",
+    "Unsqueeze", "Squeeze",
+))  # fmt: skip
+_MAX_HOPS = 8
+# Operators for which a single number is a weight, not a constant of a formula.
+_LAYERS = frozenset((
+    "Conv", "ConvTranspose", "Gemm", "MatMul", "PRelu", "BatchNormalization", "LayerNormalization",
+    "InstanceNormalization", "GroupNormalization", "LSTM", "GRU", "RNN", "FusedConv", "FusedGemm", "QLinearConv",
+    "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
+))  # fmt: skip
+_SHAPES_AND_BOUNDS = {
+    "Reshape": (1,), "Slice": (1, 2, 3, 4), "Unsqueeze": (1,), "Squeeze": (1,), "Expand": (1,), "Pad": (1, 2, 3),
+    "Resize": (1, 2, 3), "Tile": (1,), "Clip": (1, 2), "Split": (1,), "TopK": (1,), "OneHot": (1, 2),
+    "Range": (0, 1, 2), "ConstantOfShape": (0,), "Upsample": (1,),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """A node that owns weights. `bytes` includes its scales and zero points; `macs` None: not known."""
+
+    name: str
+    op_type: str
+    parameters: int
+    bytes: int
+    macs: int | None
+
+
+@dataclass(frozen=True)
+class ModelStats:
+    """Figures of a whole model. `ops`: how often each operator occurs, subgraphs included; `layers` in graph order."""
+
+    parameters: int
+    nonzero_parameters: int
+    macs: int | None
+    weight_bytes: int
+    opset: int
+    ops: Mapping[str, int]
+    layers: tuple[LayerStats, ...]
+
+
+@dataclass
+class _Layer:
+    node: onnx_ir.Node
+    parameters: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class _Tally:
+    live_nodes: frozenset[int]
+    parameters: int = 0
+    nonzero: int = 0
+    layers: dict[int, _Layer] = field(default_factory=dict)
+
+
+def model_stats(model: Model, input_shapes: Mapping[str, Shape] | None = None) -> ModelStats:
+    """Figures of `model`. MACs are those of one run with every dynamic dimension at 1, or at the given input shapes.
+
+    `graph.shapes.sample_shapes(data)` gives the shapes of one real sample. Weights are read one at a time.
+    """
+    macs = count_macs(model, input_shapes)
+    tally = _Tally(frozenset(id(node) for node in model.nodes()))
+    seen: set[int] = set()
+    for value, tensor in _constants(model):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            _count(tally, value, tensor)
+    layers = tuple(
+        LayerStats(
+            name=layer.node.name or (layer.node.outputs[0].name if layer.node.outputs else "") or "",
+            op_type=layer.node.op_type,
+            parameters=layer.parameters,
+            bytes=layer.bytes,
+            macs=_layer_macs(layer.node, macs.by_output),
+        )
+        for layer in _in_graph_order(model, tally.layers)
+        if layer.parameters
+    )
+    ops = Counter(operator_name(node) for node in model.nodes())
+    return ModelStats(
+        parameters=tally.parameters,
+        nonzero_parameters=tally.nonzero,
+        macs=macs.total,
+        weight_bytes=model.weight_bytes(),
+        opset=model.opset,
+        ops=dict(sorted(ops.items())),
+        layers=layers,
+    )
+
+
+def operator_name(node: onnx_ir.Node) -> str:
+    """`Conv`, or `com.microsoft.FusedConv` for operators beyond the ONNX standard."""
+    return node.op_type if node.domain in _STANDARD_DOMAINS else f"{node.domain}.{node.op_type}"
+
+
+def _constants(model: Model) -> Iterator[tuple[onnx_ir.Value, onnx_ir.TensorProtocol]]:
+    """Initializers and the outputs of Constant nodes, with their tensors."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value, value.const_value
+    for node in model.nodes():
+        if node.op_type == "Constant" and node.outputs:
+            attribute = node.attributes.get("value")
+            if attribute is not None and attribute.type == onnx_ir.AttributeType.TENSOR:
+                yield node.outputs[0], attribute.as_tensor()
+
+
+def _count(tally: _Tally, value: onnx_ir.Value, tensor: onnx_ir.TensorProtocol) -> None:
+    # Nodes that a rewrite has cut off may still be listed as users.
+    uses = [(user, place) for user, place in value.uses() if id(user) in tally.live_nodes]
+    if not uses:
+        return
+    # Of several users always the same one, in whatever order the graph lists them.
+    owner = min((_owner(user) for user, _ in uses), key=lambda node: node.name or "")
+    layer = tally.layers.setdefault(id(owner), _Layer(owner))
+    layer.bytes += tensor.nbytes
+    weight = next(((user, place) for user, place in uses if _is_weight(user, place, tensor)), None)
+    if weight is None:
+        return
+    node, position = weight
+    if node.op_type == "MatMulNBits":
+        size, nonzero = _packed(node, tensor)
+    else:
+        array = tensor.numpy()
+        size, nonzero = array.size, _nonzero(array, node, position)
+    tally.parameters += size
+    tally.nonzero += nonzero
+    layer.parameters += size
+
+
+def _owner(node: onnx_ir.Node) -> onnx_ir.Node:
+    """The node that works with what `node` hands on, conversions skipped."""
+    for _ in range(_MAX_HOPS):
+        if node.op_type not in _CONVERSIONS:
+            break
+        following = next((user for output in node.outputs for user, _ in output.uses()), None)
+        if following is None:
+            break
+        node = following
+    return node
+
+
+def _is_weight(node: onnx_ir.Node, position: int, tensor: onnx_ir.TensorProtocol) -> bool:
+    if is_quantization_parameter(node, position) or position in _SHAPES_AND_BOUNDS.get(node.op_type, ()):
+        return False
+    if tensor.size <= 1 and _owner(node).op_type not in _LAYERS:
+        return False
+    dtype = tensor.dtype
+    if dtype.is_floating_point():
+        return True
+    if not dtype.is_integer():
+        return False
+    return dtype.bitwidth <= 8 or (node.op_type, position) in (
+        ("DequantizeLinear", 0),
+        ("QLinearConv", 8),
+        ("QGemm", 6),
+    )
+
+
+def _nonzero(array: Array, node: onnx_ir.Node, position: int) -> int:
+    found = zero_point(node, position)
+    if found is None:
+        return int(np.count_nonzero(array))
+    zeros, axis = found[0].numpy(), found[1]
+    if zeros.size == 1:
+        return int(np.count_nonzero(array != zeros.reshape(())))
+    if zeros.ndim == 1 and zeros.size == array.shape[axis]:
+        shape = [1] * array.ndim
+        shape[axis] = zeros.size
+        return int(np.count_nonzero(array != zeros.reshape(shape)))
+    if zeros.ndim == array.ndim:
+        # One zero point for each block along the axis.
+        block = -(-array.shape[axis] // zeros.shape[axis])
+        spread = np.repeat(zeros, block, axis=axis).take(range(array.shape[axis]), axis=axis)
+        return int(np.count_nonzero(array != spread))
+    return int(np.count_nonzero(array))
+
+
+def _packed(node: onnx_ir.Node, tensor: onnx_ir.TensorProtocol) -> tuple[int, int]:
+    """Values and non-zero values of a MatMulNBits weight [N, blocks, bytes of a block], the lower half first."""
+    rows, columns = (int(node.attributes[name].as_int()) for name in ("N", "K"))
+    bits = int(node.attributes["bits"].as_int()) if "bits" in node.attributes else 4
+    block = int(node.attributes["block_size"].as_int())
+    packed = tensor.numpy().reshape(rows, -1)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    quantized = ((packed[:, :, None] >> shifts) & (2**bits - 1)).reshape(rows, -1)[:, :columns]
+    zeros: Array = np.full((rows, 1), 2 ** (bits - 1), np.uint8)
+    given = onnx_ir.convenience.get_const_tensor(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] else None
+    if given is not None and given.dtype == onnx_ir.DataType.UINT8:
+        per_block = ((given.numpy().reshape(rows, -1)[:, :, None] >> shifts) & (2**bits - 1)).reshape(rows, -1)
+        zeros = np.repeat(per_block, block, axis=1)[:, :columns]
+    return rows * columns, int(np.count_nonzero(quantized != zeros))
+
+
+def _layer_macs(node: onnx_ir.Node, by_output: Mapping[str, int | None]) -> int | None:
+    name = node.outputs[0].name if node.outputs else None
+    return by_output.get(name, 0) if name is not None else None
+
+
+def _in_graph_order(model: Model, layers: Mapping[int, _Layer]) -> Iterator[_Layer]:
+    return (layers[id(node)] for node in model.nodes() if id(node) in layers)

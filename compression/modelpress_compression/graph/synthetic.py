@@ -1,0 +1,239 @@
+"""Inputs for a model that came without data: shapes by trying until it runs, values by what the graph does with them.
+
+Extents of dynamic dimensions are looked for in a fixed order, equal names having equal extents: what the first Conv or
+matrix product demands; what a name suggests (seq: 128, height: 224); what its place suggests; what failures name. See
+`values` for the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, product
+
+import numpy as np
+import onnx_ir
+
+from modelpress_compression.errors import ModelNotRunnableError
+from modelpress_compression.graph.read import input_of
+from modelpress_compression.graph.values import ATTEMPTS, is_certain, plausible_values
+from modelpress_compression.inputs import Array, InputData
+from modelpress_compression.model import Model
+from modelpress_compression.runtime import run, session_of
+from modelpress_compression.specs import TensorSpec
+
+DEFAULT_SAMPLES = 32
+MAX_BYTES = 256 * 1024**2  # 256 MiB: of larger inputs there are fewer samples
+MAX_TRIES = 200
+# How many failures, and numbers in each, are read for sizes that the graph insists on.
+_READ_PROBLEMS = 3
+_READ_NUMBERS = 8
+TIME_LIMIT_S = 90.0
+
+_SPATIAL = (224, 64, 48, 32, 128, 256, 320, 640, 28, 299, 512, 16, 8, 1)
+_TOKENS = (128, 32, 64, 16, 256, 512, 8, 1)
+_SIGNAL = (512, 576, 16_000, 1_024, 256, 4_096, 80, 128, 64, 48_000, 1)
+_PAST = (16, 1, 0)
+_CHANNELS = (3, 1, 4, 64)
+_OTHER = (64, 32, 16, 128, 8, 4, 2, 1)
+_BATCH = re.compile(r"batch|^n$|^b$|^bs$", re.IGNORECASE)
+_WORDS = (
+    (re.compile(r"past|cache", re.IGNORECASE), _PAST),
+    (re.compile(r"height|width|^h$|^w$|image|size", re.IGNORECASE), _SPATIAL),
+    (re.compile(r"chan|^c$", re.IGNORECASE), _CHANNELS),
+    (re.compile(r"seq|len|token|^s$|^l$", re.IGNORECASE), _TOKENS),
+    (re.compile(r"time|frame|sample|audio|^t$", re.IGNORECASE), _SIGNAL),
+)
+_SUM = re.compile(r"[\w.]+(?:\s*[+*-]\s*[\w.]+)+")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Extents to try for each dynamic dimension; a key is its name, or (input, axis) where it has none."""
+
+    candidates: Mapping[str, tuple[int, ...]]
+    batched: bool
+
+
+def synthetic_inputs(model: Model, samples: int = DEFAULT_SAMPLES, seed: int = 0) -> InputData:
+    """`samples` samples for every input, on which the model runs; `provided` is False.
+
+    Samples lie along the batch axis; where inputs have none in common, every sample is a feed of its own. There are
+    fewer samples where they would take more than 256 MiB. Raises ModelNotRunnableError, saying what was tried.
+    """
+    values = {value.name: value for value in model.graph.inputs}
+    if not model.inputs:
+        raise ModelNotRunnableError("The model takes no inputs, so there is nothing to measure; it is a constant.")
+    plan = _plan(model)
+    binding, attempt = _find_extents(model, plan, seed)
+    rng = np.random.default_rng(seed)
+    arrays: dict[str, Array] = {}
+    shapes = {spec.name: _bind(spec, binding) for spec in model.inputs}
+    bytes_each = sum(
+        math.prod(shape) * np.dtype(spec.dtype).itemsize for spec in model.inputs for shape in [shapes[spec.name]]
+    )
+    count = max(1, min(samples, MAX_BYTES // max(1, bytes_each)))
+    for spec in model.inputs:
+        shape = shapes[spec.name]
+        # A fixed batch takes whole batches only.
+        rows = -(-count // shape[0]) * shape[0] if plan.batched else count
+        shape = (rows, *shape[1:]) if plan.batched else (rows, *shape)
+        arrays[spec.name] = plausible_values(values[spec.name], spec, shape, rng, attempt)
+    return InputData(model.inputs, arrays, provided=False)
+
+
+def _plan(model: Model) -> _Plan:
+    """What to try for each dimension, and whether samples lie along a batch axis that all inputs have."""
+    candidates: dict[str, tuple[int, ...]] = {}
+    values = {value.name: value for value in model.graph.inputs}
+    for spec in model.inputs:
+        for axis, dim in enumerate(spec.shape):
+            if not isinstance(dim, int):
+                key = _key(spec, axis)
+                found = _candidates(spec, axis, values[spec.name])
+                # The narrowest knowledge wins: a demand of the graph over a guess from a name.
+                if key not in candidates or len(found) < len(candidates[key]):
+                    candidates[key] = found
+    first = [spec.shape[0] if spec.shape else None for spec in model.inputs]
+    fixed = {dim for dim in first if isinstance(dim, int)}
+    dynamic = [_key(spec, 0) for spec in model.inputs if spec.shape and not isinstance(spec.shape[0], int)]
+    batched = (
+        all(spec.shape for spec in model.inputs)
+        and all(candidates[key] == (1,) for key in dynamic)
+        and (not fixed or (len(fixed) == 1 and (not dynamic or fixed == {1})))
+    )
+    return _Plan(candidates, batched)
+
+
+def _key(spec: TensorSpec, axis: int) -> str:
+    dim = spec.shape[axis]
+    return dim if isinstance(dim, str) and dim not in ("", "?") else f"{spec.name}[{axis}]"
+
+
+def _candidates(spec: TensorSpec, axis: int, value: onnx_ir.Value) -> tuple[int, ...]:
+    name = spec.shape[axis] if isinstance(spec.shape[axis], str) else ""
+    rank = len(spec.shape)
+    known_word = next((extents for words, extents in _WORDS if words.search(str(name))), None)
+    if _BATCH.search(str(name)) or (axis == 0 and known_word is None):
+        return (1,)
+    demanded = _demanded(value, axis, rank)
+    if demanded is not None:
+        return (demanded,)
+    if known_word is not None:
+        # Numbers, not tokens: a signal is longer than a sentence.
+        return _SIGNAL if known_word is _TOKENS and spec.dtype.startswith("float") and rank == 2 else known_word
+    if rank >= 4:
+        channel_axis = rank - 1 if spec.shape[-1] in (1, 3, 4) else 1
+        return _CHANNELS if axis == channel_axis else _SPATIAL
+    return _TOKENS if spec.dtype.startswith("int") else _SIGNAL if rank == 2 else _OTHER
+
+
+def _demanded(value: onnx_ir.Value, axis: int, rank: int) -> int | None:
+    """What the first consumer's weight fixes: Conv its channels, a matrix product its inner extent."""
+    for node, position in value.uses():
+        weight = input_of(node, 1)
+        tensor = onnx_ir.convenience.get_const_tensor(weight) if weight is not None else None
+        if position != 0 or tensor is None:
+            continue
+        shape = [int(extent) for extent in tensor.shape.numpy()]
+        if node.op_type == "Conv" and axis == 1:
+            group = node.attributes["group"].as_int() if "group" in node.attributes else 1
+            return shape[1] * int(group)
+        if node.op_type == "MatMul" and axis == rank - 1 and len(shape) >= 2:
+            return shape[-2]
+        if node.op_type == "Gemm" and axis == 1:
+            transposed = "transB" in node.attributes and node.attributes["transB"].as_int()
+            return shape[1] if transposed else shape[0]
+    return None
+
+
+def _bindings(plan: _Plan, problems: Sequence[str]) -> Iterator[dict[str, int]]:
+    """Extents to try: all candidates in step, numbers that failures name, every combination.
+
+    Names that are sums follow their terms. `problems` grows while the caller tries.
+    """
+    free = {key: extents for key, extents in plan.candidates.items() if not _SUM.fullmatch(key)}
+    sums = plan.candidates.keys() - free.keys()
+    seen: set[tuple[int, ...]] = set()
+    longest = max((len(extents) for extents in free.values()), default=1)
+    in_step = (tuple(extents[min(index, len(extents) - 1)] for extents in free.values()) for index in range(longest))
+    # Lazily one after the other: what fails first says what to try next.
+    for combination in chain(in_step, _named_by(problems, free), _limited(product(*free.values()))):
+        if combination in seen:
+            continue
+        seen.add(combination)
+        binding = dict(zip(free, combination, strict=True))
+        yield binding | {key: _sum(key, binding) for key in sums}
+
+
+def _named_by(problems: Sequence[str], free: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    """A size that was baked in while tracing stands in the failure: 'requested shape:{7,4,8}', '7 by 128'."""
+    for problem in list(problems)[:_READ_PROBLEMS]:
+        numbers = dict.fromkeys(int(digits) for digits in re.findall(r"\b\d{1,5}\b", problem))
+        for extent in list(numbers)[:_READ_NUMBERS]:
+            for alone in (None, *free):
+                yield tuple(
+                    extent if len(extents) > 1 and extent > 0 and alone in (None, key) else extents[0]
+                    for key, extents in free.items()
+                )
+
+
+def _limited(combinations: Iterator[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    return (combination for _, combination in zip(range(MAX_TRIES), combinations, strict=False))
+
+
+def _sum(expression: str, binding: Mapping[str, int]) -> int:
+    """Value of a dimension such as 'past + seq', left to right; a term that is not known counts as 1."""
+    terms = re.split(r"\s*([+*-])\s*", expression)
+    total = _term(terms[0], binding)
+    for operator, term in zip(terms[1::2], terms[2::2], strict=True):
+        value = _term(term, binding)
+        total = total + value if operator == "+" else total - value if operator == "-" else total * value
+    return max(total, 0)
+
+
+def _term(term: str, binding: Mapping[str, int]) -> int:
+    return int(term) if term.isdigit() else binding.get(term, 1)
+
+
+def _bind(spec: TensorSpec, binding: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(dim if isinstance(dim, int) else binding[_key(spec, axis)] for axis, dim in enumerate(spec.shape))
+
+
+def _find_extents(model: Model, plan: _Plan, seed: int) -> tuple[dict[str, int], int]:
+    """The first extents, and attempt at the values, on which the model runs with finite outputs, or runs at all."""
+    values = {value.name: value for value in model.graph.inputs}
+    certain = all(is_certain(values[spec.name], spec) for spec in model.inputs)
+    deadline = time.monotonic() + TIME_LIMIT_S
+    runs_but_not_finite: tuple[dict[str, int], int] | None = None
+    tried: list[str] = []
+    problems: list[str] = []
+    with session_of(model, threads=2) as session:
+        attempts = range(1 if certain else ATTEMPTS)
+        for binding, attempt in ((binding, attempt) for binding in _bindings(plan, problems) for attempt in attempts):
+            if len(tried) >= MAX_TRIES or time.monotonic() > deadline:
+                break
+            rng = np.random.default_rng(seed)
+            shapes = {spec.name: _bind(spec, binding) for spec in model.inputs}
+            tried.append(", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()))
+            feeds = {
+                spec.name: plausible_values(values[spec.name], spec, shapes[spec.name], rng, attempt)
+                for spec in model.inputs
+            }
+            try:
+                outputs = run(session, feeds)
+            except ModelNotRunnableError as error:
+                problems.append(error.message)
+                continue
+            if all(output.dtype.kind != "f" or bool(np.isfinite(output).all()) for output in outputs.values()):
+                return binding, attempt
+            runs_but_not_finite = runs_but_not_finite or (binding, attempt)
+    if runs_but_not_finite is not None:
+        return runs_but_not_finite
+    raise ModelNotRunnableError(
+        f"The model did not run on any made-up input, {len(tried)} shapes tried, such as {'; '.join(tried[:3])}. "
+        f"The first failure: {problems[0] if problems else 'none'} Give inputs that it runs on with --data FILE.npz."
+    )
