@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from modelpress_compression.graph.linear import Linear, linear_of
 from onnx import helper
@@ -31,7 +31,7 @@ def check(model: Any, x: Any, y: Any, bias: Any = 0.0) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 def test_convolutions(data: Any, channel_model: Any, outputs_of: Any) -> None:
     """1 to 3 dimensions, groups, strides, dilations, explicit and automatic padding."""
     axes = data.draw(st.integers(1, 3))

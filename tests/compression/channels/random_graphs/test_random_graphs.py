@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from modelpress_compression.channels import cut, find_groups
 from oracles.masking import masked
@@ -17,11 +17,9 @@ RTOL, ATOL = 1e-3, 1e-4
 Graphs = Callable[..., st.SearchStrategy[Any]]
 _SETTINGS = settings(
     max_examples=60,
-    deadline=None,
     derandomize=True,
     database=None,
     print_blob=False,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
 

@@ -8,17 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 # (builder, value, all values) -> new values; see conftest.
 Step = Callable[[Any, Any, list[Any]], list[Any]]
 _SETTINGS = settings(
-    deadline=None,
     derandomize=True,
     database=None,
     print_blob=False,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
 

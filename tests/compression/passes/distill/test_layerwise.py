@@ -45,7 +45,7 @@ def test_a_residual_block_stays_whole(channel_model: Callable[..., Model]) -> No
     assert [(block.inputs, block.target) for block in blocks] == [(("x",), "c1"), (("c1",), "s"), (("s",), "")]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 5), st.integers(0, 3), st.integers(0, 10_000))
 def test_selection_is_the_best_rising_one(rows: int, spare: int, seed: int) -> None:
     """The selection's gain is that of the best of all rising selections."""

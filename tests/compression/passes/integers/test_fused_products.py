@@ -55,7 +55,7 @@ def operators(model: Model) -> Counter[str]:
     return Counter(node.op_type for node in model.nodes())
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.integers(1, 40), st.booleans(), st.booleans(), st.integers(0, 1000))
 def test_both_forms_answer_alike(outputs_of: Any, columns: int, per_channel: bool, zero_point: bool, seed: int) -> None:
     """Fused, and split again, to 1e-5 of the largest answer; the proof of saturation says the same of each."""

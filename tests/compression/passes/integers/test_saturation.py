@@ -43,7 +43,7 @@ def store(cpu: str, *, per_channel: bool = True) -> WeightStore:
 
 
 @given(LEVELS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_bounds_are_those_of_all_extreme_activations(levels: NDArray[np.int8]) -> None:
     """Over every choice of 0 and 255, the largest pair and the smallest are the bounds; and no 32-bit sum is larger."""
     terms = levels.shape[1]
@@ -58,7 +58,7 @@ def test_bounds_are_those_of_all_extreme_activations(levels: NDArray[np.int8]) -
 
 
 @given(LEVELS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_what_is_not_certified_does_saturate(levels: NDArray[np.int8]) -> None:
     """The proof is sharp: a row saturates for some activations if and only if the bounds say so."""
     x = np.asarray(list(itertools.product((0, 255), repeat=levels.shape[1])), np.int64)
@@ -120,7 +120,7 @@ def test_depthwise_convolutions_have_no_pairs() -> None:
     st.booleans(),
     st.sampled_from(["normal", "uniform", "outliers", "ones"]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_generic_weights_never_saturate(seed: int, terms: int, per_channel: bool, kind: str) -> None:
     """Whatever the weights; a column that is safe keeps its scale, and vnni changes no scale at all."""
     rng = np.random.default_rng(seed)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from modelpress_compression.inputs import InputData
 from modelpress_compression.passes.base import Context
@@ -42,7 +42,7 @@ def test_registry_makes_the_pass() -> None:
 
 
 @given(sparsity=st.floats(0, 0.99), seed=st.integers(0, 5), criterion=st.sampled_from(["l1", "random"]))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 def test_share_is_exact(
     network: Any, prune: Any, weight_of: WeightOf, sparsity: float, seed: int, criterion: str
 ) -> None:
@@ -63,7 +63,7 @@ def test_share_is_exact(
 
 
 @given(sparsity=st.floats(0, 0.99), criterion=st.sampled_from(["l1", "random"]))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 def test_global_share_is_exact(network: Any, prune: Any, weight_of: WeightOf, sparsity: float, criterion: str) -> None:
     """One threshold over both layers: the share holds for their sum, and repeats."""
     nodes, weights = _two_layers(np.random.default_rng(1))

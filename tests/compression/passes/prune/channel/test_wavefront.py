@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from modelpress_compression.graph.edit import replace_numbers
 from modelpress_compression.passes.prune.channel import wavefront
@@ -27,7 +27,7 @@ def front_of(model: Any, x: Any, wanted: Any, budget_bytes: int = 10**9) -> Wave
     return Wavefront(model, feeds, wanted, budget_bytes, lambda: None)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=12)
+@settings(max_examples=12)
 @given(
     asked=st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True),
     budget_bytes=st.sampled_from([0, 20_000, 10**9]),

@@ -30,7 +30,7 @@ def histogram_of(*chunks: np.ndarray) -> Histogram:
 
 
 @given(CHUNKS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_streaming_equals_numpy_on_all_the_data(chunks: list[np.ndarray]) -> None:
     """Counts equal numpy's histogram of everything over the final range, exactly, in ragged pieces of any order."""
     everything = np.concatenate([chunk.reshape(-1) for chunk in chunks]).astype(np.float64)

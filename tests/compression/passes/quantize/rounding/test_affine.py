@@ -13,7 +13,7 @@ FLOATS = st.floats(-1e5, 1e5, width=32)
 
 
 @given(FLOATS, FLOATS, st.sampled_from(["uint8", "int8"]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_values_in_the_range_come_back_within_a_step(one: float, other: float, dtype: str) -> None:
     """Within the range the error is at most one scale, and zero is exact."""
     value_range = Range(min(one, other), max(one, other))

@@ -68,7 +68,7 @@ def test_it_equals_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(
     seed=st.integers(0, 10_000), groups=st.integers(1, 4), inputs=st.integers(1, 40), bits=st.sampled_from([2, 4, 8])
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_column_loses(seed: int, groups: int, inputs: int, bits: int) -> None:
     """Levels are whole and within bounds, and no column's error on the data is above that of nearest rounding."""
     rng = np.random.default_rng(seed)

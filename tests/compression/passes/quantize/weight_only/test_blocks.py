@@ -34,7 +34,7 @@ def test_unpacking_undoes_packing(levels: np.ndarray) -> None:
 
 
 @given(data=st.data(), bits=st.sampled_from([4, 8]), size=st.sampled_from(SIZES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_weight_is_off_by_more_than_half_a_step(data: st.DataObject, bits: int, size: int) -> None:
     """8 bits: within half a scale everywhere. 4 bits: the block's error is at most that of its whole range, uncut."""
     rows, columns = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 300))
