@@ -19,6 +19,7 @@ from modelpress_compression.channels.integers import Small, evaluate, is_structu
 from modelpress_compression.channels.labels import Axes, Axis, Ints, Labels
 from modelpress_compression.graph.read import constant_tensor, is_op, label
 from modelpress_compression.graph.shapes import shape_of
+from modelpress_compression.graph.subgraphs import read_values
 
 # Answers None, or the reason why the node's labels are frozen.
 Rule = Callable[[onnx_ir.Node, "Tracer"], str | None]
@@ -187,10 +188,8 @@ class Tracer:
             if constant_tensor(value) is not None and len(axes := self.axes(value) or ()) > 1:
                 # Frozen whatever it makes; the mark has it reported.
                 self.mark(next((axis for axis in axes if axis is not None), None), "producer", node)
-        for graph in (attribute.as_graph() for attribute in node.attributes.values() if _is_graph(attribute)):
-            for inner in graph.all_nodes():
-                for value in inner.inputs:
-                    self.freeze_value(value, label(node), reason)
+        for value in read_values(node):
+            self.freeze_value(value, label(node), reason)
         self.plain_outputs(node)
 
     def _fits(self, node: onnx_ir.Node) -> bool:
@@ -276,7 +275,3 @@ class Tracer:
 
 def _some(sources: list[tuple[Ints, ...]]) -> list[tuple[Ints, ...]]:
     return sources if any(sources) else []
-
-
-def _is_graph(attribute: onnx_ir.Attr) -> bool:
-    return attribute.type == onnx_ir.AttributeType.GRAPH

@@ -22,6 +22,7 @@ import onnx_ir
 from modelpress_compression.graph.observe import TAKEN_BRANCH
 from modelpress_compression.graph.read import MICROSOFT
 from modelpress_compression.graph.shapes import Shape, shape_of, static_shapes
+from modelpress_compression.graph.subgraphs import subgraphs
 from modelpress_compression.model import Model
 
 Rule = Callable[[onnx_ir.Node, Sequence[Shape | None], Sequence[Shape | None]], int | None]
@@ -51,11 +52,7 @@ def _of_graph(graph: onnx_ir.Graph, by_output: dict[str, int | None]) -> int | N
 
 
 def _of_node(node: onnx_ir.Node, by_output: dict[str, int | None]) -> int | None:
-    bodies = {
-        name: _of_graph(attribute.as_graph(), by_output)
-        for name, attribute in node.attributes.items()
-        if attribute.type == onnx_ir.AttributeType.GRAPH
-    }
+    bodies = {name: _of_graph(body, by_output) for name, body in subgraphs(node).items()}
     if bodies:
         return _of_control_flow(node, bodies)
     rule = RULES.get(node.op_type)

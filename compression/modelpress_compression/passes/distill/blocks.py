@@ -14,8 +14,8 @@ import onnx_ir
 
 from modelpress_compression.executor import Selector
 from modelpress_compression.graph.read import constant_tensor
+from modelpress_compression.graph.subgraphs import read_values
 from modelpress_compression.model import Model
-from modelpress_compression.passes.distill.matching import read_values
 
 MAX_BLOCKS = 32
 _END = 1 << 60

@@ -6,12 +6,13 @@ compared. Values that no trained constant reaches are left out as well: they can
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir
 
 from modelpress_compression.executor import Selector
+from modelpress_compression.graph.subgraphs import read_values
 from modelpress_compression.graph.watch import observable, taps
 from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.model import Model
@@ -78,13 +79,3 @@ def _are_alike(mine: Array, theirs: Array) -> bool:
     if not np.isfinite(expected).all() or np.abs(expected).max() >= _LARGEST:
         return False
     return bool(np.square(got - expected).mean() < _SAME * expected.var())
-
-
-def read_values(node: onnx_ir.Node) -> Collection[onnx_ir.Value]:
-    """What a node reads, its subgraphs included."""
-    values = [value for value in node.inputs if value is not None]
-    for attribute in node.attributes.values():
-        if attribute.type == onnx_ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph().all_nodes():
-                values += [value for value in inner.inputs if value is not None]
-    return values

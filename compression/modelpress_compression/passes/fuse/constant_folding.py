@@ -26,6 +26,7 @@ from onnxscript.optimizer import _constant_folding as folding
 
 from modelpress_compression.errors import CompressionError
 from modelpress_compression.graph.read import constant_tensor, is_op
+from modelpress_compression.graph.subgraphs import subgraphs
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.fuse.rewriting import Scope
@@ -98,8 +99,7 @@ def _small(node: onnx_ir.Node) -> bool:
 def _foldable(node: onnx_ir.Node, scope: Scope) -> bool:
     if node.domain not in ("", "ai.onnx") or is_op(node, *_NEVER) or scope.excluded(node):
         return False
-    plain = (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS)
-    return not any(attribute.type in plain or attribute.is_ref() for attribute in node.attributes.values())
+    return not subgraphs(node) and not any(attribute.is_ref() for attribute in node.attributes.values())
 
 
 def _regions(scope: Scope) -> list[_Region]:

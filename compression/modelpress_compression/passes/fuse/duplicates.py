@@ -18,6 +18,7 @@ from collections.abc import Hashable
 import onnx_ir
 
 from modelpress_compression.graph.read import constant_tensor
+from modelpress_compression.graph.subgraphs import subgraphs
 from modelpress_compression.passes.fuse.rewriting import Scope
 
 MIN_SHARED_BYTES = 1024  # 1 KiB
@@ -44,8 +45,7 @@ def _merge_nodes(graph: onnx_ir.Graph, seen: dict[Hashable, onnx_ir.Node], scope
     """`seen`: nodes of this graph so far and of the graphs around it."""
     merged = 0
     for node in list(graph):
-        for attribute in node.attributes.values():
-            merged += sum(_merge_nodes(inner, dict(seen), scope) for inner in _subgraphs(attribute))
+        merged += sum(_merge_nodes(inner, dict(seen), scope) for inner in subgraphs(node).values())
         key = None if scope.excluded(node) else _node_key(node)
         if key is None:
             continue
@@ -58,12 +58,6 @@ def _merge_nodes(graph: onnx_ir.Graph, seen: dict[Hashable, onnx_ir.Node], scope
         graph.remove(node, safe=True)
         merged += 1
     return merged
-
-
-def _subgraphs(attribute: onnx_ir.Attr) -> tuple[onnx_ir.Graph, ...]:
-    if attribute.type == onnx_ir.AttributeType.GRAPH:
-        return (attribute.as_graph(),)
-    return tuple(attribute.as_graphs()) if attribute.type == onnx_ir.AttributeType.GRAPHS else ()
 
 
 def _node_key(node: onnx_ir.Node) -> Hashable | None:

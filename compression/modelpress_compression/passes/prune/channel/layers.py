@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from modelpress_compression.graph.edit import replace_numbers
 from modelpress_compression.graph.linear import Linear, Matrix, linear_of
 from modelpress_compression.graph.read import constant_array, input_of, int_attribute, is_op, label, only_consumer
+from modelpress_compression.graph.subgraphs import read_values
 from modelpress_compression.graph.watch import observable
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
@@ -140,9 +141,10 @@ def find_layers(
     skipped: list[Skip] = []
     levels: dict[onnx_ir.Value, int] = {}  # of values that are not what they were
     for node in pruned.graph:
-        known = [levels[value] for value in _read(node) if value in levels]
+        read = read_values(node)
+        known = [levels[value] for value in read if value in levels]
         level = max(known, default=0)
-        changed = bool(known) or any(value.name in touched for value in _read(node))
+        changed = bool(known) or any(value.name in touched for value in read)
         if label(node) in readers or (known and _is_depthwise(node)):
             found = _layer(node, level, pruned, full, levels)
             if isinstance(found, Layer):
@@ -157,15 +159,6 @@ def find_layers(
 
 def _is_depthwise(node: onnx_ir.Node) -> bool:
     return is_op(node, "Conv") and int_attribute(node, "group", 1) > 1
-
-
-def _read(node: onnx_ir.Node) -> Iterator[onnx_ir.Value]:
-    """What the node reads, its subgraphs included."""
-    yield from (value for value in node.inputs if value is not None)
-    for attribute in node.attributes.values():
-        if attribute.type == onnx_ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph().all_nodes():
-                yield from (value for value in inner.inputs if value is not None)
 
 
 def _layer(

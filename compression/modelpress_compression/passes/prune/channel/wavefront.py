@@ -22,6 +22,7 @@ import onnx_ir
 import onnxruntime as ort
 
 from modelpress_compression.graph.read import is_op
+from modelpress_compression.graph.subgraphs import read_values
 from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.model import Model
 from modelpress_compression.runtime import run, session_of
@@ -128,7 +129,7 @@ class Wavefront:
 
 def _computed(node: onnx_ir.Node, graph: onnx_ir.Graph) -> Iterator[onnx_ir.Value]:
     """The inputs and computed values of the graph that the node reads."""
-    return (value for value in _read(node) if value.graph is graph and not value.is_initializer())
+    return (value for value in read_values(node) if value.graph is graph and not value.is_initializer())
 
 
 def _is_tensor(value: onnx_ir.Value) -> bool:
@@ -136,17 +137,7 @@ def _is_tensor(value: onnx_ir.Value) -> bool:
 
 
 def _initializers(node: onnx_ir.Node, graph: onnx_ir.Graph) -> Iterator[onnx_ir.Value]:
-    return (value for value in _read(node) if value.graph is graph and value.is_initializer())
-
-
-def _read(node: onnx_ir.Node) -> Iterator[onnx_ir.Value]:
-    """What the node reads, itself or in its subgraphs."""
-    yield from (value for value in node.inputs if value is not None)
-    for attribute in node.attributes.values():
-        if attribute.type == onnx_ir.AttributeType.GRAPH:
-            inner = attribute.as_graph()
-            yield from inner.outputs
-            yield from (value for one in inner.all_nodes() for value in one.inputs if value is not None)
+    return (value for value in read_values(node) if value.graph is graph and value.is_initializer())
 
 
 @contextmanager
