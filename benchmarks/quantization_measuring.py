@@ -137,7 +137,7 @@ def _interleaved(paths: Mapping[str, Path], data: InputData, batch_size: int, ti
     found = {}
     for index, name in enumerate(names):
         figures: Figures = {"ratio": asdict(timings.speedup(index, 0)), "p50_ms": timings.quantiles(index).p50_ms}
-        figures |= {"rounds": timings.rounds, "runs_per_round": timings.runs_per_round}
+        figures |= {"rounds": timings.rounds, "runs_per_round": timings.runs_per_round[index]}
         if OURS in names:
             figures["ours"] = asdict(timings.speedup(names.index(OURS), index))
         found[name] = figures

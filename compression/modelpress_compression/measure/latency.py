@@ -1,10 +1,20 @@
-"""Latency of two or more models, measured so that what disturbs one disturbs the others.
+"""Latency of two or more models, measured so that the ratio holds on a machine that does other work as well.
 
 All models have a session with equal options in one process. Every round times each of them once, in random order, on
-the same inputs. The speedup is the median over rounds of original / optimized: a machine that slows down for a while
-slows all parts of a round. Its 95 % interval is the exact one for a median, from binomial order statistics: nothing
-is assumed about how times are distributed. Six rounds are the fewest for which such an interval exists (1 - 2 / 2**6 =
-96.9 %), so there are never fewer.
+the same inputs.
+
+- One thread: a timing is a single run, for a run is charged with at most its own share of what else the machine does.
+  (Bursts of the same *count* of runs are not: the slower model's burst is longer and is preempted more often.) The
+  thread's CPU time is read beside the wall clock. The two part where the run was preempted; the ratio of their sums is
+  the `contention`. Where it is noticeable, the figures are those of the CPU clock, which preemption does not move.
+- Several threads: CPU time says nothing there, for waiting threads spin. A timing is a burst of runs of about the same
+  *duration* for every model, so that all are preempted alike, and rounds in which the process was preempted are left
+  out while enough others remain.
+
+Runs that the clock cannot resolve are repeated, again for the same duration. The speedup is the median over rounds of
+original / optimized: a machine that slows down for a while slows all parts of a round. Its 95 % interval encloses
+two: the exact one for a median, from binomial order statistics, and that of the medians of blocks of successive rounds,
+which also sees slow drifts. Six rounds are the fewest for which the first exists (1 - 2 / 2**6 = 96.9 %).
 """
 
 from __future__ import annotations
@@ -12,6 +22,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,13 +32,14 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.inputs import Feeds, InputData
 from modelpress_compression.measure.feeds import batches, true_batch_size
 from modelpress_compression.runtime import EXECUTION_PROVIDER, open_session, run
 
-Times = np.ndarray[Any, np.dtype[np.float64]]
+Times = NDArray[np.float64]
 
 MIN_ROUNDS = 6
 CONFIDENCE = 0.95
@@ -35,8 +47,13 @@ DEFAULT_BUDGET_S = 60.0
 # Distinct feeds that the rounds go through in turn: times may depend on the values.
 FEEDS = 8
 # A timing shorter than this is repeated within the round, so that neither the clock nor the call itself matters.
-MIN_TIMING_S = 1e-3  # 1 ms
-MAX_RUNS_PER_ROUND = 200
+MIN_TIMING_S = 1e-4  # 0.1 ms
+MAX_RUNS_PER_ROUND = 50
+# Wall time over CPU time beyond which the machine counts as busy. Reading two clocks and cold caches make 1 or 2 %.
+BUSY = 1.05
+# Blocks of successive rounds whose medians tell how far the ratio drifts, and the fewest rounds of one.
+BLOCKS, MIN_BLOCK_ROUNDS = 8, 3
+_T_975 = 2.365  # 97.5 % quantile of Student's t with BLOCKS - 1 degrees of freedom
 WARM_UP_SHARE = 0.2
 WARM_UP_MAX_S = 3.0
 WARM_UP_MAX_RUNS = 50
@@ -62,17 +79,30 @@ class Speedup:
     low: float
     high: float
 
+    @property
+    def verdict(self) -> str:
+        """What the interval allows to say: faster, slower or not distinguishable."""
+        if self.low > 1.0:
+            return "faster"
+        return "slower" if self.high < 1.0 else "not distinguishable"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in report.json."""
+        return asdict(self) | {"verdict": self.verdict}
+
 
 @dataclass(frozen=True)
 class Timings:
     """Times of several models from interleaved rounds, in seconds for one run of the whole batch, [models, rounds].
 
-    `batch_size`, `runs_per_round`: as in `LatencyRow`.
+    `batch_size`, `runs_per_round`, `contention`, `clock`: as in `LatencyRow`.
     """
 
     batch_size: int
-    runs_per_round: int
+    runs_per_round: tuple[int, ...]
     times_s: Times
+    contention: float = 1.0
+    clock: str = "wall"
 
     @property
     def rounds(self) -> int:
@@ -84,28 +114,37 @@ class Timings:
 
     def speedup(self, before: int, after: int) -> Speedup:
         """The time of model `before` over that of model `after`, round by round."""
-        return median_interval((self.times_s[before] / self.times_s[after]).tolist())
+        return ratio_interval(self.times_s[before] / self.times_s[after])
 
 
 @dataclass(frozen=True)
 class LatencyRow:
     """One row of the report's `latency`. `rounds` and `batch_size` are those that were run, not those asked for.
 
-    `runs_per_round`: each timing is the mean of so many runs in a row; more than one for models under a millisecond.
+    `runs_per_round`: each timing is the mean of so many runs in a row, of the original and of the optimized model.
+    `contention`: wall time over CPU time, 1 on a machine that does nothing else; beyond 1.05 on one thread, the times
+    are those of the CPU `clock`.
     """
 
     execution_provider: str
     threads: int
     batch_size: int
     rounds: int
-    runs_per_round: int
+    runs_per_round: tuple[int, int]
+    contention: float
+    clock: str
     original: Quantiles
     optimized: Quantiles
     speedup: Speedup
 
+    @property
+    def trusted(self) -> bool:
+        """Whether other work on the machine left the figures alone."""
+        return self.clock == "cpu" or self.contention <= BUSY
+
     def to_dict(self) -> dict[str, Any]:
         """The row as it stands in report.json."""
-        return asdict(self)
+        return asdict(self) | {"runs_per_round": list(self.runs_per_round), "speedup": self.speedup.to_dict()}
 
 
 def compare_latency(
@@ -134,7 +173,9 @@ def compare_latency(
         threads=threads,
         batch_size=timings.batch_size,
         rounds=timings.rounds,
-        runs_per_round=timings.runs_per_round,
+        runs_per_round=(timings.runs_per_round[0], timings.runs_per_round[1]),
+        contention=timings.contention,
+        clock=timings.clock,
         original=timings.quantiles(0),
         optimized=timings.quantiles(1),
         speedup=timings.speedup(0, 1),
@@ -163,13 +204,53 @@ def time_interleaved(
     with _no_garbage_collection():
         warm_up_s = min(WARM_UP_MAX_S, budget_s * WARM_UP_SHARE / len(sessions))
         once_s = [_warm_up(session, feeds, warm_up_s) for session in sessions]
-        runs = max(1, min(MAX_RUNS_PER_ROUND, math.ceil(MIN_TIMING_S / max(min(once_s), 1e-7))))
+        runs = _runs_per_round(once_s, alike=threads > 1)
+        round_s = sum(one_s * count for one_s, count in zip(once_s, runs, strict=True))
         remaining_s = budget_s - (time.perf_counter() - began)
-        affordable = int(remaining_s / (sum(once_s) * runs))
-        count = max(MIN_ROUNDS, min(rounds, affordable))
+        count = max(MIN_ROUNDS, min(rounds, int(remaining_s / round_s)))
         shuffler = random.Random(seed)  # noqa: S311  # an order, not a secret
-        times_s = _rounds(sessions, feeds, count, runs, shuffler=shuffler, deadline=began + budget_s)
-    return Timings(size, runs, np.asarray(times_s))
+        timers = [_Timer(session, feeds, times) for session, times in zip(sessions, runs, strict=True)]
+        samples = _rounds(timers, count, shuffler=shuffler, deadline=began + budget_s)
+    return robust_timings(samples, size, runs, threads)
+
+
+def _runs_per_round(once_s: Sequence[float], *, alike: bool) -> tuple[int, ...]:
+    """How often each model runs in a round, so that the clock resolves a timing.
+
+    `alike`: all timings take as long as the slowest model's, since only then preemption, which the wall clock cannot
+    tell from work, meets each of them as often.
+    """
+    least_s = max(MIN_TIMING_S, max(once_s) if alike else 0.0)
+    return tuple(max(1, min(MAX_RUNS_PER_ROUND, round(least_s / max(one_s, 1e-7)))) for one_s in once_s)
+
+
+def robust_timings(samples: Samples, batch_size: int, runs: tuple[int, ...], threads: int) -> Timings:
+    """The times that other work on the machine moves least."""
+    wall_s, cpu_s = samples.wall_s, samples.cpu_s
+    if threads == 1:
+        contention = float(wall_s.sum() / max(cpu_s.sum(), 1e-9))
+        busy = contention > BUSY
+        return Timings(batch_size, runs, cpu_s if busy else wall_s, contention, "cpu" if busy else "wall")
+    quiet = ~samples.preempted
+    kept_s = wall_s[:, quiet] if int(quiet.sum()) >= MIN_ROUNDS else wall_s
+    # CPU time of a pool of spinning threads is no measure of work: what the machine adds is told from quiet rounds.
+    usual_s = np.median(kept_s, axis=1, keepdims=True)
+    return Timings(batch_size, runs, kept_s, float(max(1.0, (wall_s / usual_s).mean())), "wall")
+
+
+def ratio_interval(ratios: Times) -> Speedup:
+    """Median of the ratios of successive rounds with a 95 % interval that sees drifts too.
+
+    It is the exact interval of `median_interval`, widened to that of the mean of the medians of successive blocks
+    (Student's t on logarithms): what changes from one second to the next moves whole blocks, which the first, for which
+    rounds are independent, takes for certainty.
+    """
+    exact = median_interval(ratios.tolist())
+    if len(ratios) < BLOCKS * MIN_BLOCK_ROUNDS:
+        return exact
+    medians = np.log([float(np.median(block)) for block in np.array_split(ratios, BLOCKS)])
+    reach = math.exp(_T_975 * float(medians.std(ddof=1)) / math.sqrt(BLOCKS))
+    return Speedup(exact.median, min(exact.low, exact.median / reach), max(exact.high, exact.median * reach))
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Speedup:
@@ -213,46 +294,75 @@ def _accepted_feeds(
 
 def _warm_up(session: ort.InferenceSession, feeds: Sequence[Feeds], limit_s: float) -> float:
     """Runs until times are stable, the limit is reached or there were 50 runs; returns the usual time of one run."""
+    timer = _Timer(session, feeds, 1)
     began = time.perf_counter()
     times_s: list[float] = []
     while len(times_s) < WARM_UP_MAX_RUNS:
-        times_s.append(_time_s(session, feeds[len(times_s) % len(feeds)], 1))
+        times_s.append(timer.time(len(times_s)).wall_s)
         last = times_s[-4:]
         stable = len(last) == 4 and max(last) - min(last) <= STABLE_SPREAD * min(last)
         if stable or time.perf_counter() - began > limit_s:
             break
-    return float(np.median(times_s[-4:]))
+    return float(np.min(times_s[-4:]))
 
 
-def _rounds(
-    sessions: Sequence[ort.InferenceSession],
-    feeds: Sequence[Feeds],
-    count: int,
-    runs: int,
-    *,
-    shuffler: random.Random,
-    deadline: float,
-) -> list[list[float]]:
-    """Seconds of one run of each session, round by round; stops early when the time is up and there are enough."""
-    times_s: list[list[float]] = [[] for _ in sessions]
-    order = list(range(len(sessions)))
+@dataclass(frozen=True)
+class _Sample:
+    """One timing: seconds of one run by either clock, and how often the process was preempted meanwhile."""
+
+    wall_s: float
+    cpu_s: float
+    preemptions: int
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Timings of all rounds: seconds [models, rounds], and whether any of a round's was preempted [rounds]."""
+
+    wall_s: Times
+    cpu_s: Times
+    preempted: NDArray[np.bool_]
+
+
+class _Timer:
+    """Times one session, `runs` runs at a time, on each of the feeds in turn."""
+
+    def __init__(self, session: ort.InferenceSession, feeds: Sequence[Feeds], runs: int) -> None:
+        taken = {value.name for value in session.get_inputs()}
+        self._feeds = [{name: array for name, array in feed.items() if name in taken} for feed in feeds]
+        self._session, self._runs = session, runs
+
+    def time(self, index: int) -> _Sample:
+        feed, run_once = self._feeds[index % len(self._feeds)], self._session.run
+        preempted = _preemptions()
+        # The wall clock lies outside: it may count the system calls that read the CPU clock, not the other way round.
+        began_wall, began_cpu = time.perf_counter_ns(), time.thread_time_ns()
+        for _ in range(self._runs):
+            run_once(None, feed)
+        cpu_ns, wall_ns = time.thread_time_ns() - began_cpu, time.perf_counter_ns() - began_wall
+        return _Sample(wall_ns / self._runs / 1e9, cpu_ns / self._runs / 1e9, _preemptions() - preempted)
+
+
+def _preemptions() -> int:
+    """How often the kernel took a processor away from a thread of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def _rounds(timers: Sequence[_Timer], count: int, *, shuffler: random.Random, deadline: float) -> Samples:
+    """Times every model once a round; stops early when the time is up and there are enough rounds."""
+    rounds: list[list[_Sample]] = []
+    order = list(range(len(timers)))
     for index in range(count):
         if index >= MIN_ROUNDS and time.perf_counter() > deadline:
             break
         shuffler.shuffle(order)
-        feed = feeds[index % len(feeds)]
-        for which in order:
-            times_s[which].append(_time_s(sessions[which], feed, runs))
-    return times_s
-
-
-def _time_s(session: ort.InferenceSession, feed: Feeds, runs: int) -> float:
-    names = {value.name for value in session.get_inputs()}
-    taken = {name: array for name, array in feed.items() if name in names}
-    began = time.perf_counter_ns()
-    for _ in range(runs):
-        session.run(None, taken)
-    return (time.perf_counter_ns() - began) / runs / 1e9
+        timed = {which: timers[which].time(index) for which in order}
+        rounds.append([timed[which] for which in range(len(timers))])
+    return Samples(
+        wall_s=np.asarray([[sample.wall_s for sample in row] for row in rounds]).T,
+        cpu_s=np.asarray([[sample.cpu_s for sample in row] for row in rounds]).T,
+        preempted=np.asarray([any(sample.preemptions for sample in row) for row in rounds]),
+    )
 
 
 def _quantiles(times_s: Times) -> Quantiles:

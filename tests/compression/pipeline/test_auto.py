@@ -263,8 +263,8 @@ def test_such_a_head_stays_in_float_under_dynamic(reader: Model, loud: InputData
 def test_batch_sizes_count_alike(tmp_path: Path) -> None:
     """Times of a race are geometric means over batch sizes, in the rounds that all of them have; a candidate that is
     slower at one of them shows there."""
-    one = Timings(1, 1, np.asarray([[4.0] * 9, [1.0] * 9]))
-    eight = Timings(8, 1, np.asarray([[9.0] * 6, [16.0] * 6]))
+    one = Timings(1, (1, 1), np.asarray([[4.0] * 9, [1.0] * 9]))
+    eight = Timings(8, (1, 1), np.asarray([[9.0] * 6, [16.0] * 6]))
     race = RaceTimings((one, eight))
     np.testing.assert_allclose(race.times_s, [[6.0] * 6, [4.0] * 6])
     assert race.speedup(1).median == pytest.approx(1.5)
@@ -291,7 +291,7 @@ def test_without_a_faster_one_float32_is_stored_small(
         times = {before: 1.0, uploaded: uploaded_s or 1.0}
         noises = np.random.default_rng(0).uniform(0.98, 1.02, (1 + len(paths), 30))
         rows = [times.get(path, 1.0) * noise for path, noise in zip((before, *paths), noises, strict=True)]
-        return RaceTimings((Timings(1, 1, np.asarray(rows)),))
+        return RaceTimings((Timings(1, (1, 1), np.asarray(rows)),))
 
     monkeypatch.setattr(Judge, "_timed", timed)
     recipe = Recipe.from_dict({"version": 1})

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from modelpress_compression.measure.fidelity import Fidelity
-from modelpress_compression.measure.latency import Speedup, Times, median_interval
+from modelpress_compression.measure.latency import Speedup, Times, ratio_interval
 from modelpress_compression.pipeline.steps import StepRecord
 
 DRAW = 0.02
@@ -72,7 +72,7 @@ def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
         return None
     racers.sort(key=lambda racer: float(np.median(racer[1])))
     best = racers[0][1]
-    speeds = [(item, median_interval((best / times_s).tolist())) for item, times_s in racers]
+    speeds = [(item, ratio_interval(best / times_s)) for item, times_s in racers]
     draws = [item for item, speed in speeds if speed.high >= 1 - DRAW]
     most = min(item.size_bytes for item in draws) * (1 + SAME_SIZE)
     quickest = next(item for item in draws if item.size_bytes <= most)

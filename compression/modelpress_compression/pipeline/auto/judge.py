@@ -25,7 +25,7 @@ import numpy as np
 from modelpress_compression.inputs import EvaluationData, InputData
 from modelpress_compression.measure.accuracy import compare_accuracy
 from modelpress_compression.measure.fidelity import Fidelity, compare_outputs
-from modelpress_compression.measure.latency import Speedup, Times, Timings, median_interval, time_interleaved
+from modelpress_compression.measure.latency import Speedup, Times, Timings, ratio_interval, time_interleaved
 from modelpress_compression.passes.base import Context
 from modelpress_compression.pipeline.auto.candidates import Candidate
 from modelpress_compression.pipeline.steps import file_size_bytes
@@ -60,7 +60,7 @@ class RaceTimings:
 
     def speedup(self, place: int) -> Speedup:
         """Over the float model, all batch sizes together."""
-        return median_interval((self.times_s[0] / self.times_s[place]).tolist())
+        return ratio_interval(self.times_s[0] / self.times_s[place])
 
     def speedups(self, place: int) -> list[Speedup]:
         """Over the float model, at each batch size."""
