@@ -28,10 +28,12 @@ from modelpress_compression.graph.stats import model_stats
 from modelpress_compression.graph.synthetic import synthetic_inputs
 from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.distill import Distill
-from modelpress_compression.passes.prune import Prune
-from modelpress_compression.passes.quantize import Quantize
-from modelpress_compression.techniques import Augmentation, DistillConfig, PruneConfig, QuantizeConfig
+from modelpress_compression.passes.distill.config import Augmentation, DistillConfig
+from modelpress_compression.passes.distill.distill import Distill
+from modelpress_compression.passes.prune.config import PruneConfig
+from modelpress_compression.passes.prune.prune import Prune
+from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.quantize import Quantize
 from time_curves import render_svg
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -30,11 +30,12 @@ from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.fidelity import compare_outputs
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
-from modelpress_compression.passes.fuse import Fuse
-from modelpress_compression.passes.quantize import Quantize
-from modelpress_compression.recipe import Target
+from modelpress_compression.passes.fuse.config import FuseConfig
+from modelpress_compression.passes.fuse.fuse import Fuse
+from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.quantize import Quantize
 from modelpress_compression.runtime import open_session, run_all
-from modelpress_compression.techniques import FuseConfig, QuantizeConfig
+from modelpress_compression.target import Target
 from saturating_products import emulate
 
 CALIBRATION_SAMPLES = 64

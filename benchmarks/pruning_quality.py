@@ -26,8 +26,8 @@ from modelpress_compression import load
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.prune import Prune
-from modelpress_compression.techniques import PruneConfig
+from modelpress_compression.passes.prune.config import PruneConfig
+from modelpress_compression.passes.prune.prune import Prune
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "pruning_quality.json"

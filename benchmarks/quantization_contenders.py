@@ -179,7 +179,7 @@ def _import_ours() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for module in ("loaders", "pipeline", "passes.fuse", "passes.quantize"):
+    for module in ("loaders", "pipeline", "passes.fuse.fuse", "passes.quantize.quantize"):
         import_module(f"modelpress_compression.{module}")
 
 

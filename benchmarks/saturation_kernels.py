@@ -22,9 +22,9 @@ import onnx_ir
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.quantize import Quantize
-from modelpress_compression.recipe import Target
-from modelpress_compression.techniques import QuantizeConfig
+from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.quantize import Quantize
+from modelpress_compression.target import Target
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from portable_int8 import against_qemu

@@ -15,35 +15,16 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 
 from modelpress_compression.errors import InvalidRecipeError, Violation
-from modelpress_compression.techniques import (
-    AUGMENTATIONS,
-    TECHNIQUES,
-    Augmentation,
-    Checks,
-    ConfigError,
-    config_to_dict,
-)
+from modelpress_compression.options import Checks, ConfigError, config_to_dict
+from modelpress_compression.passes.distill.config import AUGMENTATIONS, Augmentation
+from modelpress_compression.target import Target
+from modelpress_compression.techniques import TECHNIQUES
 
 VERSION = 1
 METRICS = ("top1", "top5", "mse", "mae", "cosine")
 Section = TypeVar("Section")
 # YAML 1.1 reads 1e-3 (no dot) as a string; a person who writes it means the number.
 _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the result will run on. `device`: cuda: gradients are computed on a GPU where there is one; `cpu`: whether
-    8-bit layers may rely on products that do not saturate (VNNI)."""
-
-    device: str = "cpu"
-    cpu: str = "generic"
-
-    def __post_init__(self) -> None:
-        checks = Checks(self)
-        checks.one_of("device", ("cpu", "cuda"))
-        checks.one_of("cpu", ("generic", "vnni"))
-        checks.finish()
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from modelpress_compression.errors import InvalidRecipeError
-from modelpress_compression.recipe import METRICS, Benchmark, Constraints, Recipe, Target, presets
-from modelpress_compression.techniques import AUGMENTATIONS, TECHNIQUES
+from modelpress_compression.passes.distill.config import AUGMENTATIONS
+from modelpress_compression.recipe import METRICS, Benchmark, Constraints, Recipe, presets
+from modelpress_compression.target import Target
+from modelpress_compression.techniques import TECHNIQUES
 from modelpress_protos import recipe as language
 from modelpress_protos.v1 import options_pb2, recipe_pb2
 

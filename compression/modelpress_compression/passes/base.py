@@ -1,7 +1,7 @@
 """The contract of a pass: `Model -> PassResult(model, changes, skipped)`.
 
 A pass keeps nothing between calls and never changes the model that it is given: it works on `model.clone()`. Its frozen
-configuration comes from `modelpress_compression.techniques`.
+configuration is the `config` of its folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol
 from modelpress_compression.errors import TimeLimitError
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
-from modelpress_compression.recipe import Target
+from modelpress_compression.target import Target
 
 
 @dataclass(frozen=True)

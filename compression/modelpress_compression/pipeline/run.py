@@ -18,6 +18,7 @@ from modelpress_compression.graph.stats import model_stats
 from modelpress_compression.graph.synthetic import synthetic_inputs
 from modelpress_compression.inputs import Array, EvaluationData, InputData
 from modelpress_compression.model import Model
+from modelpress_compression.options import config_to_dict
 from modelpress_compression.passes.base import Context
 from modelpress_compression.pipeline.auto import choose_quantization
 from modelpress_compression.pipeline.measuring import measure, not_better
@@ -25,7 +26,6 @@ from modelpress_compression.pipeline.progress import Progress, ProgressListener,
 from modelpress_compression.pipeline.steps import StepRecord, apply_step, broken, file_size_bytes, save
 from modelpress_compression.recipe import Recipe
 from modelpress_compression.report.build import ReportInputs, StepRow, build_report
-from modelpress_compression.techniques import config_to_dict
 
 SYNTHETIC_SAMPLES = 32
 LogListener = Callable[[str, str], None]  # severity (INFO, WARNING, ERROR), text

@@ -18,9 +18,10 @@ from modelpress_compression.executor import Executor, weights
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.fuse import Fuse
-from modelpress_compression.passes.quantize import Quantize
-from modelpress_compression.techniques import FuseConfig, QuantizeConfig
+from modelpress_compression.passes.fuse.config import FuseConfig
+from modelpress_compression.passes.fuse.fuse import Fuse
+from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.quantize import Quantize
 from torch import Tensor, nn
 
 BATCH = 3

@@ -17,7 +17,8 @@ from modelpress_compression.measure.fidelity import Fidelity, OutputFidelity
 from modelpress_compression.measure.latency import Speedup, Timings
 from modelpress_compression.model import Provenance
 from modelpress_compression.passes.base import Context, PassResult
-from modelpress_compression.passes.quantize import store_rest
+from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.weight_only.store import store_rest
 from modelpress_compression.pipeline import auto
 from modelpress_compression.pipeline.auto import _Search
 from modelpress_compression.pipeline.auto.candidates import Candidate, fastest, pareto_set
@@ -26,7 +27,6 @@ from modelpress_compression.pipeline.auto.judge import Judge, RaceTimings
 from modelpress_compression.pipeline.auto.mixed import fewest_in_float
 from modelpress_compression.pipeline.steps import StepRecord, file_size_bytes
 from modelpress_compression.recipe import Step
-from modelpress_compression.techniques import QuantizeConfig
 from onnx import TensorProto, helper, numpy_helper
 
 

@@ -12,13 +12,13 @@ from modelpress_compression.errors import InvalidRecipeError, Violation
 from modelpress_compression.executor import Selector, device_for
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.distill.config import DistillConfig
 from modelpress_compression.passes.distill.labels import LabelLoss, label_loss
 from modelpress_compression.passes.distill.losses import ValueLoss, output_losses
 from modelpress_compression.passes.distill.objective import Objective
 from modelpress_compression.passes.distill.samples import Samples
 from modelpress_compression.passes.distill.teacher import Answers
 from modelpress_compression.passes.distill.training import Augment
-from modelpress_compression.techniques import DistillConfig
 
 # Of the time that is left when training starts, what stays for proving and measuring the result.
 RESERVE = 0.15

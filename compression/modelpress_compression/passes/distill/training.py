@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from modelpress_compression.executor import Executor
 from modelpress_compression.inputs import Feeds
+from modelpress_compression.passes.distill.config import DistillConfig
 from modelpress_compression.passes.distill.objective import Objective, mask_of, tensors
 from modelpress_compression.passes.distill.samples import Feed
 from modelpress_compression.passes.distill.teacher import Answers
-from modelpress_compression.techniques import DistillConfig
 
 MOMENTUM = 0.9
 MAX_GRADIENT_NORM = 1.0

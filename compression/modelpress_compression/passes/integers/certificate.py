@@ -20,7 +20,7 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult
 from modelpress_compression.passes.integers.products import Summation, of_matrix, of_node, output_axis
 from modelpress_compression.passes.integers.saturation import Bounds, bounds, within_limit
-from modelpress_compression.recipe import Target
+from modelpress_compression.target import Target
 
 # Key in `Value.meta` of a quantized weight: how many of its scales were raised, or pairs moved, against saturation.
 REDUCED = "modelpress.reduced_channels"

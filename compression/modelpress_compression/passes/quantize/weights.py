@@ -14,11 +14,11 @@ from modelpress_compression.graph.read import attribute, constant_array, graph_o
 from modelpress_compression.passes.integers.certificate import REDUCED
 from modelpress_compression.passes.integers.products import Summation, of_node
 from modelpress_compression.passes.integers.saturation import bounds, least_squares_scale, within_limit
+from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.rounding.affine import QuantizedWeight, quantize_weight
 from modelpress_compression.passes.quantize.rounding.balance import balanced
 from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder, Rounder, Rounding, nearest
-from modelpress_compression.recipe import Target
-from modelpress_compression.techniques import QuantizeConfig
+from modelpress_compression.target import Target
 
 # A product with fewer weights costs less than the nodes around it.
 MIN_WEIGHT_ELEMENTS = 256

@@ -24,14 +24,15 @@ from pathlib import Path
 from modelpress_compression.inputs import EvaluationData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip
-from modelpress_compression.passes.quantize import Quantize, prepare_static, store_rest
+from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.quantize import Quantize, prepare_static
+from modelpress_compression.passes.quantize.weight_only.store import store_rest
 from modelpress_compression.pipeline.auto.candidates import Candidate, fastest, pareto_set
 from modelpress_compression.pipeline.auto.heads import unvouched_heads
 from modelpress_compression.pipeline.auto.judge import Judge
 from modelpress_compression.pipeline.auto.mixed import fewest_in_float, order_of
 from modelpress_compression.pipeline.steps import StepRecord, file_size_bytes, keep, scaled
 from modelpress_compression.recipe import Recipe, Step
-from modelpress_compression.techniques import QuantizeConfig
 
 # Shares of the step's time until dynamic and static are built, and until the mixed ones are judged.
 _DYNAMIC, _STATIC, _MIXED = 0.15, 0.6, 0.85

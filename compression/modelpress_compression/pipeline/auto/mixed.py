@@ -12,7 +12,7 @@ from collections.abc import Callable
 from modelpress_compression.graph.read import label
 from modelpress_compression.measure.node_times import node_times_ms
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.quantize import StaticQuantizer
+from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
 
 # No layer is free: what takes no measurable time still costs so much of what the slowest costs.
 _LEAST_SHARE = 1e-3

@@ -13,8 +13,8 @@ import torch
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
-from modelpress_compression.passes.distill import Distill
-from modelpress_compression.techniques import DistillConfig
+from modelpress_compression.passes.distill.config import DistillConfig
+from modelpress_compression.passes.distill.distill import Distill
 from onnx import helper
 
 SIDE = 8

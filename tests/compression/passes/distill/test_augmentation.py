@@ -14,7 +14,7 @@ from modelpress_compression.passes.base import PassResult
 from modelpress_compression.passes.distill import teacher, training
 from modelpress_compression.passes.distill.augmentation import Augmenter, image, make_augmenter, signal
 from modelpress_compression.passes.distill.augmentation.kinds import InputKind, input_kinds
-from modelpress_compression.techniques import AUGMENTATIONS, Augmentation
+from modelpress_compression.passes.distill.config import AUGMENTATIONS, Augmentation
 from onnx import helper
 
 OF_IMAGES = ("horizontal_flip", "vertical_flip", "rotation", "random_resized_crop", "color_jitter", "noise", "mixup")

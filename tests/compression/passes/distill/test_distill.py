@@ -14,8 +14,8 @@ from modelpress_compression import Recipe, compress
 from modelpress_compression.errors import InvalidRecipeError
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
-from modelpress_compression.passes.distill import Distill
-from modelpress_compression.techniques import DistillConfig
+from modelpress_compression.passes.distill.config import DistillConfig
+from modelpress_compression.passes.distill.distill import Distill
 from onnx import helper
 
 Run = Callable[..., PassResult]

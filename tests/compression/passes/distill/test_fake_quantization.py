@@ -12,9 +12,9 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.distill.fake_quantization import unfold
 from modelpress_compression.passes.integers.certificate import certify
-from modelpress_compression.passes.quantize import Quantize
+from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.quantize import Quantize
 from modelpress_compression.runtime import run, session_of
-from modelpress_compression.techniques import QuantizeConfig
 from onnx import helper
 
 Quantized = Callable[..., Model]

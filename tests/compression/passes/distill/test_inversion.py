@@ -13,9 +13,10 @@ from modelpress_compression.executor import Executor
 from modelpress_compression.graph.synthetic import synthetic_inputs
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.distill import Distill, inversion
+from modelpress_compression.passes.distill import inversion
+from modelpress_compression.passes.distill.config import DistillConfig
+from modelpress_compression.passes.distill.distill import Distill
 from modelpress_compression.passes.distill.inversion import find_statistics, training_inputs
-from modelpress_compression.techniques import DistillConfig
 from onnx import helper
 
 

@@ -16,8 +16,8 @@ from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.distill.blocks import find_blocks
 from modelpress_compression.passes.distill.correspondence import corresponding, cut_axis, rising_selection
 from modelpress_compression.passes.distill.matching import common_values
-from modelpress_compression.passes.prune import Prune
-from modelpress_compression.techniques import PruneConfig
+from modelpress_compression.passes.prune.config import PruneConfig
+from modelpress_compression.passes.prune.prune import Prune
 from onnx import helper
 
 

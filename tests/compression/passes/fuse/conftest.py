@@ -13,9 +13,9 @@ import pytest
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.base import Context, PassResult
-from modelpress_compression.passes.fuse import Fuse
+from modelpress_compression.passes.fuse.config import FuseConfig
+from modelpress_compression.passes.fuse.fuse import Fuse
 from modelpress_compression.runtime import run, session_of
-from modelpress_compression.techniques import FuseConfig
 from onnx import TensorProto, helper, numpy_helper
 
 Build = Callable[..., Model]

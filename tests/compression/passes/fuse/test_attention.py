@@ -12,7 +12,7 @@ import onnx_ir
 import pytest
 import torch
 from modelpress_compression.model import Model, Provenance
-from modelpress_compression.techniques import FuseConfig
+from modelpress_compression.passes.fuse.config import FuseConfig
 from onnx import TensorProto, helper
 from torch import nn
 

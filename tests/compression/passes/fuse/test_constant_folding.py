@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from modelpress_compression.techniques import FuseConfig
+from modelpress_compression.passes.fuse.config import FuseConfig
 from onnx import TensorProto, helper, numpy_helper
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from modelpress_compression.passes.base import PassResult
-from modelpress_compression.techniques import FuseConfig
+from modelpress_compression.passes.fuse.config import FuseConfig
 from onnx import TensorProto, helper
 
 Ops = Callable[[PassResult], list[str]]

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from modelpress_compression.errors import TimeLimitError
 from modelpress_compression.inputs import InputData
-from modelpress_compression.passes import fuse as package
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.fuse import Fuse
+from modelpress_compression.passes.fuse import fuse as module
+from modelpress_compression.passes.fuse.config import FuseConfig
+from modelpress_compression.passes.fuse.fuse import Fuse
 from modelpress_compression.passes.fuse.rewriting import FIRED, Scope, Tally, apply
 from modelpress_compression.passes.fuse.verification import Verification
-from modelpress_compression.techniques import TECHNIQUES, FuseConfig
+from modelpress_compression.techniques import TECHNIQUES
 from onnx import helper
 
 
@@ -73,7 +74,7 @@ def test_wrong_rewrite_is_undone(build: Any, fuse: Any, ops: Any, rng: Any, monk
             scope.replace(node, [node], [made, negated])
             return FIRED
 
-    monkeypatch.setattr(package, "FuseHardSwish", _Wrong)
+    monkeypatch.setattr(module, "FuseHardSwish", _Wrong)
     result = fuse(build(*_network(rng)))
     assert "wrong" not in result.changes
     assert result.changes["conv_batchnorm"] == 1
@@ -94,7 +95,7 @@ def test_result_that_does_not_load_is_undone(build: Any, fuse: Any, rng: Any, mo
             scope.replace(node, [node], [scope.node("NoSuchOperator", [node.inputs[0]], like=node)])
             return FIRED
 
-    monkeypatch.setattr(package, "FuseHardSwish", _Unknown)
+    monkeypatch.setattr(module, "FuseHardSwish", _Unknown)
     result = fuse(build(*_network(rng)))
     assert any("does not run" in skip.reason for skip in result.skipped)
 

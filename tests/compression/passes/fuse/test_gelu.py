@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from modelpress_compression.techniques import FuseConfig
+from modelpress_compression.passes.fuse.config import FuseConfig
 from onnx import helper
 
 _WEIGHTS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from modelpress_compression.techniques import FuseConfig
+from modelpress_compression.passes.fuse.config import FuseConfig
 from onnx import helper
 
 

@@ -15,11 +15,11 @@ from modelpress_compression.graph.edit import Editor
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.integers.products import Summation, of_node
 from modelpress_compression.passes.integers.saturation import bounds, least_squares_scale, within_limit
+from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.rounding.affine import QuantizedWeight, quantize_weight
 from modelpress_compression.passes.quantize.rounding.balance import balanced
 from modelpress_compression.passes.quantize.weights import WeightStore
-from modelpress_compression.recipe import Target
-from modelpress_compression.techniques import QuantizeConfig
+from modelpress_compression.target import Target
 from numpy.typing import NDArray
 
 SHAPES = arrays.array_shapes(min_dims=2, max_dims=2, max_side=5)

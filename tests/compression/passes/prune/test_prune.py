@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from modelpress_compression.inputs import InputData
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.prune import Prune
-from modelpress_compression.techniques import TECHNIQUES, PruneConfig
+from modelpress_compression.passes.prune.config import PruneConfig
+from modelpress_compression.passes.prune.prune import Prune
+from modelpress_compression.techniques import TECHNIQUES
 from onnx import TensorProto, helper, numpy_helper
 
 WeightOf = Callable[..., Any]

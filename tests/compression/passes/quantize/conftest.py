@@ -12,9 +12,9 @@ import pytest
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.base import Context, PassResult
-from modelpress_compression.passes.quantize import Quantize
+from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.quantize import Quantize
 from modelpress_compression.runtime import run, session_of
-from modelpress_compression.techniques import QuantizeConfig
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 

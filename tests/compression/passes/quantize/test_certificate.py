@@ -12,12 +12,13 @@ from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.integers.certificate import certify, keep_within_limits
-from modelpress_compression.passes.quantize import Quantize
+from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.quantize import Quantize
 from modelpress_compression.pipeline.run import Result, compress
-from modelpress_compression.recipe import Recipe, Target
+from modelpress_compression.recipe import Recipe
 from modelpress_compression.report.html import render_html
 from modelpress_compression.runtime import run, session_of
-from modelpress_compression.techniques import QuantizeConfig
+from modelpress_compression.target import Target
 from numpy.typing import NDArray
 from onnx import helper
 

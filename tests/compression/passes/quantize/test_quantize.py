@@ -12,11 +12,11 @@ from modelpress_compression.errors import TimeLimitError
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.inputs import InputData
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.quantize import Quantize
+from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.float16 import store_in_float16
+from modelpress_compression.passes.quantize.quantize import Quantize
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.techniques import QuantizeConfig
 from onnx import helper
 
 NODE = helper.make_node

@@ -19,7 +19,7 @@ from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.distill.augmentation import image, signal
 from modelpress_compression.passes.distill.augmentation.kinds import IMAGE, SIGNAL, TOKENS, InputKind, input_kinds
-from modelpress_compression.techniques import Augmentation
+from modelpress_compression.passes.distill.config import Augmentation
 
 __all__ = ["Augmenter", "make_augmenter"]
 

@@ -29,8 +29,8 @@ from modelpress_compression.passes.prune.channel.least_squares import Repair, re
 from modelpress_compression.passes.prune.channel.magnitude import Magnitude
 from modelpress_compression.passes.prune.channel.scope import permitted, sparsity_of, unmatched_overrides
 from modelpress_compression.passes.prune.channel.selection import Limits, Selection, select_by_layer, select_globally
+from modelpress_compression.passes.prune.config import PruneConfig
 from modelpress_compression.passes.prune.targets import unmatched
-from modelpress_compression.techniques import PruneConfig
 
 __all__ = ["CRITERIA", "prune_channels"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from modelpress_compression.channels import Group, Member
 from modelpress_compression.passes.base import Skip, is_excluded
-from modelpress_compression.techniques import PruneConfig
+from modelpress_compression.passes.prune.config import PruneConfig
 
 
 def permitted(groups: Sequence[Group], config: PruneConfig) -> tuple[list[Group], list[Skip]]:

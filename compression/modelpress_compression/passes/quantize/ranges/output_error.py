@@ -30,6 +30,7 @@ from modelpress_compression.graph.read import graph_of, label
 from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.ranges.activations import Listener
 from modelpress_compression.passes.quantize.ranges.observers import Range
 from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters, activation_parameters
@@ -38,7 +39,6 @@ from modelpress_compression.passes.quantize.static.plan import Plan, Tensor, act
 from modelpress_compression.passes.quantize.static.qdq import quantize_heavy
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.runtime import run, session_of
-from modelpress_compression.techniques import QuantizeConfig
 
 MAX_SAMPLES = 8
 DISTANCE_SAMPLES = 32

@@ -11,11 +11,11 @@ import onnx_ir
 from modelpress_compression.graph.linear import Linear, Matrix
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.gptq import gptq
 from modelpress_compression.passes.quantize.rounding.hessians import Hessians
 from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder, Numbers, Rounder, Rounding, nearest
-from modelpress_compression.techniques import QuantizeConfig
 
 _NEEDS_DATA = (
     "Rounding 'gptq' needs representative inputs, which tell how a weight's inputs go together: give them with --data. "

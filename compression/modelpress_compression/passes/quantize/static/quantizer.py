@@ -20,6 +20,7 @@ from modelpress_compression.passes.base import PassResult, is_excluded
 from modelpress_compression.passes.integers.certificate import certified
 from modelpress_compression.passes.integers.fused_products import fuse_products
 from modelpress_compression.passes.quantize import dynamic
+from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.ranges.choice import Ranges
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.rounder import Rounder
@@ -27,8 +28,7 @@ from modelpress_compression.passes.quantize.static.bias_correction import Shifts
 from modelpress_compression.passes.quantize.static.plan import Plan, is_light, make_plan
 from modelpress_compression.passes.quantize.static.qdq import QdqWriter, guard_float_nodes
 from modelpress_compression.passes.quantize.weights import WeightStore
-from modelpress_compression.recipe import Target
-from modelpress_compression.techniques import QuantizeConfig
+from modelpress_compression.target import Target
 
 # Names in the changes, besides those of operators.
 SMOOTHED, EQUALIZED, CORRECTED, GPTQ = "smooth_quant", "equalize", "bias_correction", "gptq"

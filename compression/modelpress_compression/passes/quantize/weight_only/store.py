@@ -29,12 +29,12 @@ from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.read import is_constant, is_op
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, is_excluded
+from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder, Rounder
 from modelpress_compression.passes.quantize.weight_only.uses import uses_of
 from modelpress_compression.passes.quantize.weight_only.writer import WeightWriter
 from modelpress_compression.passes.quantize.weights import is_finite
-from modelpress_compression.techniques import QuantizeConfig
 
 # Fewer weights than this are not worth the nodes and the scales.
 MIN_WEIGHT_ELEMENTS = 512

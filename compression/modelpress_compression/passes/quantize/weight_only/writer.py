@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import MICROSOFT, attribute, graph_of, input_of, is_op, label, required
+from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.rounding.rounder import Numbers, Rounder, Rounding, nearest
 from modelpress_compression.passes.quantize.weight_only.blocks import Blocks, block_size, quantize_blocks
 from modelpress_compression.passes.quantize.weight_only.folded import (
@@ -27,7 +28,6 @@ from modelpress_compression.passes.quantize.weight_only.uses import (
     is_transposed,
 )
 from modelpress_compression.passes.quantize.weights import WeightStore
-from modelpress_compression.techniques import QuantizeConfig
 
 _INT8_COMPUTE = 4  # accuracy_level
 

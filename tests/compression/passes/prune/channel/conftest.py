@@ -11,8 +11,8 @@ import pytest
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
-from modelpress_compression.passes.prune import Prune
-from modelpress_compression.techniques import PruneConfig
+from modelpress_compression.passes.prune.config import PruneConfig
+from modelpress_compression.passes.prune.prune import Prune
 from onnx import helper
 
 SIDE = 8  # of the images

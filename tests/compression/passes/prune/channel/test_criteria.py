@@ -9,7 +9,7 @@ import pytest
 from modelpress_compression.channels import find_groups
 from modelpress_compression.graph.edit import replace_numbers
 from modelpress_compression.passes.prune.channel import CRITERIA
-from modelpress_compression.techniques import PruneConfig
+from modelpress_compression.passes.prune.config import PruneConfig
 from onnx import helper
 
 RTOL = 1e-5  # float32 weights and activations, summed in float64

@@ -14,7 +14,8 @@ from modelpress_compression.graph.read import constant_array
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
-from modelpress_compression.passes.quantize import prepare_static
+from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.quantize import prepare_static
 from modelpress_compression.passes.quantize.ranges.observers import Range
 from modelpress_compression.passes.quantize.ranges.output_error import Trial, open_probe, output_distances
 from modelpress_compression.passes.quantize.report import Findings
@@ -27,7 +28,6 @@ from modelpress_compression.passes.quantize.static.preparation import decibels
 from modelpress_compression.passes.quantize.static.qdq import quantize_heavy
 from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
 from modelpress_compression.passes.quantize.weights import WeightStore
-from modelpress_compression.techniques import QuantizeConfig
 from numpy.typing import NDArray
 
 Arrays = Mapping[str, NDArray[np.generic]]

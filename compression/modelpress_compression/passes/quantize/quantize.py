@@ -1,0 +1,138 @@
+"""Quantization: `Quantize(config)`, schemes static, dynamic, weight_only and float16.
+
+- static: 8-bit weights and activations, ranges from calibration (static/, ranges/, scaling/).
+- dynamic: 8-bit weights, activations quantized by the range that they have in each run (dynamic.py).
+- weight_only: weights in 4 or 8 bits, activations in float32 (weight_only/).
+- float16: weights in half precision (float16.py).
+
+Whether the result runs and is finite is the pipeline's to check, as it does for every pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx_ir
+
+from modelpress_compression.graph.edit import Editor, clean
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded
+from modelpress_compression.passes.integers.certificate import certified
+from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.expand import expand_fused
+from modelpress_compression.passes.quantize.float16 import store_in_float16
+from modelpress_compression.passes.quantize.report import Findings
+from modelpress_compression.passes.quantize.rounding.gptq_rounder import make_rounder
+from modelpress_compression.passes.quantize.static.preparation import prepare
+from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer, quantize_nodes
+from modelpress_compression.passes.quantize.weight_only.store import store_weights
+from modelpress_compression.passes.quantize.weights import WeightStore
+
+# Per-axis scales came with opset 13.
+MIN_OPSET = 13
+_QUANTIZED_OPERATORS = frozenset(
+    [
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "MatMulInteger",
+        "ConvInteger",
+        "QLinearConv",
+        "QLinearMatMul",
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+        "DynamicQuantizeLSTM",
+        "QAttention",
+        "QGemm",
+        "MatMulNBits",
+        "GatherBlockQuantized",
+    ]
+)
+_WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN")
+
+
+class Quantize:
+    """One configured quantization; `scheme` auto is resolved by the pipeline, which tries the schemes."""
+
+    def __init__(self, config: QuantizeConfig) -> None:
+        if config.scheme == "auto":
+            raise ValueError("Scheme 'auto' is no scheme of its own: run 'static' and 'dynamic', keep the better one.")
+        self._config = config
+
+    def __call__(self, model: Model, context: Context) -> PassResult:
+        """Raises ModelNotRunnableError if the model does not run on the data, TimeLimitError if time is up."""
+        if reason := _why_not(model):
+            return PassResult(model, skipped=(Skip("model", reason),))
+        if self._config.scheme == "static":
+            quantizer = prepare_static(model, self._config, context)
+            result = quantizer.result() if quantizer is not None else PassResult(model)
+        else:
+            findings = Findings(warnings=_unmatched(model, self._config.exclude))
+            result = certified(findings.result(self._apply(model.clone(), context, findings)), context.target)
+        return result if result.changed else replace(result, model=model)
+
+    def _apply(self, work: Model, context: Context, findings: Findings) -> Model:
+        config = self._config
+        if config.scheme == "float16":
+            store_in_float16(work, config.exclude, findings)
+            return work
+        _expand(work, config, findings)
+        rounder = make_rounder(work, config, context, findings)
+        if config.scheme == "weight_only":
+            store_weights(work, config, context, rounder, findings)
+            clean(work)
+            return work
+        if config.activations == "int8":
+            findings.warnings.append("Scheme dynamic makes activations uint8; 'activations: int8' has no effect.")
+        editor = Editor(work)
+        quantize_nodes(
+            list(work.nodes()), config, editor, WeightStore(editor, config, rounder, context.target), findings
+        )
+        clean(work)
+        return work
+
+
+def prepare_static(model: Model, config: QuantizeConfig, context: Context) -> StaticQuantizer | None:
+    """Calibrates a clone of the model for static quantization, once for as many results as are wanted.
+
+    None: the model cannot be quantized; the pass says why. Raises ModelNotRunnableError, TimeLimitError.
+    """
+    if _why_not(model):
+        return None
+    findings = Findings(warnings=_unmatched(model, config.exclude))
+    work = model.clone()
+    _expand(work, config, findings)
+    return prepare(work, config, context, findings)
+
+
+def _expand(work: Model, config: QuantizeConfig, findings: Findings) -> None:
+    """Brings fused nodes into forms that can be in 8 bits, and says of the others why they cannot."""
+    expand_fused(work, Editor(work))
+    for node in work.nodes():
+        if is_excluded(node.name, config.exclude) and node.op_type in _WEIGHTED:
+            findings.skip(node, "excluded by the recipe")
+        elif config.scheme == "weight_only":
+            continue
+        elif node.op_type in ("GRU", "RNN", "ConvTranspose") and not node.domain:
+            findings.skip(node, "onnxruntime has no 8-bit kernel for it")
+        elif node.op_type == "Conv" and config.scheme == "dynamic":
+            findings.skip(node, "dynamic quantization makes it 3 to 10 times slower; scheme static does not")
+
+
+def _why_not(model: Model) -> str | None:
+    if any(node.op_type in _QUANTIZED_OPERATORS for node in model.nodes()):
+        return "the model is quantized already"
+    if any(tensor.dtype in (onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16) for tensor in model.tensors()):
+        return "the model has 16-bit weights already"
+    if model.opset < MIN_OPSET:
+        return f"the model is of opset {model.opset}; quantization needs {MIN_OPSET} or later"
+    return None
+
+
+def _unmatched(model: Model, patterns: tuple[str, ...]) -> list[str]:
+    names = [node.name for node in model.nodes()]
+    return [
+        f"exclude: {pattern!r} matches no node."
+        for pattern in patterns
+        if not any(is_excluded(name, (pattern,)) for name in names)
+    ]
