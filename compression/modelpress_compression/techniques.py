@@ -1,15 +1,15 @@
-"""The table of techniques: it ties each one's configuration to its pass.
+"""The table of techniques: all that the engine knows of one besides its own folder is its row here.
 
-Adding one is a folder under `passes` with its config and its pass, a row here, and a message in recipe.proto;
-docs/writing_a_pass.md walks through it. This module imports neither torch nor onnx: the server reads it.
+docs/writing_a_pass.md walks through adding one. This module imports neither torch nor onnx: the server reads it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from modelpress_compression.passes.distill.config import DistillConfig
 from modelpress_compression.passes.fuse.config import FuseConfig
@@ -20,20 +20,44 @@ if TYPE_CHECKING:
     from modelpress_compression.passes.base import Pass
 
 
+class Chooser(NamedTuple):
+    """What runs a step that leaves a choice open: where `option` is `value`, the function (`module:name`) decides."""
+
+    option: str
+    value: str
+    function: str
+
+
 @dataclass(frozen=True)
 class Technique:
-    """One registry row: the name in a recipe, its config class, and where its pass is (imported when first used)."""
+    """One row. What it names as `module:name` is imported when it is first used.
+
+    `name`: as a recipe spells it. `weight`: how much of a job's progress a step is; measuring weighs 3.
+    """
 
     name: str
     summary: str
     config_class: type[Any]
     pass_class: str = field(repr=False)
+    chooser: Chooser | None = None
+    weight: float = 3.0
 
     def make_pass(self, config: Any) -> Pass:
-        """Imports the pass and gives it its configuration."""
-        module, _, name = self.pass_class.partition(":")
-        made: Pass = getattr(import_module(module), name)(config)
+        """The pass with its configuration."""
+        made: Pass = _imported(self.pass_class)(config)
         return made
+
+    def chooser_for(self, config: Any) -> Callable[..., Any] | None:
+        """What decides for a step with this configuration (see `pipeline`); None where nothing is left open."""
+        if self.chooser is None or getattr(config, self.chooser.option) != self.chooser.value:
+            return None
+        function: Callable[..., Any] = _imported(self.chooser.function)
+        return function
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 TECHNIQUES = MappingProxyType(
@@ -57,12 +81,14 @@ TECHNIQUES = MappingProxyType(
                 "Stores weights, and computes where it pays, in fewer bits.",
                 QuantizeConfig,
                 "modelpress_compression.passes.quantize.quantize:Quantize",
+                Chooser("scheme", "auto", "modelpress_compression.pipeline.auto:choose_quantization"),
             ),
             Technique(
                 "distill",
                 "Trains the model as it stands towards the answers of the model as it was uploaded.",
                 DistillConfig,
                 "modelpress_compression.passes.distill.distill:Distill",
+                weight=12.0,
             ),
         )
     }

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from modelpress_compression.recipe import Recipe
+from modelpress_compression.techniques import TECHNIQUES
 
 # stage, stage_index, stage_count, fraction of the whole job, one line for people
 ProgressListener = Callable[[str, int, int, float, str], None]
 
-# Shares of the whole: loading was done before, measuring takes about as long as a step, training longer.
-_WEIGHTS = {"load": 1.0, "measure": 3.0, "report": 0.2, "distill": 12.0}
-_STEP_WEIGHT = 3.0
+# Shares of the whole; loading was done before. Those of the steps stand in the table of techniques.
+_WEIGHTS = {"load": 1.0, "measure": 3.0, "report": 0.2} | {name: row.weight for name, row in TECHNIQUES.items()}
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
@@ -36,7 +36,7 @@ class Progress:
 
     def update(self, share: float, message: str) -> None:
         """`share` of the current stage is done, 0 to 1."""
-        weights = [_WEIGHTS.get(stage, _STEP_WEIGHT) for stage in self.stages]
+        weights = [_WEIGHTS[stage] for stage in self.stages]
         done = sum(weights[: self._index]) + weights[self._index] * min(max(share, 0.0), 1.0)
         self._fraction = max(self._fraction, done / sum(weights))
         if self.listener is not None:

@@ -20,12 +20,12 @@ from modelpress_compression.inputs import Array, EvaluationData, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.options import config_to_dict
 from modelpress_compression.passes.base import Context
-from modelpress_compression.pipeline.auto import choose_quantization
 from modelpress_compression.pipeline.measuring import measure, not_better
 from modelpress_compression.pipeline.progress import Progress, ProgressListener, stages_of
 from modelpress_compression.pipeline.steps import StepRecord, apply_step, broken, file_size_bytes, save
 from modelpress_compression.recipe import Recipe
 from modelpress_compression.report.build import ReportInputs, StepRow, build_report
+from modelpress_compression.techniques import TECHNIQUES
 
 SYNTHETIC_SAMPLES = 32
 LogListener = Callable[[str, str], None]  # severity (INFO, WARNING, ERROR), text
@@ -147,16 +147,16 @@ def _run_steps(
     eval_data: EvaluationData | None,
 ) -> list[StepRecord]:
     records: list[StepRecord] = []
+    record: StepRecord
     path = original
     for index, step in enumerate(recipe.steps):
         progress.begin(index + 1, f"{step.technique} ({index + 1} of {len(recipe.steps)})")
         target = context.work_directory / f"step-{index}" / "model.onnx"
-        if getattr(step.config, "scheme", None) == "auto":
-            record = choose_quantization(
-                step, model, path, context, target, recipe=recipe, original=original, eval_data=eval_data
-            )
-        else:
+        choose = TECHNIQUES[step.technique].chooser_for(step.config)
+        if choose is None:
             record = apply_step(step, model, path, context, target)
+        else:
+            record = choose(step, model, path, context, target, recipe=recipe, original=original, eval_data=eval_data)
         context.log(f"{step.technique}: {record.changes or 'nothing changed'} in {record.duration_s:.1f} s")
         records.append(record)
         model, path = record.model, record.path
