@@ -1,8 +1,8 @@
-"""A graph in blocks: stretches of nodes between values that alone carry what the weights before them made.
+"""A graph in blocks: stretches of nodes, each ending in the one value through which its weights act on the rest.
 
-A value is such a border where, in the order of the graph, no other value that a trained weight reaches is still needed
-behind it: the output of a layer in a chain, of a whole residual block otherwise. Masks and shapes, which no weight
-reaches, may pass by. The last block ends with the model's outputs.
+A value is such a border if, in the order of the graph, no other value that depends on a trained weight is still needed
+behind it: the output of a layer in a chain, or of a whole residual block. Masks and shapes, which depend on no weight,
+may pass by. The last block ends with the model's outputs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _END = 1 << 60
 
 @dataclass(frozen=True)
 class Block:
-    """`inputs`: values that it takes as given; `target`: what it ends with, "" for the model's outputs; `weights`:
-    constants that are trained here."""
+    """`inputs`: values that it takes as given; `target`: the value that it ends with, "" for the model's outputs;
+    `weights`: constants that are trained here."""
 
     inputs: tuple[str, ...]
     target: str
@@ -33,7 +33,7 @@ class Block:
 
 def find_blocks(model: Model, selector: Selector, matched: Collection[str]) -> list[Block]:
     """Blocks in order, each with weights of its own; borders are among the `matched` names. Weights that several blocks
-    use are in none."""
+    use belong to none of them."""
     nodes = list(model.graph)
     fixed = _fixed_values(nodes)
     owned = [_weights_of(node, selector, fixed) for node in nodes]
@@ -57,22 +57,22 @@ def _borders(
     owned: Sequence[frozenset[onnx_ir.Value]],
     matched: Collection[str],
 ) -> list[tuple[int, str]]:
-    """(index of the last node of a block, its target), at most so many that there are 32 blocks."""
+    """(index of the last node of a block, its target); some are left out where there would be more than 32 blocks."""
     last = _last_uses(model, nodes)
     reached: set[onnx_ir.Value] = set()
     live: set[onnx_ir.Value] = set()
     found: list[tuple[int, str]] = []
-    waiting = False  # whether weights came since the last border
+    waiting = False  # whether there were weights since the last border
     for index, node in enumerate(nodes):
         waiting = waiting or bool(owned[index])
         if any(value in reached or selector(value) for value in read_values(node)):
             reached.update(node.outputs)
             live.update(value for value in node.outputs if last.get(value, -1) > index)
-        live = {value for value in live if last[value] > index} if len(live) < 64 else live
+        live.difference_update(value for value in read_values(node) if last[value] == index)
         if waiting and len(live) == 1 and (name := next(iter(live)).name) in matched and index < len(nodes) - 1:
             found.append((index, name or ""))
             waiting = False
-    # What is left at the end without weights belongs to the block before.
+    # Nodes at the end without weights of their own belong to the block before them.
     if found and not any(owned[index] for index in range(found[-1][0] + 1, len(nodes))):
         found.pop()
     step = -(-len(found) // (MAX_BLOCKS - 1))
@@ -88,7 +88,7 @@ def _last_uses(model: Model, nodes: Sequence[onnx_ir.Node]) -> dict[onnx_ir.Valu
 
 
 def _fixed_values(nodes: Sequence[onnx_ir.Node]) -> set[onnx_ir.Value]:
-    """Values that only constants make: dequantized or transposed weights."""
+    """Values that are computed from constants alone: dequantized or transposed weights."""
     fixed: set[onnx_ir.Value] = set()
     for node in nodes:
         if all(value in fixed or constant_tensor(value) is not None for value in read_values(node)):
@@ -97,8 +97,8 @@ def _fixed_values(nodes: Sequence[onnx_ir.Node]) -> set[onnx_ir.Value]:
 
 
 def _weights_of(node: onnx_ir.Node, selector: Selector, fixed: set[onnx_ir.Value]) -> frozenset[onnx_ir.Value]:
-    """Trained constants that the node reads, directly or through what only constants make; none for nodes that are
-    such themselves."""
+    """Trained constants that the node reads, directly or through fixed values; none for nodes that compute fixed values
+    themselves, since the weight belongs to the node that uses it."""
     if any(value in fixed for value in node.outputs):
         return frozenset()
     found, frontier = set(), list(read_values(node))
@@ -113,7 +113,7 @@ def _weights_of(node: onnx_ir.Node, selector: Selector, fixed: set[onnx_ir.Value
 
 
 def _inputs(nodes: Sequence[onnx_ir.Node], fixed: set[onnx_ir.Value]) -> tuple[str, ...]:
-    """Values from before that the nodes read."""
+    """Computed values from before these nodes that they read."""
     made = {value for node in nodes for value in node.outputs}
     graph = nodes[0].graph
     found: dict[str, None] = {}

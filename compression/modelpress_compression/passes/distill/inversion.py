@@ -3,16 +3,15 @@
     normalization statistics   inputs are optimized until the mean and variance of each channel before every
                                BatchNormalization are those that it stores from its training (DeepInversion, Yin et al.,
                                arXiv:1912.08795), and classes are told apart
-    class scores alone         exporters fold the statistics away: what is left to ask for are inputs that the model is
-                               sure of, one class after the other, and that are smooth
+    class scores alone         where the exporter has folded the statistics away, inputs are optimized to be smooth and
+                               to be assigned to a class with confidence
     neither                    plausible random inputs (`graph.synthetic`)
 
     loss = sum over layers of mean((m - m_l)^2 / v_l) + mean((v / v_l - 1)^2)
            + a * cross-entropy with classes drawn at random + b * total variation
 
-All are poor beside real inputs: what a model makes of them need not be what it is used for. Of random ones that holds
-most: on two small pruned classifiers (top-1 .821 and .270), training on random inputs gave .719 and .216, on inputs
-optimized for classes .936 and .601.
+All of them are poor beside real inputs, and random ones are the poorest: on two small pruned classifiers (top-1 0.821
+and 0.270), training on random inputs gave 0.719 and 0.216, training on inputs optimized for classes 0.936 and 0.601.
 """
 
 from __future__ import annotations
@@ -42,15 +41,15 @@ SAMPLES = 512
 STEPS = 100
 BATCH_SIZE = 32
 _LEARNING_RATE = 0.1
-# a and b, where there are statistics, and where there are none.
+# a and b, by whether there are statistics.
 _WEIGHTS = {True: (0.1, 1e-3), False: (1.0, 1.0)}
-_SHARE_OF_TIME = 0.3  # at most, of what training has
+_SHARE_OF_TIME = 0.3  # at most, of the time that training has
 _EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
 class _Statistics:
-    """What a BatchNormalization saw in training: of its input `value`, mean and variance [C] along axis 1."""
+    """What a BatchNormalization saw in its training: mean and variance [C] along axis 1 of its input `value`."""
 
     value: str
     mean: Tensor
@@ -60,6 +59,7 @@ class _Statistics:
         return replace(self, mean=self.mean.to(device), variance=self.variance.to(device))
 
     def distance(self, x: Tensor) -> Tensor:
+        """A layer's term of the loss above."""
         axes = [axis for axis in range(x.dim()) if axis != 1]
         mean, variance = x.mean(dim=axes), x.var(dim=axes, correction=0)
         scale = self.variance + _EPSILON
@@ -67,7 +67,7 @@ class _Statistics:
 
 
 def training_inputs(original: Model, context: Context, seed: int, stop_at: float) -> tuple[InputData, str]:
-    """Made-up inputs, and a warning that says what they are. Raises ModelNotRunnableError."""
+    """Synthetic inputs, and a warning that says what they are. Raises ModelNotRunnableError."""
     data = synthetic_inputs(original, samples=SAMPLES, seed=seed)
     statistics = find_statistics(original)
     free = [kind.name for kind in input_kinds(original, data) if kind.kind in (IMAGE, SIGNAL)]
@@ -133,7 +133,7 @@ def _optimize(
     generator: torch.Generator,
     until: float,
 ) -> None:
-    """Changes the free inputs of one batch in place."""
+    """Optimizes the free inputs of one batch in place, until the loss is not finite or the time is up."""
     variables = [inputs[name].requires_grad_() for name in free]
     optimizer = torch.optim.Adam(variables, lr=_LEARNING_RATE)
     class_weight, variation_weight = _WEIGHTS[bool(statistics)]

@@ -1,8 +1,8 @@
 """Distances between the student's outputs and the teacher's, chosen by what an output is.
 
     class scores        KL(p_t || p_s) * T^2 of the scores over the temperature T (Hinton et al., arXiv:1503.02531);
-                        probabilities are taken back to scores by their logarithm; scores that are none have 0.1
-                        times the squared error beside it, since KL does not see a shift of all classes
+                        probabilities become scores again by their logarithm; to unnormalized scores 0.1 times
+                        the squared error is added, since KL does not see a shift of all classes
     independent scores  (a sigmoid each) the same between Bernoulli distributions, without a temperature
     embeddings          1 - cosine, along the last axis, and the relative squared error
     everything else     the squared error, relative to the variance of the teacher's output on the first samples
@@ -24,7 +24,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from modelpress_compression.graph.outputs import (
     INDEPENDENT,
-    LOG_PROBABILITIES,
     LOGITS,
     PROBABILITIES,
     classification_outputs,
@@ -51,7 +50,7 @@ class ValueLoss:
     form: str = LOGITS
 
     def __call__(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
-        # Judging must tell losses apart that lie below what float32 sums can tell.
+        # Validation compares losses whose difference is below the rounding of float32 sums.
         precision = torch.float32 if torch.is_grad_enabled() else torch.float64
         mine, theirs = student[self.name].to(precision), teacher[self.name].to(precision)
         if mask is not None and mine.dim() >= 3 and mine.shape[:2] == mask.shape:
@@ -62,9 +61,9 @@ class ValueLoss:
 def output_losses(
     graph: onnx_ir.Graph, samples: Mapping[str, Array], loss: str, temperature: float
 ) -> tuple[list[ValueLoss], dict[str, str]]:
-    """A loss for each output of the teacher's `graph` that has one, and why others have none.
+    """A loss for each output of the teacher's `graph` that can have one, and the reason for each that cannot.
 
-    `samples`: outputs of the teacher for some samples. `loss`: auto, or the distance that all outputs shall have.
+    `samples`: outputs of the teacher for some samples. `loss`: auto, or kl, cosine or mse for all outputs.
     """
     losses, reasons = [], {}
     classes = classification_outputs(graph)
@@ -78,32 +77,48 @@ def output_losses(
     return losses, reasons
 
 
-def _loss_of(value: onnx_ir.Value, array: Array, loss: str, temperature: float, scores: bool) -> ValueLoss:
+def _loss_of(value: onnx_ir.Value, array: Array, wanted: str, temperature: float, classes: bool) -> ValueLoss:
+    """The loss of one output. `array`: the teacher's values; `classes`: the graph says that it may be class scores."""
     name, form = value.name or "", score_form(value)
-    vectors = array.ndim >= 2 and array.shape[-1] >= 2
-    kind = loss
-    if loss == "auto":
-        kind = (
-            "kl"
-            if (scores and array.ndim in (2, 3) and (vectors or form == INDEPENDENT)) or form == PROBABILITIES
-            else "embedding"
-            if vectors and is_embedding(value)
-            else "mse"
-        )
+    kind = _kind_of(value, array, classes) if wanted == "auto" else wanted
     if kind == "kl" and form == INDEPENDENT:
+        # Each class has a probability of its own: there is no softmax that a temperature could soften.
         return ValueLoss(name, "kl (sigmoid)", bernoulli_kl, form)
-    if kind == "kl" and vectors:
+    if not _holds_vectors(array):
+        # A single number at each position is neither a distribution nor a direction, whatever was asked for.
+        kind = "mse"
+    squared_error = relative_mse(array)
+    if kind == "kl":
+        # Maps of scores [N, C, H, W] have their classes where convolutions put channels.
         divergence = kl(form, temperature, axis=1 if array.ndim > 3 else -1)
-        if loss != "auto" or form != LOGITS:
-            return ValueLoss(name, "kl", divergence, form)
-        level = relative_mse(array)
-        return ValueLoss(name, "kl", lambda s, t: divergence(s, t) + LEVEL_WEIGHT * level(s, t), form)
-    if kind == "cosine" and vectors:
-        return ValueLoss(name, "cosine", cosine, form)
+        if wanted == "auto" and form == LOGITS:
+            # Nobody said that these are class scores. If they are compared with a threshold instead, a shift of all of
+            # them matters, and KL alone would not see it.
+            divergence = _sum(divergence, squared_error, LEVEL_WEIGHT)
+        return ValueLoss(name, "kl", divergence, form)
     if kind == "embedding":
-        relative = relative_mse(array)
-        return ValueLoss(name, "cosine and mse", lambda s, t: cosine(s, t) + relative(s, t), form)
-    return ValueLoss(name, "mse", relative_mse(array), form)
+        # The cosine leaves the lengths of the vectors open, which a search by dot product reads.
+        return ValueLoss(name, "cosine and mse", _sum(cosine, squared_error), form)
+    return ValueLoss(name, kind, cosine if kind == "cosine" else squared_error, form)
+
+
+def _kind_of(value: onnx_ir.Value, array: Array, classes: bool) -> str:
+    """kl, embedding or mse, by what the graph says of the output."""
+    form = score_form(value)
+    # [N, C] or [N, T, C]. Sigmoids may be a single one: yes or no.
+    scores = classes and array.ndim in (2, 3) and (_holds_vectors(array) or form == INDEPENDENT)
+    if scores or form == PROBABILITIES:
+        return "kl"
+    return "embedding" if _holds_vectors(array) and is_embedding(value) else "mse"
+
+
+def _holds_vectors(array: Array) -> bool:
+    """Whether the last axis holds several numbers that belong together."""
+    return array.ndim >= 2 and array.shape[-1] >= 2
+
+
+def _sum(first: Distance, second: Distance, weight: float = 1.0) -> Distance:
+    return lambda student, teacher: first(student, teacher) + weight * second(student, teacher)
 
 
 def log_probabilities(scores: Tensor, form: str, axis: int = -1, temperature: float = 1.0) -> Tensor:
@@ -141,16 +156,3 @@ def relative_mse(sample: Array) -> Distance:
     variance = float(finite.var()) if finite.size else 0.0
     scale = variance if variance > 0 else float(np.square(finite).mean()) if finite.any() else 1.0
     return lambda student, teacher: torch.nan_to_num(student - teacher).square().mean() / scale
-
-
-__all__ = [
-    "LOG_PROBABILITIES",
-    "Distance",
-    "ValueLoss",
-    "bernoulli_kl",
-    "cosine",
-    "kl",
-    "log_probabilities",
-    "output_losses",
-    "relative_mse",
-]

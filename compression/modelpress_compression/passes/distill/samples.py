@@ -1,4 +1,4 @@
-"""The samples of a training run: a part held out that judges, and the rest in batches of a random order."""
+"""The samples of a training run: a part held out for validation, and the rest in batches of a random order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Feed:
-    """What a model is run on at once: samples by their indices, their inputs, and their labels where there are some."""
+    """What a model is run on at once: the samples' indices, their inputs, and their labels where there are any."""
 
     indices: tuple[int, ...]
     inputs: Feeds
@@ -26,16 +26,16 @@ class Feed:
 
 @dataclass(frozen=True)
 class Samples:
-    """`train` and `judge`: indices of the samples; the same ones where there are too few to hold some out."""
+    """`train` and `validation`: indices of the samples; the same ones where there are too few to hold some out."""
 
     data: InputData
     train: Indices
-    judge: Indices
+    validation: Indices
     batch_size: int
 
     @property
     def held_out(self) -> bool:
-        return self.train is not self.judge
+        return self.train is not self.validation
 
     @property
     def steps(self) -> int:
@@ -48,9 +48,9 @@ class Samples:
         for start in range(0, len(units), self._feeds_a_batch):
             yield [self.feed(unit.tolist()) for unit in units[start : start + self._feeds_a_batch]]
 
-    def judging(self) -> Iterator[Feed]:
-        """The samples that judge, always in the same order."""
-        return (self.feed(unit.tolist()) for unit in self._units(self.judge))
+    def validation_feeds(self) -> Iterator[Feed]:
+        """The samples for validation, always in the same order."""
+        return (self.feed(unit.tolist()) for unit in self._units(self.validation))
 
     def feed(self, indices: Sequence[int]) -> Feed:
         labels = self.data.labels
@@ -69,14 +69,14 @@ class Samples:
         return max(1, round(self.batch_size / self._feed_size))
 
     def _units(self, indices: Indices) -> list[Indices]:
-        """Indices feed by feed; what does not fill a fixed batch is left out."""
+        """Indices feed by feed. Samples that do not fill a fixed batch are left out."""
         size = self._feed_size
         units = [indices[start : start + size] for start in range(0, len(indices), size)]
         return [unit for unit in units if not self.data.fixed_batch or len(unit) == size]
 
 
 def split(data: InputData, hold_out: float, batch_size: int, seed: int) -> Samples:
-    """A random share held out, whole feeds of it; none where there are fewer than 10 samples or two feeds."""
+    """Holds out a random share, in whole feeds; nothing where there are fewer than 10 samples or than two feeds."""
     count, unit = len(data), data.fixed_batch or 1
     order = np.random.default_rng(seed).permutation(count).astype(np.int64)
     held = max(1, round(count * hold_out / unit)) * unit

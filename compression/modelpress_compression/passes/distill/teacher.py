@@ -1,4 +1,4 @@
-"""The teacher's answers, by onnxruntime on the uploaded model; those for unchanged samples are remembered."""
+"""The teacher: the uploaded model in onnxruntime. Its outputs for unchanged samples are kept."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.passes.distill.samples import Feed
 
 CACHE_BYTES = 256 * 1024**2  # 256 MiB
-Answers = dict[str, Array]
+Outputs = dict[str, Array]
 
 
 class Teacher:
-    """`observe` runs the uploaded model. Answers are kept sample by sample until `cache_bytes` are full, then computed
-    anew each time."""
+    """`observe` runs the uploaded model. Its outputs are kept sample by sample until `cache_bytes` are full; those of
+    further samples are computed anew each time."""
 
     def __init__(self, observe: Taps, cache_bytes: int = CACHE_BYTES) -> None:
         self._observe = observe
         self._room = cache_bytes
-        self._kept: dict[int, Answers] = {}
+        self._kept: dict[int, Outputs] = {}
 
-    def __call__(self, feed: Feed) -> Answers:
-        """Answers for samples as they are in the data."""
+    def __call__(self, feed: Feed) -> Outputs:
+        """Outputs for samples as they are in the data."""
         known = [self._kept.get(index) for index in feed.indices]
-        found = [answers for answers in known if answers is not None]
+        found = [outputs for outputs in known if outputs is not None]
         if len(found) == len(known):
             return _joined(found)
-        answers = self._observe(feed.inputs)
-        self._keep(feed.indices, answers)
-        return answers
+        outputs = self._observe(feed.inputs)
+        self._keep(feed.indices, outputs)
+        return outputs
 
-    def changed(self, inputs: Feeds) -> Answers:
-        """Answers for inputs that will not come again."""
+    def uncached(self, inputs: Feeds) -> Outputs:
+        """Outputs for inputs that will not come again."""
         return self._observe(inputs)
 
-    def _keep(self, indices: Sequence[int], answers: Answers) -> None:
-        """Whole feeds keep their shapes under one index; batches are kept row by row, where all answers have rows."""
+    def _keep(self, indices: Sequence[int], outputs: Outputs) -> None:
+        """A feed of one sample is kept as it is. Larger ones are kept row by row, where all outputs have rows."""
         count = len(indices)
-        if sum(array.nbytes for array in answers.values()) > self._room:
+        if sum(array.nbytes for array in outputs.values()) > self._room:
             return
-        if count > 1 and any(array.ndim == 0 or len(array) != count for array in answers.values()):
+        if count > 1 and any(array.ndim == 0 or len(array) != count for array in outputs.values()):
             return
         for row, index in enumerate(indices):
-            kept = {name: array if count == 1 else array[row : row + 1].copy() for name, array in answers.items()}
+            kept = {name: array if count == 1 else array[row : row + 1].copy() for name, array in outputs.items()}
             if self._kept.setdefault(index, kept) is kept:
                 self._room -= sum(array.nbytes for array in kept.values())
 
 
-def _joined(rows: Sequence[Answers]) -> Answers:
+def _joined(rows: Sequence[Outputs]) -> Outputs:
     if len(rows) == 1:
         return rows[0]
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}

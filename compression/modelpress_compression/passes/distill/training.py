@@ -1,7 +1,7 @@
 """The training loop: AdamW or SGD, warm-up and cosine schedule, early stop, the best state kept.
 
-The best state is that of the least loss on the samples held out, the start among them, so that training never ends
-worse than it began. A loss that is not finite ends it at once, and so does the time limit.
+The best state has the smallest validation loss. The state before training takes part, so that training never ends worse
+than it began. A loss that is not finite ends training at once, and so does the time limit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from modelpress_compression.inputs import Feeds
 from modelpress_compression.passes.distill.config import DistillConfig
 from modelpress_compression.passes.distill.objective import Objective, mask_of, tensors
 from modelpress_compression.passes.distill.samples import Feed
-from modelpress_compression.passes.distill.teacher import Answers
+from modelpress_compression.passes.distill.teacher import Outputs
 
 MOMENTUM = 0.9
 MAX_GRADIENT_NORM = 1.0
@@ -41,22 +41,22 @@ class TrainingSamples(Protocol):
         """All training samples once, in a new order."""
         ...
 
-    def judging(self) -> Iterator[Feed]:
-        """The samples that judge."""
+    def validation_feeds(self) -> Iterator[Feed]:
+        """The samples for validation, always in the same order."""
         ...
 
 
-class Answering(Protocol):
-    """A teacher: what training aims at, for samples as they are and for changed inputs."""
+class Targets(Protocol):
+    """What training aims at, for samples as they are and for changed inputs: the outputs of a teacher."""
 
-    def __call__(self, feed: Feed) -> Answers: ...
+    def __call__(self, feed: Feed) -> Outputs: ...
 
-    def changed(self, inputs: Feeds) -> Answers: ...
+    def uncached(self, inputs: Feeds) -> Outputs: ...
 
 
 @dataclass
-class Trained:
-    """How a run went; the executor holds the best state. Losses are on the samples that judge."""
+class TrainingHistory:
+    """How a run went. `first_loss`, `best_loss`: the validation loss before training, and that of the best state."""
 
     first_loss: float
     best_loss: float
@@ -71,48 +71,49 @@ class Trained:
 
 @dataclass
 class Trainer:
-    """One run. `stop_at`: `time.monotonic()` at which it ends; `progress`: share done and a line for people."""
+    """One run. `stop_at`: when it must end, on `time.monotonic()`; `progress`: share done and a line for people."""
 
     executor: Executor
     objective: Objective
     samples: TrainingSamples
-    teacher: Answering
+    teacher: Targets
     config: DistillConfig
     augment: Augment | None = None
     stop_at: float = math.inf
     progress: Callable[[float, str], None] = lambda share, message: None
 
-    def train(self) -> Trained:
+    def train(self) -> TrainingHistory:
         """Trains the executor's parameters and leaves the best state in them. Raises ModelNotRunnableError."""
         parameters = self.executor.parameters_by_name
-        first = self.judge()
-        trained, best = Trained(first, first), _state(parameters)
-        if first <= PERFECT or not math.isfinite(first):
-            if first > PERFECT or math.isnan(first):
-                trained.warnings.append("The model's answers are not finite on the samples held out; nothing trained.")
-            return trained
+        first = self.validate()
+        history, best = TrainingHistory(first, first), _state(parameters)
+        if not math.isfinite(first):
+            history.warnings.append("The model's answers are not finite on the samples held out; nothing trained.")
+            return history
+        if first <= PERFECT:
+            return history
         optimizer, schedule = self._optimizer()
         generator = np.random.default_rng([self.config.seed, 1])
         for epoch in range(1, self.config.epochs + 1):
             mean, problem = self._epoch(epoch, optimizer, schedule, generator)
-            loss = self.judge() if problem is None or problem == _TIME else math.nan
-            trained.epochs.append({"epoch": epoch, "training_loss": mean, "held_out_loss": loss})
-            if loss < trained.best_loss:
-                trained.best_loss, trained.best_epoch, best = loss, epoch, _state(parameters)
+            loss = self.validate() if problem is None or problem == _TIME else math.nan
+            history.epochs.append({"epoch": epoch, "training_loss": mean, "held_out_loss": loss})
+            if loss < history.best_loss:
+                history.best_loss, history.best_epoch, best = loss, epoch, _state(parameters)
             self.progress(epoch / self.config.epochs, f"epoch {epoch} of {self.config.epochs}: loss {loss:.4g}")
             if problem is None and not math.isfinite(loss):
                 problem = _DIVERGED
             if problem is not None:
-                trained.warnings.append(problem.format(epoch=epoch, epochs=self.config.epochs))
+                history.warnings.append(problem.format(epoch=epoch, epochs=self.config.epochs))
                 break
-            if epoch - trained.best_epoch >= self.config.patience:
+            if epoch - history.best_epoch >= self.config.patience:
                 break
         _restore(parameters, best)
-        return trained
+        return history
 
-    def judge(self) -> float:
-        """Mean loss on the samples that judge; NaN or infinite where the answers are."""
-        return judged(self.samples.judging(), self.teacher, self.objective, self._run)
+    def validate(self) -> float:
+        """The validation loss; NaN or infinite where the outputs are."""
+        return validation_loss(self.samples.validation_feeds(), self.teacher, self.objective, self._run)
 
     def _run(self, inputs: Feeds) -> Mapping[str, Tensor]:
         with torch.no_grad():
@@ -144,17 +145,18 @@ class Trainer:
         return total / max(1, steps), None
 
     def _backward(self, feed: Feed, parts: int) -> float:
-        """Adds the gradients of one feed; its share of the batch's loss."""
+        """Adds the gradients of one feed; returns its share of the batch's loss."""
         inputs, labels = feed.inputs, feed.labels
         if self.augment is None:
-            answers = self.teacher(feed)
+            targets = self.teacher(feed)
         else:
             inputs, keeps_labels = self.augment(inputs)
             labels = labels if keeps_labels else None
-            answers = self.teacher.changed(inputs)
+            targets = self.teacher.uncached(inputs)
         device = self.executor.device
         student = self.executor(inputs)
-        loss = self.objective.training(student, tensors(answers, device), mask_of(inputs, device), labels) / parts
+        mask = mask_of(inputs, device)
+        loss = self.objective.training_loss(student, tensors(targets, device), mask, labels) / parts
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotations there
         return float(loss.detach())
 
@@ -163,6 +165,7 @@ class Trainer:
 
     def _optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         config = self.config
+        # Biases and scales of normalization layers are exempt from weight decay, as usual.
         groups = [
             {"params": [item for item in self._trained() if item.dim() > 1], "weight_decay": config.weight_decay},
             {"params": [item for item in self._trained() if item.dim() <= 1], "weight_decay": 0.0},
@@ -188,23 +191,23 @@ _DIVERGED = (
 )
 
 
-def judged(
-    feeds: Iterable[Feed], teacher: Answering, objective: Objective, run: Callable[[Feeds], Mapping[str, Tensor]]
+def validation_loss(
+    feeds: Iterable[Feed], teacher: Targets, objective: Objective, run: Callable[[Feeds], Mapping[str, Tensor]]
 ) -> float:
-    """Mean loss of what `run` answers, over all samples."""
+    """Mean loss over all samples of what `run` makes of them."""
     total, count = 0.0, 0
     for feed in feeds:
         student = run(feed.inputs)
         device = next(iter(student.values())).device
-        answers = tensors(teacher(feed), device)
+        targets = tensors(teacher(feed), device)
         with torch.no_grad():
-            loss = float(objective.judging(student, answers, mask_of(feed.inputs, device), feed.labels))
+            loss = float(objective.validation_loss(student, targets, mask_of(feed.inputs, device), feed.labels))
         total, count = total + loss * len(feed.indices), count + len(feed.indices)
     return total / max(1, count)
 
 
 def _warm_cosine(steps: int, warmup: int) -> Callable[[int], float]:
-    """The factor of the learning rate at a step: a line up, then half a cosine down to zero."""
+    """The factor of the learning rate at a step: linear warm-up, then half a cosine down to zero."""
 
     def factor(step: int) -> float:
         if step < warmup:

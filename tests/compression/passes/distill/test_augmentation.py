@@ -12,7 +12,7 @@ from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult
 from modelpress_compression.passes.distill import teacher, training
-from modelpress_compression.passes.distill.augmentation import Augmenter, image, make_augmenter, signal
+from modelpress_compression.passes.distill.augmentation import Augmenter, make_augmenter, transforms
 from modelpress_compression.passes.distill.augmentation.kinds import InputKind, input_kinds
 from modelpress_compression.passes.distill.config import AUGMENTATIONS, Augmentation
 from onnx import helper
@@ -34,7 +34,7 @@ def pictures() -> torch.Tensor:
 @pytest.mark.parametrize("name", OF_IMAGES)
 def test_images_keep_shape_and_range(name: str, pictures: torch.Tensor) -> None:
     """Shape and type stay, and no value leaves the range of the batch (to 1e-5)."""
-    changed = getattr(image, name)(pictures, AMOUNTS[name], generator())
+    changed = getattr(transforms, name)(pictures, AMOUNTS[name], generator())
     assert changed.shape == pictures.shape
     assert changed.dtype == pictures.dtype
     assert not torch.equal(changed, pictures)
@@ -45,22 +45,22 @@ def test_images_keep_shape_and_range(name: str, pictures: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", OF_IMAGES)
 def test_images_depend_on_the_seed_alone(name: str, pictures: torch.Tensor) -> None:
     """One seed, one result; another seed, another result."""
-    apply, amount = getattr(image, name), AMOUNTS[name]
+    apply, amount = getattr(transforms, name), AMOUNTS[name]
     assert torch.equal(apply(pictures, amount, generator(1)), apply(pictures, amount, generator(1)))
     assert not torch.equal(apply(pictures, amount, generator(1)), apply(pictures, amount, generator(2)))
 
 
 def test_flips_mirror(pictures: torch.Tensor) -> None:
     """With probability 1 every image is mirrored along its axis, and twice gives it back."""
-    assert torch.equal(image.horizontal_flip(pictures, 1.0, generator()), pictures.flip(3))
-    assert torch.equal(image.vertical_flip(pictures, 1.0, generator()), pictures.flip(2))
+    assert torch.equal(transforms.horizontal_flip(pictures, 1.0, generator()), pictures.flip(3))
+    assert torch.equal(transforms.vertical_flip(pictures, 1.0, generator()), pictures.flip(2))
 
 
 def test_rotation_turns_without_squeezing() -> None:
     """A disc in the middle of an oblong image stays the disc that it was (to 0.2 of its height), whatever the angle."""
     y, x = torch.meshgrid(torch.arange(21.0) - 10, torch.arange(41.0) - 20, indexing="ij")
     disc = torch.exp(-(x**2 + y**2) / 18)[None, None]
-    turned = image.rotation(disc.repeat(8, 1, 1, 1), 180.0, generator())
+    turned = transforms.rotation(disc.repeat(8, 1, 1, 1), 180.0, generator())
     assert float((turned - disc).abs().max()) < 0.2
 
 
@@ -68,14 +68,14 @@ def test_rotation_moves_what_is_off_the_middle() -> None:
     """By up to 90 degrees, a bright spot to the right does not stay where it was."""
     spot = torch.zeros(1, 1, 21, 21)
     spot[..., 10, 18] = 1
-    turned = image.rotation(spot.repeat(16, 1, 1, 1), 90.0, generator(3))
+    turned = transforms.rotation(spot.repeat(16, 1, 1, 1), 90.0, generator(3))
     assert float(turned[:, 0, 10, 18].mean()) < 0.5
 
 
 def test_crop_shows_a_part() -> None:
     """Of a ramp a crop shows a part: the span never grows, and on average it shrinks as the sides of the crop do."""
     ramp = torch.arange(32.0).repeat(64, 1, 32, 1)
-    changed = image.random_resized_crop(ramp, 0.25, generator())
+    changed = transforms.random_resized_crop(ramp, 0.25, generator())
     spans = changed.amax(dim=(1, 2, 3)) - changed.amin(dim=(1, 2, 3))
     assert float(spans.max()) <= 31
     assert 15 < float(spans.mean()) < 28
@@ -84,7 +84,7 @@ def test_crop_shows_a_part() -> None:
 def test_mixup_blends_pairs() -> None:
     """A blend keeps at least half of its own image, and the mean over the batch stays in between."""
     batch = torch.eye(8).view(8, 1, 1, 8).repeat(1, 1, 4, 1)
-    mixed = image.mixup(batch, 1.0, generator())
+    mixed = transforms.mixup(batch, 1.0, generator())
     own = mixed[torch.arange(8), 0, 0, torch.arange(8)]
     assert float(own.min()) >= 0.5
     assert torch.allclose(mixed.sum(3), torch.ones(8, 1, 4))
@@ -93,7 +93,7 @@ def test_mixup_blends_pairs() -> None:
 def test_gamma_variates_have_their_moments() -> None:
     """Mean and variance of gamma variates are their shape (to 5 %), also below 1."""
     for shape in (0.2, 1.0, 4.0):
-        drawn = image._gamma(shape, 100_000, generator())
+        drawn = transforms._gamma(shape, 100_000, generator())
         assert float(drawn.mean()) == pytest.approx(shape, rel=0.05)
         assert float(drawn.var()) == pytest.approx(shape, rel=0.08)
 
@@ -103,7 +103,7 @@ def test_time_masking_silences_one_stretch(axis: int) -> None:
     """What changes is one run of neighbours of at most the share of the time, and is the sample's mean there."""
     signals = torch.randn(8, 100, 6, generator=generator(1))
     signals = signals if axis == 1 else signals.transpose(1, 2)
-    changed = signal.time_masking(signals, 0.3, generator(), axis)
+    changed = transforms.time_masking(signals, 0.3, generator(), axis)
     different = (changed != signals).movedim(axis, 1).reshape(8, 100, -1).all(-1)
     for row in different:
         places = row.nonzero().ravel()
@@ -117,7 +117,7 @@ def test_token_masking_respects_padding_and_the_first_token() -> None:
     tokens = torch.randint(5, 1000, (64, 20), generator=generator(1))
     counted = torch.arange(20).repeat(64, 1) < 15
     tokens[~counted] = 0
-    changed = signal.token_masking(tokens, 0.5, generator(), counted)
+    changed = transforms.token_masking(tokens, 0.5, generator(), counted)
     assert torch.equal(changed[~counted], tokens[~counted])
     assert torch.equal(changed[:, 0], tokens[:, 0])
     share = float((changed != tokens)[counted].float().mean())
@@ -156,7 +156,7 @@ def test_both_models_see_the_same(
 ) -> None:
     """For every batch, teacher and student get the same changed inputs."""
     seen: dict[str, list[Any]] = {"teacher": [], "student": []}
-    changed, forward = teacher.Teacher.changed, training.Executor.forward
+    changed, forward = teacher.Teacher.uncached, training.Executor.forward
 
     def watch_teacher(self: Any, inputs: Any) -> Any:
         seen["teacher"].append(inputs["x"].copy())
@@ -167,7 +167,7 @@ def test_both_models_see_the_same(
             seen["student"].append(inputs["x"].copy())
         return forward(self, inputs)
 
-    monkeypatch.setattr(teacher.Teacher, "changed", watch_teacher)
+    monkeypatch.setattr(teacher.Teacher, "uncached", watch_teacher)
     monkeypatch.setattr(training.Executor, "forward", watch_student)
     arrays = images(32)
     distill(conv_net, perturbed(conv_net), {"x": arrays}, epochs=2, augment=(Augmentation("rotation", 15),))

@@ -10,7 +10,6 @@ import onnx_ir
 import pytest
 import torch
 from modelpress_compression.graph.outputs import LOG_PROBABILITIES, LOGITS, PROBABILITIES
-from modelpress_compression.passes.distill.labels import as_tensor, label_loss
 from modelpress_compression.passes.distill.losses import (
     ValueLoss,
     bernoulli_kl,
@@ -19,6 +18,7 @@ from modelpress_compression.passes.distill.losses import (
     output_losses,
     relative_mse,
 )
+from modelpress_compression.passes.distill.objective import find_label_loss, label_tensor
 from onnx import TensorProto, helper
 
 HEADS = {
@@ -92,9 +92,9 @@ def test_minus_infinity_scores_are_finite() -> None:
 def test_class_labels(labels: Any, shape: tuple[int, ...]) -> None:
     """Class indices give the cross-entropy of those that are not negative (rtol 1e-5)."""
     scores = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    loss = label_loss([ValueLoss("y", "kl", kl(LOGITS, 4.0))], {"y": scores}, labels)
+    loss = find_label_loss([ValueLoss("y", "kl", kl(LOGITS, 4.0))], {"y": scores}, labels)
     assert loss is not None
-    got = float(loss({"y": torch.from_numpy(scores)}, as_tensor(labels, torch.device("cpu"))))
+    got = float(loss({"y": torch.from_numpy(scores)}, label_tensor(labels, torch.device("cpu"))))
     logs = torch.log_softmax(torch.from_numpy(scores), -1).numpy()
     counted = labels >= 0
     expected = -np.take_along_axis(logs, np.maximum(labels, 0)[..., None], -1)[..., 0][counted].mean()
@@ -105,5 +105,5 @@ def test_labels_that_fit_no_output() -> None:
     """Classes that the output does not have, or another number of axes, fit nothing."""
     scores = {"y": np.zeros((3, 4), np.float32)}
     losses = [ValueLoss("y", "kl", kl(LOGITS, 4.0))]
-    assert label_loss(losses, scores, np.array([0, 1, 4])) is None
-    assert label_loss(losses, scores, np.zeros((3, 5), np.int64)) is None
+    assert find_label_loss(losses, scores, np.array([0, 1, 4])) is None
+    assert find_label_loss(losses, scores, np.zeros((3, 5), np.int64)) is None

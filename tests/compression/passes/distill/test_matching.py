@@ -1,16 +1,27 @@
-"""Which intermediate values teach."""
+"""Which values, and which channels of them, student and teacher have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import onnx_ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from modelpress_compression.executor import weights
 from modelpress_compression.graph.edit import replace_numbers
 from modelpress_compression.model import Model
-from modelpress_compression.passes.distill.matching import agreeing, common_values, spread
+from modelpress_compression.passes.distill.matching import (
+    agreeing,
+    common_values,
+    corresponding,
+    cut_axis,
+    rising_selection,
+    spread,
+)
 
 
 def matched(original: Model, student: Model, x: Any) -> list[str]:
@@ -48,3 +59,34 @@ def test_spread_takes_the_last() -> None:
     assert spread(names[:3]) == names[:3]
     assert len(spread(names, 8)) == 8
     assert spread(names, 8)[-1] == "19"
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 5), st.integers(0, 3), st.integers(0, 10_000))
+def test_selection_is_the_best_rising_one(rows: int, spare: int, seed: int) -> None:
+    """The selection's gain is that of the best of all rising selections."""
+    gain = np.random.default_rng(seed).standard_normal((rows, rows + spare))
+    selection = rising_selection(gain)
+    assert (np.diff(selection) > 0).all()
+    best = max(sum(gain[i, j] for i, j in enumerate(choice)) for choice in combinations(range(rows + spare), rows))
+    assert sum(gain[i, j] for i, j in enumerate(selection)) == pytest.approx(best)
+
+
+def test_cut_channels_are_found_again() -> None:
+    """Channels that were kept, scaled and disturbed, are recognised; unrelated ones are not."""
+    rng = np.random.default_rng(0)
+    teacher = rng.standard_normal((16, 12, 4, 4)).astype(np.float32)
+    kept = np.array([0, 3, 4, 7, 11])
+    student = 2 * teacher[:, kept] + 0.5 * rng.standard_normal((16, 5, 4, 4)).astype(np.float32)
+    found = corresponding([student], [teacher], axis=1)
+    assert found is not None
+    np.testing.assert_array_equal(found, kept)
+    assert corresponding([rng.standard_normal((16, 5, 4, 4))], [teacher], axis=1) is None
+
+
+def test_cut_axis() -> None:
+    """One axis with fewer channels, other than that of the samples."""
+    assert cut_axis((2, 4, 8), (2, 6, 8)) == 1
+    assert cut_axis((2, 6, 8), (2, 4, 8)) is None
+    assert cut_axis((1, 4), (2, 4)) is None
+    assert cut_axis((2, 4, 4), (2, 6, 6)) is None

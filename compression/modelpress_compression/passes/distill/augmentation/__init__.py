@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from modelpress_compression.graph.padding import counted_positions
 from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import Model
-from modelpress_compression.passes.distill.augmentation import image, signal
+from modelpress_compression.passes.distill.augmentation import transforms
 from modelpress_compression.passes.distill.augmentation.kinds import IMAGE, SIGNAL, TOKENS, InputKind, input_kinds
 from modelpress_compression.passes.distill.config import Augmentation
 
@@ -27,13 +27,13 @@ Transform = Callable[[Tensor, float, Generator], Tensor]
 
 _IMAGES: Mapping[str, Transform] = MappingProxyType(
     {
-        "horizontal_flip": image.horizontal_flip,
-        "vertical_flip": image.vertical_flip,
-        "rotation": image.rotation,
-        "random_resized_crop": image.random_resized_crop,
-        "color_jitter": image.color_jitter,
-        "noise": image.noise,
-        "mixup": image.mixup,
+        "horizontal_flip": transforms.horizontal_flip,
+        "vertical_flip": transforms.vertical_flip,
+        "rotation": transforms.rotation,
+        "random_resized_crop": transforms.random_resized_crop,
+        "color_jitter": transforms.color_jitter,
+        "noise": transforms.noise,
+        "mixup": transforms.mixup,
     }
 )
 _SIGNALS = ("noise", "time_masking")
@@ -74,12 +74,12 @@ class Augmenter:
             mask = counted_positions(inputs)
             counted = None if mask is None else torch.from_numpy(mask)
             tokens = torch.from_numpy(np.array(array))
-            return signal.token_masking(tokens, amount, self._generator, counted).numpy()
+            return transforms.token_masking(tokens, amount, self._generator, counted).numpy()
         values = torch.from_numpy(np.array(array, np.float32))
         if kind.kind == SIGNAL:
             if name == "time_masking":
-                return _as(signal.time_masking(values, amount, self._generator, kind.axis), array)
-            return _as(image.noise(values, amount, self._generator), array)
+                return _as(transforms.time_masking(values, amount, self._generator, kind.axis), array)
+            return _as(transforms.noise(values, amount, self._generator), array)
         if kind.axis == 3:
             changed = _IMAGES[name](values.permute(0, 3, 1, 2), amount, self._generator).permute(0, 2, 3, 1)
         else:

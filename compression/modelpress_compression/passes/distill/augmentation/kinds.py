@@ -1,4 +1,4 @@
-"""What an input of a model is, as far as its graph and its samples tell: images, a signal, token indices, or none."""
+"""What an input of a model is, as far as its graph and its samples tell: images, a signal, token indices, or other."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from modelpress_compression.model import Model
 
 IMAGE, SIGNAL, TOKENS, OTHER = "image", "signal", "tokens", "other"
 
-# States and switches ride along; changing them at random would be no input at all.
+# States, masks and switches: changed at random they would be no valid input any more.
 _NO_DATA = re.compile(
     r"state|hidden|cell|cache|past|memory|mask|length|position|type|segment|(?:^|_)sr$", re.IGNORECASE
 )
 _MAX_CHANNELS = 4
-_MIN_TOKENS = 8  # rows of an embedding; tables of positions or segments that are looked up have names, or fewer rows
+_MIN_TOKENS = 8  # rows of an embedding; smaller tables are those of segments or other switches
 _CARRIERS = ("Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")
 _MAX_HOPS = 4
 
@@ -33,7 +33,7 @@ class InputKind:
 
 
 def input_kinds(model: Model, data: InputData) -> list[InputKind]:
-    """The kind of every input; whole feeds whose first axis is no batch count as other."""
+    """The kind of every input."""
     values = {value.name: value for value in model.graph.inputs}
     return [_kind_of(values[spec.name], data.arrays[spec.name].shape, data.whole_feeds) for spec in model.inputs]
 
@@ -61,7 +61,7 @@ def _channel_axis(extents: tuple[int, ...]) -> int:
 
 
 def _time_axis(value: onnx_ir.Value) -> int:
-    """The last axis, or of [N, T, F] with an open T the middle one."""
+    """The last axis, or the middle one of [N, T, F] with a dynamic T."""
     dims = list(value.shape) if value.shape is not None else []
     open_middle = len(dims) == 3 and not isinstance(dims[1], int) and isinstance(dims[2], int)
     return 1 if open_middle else -1

@@ -1,7 +1,8 @@
-"""Random changes of images [N, C, H, W], each image by itself, in plain torch; named as in torchvision.
+"""Random changes of images [N, C, H, W], signals [N, ..., T] and token indices [N, T], in plain torch.
 
-How images are scaled is not known, so that nothing here counts on [0, 1]: what a rotation uncovers repeats the
-border, colours move by shares of the image's own spread, and no value leaves the range of its batch.
+Each sample changes by itself. Changes of images are named as in torchvision. How images are scaled is not known, so
+that nothing here counts on [0, 1]: the area that a rotation uncovers repeats the border, colours move by shares of the
+image's own standard deviation, and no value leaves the range of its batch.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ def rotation(images: Tensor, degrees: float, generator: Generator) -> Tensor:
     angles = _uniform(len(images), -math.radians(degrees), math.radians(degrees), generator)
     height, width = images.shape[2:]
     cosine, sine, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
-    # In pixels a turn is a turn; the grid's units differ along the axes.
+    # The grid runs from -1 to 1 along both axes, so that the matrix has to make up for different heights and widths.
     rows = [cosine, -sine * height / width, zero, sine * width / height, cosine, zero]
     return _sampled(images, torch.stack(rows, dim=1).view(-1, 2, 3))
 
 
 def random_resized_crop(images: Tensor, smallest: float, generator: Generator) -> Tensor:
-    """A part of a share in [smallest, 1] of the area, of an aspect ratio from 3/4 to 4/3, resized to the whole."""
+    """A crop with a share in [smallest, 1] of the area and an aspect ratio from 3/4 to 4/3, resized to the whole."""
     count = len(images)
     area = _uniform(count, smallest, 1, generator)
     ratio = _uniform(count, math.log(_RATIOS[0]), math.log(_RATIOS[1]), generator).exp()
@@ -85,6 +86,34 @@ def mixup(images: Tensor, alpha: float, generator: Generator) -> Tensor:
     share = (a / (a + b).clamp_min(1e-12)).view(-1, 1, 1, 1)
     share = torch.maximum(share, 1 - share)
     return share * images + (1 - share) * images[torch.randperm(len(images), generator=generator)]
+
+
+def time_masking(signals: Tensor, share: float, generator: Generator, axis: int = -1) -> Tensor:
+    """A stretch of up to `share` of the time becomes the sample's mean (SpecAugment, Park et al., arXiv:1904.08779)."""
+    count, extent = len(signals), signals.shape[axis]
+    length = torch.rand(count, generator=generator) * share * extent
+    start = torch.rand(count, generator=generator) * (extent - length)
+    places = torch.arange(extent) + 0.5
+    hidden = (places >= start[:, None]) & (places < (start + length)[:, None])
+    shape = [count] + [1] * (signals.dim() - 1)
+    shape[axis] = extent
+    mean = signals.mean(dim=tuple(range(1, signals.dim())), keepdim=True)
+    return torch.where(hidden.view(shape), mean, signals)
+
+
+def token_masking(tokens: Tensor, share: float, generator: Generator, counted: Tensor | None = None) -> Tensor:
+    """Replaces this share of the tokens, except the first of each sample, by others of the batch.
+
+    A file does not say which token stands for a mask; a random token hides the one that was there as well (BERT does
+    this for one masked token in ten, Devlin et al., arXiv:1810.04805). `counted` [N, T]: positions that are no padding;
+    only these change, and only their tokens are drawn.
+    """
+    counted = torch.ones_like(tokens, dtype=torch.bool) if counted is None else counted
+    chosen = (torch.rand(tokens.shape, generator=generator) < share) & counted
+    chosen[:, 0] = False
+    known = tokens[counted]
+    drawn = known[torch.randint(len(known), tokens.shape, generator=generator)]
+    return torch.where(chosen, drawn, tokens)
 
 
 def _gamma(shape: float, count: int, generator: Generator) -> Tensor:
