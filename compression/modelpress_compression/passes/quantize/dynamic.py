@@ -13,7 +13,7 @@ float32's time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -31,9 +31,12 @@ from modelpress_compression.graph.read import (
     label,
     required,
 )
+from modelpress_compression.passes.base import is_excluded
 from modelpress_compression.passes.integers.products import Summation, of_matrix
+from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.plan import is_light
+from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.affine import QuantizedWeight, quantize_weight
-from modelpress_compression.passes.quantize.static.plan import is_light
 from modelpress_compression.passes.quantize.weights import WeightStore, why_not_matrix, why_not_weight
 
 # Smaller tables are not worth two more nodes.
@@ -247,3 +250,18 @@ REWRITES: Mapping[str, Callable[[DynamicRewriter, onnx_ir.Node], None]] = Mappin
         "Gather": DynamicRewriter.gather,
     }
 )
+
+
+def quantize_nodes(
+    nodes: Iterable[onnx_ir.Node], config: QuantizeConfig, editor: Editor, store: WeightStore, findings: Findings
+) -> None:
+    """Dynamic quantization of those among `nodes` that can have it."""
+    rewriter = DynamicRewriter(editor, store)
+    for node in list(nodes):
+        if not is_candidate(node) or is_excluded(node.name, config.exclude):
+            continue
+        if reason := why_not(node):
+            findings.skip(node, reason)
+            continue
+        rewriter.rewrite(node)
+        findings.changes[node.op_type] += 1

@@ -19,12 +19,13 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded
 from modelpress_compression.passes.integers.certificate import certified
 from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.dynamic import quantize_nodes
 from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.float16 import store_in_float16
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.gptq_rounder import make_rounder
 from modelpress_compression.passes.quantize.static.preparation import prepare
-from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer, quantize_nodes
+from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
 from modelpress_compression.passes.quantize.weight_only.store import store_weights
 from modelpress_compression.passes.quantize.weights import WeightStore
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import onnx_ir
 
 from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.plan import Plan, output_of
 from modelpress_compression.passes.quantize.ranges.activations import Listener
 from modelpress_compression.passes.quantize.ranges.observers import METHODS, Histogram
 from modelpress_compression.passes.quantize.ranges.output_error import ErrorProbe, Trial
 from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters, activation_parameters
-from modelpress_compression.passes.quantize.static.plan import Plan, output_of
 
 AUTO = "auto"
 _START = "percentile"

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from modelpress_compression.passes.quantize.rounding.affine import Range
 
 BINS = 8192
 _HALF = BINS // 2
@@ -33,13 +34,6 @@ _MOMENTUM = 0.9  # of the moving average
 _LEVELS = 255
 # Shares of the extremes that the search of mse goes through.
 _SHARES = np.linspace(0.1, 1.0, 46)
-
-
-class Range(NamedTuple):
-    """The values that shall be represented; what lies outside is clipped."""
-
-    low: float
-    high: float
 
 
 class Histogram:

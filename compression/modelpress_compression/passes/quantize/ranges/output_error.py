@@ -31,11 +31,10 @@ from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.plan import Plan, Tensor, activations_of
 from modelpress_compression.passes.quantize.ranges.activations import Listener
-from modelpress_compression.passes.quantize.ranges.observers import Range
-from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters, activation_parameters
+from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters, Range, activation_parameters
 from modelpress_compression.passes.quantize.rounding.rounder import Rounder
-from modelpress_compression.passes.quantize.static.plan import Plan, Tensor, activations_of
 from modelpress_compression.passes.quantize.static.qdq import quantize_heavy
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.runtime import run, session_of

@@ -8,17 +8,24 @@ convolution takes only one zero point for all channels, and a constant middle co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from modelpress_compression.passes.integers.saturation import LARGEST_LEVEL
-from modelpress_compression.passes.quantize.ranges.observers import Range
 from modelpress_compression.passes.quantize.rounding.rounder import Rounding, nearest
 
 # Smallest scale: below it 1 / scale is no longer a normal float32 with some room.
 MIN_SCALE = 1e-30
 _LEVELS = 255
+
+
+class Range(NamedTuple):
+    """The values that shall be represented; what lies outside is clipped."""
+
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,10 @@ from modelpress_compression.graph.read import constant_array, required
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.quantize.plan import Plan
 from modelpress_compression.passes.quantize.ranges.activations import Listener, stream
-from modelpress_compression.passes.quantize.ranges.observers import Range
-from modelpress_compression.passes.quantize.rounding.affine import activation_parameters, quantize_weight
+from modelpress_compression.passes.quantize.rounding.affine import Range, activation_parameters, quantize_weight
 from modelpress_compression.passes.quantize.scaling.edges import Edge, Scale, Slot, find_edges
-from modelpress_compression.passes.quantize.static.plan import Plan
 
 STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 MAX_SAMPLES = 32

@@ -20,9 +20,9 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.integers.fused_products import added_bias
 from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.plan import Plan
 from modelpress_compression.passes.quantize.ranges.activations import Listener, stream
 from modelpress_compression.passes.quantize.rounding.rounder import Rounder
-from modelpress_compression.passes.quantize.static.plan import Plan
 from modelpress_compression.passes.quantize.static.qdq import Parameters, QdqWriter
 from modelpress_compression.passes.quantize.weights import WeightStore
 

@@ -23,6 +23,7 @@ from modelpress_compression.graph.read import label, required
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, is_excluded
 from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.plan import HEAVY, Plan, make_plan, why_not_static
 from modelpress_compression.passes.quantize.ranges.calibration import observe
 from modelpress_compression.passes.quantize.ranges.choice import (
     improve_weights,
@@ -45,7 +46,6 @@ from modelpress_compression.passes.quantize.rounding.rounder import RememberingR
 from modelpress_compression.passes.quantize.scaling.equalize import equalize
 from modelpress_compression.passes.quantize.scaling.smooth_quant import smooth
 from modelpress_compression.passes.quantize.static.bias_correction import mean_shifts
-from modelpress_compression.passes.quantize.static.plan import HEAVY, Plan, make_plan, why_not_static
 from modelpress_compression.passes.quantize.static.quantizer import EQUALIZED, GPTQ, SMOOTHED, StaticQuantizer
 
 # A node that alone takes the outputs below this is a catastrophe, not a compression.

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import constant_array, graph_of, input_of, label, required
 from modelpress_compression.passes.integers.products import Summation, of_node, output_axis
+from modelpress_compression.passes.quantize.plan import HEAVY, Plan, Tensor, activations_of
 from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters, QuantizedWeight
-from modelpress_compression.passes.quantize.static.plan import HEAVY, Plan, Tensor, activations_of
 from modelpress_compression.passes.quantize.weights import StoredWeight, WeightStore
 
 _INT32_ROOM = float(1 << 30)  # half of the accumulator for the bias

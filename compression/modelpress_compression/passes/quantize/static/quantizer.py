@@ -8,7 +8,6 @@ in each run, is quantized dynamically (../dynamic.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import onnx_ir
@@ -16,16 +15,16 @@ import onnx_ir
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.read import required
 from modelpress_compression.model import Model
-from modelpress_compression.passes.base import PassResult, is_excluded
+from modelpress_compression.passes.base import PassResult
 from modelpress_compression.passes.integers.certificate import certified
 from modelpress_compression.passes.integers.fused_products import fuse_products
 from modelpress_compression.passes.quantize import dynamic
 from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.plan import Plan, is_light, make_plan
 from modelpress_compression.passes.quantize.ranges.choice import Ranges
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.rounder import Rounder
 from modelpress_compression.passes.quantize.static.bias_correction import Shifts, correct
-from modelpress_compression.passes.quantize.static.plan import Plan, is_light, make_plan
 from modelpress_compression.passes.quantize.static.qdq import QdqWriter, guard_float_nodes
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.target import Target
@@ -93,7 +92,7 @@ class StaticQuantizer:
             and node.outputs[0].name not in left
             and not is_light(node)
         ]
-        quantize_nodes(rest, self.config, editor, store, findings)
+        dynamic.quantize_nodes(rest, self.config, editor, store, findings)
         fuse_products(work, editor)
         clean(work)
         return work
@@ -118,18 +117,3 @@ class StaticQuantizer:
 
     def _is_dynamic(self, node: onnx_ir.Node) -> bool:
         return node.op_type != "Conv" and required(node, 0).name in self.ranges.dynamic and not dynamic.why_not(node)
-
-
-def quantize_nodes(
-    nodes: Iterable[onnx_ir.Node], config: QuantizeConfig, editor: Editor, store: WeightStore, findings: Findings
-) -> None:
-    """Dynamic quantization of those among `nodes` that can have it."""
-    rewriter = dynamic.DynamicRewriter(editor, store)
-    for node in list(nodes):
-        if not dynamic.is_candidate(node) or is_excluded(node.name, config.exclude):
-            continue
-        if reason := dynamic.why_not(node):
-            findings.skip(node, reason)
-            continue
-        rewriter.rewrite(node)
-        findings.changes[node.op_type] += 1

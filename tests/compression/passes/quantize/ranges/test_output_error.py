@@ -15,15 +15,14 @@ from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.plan import make_plan
 from modelpress_compression.passes.quantize.quantize import prepare_static
-from modelpress_compression.passes.quantize.ranges.observers import Range
 from modelpress_compression.passes.quantize.ranges.output_error import Trial, open_probe, output_distances
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.rounding.affine import activation_parameters
+from modelpress_compression.passes.quantize.rounding.affine import Range, activation_parameters
 from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder
 from modelpress_compression.passes.quantize.static import preparation
 from modelpress_compression.passes.quantize.static.bias_correction import mean_shifts
-from modelpress_compression.passes.quantize.static.plan import make_plan
 from modelpress_compression.passes.quantize.static.preparation import decibels
 from modelpress_compression.passes.quantize.static.qdq import quantize_heavy
 from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer

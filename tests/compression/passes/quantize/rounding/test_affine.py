@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modelpress_compression.passes.quantize.ranges.observers import Range
-from modelpress_compression.passes.quantize.rounding.affine import activation_parameters, quantize_weight
+from modelpress_compression.passes.quantize.rounding.affine import Range, activation_parameters, quantize_weight
 
 FLOATS = st.floats(-1e5, 1e5, width=32)
 

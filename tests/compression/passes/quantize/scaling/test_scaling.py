@@ -9,9 +9,9 @@ import pytest
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult
+from modelpress_compression.passes.quantize.plan import HEAVY
 from modelpress_compression.passes.quantize.scaling.edges import find_edges
 from modelpress_compression.passes.quantize.scaling.equalize import equalize, pair_scale
-from modelpress_compression.passes.quantize.static.plan import HEAVY
 from modelpress_compression.runtime import run, session_of
 from numpy.typing import NDArray
 from onnx import helper
