@@ -19,7 +19,6 @@ import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from modelpress_compression.errors import (
@@ -28,8 +27,8 @@ from modelpress_compression.errors import (
     RejectedModelError,
     UnsupportedFormatError,
 )
-from modelpress_compression.loaders.detect import detect
-from modelpress_compression.loaders.refused import refuse
+from modelpress_compression.loaders import refusal
+from modelpress_compression.loaders.formats import TRUST_PICKLE, Format, detect
 from modelpress_compression.loaders.source import Source
 from modelpress_compression.specs import parse_specs
 
@@ -70,12 +69,11 @@ def convert(
 
     source = Source.of(path)
     specs = parse_specs(inputs)
-    model_format = detect(path)
-    if model_format in ("onnx", "torchscript", "torch_export"):
-        raise UnsupportedFormatError(f"The file is {model_format}, which needs no conversion; upload it as it is.")
-    module, model_format = _module(path, model_format, architecture, trust_pickle=trust_pickle)
-    with TemporaryDirectory(prefix="modelpress-") as folder:
-        return convert_module(module, specs, Path(folder), source.provenance(model_format))
+    row = detect(path)
+    if row.loader:
+        raise UnsupportedFormatError(f"The file is {row.noun}, which needs no conversion; upload it as it is.")
+    module, model_format = _module(path, row, architecture, trust_pickle=trust_pickle)
+    return convert_module(module, specs, source.provenance(model_format))
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
@@ -90,19 +88,16 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     return {"format": source.format, "sha256": source.sha256, "size_bytes": source.size_bytes}
 
 
-def _module(
-    path: Path, model_format: str, architecture: str | None, *, trust_pickle: bool
-) -> tuple[torch.nn.Module, str]:
+def _module(path: Path, row: Format, architecture: str | None, *, trust_pickle: bool) -> tuple[torch.nn.Module, str]:
     """The live module, and the format that the file turned out to have."""
     import torch
 
-    from modelpress_compression.loaders.architecture import Architecture
-    from modelpress_compression.loaders.state_dict import find_weights, load_weights
+    from modelpress_compression.loaders.architecture import Architecture, find_weights, load_weights
 
     factory = Architecture.parse(architecture) if architecture else None
-    if factory is None and not (model_format == "pickled_module" and trust_pickle):
-        raise refuse(model_format)
-    content = _read(path, model_format, trust_pickle=trust_pickle)
+    if factory is None and not (row.way_out is TRUST_PICKLE and trust_pickle):
+        raise refusal(row)
+    content = _read(path, row.name, trust_pickle=trust_pickle)
     pickled = _pickled_module(content)
     if factory is None:
         if pickled is None:
@@ -112,7 +107,7 @@ def _module(
         return pickled, "pickled_module"
     module = factory.build()
     load_weights(module, pickled.state_dict() if isinstance(pickled, torch.nn.Module) else find_weights(content))
-    return module, "safetensors" if model_format == "safetensors" else "state_dict"
+    return module, "safetensors" if row.name == "safetensors" else "state_dict"
 
 
 def _read(path: Path, model_format: str, *, trust_pickle: bool) -> Any:

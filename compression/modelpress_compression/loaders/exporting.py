@@ -1,44 +1,64 @@
-"""Exporters one after the other, until one writes a file that repeats the original's outputs."""
+"""From a torch module to a checked `Model`: exporters one after the other, until one repeats the original's outputs.
+
+What an exporter wrote gets the user's names and dynamic dimensions, and is shown to be the same by numbers.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx_ir
 
 from modelpress_compression.errors import CompressionError, ModelNotRunnableError, UnsupportedOperatorError
-from modelpress_compression.loaders.finish import finish
+from modelpress_compression.inputs import Array
+from modelpress_compression.loaders.exporters import ExportRequest
+from modelpress_compression.loaders.normalize import infer_shapes
+from modelpress_compression.loaders.onnx_file import from_exporter
 from modelpress_compression.loaders.quiet import quiet
-from modelpress_compression.loaders.script_export import ExportRequest
-from modelpress_compression.loaders.trials import Trials, first_line
-from modelpress_compression.loaders.verify import Disagreement
+from modelpress_compression.loaders.trials import Trial, Trials, first_line
+from modelpress_compression.loaders.verify import Disagreement, check_outputs
 from modelpress_compression.model import Model, Provenance
+from modelpress_compression.runtime import run, session_of
+from modelpress_compression.specs import DTYPES, TensorSpec
 
 Exporter = Callable[[ExportRequest], Path]
 
 _OPERATOR = re.compile(r"(?P<op>(?:aten|prim|quantized|prims|torchvision|[a-z]\w*)::\w+)")
+_ONNX_NAMES = {"float32": "FLOAT", "float64": "DOUBLE"}
+_DATA_TYPES = {name: onnx_ir.DataType[_ONNX_NAMES.get(name, name.upper())] for name in DTYPES}
 
 
 def export_checked(
-    exporters: Sequence[Exporter], request: ExportRequest, provenance: Provenance, trials: Trials
+    exporters: Sequence[Exporter],
+    module: Callable[[], Any],
+    specs: Sequence[TensorSpec],
+    trials: Trials,
+    provenance: Provenance,
 ) -> Model:
-    """The first exporter's result that agrees with `trials`.
+    """The first exporter's result that repeats `trials`. `module()`: a fresh module that takes `specs` in order.
 
     Raises UnsupportedOperatorError or ModelNotRunnableError with what the exporters said.
     """
     failures: list[tuple[str, str]] = []
-    for exporter in exporters:
-        name = exporter.__name__.removeprefix("export_")
-        try:
-            with quiet():
-                path = exporter(request)
-            return finish(path, provenance, request.specs, trials)
-        except Disagreement as error:
-            failures.append((name, f"the result differs from the original: {error}"))
-        except CompressionError as error:
-            failures.append((name, error.message))
-        except Exception as error:  # noqa: BLE001  exporters raise whatever their own code runs into
-            failures.append((name, first_line(error)))
+    with TemporaryDirectory(prefix="modelpress-") as folder:
+        names = output_names(len(trials.runs[0].expected), specs)
+        request = ExportRequest(module, trials.runs[0].feeds, tuple(specs), names, Path(folder))
+        for exporter in exporters:
+            name = exporter.__name__.removeprefix("export_")
+            try:
+                with quiet():
+                    path = exporter(request)
+                return _finished(path, provenance, request.specs, trials)
+            except Disagreement as error:
+                failures.append((name, f"the result differs from the original: {error}"))
+            except CompressionError as error:
+                failures.append((name, error.message))
+            except Exception as error:  # noqa: BLE001  exporters raise whatever their own code runs into
+                failures.append((name, first_line(error)))
     raise _failed(failures)
 
 
@@ -52,3 +72,64 @@ def _failed(failures: Sequence[tuple[str, str]]) -> CompressionError:
                 f"The operator {match['op']} cannot be converted to ONNX. {message}", op_type=match["op"]
             )
     return ModelNotRunnableError(message)
+
+
+def _finished(path: Path, provenance: Provenance, specs: Sequence[TensorSpec], trials: Trials) -> Model:
+    """The exporter's graph with inputs named and shaped as `specs` say, in that order; it repeats all `trials`.
+
+    Raises Disagreement where it gives other numbers, CompressionError where it does not load or run.
+    """
+    model = from_exporter(path, provenance)
+    _shape_inputs(model, specs)
+    observed: list[list[Array]] = []
+    with session_of(model, optimize=False) as session:
+        for trial in trials.runs:
+            got = run(session, trial.feeds)
+            check_outputs(trial.expected, list(got.values()), list(got))
+            observed.append(list(got.values()))
+    _shape_outputs(model, trials.runs, observed)
+    infer_shapes(model.ir)
+    return model.with_warnings(*trials.warnings)
+
+
+def output_names(count: int, specs: Sequence[TensorSpec]) -> list[str]:
+    """`output`, or `output_0`, `output_1`, ...; never an input's name."""
+    taken = {spec.name for spec in specs}
+    names = ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
+    return [name if name not in taken else f"{name}_out" for name in names]
+
+
+def _shape_inputs(model: Model, specs: Sequence[TensorSpec]) -> None:
+    """Inputs by name, in the order of `specs`; one that the exporter dropped as unused comes back."""
+    values = {value.name: value for value in model.graph.inputs}
+    model.graph.inputs.clear()
+    for spec in specs:
+        value = values.get(spec.name) or onnx_ir.Value(name=spec.name)
+        value.shape = onnx_ir.Shape(spec.shape)
+        value.type = onnx_ir.TensorType(_DATA_TYPES[spec.dtype])
+        model.graph.inputs.append(value)
+
+
+def _shape_outputs(model: Model, trials: Sequence[Trial], observed: Sequence[Sequence[Array]]) -> None:
+    """Output shapes as they were seen: a dimension that always had a dynamic dimension's extent is that dimension."""
+    for position, value in enumerate(model.graph.outputs):
+        shapes = [outputs[position].shape for outputs in observed]
+        if len({len(shape) for shape in shapes}) > 1:
+            continue
+        dims = [_dim([shape[axis] for shape in shapes], trials) for axis in range(len(shapes[0]))]
+        known = value.shape
+        if known is not None and len(known) == len(dims):
+            # What varies without being an input's dimension keeps the exporter's name for it.
+            dims = [
+                old.value if new is None and not isinstance(old, int) else new
+                for old, new in zip(known, dims, strict=True)
+            ]
+        value.shape = onnx_ir.Shape(dims)
+
+
+def _dim(extents: Sequence[int], trials: Sequence[Trial]) -> int | str | None:
+    for symbol in trials[0].sizes:
+        sizes = [trial.sizes[symbol] for trial in trials]
+        if sizes == list(extents) and len(set(sizes)) > 1:
+            return symbol
+    return extents[0] if len(set(extents)) == 1 else None

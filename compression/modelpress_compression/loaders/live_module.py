@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from modelpress_compression.errors import InvalidInputsError
+from modelpress_compression.loaders.exporters import ExportRequest, export_plain, export_program
 from modelpress_compression.loaders.exporting import export_checked
-from modelpress_compression.loaders.finish import output_names
-from modelpress_compression.loaders.script_export import ExportRequest, export_plain, export_program
 from modelpress_compression.loaders.torch_run import REFUSALS, runner
 from modelpress_compression.loaders.trials import find_trials
 from modelpress_compression.model import Model, Provenance
@@ -32,21 +31,15 @@ class _Positional(torch.nn.Module):
         return self.inner(**dict(zip(self._names, tensors, strict=True)))
 
 
-def convert_module(module: torch.nn.Module, specs: Sequence[TensorSpec], folder: Path, provenance: Provenance) -> Model:
+def convert_module(module: torch.nn.Module, specs: Sequence[TensorSpec], provenance: Provenance) -> Model:
     """Exported by torch.export, or by tracing where that fails; checked by numbers. Raises as `loaders.load`."""
     module = module.cpu().eval().requires_grad_(False)
     if not specs:
         raise InvalidInputsError(suggest_for_module(module))
     wrapped = _Positional(module, _argument_names(module, specs)).eval()
     trials = find_trials(runner(wrapped), specs, REFUSALS)
-    request = ExportRequest(
-        module=lambda: wrapped,
-        feeds=trials.runs[0].feeds,
-        specs=tuple(specs),
-        output_names=output_names(len(trials.runs[0].expected), specs),
-        folder=folder,
-    )
-    return export_checked((export_named, export_automatic, export_plain), request, provenance, trials)
+    exporters = (export_named, export_automatic, export_plain)
+    return export_checked(exporters, lambda: wrapped, specs, trials, provenance)
 
 
 def _argument_names(module: torch.nn.Module, specs: Sequence[TensorSpec]) -> list[str] | None:

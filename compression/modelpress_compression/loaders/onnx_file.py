@@ -10,25 +10,17 @@ import onnx
 import onnx_ir
 from google.protobuf.message import DecodeError
 
-from modelpress_compression.errors import (
-    ModelNotRunnableError,
-    RejectedModelError,
-    UnsupportedFormatError,
-    UnsupportedOperatorError,
-)
+from modelpress_compression.errors import InvalidInputsError, RejectedModelError, UnsupportedFormatError
 from modelpress_compression.graph.metadata import clear_debug_metadata
-from modelpress_compression.loaders.external_data import check_external_data
-from modelpress_compression.loaders.functions import check_functions
-from modelpress_compression.loaders.named_inputs import apply_specs
-from modelpress_compression.loaders.normalize import normalize
+from modelpress_compression.loaders.normalize import infer_shapes, normalize
+from modelpress_compression.loaders.onnx_check import check_external_data, check_graph, check_operators
 from modelpress_compression.loaders.source import Source
 from modelpress_compression.model import Model, Provenance
-from modelpress_compression.specs import DTYPES, TensorSpec
+from modelpress_compression.specs import TensorSpec
 
 _MAX_PROTOBUF_BYTES = 2**31 - 1
-# Domains whose operators onnxruntime has for CPU; everything else must be a function of the model.
-_ONNX_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
-_RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc", "ai.onnx.contrib")
+
+Dim = int | str | None
 
 
 def load_onnx(source: Source, specs: Sequence[TensorSpec]) -> Model:
@@ -68,46 +60,12 @@ def _parse(path: Path) -> onnx.ModelProto:
         ) from error
     if not proto.HasField("graph") or not proto.ir_version:
         raise UnsupportedFormatError("The file is no ONNX model: it holds no graph.")
-    _check_graph(proto)
+    check_graph(proto)
     return proto
 
 
-def _check_graph(proto: onnx.ModelProto) -> None:
-    check_functions(proto)
-    if not proto.graph.node:
-        raise ModelNotRunnableError("The model's graph has no nodes: there is nothing to run or compress.")
-    if not proto.graph.output:
-        raise ModelNotRunnableError("The model's graph has no outputs.")
-    if proto.graph.sparse_initializer:
-        raise UnsupportedOperatorError(
-            "The model has sparse initializers, which cannot be compressed here; export it with dense weights.",
-            op_type="SparseTensor",
-        )
-    for value in (*proto.graph.input, *proto.graph.output):
-        if value.type.WhichOneof("value") not in ("tensor_type", None):
-            raise UnsupportedFormatError(
-                f"{value.name!r} is a sequence, map or optional; inputs and outputs must be tensors."
-            )
-    _check_input_types(proto)
-
-
-def _check_input_types(proto: onnx.ModelProto) -> None:
-    given = {item.name for item in proto.graph.initializer}
-    for value in proto.graph.input:
-        if value.name in given:
-            continue
-        try:
-            dtype = onnx_ir.DataType(value.type.tensor_type.elem_type).numpy().name
-        except (TypeError, ValueError):
-            dtype = "unknown"
-        if dtype not in DTYPES:
-            raise UnsupportedFormatError(
-                f"Input {value.name!r} has the element type {dtype}; it must be one of {', '.join(DTYPES)}."
-            )
-
-
 def _to_ir(proto: onnx.ModelProto, folder: Path) -> onnx_ir.Model:
-    _check_operators(proto)
+    check_operators(proto)
     try:
         ir = onnx_ir.from_proto(proto)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RecursionError) as error:
@@ -118,39 +76,58 @@ def _to_ir(proto: onnx.ModelProto, folder: Path) -> onnx_ir.Model:
     return ir
 
 
-def _check_operators(proto: onnx.ModelProto) -> None:
-    """Every operator must be in a standard, in onnxruntime, or a function of the model."""
-    opsets = {item.domain if item.domain != "ai.onnx" else "": item.version for item in proto.opset_import}
-    functions = {(item.domain, item.name) for item in proto.functions}
-    _check_nodes(proto.graph.node, opsets, functions)
-    for function in proto.functions:
-        own = {item.domain if item.domain != "ai.onnx" else "": item.version for item in function.opset_import}
-        _check_nodes(function.node, own or opsets, functions)
+def apply_specs(model: Model, specs: Sequence[TensorSpec]) -> Model:
+    """The model with its dynamic dimensions named, or fixed, as the specs say. Raises InvalidInputsError."""
+    if not specs:
+        return model
+    have = {spec.name: spec for spec in model.inputs}
+    if len(specs) == 1 and len(have) == 1 and specs[0].name not in have:
+        # One input is meant, whatever it is called: exporters rename inputs.
+        only = next(iter(have.values()))
+        specs = [TensorSpec(only.name, specs[0].dtype, specs[0].shape)]
+    renamed: dict[str, Dim] = {}
+    for spec in specs:
+        if spec.name not in have:
+            raise InvalidInputsError(f"The model has no input {spec.name!r}; it has {_listed(model)}.")
+        _match(have[spec.name], spec, renamed, _listed(model))
+    model = model.clone()
+    _rename(model, renamed)
+    for value in model.graph.inputs:
+        for spec in specs:
+            if value.name == spec.name:
+                value.shape = onnx_ir.Shape(
+                    new if new is not None else old for old, new in zip(have[spec.name].shape, spec.shape, strict=True)
+                )
+    infer_shapes(model.ir)
+    return model
 
 
-def _check_nodes(nodes: Sequence[onnx.NodeProto], opsets: dict[str, int], functions: set[tuple[str, str]]) -> None:
-    for node in nodes:
-        if (node.domain, node.op_type) not in functions and not _is_known(node, opsets):
-            domain = node.domain or "ai.onnx"
-            raise UnsupportedOperatorError(
-                f"Node {(node.name or node.output[0] if node.output else '')[:120]!r}: there is no operator "
-                f"{node.op_type[:80]!r} in the domain {domain[:80]!r}"
-                f"{f' version {opsets[node.domain]}' if node.domain in opsets else ''}; export the model with standard "
-                f"ONNX operators.",
-                op_type=node.op_type[:80],
-                domain=domain[:80],
-                node=node.name[:120],
-            )
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                _check_nodes(graph.node, opsets, functions)
+def _listed(model: Model) -> str:
+    return ", ".join(map(str, model.inputs)) or "none"
 
 
-def _is_known(node: onnx.NodeProto, opsets: dict[str, int]) -> bool:
-    if node.domain in _RUNTIME_DOMAINS:
-        return True
-    if node.domain not in _ONNX_DOMAINS:
-        return False
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    version = min(opsets.get(domain, 1), onnx.defs.onnx_opset_version() if domain == "" else 1000)
-    return bool(onnx.defs.has(node.op_type, version, domain))
+def _match(have: TensorSpec, want: TensorSpec, renamed: dict[str, Dim], listed: str) -> None:
+    problem = ""
+    if have.dtype != want.dtype:
+        problem = f"its type is {have.dtype}"
+    elif have.shape and len(have.shape) != len(want.shape):
+        problem = f"it has {len(have.shape)} dimensions"
+    for old, new in zip(have.shape, want.shape, strict=False):
+        if isinstance(old, int) and new not in (old, None):
+            problem = problem or f"its dimension {old} is fixed"
+        if isinstance(old, str) and new is not None and renamed.setdefault(old, new) != new:
+            problem = problem or f"the dimensions called {old!r} are one and the same"
+    if problem:
+        raise InvalidInputsError(f"Input {want} does not fit the model: {problem}; the model takes {listed}.")
+
+
+def _rename(model: Model, renamed: dict[str, Dim]) -> None:
+    for graph in model.graphs():
+        values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+        for value in values:
+            if value.shape is not None and any(_symbol(dim) in renamed for dim in value.shape):
+                value.shape = onnx_ir.Shape(renamed.get(str(_symbol(dim)), dim) for dim in value.shape)
+
+
+def _symbol(dim: int | onnx_ir.SymbolicDim) -> str | None:
+    return None if isinstance(dim, int) else dim.value

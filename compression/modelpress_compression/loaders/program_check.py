@@ -19,9 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from modelpress_compression.errors import RejectedModelError, UnsupportedFormatError
-from modelpress_compression.loaders.pickle_scan import MAX_PICKLE_BYTES, check_tensors_only
+from modelpress_compression.loaders.formats.pickle_scan import (
+    MAX_PICKLE_BYTES,
+    TENSOR_GLOBALS,
+    foreign_global,
+    scan_pickle,
+)
+from modelpress_compression.loaders.formats.zip_check import check_zip, inner_members, read_member
 from modelpress_compression.loaders.program_graph import check_program
-from modelpress_compression.loaders.zip_check import check_zip, read_member
 
 MAX_PROGRAM_BYTES = 512 * 1024 * 1024  # 512 MiB of JSON
 MAX_SAMPLE_BYTES = 2 * 1024**3  # 2 GiB of tensors that are stored as a pickle
@@ -36,8 +41,7 @@ def check_archive(path: Path) -> None:
     """Raises RejectedModelError for whatever would execute more than the model, UnsupportedFormatError for damage."""
     members = check_zip(path, "The torch.export archive")
     with zipfile.ZipFile(path) as archive:
-        # torch finds members whatever the case of their names.
-        inner = {_inner(info.filename): info for info in members}
+        inner = inner_members(members, "The torch.export archive")
         pickled: set[str] = set()
         for name, info in inner.items():
             if name.startswith("data/aotinductor/"):
@@ -59,14 +63,6 @@ def check_archive(path: Path) -> None:
 def _is_legacy(name: str) -> bool:
     """All weights or constants in one pickle, as earlier versions wrote them."""
     return name.startswith((_WEIGHTS, _CONSTANTS)) and name.endswith(".pt")
-
-
-def _inner(name: str) -> str:
-    """A member's name without the archive's own folder, in lower case."""
-    lowered = name.lower()
-    if lowered.startswith("serialized_"):
-        return lowered
-    return lowered.split("/", 1)[-1]
 
 
 def _json(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
@@ -108,3 +104,9 @@ def check_torch_save(data: bytes, what: str) -> None:
         for info in members:
             if info.filename.lower().endswith(".pkl"):
                 check_tensors_only(read_member(archive, info, MAX_PICKLE_BYTES), what)
+
+
+def check_tensors_only(data: bytes, what: str) -> None:
+    """Refuses a pickle that needs anything but tensors. Raises RejectedModelError with finding=PICKLE_GLOBAL."""
+    if outside := scan_pickle(data, what).outside(TENSOR_GLOBALS):
+        raise foreign_global(what, outside)

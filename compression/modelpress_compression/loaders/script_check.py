@@ -13,12 +13,29 @@ import zipfile
 from pathlib import Path
 
 from modelpress_compression.errors import RejectedModelError, UnsupportedFormatError
-from modelpress_compression.loaders.pickle_scan import MAX_PICKLE_BYTES, check_torchscript
-from modelpress_compression.loaders.zip_check import check_zip, read_member
+from modelpress_compression.loaders.formats.pickle_scan import (
+    MAX_PICKLE_BYTES,
+    TENSOR_GLOBALS,
+    foreign_global,
+    scan_pickle,
+)
+from modelpress_compression.loaders.formats.zip_check import check_zip, inner_members, read_member
 
 MAX_CODE_BYTES = 64 * 1024 * 1024  # 64 MiB, all code files together
 # Operators that reach files, other processes or the network.
 _FORBIDDEN = frozenset({"save", "from_file", "load_library", "rpc_async", "rpc_sync", "rpc_remote", "to_here"})
+# TorchScript's own unpickler, in C++, imports nothing; it knows these and the classes of the archive.
+_GLOBALS = TENSOR_GLOBALS | frozenset(
+    f"torch.jit._pickle {name}"
+    for name in (
+        "build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "build_complexlist",
+        "build_tensor_from_id", "restore_type_tag",
+    )
+) | {"torch._utils _rebuild_qtensor", "torch per_tensor_affine", "torch per_channel_affine"}  # fmt: skip
+_CLASSES = "__torch__"
+# Classes written in C++; only the packed weights of quantized layers belong into a model.
+_NATIVE_CLASSES = "__torch__.torch.classes."
+_NATIVE_ALLOWED = "__torch__.torch.classes.quantized"
 
 
 def check_script(path: Path) -> None:
@@ -26,15 +43,27 @@ def check_script(path: Path) -> None:
     members = check_zip(path, "The TorchScript archive")
     code_bytes = 0
     with zipfile.ZipFile(path) as archive:
-        for info in members:
-            inner = info.filename.split("/", 1)[-1]
+        for inner, info in inner_members(members, "The TorchScript archive").items():
             if inner.endswith(".pkl"):
-                check_torchscript(read_member(archive, info, MAX_PICKLE_BYTES), f"The archive's {inner[:80]}")
+                check_pickle(read_member(archive, info, MAX_PICKLE_BYTES), f"The archive's {inner[:80]}")
             elif inner.startswith("code/") and not inner.endswith(".debug_pkl"):
                 code_bytes += info.file_size
                 check_code(read_member(archive, info, MAX_CODE_BYTES), inner)
     if code_bytes > MAX_CODE_BYTES:
         raise RejectedModelError(f"The archive has {code_bytes} bytes of code.", finding="ARCHIVE")
+
+
+def check_pickle(data: bytes, what: str) -> None:
+    """Refuses a pickle that TorchScript's writer would not write. Raises RejectedModelError."""
+    outside = []
+    for name in scan_pickle(data, what).outside(_GLOBALS):
+        module = name.split(" ", maxsplit=1)[0]
+        own = module == _CLASSES or module.startswith(_CLASSES + ".")
+        native = f"{module}.".startswith(_NATIVE_CLASSES) and module != _NATIVE_ALLOWED
+        if not own or native:
+            outside.append(name)
+    if outside:
+        raise foreign_global(what, outside)
 
 
 def check_code(code: bytes, what: str) -> None:

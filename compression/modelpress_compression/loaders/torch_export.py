@@ -11,12 +11,11 @@ from torch.utils import _pytree as pytree
 
 from modelpress_compression.errors import UnsupportedFormatError
 from modelpress_compression.inputs import Array, Feeds
+from modelpress_compression.loaders.exporters import ExportRequest, export_plain, export_program
 from modelpress_compression.loaders.exporting import export_checked
-from modelpress_compression.loaders.finish import output_names
 from modelpress_compression.loaders.program_check import check_archive
 from modelpress_compression.loaders.program_inputs import match_specs, program_specs
 from modelpress_compression.loaders.quiet import quiet
-from modelpress_compression.loaders.script_export import ExportRequest, export_plain, export_program
 from modelpress_compression.loaders.source import Source
 from modelpress_compression.loaders.torch_run import REFUSALS, flatten, to_tensors
 from modelpress_compression.loaders.trials import Run, find_trials, first_line
@@ -27,10 +26,10 @@ from modelpress_compression.specs import TensorSpec
 _TRAINING_ARGUMENTS = ("train", "training", "use_input_stats")
 
 
-def load_torch_export(source: Source, specs: Sequence[TensorSpec], folder: str) -> Model:
-    """`folder`: a private folder for the exporter's files. Raises as `loaders.load`."""
+def load_torch_export(source: Source, specs: Sequence[TensorSpec]) -> Model:
+    """The program as a `Model`. Raises as `loaders.load`."""
     check_archive(source.main)
-    return convert_program(_read(source.main), specs, Path(folder), source.provenance("torch_export"))
+    return convert_program(_read(source.main), specs, source.provenance("torch_export"))
 
 
 def _read(path: Path) -> torch.export.ExportedProgram:
@@ -45,7 +44,7 @@ def _read(path: Path) -> torch.export.ExportedProgram:
 
 
 def convert_program(
-    program: torch.export.ExportedProgram, specs: Sequence[TensorSpec], folder: Path, provenance: Provenance
+    program: torch.export.ExportedProgram, specs: Sequence[TensorSpec], provenance: Provenance
 ) -> Model:
     """A program as a `Model`; `specs`, where given, name the dynamic dimensions. Raises as `loaders.load`."""
     warnings = _to_evaluation(program)
@@ -54,18 +53,12 @@ def convert_program(
     with quiet():
         run = program_runner(program)
     trials = find_trials(run, specs, (*REFUSALS, torch.fx.experimental.symbolic_shapes.ConstraintViolationError))
-    request = ExportRequest(
-        module=lambda: _flat_module(program),
-        feeds=trials.runs[0].feeds,
-        specs=tuple(specs),
-        output_names=output_names(len(trials.runs[0].expected), specs),
-        folder=folder,
-    )
 
     def export_dynamo(request: ExportRequest) -> Path:
         return export_program(program, request, "program.onnx")
 
-    model = export_checked((export_dynamo, export_plain), request, provenance, trials)
+    exporters = (export_dynamo, export_plain)
+    model = export_checked(exporters, lambda: _flat_module(program), specs, trials, provenance)
     return model.with_warnings(*warnings)
 
 

@@ -10,12 +10,11 @@ import torch
 
 from modelpress_compression.errors import InvalidInputsError, UnsupportedFormatError
 from modelpress_compression.inputs import Array, Feeds
+from modelpress_compression.loaders.exporters import SCRIPT_EXPORTERS
 from modelpress_compression.loaders.exporting import export_checked
-from modelpress_compression.loaders.finish import output_names
 from modelpress_compression.loaders.hints import suggest_inputs
 from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.loaders.script_check import check_script
-from modelpress_compression.loaders.script_export import EXPORTERS, ExportRequest
 from modelpress_compression.loaders.script_inputs import Binding, bind
 from modelpress_compression.loaders.source import Source
 from modelpress_compression.loaders.torch_run import REFUSALS, runner
@@ -29,8 +28,8 @@ STATE_WARNING = (
 )
 
 
-def load_torchscript(source: Source, specs: Sequence[TensorSpec], folder: str) -> Model:
-    """`folder`: a private folder for the exporters' files. Raises as `loaders.load`."""
+def load_torchscript(source: Source, specs: Sequence[TensorSpec]) -> Model:
+    """The module as a `Model`. `specs` are required: the file records no inputs. Raises as `loaders.load`."""
     check_script(source.main)
     module = read_script(source.main)
     if not specs:
@@ -38,14 +37,13 @@ def load_torchscript(source: Source, specs: Sequence[TensorSpec], folder: str) -
     binding = bind(module, specs)
     state = _assigned(module)
     trials = find_trials(_Runner(source.main, binding, stateful=bool(state)), binding.specs, REFUSALS)
-    request = ExportRequest(
-        module=lambda: binding.wrap(read_script(source.main)),
-        feeds=trials.runs[0].feeds,
-        specs=binding.specs,
-        output_names=output_names(len(trials.runs[0].expected), binding.specs),
-        folder=Path(folder),
+    model = export_checked(
+        SCRIPT_EXPORTERS,
+        lambda: binding.wrap(read_script(source.main)),
+        binding.specs,
+        trials,
+        source.provenance("torchscript"),
     )
-    model = export_checked(EXPORTERS, request, source.provenance("torchscript"), trials)
     return model.with_warnings(STATE_WARNING.format(names=", ".join(state))) if state else model
 
 

@@ -12,13 +12,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from modelpress_compression.errors import InvalidInputsError
 from modelpress_compression.inputs import Array, Feeds
-from modelpress_compression.loaders.examples import batch_symbols, example_feeds, symbols_of
 from modelpress_compression.specs import TensorSpec
 
 Run = Callable[[Feeds], list[Array]]
 
+# Names that people give to the axis along which samples are stacked.
+_BATCH_NAMES = ("batch", "n", "b", "bs", "batch_size", "batchsize", "unk__0", "dim_0")
 _SIZES = (32, 224, 28, 64, 16, 128, 8, 48, 256, 299, 320, 512, 100, 384, 4, 640, 1024, 16000)
 _FEW_SIZES = (32, 224, 64, 16, 8, 128, 3, 1)  # for several dimensions that cannot be the same
 _TRIES = 200
@@ -30,6 +33,52 @@ _TRACE_BATCH = 2  # never 1, which exporters take for a constant
 _OTHER_BATCHES = (3, 1)
 # How lines of torch's messages start that tell of its own insides.
 _NOISE = ("File ", "Traceback", "~", "<---", "The following", "at ")
+
+
+def symbols_of(specs: Sequence[TensorSpec]) -> list[str]:
+    """Names of the dynamic dimensions, in order of appearance, each once."""
+    return list(dict.fromkeys(dim for spec in specs for dim in spec.shape if isinstance(dim, str)))
+
+
+def batch_symbols(specs: Sequence[TensorSpec]) -> list[str]:
+    """Dynamic dimensions that count samples: named so, or the first axis of the first input that has one."""
+    symbols = symbols_of(specs)
+    named = [name for name in symbols if name.lower() in _BATCH_NAMES]
+    if named:
+        return named
+    first = next((spec.shape[0] for spec in specs if len(spec.shape) > 1), None)
+    return [first] if isinstance(first, str) else []
+
+
+def example_feeds(
+    specs: Sequence[TensorSpec], sizes: Mapping[str, int], *, batch: int | None = None, seed: int = 0
+) -> Feeds:
+    """One array per input. `sizes`: extent of each dynamic dimension ("": of unnamed ones); `batch`: of sample axes.
+
+    Floating-point inputs are standard normal. Integers are 0 or 1: ids within any vocabulary, values of any mask.
+    """
+    rng = np.random.default_rng(seed)
+    sizes = dict(sizes)
+    if batch is not None:
+        sizes |= dict.fromkeys(batch_symbols(specs), batch)
+    return {spec.name: _array(spec, sizes, batch or 1, rng) for spec in specs}
+
+
+def _array(spec: TensorSpec, sizes: Mapping[str, int], unknown: int, rng: np.random.Generator) -> Array:
+    inner = sizes.get("", unknown)
+    shape = [_extent(dim, inner if axis else unknown, sizes) for axis, dim in enumerate(spec.shape)]
+    if spec.dtype == "bfloat16":
+        import ml_dtypes
+
+        return rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
+    dtype = np.dtype(spec.dtype)
+    if dtype.kind == "f":
+        return np.asarray(rng.standard_normal(shape), dtype=dtype)
+    return np.asarray(rng.integers(0, 2, shape), dtype=dtype)
+
+
+def _extent(dim: int | str | None, unknown: int, sizes: Mapping[str, int]) -> int:
+    return dim if isinstance(dim, int) else unknown if dim is None else sizes[dim]
 
 
 @dataclass(frozen=True)
@@ -162,9 +211,7 @@ def _size_choices(count: int) -> Iterator[tuple[int, ...]]:
 def first_line(error: BaseException) -> str:
     """What torch said, without its traceback of TorchScript and C++ frames."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    useful = [
-        line for line in lines if not line.startswith(("File ", "Traceback", "~", "<---", "The following", "at "))
-    ]
+    useful = [line for line in lines if not line.startswith(_NOISE)]
     told = [line for line in useful if "Error: " in line or "rror:" in line] or useful[-1:] or [type(error).__name__]
     text = told[-1] if told[-1] in useful else told[0]
     return text.removeprefix("RuntimeError: ").rstrip(".")[:300]

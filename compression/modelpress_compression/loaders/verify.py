@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from modelpress_compression.agreement import why_different
 from modelpress_compression.errors import CompressionError
 from modelpress_compression.inputs import Array, Feeds
-from modelpress_compression.loaders.examples import example_feeds, symbols_of
+from modelpress_compression.loaders.trials import example_feeds, symbols_of
 from modelpress_compression.model import Model
 from modelpress_compression.runtime import run, session_of
 

@@ -13,7 +13,8 @@ import modelpress_compression
 from modelpress_compression.errors import RejectedModelError
 from modelpress_compression.inputs import EvaluationData, InputData
 from modelpress_compression.inspection import inspect_model
-from modelpress_compression.loaders import detect, load
+from modelpress_compression.loaders import load
+from modelpress_compression.loaders.formats import detect
 from modelpress_compression.model import Model
 from modelpress_compression.pipeline import Result, compress, stages_of
 from modelpress_protos.internal.v1 import worker_pb2
@@ -23,8 +24,6 @@ from modelpress_server.executors.sandbox import LEVEL_FILES_AND_NETWORK
 from modelpress_server.worker import convert
 from modelpress_server.worker.context import TaskContext
 
-# TorchScript is a program; loading a torch.export archive evaluates its symbolic expressions.
-CODE_BEARING = ("torchscript", "torch_export")
 # What numpy, torch and onnxscript load only when they are first used so; found by comparing sys.modules around jobs.
 _LAZY = (
     "numpy.ma",
@@ -66,7 +65,7 @@ def _inspect(task: worker_pb2.InspectTask, context: TaskContext) -> worker_pb2.W
 
 def _found(files: worker_pb2.ModelFiles, model: Model) -> worker_pb2.InspectResult:
     return worker_pb2.InspectResult(
-        format=convert.format_to_proto(detect(_paths(files)[0])),
+        format=convert.format_to_proto(detect(_paths(files)[0]).name),
         inspection=convert.inspection_to_proto(inspect_model(model)),
     )
 
@@ -119,10 +118,10 @@ def _load(files: worker_pb2.ModelFiles, context: TaskContext) -> Model:
 
 
 def _refuse_code(paths: Sequence[Path]) -> None:
-    model_format = detect(paths[0])
-    if model_format in CODE_BEARING:
+    row = detect(paths[0])
+    if row.loader and row.carries_code:
         raise RejectedModelError(
-            f"This server reads files with code in them ({model_format}) only in a sandbox that its kernel does not "
+            f"This server reads files with code in them ({row.name}) only in a sandbox that its kernel does not "
             "offer. Export the model to ONNX, or use a server with Landlock and seccomp.",
             finding="SANDBOX_REQUIRED",
         )

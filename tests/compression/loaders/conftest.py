@@ -118,13 +118,16 @@ def touching_pickle(marker: Path) -> bytes:
     return pickle.dumps(TouchOnLoad(marker))
 
 
-def rewrite(source: Path, target: Path, changes: dict[str, bytes | Callable[[Any], Any] | None]) -> Path:
+def rewrite(
+    source: Path, target: Path, changes: dict[str, bytes | Callable[[Any], Any] | None], *, folder: str | None = None
+) -> Path:
     """A copy of an archive with members replaced (bytes), edited (a function on their JSON), or removed (None).
 
-    Keys are members' names without the archive's folder; bytes under a new name are added.
+    Keys are members' names without the archive's folder; bytes under a new name are added. `folder`: another name for
+    the archive's own.
     """
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        folder = old.namelist()[0].split("/", 1)[0]
+        folder = folder or old.namelist()[0].split("/", 1)[0]
         left = dict(changes)
         for info in old.infolist():
             inner = info.filename.split("/", 1)[1]
@@ -137,7 +140,7 @@ def rewrite(source: Path, target: Path, changes: dict[str, bytes | Callable[[Any
                 else:
                     data = change
             if data is not None:
-                new.writestr(zipfile.ZipInfo(info.filename, (1980, 1, 1, 0, 0, 0)), data)
+                new.writestr(zipfile.ZipInfo(f"{folder}/{inner}", (1980, 1, 1, 0, 0, 0)), data)
         for inner, change in left.items():
             assert isinstance(change, bytes)
             new.writestr(zipfile.ZipInfo(f"{folder}/{inner}", (1980, 1, 1, 0, 0, 0)), change)

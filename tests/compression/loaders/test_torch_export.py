@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from modelpress_compression.errors import (
     UnsupportedOperatorError,
 )
 from modelpress_compression.loaders import load
+from modelpress_compression.loaders.program_check import check_tensors_only
 from modelpress_compression.loaders.program_graph import check_expression
 from modelpress_compression.loaders.verify import run_onnx
 
@@ -212,6 +214,41 @@ def test_bare_pickles_and_scripts_as_samples(
         changed = make.rewrite(exported, tmp_path / "m.pt2", {"data/sample_inputs/model.pt": data})
         with pytest.raises(RejectedModelError):
             load(changed)
+    assert not marker.exists()
+
+
+def test_a_call_is_refused(tmp_path: Path, make: SimpleNamespace) -> None:
+    """The refusal names the function; nothing is executed."""
+    marker = tmp_path / "executed"
+    with pytest.raises(RejectedModelError, match=r"pathlib.*touch|getattr") as caught:
+        check_tensors_only(make.touching_pickle(marker), "The sample")
+    assert caught.value.metadata["finding"] == "PICKLE_GLOBAL"
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("folder", ["serialized_net", "Net"])
+def test_members_are_checked_whatever_the_folder(
+    exported: Path, tmp_path: Path, make: SimpleNamespace, folder: str
+) -> None:
+    """The archive's own folder is called after the file, so its author names it."""
+    marker = tmp_path / "executed"
+    evil = {"data/sample_inputs/model.pt": make.touching_torch_save(marker)}
+    path = make.rewrite(exported, tmp_path / "m.pt2", evil, folder=folder)
+    with pytest.raises(RejectedModelError, match="would import"):
+        load(path)
+    assert not marker.exists()
+
+
+def test_two_folders_are_refused(exported: Path, tmp_path: Path, make: SimpleNamespace) -> None:
+    """torch reads the first folder, a table of names keeps the last one."""
+    marker = tmp_path / "executed"
+    evil = {"data/sample_inputs/model.pt": make.touching_torch_save(marker)}
+    path = make.rewrite(exported, tmp_path / "m.pt2", evil, folder="evil")
+    with zipfile.ZipFile(exported) as good, zipfile.ZipFile(path, "a") as both:
+        for name in good.namelist():
+            both.writestr(f"good/{name.split('/', 1)[1]}", good.read(name))
+    with pytest.raises(RejectedModelError, match="in different folders"):
+        load(path)
     assert not marker.exists()
 
 

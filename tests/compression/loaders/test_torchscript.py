@@ -16,6 +16,7 @@ from modelpress_compression.errors import (
     UnsupportedFormatError,
 )
 from modelpress_compression.loaders import load
+from modelpress_compression.loaders.script_check import check_pickle
 from modelpress_compression.loaders.verify import run_onnx
 
 Save = Callable[[torch.nn.Module, Path], Path]
@@ -258,3 +259,20 @@ def test_pickles_in_an_archive_are_refused(scripted: Path, tmp_path: Path, make:
             load(changed, ["x:float32[batch,1,12,12]"])
         assert caught.value.metadata["finding"] == "PICKLE_GLOBAL"
     assert not marker.exists()
+
+
+def test_pickles_know_the_classes_of_the_archive_only() -> None:
+    """Classes of the archive pass; Python's and native ones do not."""
+    check_pickle(b"\x80\x02c__torch__.a\nNet\n.", "it")
+    check_pickle(b"\x80\x02c__torch__.torch.classes.quantized\nConv2dPackedParamsBase\n.", "it")
+    for name in (b"os\nsystem", b"__torch__x\nNet", b"__torch__.torch.classes.dist_rpc\nMessage"):
+        with pytest.raises(RejectedModelError):
+            check_pickle(b"\x80\x02c" + name + b"\n.", "it")
+
+
+def test_code_is_checked_whatever_the_case_of_its_folder(scripted: Path, tmp_path: Path, make: SimpleNamespace) -> None:
+    """torch finds `CODE/` where it looks for `code/`."""
+    path = make.rewrite(scripted, tmp_path / "m.pt", {"CODE/__torch__.py": b"def f(x):\n  torch.save(x, 'a')\n"})
+    with pytest.raises(RejectedModelError) as caught:
+        load(path, ["x:float32[batch,1,12,12]"])
+    assert caught.value.metadata["finding"] == "SCRIPT_OPERATOR"

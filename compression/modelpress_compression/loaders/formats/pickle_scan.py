@@ -49,19 +49,6 @@ TENSOR_GLOBALS = frozenset(
     }
 )
 
-# TorchScript's own unpickler, in C++, imports nothing; it knows these and the classes of the archive.
-TORCHSCRIPT_GLOBALS = TENSOR_GLOBALS | frozenset(
-    f"torch.jit._pickle {name}"
-    for name in (
-        "build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "build_complexlist",
-        "build_tensor_from_id", "restore_type_tag",
-    )
-) | {"torch._utils _rebuild_qtensor", "torch per_tensor_affine", "torch per_channel_affine"}  # fmt: skip
-_TORCHSCRIPT_CLASSES = "__torch__"
-# Classes written in C++; only the packed weights of quantized layers belong into a model.
-_TORCHSCRIPT_NATIVE = "__torch__.torch.classes."
-_TORCHSCRIPT_NATIVE_ALLOWED = "__torch__.torch.classes.quantized"
-
 
 @dataclass(frozen=True)
 class PickleScan:
@@ -115,25 +102,6 @@ def _stack_global(strings: list[str | None], what: str) -> str:
     if len(strings) < 2 or strings[-1] is None or strings[-2] is None:
         raise RejectedModelError(f"{what} builds the names of what it imports as it runs.", finding="PICKLE_GLOBAL")
     return f"{strings[-2]} {strings[-1]}"
-
-
-def check_tensors_only(data: bytes, what: str) -> None:
-    """Refuses a pickle that needs anything but tensors. Raises RejectedModelError with finding=PICKLE_GLOBAL."""
-    if outside := scan_pickle(data, what).outside(TENSOR_GLOBALS):
-        raise foreign_global(what, outside)
-
-
-def check_torchscript(data: bytes, what: str) -> None:
-    """Refuses a pickle that TorchScript's writer would not write. Raises RejectedModelError."""
-    outside = []
-    for name in scan_pickle(data, what).outside(TORCHSCRIPT_GLOBALS):
-        module = name.split(" ", maxsplit=1)[0]
-        own = module == _TORCHSCRIPT_CLASSES or module.startswith(_TORCHSCRIPT_CLASSES + ".")
-        native = f"{module}.".startswith(_TORCHSCRIPT_NATIVE) and module != _TORCHSCRIPT_NATIVE_ALLOWED
-        if not own or native:
-            outside.append(name)
-    if outside:
-        raise foreign_global(what, outside)
 
 
 def foreign_global(what: str, names: list[str]) -> RejectedModelError:

@@ -8,17 +8,11 @@ import pickletools
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from modelpress_compression.errors import RejectedModelError, UnsupportedFormatError
-from modelpress_compression.loaders.pickle_scan import (
-    TENSOR_GLOBALS,
-    check_tensors_only,
-    check_torchscript,
-    scan_pickle,
-)
+from modelpress_compression.loaders.formats.pickle_scan import TENSOR_GLOBALS, scan_pickle
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
@@ -39,16 +33,6 @@ def test_saved_tensors_are_within_the_list(small_net: torch.nn.Module) -> None:
     with zipfile.ZipFile(buffer) as archive:
         data = archive.read("archive/data.pkl")
     assert not scan_pickle(data, "it").globals - TENSOR_GLOBALS
-    check_tensors_only(data, "it")
-
-
-def test_a_call_is_refused(tmp_path: Path, make: SimpleNamespace) -> None:
-    """The refusal names the function; nothing is executed."""
-    marker = tmp_path / "executed"
-    with pytest.raises(RejectedModelError, match=r"pathlib.*touch|getattr") as caught:
-        check_tensors_only(make.touching_pickle(marker), "The sample")
-    assert caught.value.metadata["finding"] == "PICKLE_GLOBAL"
-    assert not marker.exists()
 
 
 def test_names_made_at_run_time_are_refused() -> None:
@@ -79,12 +63,3 @@ def test_damaged(data: bytes) -> None:
     """Cut short, of another kind, or claiming more bytes than there are."""
     with pytest.raises(UnsupportedFormatError, match="no readable pickle"):
         scan_pickle(data, "it")
-
-
-def test_torchscript_knows_its_own_classes_only() -> None:
-    """Classes of the archive pass; Python's and native ones do not."""
-    check_torchscript(b"\x80\x02c__torch__.a\nNet\n.", "it")
-    check_torchscript(b"\x80\x02c__torch__.torch.classes.quantized\nConv2dPackedParamsBase\n.", "it")
-    for name in (b"os\nsystem", b"__torch__x\nNet", b"__torch__.torch.classes.dist_rpc\nMessage"):
-        with pytest.raises(RejectedModelError):
-            check_torchscript(b"\x80\x02c" + name + b"\n.", "it")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
 from modelpress_compression.errors import RejectedModelError, UnsupportedFormatError
-from modelpress_compression.loaders.zip_check import check_zip
+from modelpress_compression.loaders.formats.zip_check import check_zip
 
 
 def zip_of(*members: tuple[str, bytes], method: int = zipfile.ZIP_STORED) -> io.BytesIO:
@@ -80,6 +81,31 @@ def test_something_before_or_after() -> None:
     for data in (b"before" + raw, raw[:-2] + (5).to_bytes(2, "little") + b"after"):
         with pytest.raises(RejectedModelError, match="before its first or after"):
             check_zip(io.BytesIO(data))
+
+
+def test_a_directory_that_the_locator_hides() -> None:
+    """zipfile reads the directory before the ZIP64 locator, torch the one that the locator points at."""
+    evil, good = (zip_of(("a/1", data)).getvalue() for data in (b"evil", b"good"))
+    # One member: 4 + 33 bytes, then its directory of 49 bytes and its end of 22.
+    start, end = len(evil) - 22 - 49, len(evil) - 22
+    directory = bytearray(good[start:end])
+    directory[42:46] = struct.pack("<I", end + 56)  # where the good member's own header lies
+
+    def end64(directory_at: int) -> bytes:
+        return struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 1, 1, 49, directory_at)
+
+    def archive(locator: int) -> bytes:
+        hidden = evil[:end] + end64(start) + good[:start] + bytes(directory)
+        found = hidden + end64(len(hidden) - 49)
+        pointer = struct.pack("<4sLQL", b"PK\x06\x07", 0, locator, 1)
+        return found + pointer + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 65535, 65535, 2**32 - 1, 2**32 - 1, 0)
+
+    honest = len(archive(0)) - 22 - 20 - 56
+    with zipfile.ZipFile(io.BytesIO(archive(end))) as seen:
+        assert seen.read("a/1") == b"good"
+    assert check_zip(io.BytesIO(archive(honest)))
+    with pytest.raises(RejectedModelError, match="before its first or after"):
+        check_zip(io.BytesIO(archive(end)))
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.7, 0.99])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
@@ -21,6 +22,8 @@ MAX_RATIO = 200  # unpacked over packed, of one deflated member
 _RATIO_FLOOR_BYTES = 1024 * 1024  # small members may be as repetitive as they like
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _END = struct.Struct("<4s4H2LH")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR64 = struct.Struct("<4sLQL")
 _CODE_SUFFIXES = (".py", ".debug_pkl", ".pkl", ".json")
 
 
@@ -92,10 +95,18 @@ def _check_end(archive: zipfile.ZipFile, what: str) -> None:
     file = archive.fp
     if file is None:
         raise ValueError("closed")
-    file.seek(-_END.size, 2)
+    end = file.seek(-_END.size, 2)
     record = _END.unpack(file.read(_END.size))
     directory = record[6]
-    if record[0] != b"PK\x05\x06" or record[7] != 0 or directory not in (archive.start_dir, 0xFFFFFFFF):
+    file.seek(max(0, end - _LOCATOR64.size))
+    locator = _LOCATOR64.unpack(file.read(_LOCATOR64.size))
+    if locator[0] == b"PK\x06\x07":
+        # zipfile takes the record right before the locator, torch the one that the locator points at.
+        record64_at = end - _LOCATOR64.size - _END64.size
+        file.seek(max(0, record64_at))
+        record64 = _END64.unpack(file.read(_END64.size))
+        directory = record64[9] if locator[2] == record64_at and record64[0] == b"PK\x06\x06" else -1
+    if record[0] != b"PK\x05\x06" or record[7] != 0 or directory != archive.start_dir:
         raise _reject(f"{what} has something before its first or after its last part.")
 
 
@@ -116,6 +127,25 @@ def _check_extents(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], wha
         end = info.header_offset + _LOCAL_HEADER.size + header[9] + header[10] + info.compress_size
     if end > archive.start_dir:
         raise _reject(f"{what}: its members run into its directory.")
+
+
+def inner_name(name: str) -> str:
+    """A member's name without the folder that every torch archive keeps its members in."""
+    return name.split("/", 1)[-1]
+
+
+def inner_members(members: Iterable[zipfile.ZipInfo], what: str) -> dict[str, zipfile.ZipInfo]:
+    """Members by their inner names in lower case, for torch does not tell the cases apart.
+
+    Raises RejectedModelError where two folders hold one name: torch reads the first folder, whatever it is called.
+    """
+    found: dict[str, zipfile.ZipInfo] = {}
+    for info in members:
+        name = inner_name(info.filename).lower()
+        if name in found:
+            raise _reject(f"{what} has two members named {name[:80]!r}, in different folders.")
+        found[name] = info
+    return found
 
 
 def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit_bytes: int) -> bytes:

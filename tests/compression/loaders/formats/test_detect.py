@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 from modelpress_compression.errors import RejectedModelError, UnsupportedFormatError
-from modelpress_compression.loaders import detect, load
+from modelpress_compression.loaders import load
+from modelpress_compression.loaders.formats import detect
 from onnx import helper
 from safetensors.torch import save_file
 
 
 def test_torchscript_and_torch_export_under_any_name(scripted: Path, exported: Path, tmp_path: Path) -> None:
     """A TorchScript archive named .onnx is TorchScript, a .pt2 named .pt is torch_export."""
-    assert detect(shutil.copy(scripted, tmp_path / "a.onnx")) == "torchscript"
-    assert detect(shutil.copy(exported, tmp_path / "b.pt")) == "torch_export"
+    assert detect(shutil.copy(scripted, tmp_path / "a.onnx")).name == "torchscript"
+    assert detect(shutil.copy(exported, tmp_path / "b.pt")).name == "torch_export"
 
 
 @pytest.mark.parametrize("new_format", [True, False])
@@ -28,16 +29,24 @@ def test_state_dict_and_pickled_module(small_net: torch.nn.Module, tmp_path: Pat
     """torch.save's two containers, with weights alone and with a whole module."""
     torch.save(small_net.state_dict(), tmp_path / "w.pt", _use_new_zipfile_serialization=new_format)
     torch.save(small_net, tmp_path / "m.pt", _use_new_zipfile_serialization=new_format)
-    assert detect(tmp_path / "w.pt") == "state_dict"
-    assert detect(tmp_path / "m.pt") == "pickled_module"
+    assert detect(tmp_path / "w.pt").name == "state_dict"
+    assert detect(tmp_path / "m.pt").name == "pickled_module"
 
 
 def test_safetensors_and_onnx(tmp_path: Path, make: SimpleNamespace) -> None:
     """Both are recognized without an extension."""
     save_file({"w": torch.zeros(2)}, tmp_path / "w")
     make.write_onnx(make.onnx_model([helper.make_node("Relu", ["x"], ["y"])]), tmp_path / "m")
-    assert detect(tmp_path / "w") == "safetensors"
-    assert detect(tmp_path / "m") == "onnx"
+    assert detect(tmp_path / "w").name == "safetensors"
+    assert detect(tmp_path / "m").name == "onnx"
+
+
+def test_safetensors_whose_length_looks_like_a_pickle(tmp_path: Path) -> None:
+    """A header of 640 bytes starts with the first bytes of a pickle."""
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(640)
+    (tmp_path / "w").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    assert (tmp_path / "w").read_bytes().startswith(b"\x80\x02")
+    assert detect(tmp_path / "w").name == "safetensors"
 
 
 @pytest.mark.parametrize(

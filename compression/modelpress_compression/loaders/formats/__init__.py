@@ -1,0 +1,248 @@
+"""The table of formats: what each is called, how its content is told, what loads it, and what people do with it.
+
+A format that is added is one row here, a sniffer above it, and a loader; `protos/generate.py` writes the rest.
+
+This package imports the standard library and `errors` alone. The client and the server's own process use the copy of it
+in `modelpress_protos.formats`: they import neither the engine nor numpy.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelpress_compression.errors import UnsupportedFormatError
+from modelpress_compression.loaders.formats.content import Content
+from modelpress_compression.loaders.formats.pickle_scan import TENSOR_GLOBALS
+
+_MAX_SAFETENSORS_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the format's own reader
+# (field number, wire type) of onnx.ModelProto: 0 is a varint, 2 a field with a length.
+_MODEL_PROTO_FIELDS = frozenset(
+    [(1, 0), (5, 0), *((field, 2) for field in (2, 3, 4, 6, 7, 8, 14, 20, 25, 26))],
+)
+
+
+@dataclass(frozen=True)
+class WayOut:
+    """What makes a model of a file that is none by itself, where the user's code lives.
+
+    `option`: of `compress-client`. `hint`: for people, the rest of a sentence that says what the file is.
+    """
+
+    option: str
+    hint: str
+
+
+_OR_EXPORT = "Or export the model with torch.onnx.export, torch.export.save or torch.jit.save."
+ARCHITECTURE = WayOut(
+    "--architecture",
+    "weights without the network they belong to. Name the code that builds it with "
+    "--architecture package.module:factory and --input NAME:DTYPE[DIM,...] (in Python: architecture=, inputs=); the "
+    f"file is then converted on your own machine, which needs torch and that code. {_OR_EXPORT}",
+)
+TRUST_PICKLE = WayOut(
+    "--trust-pickle",
+    "reading it runs the code in it, so no server does. If you trust the file, pass --trust-pickle and "
+    "--input NAME:DTYPE[DIM,...] (in Python: trust_pickle=True, inputs=); it is then converted on your own machine, "
+    f"which needs torch and the module's code. {_OR_EXPORT}",
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One serialized form of a model.
+
+    `number`: of MODEL_FORMAT_<NAME> in the API; never changed, never given to another format.
+    `name`: in reports. `noun`: what messages call such a file. `summary`: one sentence for people.
+    `sniff`: whether a file's content is of this format, given that it is of none above it in the table.
+    `loader`: `module:function` within `loaders`, called with the model's files and the user's inputs.
+    `carries_code`: loading it evaluates what the file says, so a server does it in a confined worker only.
+    `way_out`: instead of a loader, where the file alone is no model: every server refuses it, and the client converts.
+    """
+
+    number: int
+    name: str
+    noun: str
+    summary: str
+    sniff: Callable[[Content], bool]
+    loader: str | None = None
+    carries_code: bool = False
+    way_out: WayOut | None = None
+
+    def refusal(self, subject: str) -> str:
+        """What `subject` ("The file", a path) is, why it is refused, and the way out."""
+        return f"{subject} is {self.noun}: {self.way_out.hint if self.way_out else self.summary}"
+
+
+def _is_torch_export(content: Content) -> bool:
+    names = content.names  # before torch 2.8 the program lay at the archive's root, by the long name
+    return "serialized_exported_program.json" in names or any(
+        name.startswith(("models/", "data/aotinductor/")) for name in names
+    )
+
+
+def _is_torchscript(content: Content) -> bool:
+    return {"constants.pkl", "data.pkl"} <= content.names
+
+
+def _is_state_dict(content: Content) -> bool:
+    return content.imports is not None and content.imports <= TENSOR_GLOBALS
+
+
+def _is_pickled_module(content: Content) -> bool:
+    return content.imports is not None
+
+
+def _is_safetensors(content: Content) -> bool:
+    head, size_bytes = content.head, content.size_bytes
+    if len(head) < 10 or head[8:9] != b"{":
+        return False
+    header_bytes = int.from_bytes(head[:8], "little")
+    if header_bytes > min(size_bytes - 8, _MAX_SAFETENSORS_HEADER_BYTES):
+        raise UnsupportedFormatError(
+            f"The file looks like safetensors, but its header claims {header_bytes} bytes "
+            f"of {size_bytes}; it is damaged."
+        )
+    with content.path.open("rb") as file:
+        file.seek(8)
+        try:
+            header = json.load(io.BytesIO(file.read(header_bytes)))
+        except (ValueError, RecursionError) as error:
+            raise UnsupportedFormatError("The file looks like safetensors, but its header is not JSON.") from error
+    return isinstance(header, dict)
+
+
+def _is_onnx(content: Content) -> bool:
+    """Whether the first fields could be a ModelProto's: all its fields are varints (1, 5) or have a length (2-26)."""
+    head, position = content.head, 0
+    for _ in range(3):
+        if position >= len(head):
+            break
+        key, position = _varint(head, position)
+        field, wire = key >> 3, key & 7
+        if (field, wire) not in _MODEL_PROTO_FIELDS:
+            return False
+        value, position = _varint(head, position)
+        if position < 0:
+            return False
+        position += value if wire == 2 else 0
+    return True
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """A number and the position after it; position -1 where it is cut off or too long."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= len(data):
+            return 0, -1
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    return 0, -1
+
+
+# The first row whose sniffer says yes decides: what is told most surely stands first.
+FORMATS = (
+    Format(
+        number=2,
+        name="torch_export",
+        noun="an exported program (torch.export.save)",
+        summary="An exported program (`torch.export.save`, `.pt2`).",
+        sniff=_is_torch_export,
+        loader="torch_export:load_torch_export",
+        carries_code=True,  # torch evaluates its symbolic expressions
+    ),
+    Format(
+        number=3,
+        name="torchscript",
+        noun="a TorchScript archive (torch.jit.save)",
+        summary="TorchScript (`torch.jit.save`), traced or scripted. It does not record its inputs: name them.",
+        sniff=_is_torchscript,
+        loader="torchscript:load_torchscript",
+        carries_code=True,  # it is a program
+    ),
+    Format(
+        number=5,
+        name="safetensors",
+        noun="a safetensors file",
+        summary="safetensors: weights alone.",
+        sniff=_is_safetensors,
+        way_out=ARCHITECTURE,
+    ),
+    Format(
+        number=4,
+        name="state_dict",
+        noun="a PyTorch state dict",
+        summary="A PyTorch state dict or checkpoint (`torch.save`): weights alone.",
+        sniff=_is_state_dict,
+        way_out=ARCHITECTURE,
+    ),
+    Format(
+        number=6,
+        name="pickled_module",
+        noun="a pickled PyTorch module",
+        summary="A whole pickled module (`torch.save`): reading it runs the code in it.",
+        sniff=_is_pickled_module,
+        carries_code=True,
+        way_out=TRUST_PICKLE,
+    ),
+    Format(
+        number=1,
+        name="onnx",
+        noun="an ONNX model",
+        summary="ONNX, with or without external data.",
+        sniff=_is_onnx,
+        loader="onnx_file:load_onnx",
+    ),
+)
+
+# First bytes of what people upload by mistake, at an offset; and what to do about it.
+_STRANGERS: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras?); export it to ONNX with tf2onnx or keras.Model.export"),
+    (4, b"TFL3", "a TensorFlow Lite file; convert the original model with tf2onnx"),
+    (0, b"\x93NUMPY", "a NumPy array, not a model"),
+    (0, b"\x1f\x8b", "gzip-compressed; unpack it first"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive; unpack it first"),
+    (0, b"BZh", "bzip2-compressed; unpack it first"),
+    (0, b"\xfd7zXZ\x00", "xz-compressed; unpack it first"),
+    (0, b"\x28\xb5\x2f\xfd", "zstd-compressed; unpack it first"),
+    (0, b"GGUF", "a GGUF file of llama.cpp, which holds weights that are quantized already"),
+    (0, b"<!DOCTYPE", "a web page; the download went wrong"),
+    (0, b"<html", "a web page; the download went wrong"),
+    (0, b"<?xml", "an XML file (OpenVINO?); export the original model to ONNX"),
+    (0, b"version https://git-lfs", "a Git LFS pointer; fetch the file itself with 'git lfs pull'"),
+    (257, b"ustar", "a tar archive; unpack it first"),
+)
+
+
+def detect(path: str | os.PathLike[str]) -> Format:
+    """The row of a file's format, by its content alone: names lie, `.pt` is four different formats.
+
+    Raises UnsupportedFormatError, RejectedModelError for a deceitful archive, and OSError.
+    """
+    content = Content(Path(path))
+    if not content.head:
+        raise UnsupportedFormatError("The file is empty; write or upload it again.")
+    for offset, magic, what in _STRANGERS:
+        if content.head[offset:].startswith(magic) and not content.is_zip:
+            raise _unsupported(what)
+    for row in FORMATS:
+        if row.sniff(content):
+            return row
+    if any(name.endswith(("config.json", "model.weights.h5")) for name in content.names):
+        raise _unsupported("a Keras archive; export it to ONNX")
+    raise _unsupported("a zip archive, but not one of torch's" if content.is_zip else "in no known format")
+
+
+def _unsupported(what: str) -> UnsupportedFormatError:
+    loaded = ", ".join(row.noun for row in FORMATS if row.loader)
+    converted = ", ".join(row.noun for row in FORMATS if row.way_out)
+    return UnsupportedFormatError(
+        f"The file is {what}. What can be read is {loaded}; and after conversion on your own machine {converted}."
+    )

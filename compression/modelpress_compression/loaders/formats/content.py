@@ -1,0 +1,82 @@
+"""What tells a file's format: its first bytes, the names in its archive, and what its pickle would import."""
+
+from __future__ import annotations
+
+import zipfile
+from functools import cached_property
+from pathlib import Path
+
+from modelpress_compression.errors import UnsupportedFormatError
+from modelpress_compression.loaders.formats.pickle_scan import MAX_PICKLE_BYTES, scan_pickle
+from modelpress_compression.loaders.formats.zip_check import check_zip, inner_name, read_member
+
+_HEAD_BYTES = 4096
+_ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")
+_PICKLE_MAGICS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+# torch.save before version 1.6: magic number, protocol and system before the object; storage keys and tensors follow.
+_LEGACY_PICKLES = 4
+_WHAT = "The file's pickle"
+
+
+class Content:
+    """A file as the sniffers see it. Archive and pickle are read when first asked for; nothing in them is executed.
+
+    Raises UnsupportedFormatError where something is damaged, RejectedModelError where it is built to deceive.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            self.head = file.read(_HEAD_BYTES)
+        self.is_zip = self.head.startswith(_ZIP_MAGICS)
+
+    @cached_property
+    def _members(self) -> list[zipfile.ZipInfo]:
+        if not self.is_zip:
+            return []
+        _refuse_arrays(self.path)
+        return check_zip(self.path)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The archive's members, without the folder that every torch archive keeps them in; none of another file."""
+        return frozenset(inner_name(info.filename) for info in self._members)
+
+    @cached_property
+    def imports(self) -> frozenset[str] | None:
+        """Every `module name` that the object written by torch.save would import; None where the file holds none."""
+        if self.is_zip:
+            return self._archived_imports()
+        return self._legacy_imports() if self.head.startswith(_PICKLE_MAGICS) else None
+
+    def _archived_imports(self) -> frozenset[str] | None:
+        pickles = [info for info in self._members if inner_name(info.filename) == "data.pkl"]
+        if not pickles:
+            return None
+        with zipfile.ZipFile(self.path) as archive:
+            scans = [scan_pickle(read_member(archive, info, MAX_PICKLE_BYTES), _WHAT) for info in pickles]
+        return frozenset().union(*(scan.globals for scan in scans))
+
+    def _legacy_imports(self) -> frozenset[str]:
+        with self.path.open("rb") as file:
+            data = file.read(MAX_PICKLE_BYTES)
+        found: frozenset[str] = frozenset()
+        for _ in range(_LEGACY_PICKLES):
+            scan = scan_pickle(data, _WHAT)
+            found |= scan.globals
+            data = data[scan.end :]
+            if not data.startswith(_PICKLE_MAGICS):
+                break
+        return found
+
+
+def _refuse_arrays(path: Path) -> None:
+    """Data instead of a model is a common slip; said before anything is said about the archive itself."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return  # check_zip says it better
+    if names and all(name.endswith(".npy") for name in names):
+        raise UnsupportedFormatError("The file is an .npz of NumPy arrays, not a model; give it as --data or --eval.")

@@ -1,0 +1,281 @@
+"""What an ONNX file may contain, checked before any library follows it.
+
+- Functions call functions. Twenty-six of them, each calling the one before twice, are 1.6 KB in a file and 67 million
+  nodes in any tool that inlines them; a function that calls itself never ends.
+- The location of external data is a path that the model's author chose. It must stay in the model's folder, by name and
+  on the disk.
+- Inputs and outputs must be tensors, and every operator one that onnxruntime has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+import onnx
+import onnx_ir
+
+from modelpress_compression.errors import (
+    ModelNotRunnableError,
+    RejectedModelError,
+    UnsupportedFormatError,
+    UnsupportedOperatorError,
+)
+from modelpress_compression.loaders.source import Source
+from modelpress_compression.specs import DTYPES
+
+MAX_EXPANDED_NODES = 500_000
+# Domains whose operators onnxruntime has for CPU; everything else must be a function of the model.
+_ONNX_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
+_RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc", "ai.onnx.contrib")
+
+_Key = tuple[str, str, str]
+_Functions = dict[_Key, onnx.FunctionProto]
+
+
+def check_graph(proto: onnx.ModelProto) -> None:
+    """Raises ModelNotRunnableError, UnsupportedOperatorError, UnsupportedFormatError, RejectedModelError."""
+    check_functions(proto)
+    if not proto.graph.node:
+        raise ModelNotRunnableError("The model's graph has no nodes: there is nothing to run or compress.")
+    if not proto.graph.output:
+        raise ModelNotRunnableError("The model's graph has no outputs.")
+    if proto.graph.sparse_initializer:
+        raise UnsupportedOperatorError(
+            "The model has sparse initializers, which cannot be compressed here; export it with dense weights.",
+            op_type="SparseTensor",
+        )
+    for value in (*proto.graph.input, *proto.graph.output):
+        if value.type.WhichOneof("value") not in ("tensor_type", None):
+            raise UnsupportedFormatError(
+                f"{value.name!r} is a sequence, map or optional; inputs and outputs must be tensors."
+            )
+    _check_input_types(proto)
+
+
+def _check_input_types(proto: onnx.ModelProto) -> None:
+    given = {item.name for item in proto.graph.initializer}
+    for value in proto.graph.input:
+        if value.name in given:
+            continue
+        try:
+            dtype = onnx_ir.DataType(value.type.tensor_type.elem_type).numpy().name
+        except (TypeError, ValueError):
+            dtype = "unknown"
+        if dtype not in DTYPES:
+            raise UnsupportedFormatError(
+                f"Input {value.name!r} has the element type {dtype}; it must be one of {', '.join(DTYPES)}."
+            )
+
+
+def check_operators(proto: onnx.ModelProto) -> None:
+    """Every operator must be in a standard, in onnxruntime, or a function of the model.
+
+    Raises UnsupportedOperatorError.
+    """
+    opsets = {item.domain if item.domain != "ai.onnx" else "": item.version for item in proto.opset_import}
+    functions = {(item.domain, item.name) for item in proto.functions}
+    _check_nodes(proto.graph.node, opsets, functions)
+    for function in proto.functions:
+        own = {item.domain if item.domain != "ai.onnx" else "": item.version for item in function.opset_import}
+        _check_nodes(function.node, own or opsets, functions)
+
+
+def _check_nodes(nodes: Sequence[onnx.NodeProto], opsets: dict[str, int], functions: set[tuple[str, str]]) -> None:
+    for node in nodes:
+        if (node.domain, node.op_type) not in functions and not _is_known(node, opsets):
+            domain = node.domain or "ai.onnx"
+            raise UnsupportedOperatorError(
+                f"Node {(node.name or node.output[0] if node.output else '')[:120]!r}: there is no operator "
+                f"{node.op_type[:80]!r} in the domain {domain[:80]!r}"
+                f"{f' version {opsets[node.domain]}' if node.domain in opsets else ''}; export the model with standard "
+                f"ONNX operators.",
+                op_type=node.op_type[:80],
+                domain=domain[:80],
+                node=node.name[:120],
+            )
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                _check_nodes(graph.node, opsets, functions)
+
+
+def _is_known(node: onnx.NodeProto, opsets: dict[str, int]) -> bool:
+    if node.domain in _RUNTIME_DOMAINS:
+        return True
+    if node.domain not in _ONNX_DOMAINS:
+        return False
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    version = min(opsets.get(domain, 1), onnx.defs.onnx_opset_version() if domain == "" else 1000)
+    return bool(onnx.defs.has(node.op_type, version, domain))
+
+
+def check_functions(proto: onnx.ModelProto) -> int:
+    """Number of nodes after inlining. Raises RejectedModelError (finding=FUNCTION_BOMB or RECURSIVE_FUNCTION)."""
+    functions: _Functions = {(item.domain, item.name, item.overload): item for item in proto.functions}
+    sizes: dict[_Key, int] = {}
+    for key in functions:
+        _size(key, functions, sizes)
+    total = sum(sizes.get(call, 1) for call in _calls(proto.graph.node))
+    if total > MAX_EXPANDED_NODES:
+        raise _too_many(total)
+    return total
+
+
+def _too_many(total: int) -> RejectedModelError:
+    return RejectedModelError(
+        f"The model has {total} nodes when its functions are written out; at most {MAX_EXPANDED_NODES} are read.",
+        finding="FUNCTION_BOMB",
+    )
+
+
+def _size(start: _Key, functions: _Functions, sizes: dict[_Key, int]) -> None:
+    """Fills in sizes[start], depth first without recursion: the nesting is as deep as the file's author likes."""
+    stack, open_calls = [start], set[_Key]()
+    while stack:
+        key = stack[-1]
+        if key in sizes:
+            open_calls.discard(stack.pop())
+            continue
+        open_calls.add(key)
+        calls = list(_calls(functions[key].node))
+        pending = {call for call in calls if call in functions and call not in sizes}
+        if pending & open_calls:
+            raise RejectedModelError(
+                f"The model's function {key[1][:80]!r} calls itself; ONNX does not allow that.",
+                finding="RECURSIVE_FUNCTION",
+            )
+        if pending:
+            stack.extend(pending)
+            continue
+        sizes[key] = sum(sizes.get(call, 1) for call in calls)
+        if sizes[key] > MAX_EXPANDED_NODES:
+            raise _too_many(sizes[key])
+
+
+def _calls(nodes: Iterable[onnx.NodeProto]) -> Iterable[_Key]:
+    for node in nodes:
+        yield node.domain, node.op_type, node.overload
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _calls(graph.node)
+
+
+def check_external_data(proto: onnx.ModelProto, source: Source) -> list[Path]:
+    """The data files that the model needs, each checked.
+
+    Links of any kind are refused, for they could lead to any file of this machine; a store that hands out its blobs
+    must copy them.
+
+    Raises RejectedModelError (finding=EXTERNAL_PATH) for paths that lead elsewhere, UnsupportedFormatError for files
+    that are missing or too short.
+    """
+    folder = source.main.parent
+    found: dict[str, Path] = {}
+    for tensor in _tensors(proto):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        fields = {entry.key: entry.value for entry in tensor.external_data}
+        location = fields.get("location", "")
+        if location not in found:
+            found[location] = _check_location(location, folder)
+        _check_range(tensor, fields, found[location])
+    return list(found.values())
+
+
+def _check_location(location: str, folder: Path) -> Path:
+    path = PurePosixPath(location)
+    windows = "\\" in location or (len(location) > 1 and location[1] == ":")
+    if not location or path.is_absolute() or ".." in path.parts or windows or not location.isprintable():
+        raise _escapes(location)
+    target = folder / path
+    for part in (target, *target.parents):
+        if part == folder:
+            break
+        if part.is_symlink():
+            raise _escapes(location)
+    if not target.resolve().is_relative_to(folder.resolve()):
+        raise _escapes(location)
+    if not target.is_file():
+        raise UnsupportedFormatError(
+            f"The model keeps weights in the file {location[:200]!r}, which is not there; "
+            f"upload it together with the model."
+        )
+    if target.stat().st_nlink > 1:
+        raise _escapes(location)
+    return target
+
+
+def _escapes(location: str) -> RejectedModelError:
+    return RejectedModelError(
+        f"The model's external data is at {location[:200]!r}, which may lead out of the model's folder; save the data "
+        f"beside the model, as a file of its own.",
+        finding="EXTERNAL_PATH",
+    )
+
+
+def _check_range(tensor: onnx.TensorProto, fields: dict[str, str], path: Path) -> None:
+    """Offset and length must lie in the file: memory-mapped beyond its end they would kill the process."""
+    try:
+        offset, length = int(fields.get("offset") or 0), int(fields.get("length") or 0)
+    except ValueError as error:
+        raise RejectedModelError(
+            f"Weight {tensor.name[:80]!r}: offset or length of its external data is no number.", finding="EXTERNAL_DATA"
+        ) from error
+    expected = (math.prod(tensor.dims) * _bits(tensor.data_type) + 7) // 8
+    if min(offset, length, *tensor.dims, 0) < 0 or (length and length != expected):
+        raise RejectedModelError(
+            f"Weight {tensor.name[:80]!r}: its external data has {length} bytes, its shape needs {expected}.",
+            finding="EXTERNAL_DATA",
+        )
+    if offset + expected > path.stat().st_size:
+        raise UnsupportedFormatError(
+            f"The data file {path.name!r} has {path.stat().st_size} bytes, but weight {tensor.name[:80]!r} ends at "
+            f"{offset + expected}: it is cut short, or belongs to another model."
+        )
+
+
+def _bits(data_type: int) -> int:
+    """Bits of one element. Raises RejectedModelError for types that have no fixed size."""
+    try:
+        return onnx_ir.DataType(data_type).bitwidth
+    except (ValueError, TypeError) as error:
+        raise RejectedModelError(
+            f"A weight of the element type {data_type} has external data, which numbers alone may have.",
+            finding="EXTERNAL_DATA",
+        ) from error
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from _graph_tensors(proto.graph)
+    for function in proto.functions:
+        yield from _node_tensors(function.node)
+        yield from _attribute_tensors(function.attribute_proto)
+    for training in proto.training_info:
+        yield from _graph_tensors(training.initialization)
+        yield from _graph_tensors(training.algorithm)
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        yield from _attribute_tensors(node.attribute)
+
+
+def _attribute_tensors(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.TensorProto]:
+    for attribute in attributes:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        if attribute.HasField("g"):
+            yield from _graph_tensors(attribute.g)
+        for graph in attribute.graphs:
+            yield from _graph_tensors(graph)
