@@ -31,7 +31,8 @@ from modelpress_compression.channels.groups import Indices
 from modelpress_compression.channels.integers import Small, evaluate, small_constant
 from modelpress_compression.channels.labels import Axis, Ints
 from modelpress_compression.errors import CompressionError
-from modelpress_compression.graph.read import constant_tensor, is_op, label, value_names
+from modelpress_compression.graph.edit import Editor, Inputs, replace_numbers
+from modelpress_compression.graph.read import constant_array, constant_tensor, is_op, label
 from modelpress_compression.model import Model
 
 
@@ -42,12 +43,13 @@ def cut(model: Model, kept: Mapping[str, Indices]) -> Model:
     """
     traced = trace(model)
     nodes = list(traced.ir.graph.all_nodes())
-    editor = _Editor(traced, _mask(traced, kept))
-    editor.cut_constants()
+    result = replace(model, ir=traced.ir)
+    mending = _Cut(traced, _mask(traced, kept), Editor(result))
+    mending.cut_constants()
     for fix in traced.tracer.fixes:
-        editor.apply(fix)
-    _restore_shapes(model, traced.ir, nodes, editor)
-    return replace(model, ir=traced.ir)
+        mending.apply(fix)
+    _restore_shapes(model, traced.ir, nodes, mending)
+    return result
 
 
 def _mask(traced: Trace, kept: Mapping[str, Indices]) -> NDArray[np.bool_]:
@@ -65,14 +67,13 @@ def _mask(traced: Trace, kept: Mapping[str, Indices]) -> NDArray[np.bool_]:
     return mask
 
 
-class _Editor:
-    """Changes the traced graph."""
+class _Cut:
+    """Changes the traced graph. `stays`: by label."""
 
-    def __init__(self, traced: Trace, stays: NDArray[np.bool_]) -> None:
-        self._traced = traced
+    def __init__(self, traced: Trace, stays: NDArray[np.bool_], editor: Editor) -> None:
         self._tracer = traced.tracer
         self._stays = stays
-        self._names = set(value_names(traced.ir))
+        self._editor = editor
         self._after: dict[onnx_ir.Value, Small | None] = {}
 
     def left(self, axis: Ints) -> int:
@@ -103,20 +104,13 @@ class _Editor:
         for value, axes in self._tracer.constants.items():
             if not any(self.changed(axis) for axis in axes):
                 continue
-            tensor = constant_tensor(value)
-            if tensor is None:
+            array = constant_array(value)
+            if array is None:
                 raise TypeError(f"{value.name} is not constant")
-            array = tensor.numpy()
             for number, axis in enumerate(axes):
                 if axis is not None and self.changed(axis):
                     array = np.compress(self._stays[axis], array, axis=number)
-            made = onnx_ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, name=tensor.name)
-            producer = value.producer()
-            if producer is not None:
-                producer.attributes["value"] = onnx_ir.AttrTensor("value", made)
-            else:
-                value.const_value = made
-            value.shape = onnx_ir.Shape(array.shape)
+            replace_numbers(value, array)
 
     def apply(self, fix: Fix) -> None:
         sources = self._tracer.sources(fix.node.inputs[fix.position]) if isinstance(fix, Extents) else []
@@ -138,13 +132,8 @@ class _Editor:
     # Constants that hold numbers of channels
 
     def _constant(self, like: str, array: Small) -> onnx_ir.Value:
-        name = self._unique(like)
-        tensor = onnx_ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
-        value = onnx_ir.Value(
-            name=name, type=onnx_ir.TensorType(tensor.dtype), shape=onnx_ir.Shape(array.shape), const_value=tensor
-        )
-        self._traced.ir.graph.register_initializer(value)
-        return value
+        """Always of the main graph, which every subgraph sees."""
+        return self._editor.constant(self._editor.ir.graph, array, like)
 
     def _replace(self, node: onnx_ir.Node, position: int, array: Small) -> None:
         old = node.inputs[position]
@@ -182,11 +171,10 @@ class _Editor:
         row = [extent if axis is None else self.left(axis) for axis, extent in zip(fix.axes, shape, strict=True)][1:]
         size, name = int(np.prod(row)), f"{label(fix.node)}_cut"
         behind = self._constant(f"{name}_behind", np.arange(1, len(row) + 1, dtype=np.int64))
-        rows = onnx_ir.Node("", "Unsqueeze", [fix.rows, behind])
-        starts = onnx_ir.Node("", "Mul", [rows.outputs[0], self._constant(f"{name}_size", np.asarray(size, np.int64))])
-        places = np.arange(size, dtype=np.int64).reshape(1, *row)
-        sums = onnx_ir.Node("", "Add", [starts.outputs[0], self._constant(f"{name}_places", places)])
-        self._insert(fix.node, 1, [rows, starts, sums], name)
+        rows = self._emit(fix.node, "Unsqueeze", [fix.rows, behind], name)
+        starts = self._emit(fix.node, "Mul", [rows, self._constant(f"{name}_size", np.asarray(size, np.int64))], name)
+        places = self._constant(f"{name}_places", np.arange(size, dtype=np.int64).reshape(1, *row))
+        fix.node.replace_input_with(1, self._emit(fix.node, "Add", [starts, places], name))
 
     # Targets of Reshape, Expand, Resize, ConstantOfShape
 
@@ -223,9 +211,9 @@ class _Editor:
             return
         up, down = (np.asarray(column, np.int64) for column in zip(*factors, strict=True))
         name = f"{value.name}_cut"
-        product = onnx_ir.Node("", "Mul", [value, self._constant(f"{name}_up", up)])
-        quotient = onnx_ir.Node("", "Div", [product.outputs[0], self._constant(f"{name}_down", down)])
-        self._insert(fix.node, fix.position, [product, quotient], name)
+        product = self._emit(fix.node, "Mul", [value, self._constant(f"{name}_up", up)], name)
+        quotient = self._emit(fix.node, "Div", [product, self._constant(f"{name}_down", down)], name)
+        fix.node.replace_input_with(fix.position, quotient)
 
     def _pieces(self, fix: Extents, value: onnx_ir.Value, factors: list[tuple[int, int]]) -> bool:
         """Whether all numbers to change are constants that a Concat joins; then a copy of it joins the new ones."""
@@ -247,27 +235,15 @@ class _Editor:
                 return False
             made = [int(number) * up // down for number, (up, down) in zip(array.reshape(-1), own, strict=True)]
             inputs.append(self._constant(f"{piece.name if piece else ''}_cut", np.asarray(made, array.dtype)))
-        joined = onnx_ir.Node("", "Concat", inputs, [onnx_ir.AttrInt64("axis", 0)])
-        self._insert(fix.node, fix.position, [joined], f"{value.name}_cut")
+        joined = self._emit(fix.node, "Concat", inputs, f"{value.name}_cut", axis=0)
+        fix.node.replace_input_with(fix.position, joined)
         return True
 
-    def _insert(self, user: onnx_ir.Node, position: int, nodes: list[onnx_ir.Node], name: str) -> None:
-        """Puts nodes before `user`, whose input the last of them makes; all of them make int64."""
-        graph = user.graph
-        if graph is None:
-            raise TypeError(f"{label(user)} is in no graph")
-        for number, node in enumerate(nodes):
-            node.outputs[0].name = node.name = self._unique(f"{name}_{number}")
-            node.outputs[0].type = onnx_ir.TensorType(onnx_ir.DataType.INT64)
-        graph.insert_before(user, nodes)
-        user.replace_input_with(position, nodes[-1].outputs[0])
-
-    def _unique(self, like: str) -> str:
-        name, number = like, 1
-        while name in self._names:
-            name, number = f"{like}_{number}", number + 1
-        self._names.add(name)
-        return name
+    def _emit(self, before: onnx_ir.Node, op_type: str, inputs: Inputs, name: str, **attributes: int) -> onnx_ir.Value:
+        """A node that makes int64, as all of those do that extents and places are computed with."""
+        (made,) = self._editor.emit(before, op_type, inputs, name, attributes=attributes)
+        made.type = onnx_ir.TensorType(onnx_ir.DataType.INT64)
+        return made
 
     def _value_after(self, value: onnx_ir.Value | None) -> Small | None:
         """A small tensor as the cut graph computes it; constants that hold extents are those of before."""
@@ -298,7 +274,7 @@ def _add_input(node: onnx_ir.Node, value: onnx_ir.Value) -> None:
     node.replace_input_with(len(node.inputs) - 1, value)
 
 
-def _restore_shapes(model: Model, ir: onnx_ir.Model, nodes: list[onnx_ir.Node], editor: _Editor) -> None:
+def _restore_shapes(model: Model, ir: onnx_ir.Model, nodes: list[onnx_ir.Node], mending: _Cut) -> None:
     """Stored shapes are those of the given model again (symbolic where they were), with the extents that are left.
 
     `nodes`: those of the traced graph before any was inserted.
@@ -307,7 +283,7 @@ def _restore_shapes(model: Model, ir: onnx_ir.Model, nodes: list[onnx_ir.Node], 
     same = not model.ir.functions and len(before) == len(nodes)
     for mine, theirs in zip(nodes, before if same else [None] * len(nodes), strict=True):
         for number, output in enumerate(mine.outputs):
-            output.shape = editor.shape_left(output, None if theirs is None else theirs.outputs[number].shape)
+            output.shape = mending.shape_left(output, None if theirs is None else theirs.outputs[number].shape)
     for value, given in (
         *zip(ir.graph.inputs, model.graph.inputs, strict=True),
         *zip(ir.graph.outputs, model.graph.outputs, strict=True),

@@ -1,8 +1,12 @@
-"""Changing a graph: new initializers, new nodes, and a node's output handed over to another."""
+"""The one way to change a graph: new constants and nodes under new names, one node in the place of another.
+
+`Editor` knows every name of a model, so that what it adds never meets what is there. Changes that need no new name are
+its static methods or functions: a model is taken apart with them as well.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,13 +14,15 @@ import onnx_ir
 import onnx_ir.passes.common
 from numpy.typing import NDArray
 
-from modelpress_compression.graph.read import constant_tensor, graph_of, is_op
+from modelpress_compression.graph.read import constant_tensor, graph_of
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 
+Inputs = Sequence[onnx_ir.Value | None]
+
 
 class Editor:
-    """Adds to a model that belongs to the caller. New names never meet old ones, in any graph of the model."""
+    """Changes a model that belongs to the caller. New names never meet old ones, in any graph of the model."""
 
     def __init__(self, model: Model) -> None:
         self.ir = model.ir
@@ -28,9 +34,11 @@ class Editor:
             self._names.update(output.name for output in node.outputs if output.name)
             self._names.update([node.name] if node.name else [])
 
+    # New things
+
     def name(self, wish: str) -> str:
-        """`wish`, or `wish` with a number; taken from now on."""
-        name, number = wish, 1
+        """`wish`, else `wish_1`, `wish_2`, ...; taken from now on."""
+        name, number = wish, 0
         while name in self._names:
             number += 1
             name = f"{wish}_{number}"
@@ -40,46 +48,70 @@ class Editor:
     def constant(self, graph: onnx_ir.Graph, array: NDArray[Any], wish: str) -> onnx_ir.Value:
         """A new initializer of `graph`."""
         name = self.name(wish)
-        tensor = onnx_ir.Tensor(np.ascontiguousarray(array) if array.ndim else array, name=name)
+        tensor = onnx_ir.Tensor(np.asarray(array, order="C"), name=name)
         value = onnx_ir.Value(
             name=name, type=onnx_ir.TensorType(tensor.dtype), shape=onnx_ir.Shape(array.shape), const_value=tensor
         )
         graph.register_initializer(value)
         return value
 
-    def emit(
-        self,
-        before: onnx_ir.Node,
-        op_type: str,
-        inputs: Sequence[onnx_ir.Value | None],
-        wish: str,
-        *,
-        attributes: Mapping[str, Any] | None = None,
-        domain: str = "",
-        outputs: Sequence[str] = ("",),
-    ) -> tuple[onnx_ir.Value, ...]:
-        """A new node just before another, in its graph; `outputs`: what to append to the outputs' names."""
-        node = self.make(op_type, inputs, wish, attributes=attributes, domain=domain, outputs=outputs)
-        graph_of(before).insert_before(before, node)
-        return tuple(node.outputs)
-
     def make(
         self,
         op_type: str,
-        inputs: Sequence[onnx_ir.Value | None],
+        inputs: Inputs,
         wish: str,
         *,
         attributes: Mapping[str, Any] | None = None,
         domain: str = "",
         outputs: Sequence[str] = ("",),
     ) -> onnx_ir.Node:
-        """A new node that is in no graph yet."""
-        if domain:
-            self.ir.opset_imports.setdefault(domain, 1)
+        """A new node that is in no graph yet; `outputs`: what to append to the outputs' names."""
+        self._import(domain)
         values = [onnx_ir.Value(name=self.name(f"{wish}_{op_type}{suffix}")) for suffix in outputs]
         return onnx_ir.node(
             op_type, inputs, attributes, domain=domain, outputs=values, name=self.name(f"{wish}/{op_type}")
         )
+
+    def emit(
+        self,
+        before: onnx_ir.Node,
+        op_type: str,
+        inputs: Inputs,
+        wish: str,
+        *,
+        attributes: Mapping[str, Any] | None = None,
+        domain: str = "",
+        outputs: Sequence[str] = ("",),
+    ) -> tuple[onnx_ir.Value, ...]:
+        """As `make`, with the node just before another, in its graph."""
+        node = self.make(op_type, inputs, wish, attributes=attributes, domain=domain, outputs=outputs)
+        graph_of(before).insert_before(before, node)
+        return tuple(node.outputs)
+
+    def make_like(
+        self,
+        like: onnx_ir.Node,
+        op_type: str,
+        inputs: Inputs,
+        attributes: Iterable[onnx_ir.Attr] | Mapping[str, Any] = (),
+        *,
+        domain: str = "",
+    ) -> onnx_ir.Node:
+        """A node for the place of `like`, in no graph yet: it keeps that node's name, by which users exclude and find
+        it, and the type of its first output."""
+        self._import(domain)
+        if isinstance(attributes, Mapping):
+            attributes = onnx_ir.convenience.convert_attributes(attributes)
+        node = onnx_ir.Node(domain, op_type, inputs, tuple(attributes), name=like.name)
+        node.outputs[0].name = self.name(like.outputs[0].name or op_type)
+        node.outputs[0].type = like.outputs[0].type
+        return node
+
+    def _import(self, domain: str) -> None:
+        if domain:
+            self.ir.opset_imports.setdefault(domain, 1)
+
+    # One thing in the place of another
 
     @staticmethod
     def hand_over(old: onnx_ir.Value, new: onnx_ir.Value) -> None:
@@ -88,6 +120,42 @@ class Editor:
         onnx_ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         old.name = None
         new.name = name
+
+    @classmethod
+    def replace(cls, last: onnx_ir.Node, old: Sequence[onnx_ir.Node], new: Sequence[onnx_ir.Node]) -> None:
+        """Puts `new` in the place of `last`, whose one output the last of them makes now, and removes `old`.
+
+        `old` is given from the first to the last; those whose outputs are still used stay.
+        """
+        # onnxruntime refuses two nodes of one name; the first keeps that of the node it stands for.
+        for number, node in enumerate(new):
+            if number and node.name and any(node.name == other.name for other in new[:number]):
+                node.name = f"{node.name}.{number}"
+        onnx_ir.convenience.replace_nodes_and_values(
+            graph_of(last), last, [last], list(new), [last.outputs[0]], [new[-1].outputs[0]]
+        )
+        cls.remove_unused(node for node in reversed(list(old)) if node is not last)
+
+    @staticmethod
+    def bypass(node: onnx_ir.Node, value: onnx_ir.Value) -> bool:
+        """Removes a node that passes `value` on; False where that would cost the graph one of its outputs' names."""
+        output = node.outputs[0]
+        graph = graph_of(node)
+        if output.is_graph_output():
+            producer = value.producer()
+            if producer is None or value.is_graph_output() or producer.graph is not graph:
+                return False
+            value.name, output.name = output.name, None
+        output.replace_all_uses_with(value, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        return True
+
+    @staticmethod
+    def remove_unused(nodes: Iterable[onnx_ir.Node]) -> None:
+        """Removes those whose outputs no one uses; users come before what they use."""
+        for node in nodes:
+            if node.graph is not None and not any(o.uses() or o.is_graph_output() for o in node.outputs):
+                node.graph.remove(node, safe=True)
 
 
 def clean(model: Model) -> None:
@@ -101,12 +169,19 @@ def clean(model: Model) -> None:
 
 
 def replace_numbers(value: onnx_ir.Value, array: Array) -> None:
-    """Gives a constant these numbers, in the element type that it has, be it an initializer or of a Constant node."""
+    """Gives a constant these numbers, in the element type that it has, be it an initializer or of a Constant node.
+
+    Raises TypeError when the value is not constant.
+    """
     old = constant_tensor(value)
     if old is None:
         raise TypeError(f"value {value.name!r} is not constant")
-    tensor = onnx_ir.Tensor(np.ascontiguousarray(array, dtype=old.dtype.numpy()), dtype=old.dtype, name=old.name)
+    tensor = onnx_ir.Tensor(np.asarray(array, old.dtype.numpy(), order="C"), dtype=old.dtype, name=old.name)
     producer = value.producer()
-    if producer is not None and is_op(producer, "Constant"):
+    if producer is not None:
+        # A Constant may hold its numbers in value_ints and the like, and may have one attribute only.
+        producer.attributes.clear()
         producer.attributes["value"] = onnx_ir.AttrTensor("value", tensor)
     value.const_value = tensor
+    if tensor.shape != old.shape:
+        value.shape = onnx_ir.Shape(tensor.shape)

@@ -5,7 +5,6 @@ All of them cost no more than the number of uses of one value, so that walks ove
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +14,8 @@ from modelpress_compression.inputs import Array
 
 # The domain of the operators that onnxruntime has beside the standard's.
 MICROSOFT: Final = "com.microsoft"
+# Attributes by which Constant holds plain numbers, and the element types that these have.
+_NUMBERS: Final = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 
 
 def is_op(node: onnx_ir.Node | None, *op_types: str, domain: str = "") -> bool:
@@ -36,10 +37,14 @@ def constant_tensor(value: onnx_ir.Value | None) -> onnx_ir.TensorProtocol | Non
         return value.const_value if value.is_initializer() and not value.is_graph_input() else None
     if not is_op(producer, "Constant"):
         return None
-    attribute = producer.attributes.get("value")
-    if attribute is None or attribute.type != onnx_ir.AttributeType.TENSOR or attribute.is_ref():
+    # Exactly one attribute holds the value, whatever its form; strings and sparse tensors are no numbers.
+    name, attribute = next(iter(producer.attributes.items()), ("", None))
+    if attribute is None or attribute.is_ref():
         return None
-    return attribute.as_tensor()
+    if name == "value":
+        return attribute.as_tensor()
+    dtype = _NUMBERS.get(name)
+    return None if dtype is None else onnx_ir.Tensor(np.asarray(attribute.value, dtype), name=value.name)
 
 
 def constant_array(value: onnx_ir.Value | None) -> Array | None:
@@ -137,12 +142,3 @@ def axes_of(node: onnx_ir.Node) -> tuple[int, ...] | None:
 def label(node: onnx_ir.Node) -> str:
     """The node's name, or that of its first output where it has none: what people can find in a viewer."""
     return node.name or next((output.name for output in node.outputs if output.name), "") or node.op_type
-
-
-def value_names(model: onnx_ir.Model) -> Iterator[str]:
-    """Names of all values in the model, subgraphs included."""
-    for graph in (model.graph, *model.graph.subgraphs()):
-        yield from (value.name for value in graph.inputs if value.name)
-        yield from graph.initializers
-    for node in model.graph.all_nodes():
-        yield from (output.name for output in node.outputs if output.name)

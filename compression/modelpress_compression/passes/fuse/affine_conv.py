@@ -124,11 +124,11 @@ def _swap(node: onnx_ir.Node, source: _Source, numbers: Floats, kernel: tuple[Fl
     shape = (1,) * weight.ndim if np.ptp(quotient) == 0 else (1, -1, *(1,) * (weight.ndim - 2))
     values = np.unique(quotient) if np.ptp(quotient) == 0 else quotient
     graph = graph_of(node)
-    shift = scope.new_constant(f"{add.outputs[0].name}.shift", values.reshape(shape).astype(constant.dtype), graph)
+    shift = scope.constant(graph, values.reshape(shape).astype(constant.dtype), f"{add.outputs[0].name}.shift")
     scaled = (weight * _spread(scale, weight, group).astype(weight.dtype)).astype(weight.dtype)
-    shifted = scope.node("Add", [product[1], shift], like=add)
-    kernel_value = scope.new_constant((node.inputs[1].name if node.inputs[1] else None) or "weight", scaled, graph)
-    made = scope.node("Conv", [shifted.outputs[0], kernel_value, *node.inputs[2:]], node.attributes.values(), like=node)
+    shifted = scope.make_like(add, "Add", [product[1], shift])
+    kernel_value = scope.constant(graph, scaled, (node.inputs[1].name if node.inputs[1] else None) or "weight")
+    made = scope.make_like(node, "Conv", [shifted.outputs[0], kernel_value, *node.inputs[2:]], node.attributes.values())
     scope.replace(node, [product[0], add, node], [shifted, made])
     return FIRED
 
@@ -138,8 +138,8 @@ def _replace(node: onnx_ir.Node, source: _Source, weight: Floats, bias: Floats |
     graph, old = graph_of(node), node.inputs[1]
     kernel = old
     if weight is not float_array(old):
-        kernel = scope.new_constant((old.name if old is not None else None) or "weight", weight, graph)
+        kernel = scope.constant(graph, weight, (old.name if old is not None else None) or "weight")
     inputs = [source[1], kernel, *node.inputs[2:]]
     if bias is not None:
-        inputs[2:] = [scope.new_constant(f"{node.name or 'Conv'}.bias", bias.astype(weight.dtype), graph)]
-    scope.replace(node, [source[0], node], [scope.node("Conv", inputs, node.attributes.values(), like=node)])
+        inputs[2:] = [scope.constant(graph, bias.astype(weight.dtype), f"{node.name or 'Conv'}.bias")]
+    scope.replace(node, [source[0], node], [scope.make_like(node, "Conv", inputs, node.attributes.values())])

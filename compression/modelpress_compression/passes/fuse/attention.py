@@ -93,7 +93,7 @@ class FuseAttention:
             mask = _with_rows(mask, (query.value, keys.value), new, last, scope)
         inputs = [query.value, keys.value, values.value, *([None, None, mask] if mask is not None else [])]
         attributes = {"num_heads": query.count, "scale": scores.scale * scale_q * scale_k}
-        new.append(scope.node("MultiHeadAttention", inputs, attributes, like=product, domain=MICROSOFT))
+        new.append(scope.make_like(product, "MultiHeadAttention", inputs, attributes, domain=MICROSOFT))
         scope.replace(last, [last], new)
         return FIRED
 
@@ -239,14 +239,14 @@ def _with_rows(
     if mask.shape is not None and mask.shape[2] != 1:
         return mask
     graph = graph_of(like)
-    ones = scope.new_constant("attention_mask_ones", np.ones(2, np.int64), graph)
-    one = scope.new_constant("attention_mask_one", np.ones(1, np.int64), graph)
+    ones = scope.constant(graph, np.ones(2, np.int64), "attention_mask_ones")
+    one = scope.constant(graph, np.ones(1, np.int64), "attention_mask_one")
     own = _same_length(*sequences) and mask.shape is not None and mask.shape[3] != 1
-    shape = scope.node("Shape", [mask if own else sequences[0]], like=like)
-    index = scope.new_constant("attention_mask_index", np.array([3 if own else 1], np.int64), graph)
-    rows = scope.node("Gather", [shape.outputs[0], index], like=like)
-    target = scope.node("Concat", [ones, rows.outputs[0], one], {"axis": 0}, like=like)
-    expanded = scope.node("Expand", [mask, target.outputs[0]], like=like)
+    shape = scope.make_like(like, "Shape", [mask if own else sequences[0]])
+    index = scope.constant(graph, np.array([3 if own else 1], np.int64), "attention_mask_index")
+    rows = scope.make_like(like, "Gather", [shape.outputs[0], index])
+    target = scope.make_like(like, "Concat", [ones, rows.outputs[0], one], {"axis": 0})
+    expanded = scope.make_like(like, "Expand", [mask, target.outputs[0]])
     for number, node in enumerate((shape, rows, target, expanded)):
         node.name = f"{like.name or 'attention'}.mask_{number}"
         node.outputs[0].type = onnx_ir.TensorType(onnx_ir.DataType.INT64) if number < 3 else mask.type

@@ -43,15 +43,15 @@ class Linear:
         values = (self.weight * self._spread(scale * alpha)).astype(self.weight.dtype)
         inputs = [
             node.inputs[0],
-            scope.new_constant(weight.name or "weight" if weight else "weight", values, graph),
-            scope.new_constant(
-                bias.name if bias is not None and bias.name else f"{node.name or node.op_type}.bias",
-                (old * scale + shift).astype(self.weight.dtype),
+            scope.constant(graph, values, weight.name or "weight" if weight else "weight"),
+            scope.constant(
                 graph,
+                (old * scale + shift).astype(self.weight.dtype),
+                bias.name if bias is not None and bias.name else f"{node.name or node.op_type}.bias",
             ),
         ]
         kept = [attribute for attribute in node.attributes.values() if attribute.name not in ("alpha", "beta")]
-        return scope.node(node.op_type, inputs, kept, like=node)
+        return scope.make_like(node, node.op_type, inputs, kept)
 
     def _spread(self, scale: Floats) -> Floats:
         """`scale` in a shape that broadcasts against the weight."""

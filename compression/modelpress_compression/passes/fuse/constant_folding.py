@@ -55,7 +55,7 @@ class _Region:
 
 def fold_constants(scope: Scope) -> int:
     """Folds in place; how many nodes went. Constant nodes become initializers of the main graph first."""
-    model = scope.model
+    model = scope.ir
     lift_constants(model)
     before = sum(1 for _ in model.graph.all_nodes())
     folding.FoldConstantsPass(
@@ -113,7 +113,7 @@ def _regions(scope: Scope) -> list[_Region]:
             item = parent[item]
         return item
 
-    for node in scope.model.graph.all_nodes():
+    for node in scope.ir.graph.all_nodes():
         if not _foldable(node, scope) or not _bounded(node, inside):
             continue
         inside[id(node)], parent[id(node)] = node, id(node)
@@ -187,7 +187,7 @@ def _evaluate(region: _Region, scope: Scope) -> bool:
 
 
 def _replace(output: onnx_ir.Value, array: Array, scope: Scope) -> None:
-    constant = scope.new_constant(output.name or "folded", array, scope.model.graph)
+    constant = scope.constant(scope.ir.graph, array, output.name or "folded")
     output.replace_all_uses_with(constant)
 
 
@@ -222,4 +222,4 @@ def _standalone(region: _Region, scope: Scope) -> Model:
         opset_imports={"": scope.opset},
         name="constants",
     )
-    return Model(onnx_ir.Model(graph, ir_version=scope.model.ir_version), Provenance("onnx", "", 0))
+    return Model(onnx_ir.Model(graph, ir_version=scope.ir.ir_version), Provenance("onnx", "", 0))

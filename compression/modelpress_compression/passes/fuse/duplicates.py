@@ -38,7 +38,7 @@ _PLAIN = {
 
 def merge_common_subexpressions(scope: Scope) -> int:
     """Replaces nodes by equal earlier ones; how many."""
-    return _merge_nodes(scope.model.graph, {}, scope)
+    return _merge_nodes(scope.ir.graph, {}, scope)
 
 
 def _merge_nodes(graph: onnx_ir.Graph, seen: dict[Hashable, onnx_ir.Node], scope: Scope) -> int:
@@ -87,7 +87,7 @@ def merge_initializers(scope: Scope) -> tuple[int, int]:
 
     Only those that agree in type and shape are hashed, so that most of a large model is never read.
     """
-    graph = scope.model.graph
+    graph = scope.ir.graph
     alike: dict[Hashable, list[onnx_ir.Value]] = defaultdict(list)
     for value in graph.initializers.values():
         tensor = constant_tensor(value)

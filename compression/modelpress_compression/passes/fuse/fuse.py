@@ -127,29 +127,28 @@ def _without_debug_metadata(model: Model) -> tuple[Model, int]:
 def _run(group: _Group, model: Model, exclude: tuple[str, ...], check_time: Callable[[], None]) -> tuple[Model, Tally]:
     """The group's rewrites on a clone, round by round until nothing fires."""
     candidate, tally = model.clone(), Tally()
-    ir = candidate.ir
     for _ in range(_MAX_ROUNDS):
         check_time()
-        ir = _with_shapes(ir)
-        scope, made = Scope(ir, exclude), Tally()
+        candidate = _with_shapes(candidate)
+        scope, made = Scope(candidate, exclude), Tally()
         if group.clean_up:
             # Folding would take no-ops along, and count them as its own.
             apply([RemoveNoOps()], scope, made)
             _count(made, "constant_folding", fold_constants(scope))
-            ir = _with_shapes(ir)
-            scope = Scope(ir, exclude)
+            candidate = _with_shapes(candidate)
+            scope = Scope(candidate, exclude)
         changed = apply(group.rewrites, scope, made)
         _count(made, "common_subexpression", merge_common_subexpressions(scope))
-        ir_passes.RemoveUnusedNodesPass()(ir)
+        ir_passes.RemoveUnusedNodesPass()(candidate.ir)
         tally.fired += made.fired
         tally.skipped = made.skipped
         if not changed:
             break
     if group.clean_up:
-        merged, _ = merge_initializers(Scope(ir, exclude))
+        merged, _ = merge_initializers(Scope(candidate, exclude))
         _count(tally, "duplicate_initializer", merged)
-    _drop_unused_opset(ir)
-    return replace(candidate, ir=ir), tally
+    _drop_unused_opset(candidate.ir)
+    return candidate, tally
 
 
 def _concerns(group: _Group, model: Model) -> bool:
@@ -169,9 +168,11 @@ def _count(tally: Tally, name: str, number: int) -> None:
         tally.fired[name] += number
 
 
-def _with_shapes(ir: onnx_ir.Model) -> onnx_ir.Model:
+def _with_shapes(model: Model) -> Model:
     """Shapes as far as they can be inferred; operators that ONNX does not know leave gaps, which rewrites respect."""
-    return ir_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(ir).model
+    return replace(
+        model, ir=ir_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model.ir).model
+    )
 
 
 def _drop_unused_opset(ir: onnx_ir.Model) -> None:

@@ -41,9 +41,9 @@ class FuseGelu:
             )
         tanh = node.op_type == "Tanh"
         if scope.opset >= GELU_OPSET:
-            made = scope.node("Gelu", [value], {"approximate": "tanh" if tanh else "none"}, like=last)
+            made = scope.make_like(last, "Gelu", [value], {"approximate": "tanh" if tanh else "none"})
         else:
-            made = scope.node("FastGelu" if tanh else "Gelu", [value], like=last, domain=MICROSOFT)
+            made = scope.make_like(last, "FastGelu" if tanh else "Gelu", [value], domain=MICROSOFT)
         scope.replace(last, [last], [made])
         return FIRED
 

@@ -70,19 +70,19 @@ def _multiply_by_input(node: onnx_ir.Node, scope: Scope) -> Outcome:
         return None
     if not (np.isclose(alpha, 1 / 6, rtol=1e-4) and beta == 0.5):
         return None
-    scope.replace(user, [node, user], [scope.node("HardSwish", [value], like=node)])
+    scope.replace(user, [node, user], [scope.make_like(node, "HardSwish", [value])])
     return FIRED
 
 
 def _hard_sigmoid(value: onnx_ir.Value, like: onnx_ir.Node, scope: Scope) -> onnx_ir.Node:
-    return scope.node("HardSigmoid", [value], {"alpha": 1 / 6, "beta": 0.5}, like=like)
+    return scope.make_like(like, "HardSigmoid", [value], {"alpha": 1 / 6, "beta": 0.5})
 
 
 def _hard_swish(value: onnx_ir.Value, like: onnx_ir.Node, scope: Scope) -> list[onnx_ir.Node]:
     if scope.opset >= HARD_SWISH_OPSET:
-        return [scope.node("HardSwish", [value], like=like)]
+        return [scope.make_like(like, "HardSwish", [value])]
     gate = _hard_sigmoid(value, like, scope)
-    return [gate, scope.node("Mul", [value, gate.outputs[0]], like=like)]
+    return [gate, scope.make_like(like, "Mul", [value, gate.outputs[0]])]
 
 
 def _bounds(clip: onnx_ir.Node) -> tuple[float | None, float | None]:

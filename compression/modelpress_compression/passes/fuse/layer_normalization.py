@@ -49,8 +49,8 @@ class FuseLayerNormalization:
                 f"Layer normalization stays: the operator needs opset {LAYER_NORMALIZATION_OPSET}, the model has opset "
                 f"{scope.opset}; onnxruntime recognizes it when it loads the model."
             )
-        made = scope.node(
-            "LayerNormalization", [value, scaled[1], shifted[1]], {"axis": -1, "epsilon": epsilon}, like=shifted[0]
+        made = scope.make_like(
+            shifted[0], "LayerNormalization", [value, scaled[1], shifted[1]], {"axis": -1, "epsilon": epsilon}
         )
         scope.replace(shifted[0], [node, scaled[0], shifted[0]], [made])
         return FIRED

@@ -101,14 +101,14 @@ def _rewrite(
     old = matmul.inputs[1]
     columns = (weight * scale.astype(weight.dtype)).astype(weight.dtype)
     made = [
-        scope.node(
+        scope.make_like(
+            matmul,
             "MatMul",
-            [matmul.inputs[0], scope.new_constant((old.name if old else None) or "weight", columns, graph)],
-            like=matmul,
+            [matmul.inputs[0], scope.constant(graph, columns, (old.name if old else None) or "weight")],
         )
     ]
     if add is not None or np.any(shift):
         full = np.broadcast_to(shift, (weight.shape[1],)).astype(weight.dtype)
-        bias = scope.new_constant(f"{matmul.name or 'MatMul'}.bias", full, graph)
-        made.append(scope.node("Add", [made[0].outputs[0], bias], like=add or last))
+        bias = scope.constant(graph, full, f"{matmul.name or 'MatMul'}.bias")
+        made.append(scope.make_like(add or last, "Add", [made[0].outputs[0], bias]))
     scope.replace(last, [matmul, *([] if add is None else [add]), last], made)

@@ -56,7 +56,7 @@ class MergeTransposes:
         if one is None or two is None:
             return None
         perm = onnx_ir.AttrInt64s("perm", [one[axis] for axis in two])
-        scope.replace(node, [first, node], [scope.node("Transpose", [first.inputs[0]], [perm], like=node)])
+        scope.replace(node, [first, node], [scope.make_like(node, "Transpose", [first.inputs[0]], [perm])])
         return FIRED
 
 

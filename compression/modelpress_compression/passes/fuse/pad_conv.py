@@ -51,8 +51,8 @@ class FusePadConv:
         own = (not valid and ints_attribute(node, "pads")) or (0,) * (2 * (rank - 2))
         total = [a + b for a, b in zip(own, (*begins[2:], *ends[2:]), strict=True)]
         kept = [a for a in node.attributes.values() if a.name not in ("pads", "auto_pad")]
-        made = scope.node(
-            "Conv", [pad.inputs[0], *node.inputs[1:]], [*kept, onnx_ir.AttrInt64s("pads", total)], like=node
+        made = scope.make_like(
+            node, "Conv", [pad.inputs[0], *node.inputs[1:]], [*kept, onnx_ir.AttrInt64s("pads", total)]
         )
         scope.replace(node, [pad, node], [made])
         return FIRED

@@ -33,7 +33,7 @@ class DivideByRoot:
         factor = product.inputs[1] if product.inputs[0] is node.outputs[0] else product.inputs[0]
         if scope.excluded(product) or factor is None or not _is_mean_square(root.inputs[0], factor, scope):
             return None
-        made = scope.node("Div", [factor, node.inputs[0]], like=product)
+        made = scope.make_like(product, "Div", [factor, node.inputs[0]])
         scope.replace(product, [node, product], [made])
         return FIRED
 

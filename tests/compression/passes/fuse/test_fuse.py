@@ -69,8 +69,8 @@ def test_wrong_rewrite_is_undone(build: Any, fuse: Any, ops: Any, rng: Any, monk
         op_types = frozenset({"Conv"})
 
         def __call__(self, node: Any, scope: Scope) -> Any:
-            made = scope.node("Sigmoid", [node.inputs[0]], like=node)
-            negated = scope.node("Conv", [made.outputs[0], *node.inputs[1:]], node.attributes.values(), like=node)
+            made = scope.make_like(node, "Sigmoid", [node.inputs[0]])
+            negated = scope.make_like(node, "Conv", [made.outputs[0], *node.inputs[1:]], node.attributes.values())
             scope.replace(node, [node], [made, negated])
             return FIRED
 
@@ -92,7 +92,7 @@ def test_result_that_does_not_load_is_undone(build: Any, fuse: Any, rng: Any, mo
         op_types = frozenset({"Clip"})
 
         def __call__(self, node: Any, scope: Scope) -> Any:
-            scope.replace(node, [node], [scope.node("NoSuchOperator", [node.inputs[0]], like=node)])
+            scope.replace(node, [node], [scope.make_like(node, "NoSuchOperator", [node.inputs[0]])])
             return FIRED
 
     monkeypatch.setattr(module, "FuseHardSwish", _Unknown)
@@ -149,7 +149,7 @@ def test_large_graph_takes_linear_work(build: Any, fuse: Any) -> None:
             return None
 
     model = build(nodes, {"k": 0.001}, shape=("n", 4))
-    apply([_Count()], Scope(model.clone().ir), Tally())
+    apply([_Count()], Scope(model.clone()), Tally())
     assert asked == 2000
     assert fuse(model).changes["no_op"] == 1000
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.linear import Places, Rows
 from modelpress_compression.inputs import Array
-from modelpress_compression.model import Model
 from modelpress_compression.passes.prune.channel.choice import HeldOut, choose_correction
 from modelpress_compression.passes.prune.channel.layers import Layer
 from modelpress_compression.passes.prune.channel.normal_equations import Sums
@@ -118,8 +118,8 @@ class Fitter:
             self._sums.add(*(np.concatenate(parts, axis=1) for parts in zip(*self._waiting, strict=True)))
             self._waiting.clear()
 
-    def fit(self, model: Model) -> Fit | None:
-        """Puts the correction into the model; None where nothing is better than what is there."""
+    def fit(self, editor: Editor) -> Fit | None:
+        """Puts the correction into the editor's model; None where nothing is better than what is there."""
         self._flush()
         spread = self._squares - float(np.square(self._total).sum()) / max(1, self._count)
         if spread <= _NEGLIGIBLE * self._squares:
@@ -129,7 +129,7 @@ class Fitter:
         found = choose_correction(self._sums, self._held_out, intercept=self.layer.takes_bias)
         if not found.error_after < found.error_before:
             return None
-        self.layer.correct(found.weight, found.bias, model)
+        self.layer.correct(found.weight, found.bias, editor)
         return Fit(self.layer.name, found.error_before / spread, found.error_after / spread)
 
 

@@ -9,9 +9,17 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.graph.edit import replace_numbers
+from modelpress_compression.graph.edit import Editor, replace_numbers
 from modelpress_compression.graph.linear import Linear, Matrix, linear_of
-from modelpress_compression.graph.read import constant_array, input_of, int_attribute, is_op, label, only_consumer
+from modelpress_compression.graph.read import (
+    constant_array,
+    graph_of,
+    input_of,
+    int_attribute,
+    is_op,
+    label,
+    only_consumer,
+)
 from modelpress_compression.graph.subgraphs import read_values
 from modelpress_compression.graph.watch import observable
 from modelpress_compression.inputs import Array
@@ -95,14 +103,14 @@ class Layer:
         channels = self.numbers.shape[self.output_axis]
         return np.zeros(channels) if old is None else np.broadcast_to(old.astype(np.float64).reshape(-1), channels)
 
-    def correct(self, weight: Matrix, bias: Matrix, model: Model) -> None:
+    def correct(self, weight: Matrix, bias: Matrix, editor: Editor) -> None:
         """Adds `weight` [g, K, O] and, where it takes one, `bias` [g, 1, O]."""
         old = self.numbers
         replace_numbers(self.weight, old.astype(np.float64) + self.linear.weight(weight, old.shape))
         if self.takes_bias:
-            self._shift(bias.reshape(-1), model)
+            self._shift(bias.reshape(-1), editor)
 
-    def _shift(self, by: NDArray[np.float64], model: Model) -> None:
+    def _shift(self, by: NDArray[np.float64], editor: Editor) -> None:
         node, place = self._bias_place()
         value = input_of(node, place)
         old = constant_array(value)
@@ -110,7 +118,8 @@ class Layer:
             replace_numbers(value, old.astype(np.float64) + by.reshape(old.shape))
             return
         dtype = self.weight.dtype or onnx_ir.DataType.FLOAT
-        shifted = self._constant((self.bias + by).astype(dtype.numpy()), model)
+        numbers = (self.bias + by).astype(dtype.numpy())
+        shifted = editor.constant(graph_of(node), numbers, f"{self.weight.name}_repaired_bias")
         node.resize_inputs(max(place + 1, len(node.inputs)))
         node.replace_input_with(place, shifted)
 
@@ -118,15 +127,6 @@ class Layer:
         if self.add is None:
             return self.node, 2
         return self.add, 1 if self.add.inputs[0] is self.node.outputs[0] else 0
-
-    def _constant(self, array: Array, model: Model) -> onnx_ir.Value:
-        """Under a new name."""
-        name = f"{self.weight.name}_repaired_bias"
-        while name in model.graph.initializers:
-            name += "_"
-        value = onnx_ir.val(name, const_value=onnx_ir.Tensor(array, name=name))
-        model.graph.register_initializer(value)
-        return value
 
 
 def find_layers(

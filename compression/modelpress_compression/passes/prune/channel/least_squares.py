@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from modelpress_compression.channels import Analysis, Indices
+from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import label
 from modelpress_compression.graph.watch import taps
 from modelpress_compression.inputs import InputData
@@ -77,34 +78,34 @@ def repair(full: Model, pruned: Model, analysis: Analysis, kept: Mapping[str, In
         [*(name for layer in layers for name in layer.names_cut), *outputs],
         context,
     )
-    fits = _fit_all(layers, masks, pair, fitted, context)
+    fits = _fit_all(layers, masks, pair, Editor(fitted), context)
     if not fits:
         return Repair(pruned, skipped=tuple(skipped))
     warnings = _verdict(*_distances(pruned, samples, outputs, pair, context))
     return Repair(pruned, (), tuple(skipped), warnings) if warnings else Repair(fitted, tuple(fits), tuple(skipped))
 
 
-def _fit_all(layers: Sequence[Layer], masks: Masks, pair: Paired, model: Model, context: Context) -> list[Fit]:
+def _fit_all(layers: Sequence[Layer], masks: Masks, pair: Paired, editor: Editor, context: Context) -> list[Fit]:
     """Level by level."""
     fits: list[Fit] = []
     done = 0
     context.progress(0.0, f"repairing {len(layers)} layers")
     for _, level in groupby(sorted(layers, key=lambda layer: layer.level), key=lambda layer: layer.level):
         for batch in _batches(level):
-            fits += _fit(batch, masks, pair, model)
+            fits += _fit(batch, masks, pair, editor)
             done += len(batch)
             context.progress(done / len(layers), f"repaired {done} of {len(layers)} layers")
     return fits
 
 
-def _fit(layers: Sequence[Layer], masks: Masks, pair: Paired, model: Model) -> list[Fit]:
+def _fit(layers: Sequence[Layer], masks: Masks, pair: Paired, editor: Editor) -> list[Fit]:
     """Layers that do not depend on each other, from one run over the samples."""
     fitters = [Fitter(layer, masks, pair.count) for layer in layers]
     names_full = [name for layer in layers for name in layer.names_full]
     for sample in pair.advance(names_full, [name for layer in layers for name in layer.names_cut]):
         for fitter in fitters:
             fitter.take(sample)
-    return [fit for fitter in fitters if (fit := fitter.fit(model)) is not None]
+    return [fit for fitter in fitters if (fit := fitter.fit(editor)) is not None]
 
 
 def _batches(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
