@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.graph.observe import TAKEN_BRANCH
 from modelpress_compression.graph.read import MICROSOFT
 from modelpress_compression.graph.shapes import Shape, shape_of, static_shapes
 from modelpress_compression.graph.subgraphs import subgraphs
+from modelpress_compression.graph.watch.shapes import TAKEN_BRANCH
 from modelpress_compression.model import Model
 
 Rule = Callable[[onnx_ir.Node, Sequence[Shape | None], Sequence[Shape | None]], int | None]

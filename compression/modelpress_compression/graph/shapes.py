@@ -8,6 +8,7 @@ with all values as outputs. What neither finds stays unknown: nothing is guessed
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -15,8 +16,8 @@ import onnx
 import onnx_ir
 from onnx_ir.passes.common import InlinePass
 
-from modelpress_compression.graph.observe import observe_shapes
 from modelpress_compression.graph.values import plausible_values
+from modelpress_compression.graph.watch.shapes import observe_shapes
 from modelpress_compression.inputs import Feeds, InputData
 from modelpress_compression.model import Model
 
@@ -241,7 +242,7 @@ def _observe(ir: onnx_ir.Model, model: Model, bound: Mapping[str, Shape]) -> Non
     """Runs the model once for the shapes that are still unknown."""
     weight_bytes = sum(tensor.nbytes for tensor in model.tensors())
     feeds = _plausible_feeds(model, bound) if weight_bytes <= MAX_RUN_BYTES else None
-    if feeds is not None and observe_shapes(ir, feeds):
+    if feeds is not None and observe_shapes(replace(model, ir=ir), feeds):
         _infer(ir)
 
 

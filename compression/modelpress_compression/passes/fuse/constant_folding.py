@@ -27,6 +27,7 @@ from onnxscript.optimizer import _constant_folding as folding
 from modelpress_compression.errors import CompressionError
 from modelpress_compression.graph.read import constant_tensor, is_op
 from modelpress_compression.graph.subgraphs import subgraphs
+from modelpress_compression.graph.watch.extract import as_model
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.fuse.rewriting import Scope
@@ -193,33 +194,8 @@ def _replace(output: onnx_ir.Value, array: Array, scope: Scope) -> None:
 
 def _standalone(region: _Region, scope: Scope) -> Model:
     """A model without inputs that computes the region's outputs."""
-    values: dict[int, onnx_ir.Value] = {}
-    initializers: list[onnx_ir.Value] = []
-    nodes: list[onnx_ir.Node] = []
-    for node in region.nodes:
-        for value in node.inputs:
-            tensor = constant_tensor(value)
-            if value is None or id(value) in values or tensor is None:
-                continue
-            copy = onnx_ir.Value(
-                name=f"c{len(values)}", type=value.type, shape=onnx_ir.Shape(tensor.shape.numpy()), const_value=tensor
-            )
-            copy.type = onnx_ir.TensorType(tensor.dtype)
-            values[id(value)] = copy
-            initializers.append(copy)
-        inputs = [None if value is None else values[id(value)] for value in node.inputs]
-        made = onnx_ir.Node("", node.op_type, inputs, tuple(node.attributes.values()), num_outputs=len(node.outputs))
-        made.name = f"n{len(nodes)}"
-        for old, new in zip(node.outputs, made.outputs, strict=True):
-            new.name, new.type, new.shape = f"v{len(values)}", old.type, old.shape
-            values[id(old)] = new
-        nodes.append(made)
-    graph = onnx_ir.Graph(
-        [],
-        [values[id(output)] for output in region.outputs],
-        nodes=nodes,
-        initializers=initializers,
-        opset_imports={"": scope.opset},
-        name="constants",
-    )
-    return Model(onnx_ir.Model(graph, ir_version=scope.ir.ir_version), Provenance("onnx", "", 0))
+    ir = as_model(scope.ir, region.nodes, region.outputs)
+    # The region may take in nodes of several branches, which may use the same names, each in its own scope.
+    for number, value in enumerate(value for node in ir.graph for value in node.outputs):
+        value.name = f"modelpress.folding.{number}"
+    return Model(ir, Provenance("onnx", "", 0))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from modelpress_compression.channels import Group, Member
 from modelpress_compression.graph.read import MICROSOFT, int_attribute, is_op
-from modelpress_compression.graph.watch import observable, taps
+from modelpress_compression.graph.watch import observable, stream
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
@@ -119,14 +119,11 @@ def _powers(sources: Iterable[_Source], model: Model, context: Context) -> dict[
     wanted = list(sources)
     sums: dict[_Source, NDArray[np.float64]] = {}
     counts: dict[_Source, int] = {}
-    samples = context.data.spread(MAX_SAMPLES)
-    with taps(model, [source.value for source in wanted]) as observe:
-        for feed in samples.feeds(1):
-            context.check_time()
-            values = observe(feed)
-            for source in wanted:
-                rows = along(values[source.value], source.axis).astype(np.float64)
-                squares = np.einsum("cr,cr->c", rows, rows)
-                sums[source] = sums[source] + squares if source in sums else squares
-                counts[source] = counts.get(source, 0) + rows.shape[1]
+    names = [source.value for source in wanted]
+    for values in stream(model, names, context.data.spread(MAX_SAMPLES), context.check_time):
+        for source in wanted:
+            rows = along(values[source.value], source.axis).astype(np.float64)
+            squares = np.einsum("cr,cr->c", rows, rows)
+            sums[source] = sums[source] + squares if source in sums else squares
+            counts[source] = counts.get(source, 0) + rows.shape[1]
     return {source: np.nan_to_num(total / max(1, counts[source])) for source, total in sums.items()}

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from modelpress_compression.graph.watch.wavefront import Wavefront
 from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.prune.channel.wavefront import Wavefront
 
 MAX_KEPT_BYTES = 512 * 1024**2  # 512 MiB of activations, of each of the two models
 HELD_OUT = 5  # every fifth sample; of fewer than ten every fourth, third or second
@@ -46,7 +46,7 @@ class Paired:
         self._samples = samples
         self.count = len(samples) // (samples.fixed_batch or 1)
         self._full, self._cut = (
-            Wavefront(model, lambda: samples.feeds(1), names, MAX_KEPT_BYTES, context.check_time)
+            Wavefront(model, samples, names, MAX_KEPT_BYTES, context.check_time)
             for model, names in ((full, names_full), (cut, names_cut))
         )
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import onnx_ir
 
+from modelpress_compression.graph.watch import Listener, stream
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.quantize.ranges.activations import Listener, stream
 from modelpress_compression.passes.quantize.ranges.observers import Histogram
 
 # Ranges settle within some tens of samples on the models tried; more only takes time.
@@ -27,7 +27,8 @@ def observe(
     Raises ModelNotRunnableError if the model does not run on the data, TimeLimitError if time is up.
     """
     histograms = {value.name: Histogram() for value in values if value.name}
-    for tensors in stream(model, list(histograms), context, MAX_SAMPLES, done):
+    samples = context.data.spread(MAX_SAMPLES)
+    for tensors in stream(model, list(histograms), samples, context.check_time, done, padding=False):
         for name, histogram in histograms.items():
             histogram.observe(tensors[name])
     return histograms

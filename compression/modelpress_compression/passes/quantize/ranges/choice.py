@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import onnx_ir
 
+from modelpress_compression.graph.watch import Listener
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.plan import Plan, output_of
-from modelpress_compression.passes.quantize.ranges.activations import Listener
 from modelpress_compression.passes.quantize.ranges.observers import METHODS, Histogram
 from modelpress_compression.passes.quantize.ranges.output_error import ErrorProbe, Trial
 from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters, activation_parameters

@@ -27,12 +27,12 @@ from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.outputs import score_node
 from modelpress_compression.graph.padding import counted_positions, without_padding
 from modelpress_compression.graph.read import graph_of, label
+from modelpress_compression.graph.watch import Listener
 from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.plan import Plan, Tensor, activations_of
-from modelpress_compression.passes.quantize.ranges.activations import Listener
 from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters, Range, activation_parameters
 from modelpress_compression.passes.quantize.rounding.rounder import Rounder
 from modelpress_compression.passes.quantize.static.qdq import quantize_heavy

@@ -9,7 +9,7 @@ the same input the same way (query, key and value) have one H; a weight with sev
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from modelpress_compression.graph.linear import Convolution, Linear, Matrix, Places, linear_of
 from modelpress_compression.graph.read import constant_tensor, is_op
-from modelpress_compression.graph.watch import Taps, observable, taps
+from modelpress_compression.graph.watch import observable, stream
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
@@ -140,19 +140,12 @@ def _gather(model: Model, batch: Sequence[_Job], context: Context) -> dict[froze
     readings = {reading: output for job in batch for reading, output in job.outputs}
     sums = {job.readings: _Sum(job, count) for job in batch}
     names = {name for (data, _), output in readings.items() for name in (data, output)}
-    with taps(model, sorted(names)) as look:
-        for index, found in enumerate(_looks(look, samples.feeds(batch_size=1), context)):
-            for job in batch:
-                for (data, linear), output in job.outputs:
-                    sums[job.readings].take(linear, found[data], found[output], index)
-            context.progress((index + 1) / count, f"weighing inputs, sample {index + 1} of {count}")
+    for index, found in enumerate(stream(model, sorted(names), samples, context.check_time)):
+        for job in batch:
+            for (data, linear), output in job.outputs:
+                sums[job.readings].take(linear, found[data], found[output], index)
+        context.progress((index + 1) / count, f"weighing inputs, sample {index + 1} of {count}")
     return {key: total.finish() for key, total in sums.items()}
-
-
-def _looks(look: Taps, feeds: Iterator[dict[str, Array]], context: Context) -> Iterator[dict[str, Array]]:
-    for feed in feeds:
-        context.check_time()
-        yield look(feed)
 
 
 class _Sum:

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import constant_array, required
+from modelpress_compression.graph.watch import Listener, stream
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.plan import Plan
-from modelpress_compression.passes.quantize.ranges.activations import Listener, stream
 from modelpress_compression.passes.quantize.rounding.affine import Range, activation_parameters, quantize_weight
 from modelpress_compression.passes.quantize.scaling.edges import Edge, Scale, Slot, find_edges
 
@@ -100,7 +100,8 @@ def _observe(model: Model, edges: Sequence[Edge], context: Context, done: Listen
         for edge in edges
     }
     each = -(-ROWS // max(1, min(MAX_SAMPLES, len(context.data))))
-    for tensors in stream(model, list(seen), context, MAX_SAMPLES, done):
+    samples = context.data.spread(MAX_SAMPLES)
+    for tensors in stream(model, list(seen), samples, context.check_time, done, padding=False):
         for edge in edges:
             seen[edge.name].observe(_rows(tensors[edge.name], edge.axis), each, rng)
     return seen

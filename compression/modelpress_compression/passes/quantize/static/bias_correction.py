@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import constant_array, graph_of, input_of, is_constant, label
+from modelpress_compression.graph.watch import Listener, stream
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.integers.fused_products import added_bias
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.plan import Plan
-from modelpress_compression.passes.quantize.ranges.activations import Listener, stream
 from modelpress_compression.passes.quantize.rounding.rounder import Rounder
 from modelpress_compression.passes.quantize.static.qdq import Parameters, QdqWriter
 from modelpress_compression.passes.quantize.weights import WeightStore
@@ -54,7 +54,8 @@ def mean_shifts(
     }
     sums = {name: (np.zeros(1), 0) for name in twins}
     wanted = [*twins, *(value.name or "" for value, _ in twins.values())]
-    for tensors in stream(copy, wanted, context, MAX_SAMPLES, done) if twins else ():
+    samples = context.data.spread(MAX_SAMPLES)
+    for tensors in stream(copy, wanted, samples, context.check_time, done, padding=False) if twins else ():
         for name, (twin, axis) in twins.items():
             difference = tensors[twin.name or ""].astype(np.float64) - tensors[name].astype(np.float64)
             rows = np.moveaxis(difference, axis, -1).reshape(-1, difference.shape[axis])

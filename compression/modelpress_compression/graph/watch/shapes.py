@@ -6,33 +6,29 @@ the run takes is first written in the place of its `If`, level by level. Bodies 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Sequence
 
 import onnx_ir
 
 from modelpress_compression.errors import CompressionError
+from modelpress_compression.graph.subgraphs import subgraphs
+from modelpress_compression.graph.watch import observable, taps
 from modelpress_compression.inputs import Array, Feeds
-from modelpress_compression.model import Model, Provenance
-from modelpress_compression.runtime import open_session, run
+from modelpress_compression.model import Model
 
 # Key of `Node.meta` of an If: the attribute name of the branch that ran.
 TAKEN_BRANCH = "modelpress.taken_branch"
 MAX_DEPTH = 8
 
 
-def observe_shapes(ir: onnx_ir.Model, feeds: Feeds) -> bool:
-    """Runs `ir` once and writes the shapes of its values, and the branch that each `If` took, into it.
+def observe_shapes(model: Model, feeds: Feeds) -> bool:
+    """Runs the model once and writes the shapes of its values, and the branch that each `If` took, into its graph.
 
     Returns whether it ran; a model that does not run on these feeds has no shapes there.
     """
-    copy = ir.clone()
+    copy = model.clone()
     # Original node, and the values of the copy that stand for its outputs.
-    pairs = [
-        (mine, list(theirs.outputs), theirs)
-        for mine, theirs in zip(ir.graph.all_nodes(), copy.graph.all_nodes(), strict=True)
-    ]
+    pairs = [(mine, list(theirs.outputs), theirs) for mine, theirs in zip(model.nodes(), copy.nodes(), strict=True)]
     places = {id(theirs): index for index, (_, _, theirs) in enumerate(pairs)}
     try:
         for depth in range(MAX_DEPTH):
@@ -56,40 +52,23 @@ def observe_shapes(ir: onnx_ir.Model, feeds: Feeds) -> bool:
     return True
 
 
-def _in_main_graph(value: onnx_ir.Value, model: onnx_ir.Model) -> bool:
-    producer = value.producer()
+def _in_main_graph(value: onnx_ir.Value, model: Model) -> bool:
     is_tensor = value.type is None or isinstance(value.type, onnx_ir.TensorType)
-    return bool(value.name) and is_tensor and producer is not None and producer.graph is model.graph
+    return is_tensor and value.producer() is not None and observable(value, model)
 
 
-def _values_of(values: Sequence[onnx_ir.Value | None], model: onnx_ir.Model, feeds: Mapping[str, Array]) -> list[Array]:
+def _values_of(values: Sequence[onnx_ir.Value | None], model: Model, feeds: Feeds) -> list[Array]:
     """What the values hold when the model runs on `feeds`."""
-    wanted = [value for value in values if value is not None and value.name]
-    exposed = {value.name: value for value in wanted if value.producer() is not None}
-    kept = list(model.graph.outputs)
-    model.graph.outputs.clear()
-    # The declared extents are those of another run.
-    for value in exposed.values():
-        value.shape = None
-    model.graph.outputs.extend(exposed.values())
-    try:
-        found = dict(feeds) | _run(model, feeds) if exposed else dict(feeds)
-    finally:
-        model.graph.outputs.clear()
-        model.graph.outputs.extend(kept)
+    wanted = [value for value in values if value is not None]
+    names = [value.name or "" for value in wanted if value.const_value is None]
+    with taps(model, names, optimize=False) as look:
+        found = look(feeds)
     return [value.const_value.numpy() if value.const_value is not None else found[value.name or ""] for value in wanted]
-
-
-def _run(ir: onnx_ir.Model, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    with TemporaryDirectory(prefix="modelpress-") as folder:
-        path = Path(folder) / "model.onnx"
-        Model(ir, Provenance("onnx", "", 0)).save(path)
-        return run(open_session(path, optimize=False), feeds)
 
 
 def _write_out(graph: onnx_ir.Graph, node: onnx_ir.Node, branch_name: str, suffix: str) -> list[onnx_ir.Value]:
     """Puts the nodes of a branch in the place of its `If`; returns the values that stand for the outputs of it."""
-    branch = node.attributes[branch_name].as_graph()
+    branch = subgraphs(node)[branch_name]
     nodes, results = list(branch), list(branch.outputs)
     for name, value in list(branch.initializers.items()):
         del branch.initializers[name]

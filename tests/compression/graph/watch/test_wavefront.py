@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modelpress_compression.graph.edit import replace_numbers
-from modelpress_compression.passes.prune.channel import wavefront
-from modelpress_compression.passes.prune.channel.wavefront import Wavefront
+from modelpress_compression.graph.watch import taps, wavefront
+from modelpress_compression.graph.watch.wavefront import Wavefront
+from modelpress_compression.inputs import InputData
 from modelpress_compression.runtime import run, session_of
 from onnx import TensorProto, helper, numpy_helper
 
@@ -20,11 +21,8 @@ NAMES = ("c1", "r1", "c2", "r2", "p", "f")
 
 def front_of(model: Any, x: Any, wanted: Any, budget_bytes: int = 10**9) -> Wavefront:
     """Over the samples x, one at a time."""
-
-    def feeds() -> Iterator[dict[str, Any]]:
-        return ({"x": x[index : index + 1]} for index in range(len(x)))
-
-    return Wavefront(model, feeds, wanted, budget_bytes, lambda: None)
+    samples = InputData.from_arrays({"x": x}, model.inputs)
+    return Wavefront(model, samples, wanted, budget_bytes, lambda: None)
 
 
 @settings(max_examples=12)
@@ -32,9 +30,9 @@ def front_of(model: Any, x: Any, wanted: Any, budget_bytes: int = 10**9) -> Wave
     asked=st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True),
     budget_bytes=st.sampled_from([0, 20_000, 10**9]),
 )
-def test_pieces_give_what_the_whole_gives(asked: list[str], budget_bytes: int, conv_net: Any, images: Any) -> None:
+def test_pieces_give_what_the_whole_gives(asked: list[str], budget_bytes: int, chain: Any, images: Any) -> None:
     """Whatever is asked for, in the order of the graph, and however little may be kept: as in one run (1e-5)."""
-    model, x = conv_net(), images(3)
+    model, x = chain(), images(3)
     order = [*sorted(asked, key=NAMES.index), "y"]
     front = front_of(model, x, order, budget_bytes)
     found = {name: [values[name] for values in front.advance([name])] for name in order}
@@ -45,27 +43,54 @@ def test_pieces_give_what_the_whole_gives(asked: list[str], budget_bytes: int, c
 
 @pytest.mark.parametrize(("budget_bytes", "runs"), [(10**9, 1), (0, 2)])
 def test_nodes_run_once_where_memory_permits(
-    budget_bytes: int, runs: int, conv_net: Any, images: Any, monkeypatch: pytest.MonkeyPatch
+    budget_bytes: int, runs: int, chain: Any, images: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first convolution is in one piece only, unless nothing may be kept."""
     ran: list[str] = []
-    original = wavefront._session
+    original = wavefront.as_model
 
-    def session(piece: Any, *arguments: Any) -> Any:
-        ran.extend(node.name for node in piece.nodes)
-        return original(piece, *arguments)
+    def as_model(ir: Any, nodes: Any, outputs: Any) -> Any:
+        ran.extend(node.name for node in nodes)
+        return original(ir, nodes, outputs)
 
-    monkeypatch.setattr(wavefront, "_session", session)
-    front = front_of(conv_net(), images(2), ["r1", "y"], budget_bytes)
+    monkeypatch.setattr(wavefront, "as_model", as_model)
+    front = front_of(chain(), images(2), ["r1", "y"], budget_bytes)
     for name in ("r1", "y"):
         list(front.advance([name]))
     assert ran.count("conv1") == runs
     assert ran.count("fc") == 1
 
 
-def test_weights_may_change_between_pieces(conv_net: Any, images: Any) -> None:
+@pytest.mark.parametrize("budget_bytes", [0, 20_000, 50_000])
+def test_memory_is_bounded(budget_bytes: int, chain: Any, images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any time no more is alive than two budgets and what one sample makes, of the 20 samples' 300 KB and more."""
+    model, x, order = chain(), images(20), ["r1", "r2", "f", "y"]
+    with taps(model, [*NAMES, "y"]) as look:
+        sample_bytes = sum(array.nbytes for array in look({"x": x[:1]}).values())
+    made: list[weakref.ref[Any]] = []
+    original = wavefront.run
+
+    def run(*arguments: Any) -> Any:
+        found = original(*arguments)
+        made.extend(weakref.ref(array) for array in found.values())
+        return found
+
+    monkeypatch.setattr(wavefront, "run", run)
+    front = front_of(model, x, order, budget_bytes)
+    most = 0
+    for name in order:
+        for values in front.advance([name]):
+            assert values[name].size
+            alive = [array for reference in made if (array := reference()) is not None]
+            most = max(most, sum(array.nbytes for array in alive))
+            del alive
+    assert len(made) >= len(order) * len(x)
+    assert most <= 2 * budget_bytes + sample_bytes
+
+
+def test_weights_may_change_between_pieces(chain: Any, images: Any) -> None:
     """What changes behind the front counts for the next piece."""
-    model, x = conv_net(), images(2)
+    model, x = chain(), images(2)
     front = front_of(model, x, ["p", "y"])
     list(front.advance(["p"]))
     replace_numbers(model.graph.initializers["w3"], np.zeros((10, 32)))
@@ -98,10 +123,10 @@ def test_branches_that_read_values_from_outside(channel_model: Any) -> None:
     np.testing.assert_array_equal(found["y"], [[3.0, 2.0, 4.0]])
 
 
-def test_inputs_can_be_asked_for(conv_net: Any, images: Any) -> None:
+def test_inputs_can_be_asked_for(chain: Any, images: Any) -> None:
     """A graph's input is what the feed holds."""
     x = images(2)
-    for index, values in enumerate(front_of(conv_net(), x, ["x"]).advance(["x"])):
+    for index, values in enumerate(front_of(chain(), x, ["x"]).advance(["x"])):
         np.testing.assert_array_equal(values["x"], x[index : index + 1])
 
 
