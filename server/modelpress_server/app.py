@@ -18,6 +18,7 @@ from modelpress_protos.v1 import (
     upload_service_pb2_grpc,
 )
 
+from modelpress_server.clock import Clock
 from modelpress_server.config import MAX_MESSAGE_BYTES, Settings, SettingsError
 from modelpress_server.executors.base import Executor
 from modelpress_server.interceptors import Gate, Tokens
@@ -75,9 +76,15 @@ def local_executor(settings: Settings) -> Executor:
 class Server:
     """A modelpress server; `start`, then `stop` once."""
 
-    def __init__(self, settings: Settings, make_executor: Callable[[Settings], Executor] = local_executor) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        make_executor: Callable[[Settings], Executor] = local_executor,
+        clock: Clock | None = None,
+    ) -> None:
         self._settings = settings
         self._make_executor = make_executor
+        self._clock = clock or Clock()
         self._lock = DataDirLock(settings.data_dir)
         self._notifier = Notifier()
         self.address = ""
@@ -131,7 +138,7 @@ class Server:
         self._scheduler = Scheduler(bench, models, jobs, self._notifier)
         self._gate = Gate(tokens)
         self._grpc = grpc.aio.server(interceptors=[self._gate], options=OPTIONS)
-        self._uploads = UploadService(settings, self._blobs, index)
+        self._uploads = UploadService(settings, self._blobs, index, self._clock)
         self._janitor = Janitor(settings, self._blobs, index, self._uploads.sessions)
         upload_service_pb2_grpc.add_UploadServiceServicer_to_server(self._uploads, self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(

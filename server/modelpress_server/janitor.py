@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-import time
 from pathlib import Path
 
 from modelpress_server.config import Settings
@@ -42,9 +41,8 @@ class Janitor:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    async def sweep(self) -> None:
-        """One pass. Records go first, then files that no record names any more."""
-        now = now_us()
+    async def sweep(self, now: int) -> None:
+        """One pass at the time `now`, in microseconds. Records go first, then files that no record names any more."""
         swept = await self._index.sweep(
             blobs_before_us=now - round(self._settings.blob_ttl_s * 1e6),
             events_before_us=now - round(self._settings.event_ttl_s * 1e6),
@@ -55,14 +53,14 @@ class Janitor:
         active = await self._index.active_uploads()
         for upload_id in await self._blobs.partial_ids() - active:
             await self._sessions.discard(upload_id)
-        removed = await self._remove_unknown_files()
+        removed = await self._remove_unknown_files(now / 1e6)
         if removed or swept.uploads or swept.jobs_compacted:
             logger.info(
                 "cleaned up: %d blobs, %d uploads, events of %d jobs", removed, len(swept.uploads), swept.jobs_compacted
             )
 
-    async def _remove_unknown_files(self) -> int:
-        before_s = time.time() - min(self._settings.blob_ttl_s, MIN_BLOB_AGE_S)
+    async def _remove_unknown_files(self, now_s: float) -> int:
+        before_s = now_s - min(self._settings.blob_ttl_s, MIN_BLOB_AGE_S)
         files, removed = await self._blobs.older_than(before_s), 0
         for start in range(0, len(files), BATCH):
             batch = files[start : start + BATCH]
@@ -74,7 +72,7 @@ class Janitor:
     async def _sweep_regularly(self) -> None:
         while True:
             try:
-                await self.sweep()
+                await self.sweep(now_us())
             except ServiceError as error:
                 logger.warning("cleaning up failed: %s", error)
             except Exception:  # a bug here must not leave the disk to fill up for good

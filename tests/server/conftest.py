@@ -11,10 +11,12 @@ from typing import Any
 import grpc.aio
 import pytest
 from modelpress_server.app import Server
+from modelpress_server.clock import Clock
 from modelpress_server.config import Settings
 
 # The helpers beside this file; in importlib mode pytest does not put the folder on the path.
 sys.path.insert(0, str(Path(__file__).parent))
+from manual_clock import ManualClock
 from scripted_executor import ScriptedExecutor
 from server_harness import DEFAULTS, Client, Running, Serve
 
@@ -24,10 +26,10 @@ def serve(tmp_path: Path) -> Serve:
     """Starts servers, by default on the same data folder: `async with serve(workers=2) as running`."""
 
     @asynccontextmanager
-    async def start(**changes: Any) -> AsyncIterator[Running]:
+    async def start(clock: Clock | None = None, **changes: Any) -> AsyncIterator[Running]:
         settings = Settings(**{**DEFAULTS, "data_dir": tmp_path / "data", **changes})
         executor = ScriptedExecutor()
-        server = Server(settings, lambda _: executor)
+        server = Server(settings, lambda _: executor, clock)
         await server.start()
         try:
             async with grpc.aio.insecure_channel(server.address) as channel:
@@ -36,6 +38,12 @@ def serve(tmp_path: Path) -> Serve:
             await server.stop()
 
     return start
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """A clock that stands still: `serve(clock)`."""
+    return ManualClock()
 
 
 @pytest.fixture

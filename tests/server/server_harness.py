@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import json
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -13,7 +14,6 @@ from typing import Any
 import google_crc32c
 import grpc.aio
 import pytest
-from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from modelpress_protos.v1 import (
     common_pb2,
@@ -79,9 +79,11 @@ class Client:
         request = job_service_pb2.CreateJobRequest(parent=parent, job=job, request_id=request_id)
         return await self.jobs.CreateJob(request)
 
-    async def wait(self, job: Any, timeout_s: int = 20) -> Any:
-        request = job_service_pb2.WaitJobRequest(name=job.name, timeout=Duration(seconds=timeout_s))
-        return await self.jobs.WaitJob(request)
+    async def wait(self, job: Any) -> Any:
+        """The job once it has ended."""
+        while not job.HasField("end_time"):
+            job = await self.jobs.WaitJob(job_service_pb2.WaitJobRequest(name=job.name))
+        return job
 
     async def read(self, digest: common_pb2.Digest, offset: int = 0, parent: str = PROJECT) -> bytes:
         request = upload_service_pb2.ReadBlobRequest(parent=parent, digest=digest, read_offset=offset)
@@ -115,13 +117,28 @@ async def committed(client: Client, name: str) -> int:
     return (await client.uploads.GetUpload(upload_service_pb2.GetUploadRequest(name=name))).committed_size
 
 
+async def until(condition: Callable[[], Any]) -> Any:
+    """Waits until the condition, which may be a coroutine function, gives something true, and returns that.
+
+    Without a limit of its own: what never comes is ended by pytest's.
+    """
+    while True:
+        found = condition()
+        if inspect.isawaitable(found):
+            found = await found
+        if found:
+            return found
+        await asyncio.sleep(0.01)
+
+
 async def committed_after_cut(client: Client, name: str, at_least: int) -> int:
     """The durable size once the server has noticed that the stream is gone."""
-    for _ in range(200):
-        if (size := await committed(client, name)) >= at_least:
-            return size
-        await asyncio.sleep(0.02)
-    raise AssertionError(f"never reached {at_least}")
+
+    async def size_bytes() -> int:
+        found = await committed(client, name)
+        return found if found >= at_least else 0
+
+    return await until(size_bytes)
 
 
 @dataclass(frozen=True)
@@ -168,6 +185,12 @@ class Running:
     executor: ScriptedExecutor
     client: Client
     settings: Settings
+
+    async def received(self, upload: upload_service_pb2.Upload, size_bytes: int) -> None:
+        """Returns once a stream has brought so much of an upload, acknowledged or not."""
+        sessions = self.server._uploads.sessions._sessions
+        upload_id = upload.name.rpartition("/")[2]
+        await until(lambda: upload_id in sessions and sessions[upload_id].partial.size_bytes >= size_bytes)
 
 
 Serve = Callable[..., AbstractAsyncContextManager[Running]]

@@ -80,7 +80,7 @@ async def test_tls(serve: Serve, tmp_path: Path, mutual: bool) -> None:
             chain, private = (own[0], own[1]) if own else (None, None)
             credentials = grpc.ssl_channel_credentials(authority.file.read_bytes(), private, chain)
             async with grpc.aio.secure_channel(running.server.address, credentials) as channel:
-                return await Client(channel).info.GetServerInfo(Info(), timeout=10)
+                return await Client(channel).info.GetServerInfo(Info(), timeout=120)
 
         if mutual:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -91,7 +91,7 @@ async def test_tls(serve: Serve, tmp_path: Path, mutual: bool) -> None:
         else:
             assert (await call()).version
         with pytest.raises(grpc.aio.AioRpcError):
-            await running.client.info.GetServerInfo(Info(), timeout=10)
+            await running.client.info.GetServerInfo(Info(), timeout=120)
 
 
 async def test_server_info(running: Running) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import time
 from typing import Any
 
 import grpc
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2, upload_service_pb2
-from server_harness import Running, Serve, chunks, digest_of, failing
+from modelpress_server.janitor import MIN_BLOB_AGE_S
+from modelpress_server.stores.records import now_us
+from server_harness import Running, chunks, digest_of, failing
 
 S = job_service_pb2
 
@@ -18,44 +17,34 @@ def blob_names(running: Running) -> set[str]:
     return {path.name for path in (running.settings.data_dir / "blobs").rglob("*") if path.is_file()}
 
 
-def age(running: Running) -> None:
-    """Makes every blob file two hours old."""
-    before = time.time() - 7200
-    for path in (running.settings.data_dir / "blobs").rglob("*"):
-        os.utime(path, (before, before))
+async def sweep(running: Running, after_s: float = 0.0) -> None:
+    """A sweep as it will be after so many seconds."""
+    await running.server._janitor.sweep(now_us() + round(after_s * 1e6))
 
 
-async def sweep(running: Running) -> None:
-    await running.server._janitor.sweep()
-
-
-async def test_only_unused_blobs_go(serve: Serve) -> None:
+async def test_only_unused_blobs_go(running: Running) -> None:
     """Blobs of models and jobs stay; others go after their time, from the index and from the disk."""
-    async with serve(blob_ttl_s=0.001) as running:
-        job = await running.client.wait(await running.client.job(await running.client.model()))
-        loose = await running.client.upload(b"nobody uses this")
-        await asyncio.sleep(0.01)
-        await sweep(running)
-        age(running)
-        await sweep(running)
-        kept = {entry.digest.sha256.hex() for artifact in job.artifacts for entry in artifact.files}
-        assert kept < blob_names(running)
-        assert loose.sha256.hex() not in blob_names(running)
-        assert (await failing(running.client.read(loose))).code == grpc.StatusCode.NOT_FOUND
-        await running.client.upload(b"nobody uses this")
-        assert await running.client.read(loose) == b"nobody uses this"
+    ttl_s = running.settings.blob_ttl_s
+    job = await running.client.wait(await running.client.job(await running.client.model()))
+    loose = await running.client.upload(b"nobody uses this")
+    await sweep(running, ttl_s / 2)
+    assert loose.sha256.hex() in blob_names(running)
+    await sweep(running, ttl_s)
+    kept = {entry.digest.sha256.hex() for artifact in job.artifacts for entry in artifact.files}
+    assert kept < blob_names(running)
+    assert loose.sha256.hex() not in blob_names(running)
+    assert (await failing(running.client.read(loose))).code == grpc.StatusCode.NOT_FOUND
+    await running.client.upload(b"nobody uses this")
+    assert await running.client.read(loose) == b"nobody uses this"
 
 
-async def test_deleting_everything_frees_everything(serve: Serve) -> None:
+async def test_deleting_everything_frees_everything(running: Running) -> None:
     """After the model and its job are deleted, nothing is left on the disk."""
-    async with serve(blob_ttl_s=0.001) as running:
-        job = await running.client.wait(await running.client.job(await running.client.model()))
-        await running.client.jobs.DeleteJob(S.DeleteJobRequest(name=job.name))
-        await running.client.models.DeleteModel(model_service_pb2.DeleteModelRequest(name=job.spec.model))
-        await asyncio.sleep(0.01)
-        age(running)
-        await sweep(running)
-        assert blob_names(running) == set()
+    job = await running.client.wait(await running.client.job(await running.client.model()))
+    await running.client.jobs.DeleteJob(S.DeleteJobRequest(name=job.name))
+    await running.client.models.DeleteModel(model_service_pb2.DeleteModelRequest(name=job.spec.model))
+    await sweep(running, running.settings.blob_ttl_s)
+    assert blob_names(running) == set()
 
 
 async def test_a_blob_without_a_record_stays_for_an_hour(running: Running) -> None:
@@ -67,36 +56,33 @@ async def test_a_blob_without_a_record_stays_for_an_hour(running: Running) -> No
     (shard / digest.sha256.hex()).write_bytes(content)
     await sweep(running)
     assert blob_names(running) == {digest.sha256.hex()}
-    age(running)
-    await sweep(running)
+    await sweep(running, MIN_BLOB_AGE_S)
     assert blob_names(running) == set()
 
 
-async def test_expired_uploads_go(serve: Serve) -> None:
+async def test_expired_uploads_go(running: Running) -> None:
     """An unfinished upload is dropped with its file after its time."""
-    async with serve(upload_ttl_s=0.05) as running:
-        upload = await running.client.start_upload(b"0123456789")
-        await running.client.send(chunks(upload.name, b"01234", finish=False))
-        await asyncio.sleep(0.1)
-        await sweep(running)
-        get = upload_service_pb2.GetUploadRequest(name=upload.name)
-        failure = await failing(running.client.uploads.GetUpload(get))
-        assert (failure.code, failure.reason) == (grpc.StatusCode.NOT_FOUND, "UPLOAD_EXPIRED")
-        assert list((running.settings.data_dir / "uploads").iterdir()) == []
+    upload = await running.client.start_upload(b"0123456789")
+    await running.client.send(chunks(upload.name, b"01234", finish=False))
+    get = upload_service_pb2.GetUploadRequest(name=upload.name)
+    await sweep(running, running.settings.upload_ttl_s / 2)
+    assert (await running.client.uploads.GetUpload(get)).committed_size == 5
+    await sweep(running, running.settings.upload_ttl_s)
+    failure = await failing(running.client.uploads.GetUpload(get))
+    assert (failure.code, failure.reason) == (grpc.StatusCode.NOT_FOUND, "UPLOAD_EXPIRED")
+    assert list((running.settings.data_dir / "uploads").iterdir()) == []
 
 
-async def test_compacted_events_are_told(serve: Serve) -> None:
+async def test_compacted_events_are_told(running: Running) -> None:
     """Events of an old job are gone: a resumed watch is OUT_OF_RANGE, a fresh one gets the snapshot."""
-    async with serve(event_ttl_s=0.001) as running:
-        job = await running.client.wait(await running.client.job(await running.client.model()))
-        await asyncio.sleep(0.01)
-        await sweep(running)
+    job = await running.client.wait(await running.client.job(await running.client.model()))
+    await sweep(running, running.settings.event_ttl_s)
 
-        async def watched(after: int) -> list[Any]:
-            request = S.WatchJobRequest(name=job.name, after_sequence=after)
-            return [event async for event in running.client.jobs.WatchJob(request)]
+    async def watched(after: int) -> list[Any]:
+        request = S.WatchJobRequest(name=job.name, after_sequence=after)
+        return [event async for event in running.client.jobs.WatchJob(request)]
 
-        failure = await failing(watched(1))
-        assert (failure.code, failure.reason) == (grpc.StatusCode.OUT_OF_RANGE, "EVENTS_COMPACTED")
-        for after in (0, job.last_sequence):
-            assert [event.snapshot.state for event in await watched(after)] == [S.JOB_STATE_SUCCEEDED] * 2
+    failure = await failing(watched(1))
+    assert (failure.code, failure.reason) == (grpc.StatusCode.OUT_OF_RANGE, "EVENTS_COMPACTED")
+    for after in (0, job.last_sequence):
+        assert [event.snapshot.state for event in await watched(after)] == [S.JOB_STATE_SUCCEEDED] * 2

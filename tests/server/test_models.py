@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.rpc import error_details_pb2
 from modelpress_protos.v1 import common_pb2, model_service_pb2
-from server_harness import PROJECT, Client, Running, Serve, digest_of, failing
+from server_harness import PROJECT, Client, Running, Serve, digest_of, failing, until
 
 Model = model_service_pb2.Model
 Create = model_service_pb2.CreateModelRequest
@@ -19,12 +18,12 @@ Create = model_service_pb2.CreateModelRequest
 
 async def settled(client: Client, model: Any) -> Any:
     """The model once its inspection is over."""
-    for _ in range(400):
-        model = await client.models.GetModel(model_service_pb2.GetModelRequest(name=model.name))
-        if model.state != Model.STATE_PROCESSING:
-            return model
-        await asyncio.sleep(0.02)
-    raise AssertionError("never inspected")
+
+    async def inspected() -> Any:
+        found = await client.models.GetModel(model_service_pb2.GetModelRequest(name=model.name))
+        return found if found.state != Model.STATE_PROCESSING else None
+
+    return await until(inspected)
 
 
 async def listed(client: Client, **fields: Any) -> Any:
@@ -177,7 +176,7 @@ async def test_inspection_goes_on_after_a_restart(serve: Serve) -> None:
     async with serve() as running:
         running.executor.inspection_gate.clear()
         model = await running.client.model()
-        await asyncio.sleep(0.1)
+        await until(lambda: running.executor.limits)  # the executor has it
     async with serve() as running:
         assert (await settled(running.client, model)).state == Model.STATE_ACTIVE
 

@@ -23,7 +23,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from modelpress_server import app, cli
 from scripted_executor import ScriptedExecutor
-app.Server.__init__.__defaults__ = (lambda _: ScriptedExecutor(),)
+app.Server.__init__.__defaults__ = (lambda _: ScriptedExecutor(), None)
 cli.main()
 """
 REPORT = """
@@ -65,7 +65,7 @@ def test_serves_light_and_exits_0(tmp_path: Path, number: signal.Signals) -> Non
         announced = json.loads((tmp_path / "server.json").read_text())
         assert announced == {"address": address, "pid": process.pid}
         process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=30)
+        stdout, stderr = process.communicate()
         assert process.returncode == 0, stderr
         report = json.loads(stdout)
         assert set(report["heavy"]) <= {"alembic"}
@@ -81,13 +81,13 @@ def test_a_migrated_database_starts_without_alembic(tmp_path: Path) -> None:
             assert process.stdout is not None
             process.stdout.readline()
             process.terminate()
-            assert json.loads(process.communicate(timeout=30)[0])["heavy"] == expected
+            assert json.loads(process.communicate()[0])["heavy"] == expected
 
 
 def test_a_wrong_setting_is_one_paragraph(tmp_path: Path) -> None:
     """Exit 2 and a message that says what to do; no traceback."""
     with launched("--data-dir", str(tmp_path), "--tls-cert", "x") as process:
-        stdout, stderr = process.communicate(timeout=30)
+        stdout, stderr = process.communicate()
         assert (process.returncode, "listening" in stdout) == (2, False)
         assert "tls_cert and tls_key go together" in stderr
         assert "Traceback" not in stderr

@@ -10,9 +10,23 @@ import random
 import grpc
 import pytest
 from google.rpc import error_details_pb2
+from manual_clock import ManualClock
 from modelpress_protos.v1 import upload_service_pb2
 from modelpress_server.config import KIB, MIB
-from server_harness import PROJECT, Client, Running, Serve, chunks, committed, committed_after_cut, digest_of, failing
+from modelpress_server.services.upload_session import RELEASE_WAIT_S
+from modelpress_server.services.upload_writer import MIN_PROGRESS_BYTES
+from server_harness import (
+    PROJECT,
+    Client,
+    Running,
+    Serve,
+    chunks,
+    committed,
+    committed_after_cut,
+    digest_of,
+    failing,
+    until,
+)
 
 Write = upload_service_pb2.WriteUploadRequest
 ACTIVE = upload_service_pb2.Upload.STATE_ACTIVE
@@ -69,7 +83,7 @@ async def test_resumes_after_a_cancelled_stream(running: Running) -> None:
     assert (await running.client.start_upload(content)).name == upload.name
     call = running.client.uploads.WriteUpload()
     await call.write(chunks(upload.name, content, finish=False)[0])
-    await asyncio.sleep(0.1)
+    await running.received(upload, MIB)
     call.cancel()
     assert await committed_after_cut(running.client, upload.name, MIB) == MIB
     answers = await running.client.send(chunks(upload.name, content, start=MIB))
@@ -154,30 +168,35 @@ async def test_wrong_content_discards_the_upload(running: Running, extra: bytes)
     assert await running.client.start_upload(content) != upload
 
 
-async def test_a_second_writer_is_turned_away(running: Running) -> None:
+async def test_a_second_writer_is_turned_away(serve: Serve, clock: ManualClock) -> None:
     """While a writer is alive a second one gets ABORTED; once it is gone the second goes on."""
     content = some_bytes(128 * KIB)
-    upload = await running.client.start_upload(content)
-    first = running.client.uploads.WriteUpload()
-    await first.write(chunks(upload.name, content[: 64 * KIB], finish=False)[0])
-    await asyncio.sleep(0.1)
-    failure = await failing(running.client.send(chunks(upload.name, content)))
-    assert (failure.code, failure.reason) == (grpc.StatusCode.ABORTED, "UPLOAD_BUSY")
-    assert failure.detail(error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() > 0
-    first.cancel()
-    await committed_after_cut(running.client, upload.name, 64 * KIB)
-    answers = await running.client.send(chunks(upload.name, content, start=64 * KIB))
-    assert answers[-1].upload.state == COMPLETED
-
-
-async def test_a_silent_writer_gives_way(serve: Serve) -> None:
-    """A new stream takes over from one that was silent, as after a network that went away without a word."""
-    content = some_bytes(128 * KIB)
-    async with serve(upload_takeover_s=0.0) as running:
+    async with serve(clock) as running:
         upload = await running.client.start_upload(content)
         first = running.client.uploads.WriteUpload()
         await first.write(chunks(upload.name, content[: 64 * KIB], finish=False)[0])
-        await asyncio.sleep(0.1)
+        await running.received(upload, 64 * KIB)
+        second = asyncio.create_task(failing(running.client.send(chunks(upload.name, content))))
+        await until(lambda: RELEASE_WAIT_S in clock.sleeping)
+        clock.advance(RELEASE_WAIT_S)
+        failure = await second
+        assert (failure.code, failure.reason) == (grpc.StatusCode.ABORTED, "UPLOAD_BUSY")
+        assert failure.detail(error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() > 0
+        first.cancel()
+        await committed_after_cut(running.client, upload.name, 64 * KIB)
+        answers = await running.client.send(chunks(upload.name, content, start=64 * KIB))
+        assert answers[-1].upload.state == COMPLETED
+
+
+async def test_a_silent_writer_gives_way(serve: Serve, clock: ManualClock) -> None:
+    """A new stream takes over from one that was silent, as after a network that went away without a word."""
+    content = some_bytes(128 * KIB)
+    async with serve(clock) as running:
+        upload = await running.client.start_upload(content)
+        first = running.client.uploads.WriteUpload()
+        await first.write(chunks(upload.name, content[: 64 * KIB], finish=False)[0])
+        await running.received(upload, 64 * KIB)
+        clock.advance(running.settings.upload_takeover_s)
         answers = await running.client.send(chunks(upload.name, content, start=64 * KIB))
         assert answers[-1].upload.state == COMPLETED
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -185,35 +204,38 @@ async def test_a_silent_writer_gives_way(serve: Serve) -> None:
         assert caught.value.code() == grpc.StatusCode.ABORTED
 
 
-async def test_an_idle_stream_is_closed(serve: Serve) -> None:
+async def test_an_idle_stream_is_closed(serve: Serve, clock: ManualClock) -> None:
     """A writer that sends nothing is told so, and its bytes are kept."""
     content = some_bytes(64 * KIB)
-    async with serve(upload_idle_timeout_s=0.2) as running:
+    async with serve(clock) as running:
         upload = await running.client.start_upload(content)
         call = running.client.uploads.WriteUpload()
         await call.write(chunks(upload.name, content[:1000], finish=False)[0])
+        await running.received(upload, 1000)
+        clock.advance(running.settings.upload_idle_timeout_s)
         failure = await failing(call.read())
         assert (failure.code, failure.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "UPLOAD_IDLE")
         assert await committed(running.client, upload.name) == 1000
 
 
-async def test_a_byte_now_and_then_is_idle(serve: Serve) -> None:
-    """A writer that drips single bytes is closed as well."""
-    content = some_bytes(1000)
-    async with serve(upload_idle_timeout_s=0.3) as running:
+@pytest.mark.parametrize(("size", "idle"), [(1, True), (MIN_PROGRESS_BYTES, False)])
+async def test_a_byte_now_and_then_is_idle(serve: Serve, clock: ManualClock, size: int, idle: bool) -> None:
+    """A writer that drips single bytes, each well within the limit, is closed all the same; one whose drops are large
+    enough to be progress is not."""
+    content = some_bytes(4 * size)
+    async with serve(clock) as running:
         upload = await running.client.start_upload(content)
         call = running.client.uploads.WriteUpload()
-
-        async def drip() -> None:
-            for message in chunks(upload.name, content, size=1, finish=False):
-                await call.write(message)
-                await asyncio.sleep(0.05)
-
-        dripping = asyncio.create_task(drip())
-        failure = await failing(call.read())
-        dripping.cancel()
-        assert failure.reason == "UPLOAD_IDLE"
-        assert 0 < await committed(running.client, upload.name) < len(content)
+        for sent, message in enumerate(chunks(upload.name, content[: 3 * size], size=size, finish=False), start=1):
+            await call.write(message)
+            await running.received(upload, sent * size)
+            clock.advance(running.settings.upload_idle_timeout_s * 0.4)
+        if idle:
+            assert (await failing(call.read())).reason == "UPLOAD_IDLE"
+            assert await committed(running.client, upload.name) == 3
+        else:
+            await call.write(chunks(upload.name, content, start=3 * size)[0])
+            assert (await call.read()).upload.state == COMPLETED
 
 
 async def test_killed_between_publishing_and_the_record(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +264,7 @@ async def test_cancel_is_idempotent_and_ends_the_writer(running: Running) -> Non
     upload = await running.client.start_upload(content)
     call = running.client.uploads.WriteUpload()
     await call.write(chunks(upload.name, content[:1000], finish=False)[0])
-    await asyncio.sleep(0.1)
+    await running.received(upload, 1000)
     cancel = upload_service_pb2.CancelUploadRequest(name=upload.name)
     for _ in range(2):
         assert (await running.client.uploads.CancelUpload(cancel)).state == upload_service_pb2.Upload.STATE_CANCELLED

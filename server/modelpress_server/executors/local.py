@@ -13,7 +13,6 @@ import logging
 import os
 import shutil
 import tempfile
-from asyncio import FIRST_COMPLETED
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 from google.rpc import status_pb2
 from modelpress_protos.internal.v1 import worker_pb2
 
+from modelpress_server.clock import Clock
 from modelpress_server.executors import lost
 from modelpress_server.executors.base import Limits, WorkerLostError
 from modelpress_server.executors.child import (
@@ -62,12 +62,21 @@ class LocalExecutor:
     sandboxed worker sees nothing else. `sandbox`: auto, require or off. `tasks`: module (or file) that runs the tasks.
     """
 
-    def __init__(self, *, spares: int, sandbox: str, temp_root: Path, tasks: str = DEFAULT_TASKS) -> None:
+    def __init__(
+        self,
+        *,
+        spares: int,
+        sandbox: str,
+        temp_root: Path,
+        tasks: str = DEFAULT_TASKS,
+        clock: Clock | None = None,
+    ) -> None:
         self.sandbox_level = 0
+        self._clock = clock or Clock()
         self._sandbox = sandbox
         self._root = temp_root.resolve()
         command = WorkerCommand(self._root, sandbox, tasks)
-        self._spares = SparePool(spares, lambda: Worker.start(command))
+        self._spares = SparePool(spares, lambda: Worker.start(command), self._clock)
         self._running: set[Worker] = set()
 
     @property
@@ -97,7 +106,7 @@ class LocalExecutor:
             raise lost.not_started() from error
         self._running.add(worker)
         try:
-            return await _Run(worker, limits, on_event).perform(request)
+            return await _Run(worker, limits, on_event, self._clock).perform(request)
         finally:
             worker.kill()
             await uninterrupted(self._end(worker))
@@ -143,9 +152,10 @@ class LocalExecutor:
 class _Run:
     """One task on one worker."""
 
-    def __init__(self, worker: Worker, limits: Limits, on_event: OnEvent) -> None:
+    def __init__(self, worker: Worker, limits: Limits, on_event: OnEvent, clock: Clock) -> None:
         self._worker = worker
         self._limits = limits
+        self._clock = clock
         self._events = EventFilter(on_event)
         self._memory_was_short = False
         self._redact: Callable[[str], str] = str
@@ -162,9 +172,7 @@ class _Run:
         watchdog = asyncio.create_task(self._exceed_memory())
         end = asyncio.create_task(self._worker.wait())
         try:
-            done, _ = await asyncio.wait(
-                {conversation, watchdog, end}, timeout=self._limits.time_s or None, return_when=FIRST_COMPLETED
-            )
+            done = await self._clock.wait({conversation, watchdog, end}, self._limits.time_s or None)
             if end in done and conversation not in done:
                 # What it sent last may lie in the pipe still; a process that it started may hold that open for ever.
                 done, _ = await asyncio.wait({conversation}, timeout=_LAST_WORDS_S)

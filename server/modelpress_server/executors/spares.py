@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from modelpress_server.clock import Clock
 from modelpress_server.executors.child import Worker
 
 logger = logging.getLogger(__name__)
@@ -23,8 +24,9 @@ MAX_BACKOFF_S = 60.0
 class SparePool:
     """Keeps `size` workers ready; `start` makes one."""
 
-    def __init__(self, size: int, start: Callable[[], Coroutine[Any, Any, Worker]]) -> None:
+    def __init__(self, size: int, start: Callable[[], Coroutine[Any, Any, Worker]], clock: Clock) -> None:
         self._size = size
+        self._clock = clock
         self._start = start
         self._ready: list[Worker] = []
         self._starting: set[asyncio.Task[Worker]] = set()
@@ -89,7 +91,7 @@ class SparePool:
     async def _keep(self) -> None:
         backoff_s = 0.0
         while True:
-            await asyncio.sleep(max(self._delay_s, backoff_s))
+            await self._clock.sleep(max(self._delay_s, backoff_s))
             self._delay_s = 0.0
             self._wake.clear()
             dead = [worker for worker in self._ready if not worker.alive]

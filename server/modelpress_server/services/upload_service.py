@@ -11,6 +11,7 @@ import google_crc32c
 from modelpress_protos.v1 import upload_service_pb2, upload_service_pb2_grpc
 
 from modelpress_server import errors
+from modelpress_server.clock import Clock
 from modelpress_server.config import MIB, Settings
 from modelpress_server.interceptors import check_project
 from modelpress_server.listing import wrong_field
@@ -30,11 +31,12 @@ _State = upload_service_pb2.Upload
 class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
     """Content-addressed, resumable uploads, and downloads from an offset."""
 
-    def __init__(self, settings: Settings, blobs: FileBlobStore, index: BlobIndex) -> None:
+    def __init__(self, settings: Settings, blobs: FileBlobStore, index: BlobIndex, clock: Clock) -> None:
         self._settings = settings
         self._blobs = blobs
         self._index = index
-        self.sessions = UploadSessions(blobs, index, settings.upload_takeover_s)
+        self._clock = clock
+        self.sessions = UploadSessions(blobs, index, settings.upload_takeover_s, clock)
 
     async def FindMissingBlobs(  # noqa: N802  # the name of the method in the API
         self, request: upload_service_pb2.FindMissingBlobsRequest, context: Any
@@ -87,7 +89,7 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
 
     async def WriteUpload(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         # A coroutine with context.read and context.write, since acknowledgements go out while messages come in.
-        first = await next_message(context, None, self._settings.upload_idle_timeout_s)
+        first = await next_message(context, None, self._settings.upload_idle_timeout_s, self._clock)
         if first is None:
             raise wrong_field("name", "the stream ended before its first message")
         record = await self._get(first.name)
@@ -108,7 +110,7 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
         async with self.sessions.writing(record) as (session, current):
             if current.state == _State.STATE_COMPLETED:
                 return self._completed(current)
-            writer = UploadWriter(self._settings, self._blobs, self._index, session, current, context)
+            writer = UploadWriter(self._settings, self._blobs, self._index, session, current, context, self._clock)
             finished = await writer.receive(first)
             return await uninterrupted(self._finish(session, current, finished))
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from modelpress_protos.v1 import upload_service_pb2
 
+from modelpress_server.clock import Clock
 from modelpress_server.errors import ServiceError, UploadBusyError, UploadExpiredError
 from modelpress_server.stores.base import BlobIndex, UploadRecord
 from modelpress_server.stores.filesystem import FileBlobStore, PartialFile
@@ -22,9 +22,9 @@ BUSY_RETRY_S = 2.0
 class UploadSession:
     """An upload that has a writer, or had one in this process: then its hash need not be computed again."""
 
-    def __init__(self, partial: PartialFile) -> None:
+    def __init__(self, partial: PartialFile, now_s: float) -> None:
         self.partial = partial
-        self.active_at_s = time.monotonic()
+        self.active_at_s = now_s
         self.evicted: asyncio.Future[None] | None = None
         self.released = asyncio.Event()
         self.released.set()
@@ -38,20 +38,22 @@ class UploadSession:
 class UploadSessions:
     """All uploads that are or were written in this process."""
 
-    def __init__(self, blobs: FileBlobStore, index: BlobIndex, takeover_s: float) -> None:
+    def __init__(self, blobs: FileBlobStore, index: BlobIndex, takeover_s: float, clock: Clock) -> None:
         self._blobs = blobs
         self._index = index
         self._takeover_s = takeover_s
+        self._clock = clock
         self._sessions: dict[str, UploadSession] = {}
 
     @asynccontextmanager
     async def writing(self, record: UploadRecord) -> AsyncIterator[tuple[UploadSession, UploadRecord]]:
         """Makes the caller the writer. Raises UploadBusyError while another one is alive."""
-        session = self._sessions.setdefault(record.id, UploadSession(self._blobs.partial(record.id)))
+        fresh = UploadSession(self._blobs.partial(record.id), self._clock.now_s())
+        session = self._sessions.setdefault(record.id, fresh)
         await self._wait_for_release(session)
         session.released.clear()
         session.evicted = asyncio.get_running_loop().create_future()
-        session.active_at_s = time.monotonic()
+        session.active_at_s = self._clock.now_s()
         try:
             # Read again: the writer before may have got further, or finished.
             record = await self._current(record)
@@ -83,19 +85,21 @@ class UploadSessions:
         await asyncio.gather(*(session.released.wait() for session in self._sessions.values()))
 
     async def _wait_for_release(self, session: UploadSession) -> None:
-        silent_s = time.monotonic() - session.active_at_s
+        silent_s = self._clock.now_s() - session.active_at_s
         busy = UploadBusyError(
             "Another writer holds the upload. Wait for it, then resume from committed_size.", retry_after_s=BUSY_RETRY_S
         )
         if silent_s >= self._takeover_s:
             session.evict(busy)
-        deadline_s = time.monotonic() + RELEASE_WAIT_S
+        deadline_s = self._clock.now_s() + RELEASE_WAIT_S
         # Several may wait: only the first to wake finds it released.
         while not session.released.is_set():
+            released = asyncio.ensure_future(session.released.wait())
             try:
-                await asyncio.wait_for(session.released.wait(), deadline_s - time.monotonic())
-            except TimeoutError:
-                raise busy from None
+                if not await self._clock.wait({released}, deadline_s - self._clock.now_s()):
+                    raise busy
+            finally:
+                released.cancel()
 
     async def _current(self, record: UploadRecord) -> UploadRecord:
         try:

@@ -7,13 +7,13 @@ most two chunks are in memory.
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import google_crc32c
 from modelpress_protos.v1 import upload_service_pb2
 
 from modelpress_server import errors
+from modelpress_server.clock import Clock, Waited
 from modelpress_server.config import Settings
 from modelpress_server.services.upload_session import UploadSession
 from modelpress_server.stores.base import BlobIndex, UploadRecord
@@ -27,14 +27,16 @@ Request = upload_service_pb2.WriteUploadRequest
 Response = upload_service_pb2.WriteUploadResponse
 
 
-async def next_message(context: Any, session: UploadSession | None, idle_timeout_s: float) -> Request | None:
+async def next_message(
+    context: Any, session: UploadSession | None, idle_timeout_s: float, clock: Clock
+) -> Request | None:
     """The next message, None at the end of the stream. Raises UploadIdleError, or why the writer was evicted."""
     reading = asyncio.ensure_future(context.read())
-    waited: set[asyncio.Future[Any]] = {reading}
+    waited: Waited = {reading}
     if session is not None and session.evicted is not None:
         waited.add(session.evicted)
     try:
-        done, _ = await asyncio.wait(waited, timeout=idle_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        done = await clock.wait(waited, idle_timeout_s)
     finally:
         if not reading.done():
             reading.cancel()
@@ -60,6 +62,7 @@ class UploadWriter:
         session: UploadSession,
         record: UploadRecord,
         context: Any,
+        clock: Clock,
     ) -> None:
         self._settings = settings
         self._blobs = blobs
@@ -68,11 +71,12 @@ class UploadWriter:
         self._partial = session.partial
         self._record = record
         self._context = context
+        self._clock = clock
         self._offset = record.committed_size  # of the next byte to come
         self._durable = record.committed_size
         self._ack_from = record.committed_size
         self._busy_offset = record.committed_size  # where the stream last got on
-        self._busy_at_s = time.monotonic()
+        self._busy_at_s = clock.now_s()
         self._write: asyncio.Future[None] | None = None
         self._ack: asyncio.Task[None] | None = None
 
@@ -101,8 +105,8 @@ class UploadWriter:
                 await self._acknowledged()
                 self._ack_from = self._offset
                 self._ack = asyncio.create_task(self._acknowledge(self._write))
-            message = await next_message(self._context, self._session, self._idle_left_s())
-            self._session.active_at_s = time.monotonic()
+            message = await next_message(self._context, self._session, self._idle_left_s(), self._clock)
+            self._session.active_at_s = self._clock.now_s()
         await self._written()
         return False
 
@@ -126,7 +130,7 @@ class UploadWriter:
 
     def _idle_left_s(self) -> float:
         """How long the next message may take: a byte now and then does not keep a stream open."""
-        now_s = time.monotonic()
+        now_s = self._clock.now_s()
         if self._offset - self._busy_offset >= MIN_PROGRESS_BYTES:
             self._busy_offset, self._busy_at_s = self._offset, now_s
         return max(self._settings.upload_idle_timeout_s - (now_s - self._busy_at_s), 0.0)

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from modelpress_protos.internal.v1 import worker_pb2
+from modelpress_server.clock import Clock
 from modelpress_server.executors.base import Limits
 from modelpress_server.executors.local import LocalExecutor
 
 FAKE_TASKS = str(Path(__file__).with_name("fake_tasks.py"))
-GENEROUS = Limits(time_s=60.0, memory_bytes=0)
+GENEROUS = Limits(time_s=600.0, memory_bytes=0)
 
 
 @dataclass
@@ -34,6 +35,10 @@ class Bench:
     def lines(self) -> list[str]:
         """Texts of the log lines so far."""
         return [event.log.text for event in self.events if event.WhichOneof("event") == "log"]
+
+    def sleepers(self) -> list[int]:
+        """Processes of the tasks that have begun to sleep."""
+        return [int(path.name.removeprefix("sleeps-")) for path in self.output.glob("sleeps-*")]
 
     async def run(self, job: str, limits: Limits = GENEROUS) -> worker_pb2.WorkerEvent:
         """Runs the behaviour that `job` names."""
@@ -62,9 +67,12 @@ async def start_bench(tmp_path: Path) -> AsyncIterator[StartBench]:
     """Starts executors; closes them in the end and checks that they left no process folder."""
     started: list[Bench] = []
 
-    async def start(*, spares: int = 0, sandbox: str = "off", tasks: str = FAKE_TASKS) -> Bench:
+    async def start(
+        *, spares: int = 0, sandbox: str = "off", tasks: str = FAKE_TASKS, clock: Clock | None = None
+    ) -> Bench:
         root = tmp_path / f"work-{len(started)}"
-        bench = Bench(LocalExecutor(spares=spares, sandbox=sandbox, temp_root=root, tasks=tasks), root)
+        executor = LocalExecutor(spares=spares, sandbox=sandbox, temp_root=root, tasks=tasks, clock=clock)
+        bench = Bench(executor, root)
         await bench.executor.start()
         started.append(bench)
         return bench

@@ -77,7 +77,7 @@ def _bad_alloc(context: TaskContext, output: Path, argument: str) -> Any:
 
 
 def _sleep(context: TaskContext, output: Path, argument: str) -> Any:
-    (output / "pid").write_text(str(os.getpid()), "ascii")
+    (output / f"sleeps-{os.getpid()}").touch()
     time.sleep(600)
 
 

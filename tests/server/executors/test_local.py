@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from google.rpc import error_details_pb2
+from manual_clock import ManualClock
 from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_server.executors.base import Limits, WorkerLostError
 from modelpress_server.executors.output import MAX_LINE_CHARS, MAX_LINES
+from server_harness import until
 
 MIB = 1024 * 1024
 
@@ -24,13 +26,6 @@ def runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text("ascii").rsplit(")", 1)[1].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-async def until(condition: Any) -> None:
-    """Waits until the condition holds, for at most 20 s."""
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110  # the state of other processes has no event
-            await asyncio.sleep(0.02)
 
 
 def reason_of(event: worker_pb2.WorkerEvent) -> error_details_pb2.ErrorInfo:
@@ -116,7 +111,7 @@ class TestATaskThatFails:
     async def test_a_too_large_allocation_fails_inside_the_worker(self, start_bench: Any) -> None:
         """A claim of 200 GiB is refused by the kernel's cap, and reported as lack of memory."""
         bench = await start_bench()
-        event = await bench.run(f"ask-memory:{200 * 1024**3}", Limits(60.0, 1024 * MIB))
+        event = await bench.run(f"ask-memory:{200 * 1024**3}", Limits(600.0, 1024 * MIB))
         assert reason_of(event).reason == "WORKER_OUT_OF_MEMORY"
 
 
@@ -154,23 +149,28 @@ class TestAWorkerThatIsLost:
         """A worker that takes more and more is stopped by the watchdog."""
         bench = await start_bench()
         with pytest.raises(WorkerLostError, match=r"0\.2 GiB") as caught:
-            await bench.run("touch-memory", Limits(60.0, 200 * MIB))
+            await bench.run("touch-memory", Limits(600.0, 200 * MIB))
         assert caught.value.reason == "WORKER_OUT_OF_MEMORY"
 
     async def test_a_library_that_aborts_for_lack_of_memory(self, start_bench: Any) -> None:
         """An abort after std::bad_alloc is no crash of unknown cause."""
         bench = await start_bench()
         with pytest.raises(WorkerLostError) as caught:
-            await bench.run("bad-alloc", Limits(60.0, 1024 * MIB))
+            await bench.run("bad-alloc", Limits(600.0, 1024 * MIB))
         assert caught.value.reason == "WORKER_OUT_OF_MEMORY"
 
-    async def test_time_over_the_limit_kills(self, start_bench: Any) -> None:
+    async def test_time_over_the_limit_kills(self, start_bench: Any, clock: ManualClock) -> None:
         """A task that does not end is stopped, and its process with it."""
-        bench = await start_bench()
-        with pytest.raises(WorkerLostError, match=r"0\.5 s") as caught:
-            await bench.run("sleep", Limits(0.5, 0))
+        bench = await start_bench(clock=clock)
+        task = asyncio.create_task(bench.run("sleep", Limits(50.0, 0)))
+        (pid,) = await until(bench.sleepers)
+        clock.advance(49.0)
+        assert runs(pid)
+        clock.advance(1.0)
+        with pytest.raises(WorkerLostError, match="50 s") as caught:
+            await task
         assert caught.value.reason == "WORKER_TIMEOUT"
-        assert not runs(int((bench.output / "pid").read_text("ascii")))
+        assert not runs(pid)
 
     async def test_a_worker_that_does_not_start(self, start_bench: Any, caplog: pytest.LogCaptureFixture) -> None:
         """The job hears that no worker could be started; the server's log has the worker's own words."""
@@ -209,11 +209,11 @@ class TestCancelling:
         """After `close` the task has ended as a crash and its process is gone."""
         bench = await start_bench()
         task = asyncio.create_task(bench.run("sleep"))
-        await until((bench.output / "pid").exists)
+        (pid,) = await until(bench.sleepers)
         await bench.executor.close()
         with pytest.raises(WorkerLostError):
             await task
-        assert not runs(int((bench.output / "pid").read_text("ascii") or 0))
+        assert not runs(pid)
 
 
 class TestAWorkerThatTalksTooMuch:
@@ -260,19 +260,23 @@ class TestSpares:
         """Tasks beyond the spares get workers of their own; none waits for another to end."""
         bench = await start_bench(spares=1)
         await until(lambda: bench.executor.ready_spares == 1)
-        tasks = [asyncio.create_task(bench.run("sleep", Limits(2.0, 0))) for _ in range(3)]
-        for result in await asyncio.gather(*tasks, return_exceptions=True):
-            assert isinstance(result, WorkerLostError)
-            assert result.reason == "WORKER_TIMEOUT"
+        tasks = [asyncio.create_task(bench.run("sleep")) for _ in range(3)]
+        await until(lambda: len(bench.sleepers()) == 3)
+        for task in tasks:
+            task.cancel()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(end, asyncio.CancelledError) for end in ends)
 
     async def test_workers_that_never_start_are_tried_less_and_less(
-        self, start_bench: Any, caplog: pytest.LogCaptureFixture
+        self, start_bench: Any, caplog: pytest.LogCaptureFixture, clock: ManualClock
     ) -> None:
-        """A broken installation does not keep the machine busy: after a failure the pool waits a second at least."""
-        await start_bench(spares=1, tasks="no_such_module_of_tasks")
-        await until(lambda: "before it was ready" in caplog.text)
-        await asyncio.sleep(0.5)
-        assert caplog.text.count("before it was ready") == 1
+        """A broken installation does not keep the machine busy: after each failure the pool waits twice as long."""
+        await start_bench(spares=1, tasks="no_such_module_of_tasks", clock=clock)
+        for failures, pause_s in enumerate((1.0, 2.0, 4.0), start=1):
+            await until(lambda: clock.sleeping)
+            assert clock.sleeping == [pytest.approx(clock.now_s() + pause_s)]
+            assert caplog.text.count("before it was ready") == failures
+            clock.advance(pause_s)
 
 
 class TestStarting:
