@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.graph.read import MICROSOFT
+from modelpress_compression.graph.read import MICROSOFT, constant_array, int_attribute, string_attribute
 from modelpress_compression.graph.shapes import Shape, shape_of, static_shapes
 from modelpress_compression.graph.subgraphs import subgraphs
 from modelpress_compression.graph.watch.shapes import TAKEN_BRANCH
@@ -76,17 +76,13 @@ def _of_control_flow(node: onnx_ir.Node, bodies: Mapping[str, int | None]) -> in
 
 def _trip_count(node: onnx_ir.Node) -> int | None:
     if node.op_type == "Loop":
-        trips = onnx_ir.convenience.get_const_tensor(node.inputs[0]) if node.inputs[0] is not None else None
-        return int(trips.numpy().item()) if trips is not None else None
+        trips = constant_array(node.inputs[0])
+        return None if trips is None else int(trips.item())
     # Only the present form of Scan, over the first axis.
     if node.op_type != "Scan" or "scan_input_axes" in node.attributes:
         return None
-    scanned = shape_of(node.inputs[-_int(node, "num_scan_inputs", 1)])
+    scanned = shape_of(node.inputs[-int_attribute(node, "num_scan_inputs", 1)])
     return scanned[0] if scanned else None
-
-
-def _int(node: onnx_ir.Node, name: str, default: int) -> int:
-    return int(node.attributes[name].as_int()) if name in node.attributes else default
 
 
 def _convolution(weight: int) -> Rule:
@@ -110,11 +106,11 @@ def _matrix_product(left: int, right: int) -> Rule:
 
     def rule(node: onnx_ir.Node, inputs: Sequence[Shape | None], _: Sequence[Shape | None]) -> int | None:
         a, b = inputs[left], inputs[right]
-        if not a or not b or _int(node, "transBatchA", 0) or _int(node, "transBatchB", 0):
+        if not a or not b or int_attribute(node, "transBatchA", 0) or int_attribute(node, "transBatchB", 0):
             return None
-        inner_first = _int(node, "transA", 0) and len(a) > 1
+        inner_first = int_attribute(node, "transA", 0) and len(a) > 1
         rows = (a[-1] if inner_first else a[-2]) if len(a) > 1 else 1
-        columns = (b[-2] if _int(node, "transB", 0) else b[-1]) if len(b) > 1 else 1
+        columns = (b[-2] if int_attribute(node, "transB", 0) else b[-1]) if len(b) > 1 else 1
         try:
             batch = np.broadcast_shapes(a[:-2], b[:-2])
         except ValueError:
@@ -126,7 +122,7 @@ def _matrix_product(left: int, right: int) -> Rule:
 
 def _n_bit_product(node: onnx_ir.Node, inputs: Sequence[Shape | None], _: Sequence[Shape | None]) -> int | None:
     """MatMulNBits: A [..., K] times a packed [K, N]."""
-    return None if inputs[0] is None else math.prod(inputs[0]) * _int(node, "N", 0)
+    return None if inputs[0] is None else math.prod(inputs[0]) * int_attribute(node, "N", 0)
 
 
 def _recurrent(gates: int) -> Rule:
@@ -136,7 +132,7 @@ def _recurrent(gates: int) -> Rule:
         data, weight = inputs[0], inputs[1]
         if data is None or weight is None or len(data) != 3 or "hidden_size" not in node.attributes:
             return None
-        hidden = _int(node, "hidden_size", 0)
+        hidden = int_attribute(node, "hidden_size", 0)
         return data[0] * data[1] * weight[0] * gates * hidden * (data[2] + hidden)
 
     return rule
@@ -174,13 +170,13 @@ def _attention(node: onnx_ir.Node, inputs: Sequence[Shape | None], outputs: Sequ
         return None
     if len(query) == 4:
         return query[0] * query[1] * query[2] * key[2] * (query[3] + value[3])
-    heads, value_heads = _int(node, "q_num_heads", 1), _int(node, "kv_num_heads", 1)
+    heads, value_heads = int_attribute(node, "q_num_heads", 1), int_attribute(node, "kv_num_heads", 1)
     return query[0] * query[1] * key[1] * (query[2] + heads * (value[2] // value_heads))
 
 
 def _einsum(node: onnx_ir.Node, inputs: Sequence[Shape | None], _: Sequence[Shape | None]) -> int | None:
     """One operand has no products; two have one for each combination of indices; more depend on the order: unknown."""
-    equation = node.attributes["equation"].as_string().replace(" ", "")
+    equation = string_attribute(node, "equation", "").replace(" ", "")
     terms = equation.split("->")[0].split(",")
     if len(terms) == 1:
         return 0

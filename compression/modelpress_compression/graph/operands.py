@@ -7,6 +7,8 @@ from types import MappingProxyType
 
 import onnx_ir
 
+from modelpress_compression.graph.read import constant_tensor, input_of, int_attribute
+
 # Inputs that hold scales, zero points or group indices. Where an operator is not listed, its inputs are what they seem.
 QUANTIZATION_PARAMETERS: Mapping[str, frozenset[int]] = MappingProxyType(
     {
@@ -82,21 +84,19 @@ def _is_integer(value: onnx_ir.Value | None) -> bool:
         return False
     if producer.op_type in ("MatMulInteger", "ConvInteger"):
         return True
-    table = onnx_ir.convenience.get_const_tensor(producer.inputs[0]) if producer.inputs and producer.inputs[0] else None
+    table = constant_tensor(input_of(producer, 0))
     return producer.op_type == "Gather" and table is not None and table.dtype.is_integer() and table.dtype.bitwidth <= 8
 
 
 def zero_point(node: onnx_ir.Node, position: int) -> tuple[onnx_ir.TensorProtocol, int] | None:
     """The constant zero point of the weight at input `position`, and its axis; None where zero is 0."""
     place = _ZERO_POINTS.get((node.op_type, position))
-    if place is None or place[0] >= len(node.inputs) or (value := node.inputs[place[0]]) is None:
-        return None
-    tensor = onnx_ir.convenience.get_const_tensor(value)
-    if tensor is None:
+    tensor = None if place is None else constant_tensor(input_of(node, place[0]))
+    if place is None or tensor is None:
         return None
     axis = place[1]
-    if node.op_type == "DequantizeLinear" and "axis" in node.attributes:
-        axis = int(node.attributes["axis"].as_int())
-    if node.op_type == "QGemm" and "transB" in node.attributes and node.attributes["transB"].as_int():
+    if node.op_type == "DequantizeLinear":
+        axis = int_attribute(node, "axis", axis)
+    if node.op_type == "QGemm" and int_attribute(node, "transB", 0):
         axis = 0
     return tensor, axis

@@ -106,6 +106,14 @@ def rank(value: onnx_ir.Value | None) -> int | None:
     return None if value is None or value.shape is None else len(value.shape)
 
 
+def extent(value: onnx_ir.Value | None, axis: int) -> int | None:
+    """How many indices the axis has, where that is known to be a number; whether the value is constant or not."""
+    if value is None or value.shape is None or not -len(value.shape) <= axis < len(value.shape):
+        return None
+    dim = value.shape[axis]
+    return dim if isinstance(dim, int) else None
+
+
 def int_attribute(node: onnx_ir.Node, name: str, default: int) -> int:
     """An INT attribute or its default."""
     attribute = node.attributes.get(name)

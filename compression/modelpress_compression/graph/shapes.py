@@ -16,6 +16,7 @@ import onnx
 import onnx_ir
 from onnx_ir.passes.common import InlinePass
 
+from modelpress_compression.graph.read import int_attribute, ints_attribute, string_attribute
 from modelpress_compression.graph.values import plausible_values
 from modelpress_compression.graph.watch.shapes import observe_shapes
 from modelpress_compression.inputs import Feeds, InputData
@@ -177,7 +178,7 @@ def _rule(node: onnx_ir.Node) -> Shape | None:
     if data is None or node.op_type in _SAME_SHAPE:
         return data
     if node.op_type in ("MatMulNBits", "MatMulBnb4"):
-        return (*data[:-1], int(node.attributes["N"].as_int()))
+        return (*data[:-1], int_attribute(node, "N", 0))
     other = shapes[1] if len(shapes) > 1 else None
     shape: Shape | None = None
     if node.op_type in _MATRIX_PRODUCTS and other:
@@ -185,7 +186,7 @@ def _rule(node: onnx_ir.Node) -> Shape | None:
     elif node.op_type == "FusedConv" and other:
         shape = _convolution(node, data, other)
     elif node.op_type == "FusedGemm" and other:
-        shape = data[1 if _int(node, "transA", 0) else 0], other[0 if _int(node, "transB", 0) else 1]
+        shape = data[1 if int_attribute(node, "transA", 0) else 0], other[0 if int_attribute(node, "transB", 0) else 1]
     elif node.op_type in ("Attention", "QAttention") and other:
         sizes = node.attributes.get("qkv_hidden_sizes")
         shape = (*data[:2], int(sizes.as_ints()[2]) if sizes is not None else other[1] // 3)
@@ -204,10 +205,15 @@ def _attended(node: onnx_ir.Node, data: Shape, third: Shape) -> Shape | None:
 
 
 def _matrix_product(node: onnx_ir.Node, left: Shape, right: Shape) -> Shape | None:
-    if len(left) < 2 or len(right) < 2 or _int(node, "transBatchA", 0) or _int(node, "transBatchB", 0):
+    if (
+        len(left) < 2
+        or len(right) < 2
+        or int_attribute(node, "transBatchA", 0)
+        or int_attribute(node, "transBatchB", 0)
+    ):
         return None
-    rows = left[-1] if _int(node, "transA", 0) else left[-2]
-    columns = right[-2] if _int(node, "transB", 0) else right[-1]
+    rows = left[-1] if int_attribute(node, "transA", 0) else left[-2]
+    columns = right[-2] if int_attribute(node, "transB", 0) else right[-1]
     try:
         return (*np.broadcast_shapes(left[:-2], right[:-2]), rows, columns)
     except ValueError:
@@ -217,10 +223,11 @@ def _matrix_product(node: onnx_ir.Node, left: Shape, right: Shape) -> Shape | No
 def _convolution(node: onnx_ir.Node, data: Shape, weight: Shape) -> Shape | None:
     """Extents as ONNX defines them for Conv: floor((in + pads - dilation * (kernel - 1) - 1) / stride) + 1."""
     axes = len(data) - 2
-    strides, dilations = _ints(node, "strides", [1] * axes), _ints(node, "dilations", [1] * axes)
+    ones = (1,) * axes
+    strides, dilations = ints_attribute(node, "strides") or ones, ints_attribute(node, "dilations") or ones
     spatial: list[int] = []
-    automatic = node.attributes["auto_pad"].as_string() if "auto_pad" in node.attributes else "NOTSET"
-    pads = _ints(node, "pads", [0] * 2 * axes)
+    automatic = string_attribute(node, "auto_pad", "NOTSET")
+    pads = ints_attribute(node, "pads") or (0,) * 2 * axes
     for axis in range(axes):
         if automatic.startswith("SAME"):
             spatial.append(-(-data[axis + 2] // strides[axis]))
@@ -228,14 +235,6 @@ def _convolution(node: onnx_ir.Node, data: Shape, weight: Shape) -> Shape | None
         padded = data[axis + 2] + (pads[axis] + pads[axis + axes] if automatic == "NOTSET" else 0)
         spatial.append((padded - dilations[axis] * (weight[axis + 2] - 1) - 1) // strides[axis] + 1)
     return (data[0], weight[0], *spatial)
-
-
-def _int(node: onnx_ir.Node, name: str, default: int) -> int:
-    return int(node.attributes[name].as_int()) if name in node.attributes else default
-
-
-def _ints(node: onnx_ir.Node, name: str, default: list[int]) -> list[int]:
-    return [int(value) for value in node.attributes[name].as_ints()] if name in node.attributes else default
 
 
 def _observe(ir: onnx_ir.Model, model: Model, bound: Mapping[str, Shape]) -> None:

@@ -22,6 +22,7 @@ import onnx_ir
 
 from modelpress_compression.graph.macs import count_macs
 from modelpress_compression.graph.operands import is_quantization_parameter, zero_point
+from modelpress_compression.graph.read import constant_tensor, input_of
 from modelpress_compression.graph.shapes import Shape
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
@@ -218,7 +219,7 @@ def _packed(node: onnx_ir.Node, tensor: onnx_ir.TensorProtocol) -> tuple[int, in
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     quantized = ((packed[:, :, None] >> shifts) & (2**bits - 1)).reshape(rows, -1)[:, :columns]
     zeros: Array = np.full((rows, 1), 2 ** (bits - 1), np.uint8)
-    given = onnx_ir.convenience.get_const_tensor(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] else None
+    given = constant_tensor(input_of(node, 3))
     if given is not None and given.dtype == onnx_ir.DataType.UINT8:
         per_block = ((given.numpy().reshape(rows, -1)[:, :, None] >> shifts) & (2**bits - 1)).reshape(rows, -1)
         zeros = np.repeat(per_block, block, axis=1)[:, :columns]

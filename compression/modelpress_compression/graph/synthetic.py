@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir
 
 from modelpress_compression.errors import ModelNotRunnableError
-from modelpress_compression.graph.read import input_of
+from modelpress_compression.graph.read import extent, input_of, int_attribute
 from modelpress_compression.graph.values import ATTEMPTS, is_certain, plausible_values
 from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.model import Model
@@ -134,19 +134,15 @@ def _candidates(spec: TensorSpec, axis: int, value: onnx_ir.Value) -> tuple[int,
 def _demanded(value: onnx_ir.Value, axis: int, rank: int) -> int | None:
     """What the first consumer's weight fixes: Conv its channels, a matrix product its inner extent."""
     for node, position in value.uses():
-        weight = input_of(node, 1)
-        tensor = onnx_ir.convenience.get_const_tensor(weight) if weight is not None else None
-        if position != 0 or tensor is None:
+        if position != 0:
             continue
-        shape = [int(extent) for extent in tensor.shape.numpy()]
-        if node.op_type == "Conv" and axis == 1:
-            group = node.attributes["group"].as_int() if "group" in node.attributes else 1
-            return shape[1] * int(group)
-        if node.op_type == "MatMul" and axis == rank - 1 and len(shape) >= 2:
-            return shape[-2]
+        weight = input_of(node, 1)
+        if node.op_type == "Conv" and axis == 1 and (channels := extent(weight, 1)) is not None:
+            return channels * int_attribute(node, "group", 1)
+        if node.op_type == "MatMul" and axis == rank - 1 and (rows := extent(weight, -2)) is not None:
+            return rows
         if node.op_type == "Gemm" and axis == 1:
-            transposed = "transB" in node.attributes and node.attributes["transB"].as_int()
-            return shape[1] if transposed else shape[0]
+            return extent(weight, 1 if int_attribute(node, "transB", 0) else 0)
     return None
 
 
@@ -173,10 +169,10 @@ def _named_by(problems: Sequence[str], free: Mapping[str, tuple[int, ...]]) -> I
     """A size that was baked in while tracing stands in the failure: 'requested shape:{7,4,8}', '7 by 128'."""
     for problem in list(problems)[:_READ_PROBLEMS]:
         numbers = dict.fromkeys(int(digits) for digits in re.findall(r"\b\d{1,5}\b", problem))
-        for extent in list(numbers)[:_READ_NUMBERS]:
+        for number in list(numbers)[:_READ_NUMBERS]:
             for alone in (None, *free):
                 yield tuple(
-                    extent if len(extents) > 1 and extent > 0 and alone in (None, key) else extents[0]
+                    number if len(extents) > 1 and number > 0 and alone in (None, key) else extents[0]
                     for key, extents in free.items()
                 )
 

@@ -19,6 +19,14 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.graph.read import (
+    constant_array,
+    constant_scalar,
+    constant_tensor,
+    extent,
+    float_attribute,
+    int_attribute,
+)
 from modelpress_compression.inputs import Array
 from modelpress_compression.specs import TensorSpec
 
@@ -109,24 +117,22 @@ def _consumers(value: onnx_ir.Value) -> Iterator[tuple[onnx_ir.Node, int]]:
 
 def _rows(node: onnx_ir.Node, position: int) -> int | None:
     if node.op_type in ("Gather", "GatherBlockQuantized") and position == 1:
-        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-        return _table_extent(node.inputs[0], int(axis))
-    if node.op_type == "OneHot" and position == 0 and node.inputs[1] is not None:
-        depth = onnx_ir.convenience.get_const_tensor(node.inputs[1])
-        return int(depth.numpy().reshape(-1)[0]) if depth is not None else None
+        return _table_extent(node.inputs[0], int_attribute(node, "axis", 0))
+    if node.op_type == "OneHot" and position == 0:
+        depth = constant_scalar(node.inputs[1])
+        return None if depth is None else int(depth)
     if node.op_type == "EmbedLayerNormalization" and position in _EMBEDDED_INDICES:
         return _table_extent(node.inputs[_EMBEDDED_INDICES[position]], 0)
     return None
 
 
 def _table_extent(table: onnx_ir.Value | None, axis: int) -> int | None:
-    """Extent of a constant table, also where it is stored in fewer bits and converted on the way."""
+    """How many rows there are to look up, also where the table is stored in fewer bits and converted on the way."""
     for _ in range(_MAX_HOPS):
         if table is None:
             return None
-        tensor = onnx_ir.convenience.get_const_tensor(table)
-        if tensor is not None:
-            return int(tensor.shape.numpy()[axis]) if len(tensor.shape) else None
+        if (rows := extent(table, axis)) is not None:
+            return rows
         producer = table.producer()
         if producer is None or producer.op_type not in ("Cast", "DequantizeLinear", "Identity"):
             return None
@@ -165,8 +171,7 @@ def _affine_step(node: onnx_ir.Node, position: int) -> tuple[Any, Any] | None:
         return 1.0, 0.0
     if node.op_type not in ("Sub", "Add", "Mul", "Div"):
         return None
-    other = node.inputs[1 - position]
-    tensor = onnx_ir.convenience.get_const_tensor(other) if other is not None else None
+    tensor = constant_tensor(node.inputs[1 - position])
     if tensor is None or tensor.dtype.bitwidth < 16:
         return None
     constant = tensor.numpy().astype(np.float64)
@@ -181,16 +186,14 @@ def _through_batch_norm(
     node: onnx_ir.Node, scale: NDArray[np.float64], offset: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(x - mean) / sqrt(variance + epsilon), channels on axis 1: after it, activations were N(0, 1) in training."""
-    mean, variance = (
-        onnx_ir.convenience.get_const_tensor(item) if item is not None else None for item in node.inputs[3:5]
-    )
+    mean, variance = (constant_array(item) for item in node.inputs[3:5])
     rank = len(node.inputs[0].shape) if node.inputs[0] is not None and node.inputs[0].shape is not None else 4
     if mean is None or variance is None:
         return scale, offset
-    epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+    epsilon = float_attribute(node, "epsilon", 1e-5)
     column = (-1, *([1] * (rank - 2)))
-    deviation = np.sqrt(variance.numpy().astype(np.float64) + epsilon).reshape(column)
-    return scale / deviation, (offset - mean.numpy().astype(np.float64).reshape(column)) / deviation
+    deviation = np.sqrt(variance.astype(np.float64) + epsilon).reshape(column)
+    return scale / deviation, (offset - mean.astype(np.float64).reshape(column)) / deviation
 
 
 def _broadcasts(constant: NDArray[np.float64], shape: tuple[int, ...]) -> bool:

@@ -144,6 +144,18 @@ def test_loop_body_times_its_trips(model_from_text: Callable[..., Model]) -> Non
     assert count_macs(model_from_text(text, {"w": floats(8, 8)})).total == 4 * 64
 
 
+def test_a_trip_count_that_a_caller_may_override_is_unknown(model_from_text: Callable[..., Model]) -> None:
+    """Its default says nothing of the next run."""
+    text = (
+        f"{HEAD} g (float[N,8] x, int64 n) => (float[N,8] y) <bool c = {{1}}> {{ y = Loop (n, c, x) <"
+        "body = b (int64 i, bool ci, float[1,8] v) => (bool co, float[1,8] u) "
+        "{ co = Identity(ci)  u = MatMul(v, w) }> }"
+    )
+    model = model_from_text(text, {"w": floats(8, 8), "n": np.int64(4).reshape(())})
+    assert model.graph.initializers["n"].is_graph_input()
+    assert count_macs(model).total is None
+
+
 class Block(nn.Module):
     """The residual block of ResNet-18."""
 

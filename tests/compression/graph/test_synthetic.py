@@ -50,6 +50,18 @@ def test_token_indices_stay_within_the_embedding(model_from_text: Callable[..., 
     assert (data.arrays["attention_mask"] == 1).all()
 
 
+def test_tables_and_weights_that_are_inputs_bind_all_the_same(model_from_text: Callable[..., Model]) -> None:
+    """A caller may give other numbers for a default, but not another shape: indices and channels follow it."""
+    text = (
+        f"{HEAD} g (int64[batch,seq] ids, float[7,4] table, float[batch,k] x, float[5,4] w) => "
+        "(float[batch,seq,4] y, float[batch,4] z) { y = Gather(table, ids)  z = MatMul(x, w) }"
+    )
+    model = model_from_text(text, {"table": np.ones((7, 4), np.float32), "w": np.ones((5, 4), np.float32)})
+    data = synthetic_inputs(model, samples=4)
+    assert data.arrays["ids"].max() == 6
+    assert data.arrays["x"].shape == (4, 5)
+
+
 def test_a_mask_is_known_by_its_use(model_from_text: Callable[..., Model]) -> None:
     """Integers that are only compared are ones, whatever their name."""
     text = f"{HEAD} g (int64[batch,seq] k) => (bool[batch,seq] y) {{ y = Equal(k, one) }}"

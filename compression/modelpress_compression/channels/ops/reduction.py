@@ -11,7 +11,7 @@ import onnx_ir
 from modelpress_compression.channels.labels import Axis
 from modelpress_compression.channels.ops.registry import rule
 from modelpress_compression.channels.tracer import Tracer
-from modelpress_compression.graph.read import axes_of, int_attribute, is_op
+from modelpress_compression.graph.read import axes_of, constant_scalar, int_attribute, is_op
 
 _UNKNOWN = "The shapes at the node are not known."
 _REDUCTIONS = (
@@ -85,10 +85,8 @@ def _goes_under_root(user: onnx_ir.Node, value: onnx_ir.Value) -> bool:
     if not is_op(user, "Add"):
         return False
     other = user.inputs[1] if user.inputs[0] is value else user.inputs[0]
-    if other is None or other.const_value is None or other.const_value.size != 1:
-        producer = None if other is None else other.producer()
-        if not is_op(producer, "Constant"):
-            return False
+    if constant_scalar(other) is None:
+        return False
     after = user.outputs[0].consumers()
     return bool(after) and all(is_op(node, "Sqrt", "Pow") for node in after)
 

@@ -82,8 +82,8 @@ def _value_key(value: onnx_ir.Value | None) -> Hashable:
     return tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()
 
 
-def merge_initializers(scope: Scope) -> tuple[int, int]:
-    """Gives equal weights of the main graph one tensor; how many went, and their bytes.
+def merge_initializers(scope: Scope) -> int:
+    """Gives equal weights of the main graph one tensor; how many went.
 
     Only those that agree in type and shape are hashed, so that most of a large model is never read.
     """
@@ -94,19 +94,19 @@ def merge_initializers(scope: Scope) -> tuple[int, int]:
         if tensor is None or tensor.nbytes < MIN_SHARED_BYTES or tensor.dtype.is_string() or value.is_graph_output():
             continue
         alike[tensor.dtype, tuple(tensor.shape.numpy())].append(value)
-    count = saved = 0
+    count = 0
     for values in alike.values():
         if len(values) < 2:
             continue
         first: dict[bytes, onnx_ir.Value] = {}
         for value in values:
             kept = first.setdefault(_digest(value), value)
-            if kept is value or value.name is None or value.const_value is None:
+            if kept is value or value.name is None:
                 continue
             value.replace_all_uses_with(kept)
             del graph.initializers[value.name]
-            count, saved = count + 1, saved + value.const_value.nbytes
-    return count, saved
+            count += 1
+    return count
 
 
 def _digest(value: onnx_ir.Value) -> bytes:

@@ -145,8 +145,7 @@ def _run(group: _Group, model: Model, exclude: tuple[str, ...], check_time: Call
         if not changed:
             break
     if group.clean_up:
-        merged, _ = merge_initializers(Scope(candidate, exclude))
-        _count(tally, "duplicate_initializer", merged)
+        _count(tally, "duplicate_initializer", merge_initializers(Scope(candidate, exclude)))
     _drop_unused_opset(candidate.ir)
     return candidate, tally
 

@@ -25,6 +25,7 @@ from modelpress_compression.graph.read import (
     MICROSOFT,
     attribute,
     constant_array,
+    constant_tensor,
     graph_of,
     input_of,
     is_constant,
@@ -99,12 +100,10 @@ def is_candidate(node: onnx_ir.Node) -> bool:
         return False
     if node.op_type != "Gather":
         return True
-    table = node.inputs[0]
-    if table is None or not is_constant(table) or attribute(node, "axis", 0):
-        return False
-    tensor = onnx_ir.convenience.get_const_tensor(table)
+    tensor = constant_tensor(node.inputs[0])
     return (
         tensor is not None
+        and not attribute(node, "axis", 0)
         and tensor.dtype == onnx_ir.DataType.FLOAT
         and len(tensor.shape) == 2
         and tensor.size >= MIN_EMBEDDING_ELEMENTS

@@ -12,7 +12,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor, clean
-from modelpress_compression.graph.read import constant_array
+from modelpress_compression.graph.read import constant_array, constant_tensor
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import is_excluded
 from modelpress_compression.passes.quantize.report import Findings
@@ -64,7 +64,7 @@ def why_not_float16(weight: NDArray[np.float32]) -> str | None:
 
 
 def _is_weight(value: onnx_ir.Value) -> bool:
-    tensor = value.const_value
+    tensor = constant_tensor(value)
     return (
         value.is_initializer()
         and bool(value.uses())

@@ -10,7 +10,15 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor
-from modelpress_compression.graph.read import attribute, constant_array, graph_of, input_of, is_constant, required
+from modelpress_compression.graph.read import (
+    attribute,
+    constant_array,
+    constant_tensor,
+    graph_of,
+    input_of,
+    is_constant,
+    required,
+)
 from modelpress_compression.passes.integers.certificate import REDUCED
 from modelpress_compression.passes.integers.products import Summation, of_node
 from modelpress_compression.passes.integers.saturation import bounds, least_squares_scale, within_limit
@@ -120,12 +128,11 @@ class WeightStore:
 
 def why_not_weight(node: onnx_ir.Node, index: int, least: int = MIN_WEIGHT_ELEMENTS) -> str | None:
     """Why the input at `index` is no weight, of at least `least` elements, that can be quantized; None: it is one."""
-    value = input_of(node, index)
-    if value is None or not is_constant(value):
+    tensor = constant_tensor(input_of(node, index))
+    if tensor is None:
         return "its weight is computed at run time"
-    tensor = onnx_ir.convenience.get_const_tensor(value)
-    if tensor is None or tensor.dtype != onnx_ir.DataType.FLOAT:
-        return f"its weight is {tensor.dtype if tensor is not None else 'unknown'}, not float32"
+    if tensor.dtype != onnx_ir.DataType.FLOAT:
+        return f"its weight is {tensor.dtype}, not float32"
     if tensor.size < least:
         return f"its {tensor.size} weights are too few to pay for quantizing its input"
     if not is_finite(tensor):
@@ -141,7 +148,7 @@ def why_not_matrix(node: onnx_ir.Node) -> str | None:
         return "both factors are activations"
     if reason := why_not_weight(node, 1):
         return reason
-    weight = onnx_ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
+    weight = constant_tensor(node.inputs[1])
     if weight is not None and len(weight.shape) < 2:
         return "its weight is a vector"
     if node.op_type == "Gemm" and attribute(node, "transA", 0):

@@ -65,6 +65,20 @@ def test_opset_12_is_left_with_the_reason(build, quantize, rng) -> None:  # type
     assert "opset 12" in result.skipped[0].reason
 
 
+@pytest.mark.parametrize("scheme", ["static", "dynamic", "weight_only", "float16"])
+def test_a_weight_that_a_caller_may_override_stays(build, quantize, vectors, rng, scheme) -> None:  # type: ignore[no-untyped-def]
+    """Of two equal layers only that with a weight of its own is quantized; the other's is an input with a default."""
+    nodes = [NODE("MatMul", ["x", "w"], ["h"], name="open"), NODE("MatMul", ["h", "v"], ["y"], name="own")]
+    size = vectors["x"].shape[-1]
+    weights = {name: rng.normal(0, 0.2, (size, size)).astype(np.float32) for name in ("w", "v")}
+    model = build(nodes, weights, {"x": ["n", 5, size], "w": [size, size]})
+    result = quantize(model, vectors, scheme=scheme)
+    assert result.changed
+    assert result.model.graph.initializers["w"].is_graph_input()
+    np.testing.assert_array_equal(result.model.graph.initializers["w"].const_value.numpy(), weights["w"])
+    assert "v" not in result.model.graph.initializers
+
+
 def test_the_deadline_is_kept(cnn, images, tmp_path) -> None:  # type: ignore[no-untyped-def]
     """A deadline in the past ends calibration."""
     context = Context(InputData(cnn.inputs, images), tmp_path, deadline=0.0)

@@ -26,7 +26,7 @@ from dataclasses import replace
 import onnx_ir
 
 from modelpress_compression.graph.edit import Editor, clean
-from modelpress_compression.graph.read import is_constant, is_op
+from modelpress_compression.graph.read import constant_tensor, is_op
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, is_excluded
 from modelpress_compression.passes.quantize.config import QuantizeConfig
@@ -90,7 +90,7 @@ def _store(model: Model, writer: WeightWriter, config: QuantizeConfig, context: 
 
 
 def _storable_bytes(weight: onnx_ir.Value, config: QuantizeConfig) -> int:
-    tensor = onnx_ir.convenience.get_const_tensor(weight)
+    tensor = constant_tensor(weight)
     return tensor.nbytes if tensor is not None and uses_of(weight) and not _why_not(weight, config) else 0
 
 
@@ -99,16 +99,14 @@ def _weights(model: Model) -> Iterator[tuple[onnx_ir.Graph, onnx_ir.Value]]:
     for graph in model.graphs():
         values = [*graph.initializers.values(), *(node.outputs[0] for node in graph if is_op(node, "Constant"))]
         for value in values:
-            if not is_constant(value) or value.is_graph_output():
-                continue
-            tensor = onnx_ir.convenience.get_const_tensor(value)
+            tensor = None if value.is_graph_output() else constant_tensor(value)
             if tensor is not None and tensor.dtype == onnx_ir.DataType.FLOAT and len(tensor.shape) > 1:
                 yield graph, value
 
 
 def _why_not(weight: onnx_ir.Value, config: QuantizeConfig) -> str | None:
     """Why a weight stays as it is; None: it can be stored in fewer bits."""
-    tensor = onnx_ir.convenience.get_const_tensor(weight)
+    tensor = constant_tensor(weight)
     if any(is_excluded(node.name, config.exclude) for node, _ in uses_of(weight)):
         return "excluded by the recipe"
     if tensor is None or tensor.size < MIN_WEIGHT_ELEMENTS:

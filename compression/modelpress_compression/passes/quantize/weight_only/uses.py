@@ -7,7 +7,15 @@ from types import MappingProxyType
 
 import onnx_ir
 
-from modelpress_compression.graph.read import MICROSOFT, attribute, constant_array, input_of, is_op, required
+from modelpress_compression.graph.read import (
+    MICROSOFT,
+    attribute,
+    constant_array,
+    constant_tensor,
+    input_of,
+    is_op,
+    required,
+)
 from modelpress_compression.passes.quantize.dynamic import is_candidate
 from modelpress_compression.passes.quantize.weights import why_not_matrix
 
@@ -58,7 +66,7 @@ def is_blocked(node: onnx_ir.Node, index: int) -> bool:
     """Whether it becomes a MatMulNBits."""
     if not is_op(node, "MatMul", "Gemm") or index != 1 or why_not_matrix(node):
         return False
-    tensor = onnx_ir.convenience.get_const_tensor(required(node, 1))
+    tensor = constant_tensor(required(node, 1))
     if tensor is None or len(tensor.shape) != 2:
         return False
     inputs, outputs = extents_of(node, tensor)

@@ -10,7 +10,16 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor
-from modelpress_compression.graph.read import MICROSOFT, attribute, graph_of, input_of, is_op, label, required
+from modelpress_compression.graph.read import (
+    MICROSOFT,
+    attribute,
+    constant_tensor,
+    graph_of,
+    input_of,
+    is_op,
+    label,
+    required,
+)
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.rounding.rounder import Numbers, Rounder, Rounding, nearest
 from modelpress_compression.passes.quantize.weight_only.blocks import Blocks, block_size, quantize_blocks
@@ -81,7 +90,7 @@ class WeightWriter:
         return constants
 
     def _product(self, node: onnx_ir.Node, constants: Sequence[onnx_ir.Value | None], size: int, bits: int) -> None:
-        tensor = onnx_ir.convenience.get_const_tensor(required(node, 1))
+        tensor = constant_tensor(required(node, 1))
         if tensor is None:
             raise TypeError(f"the weight of {label(node)!r} is not constant")
         inputs, outputs = extents_of(node, tensor)
