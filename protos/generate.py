@@ -1,11 +1,14 @@
-"""Generates the Python stubs from the .proto files, or checks them.
+"""Generates what the protos take from the engine, and the Python stubs of all .proto files; or checks them.
 
-    python protos/generate.py           write the stubs
-    python protos/generate.py --check   exit 1 where a committed stub differs from what would be written
+    python protos/generate.py           write them
+    python protos/generate.py --check   exit 1 where a committed file differs from what would be written
     python protos/generate.py --lint    run `buf lint`
 
-The generator is an older grpcio-tools on purpose: stubs refuse runtimes older than their generator, so the generator's
-version is the floor of `grpcio` and `protobuf` in pyproject.toml.
+Of the engine are the enum of formats and the modules that tell a file's format: so the client tells it as the engine
+does, without the engine.
+
+The generator of the stubs is an older grpcio-tools on purpose: stubs refuse runtimes older than their generator, so the
+generator's version is the floor of `grpcio` and `protobuf` in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -19,9 +22,13 @@ import tempfile
 from importlib.resources import files
 from pathlib import Path
 
+from format_messages import COMMON, write_formats
+
 ROOT = Path(__file__).resolve().parent
-PACKAGE = ROOT / "modelpress_protos"
-STUB_PATTERNS = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py", "*_pb2_grpc.pyi")
+GENERATED = (
+    *(COMMON, "modelpress_protos/errors.py", "modelpress_protos/formats/*.py"),
+    *("**/*_pb2.py", "**/*_pb2.pyi", "**/*_pb2_grpc.py", "**/*_pb2_grpc.pyi"),
+)
 
 
 def common_protos() -> Path:
@@ -31,36 +38,46 @@ def common_protos() -> Path:
     return Path(status_pb2.__file__).parent.parent.parent
 
 
-def sources() -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.proto"))
+def sources(root: Path = ROOT) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*.proto"))
 
 
-def generate(out: Path) -> None:
-    """Writes all stubs below `out`."""
+def copy_sources(root: Path) -> None:
+    """Copies all .proto files below `root`."""
+    for name in sources():
+        target = root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, target)
+
+
+def generate(root: Path) -> None:
+    """Writes all generated files below `root`, where the .proto files are."""
     from grpc_tools import protoc
 
-    well_known = str(files("grpc_tools") / "_proto")
-    include = [f"-I{ROOT}", f"-I{well_known}", f"-I{common_protos()}"]
-    services = [name for name in sources() if name.endswith("_service.proto")]
+    write_formats(root)
+    include = [f"-I{root}", f"-I{files('grpc_tools') / '_proto'}", f"-I{common_protos()}"]
+    services = [name for name in sources(root) if name.endswith("_service.proto")]
     runs = [
-        [f"--python_out={out}", f"--mypy_out={out}", *sources()],
-        [f"--grpc_python_out={out}", f"--mypy_grpc_out={out}", *services],
+        [f"--python_out={root}", f"--mypy_out={root}", *sources(root)],
+        [f"--grpc_python_out={root}", f"--mypy_grpc_out={root}", *services],
     ]
     for run in runs:
         if protoc.main(["protoc", *include, *run]) != 0:
             raise SystemExit("protoc failed")
 
 
-def stubs(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for pattern in STUB_PATTERNS for path in root.rglob(pattern)}
+def generated(root: Path) -> dict[str, bytes]:
+    """The content of every generated file below `root`."""
+    return {str(path.relative_to(root)): path.read_bytes() for pattern in GENERATED for path in root.glob(pattern)}
 
 
 def check() -> int:
-    """0 when the committed stubs are what the generator writes."""
+    """0 when the committed files are what the generator writes."""
     with tempfile.TemporaryDirectory() as folder:
+        copy_sources(Path(folder))
         generate(Path(folder))
-        fresh = stubs(Path(folder))
-    committed = stubs(ROOT)
+        fresh = generated(Path(folder))
+    committed = generated(ROOT)
     stale = sorted(name for name in fresh.keys() | committed.keys() if fresh.get(name) != committed.get(name))
     for name in stale:
         print(f"{name} is not what protos/generate.py writes; run it and commit the result", file=sys.stderr)
@@ -70,11 +87,7 @@ def check() -> int:
 def lint() -> int:
     """Runs `buf lint` in a copy that has google/rpc/status.proto beside our files, so that no registry is needed."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "protos"
-        for name in sources():
-            target = copy / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, target)
+        copy_sources(Path(folder) / "protos")
         status = Path(folder) / "third_party/google/rpc/status.proto"
         status.parent.mkdir(parents=True)
         shutil.copyfile(common_protos() / "google/rpc/status.proto", status)
@@ -91,8 +104,8 @@ def lint() -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Generates the gRPC stubs.")
-    parser.add_argument("--check", action="store_true", help="compare with the committed stubs instead of writing")
+    parser = argparse.ArgumentParser(description="Generates what the protos take from the engine, and the stubs.")
+    parser.add_argument("--check", action="store_true", help="compare with the committed files instead of writing")
     parser.add_argument("--lint", action="store_true", help="run buf lint")
     arguments = parser.parse_args()
     # protoc's plug-ins and buf lie beside the interpreter, whose folder need not be on PATH (.venv/bin/pytest).

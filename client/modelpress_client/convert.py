@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modelpress_protos.formats import ARCHITECTURE, FORMATS, TRUST_PICKLE, Format
 from modelpress_protos.v1.common_pb2 import Digest, ModelFormat, TensorSpec
 from modelpress_protos.v1.model_service_pb2 import SourceFile
 
 from modelpress_client.errors import MissingExtraError, ServerError, UnusableInputError, UsageError
-from modelpress_client.formats import FileKind
 from modelpress_client.inputs import format_input
 
 ENGINE_MODULE = "modelpress_compression.convert"
@@ -36,18 +36,19 @@ class Conversion:
     inputs: tuple[TensorSpec, ...] = ()
 
 
-def needs_conversion(path: Path, kind: FileKind, wanted: Conversion) -> bool:
+def needs_conversion(path: Path, found: Format | None, wanted: Conversion) -> bool:
     """Whether the file is converted here before it is sent. Raises UsageError when the options do not fit the file."""
-    if kind in (FileKind.STATE_DICT, FileKind.SAFETENSORS) and wanted.architecture:
+    way_out = found.way_out if found else None
+    noun = found.noun if found else "of no known format"
+    if way_out is ARCHITECTURE and wanted.architecture:
         return True
-    if kind is FileKind.PICKLED_MODULE and (wanted.trust_pickle or wanted.architecture):
+    if way_out is TRUST_PICKLE and (wanted.trust_pickle or wanted.architecture):
         if not wanted.trust_pickle:
-            raise UsageError(
-                f"{path} is {kind.value}: reading it runs the code in it. Pass --trust-pickle if you trust it."
-            )
+            raise UsageError(f"{path} is {noun}: reading it runs the code in it. Pass --trust-pickle if you trust it.")
         return True
     if wanted.architecture:
-        raise UsageError(f"{path} is {kind.value}; --architecture is for weights alone (a state dict or safetensors).")
+        weights = " or ".join(row.noun for row in FORMATS if row.way_out is ARCHITECTURE)
+        raise UsageError(f"{path} is {noun}; --architecture is for weights alone ({weights}).")
     return False
 
 

@@ -9,20 +9,21 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from modelpress_protos.errors import CompressionError
+from modelpress_protos.formats import Format, detect
 from modelpress_protos.v1.model_service_pb2 import SourceFile
 
 from modelpress_client.convert import Conversion, convert, needs_conversion
-from modelpress_client.errors import UsageError
-from modelpress_client.formats import FileKind, check_sendable, kind_of
+from modelpress_client.errors import UnusableInputError, UsageError
 from modelpress_client.onnx_files import model_files
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model on this machine, looked at."""
+    """A model on this machine, looked at. `format`: None where it is none that the client knows."""
 
     path: Path
-    kind: FileKind
+    format: Format | None
     convert: bool
 
 
@@ -34,18 +35,29 @@ def check_source(path: Path, wanted: Conversion) -> Source:
     """
     path = _model_path(path)
     try:
-        kind = kind_of(path)
+        found = format_of(path)
     except OSError as error:
         raise UsageError(f"Cannot read {path}: {error.strerror}.") from error
-    converts = needs_conversion(path, kind, wanted)
+    converts = needs_conversion(path, found, wanted)
     if converts and not wanted.inputs:
         raise UsageError(
             f"{path} does not record its inputs. Name each with --input NAME:DTYPE[DIM,...], for example "
             "--input 'x:float32[batch,3,224,224]' (in Python: inputs=[...])."
         )
-    if not converts:
-        check_sendable(path, kind)
-    return Source(path, kind, converts)
+    if not converts and found is not None and found.way_out is not None:
+        raise UnusableInputError(found.refusal(str(path)), details={"path": str(path)})
+    return Source(path, found, converts)
+
+
+def format_of(path: Path) -> Format | None:
+    """The file's format by its content; None: damaged or unknown, which the server says, for it may know more formats.
+
+    Raises OSError.
+    """
+    try:
+        return detect(path)
+    except CompressionError:
+        return None
 
 
 @asynccontextmanager
@@ -57,7 +69,7 @@ async def prepared(source: Source, wanted: Conversion) -> AsyncIterator[tuple[di
             target = Path(folder) / f"{path.stem}.onnx"
             origin = await convert(path, target, wanted)
             yield await asyncio.to_thread(model_files, target), origin
-    elif source.kind is FileKind.ONNX:
+    elif source.format is not None and source.format.name == "onnx":
         yield await asyncio.to_thread(model_files, path), None
     else:
         yield {path.name: path}, None

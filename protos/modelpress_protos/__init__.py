@@ -1,1 +1,1 @@
-"""The API contract of modelpress: messages, stubs, and the recipe language that they define."""
+"""The API contract of modelpress: messages, stubs, the recipe language, and the table of formats."""

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from modelpress_client import AsyncClient, MissingExtraError, UnusableInputError, UsageError, convert
 from modelpress_client.convert import Conversion, needs_conversion
-from modelpress_client.formats import FileKind
 from modelpress_client.inputs import parse_inputs
+from modelpress_protos.formats import FORMATS
 
 INPUTS = ["x:float32[batch,4]"]
 
@@ -60,12 +60,13 @@ async def test_without_the_engine(fake_server: Any, weights: Path, monkeypatch: 
 def test_options_must_fit_the_file() -> None:
     """--architecture is for weights alone, and a pickled module needs --trust-pickle as well."""
     path, specs = Path("m"), tuple(parse_inputs(INPUTS))
-    assert needs_conversion(path, FileKind.STATE_DICT, Conversion("a:b", False, specs))
-    assert needs_conversion(path, FileKind.PICKLED_MODULE, Conversion(None, True, specs))
-    assert not needs_conversion(path, FileKind.ONNX, Conversion(None, True, specs))
-    for kind in (FileKind.ONNX, FileKind.PICKLED_MODULE):
+    named = {row.name: row for row in FORMATS}
+    assert needs_conversion(path, named["state_dict"], Conversion("a:b", False, specs))
+    assert needs_conversion(path, named["pickled_module"], Conversion(None, True, specs))
+    assert not needs_conversion(path, named["onnx"], Conversion(None, True, specs))
+    for found in (named["onnx"], named["pickled_module"], None):
         with pytest.raises(UsageError):
-            needs_conversion(path, kind, Conversion("a:b", False, specs))
+            needs_conversion(path, found, Conversion("a:b", False, specs))
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from modelpress_client.convert import Conversion
 from modelpress_client.errors import UnusableInputError, UsageError
-from modelpress_client.formats import FileKind, check_sendable, kind_of
 from modelpress_client.onnx_files import NotOnnxError, check_location, external_locations, model_files
+from modelpress_client.sources import check_source, format_of
 
 
 class Net(torch.nn.Module):
@@ -113,37 +114,42 @@ def test_kinds_of_real_files(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "npz", "w") as archive:
         archive.writestr("x.npy", b"")
     expected = {
-        "onnx": FileKind.ONNX,
-        "state_dict": FileKind.STATE_DICT,
-        "checkpoint": FileKind.STATE_DICT,
-        "legacy": FileKind.STATE_DICT,
-        "module": FileKind.PICKLED_MODULE,
-        "exported.pt2": FileKind.ARCHIVE,
-        "safetensors": FileKind.SAFETENSORS,
-        "text": FileKind.UNKNOWN,
-        "empty": FileKind.UNKNOWN,
-        "npz": FileKind.UNKNOWN,
+        "onnx": "onnx",
+        "state_dict": "state_dict",
+        "checkpoint": "state_dict",
+        "legacy": "state_dict",
+        "module": "pickled_module",
+        "exported.pt2": "torch_export",
+        "safetensors": "safetensors",
+        "text": None,
+        "empty": None,
+        "npz": None,
     }
-    assert {name: kind_of(tmp_path / name) for name in expected} == expected
+    assert {name: found.name if (found := format_of(tmp_path / name)) else None for name in expected} == expected
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_torchscript_is_left_to_the_server(tmp_path: Path) -> None:
-    """TorchScript carries its own code."""
+def test_what_the_server_reads_or_judges_is_left_to_it(tmp_path: Path) -> None:
+    """TorchScript carries its own code; of what the client does not know a newer server may know more."""
     torch.jit.save(torch.jit.trace(Net().eval(), torch.zeros(1, 4)), tmp_path / "m.pt")  # type: ignore[no-untyped-call]
-    assert kind_of(tmp_path / "m.pt") is FileKind.ARCHIVE
-    check_sendable(tmp_path / "m.pt", FileKind.ARCHIVE)
+    (tmp_path / "unknown").write_text("hello")
+    (tmp_path / "damaged").write_bytes((tmp_path / "m.pt").read_bytes()[:500])
+    for name, expected in (("m.pt", "torchscript"), ("unknown", None), ("damaged", None)):
+        source = check_source(tmp_path / name, Conversion())
+        assert (source.format.name if source.format else None) == expected
+        assert not source.convert
 
 
 @pytest.mark.parametrize(
-    ("kind", "way_out"),
-    [
-        (FileKind.STATE_DICT, "--architecture"),
-        (FileKind.SAFETENSORS, "--architecture"),
-        (FileKind.PICKLED_MODULE, "--trust-pickle"),
-    ],
+    ("name", "way_out"),
+    [("weights.pt", "--architecture"), ("weights.safetensors", "--architecture"), ("module.pt", "--trust-pickle")],
 )
-def test_refusals_name_the_way_out(kind: FileKind, way_out: str) -> None:
-    """The option that converts the file on the user's machine."""
-    with pytest.raises(UnusableInputError, match=way_out):
-        check_sendable(Path("m"), kind)
+def test_refusals_name_the_way_out(tmp_path: Path, name: str, way_out: str) -> None:
+    """The option that converts the file on the user's machine, and the file that it is about."""
+    torch.save(Net().state_dict(), tmp_path / "weights.pt")
+    torch.save(Net(), tmp_path / "module.pt")
+    (tmp_path / "weights.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(UnusableInputError, match=way_out) as caught:
+        check_source(tmp_path / name, Conversion())
+    assert str(tmp_path / name) in caught.value.message
+    assert "--input" in caught.value.message

@@ -28,35 +28,49 @@ class _ModelFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelForm
     MODEL_FORMAT_UNSPECIFIED: _ModelFormat.ValueType  # 0
     """Not known (yet)."""
     MODEL_FORMAT_ONNX: _ModelFormat.ValueType  # 1
-    """ONNX protobuf, with or without external data."""
+    """ONNX, with or without external data."""
     MODEL_FORMAT_TORCH_EXPORT: _ModelFormat.ValueType  # 2
-    """`torch.export` archive (.pt2)."""
+    """An exported program (`torch.export.save`, `.pt2`). Code-bearing: read by confined workers only."""
     MODEL_FORMAT_TORCHSCRIPT: _ModelFormat.ValueType  # 3
-    """TorchScript archive; code-bearing."""
+    """TorchScript (`torch.jit.save`), traced or scripted. It does not record its inputs: name them. Code-bearing: read by
+    confined workers only.
+    """
     MODEL_FORMAT_STATE_DICT: _ModelFormat.ValueType  # 4
-    """PyTorch state dict; converted on the client's machine, the server refuses the file itself."""
+    """A PyTorch state dict or checkpoint (`torch.save`): weights alone. Refused by servers; converted on the client's
+    machine with --architecture.
+    """
     MODEL_FORMAT_SAFETENSORS: _ModelFormat.ValueType  # 5
-    """safetensors state dict; converted on the client's machine."""
+    """safetensors: weights alone. Refused by servers; converted on the client's machine with --architecture."""
     MODEL_FORMAT_PICKLED_MODULE: _ModelFormat.ValueType  # 6
-    """Whole pickled module; converted on the client's machine with --trust-pickle, never read by the server."""
+    """A whole pickled module (`torch.save`): reading it runs the code in it. Refused by servers; converted on the
+    client's machine with --trust-pickle.
+    """
 
 class ModelFormat(_ModelFormat, metaclass=_ModelFormatEnumTypeWrapper):
-    """Serialized form of a model. The server decides it by content, never by file name."""
+    """Serialized form of a model. The server decides it by content, never by file name.
+    The values are written by protos/generate.py from the engine's table of formats.
+    """
 
 MODEL_FORMAT_UNSPECIFIED: ModelFormat.ValueType  # 0
 """Not known (yet)."""
 MODEL_FORMAT_ONNX: ModelFormat.ValueType  # 1
-"""ONNX protobuf, with or without external data."""
+"""ONNX, with or without external data."""
 MODEL_FORMAT_TORCH_EXPORT: ModelFormat.ValueType  # 2
-"""`torch.export` archive (.pt2)."""
+"""An exported program (`torch.export.save`, `.pt2`). Code-bearing: read by confined workers only."""
 MODEL_FORMAT_TORCHSCRIPT: ModelFormat.ValueType  # 3
-"""TorchScript archive; code-bearing."""
+"""TorchScript (`torch.jit.save`), traced or scripted. It does not record its inputs: name them. Code-bearing: read by
+confined workers only.
+"""
 MODEL_FORMAT_STATE_DICT: ModelFormat.ValueType  # 4
-"""PyTorch state dict; converted on the client's machine, the server refuses the file itself."""
+"""A PyTorch state dict or checkpoint (`torch.save`): weights alone. Refused by servers; converted on the client's
+machine with --architecture.
+"""
 MODEL_FORMAT_SAFETENSORS: ModelFormat.ValueType  # 5
-"""safetensors state dict; converted on the client's machine."""
+"""safetensors: weights alone. Refused by servers; converted on the client's machine with --architecture."""
 MODEL_FORMAT_PICKLED_MODULE: ModelFormat.ValueType  # 6
-"""Whole pickled module; converted on the client's machine with --trust-pickle, never read by the server."""
+"""A whole pickled module (`torch.save`): reading it runs the code in it. Refused by servers; converted on the
+client's machine with --trust-pickle.
+"""
 Global___ModelFormat: _TypeAlias = ModelFormat  # noqa: Y015
 
 class _ErrorReason:

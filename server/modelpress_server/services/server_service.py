@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from modelpress_protos.formats import FORMATS
 from modelpress_protos.recipe import techniques
 from modelpress_protos.v1 import common_pb2, server_service_pb2, server_service_pb2_grpc
 
 from modelpress_server.config import Settings
 from modelpress_server.executors.base import Executor
+from modelpress_server.executors.sandbox import LEVEL_FILES_AND_NETWORK
 from modelpress_server.recipes import preset_messages
 from modelpress_server.stores.base import JobStore
 from modelpress_server.toolchain import toolchain
 
 API_VERSIONS = ("modelpress.v1",)
 DEVICES = ("cpu",)
-PLAIN_FORMATS = (common_pb2.MODEL_FORMAT_ONNX, common_pb2.MODEL_FORMAT_TORCH_EXPORT)
-# Loading these runs code of the file: refused where the sandbox is required and does not hold.
-CODE_BEARING_FORMATS = (common_pb2.MODEL_FORMAT_TORCHSCRIPT,)
-CONFINING_LEVEL = 2
 
 
 class ServerService(server_service_pb2_grpc.ServerServiceServicer):
@@ -34,7 +32,7 @@ class ServerService(server_service_pb2_grpc.ServerServiceServicer):
     ) -> server_service_pb2.ServerInfo:
         settings = self._settings
         queued, running = await self._jobs.counts()
-        confined = settings.sandbox != "require" or self._executor.sandbox_level >= CONFINING_LEVEL
+        confined = settings.sandbox != "require" or self._executor.sandbox_level >= LEVEL_FILES_AND_NETWORK
         return server_service_pb2.ServerInfo(
             version=toolchain().get("modelpress", ""),
             api_versions=API_VERSIONS,
@@ -43,7 +41,7 @@ class ServerService(server_service_pb2_grpc.ServerServiceServicer):
             max_queued_jobs=settings.max_queued_jobs,
             max_run_seconds=settings.run_time_limit_s,
             worker_memory_bytes=settings.worker_memory_bytes,
-            formats=[*PLAIN_FORMATS, *(CODE_BEARING_FORMATS if confined else ())],
+            formats=_formats(confined=confined),
             techniques=_techniques(),
             presets=preset_messages(),
             devices=DEVICES,
@@ -53,6 +51,12 @@ class ServerService(server_service_pb2_grpc.ServerServiceServicer):
             running_jobs=running,
             workers=settings.workers,
         )
+
+
+def _formats(*, confined: bool) -> list[common_pb2.ModelFormat.ValueType]:
+    """What the workers read. Code is read only where it is confined, if that is required."""
+    rows = [row for row in FORMATS if row.loader and (confined or not row.carries_code)]
+    return [common_pb2.ModelFormat.Value(row.proto_name) for row in sorted(rows, key=lambda row: row.number)]
 
 
 def _techniques() -> list[server_service_pb2.Technique]:

@@ -73,6 +73,11 @@ class Format:
     carries_code: bool = False
     way_out: WayOut | None = None
 
+    @property
+    def proto_name(self) -> str:
+        """Its name in the API."""
+        return f"MODEL_FORMAT_{self.name.upper()}"
+
     def refusal(self, subject: str) -> str:
         """What `subject` ("The file", a path) is, why it is refused, and the way out."""
         return f"{subject} is {self.noun}: {self.way_out.hint if self.way_out else self.summary}"
