@@ -1,4 +1,4 @@
-"""Measures the original and the result against each other, and holds the figures against the recipe's constraints."""
+"""Compares the original and the result, and checks the figures against the recipe's constraints."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def measure(
 
 
 def not_better(measured: Measured, original_size_bytes: int, optimized_size_bytes: int) -> str | None:
-    """Why the result is worse than what was given: surely slower (95 %) on the first row, and not smaller."""
+    """Why the original is given back: the result is slower in the first row, at 95 % confidence, and not smaller. Else
+    None."""
     speedup = measured.latency[0].speedup
     if speedup.high >= 1.0 or optimized_size_bytes < original_size_bytes:
         return None

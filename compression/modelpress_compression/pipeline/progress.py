@@ -29,13 +29,13 @@ class Progress:
     _index: int = 0
     _fraction: float = 0.0
 
-    def begin(self, index: int, message: str) -> None:
-        """Enters stage number `index`."""
-        self._index = index
+    def enter_next(self, message: str) -> None:
+        """Enters the next stage. The first one, loading, is over when `compress` begins."""
+        self._index += 1
         self.update(0.0, message)
 
     def update(self, share: float, message: str) -> None:
-        """`share` of the current stage is done, 0 to 1."""
+        """`share`: how much of the current stage is done, 0 to 1."""
         weights = [_WEIGHTS[stage] for stage in self.stages]
         done = sum(weights[: self._index]) + weights[self._index] * min(max(share, 0.0), 1.0)
         self._fraction = max(self._fraction, done / sum(weights))

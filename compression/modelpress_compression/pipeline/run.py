@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +19,7 @@ from modelpress_compression.inputs import Array, EvaluationData, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.options import config_to_dict
 from modelpress_compression.passes.base import Context
-from modelpress_compression.pipeline.measuring import measure, not_better
+from modelpress_compression.pipeline.measuring import Measured, measure, not_better
 from modelpress_compression.pipeline.progress import Progress, ProgressListener, stages_of
 from modelpress_compression.pipeline.steps import StepRecord, apply_step, broken, file_size_bytes, save
 from modelpress_compression.recipe import Recipe
@@ -33,14 +32,14 @@ LogListener = Callable[[str, str], None]  # severity (INFO, WARNING, ERROR), tex
 
 @dataclass(frozen=True)
 class Result:
-    """The optimized model, the report (the content of report.json), and what else was tried."""
+    """The optimized model, and the report (the content of report.json)."""
 
     model: Model
     report: dict[str, Any]
 
     @property
     def candidates(self) -> list[dict[str, Any]]:
-        """What `auto` tried, with the figures that decided."""
+        """The rows of all that `auto` tried, with the figures that decided."""
         rows: list[dict[str, Any]] = self.report["candidates"]
         return rows
 
@@ -70,97 +69,133 @@ def compress(
 ) -> Result:
     """Runs the recipe's steps in order and measures the result against the model as it was given.
 
-    `data`: representative inputs, one array a model input, first axis = samples, and `labels` if there are any; None:
-    synthetic ones, and a warning.
-    `eval_data`: inputs with `labels`. `work_directory`: for temporary files; None: one of its own.
+    `data`: representative inputs, one array for each input of the model with the samples along its first axis, and
+    `labels` if there are any; None: synthetic inputs are made.
+    `eval_data`: inputs with `labels`. `work_directory`: for temporary files; None: the system's own.
 
     Raises InvalidDataError, ModelNotRunnableError, UnsupportedOperatorError, TimeLimitError. A step that breaks the
     model is undone and reported; a result that is slower and not smaller is replaced by the model as it was given.
     """
-    began = time.monotonic()
-    deadline = None if time_limit_s is None else began + time_limit_s
-    stages = stages_of(recipe)
-    progress = Progress(stages, on_progress)
+    deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
     log = on_log or (lambda severity, text: None)
-    with _work_directory(work_directory) as work:
-        inputs = _input_data(model, data)
-        evaluation = _evaluation_data(model, eval_data)
-        original = work / "original" / "model.onnx"
-        save(model, original)
-        if (problem := broken(original, inputs, original)) is not None:
-            raise ModelNotRunnableError(problem)
+    with TemporaryDirectory(prefix="modelpress-", dir=work_directory) as folder:
         context = Context(
-            inputs,
-            work,
+            _input_data(model, data),
+            Path(folder),
             deadline,
             recipe.target,
             log=lambda text: log("INFO", text),
-            progress=progress.update,
             original=model,
         )
-        records = _run_steps(recipe, model, original, context, progress, evaluation)
-        final, path = (records[-1].model, records[-1].path) if records else (model, original)
-        progress.begin(len(stages) - 2, "measuring the original and the result")
-        measured = measure(original, path, inputs, evaluation, recipe, progress.update)
-        warnings = [
-            *model.warnings,
-            *_warnings_on(inputs),
-            *(warning for record in records for warning in record.warnings),
-        ]
-        if (reason := not_better(measured, file_size_bytes(original), file_size_bytes(path))) is not None:
-            warnings.append(reason)
-            final, path = model, original
-            measured = measure(original, original, inputs, evaluation, recipe, progress.update)
-        for warning in warnings:
+        run = _prepare(model, recipe, _evaluation_data(model, eval_data), context, on_progress)
+        records = _run_steps(run)
+        outcome = _decide(run, records)
+        for warning in outcome.warnings:
             log("WARNING", warning)
-        progress.begin(len(stages) - 1, "writing the report")
-        shapes = sample_shapes(inputs)
-        report = build_report(
-            ReportInputs(
-                job=job,
-                recipe=recipe.to_dict(),
-                provenance=model.provenance,
-                original_onnx_size_bytes=file_size_bytes(original),
-                original=model_stats(model, shapes),
-                optimized_sha256=_sha256(path),
-                optimized_size_bytes=file_size_bytes(path),
-                optimized=model_stats(final, shapes),
-                latency=measured.latency,
-                fidelity=measured.fidelity,
-                accuracy=measured.accuracy,
-                steps=[_step_row(record) for record in records],
-                candidates=[candidate for record in records for candidate in record.candidates],
-                warnings=warnings,
-                violations=measured.violations,
-            )
-        )
-        progress.update(1.0, "done")
-        return Result(final, report)
+        report = _report(job, run, records, outcome)
+        run.progress.update(1.0, "done")
+        return Result(outcome.model, report)
 
 
-def _run_steps(
-    recipe: Recipe,
+@dataclass(frozen=True)
+class _Run:
+    """All that stays the same throughout. `model`, `path`: the model as it was given, and its file."""
+
+    model: Model
+    path: Path
+    recipe: Recipe
+    evaluation: EvaluationData | None
+    context: Context
+    progress: Progress
+
+    def measured(self, path: Path) -> Measured:
+        """The figures of the model in `path` against the original."""
+        return measure(self.path, path, self.context.data, self.evaluation, self.recipe, self.progress.update)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What is given back: a model, its file, and its figures."""
+
+    model: Model
+    path: Path
+    measured: Measured
+    warnings: tuple[str, ...]
+
+
+def _prepare(
     model: Model,
-    original: Path,
+    recipe: Recipe,
+    evaluation: EvaluationData | None,
     context: Context,
-    progress: Progress,
-    eval_data: EvaluationData | None,
-) -> list[StepRecord]:
+    on_progress: ProgressListener | None,
+) -> _Run:
+    """Writes the original to a file, and proves that it runs: every later comparison needs its outputs."""
+    progress = Progress(stages_of(recipe), on_progress)
+    path = context.work_directory / "original" / "model.onnx"
+    save(model, path)
+    if (problem := broken(path, context.data, path)) is not None:
+        raise ModelNotRunnableError(problem)
+    return _Run(model, path, recipe, evaluation, replace(context, progress=progress.update), progress)
+
+
+def _run_steps(run: _Run) -> list[StepRecord]:
+    """What each step of the recipe did, in order; each works on the result of the one before."""
     records: list[StepRecord] = []
     record: StepRecord
-    path = original
-    for index, step in enumerate(recipe.steps):
-        progress.begin(index + 1, f"{step.technique} ({index + 1} of {len(recipe.steps)})")
+    model, path, context = run.model, run.path, run.context
+    for index, step in enumerate(run.recipe.steps):
+        run.progress.enter_next(f"{step.technique} ({index + 1} of {len(run.recipe.steps)})")
         target = context.work_directory / f"step-{index}" / "model.onnx"
         choose = TECHNIQUES[step.technique].chooser_for(step.config)
         if choose is None:
             record = apply_step(step, model, path, context, target)
         else:
-            record = choose(step, model, path, context, target, recipe=recipe, original=original, eval_data=eval_data)
+            record = choose(
+                step, model, path, context, target, recipe=run.recipe, original=run.path, eval_data=run.evaluation
+            )
         context.log(f"{step.technique}: {record.changes or 'nothing changed'} in {record.duration_s:.1f} s")
         records.append(record)
         model, path = record.model, record.path
     return records
+
+
+def _decide(run: _Run, records: Sequence[StepRecord]) -> _Outcome:
+    """The result of the last step, or the original if that result is slower and not smaller."""
+    model, path = (records[-1].model, records[-1].path) if records else (run.model, run.path)
+    run.progress.enter_next("measuring the original and the result")
+    measured = run.measured(path)
+    warnings = [*run.model.warnings, *_warnings_on(run.context.data)]
+    warnings += [warning for record in records for warning in record.warnings]
+    reason = not_better(measured, file_size_bytes(run.path), file_size_bytes(path))
+    if reason is None:
+        return _Outcome(model, path, measured, tuple(warnings))
+    # Measured again, since the report's figures must be those of the model that it comes with.
+    return _Outcome(run.model, run.path, run.measured(run.path), (*warnings, reason))
+
+
+def _report(job: str, run: _Run, records: Sequence[StepRecord], outcome: _Outcome) -> dict[str, Any]:
+    run.progress.enter_next("writing the report")
+    shapes = sample_shapes(run.context.data)
+    return build_report(
+        ReportInputs(
+            job=job,
+            recipe=run.recipe.to_dict(),
+            provenance=run.model.provenance,
+            original_onnx_size_bytes=file_size_bytes(run.path),
+            original=model_stats(run.model, shapes),
+            optimized_sha256=_sha256(outcome.path),
+            optimized_size_bytes=file_size_bytes(outcome.path),
+            optimized=model_stats(outcome.model, shapes),
+            latency=outcome.measured.latency,
+            fidelity=outcome.measured.fidelity,
+            accuracy=outcome.measured.accuracy,
+            steps=[_step_row(record) for record in records],
+            candidates=[candidate for record in records for candidate in record.candidates],
+            warnings=outcome.warnings,
+            violations=outcome.measured.violations,
+        )
+    )
 
 
 def _step_row(record: StepRecord) -> StepRow:
@@ -184,7 +219,7 @@ def _sha256(path: Path) -> str:
 def _warnings_on(data: InputData) -> list[str]:
     if data.varied or not data.provided:
         return []
-    return ["All samples of the data are the same: neither ranges nor agreement seen on them say anything of others."]
+    return ["All samples of the data are the same: ranges and agreement measured on them say nothing about others."]
 
 
 def _input_data(model: Model, data: InputData | Mapping[str, Array] | None) -> InputData:
@@ -197,9 +232,3 @@ def _evaluation_data(model: Model, data: EvaluationData | Mapping[str, Array] | 
     if data is None or isinstance(data, EvaluationData):
         return data
     return EvaluationData.from_arrays(data, model.inputs)
-
-
-@contextmanager
-def _work_directory(given: Path | None) -> Iterator[Path]:
-    with TemporaryDirectory(prefix="modelpress-", dir=given) as folder:
-        yield Path(folder)

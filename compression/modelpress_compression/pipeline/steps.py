@@ -18,13 +18,13 @@ from modelpress_compression.recipe import Step
 from modelpress_compression.runtime import open_session, run_all
 from modelpress_compression.techniques import TECHNIQUES
 
-# Feeds that every intermediate model must survive with finite outputs.
+# On so many feeds every intermediate model must give finite outputs.
 CHECK_FEEDS = 2
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step did; a row of `steps` in the report. `model` is what the next step works on, `path` its file."""
+    """What one step did; a row of `steps` in the report. `model`, with its file `path`, goes into the next step."""
 
     step: Step
     model: Model
@@ -51,7 +51,7 @@ def apply_step(step: Step, model: Model, path: Path, context: Context, target: P
 
 
 def keep(record: StepRecord, result: PassResult, context: Context, target: Path) -> StepRecord:
-    """The record with what a pass made of its model, in the file `target`; what does not run is dropped."""
+    """The record with the result of a pass, in the file `target`; without it where the result does not run."""
     record = replace(record, skipped=result.skipped, warnings=result.warnings)
     if not result.changed:
         return record
@@ -84,7 +84,7 @@ def file_size_bytes(path: Path) -> int:
 
 
 def broken(path: Path, data: InputData, reference: Path) -> str | None:
-    """Why the model in `path` cannot be used: it does not run, or is not finite where `reference` is."""
+    """Why the model in `path` cannot be used; None where it runs, and is finite wherever `reference` is."""
     feeds = list(data.feeds(1, limit=CHECK_FEEDS * (data.fixed_batch or 1)))
     try:
         outputs = list(run_all(open_session(path), feeds))
@@ -93,6 +93,7 @@ def broken(path: Path, data: InputData, reference: Path) -> str | None:
     if all(_finite(output) for output in outputs):
         return None
     expected = run_all(open_session(reference), feeds)
+    # A model may be made to give infinities, for masked positions say: only new ones count.
     if all(_finite(output) for output in expected):
         return "its outputs hold NaN or infinite values where the model's did not."
     return None

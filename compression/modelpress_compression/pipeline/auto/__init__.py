@@ -1,16 +1,18 @@
-"""`quantize: {scheme: auto}`: of none, dynamic and static, layer by layer, the fastest that keeps the answers.
+"""`quantize: {scheme: auto}`: chooses between float32, dynamic and static quantization, layer by layer.
 
-1. dynamic and static are built and judged: answers first, then latency against the float model (judge.py).
-2. Heads of more classes than there are samples stay in float32 under dynamic, unless labels judge (heads.py).
-3. Static is also tried with the layers that are too light to gain on their own in 8 bits, and with sums in 8 bits that
-   end a chain; small networks gain by them.
-4. Where static does not keep the answers, the layers that make the most error for the time that they take go back to
-   float32, one after the other, until the rest does: a bisection over that order (mixed.py).
-5. Of what keeps the answers, weights that are still in float32 are stored in 8 bits too; they run as before.
-6. The fastest is taken, of those that are surely faster than float32 at every batch size that the recipe measures;
-   candidates whose latencies cannot be told apart are a draw, and the smallest of them wins (candidates.py).
-7. Without one, the model goes on in float32; where earlier steps have made it surely faster than the original, its
-   weights are stored in 8 bits, which onnxruntime turns into float32 when it loads the file.
+1. Candidates are built with dynamic and with static quantization, and judged: answers first, then latency against the
+   float model (judge.py).
+2. Heads of more classes than there are samples stay in float32 under dynamic, unless there are labels (heads.py).
+3. Static is also tried with layers in 8 bits that are too light to gain on their own, and with sums in 8 bits at the
+   end of a chain; small networks gain by them.
+4. If static does not keep the answers, layers go back to float32 until it does, those first that make the most error
+   for the time that they take: a bisection over that order (mixed.py).
+5. For each candidate that keeps the answers, another one stores the weights that are still in float32 in 8 bits too;
+   it computes as before.
+6. The fastest candidate is taken that is surely faster than float32 at every batch size that the recipe measures; among
+   candidates whose latencies cannot be told apart, the smallest wins (candidates.py).
+7. Without one, the model goes on in float32; if earlier steps have made it surely faster than the original, its weights
+   are stored in 8 bits, which onnxruntime turns into float32 when it loads the file.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from modelpress_compression.pipeline.auto.mixed import fewest_in_float, order_of
 from modelpress_compression.pipeline.steps import StepRecord, file_size_bytes, keep, scaled
 from modelpress_compression.recipe import Recipe, Step
 
-# Shares of the step's time until dynamic and static are built, and until the mixed ones are judged.
+# Shares of the step's progress when dynamic, static and the mixed candidates are built and judged.
 _DYNAMIC, _STATIC, _MIXED = 0.15, 0.6, 0.85
 
 
@@ -113,8 +115,8 @@ class _Search:
         fewest_in_float(len(order), keeps)
 
     def smaller(self) -> None:
-        """What keeps the answers, with the weights that it left in float32 stored in 8 bits too; and all weights stored
-        so, where a size was asked for."""
+        """Each candidate that keeps the answers with the rest of its weights stored in 8 bits; and, with a limit on the
+        size, the float model with all weights stored so."""
         for candidate, result in list(zip(self.candidates, self.results, strict=True)):
             stored = None if candidate.reason else store_rest(result, self.step.config, self.context)
             if stored is not None:
@@ -130,7 +132,7 @@ class _Search:
         self.candidates = self.judge.speed(self.candidates)
 
     def in_float(self) -> None:
-        """Where nothing is faster in 8 bits: float32 with weights stored in 8 bits."""
+        """If nothing is faster in 8 bits: the float model with its weights stored in 8 bits."""
         if self.path == self.judge.original or fastest(self.candidates) is not None:
             return
         config = replace(self.step.config, scheme="weight_only")

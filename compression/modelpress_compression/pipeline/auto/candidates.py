@@ -1,4 +1,4 @@
-"""A quantized model in the race, what was measured of it, and which of several to take."""
+"""A candidate of `auto` with its figures, and which of several candidates to take."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from modelpress_compression.measure.fidelity import Fidelity
 from modelpress_compression.measure.latency import Speedup, Times, ratio_interval
 from modelpress_compression.pipeline.steps import StepRecord
 
+# Speeds and sizes that differ by less count as equal.
 DRAW = 0.02
 SAME_SIZE = 0.01
-# What errs at most so much of what the fastest does (3 dB) may be slower by `WORTH`.
+# A candidate with at most half the error of the fastest (3 dB) may be 5 % slower.
 CLEARLY_LESS_ERROR = 0.5
 WORTH = 0.05
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """`reason`: why it was not taken, empty while it is in the race. `variant`: in what it differs from its scheme."""
+    """`reason`: why it was not taken, empty while it may be. `variant`: how it differs from the plain scheme, if it
+    does. `times_s`: [rounds], measured in turn with the other candidates."""
 
     scheme: str
     record: StepRecord
@@ -29,18 +31,18 @@ class Candidate:
     variant: str = ""
     fidelity: Fidelity | None = None
     speedup: Speedup | None = None
-    times_s: Times | None = None  # [rounds], those of all who ran in the same rounds
+    times_s: Times | None = None
     drop: float | None = None
     reason: str = ""
 
     @property
     def name(self) -> str:
-        """What the report calls it."""
+        """Its name in the report."""
         return f"quantize {self.scheme}" + (f", {self.variant}" if self.variant else "")
 
     @property
     def cosine(self) -> float:
-        """The worst output's; 0 before it was measured."""
+        """That of the worst output; 0 before it was measured."""
         if self.fidelity is None:
             return 0.0
         return self.fidelity.cosine
@@ -62,10 +64,12 @@ class Candidate:
 
 
 def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
-    """The one to take among those without a reason against them. Draws in latency go to the smallest file; of files as
-    small, to within `SAME_SIZE`, to the fastest, unless one is hardly slower and errs clearly less.
+    """The candidate to take; None where there is a reason against each.
 
-    A draw is who is not surely slower than the fastest by more than `DRAW`, in the rounds that both ran.
+    Candidates tie with the fastest unless they are slower by more than `DRAW`, at 95 % confidence, in the rounds that
+    both ran. Of those that tie, the smallest file wins; of files of the same size, to within `SAME_SIZE`, the fastest.
+    A candidate of that size that is little slower (`WORTH`) and has much less error (`CLEARLY_LESS_ERROR`) is preferred
+    to it.
     """
     racers = [(item, item.times_s) for item in candidates if not item.reason and item.times_s is not None]
     if not racers:
@@ -88,7 +92,7 @@ def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
 
 
 def pareto_set(candidates: Sequence[Candidate]) -> list[bool]:
-    """Which of the measured candidates no other beats in size, speed and cosine at once."""
+    """For each candidate whether it was measured and no other is at least as good in size, speed and cosine."""
     figures = [
         (-item.size_bytes, item.speedup.median, item.cosine) if item.speedup is not None else None
         for item in candidates

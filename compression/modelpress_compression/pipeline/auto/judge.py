@@ -1,16 +1,18 @@
 """Whether a candidate keeps the answers, and whether it is faster: measured in turn with the float model.
 
-What "keeps the answers" means, in this order:
+A candidate keeps the answers if all of these hold that apply:
 
 1. No output's cosine with the original's falls below 0.95 (10 dB).
-2. With labels: the task metric falls by no more than `max_drop` (0.01 where it is not set).
-3. Without labels, `max_drop` set: agreement with the original is at least `1 - max_drop`. With the metric cosine, that
-   takes the place of agreement, and 0.01 that of a `max_drop` that is not set.
-4. Else, where outputs hold classes and the data is real: by its own probabilities the original expects to lose at most
-   one point of accuracy, as much as with labels. Seen on a text reader in 8 bits: at .9 points it read .7 points fewer
-   words, at 1.4 and 3.1 1.6 points fewer, while an image classifier of which one class in ten had changed, at 1.3, was
-   as good as before. Where it expects to be right in less than a tenth of all cases, its scores are no probabilities,
-   or nobody has trained it, and they say nothing: instead, no output's cosine falls below 0.99 (17 dB).
+2. With labels: the task metric falls by at most `max_drop` (0.01 if it is not set).
+3. Without labels, `max_drop` set: agreement with the original is at least `1 - max_drop`. With the metric cosine, the
+   cosine takes the place of agreement, and `max_drop` is 0.01 if it is not set.
+4. Without either, where outputs hold classes and the data is real: the expected drop is at most one point of accuracy,
+   as much as with labels. The expected drop is what the original loses by its own probabilities (`measure.fidelity`).
+   Experience with a text recognizer in 8 bits: with an expected drop of 0.9 points it read 0.7 points fewer words, with
+   1.4 and 3.1 points 1.6 points fewer. An image classifier in which one class in ten had changed, with 1.3 points, was
+   as good as before.
+5. As in 4, if the original expects to be right in fewer than a tenth of all cases: its scores are no probabilities, or
+   it is untrained, and the expected drop says nothing. Then no output's cosine may fall below 0.99 (17 dB).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from modelpress_compression.pipeline.auto.candidates import Candidate
 from modelpress_compression.pipeline.steps import file_size_bytes
 from modelpress_compression.recipe import Recipe
 
-# Of the task metric with labels, where `max_drop` is not set.
+# The largest drop of the task metric, with labels, if `max_drop` is not set.
 DEFAULT_MAX_DROP = 0.01
 MAX_EXPECTED_DROP = 0.01
 # Below this the original's probabilities say nothing, and its outputs must stay closer.
@@ -41,19 +43,19 @@ MIN_COSINE = 0.95
 FIDELITY_SAMPLES = 128
 LATENCY_ROUNDS, MORE_ROUNDS = 30, 240
 LATENCY_BUDGET_S = 15.0
-# Of a candidate that is out of the race: its speed is told, so that one knows what a looser bound would give.
+# Candidates that do not keep the answers are timed too, so that the report shows what a looser bound would give.
 OUT_BUDGET_S = 4.0
 
 
 @dataclass(frozen=True)
 class RaceTimings:
-    """Of the float model, at place 0, and candidates; one for each batch size that the model takes."""
+    """Timings of the float model, at place 0, and the candidates: one for each batch size that the model takes."""
 
     by_batch_size: tuple[Timings, ...]
 
     @cached_property
     def times_s(self) -> Times:
-        """[models, rounds]: the geometric mean over batch sizes, of the rounds that all of them have."""
+        """[models, rounds]: the geometric mean over batch sizes, for as many rounds as all of them have."""
         rounds = min(one.rounds for one in self.by_batch_size)
         logarithms = [np.log(one.times_s[:, :rounds]) for one in self.by_batch_size]
         return np.asarray(np.exp(np.mean(logarithms, axis=0)), np.float64)
@@ -78,7 +80,7 @@ class Judge:
     eval_data: EvaluationData | None
 
     def answers(self, candidate: Candidate) -> Candidate:
-        """The candidate with its fidelity, and with the reason where it does not keep the answers."""
+        """The candidate with its fidelity, and with the reason if it does not keep the answers."""
         if not candidate.record.changes:
             undone = candidate.record.warnings
             return replace(candidate, reason=undone[-1] if undone else "there was nothing that it could quantize")
@@ -106,16 +108,16 @@ class Judge:
     def speed(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates with their speed, and with the reason where one is not surely faster.
 
-        Those in the race run in the same rounds, so that they can be told apart from each other; those that are out of
-        it run against the float model alone.
+        Those that may still be taken run in the same rounds, so that they can be told apart from each other; each of
+        the others runs against the float model alone.
         """
         race = [item for item in candidates if not item.reason and item.record.changes]
         timed = dict(zip(map(id, race), self._race(race), strict=True))
         return [timed[id(item)] if id(item) in timed else self._out_of_race(item) for item in candidates]
 
     def speed_in_float(self, candidate: Candidate) -> Candidate:
-        """The same for one that computes in float32 as the model before this step does, and is faster than the original
-        only by what earlier steps did."""
+        """The same for a candidate that computes in float32, as the model before this step does: any gain over the
+        original comes from earlier steps."""
         if candidate.reason:
             return candidate
         timings = self._timed([candidate.record.path, self.original], MORE_ROUNDS, LATENCY_BUDGET_S)
@@ -145,7 +147,7 @@ class Judge:
         candidate = replace(candidate, speedup=timings.speedup(place), times_s=timings.times_s[place])
         if candidate.scheme == "static" and not self.context.data.vouches:
             return replace(candidate, reason=_unproven(self.context.data, timings.speedup(place).median))
-        # Who asks for a size takes what is as small and not surely slower.
+        # With a limit on the size it is enough not to be surely slower.
         asked = self.recipe.constraints.max_size_bytes is not None
         worst = min(timings.speedups(place), key=lambda one: one.high if asked else one.low)
         if (worst.high if asked else worst.low) < 1.0:
@@ -153,7 +155,7 @@ class Judge:
         return candidate
 
     def _timed(self, paths: Sequence[Path], rounds: int, budget_s: float) -> RaceTimings:
-        """The float model first."""
+        """Of the float model, at place 0, and these."""
         models = [self.float_path, *paths]
         timings: dict[int, Timings] = {}
         for batch_size in self.recipe.benchmark.batch_sizes:
@@ -178,7 +180,7 @@ class Judge:
             least = 1.0 - allowed
             return "" if share >= least else f"its {name} with the original is {share:.4f}, less than {least:g}"
         expected, drop = fidelity.expected_top1, fidelity.expected_drop
-        # The classes of noise say nothing.
+        # The classes of synthetic inputs say nothing.
         if not self.context.data.vouches or expected is None or drop is None:
             return ""
         if drop > MAX_EXPECTED_DROP:
@@ -199,8 +201,8 @@ def _not_faster(than: str, worst: Speedup) -> str:
 
 
 def _unproven(data: InputData, speedup: float) -> str:
-    """Static ranges are fixed by the data. Synthetic inputs would agree with their own ranges even where real ones, ten
-    times as loud or as dark, do not; so nothing measured on them can vouch for the model."""
+    """Static ranges are fixed by the data. Synthetic inputs agree with their own ranges even where real inputs, ten
+    times as loud or as dark, would not; so nothing measured on them can vouch for the model."""
     source = "samples that are all the same" if data.provided else "synthetic inputs"
     return (
         f"its ranges come from {source}, which cannot vouch for real ones; with representative inputs (--data) "

@@ -1,8 +1,9 @@
 """Which layers go back to float32 first, and how few suffice.
 
-A layer's place in the order is the error that goes from the outputs when it goes back to float32, over the time that it
-takes in float32 on this machine, which is what going back costs. Layers added in that order make the error fall and the
-time rise, so that the fewest that suffice are found by bisection: some `2 log2(n)` models are built and judged.
+Layers are ordered by gain over cost. The gain is the error that vanishes from the outputs when the layer goes back to
+float32, the cost is the time that it takes in float32 on this machine. As layers are added in that order, the error
+falls and the time rises, so that the fewest that suffice are found by bisection: about `2 log2(n)` models are built and
+judged.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from modelpress_compression.measure.node_times import node_times_ms
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
 
-# No layer is free: what takes no measurable time still costs so much of what the slowest costs.
+# No layer is free: one that takes no measurable time counts with this share of the slowest one's time.
 _LEAST_SHARE = 1e-3
 
 
 def order_of(quantizer: StaticQuantizer, context: Context) -> list[str]:
-    """Names of the outputs of the layers in 8 bits, the best to leave in float32 first; empty: not measured."""
+    """The output names of the layers in 8 bits, the most worthwhile to leave in float32 first; empty: not measured."""
     plan, ranges = quantizer.plan, quantizer.ranges
     if not ranges.weight_errors:
         return []
@@ -33,10 +34,10 @@ def order_of(quantizer: StaticQuantizer, context: Context) -> list[str]:
 
 
 def fewest_in_float(layers: int, keeps: Callable[[int], bool]) -> int | None:
-    """The least count in [1, layers] for which `keeps` holds, which is asked rarely; None: for none.
+    """About the least count in [1, layers] for which `keeps` holds; None: it holds for none.
 
-    Counts double until one holds; the gap below it is halved until it is no larger than a quarter of the count, for
-    each try costs a model and the last few layers hardly any time.
+    Counts double until one holds. Then the gap below it is halved until it is at most a quarter of the count: each call
+    of `keeps` builds a model, while a few layers more in float32 cost hardly any time.
     """
     failed, held = 0, None
     count = 1
