@@ -6,7 +6,7 @@ What a model makes of padding is arbitrary, and no one reads it; ranges and erro
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -30,8 +30,21 @@ def counted_positions(feeds: Mapping[str, Array]) -> NDArray[np.bool_] | None:
     return None
 
 
+def counted_among(positions: Sequence[int], mask: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+    """What picks the positions that count; None: all of them do, or they are not those of the mask's sequences.
+
+    `positions`: the extents of an activation without its channels, (N, T, ...), or (N * T,) where the model merges
+    samples and positions.
+    """
+    if mask is None:
+        return None
+    if tuple(positions[:2]) == mask.shape:
+        return mask
+    return mask.reshape(-1) if tuple(positions) == (mask.size,) else None
+
+
 def without_padding(array: NDArray[_Number], mask: NDArray[np.bool_] | None) -> NDArray[_Number]:
-    """Of an activation [N, T, ...] the positions that count, as [positions, ...]; any other array as it is."""
-    if mask is None or array.ndim < 3 or array.shape[:2] != mask.shape:
-        return array
-    return array[mask]
+    """Of an activation [N, T, ..., C] or [N * T, C] the positions that count, as [positions, ..., C]; any other array
+    as it is."""
+    counted = counted_among(array.shape[:-1], mask)
+    return array if counted is None else array[counted]

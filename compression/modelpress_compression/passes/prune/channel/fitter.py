@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.linear import Places, Rows
+from modelpress_compression.graph.padding import counted_among
 from modelpress_compression.inputs import Array
 from modelpress_compression.passes.prune.channel.choice import HeldOut, choose_correction
 from modelpress_compression.passes.prune.channel.layers import Layer
@@ -66,7 +67,7 @@ class Fitter:
         layer, linear = self.layer, self.layer.linear
         data, plain = sample.cut[layer.data], _kept(sample.full[layer.output], self._made, linear.channel_axis)
         answers = self._with_drift(sample, plain)
-        places = self._places(sample, linear.positions(plain))
+        places = self._places(sample, plain)
         inputs, lacks = self._pair(data, answers, places)
         if sample.held_out:
             self._held_out.add(inputs, lacks)
@@ -105,10 +106,13 @@ class Fitter:
         intact = _kept(sample.full[self.layer.intact], self._read, self.layer.linear.channel_axis)
         return intact if intact.shape == data.shape else None
 
-    def _places(self, sample: Sample, count: int) -> Places:
-        places: Places = np.arange(count)
-        if sample.positions is not None and sample.positions.size == count:
-            places = places[sample.positions]
+    def _places(self, sample: Sample, answers: Array) -> Places:
+        """Of the answers' rows those to take: at most so many as are enough, and none of padding."""
+        linear = self.layer.linear
+        places: Places = np.arange(linear.positions(answers))
+        positions = np.delete(answers.shape, linear.channel_axis).tolist()
+        if (counted := counted_among(positions, sample.mask)) is not None:
+            places = places.reshape(positions)[counted].reshape(-1)
         if self._rows < len(places):
             places = np.random.default_rng(sample.index).choice(places, self._rows, replace=False, shuffle=False)
         return places

@@ -131,8 +131,8 @@ def _distances(
         for feed, sample in zip(samples.feeds(1), pair.advance(outputs, outputs), strict=True):
             context.check_time()
             if sample.held_out:
-                without.add(sample.full, plain(feed), sample.positions)
-                fitted.add(sample.full, sample.cut, sample.positions)
+                without.add(sample.full, plain(feed), sample.mask)
+                fitted.add(sample.full, sample.cut, sample.mask)
     return without.distance(), fitted.distance()
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from modelpress_compression.graph.padding import without_padding
 from modelpress_compression.inputs import Array
 
 # A channel that varies by less than this share of its energy is constant but for rounding.
@@ -35,11 +36,11 @@ class Moments:
     def __init__(self) -> None:
         self._moments: dict[str, NDArray[np.float64]] = {}  # [6, channels]
 
-    def add(self, expected: Mapping[str, Array], got: Mapping[str, Array], positions: NDArray[np.bool_] | None) -> None:
-        """One sample; of an output [positions, channels] only the `positions` that count."""
+    def add(self, expected: Mapping[str, Array], got: Mapping[str, Array], mask: NDArray[np.bool_] | None) -> None:
+        """One sample; of sequences only the positions that the `mask` [N, T] counts."""
         for name, array in expected.items():
             if array.dtype.kind == "f" and array.size and got[name].shape == array.shape:
-                moments = _moments(*(_rows(values, positions) for values in (array, got[name])))
+                moments = _moments(*(_rows(without_padding(values, mask)) for values in (array, got[name])))
                 self._moments[name] = self._moments[name] + moments if name in self._moments else moments
 
     def distance(self) -> Distance:
@@ -70,6 +71,5 @@ def _distance(moments: NDArray[np.float64]) -> Distance:
     return Distance(error / total, float((spread - told).sum()) / total)
 
 
-def _rows(values: Array, positions: NDArray[np.bool_] | None) -> NDArray[np.float64]:
-    rows = values.reshape(-1, values.shape[-1] if values.ndim else 1).astype(np.float64)
-    return rows[positions] if positions is not None and positions.size == len(rows) else rows
+def _rows(values: Array) -> NDArray[np.float64]:
+    return values.reshape(-1, values.shape[-1] if values.ndim else 1).astype(np.float64)

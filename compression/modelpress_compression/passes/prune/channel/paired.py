@@ -8,27 +8,26 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from modelpress_compression.graph.padding import counted_positions
 from modelpress_compression.graph.watch.wavefront import Wavefront
-from modelpress_compression.inputs import Array, Feeds, InputData
+from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 
 MAX_KEPT_BYTES = 512 * 1024**2  # 512 MiB of activations, of each of the two models
 HELD_OUT = 5  # every fifth sample; of fewer than ten every fourth, third or second
-# The conventional name of an input that says which positions of a sequence hold anything.
-_MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
 class Sample:
     """What one sample gives: `index` of it, whether it is `held_out` from all fits, values of the `full` and of the
-    `cut` model, and which `positions` of a sequence count (None: all)."""
+    `cut` model, and the `mask` [N, T] of positions that count (None: all)."""
 
     index: int
     held_out: bool
     full: Mapping[str, Array]
     cut: Mapping[str, Array]
-    positions: NDArray[np.bool_] | None
+    mask: NDArray[np.bool_] | None
 
 
 class Paired:
@@ -54,16 +53,10 @@ class Paired:
         """Every sample; to be exhausted. Raises ModelNotRunnableError, TimeLimitError."""
         full, cut = self._full.advance(names_full), self._cut.advance(names_cut)
         for index, (feed, wanted, given) in enumerate(zip(self._samples.feeds(1), full, cut, strict=True)):
-            yield Sample(index, is_held_out(index, self.count), wanted, given, positions_of(feed))
+            yield Sample(index, is_held_out(index, self.count), wanted, given, counted_positions(feed))
 
 
 def is_held_out(index: int, count: int) -> bool:
     """Whether this one of `count` samples says how good the fits are, and is not fitted to."""
     period = max(2, min(HELD_OUT, count // 2))
     return index % period == period - 1
-
-
-def positions_of(feed: Feeds) -> NDArray[np.bool_] | None:
-    """Which positions of the sequences are no padding, flat; None where the model is not told."""
-    mask = feed.get(_MASK)
-    return None if mask is None else np.asarray(mask).reshape(-1) != 0

@@ -33,7 +33,7 @@ from modelpress_compression.graph.outputs import (
     classification_outputs,
     score_form,
 )
-from modelpress_compression.graph.padding import counted_positions
+from modelpress_compression.graph.padding import counted_among, counted_positions
 from modelpress_compression.inputs import Feeds
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
@@ -139,8 +139,8 @@ def _drawn_loss(
         output = outputs[value.name or ""]
         if not isinstance(output, Tensor) or not output.requires_grad:
             continue
-        if mask is not None and output.dim() >= 3 and tuple(output.shape[:2]) == mask.shape:
-            output = output[torch.from_numpy(mask).to(output.device)]  # padding is nobody's answer
+        if (counted := counted_among(output.shape[:-1], mask)) is not None:
+            output = output[torch.from_numpy(counted).to(output.device)]  # padding is nobody's answer
         form = score_form(value)
         if value.name in classes and form != INDEPENDENT and output.dim() in (2, 3) and output.shape[-1] > 1:
             losses.append(_fisher_projection(output, form, generator))

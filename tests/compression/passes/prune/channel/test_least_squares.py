@@ -214,17 +214,18 @@ def test_residual_blocks_with_depthwise_convolutions(
     assert {"dw0", "dw1"} <= {row["layer"] for row in fitted.details if "error_after" in row}
 
 
-def test_padding_does_not_count(channel_model: Any, prune_channels_of: Any) -> None:
+@pytest.mark.parametrize("name", ["attention_mask", "input_mask"])
+def test_padding_does_not_count(channel_model: Any, prune_channels_of: Any, name: str) -> None:
     """What stands at positions that the model is told to be padding changes no fit."""
     base = sequence_model(channel_model, True)
-    base.graph.inputs.append(onnx_ir.val("attention_mask", onnx_ir.DataType.INT64, onnx_ir.Shape(["n", 5])))
+    base.graph.inputs.append(onnx_ir.val(name, onnx_ir.DataType.INT64, onnx_ir.Shape(["n", 5])))
     rng = np.random.default_rng(1)
     x = rng.standard_normal((40, 5, 6)).astype(np.float32)
     mask = np.tile(np.array([1, 1, 1, 0, 0]), (40, 1))
     found = []
     for padding in (0.0, 100.0):
         filled = np.where(mask[:, :, None] == 1, x, x * padding).astype(np.float32)
-        result = prune_channels_of(base, {"x": filled, "attention_mask": mask}, sparsity=0.5)
+        result = prune_channels_of(base, {"x": filled, name: mask}, sparsity=0.5)
         assert result.changes["layers_repaired"] == 1
         found.append(result.model.graph.initializers["w2"].const_value.numpy())
     np.testing.assert_array_equal(*found)

@@ -42,7 +42,7 @@ def test_padding_integers_and_infinities() -> None:
     b = a.copy()
     b[0, 2:] = 100
     moments = Moments()
-    moments.add({"y": a, "n": np.arange(3)}, {"y": b, "n": np.zeros(3, int)}, np.array([True, True, False, False]))
+    moments.add({"y": a, "n": np.arange(3)}, {"y": b, "n": np.zeros(3, int)}, np.array([[True, True, False, False]]))
     assert moments.distance().error == 0
     moments.add({"y": a}, {"y": np.full_like(b, np.inf)}, None)
     assert moments.distance().error == np.inf
