@@ -31,15 +31,6 @@ from modelpress_protos.v1 import server_service_pb2_grpc as server_grpc
 from modelpress_protos.v1 import upload_service_pb2 as uploads
 from modelpress_protos.v1 import upload_service_pb2_grpc as uploads_grpc
 
-QUICK = RetryPolicy(
-    connect_timeout_s=5,
-    call_timeout_s=5,
-    idle_timeout_s=2,
-    watch_idle_timeout_s=2,
-    give_up_s=10,
-    initial_backoff_s=0.01,
-    max_backoff_s=0.05,
-)
 CHUNK_BYTES = 64 * 1024
 OPTIMIZED = bytes(range(256)) * 2000  # 512 kB: several chunks
 
@@ -217,7 +208,7 @@ class FakeServer(
             await fail(context, status(code_pb2.ABORTED, "UPLOAD_BUSY", "Another writer."))
         if script.stall_uploads:
             script.stall_uploads -= 1
-            await asyncio.sleep(30)
+            await asyncio.Event().wait()
         limit = script.cut_upload_after_bytes.pop(0) if script.cut_upload_after_bytes else None
         name, got = "", 0
         async for request in requests:
@@ -450,12 +441,26 @@ def fake_server() -> Iterator[FakeServer]:
     loop.set_exception_handler(ignore_shared_poller)
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    server = asyncio.run_coroutine_threadsafe(fake.start(), loop).result(10)
+    server = asyncio.run_coroutine_threadsafe(fake.start(), loop).result(60)
     yield fake
-    asyncio.run_coroutine_threadsafe(server.stop(0), loop).result(10)
+    asyncio.run_coroutine_threadsafe(server.stop(0), loop).result(60)
     loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
+    thread.join()
     loop.close()
+
+
+@pytest.fixture(scope="session")
+def patient() -> RetryPolicy:
+    """Tries again at once; its limits are those that a busy machine does not reach."""
+    return RetryPolicy(
+        connect_timeout_s=120,
+        call_timeout_s=120,
+        idle_timeout_s=120,
+        watch_idle_timeout_s=120,
+        give_up_s=240,
+        initial_backoff_s=0.01,
+        max_backoff_s=0.05,
+    )
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,10 @@ from modelpress_client import (
     UsageError,
 )
 
-QUICK = RetryPolicy(
-    call_timeout_s=5,
-    watch_idle_timeout_s=2,
-    give_up_s=6,
-    initial_backoff_s=0.01,
-    max_backoff_s=0.05,
-    connect_timeout_s=2,
-)
-
 
 @pytest.fixture
-def client(fake_server: Any) -> Any:
-    with Client(fake_server.address, retry=QUICK) as client:
+def client(fake_server: Any, patient: RetryPolicy) -> Any:
+    with Client(fake_server.address, retry=patient) as client:
         yield client
 
 
@@ -52,9 +43,9 @@ def test_the_documented_way(client: Client, model_file: Path, tmp_path: Path) ->
     assert client.report(job.name).to_dict() == report.to_dict()
 
 
-async def test_asyncio_has_the_same_methods(fake_server: Any, model_file: Path) -> None:
+async def test_asyncio_has_the_same_methods(fake_server: Any, model_file: Path, patient: RetryPolicy) -> None:
     """The same way as coroutines."""
-    async with AsyncClient(fake_server.address, retry=QUICK) as client:
+    async with AsyncClient(fake_server.address, retry=patient) as client:
         job = await client.compress(await client.upload(model_file), recipe={"version": 1, "steps": [{"fuse": {}}]})
         assert (await job.wait()).constraints.met
         assert [line.text async for line in job.logs()] == ["line 1", "line 2", "line 3"]
