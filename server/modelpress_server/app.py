@@ -35,7 +35,7 @@ from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.sql_blobs import SqlBlobIndex
 from modelpress_server.stores.sql_jobs import SqlJobStore
 from modelpress_server.stores.sql_models import SqlModelStore
-from modelpress_server.tasks import Notifier
+from modelpress_server.waiting import Notifier
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from modelpress_protos.v1 import job_service_pb2
 from modelpress_server.errors import clip, printable
 from modelpress_server.stores.base import JobStore, LogLine
 from modelpress_server.stores.records import now_us
-from modelpress_server.tasks import Notifier
+from modelpress_server.waiting import Notifier
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from modelpress_server.stores.base import BlobKey, JobRecord, JobStore, LogLine,
 from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.records import now_us, unique
 from modelpress_server.task_folder import task_folder
-from modelpress_server.tasks import Notifier
+from modelpress_server.waiting import Notifier
 
 logger = logging.getLogger(__name__)
 

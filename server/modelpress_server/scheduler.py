@@ -14,7 +14,7 @@ from typing import Any
 from modelpress_server.runs import Bench, JobRun, inspect_model
 from modelpress_server.stores.base import JobRecord, JobStore, ModelRecord, ModelStore
 from modelpress_server.stores.records import now_us
-from modelpress_server.tasks import Notifier, wait_until
+from modelpress_server.waiting import Notifier, wait_until
 
 logger = logging.getLogger(__name__)
 

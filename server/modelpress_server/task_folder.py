@@ -14,7 +14,7 @@ from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2
 from modelpress_server.names import new_id, path_fault
 from modelpress_server.stores.base import BlobKey
 from modelpress_server.stores.filesystem import ArtifactError, FileBlobStore
-from modelpress_server.tasks import uninterrupted
+from modelpress_server.waiting import uninterrupted
 
 MAX_ARTIFACT_FILES = 1000
 

@@ -35,12 +35,11 @@ from modelpress_server.executors.output import EventFilter
 from modelpress_server.executors.process_tree import memory_bytes
 from modelpress_server.executors.sandbox import LEVEL_ALWAYS, LEVEL_FILES_AND_NETWORK
 from modelpress_server.executors.spares import SparePool
-from modelpress_server.tasks import uninterrupted
+from modelpress_server.waiting import uninterrupted
 from modelpress_server.worker import DEFAULT_TASKS
 from modelpress_server.worker.failures import take_debug_info
-from modelpress_server.worker.folders import task_folders
 from modelpress_server.worker.framing import FramingError
-from modelpress_server.worker.redaction import Redactor
+from modelpress_server.worker.paths import Redactor, task_paths
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ class LocalExecutor:
         self._running.discard(worker)
 
     def _check_folders(self, request: worker_pb2.WorkerRequest) -> None:
-        readable, writable = task_folders(request)
+        readable, writable = task_paths(request)
         for path in (*readable, *writable):
             if not path.resolve().is_relative_to(self._root):
                 raise ValueError(f"{path} is not below {self._root}, where tasks have their files")
@@ -162,7 +161,7 @@ class _Run:
 
     async def perform(self, request: worker_pb2.WorkerRequest) -> worker_pb2.WorkerEvent:
         """The terminal event. Raises WorkerLostError."""
-        readable, writable = task_folders(request)
+        readable, writable = task_paths(request)
         self._redact = Redactor([*readable, *writable, self._worker.directory, self._worker.directory.parent])
         self._worker.listen(self._take_line)
         if self._limits.memory_bytes:

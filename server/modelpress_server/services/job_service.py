@@ -18,7 +18,7 @@ from modelpress_server.services.job_requests import blobs_of, check_job, new_job
 from modelpress_server.stores.base import BlobIndex, JobRecord, JobStore, ModelStore
 from modelpress_server.stores.records import now_us
 from modelpress_server.stores.sql_jobs import refuse_rejected
-from modelpress_server.tasks import Notifier, wait_until
+from modelpress_server.waiting import Notifier, wait_until
 
 STATES = {
     name.removeprefix("JOB_STATE_"): number

@@ -21,8 +21,8 @@ from modelpress_server.services.upload_writer import UploadWriter, next_message,
 from modelpress_server.stores.base import BlobIndex, BlobKey, UploadRecord
 from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.records import now_us
-from modelpress_server.tasks import uninterrupted
 from modelpress_server.validation import check_digest, check_digests
+from modelpress_server.waiting import uninterrupted
 
 READ_CHUNK_BYTES = MIB
 _State = upload_service_pb2.Upload

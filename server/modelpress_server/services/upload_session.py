@@ -12,7 +12,7 @@ from modelpress_server.clock import Clock
 from modelpress_server.errors import ServiceError, UploadBusyError, UploadExpiredError
 from modelpress_server.stores.base import BlobIndex, UploadRecord
 from modelpress_server.stores.filesystem import FileBlobStore, PartialFile
-from modelpress_server.tasks import uninterrupted
+from modelpress_server.waiting import uninterrupted
 
 # A stream that was cut needs moments to store what it had: a new one waits so long before it is turned away.
 RELEASE_WAIT_S = 1.0

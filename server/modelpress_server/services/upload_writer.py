@@ -19,7 +19,7 @@ from modelpress_server.services.upload_session import UploadSession
 from modelpress_server.stores.base import BlobIndex, UploadRecord
 from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.records import now_us
-from modelpress_server.tasks import uninterrupted
+from modelpress_server.waiting import uninterrupted
 
 MIN_PROGRESS_BYTES = 4096
 

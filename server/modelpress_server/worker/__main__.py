@@ -23,9 +23,8 @@ from modelpress_server.worker import DEFAULT_TASKS
 from modelpress_server.worker.context import TaskContext
 from modelpress_server.worker.events import Events
 from modelpress_server.worker.failures import status_of_exception
-from modelpress_server.worker.folders import task_folders
 from modelpress_server.worker.framing import FramingError, encode_frame, read_frame
-from modelpress_server.worker.redaction import Redactor
+from modelpress_server.worker.paths import Redactor, task_paths
 
 
 def main() -> None:
@@ -60,7 +59,7 @@ def _run(
     arguments: argparse.Namespace,
     pipe: BinaryIO,
 ) -> None:
-    readable, writable = task_folders(request)
+    readable, writable = task_paths(request)
     redact = Redactor([*readable, *writable, arguments.directory, arguments.root])
     events = Events(pipe, redact)
     try:

@@ -11,7 +11,7 @@ from modelpress_protos.v1 import job_service_pb2
 
 from modelpress_server.errors import printable
 from modelpress_server.worker.framing import encode_frame
-from modelpress_server.worker.redaction import Redactor
+from modelpress_server.worker.paths import Redactor
 
 MAX_LINE_CHARS = 4096
 MAX_MESSAGE_CHARS = 500

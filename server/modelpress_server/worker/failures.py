@@ -16,7 +16,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from modelpress_server.errors import make_status
-from modelpress_server.worker.redaction import Redactor
+from modelpress_server.worker.paths import Redactor
 
 _CODE = grpc.StatusCode
 _CODES: Mapping[str, grpc.StatusCode] = {

@@ -21,7 +21,7 @@ from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_protos.v1 import model_service_pb2
 
 from modelpress_server.executors.sandbox import LEVEL_FILES_AND_NETWORK
-from modelpress_server.worker import convert
+from modelpress_server.worker import messages
 from modelpress_server.worker.context import TaskContext
 
 # What numpy, torch and onnxscript load only when they are first used so; found by comparing sys.modules around jobs.
@@ -65,14 +65,14 @@ def _inspect(task: worker_pb2.InspectTask, context: TaskContext) -> worker_pb2.W
 
 def _found(files: worker_pb2.ModelFiles, model: Model) -> worker_pb2.InspectResult:
     return worker_pb2.InspectResult(
-        format=convert.format_to_proto(detect(_paths(files)[0]).name),
-        inspection=convert.inspection_to_proto(inspect_model(model)),
+        format=messages.format_to_proto(detect(_paths(files)[0]).name),
+        inspection=messages.inspection_to_proto(inspect_model(model)),
     )
 
 
 def _compress(task: worker_pb2.CompressTask, context: TaskContext) -> worker_pb2.WorkerEvent:
     began = time.monotonic()
-    recipe = convert.recipe_from_proto(task.recipe)
+    recipe = messages.recipe_from_proto(task.recipe)
     context.events.progress("load", 0, len(stages_of(recipe)), 0.0, "loading the model")
     model = _load(task.model, context)
     found = _found(task.model, model)
@@ -101,10 +101,10 @@ def _refuse_blocking(inspection: model_service_pb2.Inspection) -> None:
 
 
 def _write(result: Result, directory: Path) -> worker_pb2.CompressResult:
-    message = worker_pb2.CompressResult(summary=convert.summary_from_report(result.report))
+    message = worker_pb2.CompressResult(summary=messages.summary_from_report(result.report))
     for kind, paths in result.write(directory):
         names = [path.relative_to(directory).as_posix() for path in paths]
-        message.artifacts.add(kind=convert.kind_to_proto(kind), paths=names)
+        message.artifacts.add(kind=messages.kind_to_proto(kind), paths=names)
     return message
 
 
@@ -112,8 +112,8 @@ def _load(files: worker_pb2.ModelFiles, context: TaskContext) -> Model:
     paths = _paths(files)
     if context.sandbox.mode == "require" and context.sandbox.level < LEVEL_FILES_AND_NETWORK:
         _refuse_code(paths)
-    inputs = [convert.spec_from_proto(spec) for spec in files.input_hints]
-    provenance = convert.provenance_from_proto(files.source) if files.HasField("source") else None
+    inputs = [messages.spec_from_proto(spec) for spec in files.input_hints]
+    provenance = messages.provenance_from_proto(files.source) if files.HasField("source") else None
     return load(paths, inputs, provenance=provenance)
 
 

@@ -12,7 +12,7 @@ from modelpress_compression import errors as engine
 from modelpress_protos.v1 import common_pb2
 from modelpress_server.errors import MAX_STATUS_BYTES
 from modelpress_server.worker.failures import status_of_exception, take_debug_info
-from modelpress_server.worker.redaction import Redactor
+from modelpress_server.worker.paths import Redactor
 
 REDACT = Redactor(["/srv/data/work/task-1"])
 

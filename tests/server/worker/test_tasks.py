@@ -15,7 +15,7 @@ from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_protos.v1 import common_pb2, job_service_pb2
 from modelpress_server.executors.base import Limits
 from modelpress_server.executors.local import LocalExecutor
-from modelpress_server.worker.convert import spec_to_proto
+from modelpress_server.worker.messages import spec_to_proto
 
 MNIST = Path(__file__).parents[3] / "examples" / "mnist"
 INPUT = spec_to_proto(TensorSpec.parse("x:float32[batch,1,28,28]"))
@@ -126,7 +126,7 @@ async def test_code_without_a_sandbox_is_refused_where_one_is_required(
     from modelpress_server.executors.sandbox import Sandbox
     from modelpress_server.worker.context import TaskContext
     from modelpress_server.worker.events import Events
-    from modelpress_server.worker.redaction import Redactor
+    from modelpress_server.worker.paths import Redactor
     from modelpress_server.worker.tasks import run
 
     with (tmp_path / "events").open("wb") as pipe:

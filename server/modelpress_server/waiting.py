@@ -1,4 +1,4 @@
-"""Helpers for asyncio."""
+"""Waiting in asyncio: for news of a job, for an event, and for work that must not be cut short."""
 
 from __future__ import annotations
 
