@@ -24,9 +24,9 @@ import torch
 from model_evaluation import evaluate
 from modelpress_compression import Model, load
 from modelpress_compression.graph.shapes import sample_shapes
-from modelpress_compression.graph.stats import model_stats
 from modelpress_compression.graph.synthetic import synthetic_inputs
 from modelpress_compression.inputs import Array, InputData
+from modelpress_compression.measure.stats import model_stats
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.distill.config import Augmentation, DistillConfig
 from modelpress_compression.passes.distill.distill import Distill

@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 from architectures import ARCHITECTURES, EXPORTERS, Architecture, Exporter, exported
 from modelpress_compression.channels import Analysis, Group, Indices, cut, find_groups
-from modelpress_compression.graph.stats import model_stats
 from modelpress_compression.inputs import Feeds, InputData
 from modelpress_compression.loaders import load
 from modelpress_compression.measure.latency import LatencyRow, compare_latency
+from modelpress_compression.measure.stats import model_stats
 from modelpress_compression.model import Model
 from modelpress_compression.report.environment import environment
 from modelpress_compression.runtime import open_session, run

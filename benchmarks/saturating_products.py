@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir
+from modelpress_compression.encodings.products import split_products
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.read import attribute, constant_array, graph_of, input_of, label
 from modelpress_compression.model import Model
-from modelpress_compression.passes.integers.fused_products import split_products
 from numpy.typing import NDArray
 
 LOW, HIGH = -32768, 32767

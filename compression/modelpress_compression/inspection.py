@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from modelpress_compression.graph.stats import model_stats
+from modelpress_compression.measure.stats import model_stats
 from modelpress_compression.model import Model
 from modelpress_compression.specs import TensorSpec
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.graph.shapes import sample_shapes
-from modelpress_compression.graph.stats import model_stats
 from modelpress_compression.graph.synthetic import synthetic_inputs
 from modelpress_compression.inputs import Array, EvaluationData, InputData
+from modelpress_compression.measure.stats import model_stats
 from modelpress_compression.model import Model
 from modelpress_compression.options import config_to_dict
 from modelpress_compression.passes.base import Context

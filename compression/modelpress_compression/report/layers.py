@@ -10,12 +10,13 @@ from typing import Any, Protocol
 MAX_ROWS = 40
 # What quantizers and fusions append to the name of a node that they replace.
 _SUFFIX = re.compile(
-    r"(?:[_/](?:quant(?:ized)?|fused|Q|DQ|\w*Integer|QuantizeLinear|DequantizeLinear|DynamicQuantize\w+))+$"
+    r"(?:[_/](?:quant(?:ized)?|fused|Q|DQ|\w*Integer|QuantizeLinear|DequantizeLinear|DynamicQuantize\w+|MatMulNBits"
+    r"|GatherBlockQuantized|QAttention))+$"
 )
 
 
 class LayerFigures(Protocol):
-    """What the report takes from `graph.stats.LayerStats`."""
+    """What the report takes from `measure.stats.LayerStats`."""
 
     @property
     def name(self) -> str: ...

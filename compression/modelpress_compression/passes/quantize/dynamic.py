@@ -13,13 +13,16 @@ float32's time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
 import onnx_ir
 
+from modelpress_compression.encodings import folded, products
+from modelpress_compression.encodings.operands import arranged
+from modelpress_compression.encodings.weight import StoredWeight
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import (
     MICROSOFT,
@@ -37,7 +40,7 @@ from modelpress_compression.passes.integers.products import Summation, of_matrix
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.plan import is_light
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.rounding.affine import QuantizedWeight, quantize_weight
+from modelpress_compression.passes.quantize.rounding.affine import quantize_weight
 from modelpress_compression.passes.quantize.weights import WeightStore, why_not_matrix, why_not_weight
 
 # Smaller tables are not worth two more nodes.
@@ -116,7 +119,8 @@ class DynamicRewriter:
 
     editor: Editor
     store: WeightStore
-    _inputs: dict[tuple[int, int], tuple[onnx_ir.Value, ...]] = field(default_factory=dict)
+    _inputs: dict[tuple[int, int], products.Activation] = field(default_factory=dict)
+    _tables: dict[tuple[int, int], StoredWeight] = field(default_factory=dict)
     _keep: list[onnx_ir.Value] = field(default_factory=list)  # keeps the ids above from being reused
 
     def rewrite(self, node: onnx_ir.Node) -> None:
@@ -126,18 +130,10 @@ class DynamicRewriter:
         graph.remove(node, safe=True)
 
     def matrix_product(self, node: onnx_ir.Node) -> None:
-        weight = self.store.matrix(node)
-        name = label(node)
-        values, scale, zero_point = self._quantized(node)
-        (product,) = self.editor.emit(
-            node, "MatMulInteger", [values, weight.values, zero_point, weight.zero_point], name
-        )
-        (real,) = self.editor.emit(node, "Cast", [product], name, attributes={"to": int(onnx_ir.DataType.FLOAT)})
-        (scales,) = self.editor.emit(node, "Mul", [scale, weight.scale], f"{name}_scale")
-        (result,) = self.editor.emit(node, "Mul", [real, scales], name)
-        if node.op_type == "Gemm" and (bias := input_of(node, 2)) is not None:
-            (result,) = self.editor.emit(node, "Add", [result, self._scaled(node, bias)], name)
-        self.editor.hand_over(node.outputs[0], result)
+        weight, x = self.store.matrix(node), self._quantized(node)
+        bias = input_of(node, 2) if node.op_type == "Gemm" else None
+        scaled = None if bias is None else self._scaled(node, bias)
+        self.editor.hand_over(node.outputs[0], products.write(self.editor, node, x, weight, scaled))
 
     def _scaled(self, node: onnx_ir.Node, bias: onnx_ir.Value) -> onnx_ir.Value:
         beta = np.float32(attribute(node, "beta", 1.0))
@@ -150,26 +146,12 @@ class DynamicRewriter:
         return self.editor.emit(node, "Mul", [bias, factor], f"{label(node)}_beta")[0]
 
     def lstm(self, node: onnx_ir.Node) -> None:
-        weights = [self._recurrent(node, index) for index in (1, 2)]
-        stored = [self.store.store(node, source, weight) for source, weight in weights]
-        rest = [input_of(node, index) for index in range(3, 8)]
-        parameters = [value for item in stored for value in (item.scale, item.zero_point)]
-        new = self.editor.make(
-            "DynamicQuantizeLSTM",
-            [node.inputs[0], *(item.values for item in stored), *rest, *parameters],
-            label(node),
-            domain=MICROSOFT,
-            outputs=[f"_{index}" for index in range(len(node.outputs))],
-        )
-        new.attributes.update({key: node.attributes[key] for key in _LSTM_ATTRIBUTES if key in node.attributes})
-        graph_of(node).insert_before(node, new)
-        for old, output in zip(node.outputs, new.outputs, strict=True):
-            if old.name:
-                self.editor.hand_over(old, output)
-            else:
-                output.name = ""
+        w, r = (self._recurrent(node, index) for index in (1, 2))
+        names = ("bias", "lengths", "h", "c", "p")
+        rest = {"x": input_of(node, 0), **{name: input_of(node, index) for index, name in enumerate(names, 3)}}
+        self._fused(node, "DynamicQuantizeLSTM", _LSTM_ATTRIBUTES, **rest, **w.operands("w"), **r.operands("r"))
 
-    def _recurrent(self, node: onnx_ir.Node, index: int) -> tuple[onnx_ir.Value, QuantizedWeight]:
+    def _recurrent(self, node: onnx_ir.Node, index: int) -> StoredWeight:
         """[directions, 4 * hidden, inputs] as [directions, inputs, 4 * hidden], a scale per direction or per column."""
         source = required(node, index)
         weight = self.store.array(source)
@@ -177,9 +159,9 @@ class DynamicRewriter:
         per_channel = self.store.config.per_channel
         slices = weight.reshape((-1, 1, rows) if per_channel else weight.shape)
         quantized = self.store.quantize(slices, Summation((2,), 0))
-        values = quantized.values.reshape(weight.shape).transpose(0, 2, 1)
+        levels = quantized.levels.reshape(weight.shape).transpose(0, 2, 1)
         scale = quantized.scale.reshape(directions, columns) if per_channel else quantized.scale
-        return source, replace(quantized, values=values, scale=scale, axis=None)
+        return self.store.store(node, source, replace(quantized, levels=levels, scale=scale, axis=None))
 
     def attention(self, node: onnx_ir.Node) -> None:
         source = required(node, 1)
@@ -187,55 +169,46 @@ class DynamicRewriter:
         quantized = self.store.quantize(self.store.array(source), of_matrix(2, axis))
         weight = self.store.store(node, source, quantized)
         values, scale, zero_point = self._quantized(node)
-        mask, past = input_of(node, 3), input_of(node, 4)
+        rest = {"bias": input_of(node, 2), "mask": input_of(node, 3), "past": input_of(node, 4)}
+        x = {"x": values, "x_scale": scale, "x_zero": zero_point}
+        self._fused(node, "QAttention", _QATTENTION_ATTRIBUTES, **x, **weight.operands(), **rest)
+
+    def _fused(
+        self, node: onnx_ir.Node, op_type: str, attributes: Sequence[str], **operands: onnx_ir.Value | None
+    ) -> None:
+        """An operator of com.microsoft in the node's place, with those of its attributes."""
         new = self.editor.make(
-            "QAttention",
-            [values, weight.values, node.inputs[2], scale, weight.scale, mask, zero_point, weight.zero_point, past],
+            op_type,
+            arranged(op_type, **operands),
             label(node),
             domain=MICROSOFT,
             outputs=[f"_{index}" for index in range(len(node.outputs))],
         )
-        new.attributes.update({key: node.attributes[key] for key in _QATTENTION_ATTRIBUTES if key in node.attributes})
+        new.attributes.update({key: node.attributes[key] for key in attributes if key in node.attributes})
         graph_of(node).insert_before(node, new)
         for old, output in zip(node.outputs, new.outputs, strict=True):
-            self.editor.hand_over(old, output)
+            if old.name:
+                self.editor.hand_over(old, output)
+            else:
+                output.name = ""
 
     def gather(self, node: onnx_ir.Node) -> None:
         """A scale per row: the norms of embeddings differ more between words than between channels."""
-        table, index = required(node, 0), required(node, 1)
-        quantized = quantize_weight(self.store.array(table), 0, "int8")
-        rows = QuantizedWeight(quantized.values, quantized.scale[:, None], quantized.zero_point, None)
-        stored = self._table(node, table, rows)
-        name = label(node)
-        (row,) = self.editor.emit(node, "Gather", [stored[0], index], f"{name}_quantized")
-        (scale,) = self.editor.emit(node, "Gather", [stored[1], index], f"{name}_scale")
-        (real,) = self.editor.emit(node, "Cast", [row], name, attributes={"to": int(onnx_ir.DataType.FLOAT)})
-        (result,) = self.editor.emit(node, "Mul", [real, scale], name)
-        self.editor.hand_over(node.outputs[0], result)
-
-    def _table(self, node: onnx_ir.Node, table: onnx_ir.Value, rows: QuantizedWeight) -> tuple[onnx_ir.Value, ...]:
+        table = required(node, 0)
         key = (id(table), id(node.graph))
-        if key not in self._inputs:
-            graph = graph_of(node)
-            self._inputs[key] = (
-                self.editor.constant(graph, rows.values, f"{table.name}_quantized"),
-                self.editor.constant(graph, rows.scale, f"{table.name}_scale"),
-            )
+        if key not in self._tables:
+            rows = quantize_weight(self.store.array(table), 0, "int8")
+            rows = replace(rows, scale=rows.scale[:, None], axis=None)
+            self._tables[key] = folded.store_rows(self.editor, graph_of(node), rows, table.name or "table")
             self._keep.append(table)
-        return self._inputs[key]
+        self.editor.hand_over(node.outputs[0], folded.write_rows(self.editor, node, self._tables[key]))
 
-    def _quantized(self, node: onnx_ir.Node) -> tuple[onnx_ir.Value, ...]:
+    def _quantized(self, node: onnx_ir.Node) -> products.Activation:
         """Values, scale and zero point of the node's first input."""
         source = required(node, 0)
         key = (id(source), id(node.graph))
         if key not in self._inputs:
-            self._inputs[key] = self.editor.emit(
-                node,
-                "DynamicQuantizeLinear",
-                [source],
-                source.name or label(node),
-                outputs=("", "_scale", "_zero_point"),
-            )
+            self._inputs[key] = products.write_input(self.editor, node, source)
             self._keep.append(source)
         return self._inputs[key]
 

@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.encodings import qdq
+from modelpress_compression.encodings.weight import QuantizedWeight, StoredWeight
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import (
     attribute,
@@ -23,23 +25,13 @@ from modelpress_compression.passes.integers.certificate import REDUCED
 from modelpress_compression.passes.integers.products import Summation, of_node
 from modelpress_compression.passes.integers.saturation import bounds, least_squares_scale, within_limit
 from modelpress_compression.passes.quantize.config import QuantizeConfig
-from modelpress_compression.passes.quantize.rounding.affine import QuantizedWeight, quantize_weight
+from modelpress_compression.passes.quantize.rounding.affine import quantize_weight
 from modelpress_compression.passes.quantize.rounding.balance import balanced
 from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder, Rounder, Rounding, nearest
 from modelpress_compression.target import Target
 
 # A product with fewer weights costs less than the nodes around it.
 MIN_WEIGHT_ELEMENTS = 256
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """A quantized weight as initializers of one graph."""
-
-    quantized: QuantizedWeight
-    values: onnx_ir.Value
-    scale: onnx_ir.Value
-    zero_point: onnx_ir.Value
 
 
 @dataclass
@@ -66,9 +58,9 @@ class WeightStore:
             axis = int(not transposed) if self.config.per_channel and weight.ndim == 2 else None
             summation = of_node(node, weight.shape, axis)
             found = self.quantize(weight, summation, rounding=self.rounder.rounding(node))
-            values = found.values.T if transposed else found.values
+            levels = found.levels.T if transposed else found.levels
             scale = np.asarray(found.scale * np.float32(alpha))
-            found = replace(found, values=values, scale=scale, axis=None if axis is None else 1)
+            found = replace(found, levels=levels, scale=scale, axis=None if axis is None else 1)
             self._stored[key] = self.store(node, source, found)
         return self._stored[key]
 
@@ -94,28 +86,21 @@ class WeightStore:
         if unsafe is None:
             return found
         aim = weight if rounding is nearest else found.dequantize()
-        levels = within_limit(found.values.astype(np.int8, copy=False), found.scale, aim, summation)
-        return replace(found, values=levels, reduced=int(unsafe.sum()))
+        levels = within_limit(found.levels.astype(np.int8, copy=False), found.scale, aim, summation)
+        return replace(found, levels=levels, reduced=int(unsafe.sum()))
 
     def _saturating(self, quantized: QuantizedWeight, summation: Summation) -> NDArray[np.bool_] | None:
         """Which slices can saturate; None: nothing can, or it does not matter."""
-        if self.target.cpu == "vnni" or not summation.paired or quantized.values.dtype != np.int8:
+        if self.target.cpu == "vnni" or not summation.paired or quantized.levels.dtype != np.int8:
             return None
-        found = bounds(quantized.values.astype(np.int8, copy=False), summation)
+        found = bounds(quantized.levels.astype(np.int8, copy=False), summation)
         return np.asarray(found.saturates.any(axis=1))
 
     def store(self, node: onnx_ir.Node, source: onnx_ir.Value, quantized: QuantizedWeight) -> StoredWeight:
-        """Puts one into the node's graph. The zero point is a scalar where the scale is one."""
-        graph, name = graph_of(node), source.name or "weight"
-        zero_point = np.broadcast_to(quantized.zero_point, quantized.scale.shape)
-        values = self.editor.constant(graph, quantized.values, f"{name}_quantized")
-        values.meta[REDUCED] = quantized.reduced
-        return StoredWeight(
-            quantized,
-            values,
-            self.editor.constant(graph, quantized.scale, f"{name}_scale"),
-            self.editor.constant(graph, zero_point, f"{name}_zero_point"),
-        )
+        """Puts one into the node's graph, with a note for its certificate."""
+        stored = qdq.store(self.editor, graph_of(node), quantized, source.name or "weight")
+        stored.values.meta[REDUCED] = quantized.reduced
+        return stored
 
     @staticmethod
     def array(source: onnx_ir.Value | None) -> NDArray[np.float32]:

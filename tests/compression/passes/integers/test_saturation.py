@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from modelpress_compression.encodings.weight import QuantizedWeight
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.integers.products import Summation, of_node
 from modelpress_compression.passes.integers.saturation import bounds, least_squares_scale, within_limit
 from modelpress_compression.passes.quantize.config import QuantizeConfig
-from modelpress_compression.passes.quantize.rounding.affine import QuantizedWeight, quantize_weight
+from modelpress_compression.passes.quantize.rounding.affine import quantize_weight
 from modelpress_compression.passes.quantize.rounding.balance import balanced
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.target import Target
@@ -133,9 +134,9 @@ def test_generic_weights_never_saturate(seed: int, terms: int, per_channel: bool
     summation = Summation((0,), 1 if per_channel else None)
     plain = quantize_weight(weight, summation.axis, "int8")
     generic = store("generic", per_channel=per_channel).quantize(weight, summation)
-    assert not bounds(generic.values.astype(np.int8), summation).saturates.any()
-    assert not np.abs(generic.values.astype(int)).max() > 127
-    unsafe = bounds(plain.values.astype(np.int8), summation).saturates.any(axis=1)
+    assert not bounds(generic.levels.astype(np.int8), summation).saturates.any()
+    assert not np.abs(generic.levels.astype(int)).max() > 127
+    unsafe = bounds(plain.levels.astype(np.int8), summation).saturates.any(axis=1)
     assert generic.reduced == unsafe.sum()
     np.testing.assert_array_equal(np.atleast_1d(generic.scale)[~unsafe], np.atleast_1d(plain.scale)[~unsafe])
     vnni = store("vnni", per_channel=per_channel).quantize(weight, summation)
@@ -156,8 +157,8 @@ def test_the_scale_beats_scaling_alone_and_moving_alone(terms: int) -> None:
 
     def error(scale: NDArray[np.float64]) -> float:
         found = quantize_weight(weight, 0, "int8", scale)
-        levels = within_limit(found.values.astype(np.int8), found.scale, weight, ROWS)
-        return _error(replace(found, values=levels), weight)
+        levels = within_limit(found.levels.astype(np.int8), found.scale, weight, ROWS)
+        return _error(replace(found, levels=levels), weight)
 
     chosen = error(least_squares_scale(weight, ROWS))
     grid = [error(plain * factor) for factor in np.linspace(1, 2, 30)]
@@ -176,7 +177,7 @@ def test_errors_of_a_sum_cancel_out(dtype: str, shape: tuple[int, ...]) -> None:
     even = balanced(plain, weight, summation)
     left = (even.dequantize() - weight).sum(axis=(1, 2, 3)) / even.scale
     assert float(np.abs(left).max()) < 0.501
-    assert np.abs(even.values.astype(int) - plain.values.astype(int)).max() <= 1
+    assert np.abs(even.levels.astype(int) - plain.levels.astype(int)).max() <= 1
     assert _error(even, weight) < (1.03 if shape[1] == 8 else 1.33) * _error(plain, weight)
 
 

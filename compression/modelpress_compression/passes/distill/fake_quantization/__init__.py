@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from modelpress_compression.encodings.products import split_products
 from modelpress_compression.graph.edit import Editor, replace_numbers
 from modelpress_compression.graph.read import MICROSOFT, constant_tensor, is_op, label
 from modelpress_compression.inputs import Array
@@ -24,7 +25,6 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Skip, is_excluded
 from modelpress_compression.passes.distill.fake_quantization.forms import form_of
 from modelpress_compression.passes.distill.fake_quantization.grid import Emitter
-from modelpress_compression.passes.integers.fused_products import split_products
 
 __all__ = ["Unfolded", "unfold"]
 

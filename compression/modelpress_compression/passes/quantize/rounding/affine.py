@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from modelpress_compression.encodings.weight import QuantizedWeight
 from modelpress_compression.passes.integers.saturation import LARGEST_LEVEL
 from modelpress_compression.passes.quantize.rounding.rounder import Rounding, nearest
 
@@ -55,26 +56,6 @@ def activation_parameters(value_range: Range, dtype: str) -> ActivationParameter
     return ActivationParameters(scale, zero_point, kind)
 
 
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """`values` in 8 bits and `scale`: a scalar, or one entry per slice along `axis`. One `zero_point` for all.
-
-    `reduced`: how many slices gave up resolution so that their products do not saturate.
-    """
-
-    values: NDArray[np.generic]
-    scale: NDArray[np.float32]
-    zero_point: NDArray[np.generic]
-    axis: int | None
-    reduced: int = 0
-
-    def dequantize(self) -> NDArray[np.float32]:
-        scale = self.scale
-        if self.axis is not None:
-            scale = scale.reshape([-1 if axis == self.axis else 1 for axis in range(self.values.ndim)])
-        return (self.values.astype(np.float32) - self.zero_point.astype(np.float32)) * scale
-
-
 def quantize_weight(
     weight: NDArray[np.float32],
     axis: int | None,
@@ -82,7 +63,10 @@ def quantize_weight(
     least_scale: NDArray[np.float64] | None = None,
     rounding: Rounding = nearest,
 ) -> QuantizedWeight:
-    """Symmetric, to the largest magnitude. `least_scale`: a lower bound, per slice, that a bias may ask for."""
+    """8 bits, symmetric, to the largest magnitude, with one zero point for all slices of the axis.
+
+    `least_scale`: a lower bound, per slice, that a bias may ask for.
+    """
     kind = np.dtype(dtype)
     middle = 128 if kind == np.uint8 else 0
     others = tuple(other for other in range(weight.ndim) if other != axis) if axis is not None else None
@@ -94,8 +78,8 @@ def quantize_weight(
     scale = np.maximum(scale, MIN_SCALE).astype(np.float32)
     divisor = scale if axis is None else scale.reshape([-1 if a == axis else 1 for a in range(weight.ndim)])
     limits = np.asarray(-float(LARGEST_LEVEL)), np.asarray(float(LARGEST_LEVEL))
-    values = (rounding(weight, np.asarray(divisor), *limits) + middle).astype(kind)
-    return QuantizedWeight(values, np.asarray(scale), np.asarray(middle, kind), axis)
+    levels = (rounding(weight, np.asarray(divisor), *limits) + middle).astype(kind)
+    return QuantizedWeight(levels, np.asarray(scale), np.asarray(middle, kind), axis)
 
 
 def _smallest(dtype: np.dtype[np.generic]) -> int:

@@ -15,14 +15,14 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from modelpress_compression.encodings.weight import QuantizedWeight
 from modelpress_compression.passes.integers.products import Summation
 from modelpress_compression.passes.integers.saturation import LARGEST_LEVEL
-from modelpress_compression.passes.quantize.rounding.affine import QuantizedWeight
 
 
 def balanced(quantized: QuantizedWeight, weight: NDArray[np.float32], summation: Summation) -> QuantizedWeight:
     """The weight with the sum of its rounding errors within half a level for each output."""
-    values = quantized.values.copy()
+    values = quantized.levels.copy()
     middle = np.float32(quantized.zero_point)
     scale = np.broadcast_to(quantized.scale, summation.slices(values.shape))
     terms = 2 * summation.pair_count(values.shape)
@@ -32,7 +32,7 @@ def balanced(quantized: QuantizedWeight, weight: NDArray[np.float32], summation:
         turned = _turned(error.reshape(-1, terms)).reshape(levels.shape)
         levels = np.clip(levels - turned, -LARGEST_LEVEL, LARGEST_LEVEL)
         values[index] = summation.restore(levels + middle, values[index].shape)
-    return replace(quantized, values=values)
+    return replace(quantized, levels=values)
 
 
 def _turned(error: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -14,12 +14,12 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.encodings.products import added_bias
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import constant_array, graph_of, input_of, is_constant, label
 from modelpress_compression.graph.watch import Listener, stream
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.integers.fused_products import added_bias
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.plan import Plan
 from modelpress_compression.passes.quantize.rounding.rounder import Rounder

@@ -16,12 +16,14 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.encodings import qdq
+from modelpress_compression.encodings.weight import QuantizedWeight, StoredWeight
 from modelpress_compression.graph.edit import Editor
-from modelpress_compression.graph.read import constant_array, graph_of, input_of, label, required
+from modelpress_compression.graph.read import constant_array, input_of, label, required
 from modelpress_compression.passes.integers.products import Summation, of_node, output_axis
 from modelpress_compression.passes.quantize.plan import HEAVY, Plan, Tensor, activations_of
-from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters, QuantizedWeight
-from modelpress_compression.passes.quantize.weights import StoredWeight, WeightStore
+from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters
+from modelpress_compression.passes.quantize.weights import WeightStore
 
 _INT32_ROOM = float(1 << 30)  # half of the accumulator for the bias
 
@@ -50,31 +52,11 @@ class QdqWriter:
         constant = constant_array(input_of(node, 2)) if node.op_type != "MatMul" else None
         bias = None if constant is None else np.asarray(constant, np.float32)
         stored = self._weight(node, x, bias)
-        node.replace_input_with(1, self.dequantized(node, stored))
+        node.replace_input_with(1, qdq.write(self.editor, node, stored, f"{label(node)}_weight"))
         if bias is None:
             return
-        scale = (np.float64(x.scale) * stored.quantized.scale.astype(np.float64)).astype(np.float32)
-        limits = np.iinfo(np.int32)
-        levels = np.clip(np.rint(bias.astype(np.float64) / scale), limits.min, limits.max).astype(np.int32)
-        graph, name = graph_of(node), f"{label(node)}_bias"
-        # Without a zero point, which int32 has none of: it would be as large as the bias.
-        inputs = [
-            self.editor.constant(graph, levels, f"{name}_quantized"),
-            self.editor.constant(graph, np.asarray(scale), f"{name}_scale"),
-        ]
-        attributes = {"axis": 0} if scale.ndim else None
-        node.replace_input_with(2, self.editor.emit(node, "DequantizeLinear", inputs, name, attributes=attributes)[0])
-
-    def dequantized(self, node: onnx_ir.Node, stored: StoredWeight) -> onnx_ir.Value:
-        """A DequantizeLinear of the weight before the node; one for each user, as onnxruntime's patterns want it."""
-        axis = stored.quantized.axis
-        return self.editor.emit(
-            node,
-            "DequantizeLinear",
-            [stored.values, stored.scale, stored.zero_point],
-            f"{label(node)}_weight",
-            attributes=None if axis is None else {"axis": axis},
-        )[0]
+        scale = np.asarray(np.float64(x.scale) * stored.weight.scale.astype(np.float64), np.float32)
+        node.replace_input_with(2, qdq.write_bias(self.editor, node, bias, scale, f"{label(node)}_bias"))
 
     def pair(self, graph: onnx_ir.Graph, value: onnx_ir.Value, x: ActivationParameters) -> onnx_ir.Value:
         """QuantizeLinear and DequantizeLinear right behind a value; returns the dequantized value."""

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 
 import onnx_ir
 
+from modelpress_compression.encodings.products import fuse_products
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.read import required
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult
 from modelpress_compression.passes.integers.certificate import certified
-from modelpress_compression.passes.integers.fused_products import fuse_products
 from modelpress_compression.passes.quantize import dynamic
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.plan import Plan, is_light, make_plan

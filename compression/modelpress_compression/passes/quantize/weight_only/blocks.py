@@ -1,4 +1,4 @@
-"""Matrices in blocks of 4 or 8 bits, as com.microsoft MatMulNBits and GatherBlockQuantized store them.
+"""Levels, scales and zero points of matrices in blocks of 4 or 8 bits.
 
     w = scale * (level - zero_point),   W [N, K] in N * ceil(K / size) blocks along K, one scale and zero point each
 
@@ -6,69 +6,24 @@
 the matrices of a sentence encoder in blocks of 32 this keeps 22.0 dB of the weights, without the cut 21.7 dB, and
 symmetric 21.4 or 21.1 dB (20.0 dB with equal ranges on both sides of zero); the zero points take 0.125 bit a weight.
 8 bits are symmetric about 128, which is the operators' default zero point, so that none is stored: 45 dB.
-
-Layout (onnxruntime's docs/ContribOperators.md): two levels a byte, the first in the low half.
-    MatMulNBits           levels [N, blocks, size * bits / 8], the last block of a row filled up with zero points
-    GatherBlockQuantized  levels [N, K * bits / 8]
-    both                  scales [N, blocks], zero points [N, ceil(blocks * bits / 8)]
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeVar
-
 import numpy as np
 from numpy.typing import NDArray
 
+from modelpress_compression.encodings.weight import QuantizedWeight
 from modelpress_compression.passes.quantize.rounding.affine import MIN_SCALE
 from modelpress_compression.passes.quantize.rounding.rounder import Rounding, nearest
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-_Kind = TypeVar("_Kind", np.uint8, np.float32)
 _CUTS = tuple(np.float32(percent / 100) for percent in range(95, 55, -5))
 _CHUNK = 1 << 22  # elements of a matrix that are looked at together: bounds the temporary arrays
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """`levels` [N, K], `scale` and `zero_point` [N, ceil(K / size)]; `bits` is 4 or 8."""
-
-    levels: Bytes
-    scale: Floats
-    zero_point: Bytes
-    bits: int
-    size: int
-
-    @property
-    def has_zero_points(self) -> bool:
-        """Whether they differ from the operators' default, so that they must be stored."""
-        return self.bits == 4
-
-    def by_block(self) -> Bytes:
-        """The levels as MatMulNBits takes them."""
-        rows, columns = self.levels.shape
-        blocks = self.scale.shape[1]
-        filled = np.repeat(self.zero_point, self.size, axis=1)
-        filled[:, :columns] = self.levels
-        return pack(filled, self.bits).reshape(rows, blocks, -1)
-
-    def by_row(self) -> Bytes:
-        """The levels as GatherBlockQuantized takes them; K times `bits` is a multiple of 8."""
-        return pack(self.levels, self.bits)
-
-    def packed_zero_points(self) -> Bytes:
-        return pack(self.zero_point, self.bits)
-
-    def dequantize(self) -> Floats:
-        """[N, K]."""
-        columns = self.levels.shape[1]
-        zero_point = along_rows(self.zero_point, self.size, columns).astype(np.float32)
-        return np.asarray((self.levels - zero_point) * along_rows(self.scale, self.size, columns))
-
-
-def quantize_blocks(weight: Floats, bits: int, size: int, rounding: Rounding | None = None) -> Blocks:
+def quantize_blocks(weight: Floats, bits: int, size: int, rounding: Rounding | None = None) -> QuantizedWeight:
     """A matrix [N, K]. `rounding` sees it in this layout; without one, each weight goes to the nearest level."""
     rows, columns = weight.shape
     step = max(1, _CHUNK // columns)
@@ -76,9 +31,11 @@ def quantize_blocks(weight: Floats, bits: int, size: int, rounding: Rounding | N
     found = [_parameters(chunk, bits, size) for chunk in chunks]
     scale, zero_point = (np.concatenate(parts) for parts in zip(*found, strict=True))
     if rounding is not None:
-        return Blocks(_levels(weight, scale, zero_point, bits, size, rounding), scale, zero_point, bits, size)
-    levels = [_levels(chunk, *own, bits, size, nearest) for chunk, own in zip(chunks, found, strict=True)]
-    return Blocks(np.concatenate(levels), scale, zero_point, bits, size)
+        levels = _levels(weight, scale, zero_point, bits, size, rounding)
+    else:
+        parts = zip(chunks, found, strict=True)
+        levels = np.concatenate([_levels(chunk, *own, bits, size, nearest) for chunk, own in parts])
+    return QuantizedWeight(levels, scale, zero_point, 1, size, bits)
 
 
 def block_size(columns: int, bits: int, largest: int) -> int:
@@ -91,33 +48,12 @@ def block_size(columns: int, bits: int, largest: int) -> int:
     return min(sizes, key=lambda size: -(-columns // size) * (size * bits + bits_of_parameters))
 
 
-def pack(levels: Bytes, bits: int) -> Bytes:
-    """[N, K] into [N, ceil(K * bits / 8)]; an odd last level of 4 bits has zeros beside it."""
-    if bits == 8:
-        return levels
-    even = np.pad(levels, ((0, 0), (0, levels.shape[1] % 2)))
-    return np.asarray(even[:, ::2] | (even[:, 1::2] << 4), np.uint8)
-
-
-def unpack(packed: Bytes, bits: int, columns: int) -> Bytes:
-    """The inverse of `pack`."""
-    if bits == 8:
-        return packed
-    halves = np.stack([packed & 15, packed >> 4], axis=-1)
-    return halves.reshape(len(packed), -1)[:, :columns]
-
-
-def along_rows(parameters: NDArray[_Kind], size: int, columns: int) -> NDArray[_Kind]:
-    """[N, blocks] as [N, K]: every weight's own."""
-    return np.repeat(parameters, size, axis=1)[:, :columns]
-
-
 def _levels(weight: Floats, scale: Floats, zero_point: Bytes, bits: int, size: int, rounding: Rounding) -> Bytes:
     columns = weight.shape[1]
-    zero = along_rows(zero_point, size, columns).astype(np.float32)
+    zero, factor = (np.repeat(part, size, axis=1)[:, :columns] for part in (zero_point.astype(np.float32), scale))
     # 8 bits leave out the lowest level, as all symmetric weights here do.
     low, high = (-zero, 15 - zero) if bits == 4 else (np.asarray(-127.0), np.asarray(127.0))
-    levels = rounding(weight, along_rows(scale, size, columns), low, high)
+    levels = rounding(weight, factor, low, high)
     return np.asarray(levels + zero, np.uint8)
 
 

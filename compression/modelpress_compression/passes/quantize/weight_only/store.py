@@ -2,7 +2,7 @@
 
     MatMul(A, W), Gemm(A, W, C)  ->  com.microsoft MatMulNBits(A, Wq, scales, zero points, bias), in blocks along K
     Gather(W, index)             ->  com.microsoft GatherBlockQuantized(Wq, index, scales, zero points): embeddings
-    every other weight           ->  arithmetic that onnxruntime folds into float32 when it loads the model (folded.py)
+    every other weight           ->  arithmetic that onnxruntime folds when it loads the model (encodings/folded.py)
 
 MatMulNBits runs with accuracy_level 4: onnxruntime quantizes each block of the activations to 8 bits while it runs and
 multiplies integers. At one thread with AVX512-VNNI that takes, of float32's time,
@@ -32,8 +32,7 @@ from modelpress_compression.passes.base import Context, PassResult, is_excluded
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder, Rounder
-from modelpress_compression.passes.quantize.weight_only.uses import uses_of
-from modelpress_compression.passes.quantize.weight_only.writer import WeightWriter
+from modelpress_compression.passes.quantize.weight_only.writer import WeightWriter, uses_of
 from modelpress_compression.passes.quantize.weights import is_finite
 
 # Fewer weights than this are not worth the nodes and the scales.

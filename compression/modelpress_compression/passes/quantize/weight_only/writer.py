@@ -1,44 +1,63 @@
-"""Writes weights in few bits into a graph, and the operators that read them so."""
+"""Who uses a constant weight, the form in which it can be stored for them, and the weight written so."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.encodings import folded, n_bits
+from modelpress_compression.encodings.weight import QuantizedWeight, StoredWeight
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import (
     MICROSOFT,
     attribute,
+    constant_array,
     constant_tensor,
     graph_of,
     input_of,
     is_op,
-    label,
     required,
 )
 from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.dynamic import is_candidate
 from modelpress_compression.passes.quantize.rounding.rounder import Numbers, Rounder, Rounding, nearest
-from modelpress_compression.passes.quantize.weight_only.blocks import Blocks, block_size, quantize_blocks
-from modelpress_compression.passes.quantize.weight_only.folded import (
-    MIN_4_BIT_COLUMNS,
-    columns_of,
-    in_4_bits,
-    in_8_bits,
-)
-from modelpress_compression.passes.quantize.weight_only.uses import (
-    axes_of,
-    extents_of,
-    is_blocked,
-    is_embedding,
-    is_transposed,
-)
-from modelpress_compression.passes.quantize.weights import WeightStore
+from modelpress_compression.passes.quantize.weight_only.blocks import block_size, quantize_blocks, usable_scale
+from modelpress_compression.passes.quantize.weights import WeightStore, why_not_matrix
 
-_INT8_COMPUTE = 4  # accuracy_level
+# Shorter rows are those of depthwise convolutions and stems: few weights, on which much depends.
+MIN_4_BIT_COLUMNS = 64
+# Inputs of a product from which on integers in blocks are no slower than float32, however many rows there are.
+MIN_BLOCKED_INPUTS = 256
+# Exporters write the gates of an LSTM in another order by such operators, inside an If even.
+_REARRANGING = ("Slice", "Concat", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Identity")
+_MAX_REARRANGED = 64  # values that are followed
+# Operator and input -> the axes of the weight that have a scale each.
+_SCALED_AXES: Mapping[tuple[str, str, int], tuple[int, ...]] = MappingProxyType(
+    {
+        ("", "Conv", 1): (0,),
+        ("", "ConvTranspose", 1): (1,),
+        ("", "MatMul", 0): (-2,),
+        ("", "MatMul", 1): (-1,),
+        ("", "Gemm", 0): (0,),
+        ("", "Gemm", 1): (1,),
+        ("", "LSTM", 1): (0, 1),
+        ("", "LSTM", 2): (0, 1),
+        ("", "GRU", 1): (0, 1),
+        ("", "GRU", 2): (0, 1),
+        ("", "RNN", 1): (0, 1),
+        ("", "RNN", 2): (0, 1),
+        ("", "Gather", 0): (0,),
+        (MICROSOFT, "Attention", 1): (1,),
+        (MICROSOFT, "FusedConv", 1): (0,),
+        (MICROSOFT, "FusedGemm", 1): (1,),
+    }
+)
 
 
 @dataclass
@@ -54,18 +73,18 @@ class WeightWriter:
     def store(self, graph: onnx_ir.Graph, weight: onnx_ir.Value) -> None:
         """One weight, for all who use it; its graph takes the new constants."""
         uses = list(weight.uses())
-        if not self.folded and all(is_blocked(*use) for use in uses):
+        if not self.folded and all(_is_blocked(*use) for use in uses):
             self._products(graph, weight, [use.node for use in uses])
-        elif not self.folded and all(is_embedding(*use) for use in uses):
+        elif not self.folded and all(_is_embedding(*use) for use in uses):
             self._embeddings(graph, weight, [use.node for use in uses])
         else:
-            self._folded(graph, weight, next((use for use in uses if axes_of(*use) is not None), None))
+            self._folded(graph, weight, next((use for use in uses if _axes_of(*use) is not None), None))
 
     def _products(self, graph: onnx_ir.Graph, weight: onnx_ir.Value, nodes: Sequence[onnx_ir.Node]) -> None:
         bits = 4 if self.config.weights == "int4" else 8
-        stored: dict[tuple[bool, float], tuple[Sequence[onnx_ir.Value | None], int]] = {}
+        stored: dict[tuple[bool, float], StoredWeight] = {}
         for node in nodes:
-            transposed, alpha = is_transposed(node), float(attribute(node, "alpha", 1.0))
+            transposed, alpha = _is_transposed(node), float(attribute(node, "alpha", 1.0))
             if (transposed, alpha) not in stored:
                 array = WeightStore.array(weight)
                 rounding = self.rounder.rounding(node)
@@ -73,41 +92,12 @@ class WeightWriter:
                     array, rounding = array.T, _turned(rounding)
                 size = block_size(array.shape[1], bits, self.config.block_size)
                 blocks = quantize_blocks(array, bits, size, rounding)
-                stored[transposed, alpha] = self._constants(graph, weight, blocks, blocks.by_block(), alpha), size
-            self._product(node, *stored[transposed, alpha], bits)
-
-    def _constants(
-        self, graph: onnx_ir.Graph, weight: onnx_ir.Value, blocks: Blocks, levels: NDArray[np.uint8], alpha: float
-    ) -> list[onnx_ir.Value | None]:
-        """Levels, scales and zero points."""
-        name = weight.name or "weight"
-        constants: list[onnx_ir.Value | None] = [
-            self.editor.constant(graph, levels, f"{name}_quantized"),
-            self.editor.constant(graph, blocks.scale * np.float32(alpha), f"{name}_scale"),
-        ]
-        if blocks.has_zero_points:
-            constants.append(self.editor.constant(graph, blocks.packed_zero_points(), f"{name}_zero_point"))
-        return constants
-
-    def _product(self, node: onnx_ir.Node, constants: Sequence[onnx_ir.Value | None], size: int, bits: int) -> None:
-        tensor = constant_tensor(required(node, 1))
-        if tensor is None:
-            raise TypeError(f"the weight of {label(node)!r} is not constant")
-        inputs, outputs = extents_of(node, tensor)
-        operands = [required(node, 0), *constants]
-        bias = input_of(node, 2) if node.op_type == "Gemm" else None
-        if bias is not None:
-            operands += [None] * (5 - len(operands)) + [self._bias(node, bias, outputs)]
-        attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": size}
-        (result,) = self.editor.emit(
-            node,
-            "MatMulNBits",
-            operands,
-            label(node),
-            domain=MICROSOFT,
-            attributes={**attributes, "accuracy_level": _INT8_COMPUTE},
-        )
-        self._replace(node, result)
+                blocks = replace(blocks, scale=blocks.scale * np.float32(alpha))
+                stored[transposed, alpha] = n_bits.store_matrix(self.editor, graph, blocks, weight.name or "weight")
+            bias = input_of(node, 2) if node.op_type == "Gemm" else None
+            if bias is not None:
+                bias = self._bias(node, bias, len(stored[transposed, alpha].weight.levels))
+            self._replace(node, n_bits.write_product(self.editor, node, stored[transposed, alpha], bias))
 
     def _bias(self, node: onnx_ir.Node, bias: onnx_ir.Value, outputs: int) -> onnx_ir.Value:
         array = WeightStore.array(bias)
@@ -123,33 +113,88 @@ class WeightWriter:
         bits = 4 if self.config.weights == "int4" and array.shape[1] % 2 == 0 else 8
         self.in_8_bits += bits == 8
         blocks = quantize_blocks(array, bits, self.config.block_size)
-        data, *rest = self._constants(graph, weight, blocks, blocks.by_row(), 1.0)
-        attributes = {"bits": bits, "block_size": self.config.block_size, "gather_axis": 0, "quantize_axis": 1}
+        stored = n_bits.store_table(self.editor, graph, blocks, weight.name or "weight")
         for node in nodes:
-            operands = [data, required(node, 1), *rest]
-            (result,) = self.editor.emit(
-                node, "GatherBlockQuantized", operands, label(node), domain=MICROSOFT, attributes=attributes
-            )
-            self._replace(node, result)
+            self._replace(node, n_bits.write_lookup(self.editor, node, stored))
 
     def _folded(self, graph: onnx_ir.Graph, weight: onnx_ir.Value, use: tuple[onnx_ir.Node, int] | None) -> None:
         """`use`: one that reads the weight as it is, if there is one."""
         # A weight that is rearranged has its rows on the first axis mostly; any axis will do.
-        axes = (axes_of(*use) if use is not None else None) or (0,)
+        axes = (_axes_of(*use) if use is not None else None) or (0,)
         rounds = use is not None and use[1] == 1 and is_op(use[0], "Conv", "MatMul", "Gemm")
         rounding = self.rounder.rounding(use[0]) if use is not None and rounds else nearest
-        columns = columns_of(WeightStore.array(weight).shape, axes)
+        array, name = WeightStore.array(weight), weight.name or "weight"
+        columns = _columns(array.shape, axes)
         if self.config.weights == "int4" and columns >= MIN_4_BIT_COLUMNS:
-            real = in_4_bits(self.editor, graph, weight, axes, self.config.block_size, rounding)
+            size = block_size(columns, 4, self.config.block_size)
+            blocks = quantize_blocks(array.reshape(-1, columns), 4, size, _reshaped(rounding, array.shape))
+            real = folded.write_4_bits(self.editor, graph, blocks, array.shape, name)
         else:
             self.in_8_bits += 1
-            real = in_8_bits(self.editor, graph, weight, axes if self.config.per_channel else (), rounding)
+            levels = _in_8_bits(array, axes if self.config.per_channel else (), rounding)
+            real = folded.write_8_bits(self.editor, graph, levels, name)
         real.type, real.shape = weight.type, weight.shape
         onnx_ir.convenience.replace_all_uses_with(weight, real)
 
     def _replace(self, node: onnx_ir.Node, result: onnx_ir.Value) -> None:
         self.editor.hand_over(node.outputs[0], result)
         graph_of(node).remove(node, safe=True)
+
+
+def uses_of(weight: onnx_ir.Value) -> list[tuple[onnx_ir.Node, int]]:
+    """The nodes that multiply by the weight, and at which input; operators that only rearrange it may lie between."""
+    found: list[tuple[onnx_ir.Node, int]] = []
+    frontier, seen = [weight], {id(weight)}
+    while frontier:
+        for node, index in frontier.pop().uses():
+            if (node.domain, node.op_type, index) in _SCALED_AXES:
+                found.append((node, index))
+            elif is_op(node, *_REARRANGING) and len(seen) < _MAX_REARRANGED:
+                new = [output for output in node.outputs if id(output) not in seen]
+                seen.update(id(output) for output in new)
+                frontier += new
+    return found
+
+
+def _is_blocked(node: onnx_ir.Node, index: int) -> bool:
+    """Whether it becomes a MatMulNBits."""
+    if not is_op(node, "MatMul", "Gemm") or index != 1 or why_not_matrix(node):
+        return False
+    tensor = constant_tensor(required(node, 1))
+    if tensor is None or len(tensor.shape) != 2:
+        return False
+    inputs, outputs = _extents_of(node, tensor)
+    return inputs >= MIN_BLOCKED_INPUTS and _bias_fits(node, outputs)
+
+
+def _extents_of(node: onnx_ir.Node, tensor: onnx_ir.TensorProtocol) -> tuple[int, int]:
+    """Inputs K and outputs N of a MatMul or Gemm with this weight."""
+    first, second = (int(extent) for extent in tensor.shape.numpy())
+    return (second, first) if _is_transposed(node) else (first, second)
+
+
+def _is_transposed(node: onnx_ir.Node) -> bool:
+    """Whether the weight is [N, K]."""
+    return node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
+
+
+def _bias_fits(node: onnx_ir.Node, outputs: int) -> bool:
+    bias = input_of(node, 2) if node.op_type == "Gemm" else None
+    array = constant_array(bias)
+    return bias is None or (
+        array is not None and array.size in (1, outputs) and array.shape[-1:] in ((), (array.size,))
+    )
+
+
+def _is_embedding(node: onnx_ir.Node, index: int) -> bool:
+    """Whether it becomes a GatherBlockQuantized."""
+    return is_op(node, "Gather") and index == 0 and is_candidate(node)
+
+
+def _axes_of(node: onnx_ir.Node, index: int) -> tuple[int, ...] | None:
+    """Axes of the weight that have a scale each; None: it is no weight there."""
+    axes = _SCALED_AXES.get((node.domain, node.op_type, index))
+    return (0,) if axes and index == 1 and attribute(node, "transB", 0) else axes
 
 
 def _turned(rounding: Rounding) -> Rounding:
@@ -159,3 +204,27 @@ def _turned(rounding: Rounding) -> Rounding:
         return rounding(weight.T, scale.T, low.T, high.T).T
 
     return turned
+
+
+def _columns(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+    """Elements of a row, where a row is a slice of the leading axes: two if both have scales of their own, or one."""
+    return math.prod(shape[2 if axes == (0, 1) else 1 :])
+
+
+def _in_8_bits(weight: NDArray[np.float32], axes: tuple[int, ...], rounding: Rounding) -> QuantizedWeight:
+    """Symmetric, with a scale for each index of `axes`, or one for everything where there are none."""
+    kept = {axis % weight.ndim for axis in axes}
+    others = tuple(axis for axis in range(weight.ndim) if axis not in kept)
+    scale = usable_scale(np.abs(weight).max(axis=others, keepdims=True) / np.float32(127))
+    levels = rounding(weight, scale, np.asarray(-127.0), np.asarray(127.0)).astype(np.int8)
+    return QuantizedWeight(levels, scale, np.zeros((), np.int8))
+
+
+def _reshaped(rounding: Rounding, shape: tuple[int, ...]) -> Rounding:
+    """`rounding` of the weight in its own shape, for rows [N, K]."""
+
+    def reshaped(weight: Numbers, scale: Numbers, low: Numbers, high: Numbers) -> Numbers:
+        parts = (part if part.ndim == 0 else part.reshape(shape) for part in (scale, low, high))
+        return rounding(weight.reshape(shape), *parts).reshape(weight.shape)
+
+    return reshaped

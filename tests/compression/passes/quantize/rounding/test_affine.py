@@ -44,7 +44,7 @@ def test_weights_come_back_within_half_a_step(dtype: str, axis: int | None) -> N
     weight = np.random.default_rng(0).normal(0, 1, (6, 9, 2)).astype(np.float32)
     weight[2] = 0
     quantized = quantize_weight(weight, axis, dtype)
-    assert quantized.values.dtype == np.dtype(dtype)
+    assert quantized.levels.dtype == np.dtype(dtype)
     error = np.abs(quantized.dequantize() - weight)
     assert float(error.max()) <= float(quantized.scale.max()) * 0.501
     assert not quantized.dequantize()[2].any()

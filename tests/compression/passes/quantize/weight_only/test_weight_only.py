@@ -10,12 +10,8 @@ import numpy as np
 import onnx
 import onnx_ir
 import pytest
-from modelpress_compression.graph.edit import Editor
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.base import PassResult
-from modelpress_compression.passes.quantize.rounding.rounder import nearest
-from modelpress_compression.passes.quantize.weight_only.blocks import block_size, quantize_blocks
-from modelpress_compression.passes.quantize.weight_only.folded import columns_of, in_4_bits
 from modelpress_compression.runtime import run, session_of
 from onnx import TensorProto, helper, numpy_helper
 
@@ -110,23 +106,6 @@ def test_convolutions_are_folded_when_loaded(  # type: ignore[no-untyped-def]
     assert bool(result.warnings) == (weights == "int4")
     assert loaded_operators(result.model) == loaded_operators(cnn)
     assert sqnr(cnn, result.model, images) > least
-
-
-@pytest.mark.parametrize("shape", [(16, 8, 3, 3), (16, 7, 5, 2), (16, 65), (3, 16, 70), (2, 24, 64)])
-@pytest.mark.parametrize("size", [16, 64])
-def test_folded_weights_are_those_of_the_blocks(build, rng, shape, size: int) -> None:  # type: ignore[no-untyped-def]
-    """The folded arithmetic gives the dequantized blocks (rtol 1e-6), rows that fill no whole block included."""
-    weight = rng.normal(0, 0.1, shape).astype(np.float32)
-    model = build([helper.make_node("Add", ["w", "x"], ["y"], "add")], {"w": weight}, {"x": [1]})
-    axes = (0, 1) if len(shape) == 3 else (0,)
-    value = model.graph.initializers["w"]
-    real = in_4_bits(Editor(model), model.graph, value, axes, size, nearest)
-    onnx_ir.convenience.replace_all_uses_with(value, real)
-    columns = columns_of(shape, axes)
-    blocks = quantize_blocks(weight.reshape(-1, columns), 4, block_size(columns, 4, size))
-    with session_of(model) as session:
-        found = run(session, {"x": np.zeros(1, np.float32)})["y"]
-    np.testing.assert_allclose(found, blocks.dequantize().reshape(shape), rtol=1e-6, atol=1e-8)
 
 
 def test_recurrent_and_transposed_convolutions(build, rng, quantize: Apply, sqnr) -> None:  # type: ignore[no-untyped-def]

@@ -1,17 +1,29 @@
-"""Products that add their bias inside the integer kernel, and the same in the standard's operators.
+"""Products of 8-bit integers: x [..., K], W [K, N], bias [N].
+
+Dynamic, where q, s, z = DynamicQuantizeLinear(x):
+
+    Cast(MatMulInteger(q, W, z, W's zero point)) * (s * W's scale) + bias      ConvInteger likewise
+    com.microsoft DynamicQuantizeLSTM, QAttention
+
+Products that add their bias inside the integer kernel, and the same in the standard's operators:
 
     DequantizeLinear(x) @ DequantizeLinear(W) + bias    <->    com.microsoft MatMulIntegerToFloat(x, W, ..., bias)
 
-x: [..., K] in 8 bits, W: [K, N], bias: [N]. onnxruntime runs the left side as the right one, but leaves the Add beside
-it: one more pass over the output of each product (3 % of a sentence encoder's time). Reference of the operator:
-onnxruntime's docs/ContribOperators.md.
+onnxruntime runs the left side as the right one, but leaves the Add beside it: one more pass over the output of each
+product (3 % of a sentence encoder's time). Reference of the operators: onnxruntime's docs/ContribOperators.md.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir
 
+from modelpress_compression.encodings import qdq
+from modelpress_compression.encodings.folded import factor_behind
+from modelpress_compression.encodings.operands import arranged, operand
+from modelpress_compression.encodings.weight import StoredWeight
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import (
     MICROSOFT,
@@ -29,6 +41,46 @@ from modelpress_compression.graph.read import (
 from modelpress_compression.model import Model
 
 FUSED = "MatMulIntegerToFloat"
+# Values, scale and zero point, as DynamicQuantizeLinear makes them.
+Activation = tuple[onnx_ir.Value, onnx_ir.Value, onnx_ir.Value]
+
+
+def write_input(editor: Editor, node: onnx_ir.Node, source: onnx_ir.Value) -> Activation:
+    """An activation by the range that it has in each run, before a node."""
+    outputs = ("", "_scale", "_zero_point")
+    values, scale, zero_point = editor.emit(
+        node, "DynamicQuantizeLinear", [source], source.name or label(node), outputs=outputs
+    )
+    return values, scale, zero_point
+
+
+def write(
+    editor: Editor, node: onnx_ir.Node, x: Activation, weight: StoredWeight, bias: onnx_ir.Value | None = None
+) -> onnx_ir.Value:
+    """The dynamic product before a node, under its name."""
+    name, (values, scale, zero_point) = label(node), x
+    inputs = arranged("MatMulInteger", x=values, x_zero=zero_point, **weight.operands())
+    (product,) = editor.emit(node, "MatMulInteger", inputs, name)
+    (real,) = editor.emit(node, "Cast", [product], name, attributes={"to": int(onnx_ir.DataType.FLOAT)})
+    (factor,) = editor.emit(node, "Mul", [scale, weight.scale], f"{name}_scale")
+    (result,) = editor.emit(node, "Mul", [real, factor], name)
+    return result if bias is None else editor.emit(node, "Add", [result, bias], name)[0]
+
+
+def read(node: onnx_ir.Node) -> tuple[StoredWeight, ...]:
+    """The weight of a MatMulInteger or ConvInteger; its scale is 1 where none is found behind the product."""
+    return tuple(_scaled(stored, factor_behind(node.outputs[0])) for stored in qdq.read(node))
+
+
+def _scaled(stored: StoredWeight, factor: onnx_ir.Value | None) -> StoredWeight:
+    maker = factor.producer() if factor is not None else None
+    factors = list(maker.inputs) if maker is not None and is_op(maker, "Mul") else [factor]
+    scale = next((value for value in factors if is_constant(value)), None)
+    array, axis = constant_array(scale), stored.weight.axis
+    if array is None or axis is None or array.size not in (1, stored.weight.levels.shape[axis]):
+        return stored
+    scales = array.reshape(()) if array.size == 1 else array.reshape(-1)
+    return replace(stored, weight=replace(stored.weight, scale=scales), scale=scale)
 
 
 def added_bias(node: onnx_ir.Node) -> tuple[onnx_ir.Node, int] | None:
@@ -68,12 +120,17 @@ def _fuse(node: onnx_ir.Node, editor: Editor) -> bool:
     add, index = found
     if x is None or weight is None or not _fits(x, weight, required(add, index)):
         return False
-    operands = [input_of(source, position) for position in range(3) for source in (x, weight)]
-    (result,) = editor.emit(add, FUSED, [*operands, add.inputs[index]], label(node), domain=MICROSOFT)
+    inputs = arranged(FUSED, **_dequantized(x, "x"), **_dequantized(weight, "w"), bias=add.inputs[index])
+    (result,) = editor.emit(add, FUSED, inputs, label(node), domain=MICROSOFT)
     editor.hand_over(add.outputs[0], result)
     graph_of(add).remove(add, safe=True)
     _take_over(node, result)
     return True
+
+
+def _dequantized(node: onnx_ir.Node, name: str) -> dict[str, onnx_ir.Value | None]:
+    """Inputs of a DequantizeLinear as operands of the product with what it makes."""
+    return {f"{name}{suffix}": input_of(node, index) for index, suffix in enumerate(("", "_scale", "_zero"))}
 
 
 def _fits(x: onnx_ir.Node, weight: onnx_ir.Node, bias: onnx_ir.Value) -> bool:
@@ -89,13 +146,11 @@ def _fits(x: onnx_ir.Node, weight: onnx_ir.Node, bias: onnx_ir.Value) -> bool:
 
 
 def _split(node: onnx_ir.Node, editor: Editor) -> None:
-    x, weight, x_scale, scales, x_zero, zeros, bias = (input_of(node, index) for index in range(7))
-    name = label(node)
-    (real,) = editor.emit(node, "DequantizeLinear", _given(x, x_scale, x_zero), f"{name}_input")
+    name, bias = label(node), operand(node, "bias")
+    x, weight = ([operand(node, f"{side}{suffix}") for suffix in ("", "_scale", "_zero")] for side in ("x", "w"))
+    (real,) = editor.emit(node, "DequantizeLinear", _given(*x), f"{name}_input")
     # The axis counts only where there is a scale for each column.
-    (matrix,) = editor.emit(
-        node, "DequantizeLinear", _given(weight, scales, zeros), f"{name}_weight", attributes={"axis": 1}
-    )
+    (matrix,) = editor.emit(node, "DequantizeLinear", _given(*weight), f"{name}_weight", attributes={"axis": 1})
     (product,) = editor.emit(node, "MatMul", [real, matrix], name)
     result = product if bias is None else editor.emit(node, "Add", [product, bias], name)[0]
     editor.hand_over(node.outputs[0], result)

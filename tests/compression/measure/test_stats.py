@@ -9,7 +9,7 @@ import onnx
 import onnx_ir
 import pytest
 import torch
-from modelpress_compression.graph.stats import model_stats
+from modelpress_compression.measure.stats import model_stats
 from modelpress_compression.model import Model, Provenance
 from torch import nn
 

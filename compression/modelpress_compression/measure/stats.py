@@ -7,8 +7,8 @@ quantized model. Not counted are
 - 32 and 64 bit integers and bools (shapes, axes, indices), unless a quantized operator takes them as its bias;
 - single numbers in elementwise operators (the 0.5 and 1.41 of a GELU, an epsilon, the bounds of Clip).
 
-A tensor that several nodes share counts once, for one of them. In a packed weight (MatMulNBits) the parameters
-are the values that it holds, not its bytes. In a quantized weight the elements equal to its zero point are the zeros.
+A tensor that several nodes share counts once, for one of them. In a quantized weight the parameters are the numbers
+that it stands for, not its bytes nor what fills up its last block, and elements equal to its zero point are the zeros.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir
 
+from modelpress_compression.encodings.operands import is_quantization_parameter, is_stored_weight
+from modelpress_compression.encodings.read import stored_weights
 from modelpress_compression.graph.macs import count_macs
-from modelpress_compression.graph.operands import is_quantization_parameter, zero_point
-from modelpress_compression.graph.read import constant_tensor, input_of
 from modelpress_compression.graph.shapes import Shape
-from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 
 _STANDARD_DOMAINS = ("", "ai.onnx")
@@ -79,8 +78,18 @@ class _Layer:
 
 
 @dataclass
+class _Quantized:
+    """A constant of a quantized weight: `parameters` is 0 for its scales and the like."""
+
+    users: list[onnx_ir.Node] = field(default_factory=list)
+    parameters: int = 0
+    nonzero: int = 0
+
+
+@dataclass
 class _Tally:
     live_nodes: frozenset[int]
+    quantized: Mapping[onnx_ir.Value, _Quantized]
     parameters: int = 0
     nonzero: int = 0
     layers: dict[int, _Layer] = field(default_factory=dict)
@@ -92,7 +101,7 @@ def model_stats(model: Model, input_shapes: Mapping[str, Shape] | None = None) -
     `graph.shapes.sample_shapes(data)` gives the shapes of one real sample. Weights are read one at a time.
     """
     macs = count_macs(model, input_shapes)
-    tally = _Tally(frozenset(id(node) for node in model.nodes()))
+    tally = _Tally(frozenset(id(node) for node in model.nodes()), _quantized(model))
     seen: set[int] = set()
     for value, tensor in _constants(model):
         if id(tensor) not in seen:
@@ -139,24 +148,38 @@ def _constants(model: Model) -> Iterator[tuple[onnx_ir.Value, onnx_ir.TensorProt
                 yield node.outputs[0], attribute.as_tensor()
 
 
+def _quantized(model: Model) -> dict[onnx_ir.Value, _Quantized]:
+    """All constants that quantized weights are made of."""
+    found: dict[onnx_ir.Value, _Quantized] = {}
+    for node in model.nodes():
+        for stored in stored_weights(node):
+            # A Mul or Reshape is but the last step of the arithmetic that makes a weight.
+            is_last_step = node.op_type in ("Mul", "Reshape")
+            users = [user for user, _ in node.outputs[0].uses()] if is_last_step else []
+            for value in (stored.values, *stored.parameters):
+                found.setdefault(value, _Quantized()).users += users or [node]
+            entry = found[stored.values]
+            entry.parameters, entry.nonzero = stored.weight.levels.size, stored.weight.nonzero()
+    return found
+
+
 def _count(tally: _Tally, value: onnx_ir.Value, tensor: onnx_ir.TensorProtocol) -> None:
     # Nodes that a rewrite has cut off may still be listed as users.
     uses = [(user, place) for user, place in value.uses() if id(user) in tally.live_nodes]
     if not uses:
         return
+    quantized = tally.quantized.get(value)
+    users = quantized.users if quantized is not None else [user for user, _ in uses]
     # Of several users always the same one, in whatever order the graph lists them.
-    owner = min((_owner(user) for user, _ in uses), key=lambda node: node.name or "")
+    owner = min((_owner(user) for user in users), key=lambda node: node.name or "")
     layer = tally.layers.setdefault(id(owner), _Layer(owner))
     layer.bytes += tensor.nbytes
-    weight = next(((user, place) for user, place in uses if _is_weight(user, place, tensor)), None)
-    if weight is None:
-        return
-    node, position = weight
-    if node.op_type == "MatMulNBits":
-        size, nonzero = _packed(node, tensor)
+    if quantized is not None:
+        size, nonzero = quantized.parameters, quantized.nonzero
+    elif any(_is_weight(user, place, tensor) for user, place in uses):
+        size, nonzero = tensor.size, int(np.count_nonzero(tensor.numpy()))
     else:
-        array = tensor.numpy()
-        size, nonzero = array.size, _nonzero(array, node, position)
+        return
     tally.parameters += size
     tally.nonzero += nonzero
     layer.parameters += size
@@ -179,51 +202,9 @@ def _is_weight(node: onnx_ir.Node, position: int, tensor: onnx_ir.TensorProtocol
         return False
     if tensor.size <= 1 and _owner(node).op_type not in _LAYERS:
         return False
-    dtype = tensor.dtype
-    if dtype.is_floating_point():
+    if tensor.dtype.is_floating_point():
         return True
-    if not dtype.is_integer():
-        return False
-    return dtype.bitwidth <= 8 or (node.op_type, position) in (
-        ("DequantizeLinear", 0),
-        ("QLinearConv", 8),
-        ("QGemm", 6),
-    )
-
-
-def _nonzero(array: Array, node: onnx_ir.Node, position: int) -> int:
-    found = zero_point(node, position)
-    if found is None:
-        return int(np.count_nonzero(array))
-    zeros, axis = found[0].numpy(), found[1]
-    if zeros.size == 1:
-        return int(np.count_nonzero(array != zeros.reshape(())))
-    if zeros.ndim == 1 and zeros.size == array.shape[axis]:
-        shape = [1] * array.ndim
-        shape[axis] = zeros.size
-        return int(np.count_nonzero(array != zeros.reshape(shape)))
-    if zeros.ndim == array.ndim:
-        # One zero point for each block along the axis.
-        block = -(-array.shape[axis] // zeros.shape[axis])
-        spread = np.repeat(zeros, block, axis=axis).take(range(array.shape[axis]), axis=axis)
-        return int(np.count_nonzero(array != spread))
-    return int(np.count_nonzero(array))
-
-
-def _packed(node: onnx_ir.Node, tensor: onnx_ir.TensorProtocol) -> tuple[int, int]:
-    """Values and non-zero values of a MatMulNBits weight [N, blocks, bytes of a block], the lower half first."""
-    rows, columns = (int(node.attributes[name].as_int()) for name in ("N", "K"))
-    bits = int(node.attributes["bits"].as_int()) if "bits" in node.attributes else 4
-    block = int(node.attributes["block_size"].as_int())
-    packed = tensor.numpy().reshape(rows, -1)
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    quantized = ((packed[:, :, None] >> shifts) & (2**bits - 1)).reshape(rows, -1)[:, :columns]
-    zeros: Array = np.full((rows, 1), 2 ** (bits - 1), np.uint8)
-    given = constant_tensor(input_of(node, 3))
-    if given is not None and given.dtype == onnx_ir.DataType.UINT8:
-        per_block = ((given.numpy().reshape(rows, -1)[:, :, None] >> shifts) & (2**bits - 1)).reshape(rows, -1)
-        zeros = np.repeat(per_block, block, axis=1)[:, :columns]
-    return rows * columns, int(np.count_nonzero(quantized != zeros))
+    return tensor.dtype.is_integer() and (tensor.dtype.bitwidth <= 8 or is_stored_weight(node, position))
 
 
 def _layer_macs(node: onnx_ir.Node, by_output: Mapping[str, int | None]) -> int | None:

@@ -10,11 +10,11 @@ import onnx_ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modelpress_compression.encodings.products import fuse_products, split_products
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.read import MICROSOFT, is_op
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.integers.certificate import certify
-from modelpress_compression.passes.integers.fused_products import fuse_products, split_products
 from onnx import TensorProto, helper, numpy_helper
 
 
