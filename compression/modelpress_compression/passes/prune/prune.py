@@ -24,11 +24,10 @@ from modelpress_compression.graph.edit import replace_numbers
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip
-from modelpress_compression.passes.prune.channel import prune_channels
+from modelpress_compression.passes.prune.channel.prune import prune_channels
 from modelpress_compression.passes.prune.config import PruneConfig
-from modelpress_compression.passes.prune.rows import layout_of, smallest_of_groups
-from modelpress_compression.passes.prune.selection import Mask, Scores, Selector, smallest
-from modelpress_compression.passes.prune.targets import Target, find_targets, unmatched
+from modelpress_compression.passes.prune.masks import Mask, Scores, Selector, layout_of, smallest, smallest_of_groups
+from modelpress_compression.passes.prune.prunable import PrunableWeight, find_prunable, unmatched_excludes
 
 _NO_SPEEDUP = (
     "Zeroed weights do not make onnxruntime faster: they pay in the size of the compressed download only. "
@@ -56,17 +55,17 @@ class Prune:
         if self._config.structure == "channel":
             return prune_channels(model, self._config, context)
         clone = model.clone()
-        targets, skipped = find_targets(clone, self._config.exclude)
+        weights, skipped = find_prunable(clone, self._config.exclude)
         if self._config.structure == "n:m":
-            targets, narrow = self._wide_enough(targets)
+            weights, narrow = self._wide_enough(weights)
             skipped += narrow
         counts = _Counts()
-        shared = self._global_selector(targets, context)
-        for number, target in enumerate(targets):
+        shared = self._global_selector(weights, context)
+        for number, weight in enumerate(weights):
             context.check_time()
-            context.progress(number / len(targets), f"pruning {target.name}")
-            array = target.tensor.numpy()
-            mask = self._mask(target, array, shared)
+            context.progress(number / len(weights), f"pruning {weight.name}")
+            array = weight.tensor.numpy()
+            mask = self._mask(weight, array, shared)
             zero = array == 0
             changed = int(np.count_nonzero(mask & ~zero))
             counts.weights += array.size
@@ -74,62 +73,59 @@ class Prune:
             counts.pruned += changed
             if changed:
                 counts.layers += 1
-                replace_numbers(target.value, np.where(mask, np.zeros((), array.dtype), array))
+                replace_numbers(weight.value, np.where(mask, np.zeros((), array.dtype), array))
         context.progress(1.0, "pruned")
         return self._result(clone if counts.pruned else model, counts, skipped)
 
     def _result(self, model: Model, counts: _Counts, skipped: list[Skip]) -> PassResult:
-        warnings = [
-            f"The exclude pattern {pattern!r} matches no node and no weight."
-            for pattern in unmatched(model, self._config.exclude)
-        ]
+        warnings = unmatched_excludes(model, self._config.exclude)
         changes: dict[str, int | float] = {"weights_pruned": counts.pruned, "layers_pruned": counts.layers}
         if counts.pruned:
             changes["sparsity"] = counts.zeros / counts.weights
             warnings.append(_NO_SPEEDUP)
         return PassResult(model, changes, tuple(skipped), tuple(warnings))
 
-    def _wide_enough(self, targets: list[Target]) -> tuple[list[Target], list[Skip]]:
+    def _wide_enough(self, weights: list[PrunableWeight]) -> tuple[list[PrunableWeight], list[Skip]]:
+        """Those with at least one group of m in a row, and why the others have none."""
         wide, skipped = [], []
-        for target in targets:
-            layout = layout_of(target)
-            columns = int(np.prod([layout.split[axis] for axis in layout.perm[-layout.columns :]]))
+        for weight in weights:
+            columns = layout_of(weight).row_length
             if columns >= self._config.m:
-                wide.append(target)
+                wide.append(weight)
             else:
                 reason = f"The input axis has {columns} weights, fewer than a group of {self._config.m}."
-                skipped.append(Skip(target.name, reason))
+                skipped.append(Skip(weight.name, reason))
         return wide, skipped
 
-    def _global_selector(self, targets: list[Target], context: Context) -> Selector | None:
+    def _global_selector(self, weights: list[PrunableWeight], context: Context) -> Selector | None:
         """One selector for all layers, or None where each layer has its own."""
         if self._config.structure != "unstructured" or self._config.scope != "global":
             return None
 
         def scores() -> Iterator[Scores]:
-            for target in targets:
+            for weight in weights:
                 context.check_time()
-                yield self._scores(target, target.tensor.numpy())
+                yield self._scores(weight, weight.tensor.numpy())
 
-        total = sum(target.tensor.size for target in targets)
+        total = sum(weight.tensor.size for weight in weights)
         return smallest(round(self._config.sparsity * total), scores)
 
-    def _mask(self, target: Target, array: Array, shared: Selector | None) -> Mask:
+    def _mask(self, weight: PrunableWeight, array: Array, shared: Selector | None) -> Mask:
         """What becomes zero, in the weight's shape."""
-        scores = self._scores(target, array)
+        scores = self._scores(weight, array)
         if self._config.structure == "n:m":
-            layout = layout_of(target)
+            layout = layout_of(weight)
             return layout.back(smallest_of_groups(layout.rows(scores), self._config.n, self._config.m), array.shape)
         selector = shared or smallest(round(self._config.sparsity * array.size), lambda: [scores])
         return selector.take(scores)
 
-    def _scores(self, target: Target, array: Array) -> Scores:
+    def _scores(self, weight: PrunableWeight, array: Array) -> Scores:
         """Importance, at least 0; weights that are zero already have 0."""
         magnitudes: Scores = np.abs(array).astype(np.float32)
         if self._config.criterion == "l1":
             return magnitudes
         # The seed belongs to the weight's name, so that other layers do not change what is drawn for this one.
-        generator = np.random.default_rng([self._config.seed, zlib.crc32(target.name.encode())])
+        generator = np.random.default_rng([self._config.seed, zlib.crc32(weight.name.encode())])
         drawn = 1.0 - generator.random(array.shape, dtype=np.float32)
         scores: Scores = np.where(array == 0, np.float32(0), drawn)
         return scores

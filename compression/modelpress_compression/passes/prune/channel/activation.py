@@ -23,8 +23,7 @@ from modelpress_compression.graph.watch import observable, stream
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.prune.channel.criterion import Scores
-from modelpress_compression.passes.prune.channel.magnitude import Magnitude
+from modelpress_compression.passes.prune.channel.criteria import Magnitude, Scores
 from modelpress_compression.passes.prune.channel.weights import Weights, along, per_unit
 
 # Means settle within some hundred samples, each of which has many positions.

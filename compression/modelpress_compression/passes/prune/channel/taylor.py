@@ -37,8 +37,7 @@ from modelpress_compression.graph.padding import counted_among, counted_position
 from modelpress_compression.inputs import Feeds
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.prune.channel.criterion import Scores
-from modelpress_compression.passes.prune.channel.magnitude import Magnitude
+from modelpress_compression.passes.prune.channel.criteria import Magnitude, Scores
 from modelpress_compression.passes.prune.channel.weights import Weights, per_unit
 
 MAX_SAMPLES = 256

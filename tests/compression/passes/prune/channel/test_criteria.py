@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from modelpress_compression.channels import find_groups
 from modelpress_compression.graph.edit import replace_numbers
-from modelpress_compression.passes.prune.channel import CRITERIA
+from modelpress_compression.passes.prune.channel.prune import CRITERIA
 from modelpress_compression.passes.prune.config import PruneConfig
 from onnx import helper
 

@@ -1,4 +1,4 @@
-"""Which tensors are pruned: the weights of operators that multiply and sum, each once, however many nodes share it.
+"""Which weights are pruned: the weights of operators that multiply and sum, each once, however many nodes share it.
 
     Conv, ConvTranspose, Gemm, MatMul (the constant operand), FusedConv, FusedGemm, FusedMatMul     one weight
     LSTM, GRU, RNN                                  input weights W and recurrent weights R
@@ -50,8 +50,8 @@ _FLOATS = (
 
 
 @dataclass(frozen=True)
-class Target:
-    """One weight to prune. `node`, `position`: its first user, and which of that node's inputs it is."""
+class PrunableWeight:
+    """A constant that nodes multiply by. `node`, `position`: its first user, and which of that node's inputs it is."""
 
     value: onnx_ir.Value
     node: onnx_ir.Node
@@ -69,9 +69,9 @@ class Target:
         return tensor
 
 
-def find_targets(model: Model, exclude: tuple[str, ...]) -> tuple[list[Target], list[Skip]]:
+def find_prunable(model: Model, exclude: tuple[str, ...]) -> tuple[list[PrunableWeight], list[Skip]]:
     """The weights to prune in the graph's order, and why others are left alone."""
-    targets: list[Target] = []
+    found: list[PrunableWeight] = []
     skipped: list[Skip] = []
     seen: set[int] = set()
     for node in model.nodes():
@@ -83,20 +83,24 @@ def find_targets(model: Model, exclude: tuple[str, ...]) -> tuple[list[Target], 
             seen.add(id(value))
             reason = _why_not(node, value, exclude)
             if reason is None:
-                targets.append(Target(value, node, position))
+                found.append(PrunableWeight(value, node, position))
             elif reason:
                 skipped.append(Skip(value.name or label(node), reason))
-    return targets, skipped + _vectors(model, {id(target.value) for target in targets})
+    return found, skipped + _vectors(model, {id(weight.value) for weight in found})
 
 
-def unmatched(model: Model, exclude: tuple[str, ...]) -> list[str]:
-    """Patterns of `exclude` that no node and no weight has a name for."""
+def unmatched_excludes(model: Model, exclude: tuple[str, ...]) -> list[str]:
+    """A warning for each pattern of `exclude` that no node and no weight has a name for."""
     names = [node.name for node in model.nodes() if node.name]
     names += [
         output.name for node in model.nodes() if is_op(node, "Constant") for output in node.outputs if output.name
     ]
     names += [name for graph in model.graphs() for name in graph.initializers]
-    return [pattern for pattern in exclude if not any(is_excluded(name, (pattern,)) for name in names)]
+    return [
+        f"The exclude pattern {pattern!r} matches no node and no weight."
+        for pattern in exclude
+        if not any(is_excluded(name, (pattern,)) for name in names)
+    ]
 
 
 def _positions(node: onnx_ir.Node) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import pytest
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.measure import node_times
 from modelpress_compression.measure.node_times import node_times_ms
-from modelpress_compression.passes.prune.channel import details
+from modelpress_compression.passes.prune.channel import report
 
 
 def test_parameters_macs_and_latency_of_every_layer_that_was_cut(
@@ -31,7 +31,7 @@ def test_layers_without_times(
     def refuse(*arguments: Any) -> Any:
         raise ModelNotRunnableError("no kernel")
 
-    monkeypatch.setattr(details, "node_times_ms", refuse)
+    monkeypatch.setattr(report, "node_times_ms", refuse)
     result = prune_channels_of(conv_net(), {"x": images(4)}, sparsity=0.5, repair="none")
     rows = [row for row in result.details if "parameters_before" in row]
     assert rows

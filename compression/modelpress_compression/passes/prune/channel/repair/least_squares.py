@@ -9,10 +9,10 @@ Where the answers are added to something else, it mends the sum.
 
 A fit makes a layer's answers better on the samples that it saw than on others: what the next layer reads of them is
 better than it will be, and so on from layer to layer. That has two consequences. Every fifth sample is held out from
-all fits: it alone chooses lambda (see `choice`), and in the end it says whether the model's outputs are nearer to the
-uncut one's with the fits than without; if not, they are taken back. And X stands beside X': fits to X' alone trust what
-earlier fits learned by heart. A sentence encoder that lost half of its hidden units at random, 200 sentences given:
-retrieval .466 without repair, .420 fitted to X' alone, .496 to both.
+all fits: it alone chooses lambda (see `correction`), and in the end it says whether the model's outputs are nearer to
+the uncut one's with the fits than without; if not, they are taken back. And X stands beside X': fits to X' alone trust
+what earlier fits learned by heart. A sentence encoder that lost half of its hidden units at random, 200 sentences
+given: retrieval 0.466 without repair, 0.420 fitted to X' alone, 0.496 to both.
 
 Samples are streamed, one at a time, through both models; kept are the sums of `normal_equations` and the rows that are
 held out, for as many layers of one level at a time as fit into 1 GiB, and what `wavefront` needs to go on.
@@ -24,17 +24,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from modelpress_compression.channels import Analysis, Indices
+from modelpress_compression.channels import Analysis, Group, Indices
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import label
 from modelpress_compression.graph.watch import taps
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, Skip
-from modelpress_compression.passes.prune.channel.fitter import Fit, Fitter, Masks
-from modelpress_compression.passes.prune.channel.layers import Layer, find_layers
-from modelpress_compression.passes.prune.channel.outputs import Distance, Moments
-from modelpress_compression.passes.prune.channel.paired import Paired
+from modelpress_compression.passes.prune.channel.repair.fitter import Fit, Fitter, Masks
+from modelpress_compression.passes.prune.channel.repair.layers import Layer, find_layers
+from modelpress_compression.passes.prune.channel.repair.paired import Distance, Moments, Paired
 from modelpress_compression.passes.prune.channel.weights import kept_indices
 
 MAX_SAMPLES = 512
@@ -55,34 +54,40 @@ class Repair:
 def repair(full: Model, pruned: Model, analysis: Analysis, kept: Mapping[str, Indices], context: Context) -> Repair:
     """Fits the layers of a copy of `pruned` to those of `full`. Raises TimeLimitError, ModelNotRunnableError."""
     samples = context.data.spread(MAX_SAMPLES)
-    count = len(samples) // (samples.fixed_batch or 1)
-    if count < 2:
+    if len(samples) // (samples.fixed_batch or 1) < 2:
         warning = "The layers behind the cuts were not fitted anew: with one sample no fit can be checked; give more."
         return Repair(pruned, warnings=(warning,))
     groups = {group.id: group for group in analysis.groups}
     masks = kept_indices(groups, kept)
-    readers = frozenset(member.node for name in kept for member in groups[name].members if member.role == "consumer")
-    touched = frozenset(tensor for tensor, _ in masks)
     fitted = pruned.clone()
+    layers, skipped = _layers(full, fitted, masks, _readers(groups, kept))
     outputs = [value.name for value in full.graph.outputs if value.name and value.producer() is not None]
-    found, skipped = find_layers(fitted, touched, readers, {label(node): node for node in full.graph})
-    layers = [layer for layer in found if Fitter.size_bytes(layer) <= MAX_FITTING_BYTES]
-    skipped += [
-        Skip(layer.name, "Not fitted anew: its sums would take over 1 GiB.") for layer in found if layer not in layers
-    ]
-    pair = Paired(
-        full,
-        fitted,
-        samples,
-        [*(name for layer in layers for name in layer.names_full), *outputs],
-        [*(name for layer in layers for name in layer.names_cut), *outputs],
-        context,
-    )
+    # What both are asked for, in all: the outputs once more in the end, where the fits are judged.
+    names_full = [*(name for layer in layers for name in layer.names_full), *outputs]
+    names_cut = [*(name for layer in layers for name in layer.names_cut), *outputs]
+    pair = Paired(full, fitted, samples, names_full, names_cut, context)
     fits = _fit_all(layers, masks, pair, Editor(fitted), context)
     if not fits:
-        return Repair(pruned, skipped=tuple(skipped))
-    warnings = _verdict(*_distances(pruned, samples, outputs, pair, context))
-    return Repair(pruned, (), tuple(skipped), warnings) if warnings else Repair(fitted, tuple(fits), tuple(skipped))
+        return Repair(pruned, skipped=skipped)
+    if warnings := _verdict(*_distances(pruned, samples, outputs, pair, context)):
+        return Repair(pruned, (), skipped, warnings)
+    return Repair(fitted, tuple(fits), skipped)
+
+
+def _readers(groups: Mapping[str, Group], kept: Mapping[str, Indices]) -> frozenset[str]:
+    """Labels of the nodes that read channels of the groups that were cut."""
+    return frozenset(member.node for name in kept for member in groups[name].members if member.role == "consumer")
+
+
+def _layers(full: Model, fitted: Model, masks: Masks, readers: frozenset[str]) -> tuple[list[Layer], tuple[Skip, ...]]:
+    """Those that can be fitted within the memory, and why others cannot."""
+    touched = frozenset(tensor for tensor, _ in masks)
+    found, skipped = find_layers(fitted, touched, readers, {label(node): node for node in full.graph})
+    layers = [layer for layer in found if Fitter.size_bytes(layer) <= MAX_FITTING_BYTES]
+    large = [
+        Skip(layer.name, "Not fitted anew: its sums would take over 1 GiB.") for layer in found if layer not in layers
+    ]
+    return layers, (*skipped, *large)
 
 
 def _fit_all(layers: Sequence[Layer], masks: Masks, pair: Paired, editor: Editor, context: Context) -> list[Fit]:

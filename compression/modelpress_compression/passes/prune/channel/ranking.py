@@ -1,4 +1,4 @@
-"""Which units stay: the share that goes, the multiples that stay, and what counts for each group.
+"""Which units stay: ranked by importance, each group by itself or all groups in one ranking.
 
     layer     each group loses `sparsity` of its channels, to the nearest multiple of `round_to`
     global    the least important channels of the model go, wherever they are, until `sparsity` of all are gone
@@ -18,16 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelpress_compression.channels import Group, Indices
-from modelpress_compression.passes.prune.channel.criterion import Scores
-
-
-@dataclass(frozen=True)
-class Limits:
-    """`sparsity` of each group by its id; channels that stay are a multiple of `round_to`, at least `min_channels`."""
-
-    sparsity: Mapping[str, float]
-    round_to: int
-    min_channels: int
+from modelpress_compression.passes.prune.channel.criteria import Scores
+from modelpress_compression.passes.prune.channel.limits import Limits
 
 
 @dataclass(frozen=True)
@@ -38,32 +30,12 @@ class Selection:
     raised: tuple[str, ...]
 
 
-def step_of(group: Group, round_to: int) -> int:
-    """Units that go together, so that the channels that stay are a multiple of `round_to`."""
-    return round_to // math.gcd(round_to, group.align)
-
-
-def floor_of(group: Group, limits: Limits) -> int:
-    """The fewest units that may stay; all, where rounding leaves no choice."""
-    step = step_of(group, limits.round_to)
-    units = math.ceil(max(1, math.ceil(limits.min_channels / group.align)) / step) * step
-    return min(group.units, units)
-
-
-def nearest(group: Group, sparsity: float, limits: Limits) -> int:
-    """Units that stay for this sparsity: the nearest multiple, fewer in a tie; all units are permitted as well."""
-    step = step_of(group, limits.round_to)
-    wanted = group.units * (1 - sparsity)
-    allowed = [*range(step, group.units, step), group.units]
-    return int(min(allowed, key=lambda units: (round(abs(units - wanted), 9), units)))
-
-
 def select_by_layer(groups: Sequence[Group], scores: Mapping[str, Scores], limits: Limits) -> Selection:
     """Each group by itself."""
     kept, raised = {}, []
     for group in groups:
         sparsity = limits.sparsity[group.id]
-        count = max(nearest(group, sparsity, limits), floor_of(group, limits))
+        count = max(limits.nearest(group, sparsity), limits.fewest(group))
         if sparsity and group.align * group.units * (1 - sparsity) < limits.min_channels:
             raised.append(group.id)
         if count < group.units:
@@ -108,8 +80,8 @@ def _bundles(
     """(importance for its cost, group, number in the group, units) of what goes together; rising within a group."""
     bundles = []
     for index, group in enumerate(groups):
-        step = step_of(group, limits.round_to)
-        least = max(floor_of(group, limits), math.ceil(group.units * (1 - sparsity) / 2))
+        step = limits.step(group)
+        least = max(limits.fewest(group), math.ceil(group.units * (1 - sparsity) / 2))
         ordered = np.sort(scores[group.id]) / max(costs[group.id], np.finfo(np.float64).tiny)
         first = group.units % step or step  # brings an odd number of units to a multiple
         start, units = 0, first

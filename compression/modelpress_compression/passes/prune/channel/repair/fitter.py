@@ -12,10 +12,10 @@ from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.linear import Places, Rows
 from modelpress_compression.graph.padding import counted_among
 from modelpress_compression.inputs import Array
-from modelpress_compression.passes.prune.channel.choice import HeldOut, choose_correction
-from modelpress_compression.passes.prune.channel.layers import Layer
-from modelpress_compression.passes.prune.channel.normal_equations import Sums
-from modelpress_compression.passes.prune.channel.paired import HELD_OUT, Sample
+from modelpress_compression.passes.prune.channel.repair.correction import HeldOut, choose_correction
+from modelpress_compression.passes.prune.channel.repair.layers import Layer
+from modelpress_compression.passes.prune.channel.repair.normal_equations import Sums
+from modelpress_compression.passes.prune.channel.repair.paired import HELD_OUT, Sample
 
 # Rows for each input of a layer: fits settle at some five; more only takes time.
 ROWS_PER_INPUT = 5

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from modelpress_compression.passes.prune.rows import smallest_of_groups
-from modelpress_compression.passes.prune.selection import smallest
+from modelpress_compression.passes.prune.masks import smallest, smallest_of_groups
 
 _scores = hnp.arrays(
     np.float32, st.integers(1, 60), elements=st.floats(0, 1e6, width=32) | st.sampled_from([0.0, 1.0, 1.0000001, 3e-40])

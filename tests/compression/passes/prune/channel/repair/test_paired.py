@@ -1,12 +1,17 @@
-"""How far outputs are from those of another model."""
+"""Two models side by side, and how far the outputs of one are from those of the other."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from modelpress_compression.passes.prune.channel.outputs import Moments
+from modelpress_compression.inputs import InputData
+from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.prune.channel.repair.paired import Moments, Paired
 
 
 @given(pieces=st.integers(1, 5), seed=st.integers(0, 20))
@@ -47,3 +52,21 @@ def test_padding_integers_and_infinities() -> None:
     moments.add({"y": a}, {"y": np.full_like(b, np.inf)}, None)
     assert moments.distance().error == np.inf
     assert Moments().distance().lost == 0
+
+
+MASKED = """
+<ir_version: 8, opset_import: ["": 17]>
+masked (int64[n, t] attention_mask, float[n, t, 2] x) => (float[n, t, 2] y) { y = Neg(x) }
+"""
+
+
+def test_samples_bring_their_mask(model_from_text: Any, tmp_path: Path) -> None:
+    """That of a padded sample; None where nothing is padding."""
+    model = model_from_text(MASKED)
+    mask, x = np.array([[1, 0, 1], [1, 1, 1]]), np.zeros((2, 3, 2), np.float32)
+    samples = InputData.from_arrays({"attention_mask": mask, "x": x}, model.inputs)
+    pair = Paired(model, model, samples, ["y"], ["y"], Context(samples, tmp_path))
+    padded, full = pair.advance(["y"], ["y"])
+    np.testing.assert_array_equal(padded.mask, [[True, False, True]])
+    assert full.mask is None
+    assert [sample.held_out for sample in (padded, full)] == [False, True]

@@ -6,14 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from modelpress_compression.channels import Group
-from modelpress_compression.passes.prune.channel.selection import (
-    Limits,
-    floor_of,
-    nearest,
-    select_by_layer,
-    select_globally,
-    step_of,
-)
+from modelpress_compression.passes.prune.channel.limits import Limits
+from modelpress_compression.passes.prune.channel.ranking import select_by_layer, select_globally
 
 
 def make_group(name: str, units: int, align: int = 1) -> Group:
@@ -53,8 +47,8 @@ def test_what_stays_is_what_was_asked_for(
             gone = np.setdiff1d(np.arange(group.units), kept)
             assert scores[group.id][kept].min() >= scores[group.id][gone].max()
     for group in groups:
-        step, count = step_of(group, round_to), len(by_layer.kept.get(group.id, range(group.units)))
-        if count > floor_of(group, limits):
+        step, count = limits.step(group), len(by_layer.kept.get(group.id, range(group.units)))
+        if count > limits.fewest(group):
             assert abs(count - group.units * (1 - sparsity)) <= step / 2 + 1e-6
 
 
@@ -67,7 +61,7 @@ def test_global_share(groups: list[Group], sparsity: float, seed: int) -> None:
     kept = select_globally(groups, scores, dict.fromkeys(scores, 1.0), sparsity, limits).kept
     removed = sum((group.units - len(kept.get(group.id, range(group.units)))) * group.align for group in groups)
     total = sum(group.units * group.align for group in groups)
-    bundle = max(step_of(group, 8) * group.align for group in groups)
+    bundle = max(limits.step(group) * group.align for group in groups)
     assert removed <= round(sparsity * total) + bundle / 2
     for group in groups:
         assert len(kept.get(group.id, range(group.units))) >= group.units * (1 - sparsity) / 2
@@ -96,8 +90,8 @@ def test_overrides_leave_the_ranking() -> None:
 def test_nearest_multiple() -> None:
     """To the nearest multiple, down in a tie; whole heads where one head is a multiple already."""
     limits = Limits({}, 8, 1)
-    assert [nearest(make_group("g", units), 0.5, limits) for units in (64, 20, 24, 10, 8)] == [32, 8, 8, 8, 8]
-    assert nearest(make_group("heads", 12, align=32), 0.5, limits) == 6
+    assert [limits.nearest(make_group("g", units), 0.5) for units in (64, 20, 24, 10, 8)] == [32, 8, 8, 8, 8]
+    assert limits.nearest(make_group("heads", 12, align=32), 0.5) == 6
 
 
 def test_min_channels_is_told() -> None:

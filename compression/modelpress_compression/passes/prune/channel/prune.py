@@ -1,0 +1,129 @@
+"""The pass, step by step: find what goes together, judge it, choose, cut, repair, and measure the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+from modelpress_compression.channels import Analysis, Group, cut, find_groups
+from modelpress_compression.errors import InvalidDataError
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import Context, PassResult
+from modelpress_compression.passes.prune.channel import report
+from modelpress_compression.passes.prune.channel.activation import Activation
+from modelpress_compression.passes.prune.channel.costs import COSTS
+from modelpress_compression.passes.prune.channel.criteria import Criterion, Magnitude, Random
+from modelpress_compression.passes.prune.channel.limits import Limits, permitted
+from modelpress_compression.passes.prune.channel.ranking import Selection, select_by_layer, select_globally
+from modelpress_compression.passes.prune.channel.repair.least_squares import Repair, repair
+from modelpress_compression.passes.prune.config import PruneConfig
+
+
+def _taylor(config: PruneConfig) -> Criterion:
+    from modelpress_compression.passes.prune.channel.taylor import Taylor  # imports torch, which the others do not need
+
+    return Taylor(config.seed)
+
+
+CRITERIA: Mapping[str, Callable[[PruneConfig], Criterion]] = MappingProxyType(
+    {
+        "l1": lambda config: Magnitude(1),
+        "l2": lambda config: Magnitude(2),
+        "activation": lambda config: Activation(),
+        "taylor": _taylor,
+        "random": lambda config: Random(config.seed),
+    }
+)
+# Shares of the pass's time that have gone by when groups are found, units chosen, and layers fitted.
+_FOUND, _CHOSEN, _FITTED = 0.1, 0.3, 0.95
+
+
+def prune_channels(model: Model, config: PruneConfig, context: Context) -> PassResult:
+    """Cuts as the configuration says; where nothing can be cut, the model as it was and a warning that says why.
+
+    Raises InvalidDataError where the criterion or the repair needs data and none is given, ModelNotRunnableError,
+    TimeLimitError.
+    """
+    criterion = CRITERIA[config.criterion](config)
+    _require_data(criterion, config, context)
+
+    context.progress(0.0, "looking for channels that go together")
+    analysis = find_groups(model)
+    groups, excluded = permitted(analysis.groups, config)
+
+    context.progress(_FOUND, f"judging {len(groups)} groups of channels")
+    selection = _select(model, groups, criterion, config, context)
+    skipped = (*report.frozen(analysis), *excluded, *report.whole(groups, selection, config))
+    warnings = (
+        *report.unmatched(model, analysis, config),
+        *_device_warnings(config, context),
+        *report.held_back(selection, config),
+    )
+    if not selection.kept:
+        return PassResult(model, {}, skipped, (*warnings, report.nothing_cut(analysis, groups, config)))
+
+    context.progress(_CHOSEN, f"cutting {len(selection.kept)} groups of channels")
+    pruned = cut(model, selection.kept)
+    repaired = _repair(model, pruned, analysis, selection, config, context)
+
+    context.progress(_FITTED, "timing layers")
+    details = report.details(model, repaired, analysis, selection, context)
+    context.progress(1.0, "pruned")
+    return PassResult(
+        repaired.model,
+        report.changes(model, repaired, analysis, selection),
+        (*skipped, *repaired.skipped),
+        (*warnings, *repaired.warnings),
+        details,
+    )
+
+
+def _require_data(criterion: Criterion, config: PruneConfig, context: Context) -> None:
+    """A recipe that asks by name for what needs data is refused; `auto` does without."""
+    if context.data.provided:
+        return
+    wanting = "criterion" if criterion.needs_data else "repair" if config.repair == "least_squares" else None
+    if wanting is not None:
+        value = getattr(config, wanting)
+        raise InvalidDataError(
+            f"prune with {wanting} {value!r} needs representative inputs; give some, or choose another {wanting}."
+        )
+
+
+def _select(
+    model: Model, groups: Sequence[Group], criterion: Criterion, config: PruneConfig, context: Context
+) -> Selection:
+    """Which units stay."""
+    limits = Limits.of(groups, config)
+    if not any(limits.sparsity.values()):
+        return Selection({}, ())  # before the criterion runs the model for nothing
+    scores = criterion(model, groups, context)
+    if config.scope == "layer":
+        return select_by_layer(groups, scores, limits)
+    costs = COSTS[config.normalize](model, groups, context)
+    return select_globally(groups, scores, costs, config.sparsity, limits)
+
+
+def _device_warnings(config: PruneConfig, context: Context) -> tuple[str, ...]:
+    """Why gradients ran on another device than the recipe asks for."""
+    if config.criterion != "taylor":
+        return ()
+    from modelpress_compression.executor.devices import why_not  # torch, see above
+
+    return (reason,) if (reason := why_not(context.target.device)) else ()
+
+
+def _repair(
+    model: Model, pruned: Model, analysis: Analysis, selection: Selection, config: PruneConfig, context: Context
+) -> Repair:
+    """The cut model with its layers fitted, or as it is where the recipe or the want of data says so."""
+    if config.repair == "none":
+        return Repair(pruned)
+    if not context.data.provided:
+        return Repair(pruned, warnings=(report.NOT_REPAIRED,))
+
+    def progress(share: float, message: str) -> None:
+        context.progress(_CHOSEN + (_FITTED - _CHOSEN) * share, message)
+
+    return repair(model, pruned, analysis, selection.kept, replace(context, progress=progress))
