@@ -180,7 +180,7 @@ def test_without_data_no_layer_is_moved(digits: Model) -> None:
     recipe = Recipe.from_dict({"version": 1, "steps": [{"quantize": {"scheme": "auto"}}], "benchmark": {"rounds": 5}})
     result = compress(digits, recipe)
     names = [row["name"] for row in result.candidates if "stored" not in row["name"]]
-    assert names == ["quantize dynamic", "quantize static", "quantize static, light layers and sums too"]
+    assert names == ["quantize dynamic", "quantize static", "quantize static, memory-bound layers and sums too"]
     assert not any(row["chosen"] for row in result.candidates if "static" in row["name"])
 
 

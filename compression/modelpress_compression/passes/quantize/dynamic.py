@@ -38,7 +38,7 @@ from modelpress_compression.graph.read import (
 from modelpress_compression.passes.base import is_excluded
 from modelpress_compression.passes.integers.products import Summation, of_matrix
 from modelpress_compression.passes.quantize.config import QuantizeConfig
-from modelpress_compression.passes.quantize.plan import is_light
+from modelpress_compression.passes.quantize.plan import is_memory_bound
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.affine import quantize_weight
 from modelpress_compression.passes.quantize.weights import WeightStore, why_not_matrix, why_not_weight
@@ -67,7 +67,7 @@ _LSTM_ATTRIBUTES = (
 def why_not(node: onnx_ir.Node) -> str | None:
     """Why a node of `REWRITES` stays as it is; None: it can be rewritten."""
     if node.op_type in ("MatMul", "Gemm"):
-        few = "it has too few weights to pay for quantizing its input" if is_light(node) else None
+        few = "it has too few weights to pay for quantizing its input" if is_memory_bound(node) else None
         return why_not_matrix(node) or few
     if node.op_type == "LSTM":
         if attribute(node, "layout", 0):

@@ -23,7 +23,7 @@ from modelpress_compression.passes.quantize.dynamic import quantize_nodes
 from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.float16 import store_in_float16
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.rounding.gptq_rounder import make_rounder
+from modelpress_compression.passes.quantize.rounding.gptq import make_rounder
 from modelpress_compression.passes.quantize.static.preparation import prepare
 from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
 from modelpress_compression.passes.quantize.weight_only.store import store_weights

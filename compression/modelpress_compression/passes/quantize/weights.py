@@ -22,7 +22,7 @@ from modelpress_compression.graph.read import (
     required,
 )
 from modelpress_compression.passes.integers.certificate import REDUCED
-from modelpress_compression.passes.integers.products import Summation, of_node
+from modelpress_compression.passes.integers.products import Summation, of_node, output_axis
 from modelpress_compression.passes.integers.saturation import bounds, least_squares_scale, within_limit
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.rounding.affine import quantize_weight
@@ -101,6 +101,18 @@ class WeightStore:
         stored = qdq.store(self.editor, graph_of(node), quantized, source.name or "weight")
         stored.values.meta[REDUCED] = quantized.reduced
         return stored
+
+    def layer(self, node: onnx_ir.Node, least_scale: NDArray[np.float64] | None = None) -> QuantizedWeight:
+        """The weight of a Conv, MatMul or Gemm in its own layout, with a scale per output channel."""
+        weight = self.array(required(node, 1))
+        return self.quantize(weight, self.summation(node), least_scale, self.rounder.rounding(node))
+
+    def summation(self, node: onnx_ir.Node) -> Summation:
+        """How a layer sums over its weight, and the axis of its scales."""
+        weight = self.array(required(node, 1))
+        # A stack of matrices has one scale: DequantizeLinear takes one axis, and MatMul's kernels one of two axes.
+        per_channel = self.config.per_channel and (node.op_type == "Conv" or weight.ndim == 2)
+        return of_node(node, weight.shape, output_axis(node, weight.ndim) if per_channel else None)
 
     @staticmethod
     def array(source: onnx_ir.Value | None) -> NDArray[np.float32]:

@@ -3,8 +3,8 @@
 1. Candidates are built with dynamic and with static quantization, and judged: answers first, then latency against the
    float model (judge.py).
 2. Heads of more classes than there are samples stay in float32 under dynamic, unless there are labels (heads.py).
-3. Static is also tried with layers in 8 bits that are too light to gain on their own, and with sums in 8 bits at the
-   end of a chain; small networks gain by them.
+3. Static is also tried with memory-bound layers in 8 bits, which do not gain on their own, and with sums in 8 bits at
+   the end of a chain; small networks gain by them.
 4. If static does not keep the answers, layers go back to float32 until it does, those first that make the most error
    for the time that they take: a bisection over that order (mixed.py).
 5. For each candidate that keeps the answers, another one stores the weights that are still in float32 in 8 bits too;
@@ -100,8 +100,9 @@ class _Search:
         if quantizer is None:
             return
         tried = [self._add("static", quantizer.result())]
-        if len(quantizer.widest.nodes) > len(quantizer.plan.nodes):
-            tried.append(self._add("static", replace(quantizer, wide=True).result(), "light layers and sums too"))
+        full = replace(quantizer, full=True)
+        if len(full.plan.nodes) > len(quantizer.plan.nodes):
+            tried.append(self._add("static", full.result(), "memory-bound layers and sums too"))
         if not all(item.reason and item.record.changes for item in tried) or not self.context.data.vouches:
             return
         order = order_of(quantizer, self.context)
@@ -110,7 +111,7 @@ class _Search:
             self.context.check_time()
             self.context.progress(_STATIC, f"trying static quantization with {count} layers in float32")
             variant = f"{count} layer{'s' if count > 1 else ''} in float32"
-            return not self._add("static", quantizer.result(frozenset(order[:count])), variant).reason
+            return not self._add("static", quantizer.keeping_in_float(order[:count]).result(), variant).reason
 
         fewest_in_float(len(order), keeps)
 

@@ -24,11 +24,11 @@ def order_of(quantizer: StaticQuantizer, context: Context) -> list[str]:
     plan, ranges = quantizer.plan, quantizer.ranges
     if not ranges.weight_errors:
         return []
-    (times,) = node_times_ms([quantizer.model], context.data, context.work_directory, context.check_time)
+    (times,) = node_times_ms([quantizer.setup.model], context.data, context.work_directory, context.check_time)
     least = _LEAST_SHARE * max(times.values(), default=0.0) or 1.0
     worth = {
         node.outputs[0].name or "": ranges.error_saved(node, plan) / max(times.get(label(node), 0.0), least)
-        for node in plan.heavy
+        for node in plan.layers
     }
     return sorted(worth, key=lambda name: -worth[name])
 

@@ -1,4 +1,4 @@
-"""Between heavy layers: what moves values about stays in 8 bits, and what is joined shares a range."""
+"""Between layers: what moves values about stays in 8 bits, and what is joined shares a range."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Sensitivity: the error at the model's outputs when one tensor, or one weight, alone is in 8 bits.
+"""Sensitivity: the error at the model's outputs when one activation, or one weight, alone is in 8 bits.
 
     error = sum |y' - y|^2 / sum |y|^2        y: all float outputs, y': with that one in 8 bits
 
 Such errors are small and nearly uncorrelated, so that those of a whole plan add up: on a sentence encoder the sum was
 within 0.4 dB of what was measured.
 
-One session serves all: every tensor of the plan goes through an `If` that quantizes it where the number fed is its own,
-with a scale and zero point that are fed too; every heavy node through an `If` with a twin of quantized weights. So a
+One session serves all: every activation of the plan goes through an `If` that quantizes it where the number fed is its
+own, with a scale and zero point that are fed too; every layer through an `If` with a twin of quantized weights. So a
 trial costs a run of the model a sample, and no session, and the trials are linear in the layers.
 """
 
@@ -31,11 +31,9 @@ from modelpress_compression.graph.watch import Listener
 from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.quantize.config import QuantizeConfig
-from modelpress_compression.passes.quantize.plan import Plan, Tensor, activations_of
+from modelpress_compression.passes.quantize.plan import Activation, Plan
 from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters, Range, activation_parameters
-from modelpress_compression.passes.quantize.rounding.rounder import Rounder
-from modelpress_compression.passes.quantize.static.qdq import quantize_heavy
+from modelpress_compression.passes.quantize.setup import QuantizationSetup
 from modelpress_compression.passes.quantize.weights import WeightStore
 from modelpress_compression.runtime import run, session_of
 
@@ -50,9 +48,9 @@ _FLOAT = onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
 
 @dataclass(frozen=True)
 class Trial:
-    """One thing in 8 bits: a tensor by its name, or the weight of a heavy node by the name of its output.
+    """One thing in 8 bits: an activation by its name, or the weight of a layer by the name of its output.
 
-    `parameters`: of a tensor; None: those of its range in each run, as dynamic quantization has them.
+    `parameters`: of an activation; None: those of its range in each run, as dynamic quantization has them.
     """
 
     name: str
@@ -103,12 +101,12 @@ def _without_softmax(model: Model) -> Model:
 
 
 class ErrorProbe:
-    """Tries things out on one model; made by `open_probe`."""
+    """Tries things out on one model, that of `setup`; made by `open_probe`."""
 
     def __init__(
-        self, session: ort.InferenceSession, switches: _Switches, context: Context, samples: InputData
+        self, setup: QuantizationSetup, session: ort.InferenceSession, switches: _Switches, samples: InputData
     ) -> None:
-        self._session, self._switches, self._context, self._samples = session, switches, context, samples
+        self.setup, self._session, self._switches, self._samples = setup, session, switches, samples
 
     def errors(self, trials: Sequence[Trial], done: Listener | None = None) -> list[float] | None:
         """The error of each trial, infinite where outputs are not finite; None: that would take too long.
@@ -126,7 +124,7 @@ class ErrorProbe:
                 return None
             signal += sum(float(np.square(_finite(array)).sum()) for array in plain.outputs.values())
             for number, trial in enumerate(trials):
-                self._context.check_time()
+                self.setup.context.check_time()
                 sums[number] += _squared_distance(plain.outputs, self._answers(feed, trial, plain).outputs)
                 if done is not None and not index:
                     done((number + 1) / len(trials))
@@ -175,23 +173,15 @@ class _Switches:
 
 
 @contextmanager
-def open_probe(
-    model: Model,
-    plan: Plan,
-    config: QuantizeConfig,
-    rounder: Rounder,
-    context: Context,
-    samples: InputData | None = None,
-) -> Iterator[ErrorProbe]:
-    """A probe for the tensors and weights of a plan on `model`; `samples`: `MAX_SAMPLES` of the data where None.
+def open_probe(setup: QuantizationSetup, samples: InputData | None = None) -> Iterator[ErrorProbe]:
+    """A probe for the activations and weights of the setup's plan; `samples`: `MAX_SAMPLES` of the data where None.
 
     Raises ModelNotRunnableError.
     """
-    copy = _without_softmax(model)
-    store = WeightStore(Editor(copy), config, rounder, context.target)
-    switches = _Builder(plan.on(copy.graph), store).build()
+    copy = _without_softmax(setup.model)
+    switches = _Builder(setup.plan.on(copy.graph), setup.weight_store(Editor(copy))).build()
     with session_of(copy, threads=2) as session:
-        yield ErrorProbe(session, switches, context, samples or context.data.spread(MAX_SAMPLES))
+        yield ErrorProbe(setup, session, switches, samples or setup.context.data.spread(MAX_SAMPLES))
 
 
 class _Builder:
@@ -209,19 +199,19 @@ class _Builder:
 
     def build(self) -> _Switches:
         first, second, third = (value.name or "" for value in self._inputs)
-        products = {id(node.inputs[0]) for node in self._plan.heavy if node.op_type != "Conv"}
-        tensors = [tensor for tensor in self._plan.tensors.values() if tensor.has_own_range]
+        products = {id(node.inputs[0]) for node in self._plan.layers if node.op_type != "Conv"}
+        tensors = [tensor for tensor in self._plan.activations.values() if tensor.has_own_range]
         ranges = {
             tensor.value.name or "": self._extremes(tensor.value)
             for tensor in tensors
             if id(tensor.value) in products and not tensor.all_consumers
         }
-        weights = {node.outputs[0].name or "": number for number, node in enumerate(self._plan.heavy)}
+        weights = {node.outputs[0].name or "": number for number, node in enumerate(self._plan.layers)}
         names = {tensor.value.name or "": len(weights) + number for number, tensor in enumerate(tensors)}
         for tensor, number in zip(tensors, names.values(), strict=True):
             self._switch_tensor(tensor, number)
-        # Afterwards, since they give the outputs of heavy nodes, which may be tensors of the plan, to other nodes.
-        for node, number in zip(self._plan.heavy, weights.values(), strict=True):
+        # Afterwards, since they give the outputs of layers, which may be activations of the plan, to other nodes.
+        for node, number in zip(self._plan.layers, weights.values(), strict=True):
             self._switch_weight(node, number)
         self._graph.inputs.extend(self._inputs)
         return _Switches((first, second, third), names, weights, ranges, self._store.config.activations)
@@ -242,21 +232,16 @@ class _Builder:
         twin = self._editor.make(node.op_type, node.inputs, label(node))
         twin.attributes.update(node.attributes)
         # In float32 again: of DequantizeLinear and MatMul onnxruntime would make something else.
-        weight = quantize_heavy(node, self._store).dequantize()
+        weight = self._store.layer(node).dequantize()
         twin.replace_input_with(1, self._editor.constant(self._graph, weight, f"{label(node)}_weight"))
         switch = self._switch(node, output, number)
         self._editor.hand_over(output, switch.outputs[0])
         output.name = self._editor.name(f"{label(node)}_float")
         self._fill(switch, [twin], [node])
 
-    def _switch_tensor(self, tensor: Tensor, number: int) -> None:
+    def _switch_tensor(self, tensor: Activation, number: int) -> None:
         value, (_, scale, zero_point) = tensor.value, self._inputs
-        kept = self._plan.members
-        uses = [
-            (user, index)
-            for user, index in value.uses()
-            if tensor.all_consumers or (user in kept and index < len(activations_of(user)))
-        ]
+        uses = [(user, index) for user, index in value.uses() if self._plan.reads(tensor, user, index)]
         is_output = value.is_graph_output() and tensor.all_consumers
         producer = value.producer()
         switch = self._switch(producer, value, number)

@@ -23,7 +23,7 @@ class Rounder(Protocol):
     """Chooses the rounding for a node's weight."""
 
     def rounding(self, node: onnx_ir.Node) -> Rounding:
-        """That of the node's second input; raises TimeLimitError where it takes time and there is none left."""
+        """That of the node's second input; using it raises TimeLimitError where time is up."""
         ...
 
 
@@ -33,45 +33,50 @@ def nearest(weight: Numbers, scale: Numbers, low: Numbers, high: Numbers) -> Num
     return levels
 
 
-class RememberingRounder:
-    """Another rounder's work on one model, for clones of it: done once for each weight and scale, found by the weight's
-    name."""
-
-    def __init__(self, rounder: Rounder, nodes: Iterable[onnx_ir.Node]) -> None:
-        self._rounder = rounder
-        self._nodes = {
-            node.inputs[1].name: node for node in nodes if len(node.inputs) > 1 and node.inputs[1] is not None
-        }
-        self._roundings: dict[str | None, Rounding] = {}
-        self._levels: dict[tuple[str | None, bytes], NDArray[np.int16]] = {}
-
-    def rounding(self, node: onnx_ir.Node) -> Rounding:
-        """That of the node whose weight has this name."""
-        name = node.inputs[1].name if node.inputs[1] is not None else None
-        if name not in self._nodes:
-            return nearest
-        if name not in self._roundings:
-            self._roundings[name] = self._rounder.rounding(self._nodes[name])
-        inner = self._roundings[name]
-
-        def remembered(weight: Numbers, scale: Numbers, low: Numbers, high: Numbers) -> Numbers:
-            key = (name, b"|".join(np.asarray(part).tobytes() for part in (scale, low, high)))
-            if key not in self._levels:
-                self._levels[key] = inner(weight, scale, low, high).astype(np.int16)
-            return self._levels[key].astype(np.float32)
-
-        return inner if inner is nearest else remembered
-
-    def only(self, nodes: Iterable[onnx_ir.Node]) -> RememberingRounder:
-        """The same, for the weights of these nodes alone."""
-        rounder = RememberingRounder(self._rounder, nodes)
-        rounder._roundings, rounder._levels = self._roundings, self._levels
-        return rounder
-
-
 class NearestRounder:
     """Every weight to the nearest level."""
 
     def rounding(self, node: onnx_ir.Node) -> Rounding:
         """The same for all nodes."""
         return nearest
+
+
+class RememberingRounder:
+    """Another rounder's work on one model, for clones of it: done once for each weight and scale, found by the weight's
+    name. Weights of other nodes are rounded to the nearest."""
+
+    def __init__(self, rounder: Rounder, nodes: Iterable[onnx_ir.Node]) -> None:
+        weights = {_weight_name(node): node for node in nodes}
+        self._roundings = {name: _remembering(rounder.rounding(node)) for name, node in weights.items()}
+
+    def rounding(self, node: onnx_ir.Node) -> Rounding:
+        """That of the node whose weight has this name."""
+        return self._roundings.get(_weight_name(node), nearest)
+
+    def only(self, nodes: Iterable[onnx_ir.Node]) -> RememberingRounder:
+        """The same, for the weights of these nodes alone."""
+        return RememberingRounder(self, nodes)
+
+
+def _weight_name(node: onnx_ir.Node) -> str:
+    weight = node.inputs[1]
+    return (weight.name if weight is not None else None) or ""
+
+
+def _remembering(rounding: Rounding) -> Rounding:
+    """The same rounding, which does its work once for each scale. `nearest` stays what it is: its users know it."""
+    if rounding is nearest or isinstance(rounding, _Remembered):
+        return rounding
+    return _Remembered(rounding)
+
+
+class _Remembered:
+    def __init__(self, rounding: Rounding) -> None:
+        self._rounding = rounding
+        self._levels: dict[bytes, NDArray[np.int16]] = {}
+
+    def __call__(self, weight: Numbers, scale: Numbers, low: Numbers, high: Numbers) -> Numbers:
+        key = b"|".join(np.asarray(part).tobytes() for part in (scale, low, high))
+        if key not in self._levels:
+            self._levels[key] = self._rounding(weight, scale, low, high).astype(np.int16)
+        return self._levels[key].astype(np.float32)

@@ -58,7 +58,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Edge:
-    """An activation X and the heavy nodes that read it.
+    """An activation X and the layers that read it.
 
     `axis`: of X's channels, counted from the front for a Conv (1) and from the back for products (-1).
     `makers`: the constants that make X, empty where a Mul has to be inserted.
@@ -88,16 +88,14 @@ class Edge:
                 slot.node.replace_input_with(0, divided)
 
 
-def find_edges(graph: onnx_ir.Graph, heavy: Iterable[onnx_ir.Node]) -> list[Edge]:
-    """The edges behind which all of `heavy` stand, in the graph's order; each heavy node belongs to one at most."""
-    readers: dict[int, list[Slot]] = {}
-    values: dict[int, onnx_ir.Value] = {}
-    for node in heavy:
+def find_edges(graph: onnx_ir.Graph, layers: Iterable[onnx_ir.Node]) -> list[Edge]:
+    """The edges behind which all of `layers` stand, in the graph's order; each layer belongs to one at most."""
+    readers: dict[onnx_ir.Value, list[Slot]] = {}
+    for node in layers:
         slot, value = _weight_slot(node), node.inputs[0]
         if slot is not None and value is not None and not is_constant(value):
-            readers.setdefault(id(value), []).append(slot)
-            values[id(value)] = value
-    edges = [_edge(graph, values[key], slots) for key, slots in readers.items()]
+            readers.setdefault(value, []).append(slot)
+    edges = [_edge(graph, value, slots) for value, slots in readers.items()]
     return [edge for edge in edges if edge is not None]
 
 

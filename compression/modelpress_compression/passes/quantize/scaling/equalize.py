@@ -26,9 +26,9 @@ _SETTLED = 0.01
 _MOST = 1e3
 
 
-def equalize(model: Model, heavy: Sequence[onnx_ir.Node], editor: Editor) -> int:
+def equalize(model: Model, layers: Sequence[onnx_ir.Node], editor: Editor) -> int:
     """Equalizes in place; returns between how many pairs of layers."""
-    edges = [edge for edge in find_edges(model.graph, heavy) if _weights_of(edge)]
+    edges = [edge for edge in find_edges(model.graph, layers) if _weights_of(edge)]
     for _ in range(ROUNDS if edges else 0):
         moved = 0.0
         for edge in edges:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import constant_array, required
-from modelpress_compression.graph.watch import Listener, stream
+from modelpress_compression.graph.watch import stream
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
@@ -59,10 +59,10 @@ class Channels:
         self.rows.append(rows[chosen])
 
 
-def smooth(model: Model, plan: Plan, editor: Editor, context: Context, done: Listener | None = None) -> int:
+def smooth(model: Model, plan: Plan, editor: Editor, context: Context) -> int:
     """Applies the best scale to every edge of the plan that gains by one, in place; returns how many did."""
-    edges = [edge for edge in find_edges(model.graph, plan.heavy) if _can_smooth(edge, plan)]
-    seen = _observe(model, edges, context, done) if edges else {}
+    edges = [edge for edge in find_edges(model.graph, plan.layers) if _can_smooth(edge, plan)]
+    seen = _observe(model, edges, context) if edges else {}
     smoothed = 0
     for edge in edges:
         context.check_time()
@@ -93,7 +93,7 @@ def best_scale(edge: Edge, channels: Channels) -> Scale | None:
     return scales[best] if errors[best] < (1 - gain) * before else None
 
 
-def _observe(model: Model, edges: Sequence[Edge], context: Context, done: Listener | None) -> dict[str, Channels]:
+def _observe(model: Model, edges: Sequence[Edge], context: Context) -> dict[str, Channels]:
     rng = np.random.default_rng(0)
     seen = {
         edge.name: Channels(np.full(edge.channels, np.inf, np.float32), np.full(edge.channels, -np.inf, np.float32), [])
@@ -101,7 +101,7 @@ def _observe(model: Model, edges: Sequence[Edge], context: Context, done: Listen
     }
     each = -(-ROWS // max(1, min(MAX_SAMPLES, len(context.data))))
     samples = context.data.spread(MAX_SAMPLES)
-    for tensors in stream(model, list(seen), samples, context.check_time, done, padding=False):
+    for tensors in stream(model, list(seen), samples, context.check_time, padding=False):
         for edge in edges:
             seen[edge.name].observe(_rows(tensors[edge.name], edge.axis), each, rng)
     return seen
@@ -124,8 +124,8 @@ def _can_smooth(edge: Edge, plan: Plan) -> bool:
     than small products can pay."""
     outputs = sum(_matrix(slot).shape[1] for slot in edge.weights)
     depthwise = any(slot.node.op_type == "Conv" and slot.axis == 0 for slot in edge.weights)
-    tensor = plan.tensors.get(id(edge.value))
-    may_divide = outputs >= _LEAST_OUTPUTS_OF_MUL and (tensor is None or not tensor.all_consumers)
+    activation = plan.activations.get(edge.value)
+    may_divide = outputs >= _LEAST_OUTPUTS_OF_MUL and (activation is None or not activation.all_consumers)
     return not depthwise and (bool(edge.makers) or may_divide)
 
 

@@ -17,45 +17,33 @@ from numpy.typing import NDArray
 from modelpress_compression.encodings.products import added_bias
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import constant_array, graph_of, input_of, is_constant, label
-from modelpress_compression.graph.watch import Listener, stream
-from modelpress_compression.model import Model
-from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.graph.watch import stream
 from modelpress_compression.passes.quantize.plan import Plan
-from modelpress_compression.passes.quantize.rounding.rounder import Rounder
+from modelpress_compression.passes.quantize.setup import QuantizationSetup
 from modelpress_compression.passes.quantize.static.qdq import Parameters, QdqWriter
-from modelpress_compression.passes.quantize.weights import WeightStore
 
 MAX_SAMPLES = 64
 
-Shifts = Mapping[str, NDArray[np.float64]]  # [channels], by the name of the heavy node's output
+Shifts = Mapping[str, NDArray[np.float64]]  # [channels], by the name of the layer's output
 
 
-def mean_shifts(
-    model: Model,
-    plan: Plan,
-    parameters: Parameters,
-    config: QuantizeConfig,
-    rounder: Rounder,
-    context: Context,
-    done: Listener | None = None,
-) -> Shifts:
-    """The mean error of each output channel of the plan's heavy nodes that have a bias, or can have one.
+def mean_shifts(setup: QuantizationSetup, parameters: Parameters) -> Shifts:
+    """The mean error of each output channel of the plan's layers that have a bias, or can have one.
 
     Raises ModelNotRunnableError, TimeLimitError.
     """
-    copy = model.clone()
+    copy = setup.model.clone()
     editor = Editor(copy)
-    writer = QdqWriter(editor, WeightStore(editor, config, rounder, context.target))
+    writer = QdqWriter(editor, setup.weight_store(editor))
     twins = {
         node.outputs[0].name or "": (_add_twin(node, parameters, writer), _channel_axis(node))
-        for node in plan.on(copy.graph).heavy
+        for node in setup.plan.on(copy.graph).layers
         if _can_shift(node)
     }
     sums = {name: (np.zeros(1), 0) for name in twins}
     wanted = [*twins, *(value.name or "" for value, _ in twins.values())]
-    samples = context.data.spread(MAX_SAMPLES)
-    for tensors in stream(copy, wanted, samples, context.check_time, done, padding=False) if twins else ():
+    samples = setup.context.data.spread(MAX_SAMPLES)
+    for tensors in stream(copy, wanted, samples, setup.context.check_time, padding=False) if twins else ():
         for name, (twin, axis) in twins.items():
             difference = tensors[twin.name or ""].astype(np.float64) - tensors[name].astype(np.float64)
             rows = np.moveaxis(difference, axis, -1).reshape(-1, difference.shape[axis])
@@ -66,7 +54,7 @@ def mean_shifts(
 
 def correct(plan: Plan, shifts: Shifts, editor: Editor) -> int:
     """Takes the shifts out of the biases of a float graph that is about to be quantized; returns of how many nodes."""
-    found = [(node, shifts[node.outputs[0].name or ""]) for node in plan.heavy if node.outputs[0].name in shifts]
+    found = [(node, shifts[node.outputs[0].name or ""]) for node in plan.layers if node.outputs[0].name in shifts]
     for node, shift in found:
         _subtract(node, shift, editor)
     return len(found)

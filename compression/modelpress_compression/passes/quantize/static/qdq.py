@@ -17,17 +17,16 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.encodings import qdq
-from modelpress_compression.encodings.weight import QuantizedWeight, StoredWeight
+from modelpress_compression.encodings.weight import StoredWeight
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import constant_array, input_of, label, required
-from modelpress_compression.passes.integers.products import Summation, of_node, output_axis
-from modelpress_compression.passes.quantize.plan import HEAVY, Plan, Tensor, activations_of
+from modelpress_compression.passes.quantize.plan import Activation, Plan
 from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters
 from modelpress_compression.passes.quantize.weights import WeightStore
 
 _INT32_ROOM = float(1 << 30)  # half of the accumulator for the bias
 
-Parameters = Mapping[str, ActivationParameters]  # by the name of a plan's tensor
+Parameters = Mapping[str, ActivationParameters]  # by the name of a plan's activation
 
 
 @dataclass
@@ -39,16 +38,14 @@ class QdqWriter:
     _weights: dict[tuple[object, ...], StoredWeight] = field(default_factory=dict)
 
     def write(self, plan: Plan, parameters: Parameters) -> None:
-        """Puts the pairs on the plan's tensors and the weights of its heavy nodes."""
-        for node in plan.nodes:
-            if node.op_type in HEAVY:
-                self.quantize_weights(node, parameters[required(node, 0).name or ""])
-        kept = plan.members
-        for tensor in plan.tensors.values():
-            self._insert_pair(plan.graph, tensor, parameters[tensor.value.name or ""], kept)
+        """Puts the pairs on the plan's activations and the weights of its layers."""
+        for node in plan.layers:
+            self.quantize_weights(node, parameters[required(node, 0).name or ""])
+        for activation in plan.activations.values():
+            self._insert_pair(plan, activation, parameters[activation.value.name or ""])
 
     def quantize_weights(self, node: onnx_ir.Node, x: ActivationParameters) -> None:
-        """Replaces weight and bias of a heavy node by dequantized 8- and 32-bit ones."""
+        """Replaces weight and bias of a layer by dequantized 8- and 32-bit ones."""
         constant = constant_array(input_of(node, 2)) if node.op_type != "MatMul" else None
         bias = None if constant is None else np.asarray(constant, np.float32)
         stored = self._weight(node, x, bias)
@@ -77,25 +74,22 @@ class QdqWriter:
         least = None
         if bias is not None:
             least = np.abs(bias.astype(np.float64)) / (np.float64(x.scale) * _INT32_ROOM)
-        quantized = quantize_heavy(node, self.store, least)
+        quantized = self.store.layer(node, least)
         # The bias may have raised the scale, and then another user of the weight needs another copy.
-        key = (id(source), _summation(node, self.store.array(source), self.store), quantized.scale.tobytes())
+        key = (id(source), self.store.summation(node), quantized.scale.tobytes())
         if key not in self._weights:
             self._weights[key] = self.store.store(node, source, quantized)
         return self._weights[key]
 
-    def _insert_pair(
-        self, graph: onnx_ir.Graph, tensor: Tensor, x: ActivationParameters, kept: frozenset[onnx_ir.Node]
-    ) -> None:
-        value = tensor.value
-        uses = list(value.uses())
+    def _insert_pair(self, plan: Plan, activation: Activation, x: ActivationParameters) -> None:
+        value = activation.value
+        uses = [(user, index) for user, index in value.uses() if plan.reads(activation, user, index)]
         is_output = value.is_graph_output()
-        dequantized = self.pair(graph, value, x)
+        dequantized = self.pair(plan.graph, value, x)
         for user, index in uses:
-            if tensor.all_consumers or (user in kept and index < len(activations_of(user))):
-                user.replace_input_with(index, dequantized)
-        if is_output and tensor.all_consumers:
-            self._become_output(graph, value, dequantized)
+            user.replace_input_with(index, dequantized)
+        if is_output and activation.all_consumers:
+            self._become_output(plan.graph, value, dequantized)
 
     def _become_output(self, graph: onnx_ir.Graph, value: onnx_ir.Value, dequantized: onnx_ir.Value) -> None:
         """The dequantized value takes the output's place and name; the float32 one keeps only its reader."""
@@ -105,20 +99,6 @@ class QdqWriter:
                 graph.outputs[position] = dequantized
         value.name = self.editor.name(f"{name}_float")
         dequantized.name = name
-
-
-def quantize_heavy(
-    node: onnx_ir.Node, store: WeightStore, least_scale: NDArray[np.float64] | None = None
-) -> QuantizedWeight:
-    """A heavy node's weight in 8 bits; `least_scale`: a lower bound, per output channel."""
-    weight = store.array(required(node, 1))
-    return store.quantize(weight, _summation(node, weight, store), least_scale, store.rounder.rounding(node))
-
-
-def _summation(node: onnx_ir.Node, weight: NDArray[np.float32], store: WeightStore) -> Summation:
-    # A stack of matrices has one scale: DequantizeLinear takes one axis, and MatMul's kernels one of two axes.
-    per_channel = store.config.per_channel and (node.op_type == "Conv" or weight.ndim == 2)
-    return of_node(node, weight.shape, output_axis(node, weight.ndim) if per_channel else None)
 
 
 def guard_float_nodes(graph: onnx_ir.Graph, editor: Editor) -> int:

@@ -18,13 +18,12 @@ from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.plan import make_plan
 from modelpress_compression.passes.quantize.quantize import prepare_static
 from modelpress_compression.passes.quantize.ranges.output_error import Trial, open_probe, output_distances
-from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.affine import Range, activation_parameters
 from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder
+from modelpress_compression.passes.quantize.setup import QuantizationSetup
 from modelpress_compression.passes.quantize.static import preparation
 from modelpress_compression.passes.quantize.static.bias_correction import mean_shifts
 from modelpress_compression.passes.quantize.static.preparation import decibels
-from modelpress_compression.passes.quantize.static.qdq import quantize_heavy
 from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
 from modelpress_compression.passes.quantize.weights import WeightStore
 from numpy.typing import NDArray
@@ -50,7 +49,7 @@ def test_the_parts_add_up_to_the_whole(cnn: Model, images: Arrays, tmp_path: Pat
     quantizer, context = prepared(cnn, images, tmp_path)
     predicted = quantizer.ranges.error_of(quantizer.plan)
     assert predicted is not None
-    measured = output_distances(cnn, quantizer.quantize(frozenset(), Findings()), context).error
+    measured = output_distances(cnn, quantizer.quantize()[0], context).error
     assert decibels(predicted) == pytest.approx(decibels(measured), abs=3.0)
 
 
@@ -70,7 +69,7 @@ def test_distances_are_those_ahead_of_softmax(cnn: Model, images: Arrays, tmp_pa
         return work
 
     quantizer, context = prepared(cnn, images, tmp_path)
-    changed = quantizer.quantize(frozenset(), Findings())
+    changed = quantizer.quantize()[0]
     plain = output_distances(cnn, changed, context)
     behind = output_distances(with_softmax(cnn), with_softmax(changed), context)
     np.testing.assert_allclose(behind.errors, plain.errors, rtol=1e-5)
@@ -89,17 +88,15 @@ def test_the_hardest_samples_are_looked_at(
     found, context = prepared(cnn, {"x": loud}, tmp_path, config)
     monkeypatch.setattr(preparation, "_ADDS_UP", np.inf)
     missed, _ = prepared(cnn, {"x": loud}, tmp_path, config)
-    with_it, without = (
-        output_distances(cnn, one.quantize(frozenset(), Findings()), context).error for one in (found, missed)
-    )
+    with_it, without = (output_distances(cnn, one.quantize()[0], context).error for one in (found, missed))
     assert decibels(with_it) > decibels(without) + 3
 
 
 def test_a_trial_is_what_it_says(cnn: Model, images: Arrays, tmp_path: Path) -> None:
     """A range that clips everything destroys the output; the tensor's own hardly hurts it; the range of each run, which
     a product's input may have, is no worse than one that is ten times too wide; 0 trials take no run."""
-    quantizer, context = prepared(cnn, images, tmp_path)
-    with open_probe(cnn, quantizer.plan, PLAIN, NearestRounder(), context) as probe:
+    quantizer, _ = prepared(cnn, images, tmp_path)
+    with open_probe(replace(quantizer.setup, model=cnn)) as probe:
         clipped = activation_parameters(Range(0.0, 1e-3), "uint8")
         good = quantizer.ranges.parameters["r1"]
         errors = probe.errors([Trial("r1", parameters=clipped), Trial("r1", parameters=good)])
@@ -112,8 +109,8 @@ def test_a_trial_is_what_it_says(cnn: Model, images: Arrays, tmp_path: Path) -> 
 def test_the_probe_leaves_the_model_as_it_was(cnn: Model, images: Arrays, tmp_path: Path) -> None:
     """Nodes, inputs and outputs are those of before."""
     before = ([node.op_type for node in cnn.nodes()], cnn.inputs, cnn.outputs)
-    quantizer, context = prepared(cnn, images, tmp_path)
-    with open_probe(cnn, quantizer.plan, PLAIN, NearestRounder(), context):
+    quantizer, _ = prepared(cnn, images, tmp_path)
+    with open_probe(replace(quantizer.setup, model=cnn)):
         pass
     assert ([node.op_type for node in cnn.nodes()], cnn.inputs, cnn.outputs) == before
 
@@ -151,11 +148,11 @@ def test_shifts_are_those_of_the_means(mlp: Model, vectors: Arrays, tmp_path: Pa
         for name, span in {"x": (x.min(), x.max()), "t1": (-1.0, 1.0)}.items()
     }
     context = Context(InputData(mlp.inputs, dict(vectors)), tmp_path)
-    shifts = mean_shifts(mlp, plan, parameters, PLAIN, NearestRounder(), context)
+    shifts = mean_shifts(QuantizationSetup(mlp, plan, PLAIN, NearestRounder(), context), parameters)
     assert set(shifts) == {"m1"}
     node = next(node for node in mlp.graph if node.name == "fc1")
     store = WeightStore(Editor(mlp.clone()), PLAIN, NearestRounder(), context.target)
-    rounded = quantize_heavy(node, store).dequantize()
+    rounded = store.layer(node).dequantize()
     read = parameters["x"].fake_quantize(x.astype(np.float32))
     by_hand = (read @ rounded - x @ np.asarray(constant_array(node.inputs[1]), np.float64)).mean(axis=0)
     np.testing.assert_allclose(shifts["m1"], by_hand, atol=1e-4)
