@@ -2,7 +2,8 @@
 
 The bins lie over [-R, R) with R a power of two that doubles when a value falls outside; doubling merges bins in pairs.
 Scaling by a power of two is exact in floating point, so the histogram equals the one that a single look at all the data
-would have given, whatever the order of the samples, and no tensor needs to be kept.
+would have given, whatever the order of the samples. Each sample's activations are counted and let go: memory holds the
+model, the activations of one sample, and the histograms (64 KiB an activation), however many samples there are.
 
 - minmax: the smallest and the largest value.
 - percentile: cuts the outermost `1 - PERCENTILE / 100` of the values on either side.
@@ -15,14 +16,20 @@ would have given, whatever the order of the samples, and no tensor needs to be k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
+import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.graph.watch import Listener, stream
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.rounding.affine import Range
 
+# Ranges settle within some tens of samples on the models tried; more only takes time.
+MAX_SAMPLES = 256
 BINS = 8192
 _HALF = BINS // 2
 _CHUNK = 1 << 20  # elements: bounds the temporary arrays
@@ -190,3 +197,18 @@ METHODS: Mapping[str, Callable[[Histogram], Range]] = MappingProxyType(
         "mse": mse,
     }
 )
+
+
+def observe(
+    model: Model, values: Sequence[onnx_ir.Value], context: Context, done: Listener | None = None
+) -> dict[str, Histogram]:
+    """A histogram for each of these values of the main graph, by name.
+
+    Raises ModelNotRunnableError if the model does not run on the data, TimeLimitError if time is up.
+    """
+    histograms = {value.name: Histogram() for value in values if value.name}
+    samples = context.data.spread(MAX_SAMPLES)
+    for tensors in stream(model, list(histograms), samples, context.check_time, done, padding=False):
+        for name, histogram in histograms.items():
+            histogram.observe(tensors[name])
+    return histograms

@@ -27,7 +27,6 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, is_excluded
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.plan import LAYER_OPERATORS, Plan, make_plan, why_not_static
-from modelpress_compression.passes.quantize.ranges.calibration import observe
 from modelpress_compression.passes.quantize.ranges.choice import (
     improved_weights,
     measure_errors,
@@ -35,7 +34,7 @@ from modelpress_compression.passes.quantize.ranges.choice import (
     start_ranges,
     worst_weights,
 )
-from modelpress_compression.passes.quantize.ranges.observers import Histogram
+from modelpress_compression.passes.quantize.ranges.observers import Histogram, observe
 from modelpress_compression.passes.quantize.ranges.output_error import (
     DISTANCE_SAMPLES,
     MAX_SAMPLES,
