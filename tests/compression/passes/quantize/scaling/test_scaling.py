@@ -9,7 +9,7 @@ import pytest
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult
-from modelpress_compression.passes.quantize.plan import HEAVY
+from modelpress_compression.passes.quantize.plan import LAYER_OPERATORS
 from modelpress_compression.passes.quantize.scaling.edges import find_edges
 from modelpress_compression.passes.quantize.scaling.equalize import equalize, pair_scale
 from modelpress_compression.runtime import run, session_of
@@ -48,7 +48,7 @@ def encoder(build, rng: np.random.Generator) -> Model:  # type: ignore[no-untype
 
 
 def edges_of(model: Model):  # type: ignore[no-untyped-def]
-    return find_edges(model.graph, [node for node in model.graph if node.op_type in HEAVY])
+    return find_edges(model.graph, [node for node in model.graph if node.op_type in LAYER_OPERATORS])
 
 
 def test_edges_end_where_the_channels_are_made(encoder: Model) -> None:
