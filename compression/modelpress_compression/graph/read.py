@@ -63,6 +63,11 @@ def input_of(node: onnx_ir.Node, index: int) -> onnx_ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
+def other_operand(node: onnx_ir.Node, value: onnx_ir.Value | None) -> onnx_ir.Value | None:
+    """Of a node of two operands the one beside `value`."""
+    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+
+
 def graph_of(node: onnx_ir.Node) -> onnx_ir.Graph:
     """The graph that holds the node."""
     graph = node.graph

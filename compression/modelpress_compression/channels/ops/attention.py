@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir
 
@@ -14,6 +16,26 @@ from modelpress_compression.graph.read import MICROSOFT, input_of, int_attribute
 _UNKNOWN = "The shapes of the attention are not known."
 _TIME = "The axis is one of batch or time of an attention."
 _INSIDE = "The axis lies inside of attention heads."
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """Query, key or value of an attention: labels and extents of its axes."""
+
+    axes: Axes
+    shape: tuple[int, ...]
+
+
+def _operands(node: onnx_ir.Node, tracer: Tracer) -> tuple[_Operand, _Operand, _Operand] | None:
+    """Query, key and value; None where one is missing or not known, or where their ranks differ."""
+    found: list[_Operand] = []
+    for position in range(3):
+        value = input_of(node, position)
+        axes, shape = tracer.axes(value), tracer.shape(value)
+        if axes is None or shape is None or len(shape) != len(found[0].shape if found else shape):
+            return None
+        found.append(_Operand(axes, shape))
+    return found[0], found[1], found[2]
 
 
 def _flat(axis: Axis, heads: Ints, node: onnx_ir.Node, tracer: Tracer) -> None:
@@ -57,32 +79,27 @@ def _bias(node: onnx_ir.Node, position: int, heads: Ints, tracer: Tracer) -> Non
 
 
 def _times(labels: Ints, width: int) -> Ints:
+    """Labels of a hidden axis [heads * size] of this width: each head's, for all of its indices."""
     return np.repeat(labels, width // labels.size)
 
 
 @rule("MultiHeadAttention", domain=MICROSOFT)
 def multi_head(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """Query, key, value [B, T, heads * size] and a bias of all three; the output is [B, T, heads * size of values]."""
-    shapes = [tracer.shape(value) for value in node.inputs[:3]]
-    axes = [tracer.axes(value) for value in node.inputs[:3]]
-    count = int_attribute(node, "num_heads", 0)
-    if len(axes) < 3 or any(shape is None or len(shape) != 3 for shape in shapes) or count < 1:
+    operands, count = _operands(node, tracer), int_attribute(node, "num_heads", 0)
+    if operands is None or len(operands[0].shape) != 3 or count < 1:
         return "Query, key and value of the attention are packed."
     heads = tracer.labels.fresh(count)
-    widths = []
-    for own, shape in zip(axes, shapes, strict=True):
-        if own is None or shape is None:
-            return _UNKNOWN
-        _freeze_all(own, node, tracer, _TIME, but=2)
-        _flat(own[2], heads, node, tracer)
-        widths.append(shape[2])
-    if len(node.inputs) > 3 and node.inputs[3] is not None:
-        bias = tracer.axes(node.inputs[3])
+    for operand in operands:
+        _freeze_all(operand.axes, node, tracer, _TIME, but=2)
+        _flat(operand.axes[2], heads, node, tracer)
+    widths = [operand.shape[2] for operand in operands]
+    if (added := input_of(node, 3)) is not None:
+        bias = tracer.axes(added)
         if bias is None or len(bias) != 1:
             return _UNKNOWN
         tracer.unify(bias[0], np.concatenate([_times(heads, width) for width in widths]), node)
-    if len(node.inputs) > 4:
-        _freeze_all(tracer.axes(node.inputs[4]), node, tracer, _TIME)
+    _freeze_all(tracer.axes(input_of(node, 4)), node, tracer, _TIME)
     _bias(node, 5, heads, tracer)
     if len(node.outputs) > 3 or len(node.inputs) > 8:
         return "The attention keeps its scores or caches in a way that is not traced."
@@ -100,7 +117,7 @@ def packed(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     count = int_attribute(node, "num_heads", 0)
     if data is None or weight is None or shape is None or len(data) != 3 or count < 1:
         return _UNKNOWN
-    if len(node.outputs) > 1 or any(value is not None for value in node.inputs[4:5]) or len(node.inputs) > 6:
+    if len(node.outputs) > 1 or input_of(node, 4) is not None or len(node.inputs) > 6:
         return "The attention has a cache whose layout is not traced."
     sizes = ints_attribute(node, "qkv_hidden_sizes") or (shape[1] // 3,) * 3
     heads = tracer.labels.fresh(count)
@@ -110,13 +127,12 @@ def packed(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     tracer.mark(weight[0], "consumer", node)
     tracer.unify(np.concatenate(parts), weight[1], node)
     tracer.mark(weight[1], "producer", node, "head")
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        bias = tracer.axes(node.inputs[2])
+    if (added := input_of(node, 2)) is not None:
+        bias = tracer.axes(added)
         if bias is None or len(bias) != 1:
             return _UNKNOWN
         tracer.unify(bias[0], np.concatenate(parts), node)
-    if len(node.inputs) > 3:
-        _freeze_all(tracer.axes(node.inputs[3]), node, tracer, _TIME)
+    _freeze_all(tracer.axes(input_of(node, 3)), node, tracer, _TIME)
     _bias(node, 5, heads, tracer)
     tracer.fixes.append(Count(node, "num_heads", heads))
     if "qkv_hidden_sizes" in node.attributes:
@@ -131,65 +147,67 @@ def grouped(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     count, fewer = int_attribute(node, "num_heads", 0), int_attribute(node, "kv_num_heads", 0)
     if count < 1 or fewer < 1 or any(value is None for value in node.inputs[:3]):
         return "Query, key and value of the attention are packed."
-    shared = tracer.labels.fresh(fewer)
-    heads = np.repeat(shared, count // fewer)
-    for value, labels in zip(node.inputs[:3], (heads, shared, shared), strict=True):
-        axes, shape = tracer.axes(value), tracer.shape(value)
-        if axes is None or shape is None or len(axes) != 3:
-            return _UNKNOWN
-        _freeze_all(axes, node, tracer, _TIME, but=2)
-        size = shape[2] // labels.size
-        if axes[2] is None:
+    operands = _operands(node, tracer)
+    if operands is None or len(operands[0].shape) != 3:
+        return _UNKNOWN
+    shared, heads = _shared_heads(count, fewer, tracer)
+    for operand, labels in zip(operands, (heads, shared, shared), strict=True):
+        _freeze_all(operand.axes, node, tracer, _TIME, but=2)
+        if operand.axes[2] is None:
             tracer.freeze(shared, node, "The heads read a value that cannot be cut.")
         else:
-            tracer.unify(axes[2], np.repeat(labels, size), node)
+            tracer.unify(operand.axes[2], _times(labels, operand.shape[2]), node)
     for value in node.inputs[5:]:
         _freeze_all(tracer.axes(value), node, tracer, _INSIDE)
     tracer.plain_outputs(node)
     _caches(node, (3, 4), shared, tracer)
     tracer.mark(shared, "passenger", node, "head")
     tracer.fixes += [Count(node, "num_heads", heads), Count(node, "kv_num_heads", shared)]
-    query = tracer.shape(node.inputs[0]) or (0, 0, 0)
-    tracer.set(node.outputs[0], (None, None, _times(heads, query[2])))
+    tracer.set(node.outputs[0], (None, None, _times(heads, operands[0].shape[2])))
     return None
 
 
 @rule("Attention")
 def standard(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """Q, K, V [B, heads, T, size], or [B, T, heads * size] with the numbers of heads as attributes."""
-    axes, shapes = [tracer.axes(v) for v in node.inputs[:3]], [tracer.shape(v) for v in node.inputs[:3]]
-    flat = len(shapes[0] or ()) == 3
-    if any(
-        own is None or shape is None or len(shape) != (3 if flat else 4)
-        for own, shape in zip(axes, shapes, strict=True)
-    ):
+    operands = _operands(node, tracer)
+    if operands is None or len(operands[0].shape) not in (3, 4):
         return _UNKNOWN
     if len(node.outputs) > 3:
         return "The scores of the attention are an output."
-    given = [own for own in axes if own is not None]
-    widths = [shape for shape in shapes if shape is not None]
-    count = int_attribute(node, "q_num_heads", 0) if flat else widths[0][1]
-    fewer = int_attribute(node, "kv_num_heads", 0) if flat else widths[1][1]
+    query, key, value = operands
+    flat = len(query.shape) == 3
+    count = int_attribute(node, "q_num_heads", 0) if flat else query.shape[1]
+    fewer = int_attribute(node, "kv_num_heads", 0) if flat else key.shape[1]
     if count < 1 or fewer < 1 or count % fewer:
         return _UNKNOWN
-    shared = tracer.labels.fresh(fewer)
-    heads = np.repeat(shared, count // fewer)
-    for number, (own, labels) in enumerate(zip(given, (heads, shared, shared), strict=True)):
-        where = 2 if flat else 1
-        for axis, inner in enumerate(own):
-            if axis != where and not (number == 2 and axis == 3):
-                tracer.freeze(inner, node, _INSIDE if axis == 3 else _TIME)
-        tracer.unify(_times(labels, widths[number][2]) if flat else labels, own[where], node)
+    shared, heads = _shared_heads(count, fewer, tracer)
+    for operand, labels in zip(operands, (heads, shared, shared), strict=True):
+        if flat:
+            _freeze_all(operand.axes, node, tracer, _TIME, but=2)
+            tracer.unify(_times(labels, operand.shape[2]), operand.axes[2], node)
+            continue
+        _freeze_all(operand.axes[:3], node, tracer, _TIME, but=1)
+        if operand is not value:
+            # The scores sum over the sizes of queries and keys; those of values go through to the output.
+            tracer.freeze(operand.axes[3], node, _INSIDE)
+        tracer.unify(labels, operand.axes[1], node)
     _bias(node, 3, heads, tracer)
     tracer.plain_outputs(node)
     _caches(node, (4, 5), shared, tracer)
     tracer.mark(shared, "passenger", node, "head")
     if flat:
         tracer.fixes += [Count(node, "q_num_heads", heads), Count(node, "kv_num_heads", shared)]
-        tracer.set(node.outputs[0], (None, None, np.repeat(heads, widths[2][2] // fewer)))
+        tracer.set(node.outputs[0], (None, None, np.repeat(heads, value.shape[2] // fewer)))
     else:
-        tracer.set(node.outputs[0], (None, heads, None, given[2][3]))
+        tracer.set(node.outputs[0], (None, heads, None, value.axes[3]))
     return None
+
+
+def _shared_heads(count: int, fewer: int, tracer: Tracer) -> tuple[Ints, Ints]:
+    """Labels of `fewer` heads of keys and values, and of `count` heads of queries, several of which share one."""
+    shared = tracer.labels.fresh(fewer)
+    return shared, np.repeat(shared, count // fewer)
 
 
 @rule("RotaryEmbedding")

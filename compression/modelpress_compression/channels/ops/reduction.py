@@ -11,7 +11,7 @@ import onnx_ir
 from modelpress_compression.channels.labels import Axis
 from modelpress_compression.channels.ops.registry import rule
 from modelpress_compression.channels.tracer import Tracer
-from modelpress_compression.graph.read import axes_of, constant_scalar, int_attribute, is_op
+from modelpress_compression.graph.read import axes_of, constant_scalar, int_attribute, is_op, other_operand
 
 _UNKNOWN = "The shapes at the node are not known."
 _REDUCTIONS = (
@@ -84,8 +84,7 @@ def _goes_under_root(user: onnx_ir.Node, value: onnx_ir.Value) -> bool:
         return True
     if not is_op(user, "Add"):
         return False
-    other = user.inputs[1] if user.inputs[0] is value else user.inputs[0]
-    if constant_scalar(other) is None:
+    if constant_scalar(other_operand(user, value)) is None:
         return False
     after = user.outputs[0].consumers()
     return bool(after) and all(is_op(node, "Sqrt", "Pow") for node in after)

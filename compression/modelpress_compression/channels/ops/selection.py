@@ -45,41 +45,59 @@ def split(node: onnx_ir.Node, tracer: Tracer) -> str | None:
 
 @rule("Slice")
 def slice_(node: onnx_ir.Node, tracer: Tracer) -> str | None:
-    axes, before, after = tracer.axes(node.inputs[0]), tracer.shape(node.inputs[0]), tracer.shape(node.outputs[0])
-    if axes is None or before is None or after is None:
+    """Data, starts, ends, and perhaps axes and steps: one number for each axis that is sliced."""
+    axes, extents, after = tracer.axes(node.inputs[0]), tracer.shape(node.inputs[0]), tracer.shape(node.outputs[0])
+    if axes is None or extents is None or after is None:
         return _UNKNOWN
     if ints_attribute(node, "starts") is not None or len(node.inputs) < 3:
         return "Slice with bounds as attributes is of an old opset."
-    chosen = _numbers(node, 3, tracer)
-    order = [int(axis) % len(axes) for axis in (chosen if chosen is not None else range(len(axes)))]
-    starts, ends, steps = (_numbers(node, position, tracer) for position in (1, 2, 4))
-    sourced = any(tracer.sources(value) for value in node.inputs[1:3])
+    order = _sliced_axes(node, len(axes), tracer)
+    if order is None:
+        return "The axes of the slice are computed."
+    bounds = _bounds(node, tracer)
+    # A whole axis needs no mending, unless its bounds are computed from extents: then they must be those of this axis.
+    computed = any(tracer.sources(value) for value in node.inputs[1:3])
     output, slices = list(axes), {}
     for number, axis in enumerate(order):
         labels = axes[axis]
         if labels is None:
             continue
-        if starts is None or ends is None or not all(tracer.is_fixed(value) for value in node.inputs[1:]):
+        if bounds is None:
             return "The bounds of the slice are computed."
-        bounds = slice_of(starts[number], ends[number], 1 if steps is None else steps[number], before[axis])
-        start, end, step = bounds.start, bounds.stop, bounds.step
-        if (start, end, step) == (0, before[axis], 1) and not sourced:
+        part = slice_of(*bounds[number], extents[axis])
+        if part == slice(0, extents[axis], 1) and not computed:
             continue
-        if step != 1:
+        if part.step != 1:
             tracer.freeze(labels, node, "The axis is sliced in steps.")
         else:
-            slices[number] = (labels, start, end)
-            tracer.parts.append(labels[bounds])
-        output[axis] = labels[bounds]
-    if chosen is None and len(node.inputs) > 3 and node.inputs[3] is not None:
-        return "The axes of the slice are computed."
+            slices[number] = (labels, part.start, part.stop)
+            tracer.parts.append(labels[part])
+        output[axis] = labels[part]
     tracer.set(node.outputs[0], tuple(output))
     if slices:
         tracer.fixes.append(Bounds(node, slices))
     else:
+        # No fix will look after bounds that are computed from extents, so those must stay.
         for value in node.inputs[1:3]:
             tracer.use(value, node)
     return None
+
+
+def _sliced_axes(node: onnx_ir.Node, rank: int, tracer: Tracer) -> list[int] | None:
+    """The axes in the order of their bounds; None where they are not known before the model runs."""
+    if input_of(node, 3) is None:
+        return list(range(rank))
+    chosen = _numbers(node, 3, tracer)
+    return None if chosen is None else [axis % rank for axis in chosen]
+
+
+def _bounds(node: onnx_ir.Node, tracer: Tracer) -> list[tuple[int, int, int]] | None:
+    """(start, end, step) for each sliced axis; None where they may differ between runs."""
+    starts, ends = _numbers(node, 1, tracer), _numbers(node, 2, tracer)
+    steps = None if starts is None else [1] * len(starts) if input_of(node, 4) is None else _numbers(node, 4, tracer)
+    if starts is None or ends is None or steps is None or not all(tracer.is_fixed(value) for value in node.inputs[1:]):
+        return None
+    return list(zip(starts, ends, steps, strict=True))
 
 
 def _numbers(node: onnx_ir.Node, position: int, tracer: Tracer) -> list[int] | None:

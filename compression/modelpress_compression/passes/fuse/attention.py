@@ -33,7 +33,6 @@ from modelpress_compression.graph.read import (
     int_attribute,
     ints_attribute,
     is_op,
-    only_consumer,
     rank,
 )
 from modelpress_compression.passes.fuse.rewriting import FIRED, Outcome, Scope
@@ -68,12 +67,9 @@ class FuseAttention:
     name: ClassVar[str] = "attention"
     op_types: ClassVar[frozenset[str]] = frozenset({"Softmax"})
 
-    def __call__(self, node: onnx_ir.Node, scope: Scope) -> Outcome:  # noqa: PLR0911 - a return for each reason
-        scores = _scores(node, scope)
-        product = only_consumer(node.outputs[0])
-        if scores is None or not is_op(product, "MatMul") or product is None:
-            return None
-        if product.inputs[0] is not node.outputs[0] or scope.excluded(product) or product.graph is not node.graph:
+    def __call__(self, node: onnx_ir.Node, scope: Scope) -> Outcome:
+        scores, product = _scores(node, scope), scope.follower(node, "MatMul")
+        if scores is None or product is None or product.inputs[0] is not node.outputs[0]:
             return None
         query, scale_q = _heads(scores.query, _HEADS_FIRST, scope)
         keys, scale_k = _heads(scores.keys, _KEYS, scope)
@@ -212,16 +208,12 @@ def _target(reshape: onnx_ir.Node) -> list[int | None] | None:
 
 def _merged(product: onnx_ir.Node, scope: Scope) -> onnx_ir.Node | None:
     """The Reshape to [B, S, H * D] behind Transpose(0 2 1 3) of the product."""
-    transpose = only_consumer(product.outputs[0])
-    if not is_op(transpose, "Transpose") or transpose is None or scope.excluded(transpose):
+    transpose = scope.follower(product, "Transpose")
+    reshape = None if transpose is None else scope.follower(transpose, "Reshape")
+    if transpose is None or reshape is None or ints_attribute(transpose, "perm") != _HEADS_FIRST:
         return None
-    reshape = only_consumer(transpose.outputs[0])
-    if ints_attribute(transpose, "perm") != _HEADS_FIRST or not is_op(reshape, "Reshape") or reshape is None:
-        return None
-    same = transpose.graph is product.graph and reshape.graph is product.graph
-    target = _target(reshape)
-    merged = rank(reshape.outputs[0]) == 3 or (target is not None and len(target) == 3)
-    return reshape if merged and same and not scope.excluded(reshape) else None
+    merged = rank(reshape.outputs[0]) == 3 or len(_target(reshape) or ()) == 3
+    return reshape if merged else None
 
 
 def _with_rows(

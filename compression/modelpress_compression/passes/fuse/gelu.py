@@ -17,8 +17,8 @@ from typing import ClassVar
 
 import onnx_ir
 
-from modelpress_compression.graph.read import MICROSOFT, constant_scalar, constant_tensor, is_op, only_consumer, rank
-from modelpress_compression.passes.fuse.rewriting import FIRED, Outcome, Scope
+from modelpress_compression.graph.read import MICROSOFT, constant_scalar, other_operand
+from modelpress_compression.passes.fuse.rewriting import FIRED, Outcome, Scope, scalar_beside
 
 GELU_OPSET = 20
 _CUBIC = 0.044715
@@ -50,14 +50,8 @@ class FuseGelu:
 
 def _close(value: onnx_ir.Value | None, wanted: float, varying: onnx_ir.Value | None) -> bool:
     """Whether the value is this constant, with no more axes than the operand that varies."""
-    number, tensor = constant_scalar(value), constant_tensor(value)
-    if number is None or tensor is None or not math.isclose(number, wanted, rel_tol=2e-3):
-        return False
-    return len(tensor.shape) == 0 or len(tensor.shape) <= (rank(varying) or 0)
-
-
-def _other(node: onnx_ir.Node, value: onnx_ir.Value) -> onnx_ir.Value | None:
-    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+    number = scalar_beside(value, varying)
+    return number is not None and math.isclose(number, wanted, rel_tol=2e-3)
 
 
 def _times(value: onnx_ir.Value | None, factor: float, scope: Scope) -> onnx_ir.Value | None:
@@ -111,8 +105,7 @@ def _factors(  # noqa: PLR0911 - a return for each form
     None: it holds something else."""
     if value is base:
         return 1, 1.0
-    number = constant_scalar(value)
-    if number is not None and _close(value, number, base):
+    if (number := scalar_beside(value, base)) is not None:
         return 0, number
     power = scope.producer(value, "Pow")
     if power is not None and power.inputs[0] is base:
@@ -130,33 +123,29 @@ def _factors(  # noqa: PLR0911 - a return for each form
     return None if second[0] or not second[1] else (first[0], first[1] / second[1])
 
 
-def _last_product(node: onnx_ir.Node, value: onnx_ir.Value, scope: Scope) -> onnx_ir.Node | None:  # noqa: PLR0911 - a return for each reason
+def _last_product(node: onnx_ir.Node, value: onnx_ir.Value, scope: Scope) -> onnx_ir.Node | None:
     """The node that completes x * 1/2 * (1 + node), whatever the order of the products."""
-    plus_one = only_consumer(node.outputs[0])
-    if not is_op(plus_one, "Add") or plus_one is None or scope.excluded(plus_one):
+    plus_one = scope.follower(node, "Add")
+    if plus_one is None or not _close(other_operand(plus_one, node.outputs[0]), 1.0, node.outputs[0]):
         return None
-    if not _close(_other(plus_one, node.outputs[0]), 1.0, node.outputs[0]):
-        return None
-    factor = plus_one.outputs[0]
-    missing_half, missing_value = True, True
-    while missing_half or missing_value:
-        product = only_consumer(factor)
-        if product is None or scope.excluded(product) or product.graph is not node.graph:
+    last, missing = plus_one, {"half", "value"}
+    while missing:
+        product = scope.follower(last, "Mul", "Div")
+        brought = frozenset() if product is None else _brought(product, last.outputs[0], value, scope)
+        # Each of the two comes once: with x or 1/2 twice it is another function.
+        if product is None or not brought or not brought <= missing:
             return None
-        other = _other(product, factor)
-        if is_op(product, "Div") and product.inputs[0] is factor and missing_half and _close(other, 2.0, factor):
-            missing_half = False
-        elif not is_op(product, "Mul"):
-            return None
-        elif missing_half and _close(other, 0.5, factor):
-            missing_half = False
-        elif missing_value and other is value:
-            missing_value = False
-        elif missing_half and missing_value and _times(other, 0.5, scope) is value:
-            missing_half = missing_value = False
-        else:
-            return None
-        factor = product.outputs[0]
-        if not missing_half and not missing_value:
-            return product
-    return None
+        last, missing = product, missing - brought
+    return last
+
+
+def _brought(product: onnx_ir.Node, factor: onnx_ir.Value, value: onnx_ir.Value, scope: Scope) -> frozenset[str]:
+    """What of "value" (x) and "half" a product multiplies `factor` with; nothing where it is anything else."""
+    other = other_operand(product, factor)
+    if product.op_type == "Div":
+        return frozenset({"half"} if product.inputs[0] is factor and _close(other, 2.0, factor) else ())
+    if _close(other, 0.5, factor):
+        return frozenset({"half"})
+    if other is value:
+        return frozenset({"value"})
+    return frozenset({"half", "value"} if _times(other, 0.5, scope) is value else ())

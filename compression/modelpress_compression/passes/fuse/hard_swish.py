@@ -18,14 +18,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.graph.read import (
-    constant_scalar,
-    constant_tensor,
-    float_attribute,
-    only_consumer,
-    rank,
-)
-from modelpress_compression.passes.fuse.rewriting import FIRED, Outcome, Scope
+from modelpress_compression.graph.read import constant_scalar, float_attribute, input_of, other_operand
+from modelpress_compression.passes.fuse.rewriting import FIRED, Outcome, Scope, scalar_beside
 
 HARD_SWISH_OPSET = 14
 
@@ -42,9 +36,8 @@ class FuseHardSwish:
         shifted = scope.inner(node.inputs[0], "Add")
         if shifted is None or _bounds(node) != (0.0, 6.0) or shifted.graph is not node.graph:
             return None
-        value = _plus_three(shifted)
-        user = only_consumer(node.outputs[0])
-        if value is None or user is None or scope.excluded(user) or user.graph is not node.graph:
+        value, user = _plus_three(shifted), scope.follower(node, "Mul", "Div")
+        if value is None or user is None:
             return None
         if _is_sixth(user, node.outputs[0]):
             made = _hard_sigmoid(value, node, scope)
@@ -52,8 +45,8 @@ class FuseHardSwish:
             return _multiply_by_input(made, scope) or FIRED
         if user.op_type != "Mul" or set(user.inputs) != {value, node.outputs[0]}:
             return None
-        sixth = only_consumer(user.outputs[0])
-        if sixth is None or scope.excluded(sixth) or not _is_sixth(sixth, user.outputs[0]):
+        sixth = scope.follower(user, "Mul", "Div")
+        if sixth is None or not _is_sixth(sixth, user.outputs[0]):
             return "Hard swish stays: the product is not divided by 6, or is used elsewhere as well."
         scope.replace(sixth, [shifted, node, user, sixth], _hard_swish(value, node, scope))
         return FIRED
@@ -61,12 +54,12 @@ class FuseHardSwish:
 
 def _multiply_by_input(node: onnx_ir.Node, scope: Scope) -> Outcome:
     """HardSigmoid(x) * x becomes HardSwish(x) where the opset has it; below, that is the form we want."""
-    user = only_consumer(node.outputs[0])
+    user = scope.follower(node, "Mul")
     value = node.inputs[0]
-    if user is None or value is None or scope.opset < HARD_SWISH_OPSET or scope.excluded(user):
+    if user is None or value is None or scope.opset < HARD_SWISH_OPSET:
         return None
     alpha, beta = float_attribute(node, "alpha", 0.2), float_attribute(node, "beta", 0.5)
-    if user.op_type != "Mul" or set(user.inputs) != {value, node.outputs[0]} or user.graph is not node.graph:
+    if set(user.inputs) != {value, node.outputs[0]}:
         return None
     if not (np.isclose(alpha, 1 / 6, rtol=1e-4) and beta == 0.5):
         return None
@@ -89,30 +82,21 @@ def _bounds(clip: onnx_ir.Node) -> tuple[float | None, float | None]:
     """min and max: attributes up to opset 10, then inputs."""
     if "max" in clip.attributes:
         return float_attribute(clip, "min", -np.inf), float_attribute(clip, "max", np.inf)
-    inputs = [*clip.inputs[1:], None, None]
-    return constant_scalar(inputs[0]), constant_scalar(inputs[1])
+    return constant_scalar(input_of(clip, 1)), constant_scalar(input_of(clip, 2))
 
 
 def _plus_three(add: onnx_ir.Node) -> onnx_ir.Value | None:
     """x of x + 3, where 3 adds no axes."""
-    for position in (0, 1):
-        constant, value = constant_tensor(add.inputs[position]), add.inputs[1 - position]
-        if constant is None or value is None or constant_scalar(add.inputs[position]) != 3.0:
-            continue
-        if len(constant.shape) <= (rank(value) or 0):
+    for three, value in (tuple(add.inputs), tuple(reversed(add.inputs))):
+        if scalar_beside(three, value) == 3.0:
             return value
     return None
 
 
 def _is_sixth(node: onnx_ir.Node, value: onnx_ir.Value) -> bool:
-    """Whether the node computes value / 6 or value * (1/6) with a constant that adds no axes."""
-    if node.op_type not in ("Div", "Mul"):
+    """Whether a Div or Mul computes value / 6 or value * (1/6) with a constant that adds no axes."""
+    if node.op_type == "Div" and node.inputs[0] is not value:
         return False
-    positions = (1,) if node.op_type == "Div" else (0, 1)
-    for position in positions:
-        number, constant = constant_scalar(node.inputs[position]), constant_tensor(node.inputs[position])
-        if number is None or constant is None or node.inputs[1 - position] is not value:
-            continue
-        wanted = 6.0 if node.op_type == "Div" else 1 / 6
-        return bool(np.isclose(number, wanted, rtol=1e-4)) and len(constant.shape) <= (rank(value) or 0)
-    return False
+    number = scalar_beside(other_operand(node, value), value)
+    wanted = 6.0 if node.op_type == "Div" else 1 / 6
+    return number is not None and bool(np.isclose(number, wanted, rtol=1e-4))

@@ -20,8 +20,7 @@ from modelpress_compression.graph.read import (
     constant_scalar,
     constant_tensor,
     int_attribute,
-    is_op,
-    only_consumer,
+    other_operand,
     rank,
 )
 from modelpress_compression.passes.fuse.rewriting import FIRED, Outcome, Scope, float_array
@@ -95,9 +94,9 @@ def _last_axis(mean: onnx_ir.Node) -> bool:
 
 def _then(node: onnx_ir.Node, op_type: str, scope: Scope) -> tuple[onnx_ir.Node, onnx_ir.Value] | None:
     """The one consumer and its constant operand of shape [n], n > 1."""
-    user = only_consumer(node.outputs[0])
-    if user is None or not is_op(user, op_type) or scope.excluded(user) or user.graph is not node.graph:
-        return None
-    other = user.inputs[1] if user.inputs[0] is node.outputs[0] else user.inputs[0]
+    user = scope.follower(node, op_type)
+    other = None if user is None else other_operand(user, node.outputs[0])
     array = float_array(other)
-    return (user, other) if other is not None and array is not None and array.ndim == 1 and array.size > 1 else None
+    if user is None or other is None or array is None or array.ndim != 1 or array.size < 2:
+        return None
+    return user, other

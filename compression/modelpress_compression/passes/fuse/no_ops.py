@@ -16,14 +16,12 @@ import onnx_ir
 
 from modelpress_compression.graph.read import (
     constant_scalar,
-    constant_tensor,
     input_of,
     int_attribute,
     ints_attribute,
     is_op,
-    rank,
 )
-from modelpress_compression.passes.fuse.rewriting import FIRED, Outcome, Scope
+from modelpress_compression.passes.fuse.rewriting import FIRED, Outcome, Scope, scalar_beside
 
 _NEUTRAL = {"Mul": 1.0, "Div": 1.0, "Add": 0.0, "Sub": 0.0, "Pow": 1.0}
 _SHAPING = ("Reshape", "Expand", "Flatten")
@@ -95,10 +93,7 @@ def _same_static_shape(before: onnx_ir.Value, after: onnx_ir.Value) -> bool:
 
 def _without_neutral(node: onnx_ir.Node) -> onnx_ir.Value | None:
     for position in (1, 0) if is_op(node, "Mul", "Add") else (1,):
-        value, constant = node.inputs[1 - position], constant_tensor(node.inputs[position])
-        if value is None or constant is None or constant_scalar(node.inputs[position]) != _NEUTRAL[node.op_type]:
-            continue
-        axes, added = rank(value), len(constant.shape)
-        if added == 0 or (axes is not None and added <= axes):
+        value = node.inputs[1 - position]
+        if scalar_beside(node.inputs[position], value) == _NEUTRAL[node.op_type]:
             return value
     return None

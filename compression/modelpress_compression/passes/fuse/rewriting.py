@@ -16,7 +16,15 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor
-from modelpress_compression.graph.read import constant_array, is_op, label, only_consumer
+from modelpress_compression.graph.read import (
+    constant_array,
+    constant_scalar,
+    constant_tensor,
+    is_op,
+    label,
+    only_consumer,
+    rank,
+)
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Skip, is_excluded
 
@@ -68,6 +76,20 @@ class Scope(Editor):
         """As `producer`, and nobody but one node sees the value: after the rewrite it can be gone."""
         node = self.producer(value, *op_types, domain=domain)
         return node if node is not None and value is not None and only_consumer(value) is not None else None
+
+    def follower(self, node: onnx_ir.Node, *op_types: str) -> onnx_ir.Node | None:
+        """The node that alone uses the first output, if it is one of these operators, in the same graph, and may be
+        changed."""
+        user = only_consumer(node.outputs[0])
+        if user is None or not is_op(user, *op_types) or user.graph is not node.graph or self.excluded(user):
+            return None
+        return user
+
+
+def scalar_beside(constant: onnx_ir.Value | None, varying: onnx_ir.Value | None) -> float | None:
+    """The number of a constant of one element that adds no axes to the operand beside it."""
+    tensor = constant_tensor(constant)
+    return None if tensor is None or len(tensor.shape) > (rank(varying) or 0) else constant_scalar(constant)
 
 
 def float_array(value: onnx_ir.Value | None) -> Floats | None:

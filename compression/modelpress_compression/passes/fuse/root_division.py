@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import onnx_ir
 
-from modelpress_compression.graph.read import constant_scalar, is_op, only_consumer
+from modelpress_compression.graph.read import constant_scalar, other_operand
 from modelpress_compression.passes.fuse.layer_normalization import is_square
 from modelpress_compression.passes.fuse.rewriting import FIRED, Outcome, Scope
 
@@ -27,11 +27,11 @@ class DivideByRoot:
     op_types: ClassVar[frozenset[str]] = frozenset({"Reciprocal"})
 
     def __call__(self, node: onnx_ir.Node, scope: Scope) -> Outcome:
-        product, root = only_consumer(node.outputs[0]), scope.producer(node.inputs[0], "Sqrt")
-        if root is None or product is None or not is_op(product, "Mul") or product.graph is not node.graph:
+        product, root = scope.follower(node, "Mul"), scope.producer(node.inputs[0], "Sqrt")
+        if root is None or product is None:
             return None
-        factor = product.inputs[1] if product.inputs[0] is node.outputs[0] else product.inputs[0]
-        if scope.excluded(product) or factor is None or not _is_mean_square(root.inputs[0], factor, scope):
+        factor = other_operand(product, node.outputs[0])
+        if factor is None or not _is_mean_square(root.inputs[0], factor, scope):
             return None
         made = scope.make_like(product, "Div", [factor, node.inputs[0]])
         scope.replace(product, [node, product], [made])
