@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from modelpress_compression.executor.ops.layout import padded, sliced
+from modelpress_compression.executor.ops.layout import sliced
+from modelpress_compression.executor.ops.padding import padded
 
 _NUMPY_MODES = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
 

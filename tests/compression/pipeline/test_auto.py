@@ -132,6 +132,7 @@ def loud(two_layers: Model) -> InputData:
     return InputData.from_arrays({"x": values}, two_layers.inputs)
 
 
+@pytest.mark.usefixtures("timed_by_size")
 def test_the_sensitive_layer_goes_back_to_float(two_layers: Model, loud: InputData) -> None:
     """Neither scheme keeps the classes as asked; with one layer in float32, the one that loses them, static does, and
     is taken."""

@@ -29,6 +29,7 @@ def outputs(model: Model, samples: InputData) -> np.ndarray:
         return next(iter(run(session, next(samples.feeds(64))).values()))
 
 
+@pytest.mark.usefixtures("timed_by_size")
 def test_the_whole_way(digits: Model, samples: InputData, labelled: EvaluationData, tmp_path: Path) -> None:
     """The default preset gives a model that still reads digits, and a report that fits its schema."""
     result = compress(digits, Recipe.preset("default"), data=samples, eval_data=labelled, job="j")
@@ -38,10 +39,9 @@ def test_the_whole_way(digits: Model, samples: InputData, labelled: EvaluationDa
     assert report["accuracy"]["drop"] <= 0.01
     assert report["fidelity"]["data"] == "provided"
     assert [step["name"] for step in report["steps"]] == ["fuse", "quantize"]
-    chosen = [candidate for candidate in result.candidates if candidate["chosen"]]
-    # On a busy machine the gain of so small a model may not be sure; then it stays as it is.
-    assert all(candidate["speedup"]["low"] >= 1.0 for candidate in chosen)
-    assert (report["size_ratio"] > 1.5) == any(candidate["name"] == "quantize static" for candidate in chosen)
+    (chosen,) = [candidate for candidate in result.candidates if candidate["chosen"]]
+    assert chosen["name"].startswith("quantize ")
+    assert report["size_ratio"] > 1.5
     written = dict(result.write(tmp_path))
     assert json.loads(written["report.json"][0].read_text()) == report
     content = written["model"][0].read_bytes()
@@ -140,8 +140,8 @@ class Ruin:
         return PassResult(work, {"ruined": 1})
 
 
-class Slow:
-    """A pass that makes a model slower and larger: many layers that do nothing to the input."""
+class Inflate:
+    """A pass that makes a model larger: layers that do nothing to the input."""
 
     def __call__(self, model: Model, context: Context) -> PassResult:
         work = model.clone()
@@ -150,16 +150,16 @@ class Slow:
         current = value
         zeros = ir.Value(name="zeros", const_value=ir.tensor(np.zeros((1, 1, 28, 28), np.float32), name="zeros"))
         work.graph.register_initializer(zeros)
-        for index in range(3000):
+        for index in range(30):
             node = ir.node(
-                "Max" if index % 2 else "Add", [current, current if index % 2 else zeros], name=f"slow_{index}"
+                "Max" if index % 2 else "Add", [current, current if index % 2 else zeros], name=f"idle_{index}"
             )
-            node.outputs[0].name = f"slow_{index}"
+            node.outputs[0].name = f"idle_{index}"
             work.graph.insert_before(users[0][0], node)
             current = node.outputs[0]
         for user, position in users:
             user.replace_input_with(position, current)
-        return PassResult(work, {"slowed": 1})
+        return PassResult(work, {"inflated": 1})
 
 
 def replace_technique(monkeypatch: pytest.MonkeyPatch, made: object) -> None:
@@ -178,9 +178,10 @@ def test_a_step_that_breaks_the_model_is_undone(
     assert any("undone" in warning for warning in result.report["warnings"])
 
 
+@pytest.mark.usefixtures("timed_by_size")
 def test_a_worse_model_is_not_given_back(digits: Model, samples: InputData, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slower and not smaller: the model comes back as it was, and a warning says so."""
-    replace_technique(monkeypatch, Slow())
+    replace_technique(monkeypatch, Inflate())
     result = compress(digits, recipe({"fuse": {}}), data=samples)
     assert result.report["size_ratio"] == 1.0
     assert any("returned as it was" in warning for warning in result.report["warnings"])

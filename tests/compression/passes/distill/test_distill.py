@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from modelpress_compression import Recipe, compress
 from modelpress_compression.errors import InvalidRecipeError
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
+from modelpress_compression.passes.distill import training
 from modelpress_compression.passes.distill.config import DistillConfig
 from modelpress_compression.passes.distill.distill import Distill
 from onnx import helper
@@ -70,12 +72,22 @@ def test_the_original_itself_has_nothing_to_learn(conv_net: Model, images: Any, 
     assert not result.changed
 
 
-def test_time_limit_keeps_the_best_so_far(conv_net: Model, images: Any, perturbed: Any, context_of: Any) -> None:
+def test_time_limit_keeps_the_best_so_far(
+    conv_net: Model, images: Any, perturbed: Any, context_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When the time is up, training ends with what it has, and a warning, instead of failing."""
-    context = context_of(conv_net, {"x": images(512)}, deadline=time.monotonic() + 3)
-    result = Distill(DistillConfig(epochs=10_000, patience=10_000))(perturbed(conv_net), context)
+    late_s = 0.0
+
+    def passes(share: float, message: str) -> None:
+        nonlocal late_s
+        if "epoch 4 of 40: loss" in message:
+            late_s = 1e6
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late_s))
+    context = context_of(conv_net, {"x": images(64)}, deadline=time.monotonic() + 1e5, progress=passes)
+    result = Distill(DistillConfig(epochs=40))(perturbed(conv_net), context)
     assert result.changed
-    assert any("time limit" in warning for warning in result.warnings)
+    assert any("time limit ended training in epoch 5 of 40" in warning for warning in result.warnings)
     assert result.changes["loss_after"] < result.changes["loss_before"]
 
 

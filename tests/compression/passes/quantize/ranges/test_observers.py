@@ -139,4 +139,6 @@ def test_every_method_takes_zeros_constants_and_nothing(method: str) -> None:
     for values in ([], [0.0, 0.0], [3.0, 3.0, 3.0], [-2.0]):
         found = METHODS[method](histogram_of(np.asarray(values, np.float32)) if values else Histogram())
         assert np.isfinite([found.low, found.high]).all()
-        assert not values or found.low <= max(values) + 1e-6
+        if values:
+            assert found.low <= min(values) + 1e-6
+            assert found.high >= max(values) - 1e-6
