@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
-from modelpress_compression.executor.registry import find
-from modelpress_compression.executor.support import supported_operators
+from modelpress_compression.executor.registry import find, supported_operators
 from modelpress_compression.model import MAX_OPSET
 from oracles import conformance
 

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/recipes.md, docs/server.md and docs/cli.md from what the code itself says.
+"""Writes the tables of the README, docs/recipes.md, docs/server.md and docs/cli.md from what the code itself says.
 
     python docs/generate_reference.py            writes them
     python docs/generate_reference.py --check    fails when they are not up to date
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 from modelpress_client.cli.app import cli
+from modelpress_compression.loaders.formats import FORMATS
 from modelpress_compression.recipe import presets
 from modelpress_protos.recipe import OptionInfo, techniques
 from modelpress_protos.recipe_schema import message_type, option_info
@@ -24,7 +25,7 @@ from modelpress_protos.v1.recipe_pb2 import Augmentation, Recipe
 from modelpress_server.config import GIB, KIB, MIB, Settings
 
 FOLDER = Path(__file__).resolve().parent
-PAGES = ("recipes.md", "server.md", "cli.md")
+PAGES = ("../README.md", "recipes.md", "server.md", "cli.md")
 _BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _MEASURED_ON_THE_MACHINE = {"data_dir": "the user's data directory", "worker_memory_bytes": "4/5 of the machine"}
 
@@ -78,6 +79,18 @@ def augmentations_reference() -> str:
 def presets_reference() -> str:
     """One row a preset."""
     return table(("preset", "what it is good for"), ((code(name), text) for name, text in presets().items()))
+
+
+def formats_reference() -> str:
+    """One row a format."""
+    rows = (
+        (
+            row.summary.removesuffix("."),
+            f"with `{row.way_out.option}`, converted on your machine" if row.way_out else "sent as it is",
+        )
+        for row in sorted(FORMATS, key=lambda row: row.number)
+    )
+    return table(("file", "how"), rows)
 
 
 def settings_reference() -> str:
@@ -149,6 +162,7 @@ REFERENCES: dict[str, Callable[[], str]] = {
     "constraints": lambda: section_reference("constraints"),
     "benchmark": lambda: section_reference("benchmark"),
     "presets": presets_reference,
+    "formats": formats_reference,
     "settings": settings_reference,
     "commands": commands_reference,
     "client-options": lambda: client_options_reference(""),

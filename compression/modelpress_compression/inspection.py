@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from modelpress_compression.encodings.operands import is_quantized
 from modelpress_compression.measure.stats import model_stats
 from modelpress_compression.model import Model
 from modelpress_compression.specs import TensorSpec
 
-_QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger")
 _RECURRENT = ("LSTM", "GRU", "RNN")
 _CONTROL_FLOW = ("If", "Loop", "Scan")
 
@@ -58,7 +58,7 @@ def inspect_model(model: Model) -> Inspection:
 def _findings(model: Model) -> tuple[Finding, ...]:
     ops = Counter(node.op_type for node in model.nodes())
     findings = [Finding("WARNING", "LOADER", warning) for warning in model.warnings]
-    if quantized := sum(ops[name] for name in _QUANTIZED):
+    if quantized := sum(is_quantized(node) for node in model.nodes()):
         detail = f"Already quantized ({quantized} such nodes): quantize will leave those layers alone."
         findings.append(Finding("WARNING", "ALREADY_QUANTIZED", detail))
     if recurrent := [name for name in _RECURRENT if ops[name]]:

@@ -24,7 +24,7 @@ from modelpress_server.executors.base import Executor
 from modelpress_server.interceptors import Gate, Tokens
 from modelpress_server.janitor import Janitor, clear_work_folders
 from modelpress_server.lock import DataDirLock
-from modelpress_server.runs import Bench
+from modelpress_server.runs import RunResources
 from modelpress_server.scheduler import Scheduler
 from modelpress_server.services.job_service import JobService
 from modelpress_server.services.model_service import ModelService
@@ -134,8 +134,8 @@ class Server:
         settings, database = self._settings, self._database
         models, jobs, index = SqlModelStore(database), SqlJobStore(database), SqlBlobIndex(database)
         self._executor = self._make_executor(settings)
-        bench = Bench(settings, self._executor, self._blobs, settings.data_dir / "work")
-        self._scheduler = Scheduler(bench, models, jobs, self._notifier)
+        resources = RunResources(settings, self._executor, self._blobs, settings.data_dir / "work")
+        self._scheduler = Scheduler(resources, models, jobs, self._notifier)
         self._gate = Gate(tokens)
         self._grpc = grpc.aio.server(interceptors=[self._gate], options=OPTIONS)
         self._uploads = UploadService(settings, self._blobs, index, self._clock)

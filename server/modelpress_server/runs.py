@@ -43,8 +43,8 @@ _Model = model_service_pb2.Model
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What every run works with."""
+class RunResources:
+    """All that every run needs, besides its own job."""
 
     settings: Settings
     executor: Executor
@@ -55,8 +55,10 @@ class Bench:
 class JobRun:
     """One attempt of one job."""
 
-    def __init__(self, bench: Bench, record: JobRecord, jobs: JobStore, models: ModelStore, notifier: Notifier) -> None:
-        self._bench = bench
+    def __init__(
+        self, resources: RunResources, record: JobRecord, jobs: JobStore, models: ModelStore, notifier: Notifier
+    ) -> None:
+        self._resources = resources
         self._record = record
         self._jobs = jobs
         self._models = models
@@ -98,13 +100,13 @@ class JobRun:
         self._notifier.notify(record.id)
 
     async def _attempt(self, recorder: JobRecorder) -> Outcome:
-        bench, job = self._bench, self._record.message
-        time_s = bench.settings.run_time_limit_s
+        resources, job = self._resources, self._record.message
+        time_s = resources.settings.run_time_limit_s
         if job.spec.HasField("run_timeout"):
             time_s = min(time_s, job.spec.run_timeout.ToMilliseconds() / 1000)
-        limits = Limits(time_s=time_s, memory_bytes=bench.settings.worker_memory_bytes)
+        limits = Limits(time_s=time_s, memory_bytes=resources.settings.worker_memory_bytes)
         recorder.start()
-        async with task_folder(bench.work, bench.blobs) as folder:
+        async with task_folder(resources.work, resources.blobs) as folder:
             request = await folder.compress_request(job, self._record.manifest, time_s)
 
             def on_event(event: worker_pb2.WorkerEvent) -> None:
@@ -113,12 +115,12 @@ class JobRun:
                 else:
                     recorder.on_event(event)
 
-            event = await bench.executor.run(request, limits=limits, on_event=on_event)
+            event = await resources.executor.run(request, limits=limits, on_event=on_event)
             if event.WhichOneof("event") == "failed":
                 return Outcome(FAILED, error=errors.sanitized(event.failed))
             if event.WhichOneof("event") != "compressed":
                 raise WorkerLostError(CRASHED, "The worker ended without a result.")
-            artifacts = await folder.collect(event.compressed.artifacts, bench.settings.max_blob_bytes)
+            artifacts = await folder.collect(event.compressed.artifacts, resources.settings.max_blob_bytes)
         files = [entry for artifact in artifacts for entry in artifact.files]
         return Outcome(
             SUCCEEDED,
@@ -168,11 +170,11 @@ class JobRun:
             await self._jobs.requeue(self._record.id, count_attempt=True)
 
 
-async def inspect_model(bench: Bench, record: ModelRecord) -> model_service_pb2.Model:
+async def inspect_model(resources: RunResources, record: ModelRecord) -> model_service_pb2.Model:
     """Has a model inspected; state, format, inspection and error of the answer are what was found."""
     for attempt in range(1, INSPECT_ATTEMPTS + 1):
         try:
-            return await _inspect_once(bench, record)
+            return await _inspect_once(resources, record)
         except WorkerLostError as error:
             logger.warning("model %s: inspection %d: %s", record.id, attempt, error)
             if error.reason != CRASHED or attempt == INSPECT_ATTEMPTS:
@@ -184,11 +186,11 @@ async def inspect_model(bench: Bench, record: ModelRecord) -> model_service_pb2.
     raise AssertionError("the last attempt returns")
 
 
-async def _inspect_once(bench: Bench, record: ModelRecord) -> model_service_pb2.Model:
-    limits = Limits(bench.settings.inspect_time_limit_s, bench.settings.worker_memory_bytes)
-    async with task_folder(bench.work, bench.blobs) as folder:
+async def _inspect_once(resources: RunResources, record: ModelRecord) -> model_service_pb2.Model:
+    limits = Limits(resources.settings.inspect_time_limit_s, resources.settings.worker_memory_bytes)
+    async with task_folder(resources.work, resources.blobs) as folder:
         request = await folder.inspect_request(record.message)
-        event = await bench.executor.run(request, limits=limits, on_event=lambda _: None)
+        event = await resources.executor.run(request, limits=limits, on_event=lambda _: None)
     kind = event.WhichOneof("event")
     if kind == "failed":
         return _Model(state=_Model.STATE_REJECTED, error=errors.sanitized(event.failed))

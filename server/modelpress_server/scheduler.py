@@ -11,7 +11,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
-from modelpress_server.runs import Bench, JobRun, inspect_model
+from modelpress_server.runs import JobRun, RunResources, inspect_model
 from modelpress_server.stores.base import JobRecord, JobStore, ModelRecord, ModelStore
 from modelpress_server.stores.records import now_us
 from modelpress_server.waiting import Notifier, wait_until
@@ -27,8 +27,8 @@ FAULT_PAUSE_S = 2.0
 class Scheduler:
     """Runs up to `settings.workers` jobs at the same time, oldest first."""
 
-    def __init__(self, bench: Bench, models: ModelStore, jobs: JobStore, notifier: Notifier) -> None:
-        self._bench = bench
+    def __init__(self, resources: RunResources, models: ModelStore, jobs: JobStore, notifier: Notifier) -> None:
+        self._resources = resources
         self._models = models
         self._jobs = jobs
         self._notifier = notifier
@@ -89,7 +89,7 @@ class Scheduler:
 
     async def _fill(self) -> float:
         """Starts what there is room for; returns when to look again, in seconds."""
-        while len(self._runs) < self._bench.settings.workers and not self._draining:
+        while len(self._runs) < self._resources.settings.workers and not self._draining:
             claim = await self._jobs.claim(now_us())
             for job_id in claim.ended:
                 self._notifier.notify(job_id)
@@ -97,7 +97,7 @@ class Scheduler:
                 continue
             if claim.job is None:
                 break
-            run = JobRun(self._bench, claim.job, self._jobs, self._models, self._notifier)
+            run = JobRun(self._resources, claim.job, self._jobs, self._models, self._notifier)
             self._runs[claim.job.id] = run
             self._spawn(claim.job.id, self._run(run, claim.job))
         else:
@@ -137,7 +137,7 @@ class Scheduler:
 
     async def _inspect(self, record: ModelRecord) -> None:
         try:
-            found = await inspect_model(self._bench, record)
+            found = await inspect_model(self._resources, record)
             await self._models.finish_inspection(record.id, found)
         except Exception:  # the model stays PROCESSING and is inspected again
             logger.exception("model %s: its inspection could not be stored", record.id)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import onnx_ir
 
-from modelpress_compression.graph.read import input_of, int_attribute, is_op
+from modelpress_compression.graph.read import input_of, int_attribute, is_constant, is_op
 
 _UNARY = "x x_scale x_zero y_scale y_zero"
 _BINARY = "x x_scale x_zero w w_scale w_zero y_scale y_zero"
@@ -78,9 +78,10 @@ def operand(node: onnx_ir.Node, name: str) -> onnx_ir.Value | None:
     return input_of(node, names.index(name)) if name in names else None
 
 
-def weight_names(node: onnx_ir.Node) -> tuple[str, ...]:
-    """Names of the operands that are weights in integers, if they are constant."""
-    return tuple(name for name in _OPERANDS.get(node.op_type, ()) if name in ("w", "r"))
+def quantized_weights(node: onnx_ir.Node) -> dict[str, onnx_ir.Value]:
+    """The constant operands that are weights in integers, by name."""
+    found = {name: operand(node, name) for name in _OPERANDS.get(node.op_type, ()) if name in ("w", "r")}
+    return {name: value for name, value in found.items() if value is not None and is_constant(value)}
 
 
 def is_quantization_parameter(node: onnx_ir.Node, position: int) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.encodings.operands import arranged, channel_axis, operand, weight_names
+from modelpress_compression.encodings.operands import arranged, channel_axis, operand, quantized_weights
 from modelpress_compression.encodings.weight import Levels, QuantizedWeight, StoredWeight
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import constant_array, constant_tensor, graph_of, int_attribute
@@ -54,16 +54,16 @@ def write_bias(
 
 def read(node: onnx_ir.Node) -> tuple[StoredWeight, ...]:
     """The constant weights of an operator that takes them as they are; where it takes no scale for them, that is 1."""
-    found = (_read(node, name) for name in weight_names(node))
+    found = (_read(node, name, values) for name, values in quantized_weights(node).items())
     return tuple(stored for stored in found if stored is not None)
 
 
-def _read(node: onnx_ir.Node, name: str) -> StoredWeight | None:
-    values, tensor = operand(node, name), constant_tensor(operand(node, name))
+def _read(node: onnx_ir.Node, name: str, values: onnx_ir.Value) -> StoredWeight | None:
+    tensor = constant_tensor(values)
     given = [operand(node, f"{name}_{what}") for what in ("scale", "zero")]
     numbers = [constant_array(value) for value in given]
     computed = any(value is not None and array is None for value, array in zip(given, numbers, strict=True))
-    if values is None or tensor is None or not tensor.dtype.is_integer() or computed:
+    if tensor is None or not tensor.dtype.is_integer() or computed:
         return None
     levels = whole(tensor.numpy())
     scale, zero_point = (_along_weight(node, levels, array) for array in numbers)

@@ -7,14 +7,13 @@
     executor.write_back(student)
 
 A graph is compiled once into a flat list of steps (`plan`, `compiler`); operators register builders by family (`ops`).
-`unsupported_nodes` says without running anything what a model has that is not implemented. docs/executor_coverage.md
-lists the operators and how they fare in ONNX's own tests.
+`unsupported_nodes` lists the nodes of a model that are not implemented, without running anything.
+docs/executor_coverage.md lists the operators and how they fare in ONNX's own tests.
 """
 
-from modelpress_compression.executor.devices import device_for
-from modelpress_compression.executor.errors import NotExecutableError
-from modelpress_compression.executor.module import Executor, Selector
-from modelpress_compression.executor.support import UnsupportedNode, unsupported_nodes
+from modelpress_compression.executor import ops as _ops  # noqa: F401 - registers the operators
+from modelpress_compression.executor.module import Executor, Selector, device_for, device_warning
+from modelpress_compression.executor.registry import NotExecutableError, UnsupportedNode, unsupported_nodes
 from modelpress_compression.executor.trainable import weights
 
 __all__ = [
@@ -23,6 +22,7 @@ __all__ = [
     "Selector",
     "UnsupportedNode",
     "device_for",
+    "device_warning",
     "unsupported_nodes",
     "weights",
 ]

@@ -1,8 +1,9 @@
-"""From a graph to a plan: nodes that the outputs need, constants bound, whatever only depends on constants computed."""
+"""From a graph to a plan: the nodes that the outputs need, with constants bound and all that depends on them alone
+computed."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import onnx_ir
@@ -10,21 +11,18 @@ import torch
 from torch import Tensor
 
 from modelpress_compression.errors import ModelNotRunnableError
-from modelpress_compression.executor.dtypes import tensor_of
-from modelpress_compression.executor.errors import NotExecutableError
+from modelpress_compression.executor.dtypes import SIGNED, UNSIGNED, tensor_of, torch_type
 from modelpress_compression.executor.fusion import Fused, fake_quantization, gated_activations, in_place, may_overwrite
-from modelpress_compression.executor.ops import find
-from modelpress_compression.executor.placement import for_types, on_device
-from modelpress_compression.executor.plan import MISSING, UNWANTED, Plan, Step, freed_after
-from modelpress_compression.executor.registry import Function, Operator
+from modelpress_compression.executor.plan import MISSING, UNWANTED, ExecutionPlan, ExecutionStep, freed_after
+from modelpress_compression.executor.registry import Function, NotExecutableError, Operator, find, opset_version
 from modelpress_compression.executor.site import Site
 from modelpress_compression.graph.read import constant_tensor, is_op, label, only_consumer
 from modelpress_compression.graph.subgraphs import captured_values, subgraphs
 
-# A folded constant may be this many times as large as what it is made of: 4-bit weights become float32.
+# A folded constant may be this many times as large as the constants behind it: 4-bit weights become float32.
 _FOLD_GROWTH = 8
 _FOLD_ALWAYS_BYTES = 64 * 1024  # 64 KiB
-# Integer constants up to this size stay with the CPU: shapes, axes, indices.
+# Integer constants up to this size stay on the CPU: shapes, axes, indices.
 _HOST_ELEMENTS = 64
 # Through these, quantized integers reach a DequantizeLinear unchanged.
 _CARRIERS = frozenset(
@@ -51,7 +49,7 @@ class Compiler:
 
     def compile(
         self, nodes: Sequence[onnx_ir.Node], inputs: Sequence[onnx_ir.Value], outputs: Sequence[onnx_ir.Value]
-    ) -> Plan:
+    ) -> ExecutionPlan:
         """A plan of these nodes (in topological order). Raises NotExecutableError."""
         return _Assembly(self, inputs, outputs).assemble(nodes)
 
@@ -68,20 +66,15 @@ class Compiler:
 
     def entry(self, node: onnx_ir.Node) -> Operator:
         """The implementation of the node's operator. Raises NotExecutableError."""
-        found = find(node.domain, node.op_type, self.version(node))
+        version = opset_version(node, self.opsets)
+        found = find(node.domain, node.op_type, version)
         if found is None:
-            raise NotExecutableError(node.op_type, node.domain, self.version(node), label(node))
+            raise NotExecutableError(node.op_type, node.domain, version, label(node))
         return found
-
-    def version(self, node: onnx_ir.Node) -> int:
-        if node.version is not None:
-            return node.version
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        return self.opsets.get(domain, 1)
 
 
 class _Planned(NamedTuple):
-    """A step before it is known what it frees."""
+    """A step whose `frees` are not known yet."""
 
     function: Function
     in_place: Function | None
@@ -102,7 +95,7 @@ class _Assembly:
         self.given = frozenset(inputs)
         self.inputs = tuple(self._new(value) for value in inputs)
 
-    def assemble(self, nodes: Sequence[onnx_ir.Node]) -> Plan:
+    def assemble(self, nodes: Sequence[onnx_ir.Node]) -> ExecutionPlan:
         self.fused, gone = gated_activations(nodes, self.outputs)
         for node in nodes:
             if node not in gone:
@@ -113,7 +106,7 @@ class _Assembly:
         frees = freed_after([(step.inputs, step.outputs) for step in self.steps], kept)
         steps, frugal = (
             tuple(
-                Step(
+                ExecutionStep(
                     step.in_place or step.function if lean else step.function,
                     step.inputs,
                     step.outputs,
@@ -124,7 +117,7 @@ class _Assembly:
             )
             for lean in (False, True)
         )
-        return Plan(self.template, self.inputs, outputs, steps, frugal)
+        return ExecutionPlan(self.template, self.inputs, outputs, steps, frugal)
 
     def _new(self, value: onnx_ir.Value, content: Any = None) -> int:
         self.slots[value] = len(self.template)
@@ -163,12 +156,12 @@ class _Assembly:
             for name, graph in graphs.items()
         }
         site = Site(
-            node, compiler.version(node), compiler.constants, subplans, compiler.device,
+            node, opset_version(node, compiler.opsets), compiler.constants, subplans, compiler.device,
             keeps_gradient=node.op_type == "QuantizeLinear" and _is_only_dequantized(node.outputs[0], self.outputs),
         )  # fmt: skip
-        function = for_types(entry.build(site), entry, site)
+        function = _for_types(entry.build(site), entry, site)
         if compiler.device.type != "cpu":
-            function = on_device(function, frozenset(site.host_inputs), compiler.device)
+            function = _on_device(function, frozenset(site.host_inputs), compiler.device)
         if all(loaded) and entry.deterministic and self._fold(node, function, (*node.inputs, *captured)):
             return
         self._emit(node, function, in_place(site), (*node.inputs, *captured))
@@ -238,3 +231,44 @@ def _is_only_dequantized(value: onnx_ir.Value, kept: Sequence[onnx_ir.Value]) ->
             elif node.op_type != "DequantizeLinear" or position != 0:
                 return False
     return True
+
+
+def _for_types(function: Function, operator: Operator, site: Site) -> Function:
+    """The function for unsigned integers of 16 to 64 bits: computed in a signed type, returned in their own."""
+    node = site.node
+    wanted = [site.output_dtype(index) for index in range(len(node.outputs))]
+    types = {*(site.dtype(index) for index in range(len(node.inputs))), *wanted}
+    if operator.carries_unsigned or not types & UNSIGNED:
+        return function
+    targets = [torch_type(dtype) if dtype in UNSIGNED and dtype is not None else None for dtype in wanted]
+
+    def signed(*inputs: Any) -> Any:
+        result = function(*(_signed(value) for value in inputs))
+        results = result if isinstance(result, tuple) else (result,)
+        results = tuple(
+            value if target is None else value.to(target) for value, target in zip(results, targets, strict=False)
+        )
+        return results if isinstance(result, tuple) else results[0]
+
+    return signed
+
+
+def _signed(value: Any) -> Any:
+    return value.to(SIGNED[value.dtype]) if isinstance(value, Tensor) and value.dtype in SIGNED else value
+
+
+def _on_device(function: Function, host_inputs: frozenset[int], device: torch.device) -> Callable[..., Any]:
+    """The function on an accelerator: shape arithmetic stays on the CPU until it meets values of the device."""
+
+    def placed(*inputs: Any) -> Any:
+        operands = [value for index, value in enumerate(inputs) if index not in host_inputs]
+        if any(isinstance(value, Tensor) and value.device.type == device.type for value in operands):
+            inputs = tuple(
+                value.to(device)
+                if isinstance(value, Tensor) and value.device.type == "cpu" and index not in host_inputs
+                else value
+                for index, value in enumerate(inputs)
+            )
+        return function(*inputs)
+
+    return placed

@@ -1,7 +1,8 @@
 """Small patterns that run as one function, and functions that may overwrite what they read.
 
-Exporters write SiLU as x * Sigmoid(x) and hard swish as x * HardSigmoid(x): two passes over memory, and a saved tensor
-more for the gradient. Without gradients, an activation or a sum writes into its input where nobody else reads it.
+Exporters write SiLU as x * Sigmoid(x) and hard swish as x * HardSigmoid(x), which takes two passes over memory and one
+more saved tensor for the gradient. Without gradients, an activation or a sum overwrites its input where no other node
+reads it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from modelpress_compression.graph.read import (
 
 @dataclass(frozen=True)
 class Fused:
-    """What runs instead of a node: on `inputs` instead of the node's own."""
+    """Runs in place of a node, on these `inputs` in place of the node's own."""
 
     function: Function
     in_place: Function
@@ -40,7 +41,7 @@ class Fused:
 def gated_activations(
     nodes: Sequence[onnx_ir.Node], kept: Sequence[onnx_ir.Value]
 ) -> tuple[dict[onnx_ir.Node, Fused], set[onnx_ir.Node]]:
-    """(what replaces the products, gates that are not needed any more); values in `kept` must be computed."""
+    """(replacements of the products, gates that are not needed any more); values in `kept` must be computed."""
     fused: dict[onnx_ir.Node, Fused] = {}
     gone: set[onnx_ir.Node] = set()
     present, wanted = set(nodes), set(kept)
@@ -71,8 +72,8 @@ def _gate(node: onnx_ir.Node) -> tuple[Function, Function] | None:
 def fake_quantization(
     node: onnx_ir.Node, kept: Sequence[onnx_ir.Value], constant: Callable[[onnx_ir.Value | None], Tensor | None]
 ) -> Fused | None:
-    """A DequantizeLinear right behind a QuantizeLinear of 8 bits or less, with constant scales and zero points: one
-    kernel of torch instead of five, with the same straight-through gradient."""
+    """The replacement of a DequantizeLinear right behind a QuantizeLinear of 8 bits or less, with constant scales and
+    zero points: one kernel of torch instead of five, with the same straight-through gradient."""
     source = node.inputs[0].producer() if is_op(node, "DequantizeLinear") and node.inputs[0] is not None else None
     if source is None or not is_op(source, "QuantizeLinear") or source.outputs[0] in kept:
         return None
@@ -80,7 +81,7 @@ def fake_quantization(
         return None
     x, quantized = source.inputs[0], source.outputs[0]
     scale, zero = constant(node.inputs[1]), constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    dtype = zero_point_type(source)
+    dtype = _zero_point_type(source)
     simple = all(
         int_attribute(item, name, 0) == 0 for item in (node, source) for name in ("block_size", "output_dtype")
     )
@@ -100,7 +101,7 @@ def fake_quantization(
     return Fused(function, function, (x,))
 
 
-def zero_point_type(node: onnx_ir.Node) -> onnx_ir.DataType | None:
+def _zero_point_type(node: onnx_ir.Node) -> onnx_ir.DataType | None:
     """Element type of the third input."""
     value = input_of(node, 2)
     tensor = constant_tensor(value)
@@ -110,7 +111,7 @@ def zero_point_type(node: onnx_ir.Node) -> onnx_ir.DataType | None:
 _FAKE_TYPES = frozenset((onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8, onnx_ir.DataType.INT4, onnx_ir.DataType.UINT4))
 
 # Operators whose result is always new memory, no view of an input.
-FRESH = frozenset(
+_FRESH = frozenset(
     (
         "Add", "AveragePool", "BatchNormalization", "Conv", "ConvTranspose", "Div", "Gemm", "GlobalAveragePool",
         "InstanceNormalization", "LayerNormalization", "MatMul", "MaxPool", "Mul", "Relu", "Sigmoid", "Sub", "Tanh",
@@ -158,4 +159,4 @@ def may_overwrite(value: onnx_ir.Value | None, kept: Sequence[onnx_ir.Value], gi
     if value is None or value in kept or value in given or only_consumer(value) is None:
         return False
     producer = value.producer()
-    return producer is not None and (producer.domain or "") in ("", "ai.onnx") and producer.op_type in FRESH
+    return producer is not None and (producer.domain or "") in ("", "ai.onnx") and producer.op_type in _FRESH

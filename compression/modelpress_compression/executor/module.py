@@ -1,4 +1,4 @@
-"""The differentiable executor: an ONNX graph as a torch module."""
+"""The differentiable executor: an ONNX graph as a torch module, on the device that a recipe asks for."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Executor(nn.Module):
 
     - `trainable`: which constants (initializers and tensors of Constant nodes, subgraphs included) are parameters; a
       predicate on the value or a collection of names. `weights` picks what training usually changes.
-    - `outputs`: values of the main graph to return, by name; the graph's own outputs where left out. Only what they
-      need is run.
+    - `outputs`: values of the main graph to return, by name; the graph's own outputs where left out. Only the nodes
+      that they need run.
     - `inputs`: values to take as given, by name: the graph's inputs, or any value between, which cuts the graph there.
     - `device`: where to run; it cannot be changed afterwards.
 
@@ -188,3 +188,18 @@ def _placed(value: Any, device: torch.device) -> Any:
 
 def _array(value: Any, dtype: onnx_ir.DataType | None) -> Any:
     return [_array(item, dtype) for item in value] if isinstance(value, list) else to_numpy(value, dtype)
+
+
+def device_for(wanted: str) -> torch.device:
+    """CUDA where a recipe asks for it and torch sees one, else the CPU. `wanted`: `target.device` of the recipe."""
+    return torch.device("cuda" if wanted == "cuda" and torch.cuda.is_available() else "cpu")
+
+
+def device_warning(wanted: str) -> str:
+    """A sentence for people if another device than the wanted one is used; else empty."""
+    if device_for(wanted).type == wanted:
+        return ""
+    return (
+        f"target.device is {wanted}, but torch {torch.__version__} sees no such device here: what needs gradients ran "
+        f"on the CPU."
+    )

@@ -1,4 +1,4 @@
-"""A graph as a flat list of steps: what runs, on which slots, and which slots are empty afterwards.
+"""A graph as a flat list of steps: the function to run, the slots that it reads and fills, and those to empty after it.
 
 Slots are a list that every run copies from a template with the constants and parameters in place, so that a run is one
 tight loop. A slot is emptied after its last reader, so that without gradients no more than the live values are held.
@@ -19,7 +19,7 @@ from modelpress_compression.errors import CompressionError, ModelNotRunnableErro
 MISSING, UNWANTED = 0, 1
 
 
-class Step(NamedTuple):
+class ExecutionStep(NamedTuple):
     """One node: `function` takes the values of `inputs`; a tuple that it returns fills `outputs` in order."""
 
     function: Callable[..., Any]
@@ -30,7 +30,7 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExecutionPlan:
     """A compiled graph. `inputs`: slots of the graph's inputs, then of the captured values.
 
     `frugal`: the same steps where no gradients are kept; some of them overwrite what they read.
@@ -39,8 +39,8 @@ class Plan:
     template: list[Any]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    steps: tuple[Step, ...]
-    frugal: tuple[Step, ...]
+    steps: tuple[ExecutionStep, ...]
+    frugal: tuple[ExecutionStep, ...]
 
     def run(self, arguments: Sequence[Any]) -> list[Any]:
         """Values of the outputs. Raises ModelNotRunnableError, naming the node, where the values do not fit."""
@@ -71,7 +71,7 @@ class Plan:
 def freed_after(
     readers: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], kept: frozenset[int]
 ) -> list[tuple[int, ...]]:
-    """For each step, given as (inputs, outputs): the slots that nobody reads later, without those that are `kept`."""
+    """For each step, given as (inputs, outputs): the slots that no later step reads, without those that are `kept`."""
     last: dict[int, int] = {}
     for number, (inputs, outputs) in enumerate(readers):
         last.update(dict.fromkeys((*inputs, *outputs), number))

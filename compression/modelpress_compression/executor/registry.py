@@ -7,9 +7,15 @@ a tuple for several outputs; a list is a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import onnx_ir
+
+from modelpress_compression.errors import UnsupportedOperatorError
+from modelpress_compression.graph.read import label
+from modelpress_compression.model import Model
 
 if TYPE_CHECKING:
     from modelpress_compression.executor.site import Site
@@ -65,12 +71,63 @@ def stateless(function: Function, *op_types: str, domain: str = "", since: int |
 
 def find(domain: str, op_type: str, version: int) -> Operator | None:
     """The implementation for a version of the domain's operator set."""
-    for entry in _OPERATORS.get(("" if domain == "ai.onnx" else domain, op_type), ()):
+    for entry in _OPERATORS.get((_plain(domain), op_type), ()):
         if entry.since <= version and (entry.until is None or version <= entry.until):
             return entry
     return None
 
 
-def registered() -> frozenset[tuple[str, str]]:
-    """Every (domain, operator) with an implementation of at least one version."""
-    return frozenset(_OPERATORS)
+def supported_operators() -> tuple[tuple[str, str], ...]:
+    """(domain, operator) of everything that has an implementation of at least one version, sorted."""
+    return tuple(sorted(_OPERATORS))
+
+
+def opset_version(node: onnx_ir.Node, opsets: Mapping[str, int]) -> int:
+    """The version of the node's operator set; `opsets`: the model's imports."""
+    return node.version if node.version is not None else opsets.get(_plain(node.domain), 1)
+
+
+def _plain(domain: str) -> str:
+    return "" if domain == "ai.onnx" else domain
+
+
+@dataclass(frozen=True)
+class UnsupportedNode:
+    """A node without an implementation; `domain` "ai.onnx" is ONNX itself."""
+
+    node: str
+    op_type: str
+    domain: str
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.node} ({self.domain}.{self.op_type}, opset {self.version})"
+
+
+def unsupported_nodes(model: Model) -> tuple[UnsupportedNode, ...]:
+    """Nodes, subgraphs included, whose operator has no implementation in the version that the model imports.
+
+    A form that an implemented operator does not support (see NotExecutableError) shows only when the model is compiled.
+    """
+    found = []
+    for node in model.nodes():
+        version = opset_version(node, model.ir.opset_imports)
+        if find(node.domain, node.op_type, version) is None:
+            found.append(UnsupportedNode(label(node), node.op_type, node.domain or "ai.onnx", version))
+    return tuple(found)
+
+
+class NotExecutableError(UnsupportedOperatorError):
+    """The executor has no implementation of an operator, of its version, or of the form that a node has."""
+
+    def __init__(self, op_type: str, domain: str, version: int, node: str, detail: str = "") -> None:
+        name = f"{domain or 'ai.onnx'}.{op_type}"
+        why = detail or "it has no implementation of this operator"
+        super().__init__(
+            f"Node {node!r}: the differentiable executor cannot run {name} of opset {version}: {why}. "
+            f"Use a step that does not train, or export the model with another opset.",
+            op_type=op_type,
+            domain=domain or "ai.onnx",
+            version=str(version),
+            node=node,
+        )

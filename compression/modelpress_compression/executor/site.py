@@ -11,7 +11,7 @@ from onnx_ir import DataType
 from torch import Tensor
 
 from modelpress_compression.executor.dtypes import tensor_of, torch_type
-from modelpress_compression.executor.errors import NotExecutableError
+from modelpress_compression.executor.registry import NotExecutableError
 from modelpress_compression.graph.read import (
     constant_tensor,
     float_attribute,
@@ -21,7 +21,7 @@ from modelpress_compression.graph.read import (
 )
 
 if TYPE_CHECKING:
-    from modelpress_compression.executor.plan import Plan
+    from modelpress_compression.executor.plan import ExecutionPlan
 
 IntsReader = Callable[..., tuple[int, ...]]
 
@@ -34,7 +34,7 @@ class Site:
         node: onnx_ir.Node,
         version: int,
         constants: Mapping[onnx_ir.Value, Any],
-        subplans: Mapping[str, Plan],
+        subplans: Mapping[str, ExecutionPlan],
         device: torch.device,
         *,
         keeps_gradient: bool = False,
@@ -62,11 +62,6 @@ class Site:
             return None
         value = self.node.inputs[index]
         return None if value is None else self._constants.get(value)
-
-    def constant_int(self, index: int) -> int | None:
-        """A constant input with one element, as a number."""
-        found = self.constant(index)
-        return int(found.reshape(-1)[0]) if isinstance(found, Tensor) and found.numel() == 1 else None
 
     def dtype(self, index: int) -> DataType | None:
         """Element type of an input, where the graph tells it."""

@@ -1,4 +1,4 @@
-"""Which constants training usually changes."""
+"""Which constants training usually changes: weights, biases and scales, by the operators that read them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx_ir
 from modelpress_compression.graph.read import MICROSOFT, constant_tensor, is_op
 
 # (operator, domain) -> inputs that hold weights, biases and scales. Statistics of BatchNormalization are not among
-# them, nor are scales of quantization, which `quantization_scales` picks.
+# them, nor are scales of quantization.
 _POSITIONS: Mapping[tuple[str, str], frozenset[int]] = MappingProxyType(
     {
         **{(name, ""): frozenset((1, 2)) for name in (
@@ -36,7 +36,7 @@ _POSITIONS: Mapping[tuple[str, str], frozenset[int]] = MappingProxyType(
         ("EmbedLayerNormalization", MICROSOFT): frozenset((2, 3, 4, 5, 6)),
     }
 )  # fmt: skip
-# What only moves or casts a weight on its way, or quantizes and dequantizes it.
+# These only move, cast or quantize a weight on its way.
 _CARRIERS = frozenset(("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "QuantizeLinear"))
 _ELEMENTWISE = ("Add", "Mul", "Sub")
 _MAX_HOPS = 4
@@ -66,11 +66,3 @@ def _is_used_as_weight(value: onnx_ir.Value, size: int, hops: int) -> bool:
         if carried and _is_used_as_weight(node.outputs[0], size, hops - 1):
             return True
     return False
-
-
-def quantization_scales(value: onnx_ir.Value) -> bool:
-    """Whether a constant is the scale of a QuantizeLinear or DequantizeLinear: what LSQ learns beside the weights."""
-    tensor = constant_tensor(value)
-    if tensor is None or not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 16:
-        return False
-    return any(is_op(node, "QuantizeLinear", "DequantizeLinear") and position == 1 for node, position in value.uses())

@@ -107,8 +107,8 @@ def _walk(document: Any) -> Iterator[tuple[str, Any]]:
 
 def _reject(what: str) -> RejectedModelError:
     return RejectedModelError(
-        f"The torch.export program contains {what}, which torch.export does not write; save it again with "
-        f"torch.export.save.",
+        f"The torch.export program contains {what}, of which torch might make code; it is not read here. Export the "
+        f"model with torch.onnx.export where its source is.",
         finding="PROGRAM",
     )
 

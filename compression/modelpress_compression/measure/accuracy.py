@@ -26,6 +26,7 @@ from modelpress_compression.runtime import open_session, run
 Floats = NDArray[np.float64]
 
 METRICS = ("top1", "top5", "mse", "mae", "cosine")
+SHARES = ("top1", "top5")
 LOWER_IS_BETTER = ("mse", "mae")
 
 
@@ -66,28 +67,26 @@ def compare_accuracy(
 
     Raises InvalidDataError where the labels fit no output, ModelNotRunnableError, UnsupportedOperatorError.
     """
-    before = _evaluate(original, data, metric, threads, batch_size)
-    after = _evaluate(optimized, data, before.metric, threads, batch_size)
+    before = evaluate(original, data, metric, threads=threads, batch_size=batch_size)
+    after = evaluate(optimized, data, before.metric, threads=threads, batch_size=batch_size)
     drop = after.value - before.value if before.metric in LOWER_IS_BETTER else before.value - after.value
-    # inf - inf: neither answers, so there is nothing to lose.
+    # inf - inf is NaN: neither model gives finite outputs, so there is nothing to lose.
     return Accuracy(before.metric, before.samples, before.value, after.value, 0.0 if math.isnan(drop) else drop)
 
 
-def evaluate(
-    path: Path, data: EvaluationData, metric: str | None = None, *, threads: int = 2, batch_size: int = 1
-) -> float:
-    """The metric of one model on all samples; see `compare_accuracy`."""
-    return _evaluate(path, data, metric, threads, batch_size).value
-
-
 @dataclass(frozen=True)
-class _Evaluated:
+class Evaluation:
+    """The metric of one model."""
+
     metric: str
     value: float
     samples: int
 
 
-def _evaluate(path: Path, data: EvaluationData, metric: str | None, threads: int, batch_size: int) -> _Evaluated:
+def evaluate(
+    path: Path, data: EvaluationData, metric: str | None = None, *, threads: int = 2, batch_size: int = 1
+) -> Evaluation:
+    """The metric of one model on all samples; see `compare_accuracy`."""
     if metric is not None and metric not in METRICS:
         raise InvalidDataError(f"There is no metric {metric!r}; use one of {', '.join(METRICS)}.")
     session = open_session(path, threads=threads)
@@ -105,7 +104,7 @@ def _evaluate(path: Path, data: EvaluationData, metric: str | None, threads: int
         total, weight, start = total + added, weight + count, stop
     if chosen is None or not weight:
         raise InvalidDataError("The evaluation data: no sample has a usable label; class indices start at 0.")
-    return _Evaluated(chosen, total / weight, start)
+    return Evaluation(chosen, total / weight, start)
 
 
 def _fit(outputs: Mapping[str, Array], labels: Array, count: int, metric: str | None) -> tuple[str, str]:
@@ -113,7 +112,7 @@ def _fit(outputs: Mapping[str, Array], labels: Array, count: int, metric: str | 
     candidates = (metric,) if metric else ("top1", "mse") if labels.dtype.kind in "iub" else ("mse",)
     sample_shape = labels.shape[1:]
     for candidate in candidates:
-        fits = _fits_classes if candidate in ("top1", "top5") else _fits_values
+        fits = _fits_classes if candidate in SHARES else _fits_values
         for name, output in outputs.items():
             if output.dtype.kind in "biuf" and fits(output, sample_shape, count, labels.dtype.kind in "iub"):
                 _check_classes(candidate, name, output, labels)
@@ -132,17 +131,17 @@ def _fits_classes(output: Array, sample_shape: tuple[int, ...], count: int, inte
     positions = output.shape[1:-1]
     if sample_shape == output.shape[1:]:
         return True
-    return integers and _squeezed(sample_shape) == _squeezed(positions)
+    return integers and squeezed(sample_shape) == squeezed(positions)
 
 
 def _fits_values(output: Array, sample_shape: tuple[int, ...], count: int, integers: bool) -> bool:
     # Whole feeds may answer without a batch axis: then all of the output belongs to the one sample.
     mine = output.shape[1:] if output.ndim and output.shape[0] == count else output.shape if count == 1 else None
-    return mine is not None and _squeezed(mine) == _squeezed(sample_shape)
+    return mine is not None and squeezed(mine) == squeezed(sample_shape)
 
 
 def _check_classes(metric: str, name: str, output: Array, labels: Array) -> None:
-    if metric not in ("top1", "top5"):
+    if metric not in SHARES:
         return
     classes = output.shape[-1]
     if metric == "top5" and classes <= 5:
@@ -154,7 +153,8 @@ def _check_classes(metric: str, name: str, output: Array, labels: Array) -> None
         )
 
 
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape without axes of extent 1."""
     return tuple(extent for extent in shape if extent != 1)
 
 

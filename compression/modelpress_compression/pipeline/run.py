@@ -203,7 +203,7 @@ def _step_row(record: StepRecord) -> StepRow:
         name=record.step.technique,
         config=config_to_dict(record.step.config),
         changes=record.changes,
-        skipped=record.skipped,
+        skipped=[(skip.node, skip.reason) for skip in record.skipped],
         size_bytes=file_size_bytes(record.path),
         duration_s=record.duration_s,
         details=record.details,

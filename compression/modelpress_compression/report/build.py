@@ -1,68 +1,44 @@
-"""The content of report.json, put together from typed pieces; `report.schema.json` beside this file describes it.
-
-This package stands beside `measure`, `analysis` and `passes` and imports none of them: it says by protocols what it
-needs to know of their results.
-"""
+"""The content of report.json, made from measured figures; `report.schema.json` beside this file describes it."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any, Protocol
+from typing import Any
 
+from modelpress_compression.measure.accuracy import Accuracy
+from modelpress_compression.measure.fidelity import Fidelity
+from modelpress_compression.measure.latency import LatencyRow
+from modelpress_compression.measure.stats import LayerStats, ModelStats
 from modelpress_compression.model import Provenance
 from modelpress_compression.report.environment import environment
-from modelpress_compression.report.layers import LayerFigures, layer_rows
 
 SCHEMA_VERSION = 1
-
-
-class HasDict(Protocol):
-    """A result that knows its shape in the report: LatencyRow, Fidelity, Accuracy."""
-
-    def to_dict(self) -> dict[str, Any]: ...
-
-
-class ModelFigures(Protocol):
-    """What the report takes from `graph.stats.ModelStats`."""
-
-    @property
-    def parameters(self) -> int: ...
-    @property
-    def nonzero_parameters(self) -> int: ...
-    @property
-    def macs(self) -> int | None: ...
-    @property
-    def opset(self) -> int: ...
-    @property
-    def ops(self) -> Mapping[str, int]: ...
-    @property
-    def layers(self) -> Sequence[LayerFigures]: ...
-
-
-class SkippedNode(Protocol):
-    """What the report takes from `passes.base.Skip`."""
-
-    @property
-    def node(self) -> str: ...
-    @property
-    def reason(self) -> str: ...
+MAX_LAYERS = 40
+# Quantizers and fusions append these to the name of a node that they replace.
+_SUFFIX = re.compile(
+    r"(?:[_/](?:quant(?:ized)?|fused|Q|DQ|\w*Integer|QuantizeLinear|DequantizeLinear|DynamicQuantize\w+|MatMulNBits"
+    r"|GatherBlockQuantized|QAttention))+$"
+)
 
 
 @dataclass(frozen=True)
 class StepRow:
     """One step of the recipe. `size_bytes`: of the model after it, as a file; `config` with its defaults.
 
-    `details`: figures of single layers; rows of the same keys belong together. `notes`: sentences on its result.
+    `skipped`: (node, reason). `details`: figures of single layers; rows with the same keys make a table. `notes`:
+    sentences about the result.
     """
 
     name: str
     config: Mapping[str, Any]
     changes: Mapping[str, int | float]
-    skipped: Sequence[SkippedNode]
+    skipped: Sequence[tuple[str, str]]
     size_bytes: int
     duration_s: float
     details: Sequence[Mapping[str, str | int | float]] = ()
@@ -71,25 +47,25 @@ class StepRow:
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """Everything that a report says.
+    """All that goes into a report.
 
-    `recipe`: in the shape of the YAML, defaults written out. `provenance`: of the upload; `original_onnx_size_bytes`:
-    of the same model as ONNX, external data included, as `optimized_size_bytes` is. `accuracy` None: no labels.
-    `fidelity` None: not measured. `candidates`: what `auto` tried, each a row with `name`, `chosen`, `reason`, and
-    figures or None. `violations`: one sentence for each constraint that is not met.
+    `recipe`: in the shape of the YAML, defaults written out. `provenance`: of the upload. `original_onnx_size_bytes`,
+    `optimized_size_bytes`: of both models as ONNX, external data included. `accuracy` None: no labels. `fidelity` None:
+    not measured. `candidates`: a row for each candidate that `auto` tried, with `name`, `chosen`, `reason`, and figures
+    or None. `violations`: one sentence for each constraint that is not met.
     """
 
     job: str
     recipe: Mapping[str, Any]
     provenance: Provenance
     original_onnx_size_bytes: int
-    original: ModelFigures
+    original: ModelStats
     optimized_sha256: str
     optimized_size_bytes: int
-    optimized: ModelFigures
-    latency: Sequence[HasDict] = ()
-    fidelity: HasDict | None = None
-    accuracy: HasDict | None = None
+    optimized: ModelStats
+    latency: Sequence[LatencyRow] = ()
+    fidelity: Fidelity | None = None
+    accuracy: Accuracy | None = None
     steps: Sequence[StepRow] = ()
     candidates: Sequence[Mapping[str, Any]] = ()
     warnings: Sequence[str] = ()
@@ -139,7 +115,7 @@ def report_schema() -> dict[str, Any]:
     return schema
 
 
-def _figures(figures: ModelFigures) -> dict[str, Any]:
+def _figures(figures: ModelStats) -> dict[str, Any]:
     return {
         "parameters": figures.parameters,
         "nonzero_parameters": figures.nonzero_parameters,
@@ -149,12 +125,50 @@ def _figures(figures: ModelFigures) -> dict[str, Any]:
     }
 
 
+def layer_rows(original: Sequence[LayerStats], optimized: Sequence[LayerStats]) -> list[dict[str, Any]]:
+    """The report's `layers`, largest first; `original_bytes` or `optimized_bytes` is None where there is no such layer.
+
+    Layers of both models are paired by name, without the suffixes that rewrites append. Beyond 40, the rest is summed
+    in a last row, whose `layers` says how many it stands for.
+    """
+    before, after = _bytes_by_name(original), _bytes_by_name(optimized)
+    operators = {_layer_name(layer): layer.op_type for layer in (*optimized, *original)}
+    names = sorted(before.keys() | after.keys(), key=lambda name: (-max(before[name], after[name]), name))
+    rows = [_layer_row(name, operators[name], before.get(name), after.get(name)) for name in names[:MAX_LAYERS]]
+    rest = names[MAX_LAYERS:]
+    if rest:
+        total = [sum(sizes.get(name, 0) for name in rest) for sizes in (before, after)]
+        rows.append(_layer_row("other layers", "", *total) | {"layers": len(rest)})
+    return rows
+
+
+def _layer_row(name: str, op_type: str, original_bytes: int | None, optimized_bytes: int | None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "op_type": op_type,
+        "original_bytes": original_bytes,
+        "optimized_bytes": optimized_bytes,
+        "layers": 1,
+    }
+
+
+def _layer_name(layer: LayerStats) -> str:
+    return _SUFFIX.sub("", layer.name) or layer.name
+
+
+def _bytes_by_name(layers: Sequence[LayerStats]) -> Counter[str]:
+    sizes: Counter[str] = Counter()
+    for layer in layers:
+        sizes[_layer_name(layer)] += layer.bytes
+    return sizes
+
+
 def _step(step: StepRow) -> dict[str, Any]:
     return {
         "name": step.name,
         "config": step.config,
         "changes": step.changes,
-        "skipped": [{"node": skip.node, "reason": skip.reason} for skip in step.skipped],
+        "skipped": [{"node": node, "reason": reason} for node, reason in step.skipped],
         "size_bytes": step.size_bytes,
         "duration_s": step.duration_s,
         "details": [dict(row) for row in step.details],

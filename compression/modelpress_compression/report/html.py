@@ -1,7 +1,7 @@
 """report.html: one self-contained page, without scripts, fonts or anything else from outside.
 
-Every string of the report is escaped on its way in; a Content-Security-Policy forbids everything but the page's own
-style, should one ever slip through.
+Every string of the report is escaped on its way in. Should one ever slip through, a Content-Security-Policy forbids
+everything but the page's own style.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
+from modelpress_compression.measure.accuracy import LOWER_IS_BETTER, SHARES
 from modelpress_compression.report import sections
 from modelpress_compression.report.figures import latency_picture, layer_picture, legend, size_bar
 from modelpress_compression.report.formats import (
@@ -25,8 +26,6 @@ from modelpress_compression.report.formats import (
 )
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-_LOWER_IS_BETTER = ("mse", "mae")
-_SHARES = ("top1", "top5")
 
 
 def render_html(report: Mapping[str, Any]) -> str:
@@ -89,7 +88,7 @@ def _metric(accuracy: Mapping[str, Any], role: str) -> str:
     value = accuracy[role]
     if value is None:
         return NOT_MEASURED
-    return percent(value, 2) if accuracy["metric"] in _SHARES else f"{value:.4g}"
+    return percent(value, 2) if accuracy["metric"] in SHARES else f"{value:.4g}"
 
 
 def _lowest_cosine(fidelity: Mapping[str, Any]) -> float | None:
@@ -177,7 +176,7 @@ def _latency_card(latency: Any) -> str:
 def _quality_card(report: Mapping[str, Any]) -> str:
     accuracy, fidelity = report["accuracy"], report["fidelity"]
     if accuracy is not None:
-        better = "lower is better" if accuracy["metric"] in _LOWER_IS_BETTER else "higher is better"
+        better = "lower is better" if accuracy["metric"] in LOWER_IS_BETTER else "higher is better"
         note = f"{accuracy['samples']:,} labelled samples, {better}"
         return _card(
             f"Accuracy, {accuracy['metric']}", _metric(accuracy, "original"), _metric(accuracy, "optimized"), note

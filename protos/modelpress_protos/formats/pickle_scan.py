@@ -110,7 +110,7 @@ def foreign_global(what: str, names: list[str]) -> RejectedModelError:
     listed = ", ".join(name.replace(" ", ".")[:80] for name in names[:5])
     return RejectedModelError(
         f"{what} would import {listed}; only tensors are read from a file, nothing is executed. "
-        f"Convert the model on your own machine (--trust-pickle, or --architecture package.module:factory).",
+        f"Export the model with torch.onnx.export where its source is.",
         finding="PICKLE_GLOBAL",
         globals=listed,
     )

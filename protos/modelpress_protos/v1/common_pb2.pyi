@@ -32,8 +32,8 @@ class _ModelFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelForm
     MODEL_FORMAT_TORCH_EXPORT: _ModelFormat.ValueType  # 2
     """An exported program (`torch.export.save`, `.pt2`). Code-bearing: read by confined workers only."""
     MODEL_FORMAT_TORCHSCRIPT: _ModelFormat.ValueType  # 3
-    """TorchScript (`torch.jit.save`), traced or scripted. It does not record its inputs: name them. Code-bearing: read by
-    confined workers only.
+    """TorchScript (`torch.jit.save`), traced or scripted; it records no inputs: name them with `--input`. Code-bearing:
+    read by confined workers only.
     """
     MODEL_FORMAT_STATE_DICT: _ModelFormat.ValueType  # 4
     """A PyTorch state dict or checkpoint (`torch.save`): weights alone. Refused by servers; converted on the client's
@@ -42,7 +42,7 @@ class _ModelFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelForm
     MODEL_FORMAT_SAFETENSORS: _ModelFormat.ValueType  # 5
     """safetensors: weights alone. Refused by servers; converted on the client's machine with --architecture."""
     MODEL_FORMAT_PICKLED_MODULE: _ModelFormat.ValueType  # 6
-    """A whole pickled module (`torch.save`): reading it runs the code in it. Refused by servers; converted on the
+    """A whole pickled module (`torch.save`); reading it runs the code in it. Refused by servers; converted on the
     client's machine with --trust-pickle.
     """
 
@@ -58,8 +58,8 @@ MODEL_FORMAT_ONNX: ModelFormat.ValueType  # 1
 MODEL_FORMAT_TORCH_EXPORT: ModelFormat.ValueType  # 2
 """An exported program (`torch.export.save`, `.pt2`). Code-bearing: read by confined workers only."""
 MODEL_FORMAT_TORCHSCRIPT: ModelFormat.ValueType  # 3
-"""TorchScript (`torch.jit.save`), traced or scripted. It does not record its inputs: name them. Code-bearing: read by
-confined workers only.
+"""TorchScript (`torch.jit.save`), traced or scripted; it records no inputs: name them with `--input`. Code-bearing:
+read by confined workers only.
 """
 MODEL_FORMAT_STATE_DICT: ModelFormat.ValueType  # 4
 """A PyTorch state dict or checkpoint (`torch.save`): weights alone. Refused by servers; converted on the client's
@@ -68,7 +68,7 @@ machine with --architecture.
 MODEL_FORMAT_SAFETENSORS: ModelFormat.ValueType  # 5
 """safetensors: weights alone. Refused by servers; converted on the client's machine with --architecture."""
 MODEL_FORMAT_PICKLED_MODULE: ModelFormat.ValueType  # 6
-"""A whole pickled module (`torch.save`): reading it runs the code in it. Refused by servers; converted on the
+"""A whole pickled module (`torch.save`); reading it runs the code in it. Refused by servers; converted on the
 client's machine with --trust-pickle.
 """
 Global___ModelFormat: _TypeAlias = ModelFormat  # noqa: Y015

@@ -12,7 +12,7 @@ from modelpress_compression.encodings.operands import (
     is_quantized,
     is_stored_weight,
     operand,
-    weight_names,
+    quantized_weights,
 )
 from modelpress_compression.graph.read import MICROSOFT
 from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
@@ -69,4 +69,14 @@ def test_kinds_of_operators() -> None:
         assert is_quantized(node_of(op_type, 3))
         assert not computes_in_integers(node_of(op_type, 3))
     assert not is_quantized(node_of("Conv", 3))
-    assert weight_names(node_of("DynamicQuantizeLSTM", 12, MICROSOFT)) == ("w", "r")
+
+
+def test_weights_are_constants() -> None:
+    """An LSTM has two; a factor that is computed, or the default of an input, is an activation."""
+    node = node_of("DynamicQuantizeLSTM", 12, MICROSOFT)
+    assert not quantized_weights(node)
+    for position in (1, 2):
+        constant = onnx_ir.val(f"c{position}", const_value=onnx_ir.tensor([[1]], dtype=onnx_ir.DataType.INT8))
+        onnx_ir.Graph([], [], nodes=[], initializers=[constant])
+        node.replace_input_with(position, constant)
+    assert list(quantized_weights(node)) == ["w", "r"]

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from modelpress_compression.executor.support import supported_operators
+from modelpress_compression.executor.registry import supported_operators
 from oracles import conformance
 
 # Whole opsets that onnxruntime does not load, operators of files, strings and trees, and forms before opset 7.

@@ -14,8 +14,7 @@ import onnx_ir
 import pytest
 import torch
 from modelpress_compression.errors import CompressionError
-from modelpress_compression.executor import Executor, device_for, unsupported_nodes, weights
-from modelpress_compression.executor.devices import why_not
+from modelpress_compression.executor import Executor, device_for, device_warning, unsupported_nodes, weights
 from modelpress_compression.model import Model, Provenance
 from onnx import helper
 from oracles.conformance import cases, feed_of
@@ -99,10 +98,10 @@ def test_mixing_is_seen() -> None:
 def test_without_cuda_the_cpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device that was asked for where it is there; else the CPU, and a sentence that says so."""
     assert device_for("cpu").type == "cpu"
-    assert why_not("cpu") == ""
+    assert device_warning("cpu") == ""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_for("cuda").type == "cpu"
-    assert "ran on the CPU" in why_not("cuda")
+    assert "ran on the CPU" in device_warning("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device_for("cuda").type == "cuda"
-    assert why_not("cuda") == ""
+    assert device_warning("cuda") == ""

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from modelpress_compression.executor.ops.layout import sliced
-from modelpress_compression.executor.ops.padding import padded
+from modelpress_compression.executor.ops.layout import padded, sliced
 
 _NUMPY_MODES = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
 

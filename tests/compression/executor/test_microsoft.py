@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from modelpress_compression import runtime
+from modelpress_compression.encodings.weight import pack
 from modelpress_compression.executor import Executor
 
 MICROSOFT = "com.microsoft"
@@ -255,6 +257,44 @@ def test_weights_in_few_bits_equal_onnxruntime(make_node_model: Any, bits: int, 
     x = {"x": _f(3, columns)}
     model = make_node_model(
         "MatMulNBits", x, constants=constants, domain=MICROSOFT, K=columns, N=rows, bits=bits, block_size=block
+    )
+    with runtime.session_of(model) as session:
+        expected = runtime.run(session, x)["y0"]
+    np.testing.assert_allclose(Executor(model).run(x)["y0"], expected, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("zero_points", [True, False])
+def test_tables_in_few_bits_equal_onnxruntime(make_node_model: Any, packed: bool, zero_points: bool) -> None:
+    """GatherBlockQuantized of 4 bits in blocks of 16, the last one short, in bytes or in a type of 4 bits, by indices
+    of two axes that may be negative; rtol 1e-6."""
+    rng = np.random.default_rng(0)
+    kind: Any = (lambda array: pack(array, 4)) if packed else (lambda array: array.astype(ml_dtypes.uint4))
+    constants = {"q": kind(rng.integers(0, 16, (9, 40))), "s": rng.uniform(0.1, 1, (9, 3)).astype(np.float32)}
+    if zero_points:
+        constants["z"] = kind(rng.integers(0, 16, (9, 3)))
+    x = {"x": np.asarray([[0, 8, -1], [3, -9, 3]])}
+    model = make_node_model(
+        "GatherBlockQuantized", x, constants=constants, order=["q", "x", *list(constants)[1:]], domain=MICROSOFT,
+        bits=4, block_size=16, gather_axis=0, quantize_axis=1,
+    )  # fmt: skip
+    with runtime.session_of(model) as session:
+        expected = runtime.run(session, x)["y0"]
+    np.testing.assert_allclose(Executor(model).run(x)["y0"], expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("zero_points", [True, False])
+def test_columns_in_an_order_of_their_own_equal_onnxruntime(make_node_model: Any, zero_points: bool) -> None:
+    """MatMulNBits with a group for each column (g_idx) and zero points in floats; rtol 1e-3."""
+    rng = np.random.default_rng(0)
+    constants = {"b": _u8(5, 3, 8), "s": np.abs(_f(15))}
+    if zero_points:
+        constants["z"] = rng.uniform(0, 15, (5, 3)).astype(np.float32)
+    constants["g"] = rng.permutation(np.arange(40) // 16).astype(np.int32)
+    x = {"x": _f(3, 40)}
+    order = ["x", "b", "s", "z" if zero_points else "", "g"]
+    model = make_node_model(
+        "MatMulNBits", x, constants=constants, order=order, domain=MICROSOFT, K=40, N=5, bits=4, block_size=16
     )
     with runtime.session_of(model) as session:
         expected = runtime.run(session, x)["y0"]

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from modelpress_compression import runtime
-from modelpress_compression.executor import Executor
-from modelpress_compression.executor.trainable import quantization_scales, weights
+from modelpress_compression.executor import Executor, weights
 from modelpress_compression.model import Model
 
 ModelFromText = Callable[..., Model]
@@ -57,7 +56,7 @@ def test_constant_scales_make_one_step(model_from_text: ModelFromText) -> None:
     model = _fake(model_from_text, np.array([0.5, 0.01, 2]), np.array([3, 100, 7], np.uint8))
     assert len(Executor(model)._plan.steps) == 1
     assert len(Executor(model, outputs=["q", "y"])._plan.steps) == 2
-    learned = Executor(model, trainable=quantization_scales)
+    learned = Executor(model, trainable=["s"])
     assert len(learned._plan.steps) == 2
     x = np.random.default_rng(0).normal(0, 3, (4, 3)).astype(np.float32)
     np.testing.assert_allclose(learned.run({"x": x})["y"], Executor(model).run({"x": x})["y"], rtol=1e-5)
@@ -65,7 +64,7 @@ def test_constant_scales_make_one_step(model_from_text: ModelFromText) -> None:
 
 def test_the_scale_has_the_gradient_of_lsq(model_from_text: ModelFromText) -> None:
     """round(v / s) - v / s inside, the bound outside; summed over the values."""
-    executor = Executor(_fake(model_from_text, np.array(0.5), np.array(0, np.int8)), trainable=quantization_scales)
+    executor = Executor(_fake(model_from_text, np.array(0.5), np.array(0, np.int8)), trainable=["s"])
     v = np.array([[0.3, -10.1, 63.4, 90.0, -80.0]])
     executor({"x": torch.from_numpy(v.astype(np.float32))})["y"].sum().backward()
     scaled = v / 0.5

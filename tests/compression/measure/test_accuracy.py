@@ -28,26 +28,26 @@ def test_top1_and_top5(save_model: Save) -> None:
     """Every other label is the worst class: half of top1 is right, and of top5, which leaves out one of six."""
     labels = np.where(np.arange(40) % 2 == 0, BEST, SCORES.argmin(1))
     path = save_model(IDENTITY)
-    assert evaluate(path, labelled(labels)) == 0.5
-    assert evaluate(path, labelled(labels), "top5") == 0.5
-    assert evaluate(path, labelled(SCORES.argsort(1)[:, -3]), "top5") == 1.0
+    assert evaluate(path, labelled(labels)).value == 0.5
+    assert evaluate(path, labelled(labels), "top5").value == 0.5
+    assert evaluate(path, labelled(SCORES.argsort(1)[:, -3]), "top5").value == 1.0
 
 
 def test_batches_do_not_change_the_figure(save_model: Save) -> None:
     """A last batch that is not full counts too."""
     path = save_model(IDENTITY)
-    assert evaluate(path, labelled(BEST), batch_size=7) == 1.0
+    assert evaluate(path, labelled(BEST), batch_size=7).value == 1.0
 
 
 def test_negative_labels_are_left_out(save_model: Save) -> None:
     """-100 marks positions without a label."""
     labels = np.where(np.arange(40) < 30, BEST, -100)
-    assert evaluate(save_model(IDENTITY), labelled(labels)) == 1.0
+    assert evaluate(save_model(IDENTITY), labelled(labels)).value == 1.0
 
 
 def test_scores_as_labels(save_model: Save) -> None:
     """One-hot labels name the class of their largest element."""
-    assert evaluate(save_model(IDENTITY), labelled(np.eye(6)[BEST]), "top1") == 1.0
+    assert evaluate(save_model(IDENTITY), labelled(np.eye(6)[BEST]), "top1").value == 1.0
 
 
 def test_a_class_for_each_position(save_model: Save) -> None:
@@ -55,34 +55,34 @@ def test_a_class_for_each_position(save_model: Save) -> None:
     path = save_model("g (float[batch,2,3] x) => (float[batch,2,3] y) { y = Identity(x) }")
     array = SCORES.reshape(40, 2, 3)
     data = labelled(array.argmax(-1), array, "x:float32[batch,2,3]")
-    assert evaluate(path, data) == 1.0
+    assert evaluate(path, data).value == 1.0
 
 
 def test_values(save_model: Save) -> None:
     """mse and mae of x against x + 2, cosine of x against 3 x (rtol 1e-6)."""
     path = save_model(IDENTITY)
-    assert evaluate(path, labelled(SCORES + 2)) == pytest.approx(4.0, rel=1e-6)
-    assert evaluate(path, labelled(SCORES + 2), "mae") == pytest.approx(2.0, rel=1e-6)
-    assert evaluate(path, labelled(SCORES * 3), "cosine") == pytest.approx(1.0, rel=1e-6)
+    assert evaluate(path, labelled(SCORES + 2)).value == pytest.approx(4.0, rel=1e-6)
+    assert evaluate(path, labelled(SCORES + 2), "mae").value == pytest.approx(2.0, rel=1e-6)
+    assert evaluate(path, labelled(SCORES * 3), "cosine").value == pytest.approx(1.0, rel=1e-6)
 
 
 def test_axes_of_extent_one_do_not_matter(save_model: Save) -> None:
     """Labels [N] fit an output [N, 1]."""
     path = save_model("g (float[batch,6] x) => (float[batch,1] y) { y = ReduceSum(x, a) }", {"a": np.int64([1])})
-    assert evaluate(path, labelled(SCORES.sum(1))) == pytest.approx(0.0, abs=1e-10)
+    assert evaluate(path, labelled(SCORES.sum(1))).value == pytest.approx(0.0, abs=1e-10)
 
 
 def test_the_first_output_that_fits(save_model: Save) -> None:
     """An output of another shape is passed over."""
     text = "g (float[batch,6] x) => (float[batch,1] s, float[batch,6] y) { s = ReduceSum(x, a)  y = Identity(x) }"
-    assert evaluate(save_model(text, {"a": np.int64([1])}), labelled(BEST), "top1") == 1.0
+    assert evaluate(save_model(text, {"a": np.int64([1])}), labelled(BEST), "top1").value == 1.0
 
 
 def test_whole_feeds(save_model: Save) -> None:
     """A sample that is a feed of its own has its own label."""
     path = save_model("g (float[1,6] x) => (float[1,6] y) { y = Identity(x) }")
     data = labelled(BEST, SCORES[:, None], "x:float32[1,6]")
-    assert evaluate(path, data) == 1.0
+    assert evaluate(path, data).value == 1.0
 
 
 @pytest.mark.parametrize(("metric", "labels"), [("top1", BEST), ("mse", SCORES), ("mae", SCORES), ("cosine", SCORES)])
@@ -102,7 +102,7 @@ def test_outputs_that_are_not_finite(save_model: Save) -> None:
         save_model(IDENTITY),
         save_model("g (float[batch,6] x) => (float[batch,6] y) { y = Log(x) }", name="b"),
     )
-    assert evaluate(broken, labelled(BEST)) == (SCORES > 0).all(1).mean()
+    assert evaluate(broken, labelled(BEST)).value == (SCORES > 0).all(1).mean()
     found = compare_accuracy(path, broken, labelled(SCORES), "mse")
     assert math.isinf(found.drop)
     assert found.to_dict()["optimized"] is None

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import jsonschema
 import pytest
-from modelpress_compression.report.build import ReportInputs, build_report, report_schema
+from modelpress_compression.measure.accuracy import Accuracy
+from modelpress_compression.measure.stats import LayerStats
+from modelpress_compression.report.build import MAX_LAYERS, ReportInputs, build_report, layer_rows, report_schema
 from modelpress_compression.report.environment import environment
-from modelpress_compression.report.layers import MAX_ROWS, layer_rows
-
-
-@dataclass(frozen=True)
-class NamedLayer:
-    """A layer."""
-
-    name: str
-    bytes: int
-    op_type: str = "Conv"
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A metric that could not be measured on one side."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"metric": "mse", "samples": 3, "original": 0.1, "optimized": float("inf"), "drop": float("nan")}
 
 
 @pytest.mark.parametrize("name", ["inputs", "bare_inputs"])
@@ -65,8 +48,10 @@ def test_derived_figures(inputs: ReportInputs) -> None:
 
 def test_what_is_not_finite_is_null(inputs: ReportInputs) -> None:
     """JSON has no infinity: such figures were not measured."""
-    report = build_report(replace(inputs, accuracy=Accuracy()))
+    accuracy = Accuracy("mse", 3, 0.1, float("inf"), float("inf"))
+    report = build_report(replace(inputs, accuracy=accuracy, candidates=[{"name": "c", "drop": float("nan")}]))
     assert report["accuracy"] == {"metric": "mse", "samples": 3, "original": 0.1, "optimized": None, "drop": None}
+    assert report["candidates"] == [{"name": "c", "drop": None}]
 
 
 def test_layers_belong_together_by_name(inputs: ReportInputs) -> None:
@@ -79,9 +64,9 @@ def test_layers_belong_together_by_name(inputs: ReportInputs) -> None:
 
 def test_layers_are_bounded() -> None:
     """The largest stand alone, the rest are summed: no byte is lost."""
-    layers = [NamedLayer(f"n{index}", index + 1) for index in range(100)]
+    layers = [LayerStats(f"n{index}", "Conv", 1, index + 1, None) for index in range(100)]
     rows = layer_rows(layers, layers)
-    assert len(rows) == MAX_ROWS + 1
+    assert len(rows) == MAX_LAYERS + 1
     assert rows[0]["original_bytes"] == 100
     assert rows[-1]["layers"] == 60
     assert sum(row["original_bytes"] for row in rows) == sum(range(101))

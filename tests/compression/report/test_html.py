@@ -89,12 +89,8 @@ def test_strings_of_users_are_escaped(inputs: ReportInputs) -> None:
     """Names and reasons from a hostile model cannot become markup, wherever they stand."""
     evil = "\"><script>alert(1)</script><b onclick='x'>"
 
-    class Skip:
-        node = evil
-        reason = evil
-
-    layer = replace(inputs.original.layers[0], name=evil, op_type=evil)  # type: ignore[type-var]  # a dataclass here
-    figures = replace(inputs.original, ops={evil: 1}, layers=(layer,))  # type: ignore[type-var]
+    layer = replace(inputs.original.layers[0], name=evil, op_type=evil)
+    figures = replace(inputs.original, ops={evil: 1}, layers=(layer,))
     hostile = replace(
         inputs,
         job=evil,
@@ -102,7 +98,7 @@ def test_strings_of_users_are_escaped(inputs: ReportInputs) -> None:
         warnings=[evil],
         violations=[evil],
         candidates=[{"name": evil, "chosen": False, "reason": evil}],
-        steps=[StepRow(evil, {evil: evil}, {evil: 1}, [Skip()], 1, 1.0)],
+        steps=[StepRow(evil, {evil: evil}, {evil: 1}, [(evil, evil)], 1, 1.0)],
         environment={"cpu": evil, evil: evil},
         original=figures,
     )

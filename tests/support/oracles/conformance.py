@@ -12,9 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir
 from modelpress_compression.errors import CompressionError
-from modelpress_compression.executor.errors import NotExecutableError
-from modelpress_compression.executor.module import Executor
-from modelpress_compression.executor.support import unsupported_nodes
+from modelpress_compression.executor import Executor, NotExecutableError, unsupported_nodes
 from modelpress_compression.model import Model, Provenance
 
 # Random by definition: only type and shape can be compared.

@@ -33,7 +33,7 @@ def convolution(site: Site) -> Function:
 
 @operator("Conv")
 def conv(site: Site) -> Function:
-    """Everything is bound where the padding is the same on both sides, as it mostly is."""
+    """All arguments are bound beforehand where the padding is the same on both sides, as it mostly is."""
     window, group = Window.of(site), site.integer("group", 1)
     kernel = site.ints("kernel_shape")
     if kernel is None or len(kernel) not in _FORWARD or window.auto_pad not in ("NOTSET", "", "VALID"):
@@ -113,7 +113,7 @@ def deform_conv(site: Site) -> Function:
 def _sampled(
     x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, window: Window, offset_group: int
 ) -> Tensor:
-    """What each tap sees: [N, C, taps, oh, ow], bilinear, zero outside."""
+    """The input sampled at each tap: [N, C, taps, oh, ow], bilinear, zero outside."""
     count, channels, *extents = x.shape
     kernel = weight.shape[2:]
     taps = kernel[0] * kernel[1]
@@ -151,7 +151,7 @@ def _bilinear(planes: Tensor, rows: Tensor, cols: Tensor, height: int, width: in
 
 @operator("Col2Im")
 def col2im(site: Site) -> Function:
-    """Sums blocks [N, C * taps, positions] into an image: what im2col took from several places is added up."""
+    """Sums blocks [N, C * taps, positions] into an image, the inverse of im2col: blocks that overlap are added up."""
     window = Window.of(site)
     read_image, read_block = site.reader(1), site.reader(2)
 

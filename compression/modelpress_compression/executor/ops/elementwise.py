@@ -1,7 +1,10 @@
-"""Functions of one value, element by element."""
+"""Functions of elements: of one value, or of several that are broadcast; arithmetic, comparisons, logic and bits."""
 
 from __future__ import annotations
 
+from functools import reduce
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -50,7 +53,7 @@ def clip_attributes(site: Site) -> Function:
 
 @operator("Clip", since=11)
 def clip(site: Site) -> Function:
-    """Bounds as scalars; where both are constant, as numbers, which is faster."""
+    """Bounds are inputs; where both are constant they are bound as numbers, which is faster."""
     bounds = [site.constant(index) for index in (1, 2)]
     if all(bound is not None or not site.has(index) for index, bound in enumerate(bounds, 1)):
         low, high = (None if bound is None else bound.item() for bound in bounds)
@@ -69,3 +72,86 @@ def clip(site: Site) -> Function:
         return x if maximum is None else torch.minimum(x, maximum)
 
     return run
+
+
+def divide(a: Tensor, b: Tensor) -> Tensor:
+    """Integers are divided towards zero."""
+    if a.dtype.is_floating_point:
+        return torch.div(a, b)
+    return torch.div(a, b, rounding_mode="trunc")
+
+
+stateless(divide, "Div")
+
+
+@operator("Pow")
+def power(site: Site) -> Function:
+    """The result has the type of the base."""
+    exponent = site.constant(1)
+    if exponent is not None and exponent.numel() == 1 and exponent.dim() == 0:
+        number = exponent.item()
+        if number == 2:
+            return lambda x, _: x * x
+        return lambda x, _: torch.pow(x, number).to(x.dtype)
+    return lambda x, y: torch.pow(x, y).to(x.dtype)
+
+
+@operator("Mod")
+def modulo(site: Site) -> Function:
+    """fmod: the sign of the dividend, as in C; else that of the divisor, as in Python."""
+    return torch.fmod if site.flag("fmod") else torch.remainder
+
+
+@operator("Max")
+def maximum(site: Site) -> Function:
+    return lambda *values: reduce(torch.maximum, values)
+
+
+@operator("Min")
+def minimum(site: Site) -> Function:
+    return lambda *values: reduce(torch.minimum, values)
+
+
+@operator("Sum")
+def total(site: Site) -> Function:
+    return lambda *values: reduce(torch.add, values)
+
+
+@operator("Mean")
+def mean(site: Site) -> Function:
+    return lambda *values: reduce(torch.add, values) / len(values)
+
+
+for _op_type, _binary in (
+    ("Add", torch.add), ("Sub", torch.sub), ("Mul", torch.mul),
+    ("Greater", torch.gt), ("GreaterOrEqual", torch.ge), ("Less", torch.lt), ("LessOrEqual", torch.le),
+    ("And", torch.logical_and), ("Or", torch.logical_or), ("Xor", torch.logical_xor),
+    ("BitwiseAnd", torch.bitwise_and), ("BitwiseOr", torch.bitwise_or), ("BitwiseXor", torch.bitwise_xor),
+):  # fmt: skip
+    stateless(_binary, _op_type)
+
+
+def equal(a: Tensor, b: Tensor) -> Tensor:
+    """Strings are compared as numpy arrays."""
+    if isinstance(a, np.ndarray):
+        return torch.from_numpy(np.asarray(a == np.asarray(b)))
+    return torch.eq(a, b)
+
+
+def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Strings are chosen as numpy arrays."""
+    if isinstance(a, np.ndarray):
+        return np.where(condition.cpu().numpy(), a, np.asarray(b))
+    return torch.where(condition, a, b)
+
+
+stateless(equal, "Equal")
+stateless(where, "Where")
+
+
+@operator("BitShift")
+def bit_shift(site: Site) -> Function:
+    """Of unsigned integers; uint8 is shifted as it is, wider ones in a signed type with room for the result."""
+    if site.string("direction", "LEFT") == "LEFT":
+        return torch.bitwise_left_shift
+    return torch.bitwise_right_shift

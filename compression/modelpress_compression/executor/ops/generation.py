@@ -1,4 +1,4 @@
-"""Values from nothing or from shapes: constants, ranges, one-hot rows."""
+"""Constants, shapes, ranges and one-hot rows: values that depend on no numbers of a tensor, or only on a few."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _CONSTANTS: dict[str, Callable[[Site], Any]] = {
 def constant_of_shape(site: Site) -> Function:
     read, value = site.reader(0), site.tensor("value")
     content = torch.zeros(1) if value is None else value.reshape(1)
-    # Integers are mostly shapes in the making, which stay with the CPU.
+    # Integers are mostly parts of shapes, which stay on the CPU.
     content = content.to(site.device if content.dtype.is_floating_point else "cpu")
     return lambda shape: content.expand(torch.Size(read(shape)).numel()).reshape(read(shape)).clone()
 

@@ -12,50 +12,47 @@ from onnx_ir import DataType
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from modelpress_compression.encodings.weight import unpack
 from modelpress_compression.executor.ops.recurrent import recurrent
 from modelpress_compression.executor.registry import Function, operator
 from modelpress_compression.executor.site import Site
 from modelpress_compression.graph.read import MICROSOFT
 
 
-def unpack(packed: Tensor, bits: int) -> Tensor:
+def unpacked(packed: Tensor, bits: int) -> Tensor:
     """[..., bytes] -> [..., bytes * 8 / bits] of uint8."""
-    if bits == 8:
-        return packed
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    spread: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return spread.flatten(-2)
+    return torch.from_numpy(unpack(packed.cpu().numpy(), bits)).to(packed.device)
 
 
 @operator("MatMulNBits", domain=MICROSOFT)
 def matmul_n_bits(site: Site) -> Function:
     """x [..., K] times a weight [N, blocks, bytes of a block], scales [N, blocks]; gradients reach x and the scales."""
     rows, columns = site.integer("N", 0), site.integer("K", 0)
-    bits, block = site.integer("bits", 4), site.integer("block_size", 32)
-    blocks = -(-columns // block)
+    bits, size = site.integer("bits", 4), site.integer("block_size", 32)
+    blocks = -(-columns // size)
 
-    def levels(weight: Tensor, zero: Tensor | None, like: Tensor) -> Tensor:
-        """q - z as floats [N, blocks, block]."""
-        q: Tensor = unpack(weight.reshape(rows, blocks, -1), bits).to(like.dtype)
+    def by_column(value: Tensor, order: Tensor | None) -> Tensor:
+        """[N, blocks] -> [N, K]; `order`: the block of each column, where that is not its place."""
+        value = value.reshape(rows, blocks)
+        return _repeated(value, 1, size, columns) if order is None else value[:, order[:columns].to(torch.int64)]
+
+    def centred(weight: Tensor, zero: Tensor | None, order: Tensor | None, like: Tensor) -> Tensor:
+        """q - z as floats [N, K]."""
+        levels = unpacked(weight.reshape(rows, -1), bits)[:, :columns].to(like.dtype)
         if zero is None:
-            return q - (1 << (bits - 1))
+            return levels - (1 << (bits - 1))
         if zero.dtype == torch.uint8:
-            zero = unpack(zero.reshape(rows, -1), bits)[:, :blocks]
-        return q - zero.reshape(rows, blocks, 1).to(like.dtype)
+            zero = unpacked(zero.reshape(rows, -1), bits)[:, :blocks]
+        return levels - by_column(zero.to(like.dtype), order)
 
     kept: list[Tensor] = []
-    fixed = site.constant(1) is not None and (not site.has(3) or site.constant(3) is not None)
+    fixed = all(not site.has(index) or site.constant(index) is not None for index in (1, 3, 4))
 
     def run(*inputs: Any) -> Tensor:
         x, weight, scales, zero, order, bias = (*inputs, *([None] * 6))[:6]
         if not (fixed and kept):
-            kept[:] = [levels(weight, zero, x)]
-        scales = scales.reshape(rows, blocks)
-        if order is None:
-            real = (kept[0] * scales.unsqueeze(-1)).flatten(1)[:, :columns]
-        else:
-            real = kept[0].flatten(1)[:, :columns] * scales[:, order.to(torch.int64)]
-        return F.linear(x, real, bias)
+            kept[:] = [centred(weight, zero, order, x)]
+        return F.linear(x, kept[0] * by_column(scales, order), bias)
 
     return run
 
@@ -69,17 +66,20 @@ def gather_block_quantized(site: Site) -> Function:
     default_zero = 2 ** (bits - 1) if packed else 0
 
     def run(table: Tensor, indices: Tensor, scales: Tensor, zero: Tensor | None = None) -> Tensor:
-        values = unpack(table, bits) if packed else table
-        levels = values.to(scales.dtype)
+        chosen = indices.reshape(-1).to(torch.int64) % table.shape[axis]
+        # Blocks lie along another axis, so that rows are taken first and dequantized then.
+        taken, scales = table.index_select(axis, chosen), scales.index_select(axis, chosen)
+        levels = (unpacked(taken, bits) if packed else taken).to(scales.dtype)
+        extent = levels.shape[along]
         if zero is None:
             levels = levels - default_zero
         else:
-            zeros = unpack(zero, bits).narrow(-1, 0, scales.shape[-1]) if packed else zero
-            levels = levels - _repeated(zeros.to(scales.dtype), along, block, values.shape[along])
-        real = levels * _repeated(scales, along, block, values.shape[along])
-        taken = real.index_select(axis, indices.reshape(-1).to(torch.int64) % real.shape[axis])
+            zero = zero.index_select(axis, chosen)
+            zeros = unpacked(zero, bits).narrow(-1, 0, scales.shape[-1]) if packed else zero
+            levels = levels - _repeated(zeros.to(scales.dtype), along, block, extent)
+        real = levels * _repeated(scales, along, block, extent)
         position = axis % real.dim()
-        return taken.reshape(real.shape[:position] + indices.shape + real.shape[position + 1 :])
+        return real.reshape(real.shape[:position] + indices.shape + real.shape[position + 1 :])
 
     return run
 

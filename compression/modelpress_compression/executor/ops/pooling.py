@@ -101,7 +101,7 @@ def _window_sums(x: Tensor, pool: Pool) -> Tensor:
 
 @operator("AveragePool")
 def average_pool(site: Site) -> Function:
-    """Padding counts only with `count_include_pad`; what rounding up adds at the end never does."""
+    """Padding counts only with `count_include_pad`; the rows that rounding up adds at the end never count."""
     pool, include = Pool(site), site.flag("count_include_pad")
     function = _AVERAGE.get(pool.rank)
     if function is None:

@@ -116,7 +116,7 @@ _STEPS: dict[str, tuple[Callable[..., State], tuple[str, ...], int]] = {
 
 
 def _input_bias(op_type: str, bias: Tensor, hidden: int) -> tuple[Tensor, Tensor]:
-    """(what is added to the projected input, what GRU adds to the candidate's recurrent part)."""
+    """(the bias of the projected input, the bias of the recurrent part of GRU's candidate)."""
     wb, rb = bias.chunk(2)
     if op_type != "GRU":
         return wb + rb, rb

@@ -1,4 +1,4 @@
-"""Reductions over axes; the axes are an attribute up to opset 12 (ReduceSum) or 17, then the second input."""
+"""Reductions over axes, and running sums; the axes are an attribute up to opset 12 (ReduceSum) or 17, then an input."""
 
 from __future__ import annotations
 
@@ -107,5 +107,25 @@ def argument(site: Site) -> Function:
         if not last:
             return function(x, axis, keepdim=keep)
         return x.shape[axis] - 1 - function(x.flip(axis), axis, keepdim=keep)
+
+    return run
+
+
+@operator("CumSum", "CumProd")
+def cumulative(site: Site) -> Function:
+    """Sums or products along an axis; `exclusive` leaves the element itself out, `reverse` goes from the end."""
+    exclusive, reverse = site.flag("exclusive"), site.flag("reverse")
+    read = site.reader(1)
+    function = torch.cumsum if site.node.op_type == "CumSum" else torch.cumprod
+    neutral = 0 if site.node.op_type == "CumSum" else 1
+
+    def run(x: Tensor, axis: Tensor) -> Tensor:
+        (dim,) = read(x, axis)
+        x = x.flip(dim) if reverse else x
+        if exclusive:
+            first = torch.full_like(x.narrow(dim, 0, 1), neutral)
+            x = torch.cat([first, x.narrow(dim, 0, x.shape[dim] - 1)], dim)
+        result = function(x, dim, dtype=x.dtype)
+        return result.flip(dim) if reverse else result
 
     return run

@@ -1,8 +1,8 @@
 """Resize and Upsample: an interpolation axis by axis, or torch's own where it computes the same.
 
-An output element at y looks at the input at x(y), as `coordinate_transformation_mode` says; its value is a weighted sum
-of the elements around, w = kernel((k - x) * s) with s = min(scale, 1) for antialiasing and 1 without. Kernels: the
-triangle (linear) and Keys' cubic convolution (1981).
+An output element at y samples the input at x(y), as `coordinate_transformation_mode` says. Its value is a weighted sum
+of the elements k around x, with weights kernel((k - x) * s), where s = min(scale, 1) for antialiasing and 1 without.
+Kernels: the triangle (linear) and Keys' cubic convolution (1981).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ROUND: dict[str, Callable[[Floats], Floats]] = {
 
 
 @dataclass(frozen=True)
-class Method:
+class Interpolation:
     """How to interpolate: the attributes of the node."""
 
     mode: str
@@ -45,8 +45,8 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Axis:
-    """One axis: extents, the scale as given or implied, and the part of the input that a crop looks at."""
+class ResizedAxis:
+    """One axis: both extents, the scale as given or implied, and the part of the input that a crop samples."""
 
     extent: int
     output: int
@@ -54,8 +54,8 @@ class Axis:
     roi: tuple[float, float]
 
 
-def _coordinates(axis: Axis, mode: str) -> Floats:
-    """x(y) of every output element. Where the output has one element, it is a place of its own in some modes."""
+def _coordinates(axis: ResizedAxis, mode: str) -> Floats:
+    """x(y) of every output element. Some modes have a rule of their own for an output of one element."""
     y = np.arange(axis.output, dtype=np.float64)
     length, last = axis.scale * axis.extent, axis.extent - 1
     if mode in ("align_corners", "tf_crop_and_resize"):
@@ -83,8 +83,8 @@ def _kernel(distance: Floats, mode: str, a: float) -> Floats:
 
 
 @functools.lru_cache(maxsize=256)
-def _matrix(axis: Axis, method: Method) -> Tensor:
-    """[output, extent]: what each output element takes of each input element; outside, the edge is repeated."""
+def _matrix(axis: ResizedAxis, method: Interpolation) -> Tensor:
+    """[output, extent]: the weight of each input element in each output element; outside, the edge is repeated."""
     x = _coordinates(axis, method.coordinates)
     squeeze = min(axis.scale, 1.0) if method.antialias else 1.0
     reach = math.ceil((1 if method.mode == "linear" else 2) / squeeze)
@@ -103,12 +103,12 @@ def _matrix(axis: Axis, method: Method) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _nearest(axis: Axis, method: Method) -> Tensor:
+def _nearest(axis: ResizedAxis, method: Interpolation) -> Tensor:
     places = _ROUND[method.nearest](_coordinates(axis, method.coordinates))
     return torch.from_numpy(np.clip(places, 0, axis.extent - 1).astype(np.int64))
 
 
-def _along(x: Tensor, dim: int, axis: Axis, method: Method) -> Tensor:
+def _along(x: Tensor, dim: int, axis: ResizedAxis, method: Interpolation) -> Tensor:
     if method.mode == "nearest":
         y = x.index_select(dim, _nearest(axis, method).to(x.device))
     else:
@@ -124,7 +124,7 @@ def _along(x: Tensor, dim: int, axis: Axis, method: Method) -> Tensor:
 _TORCH_MODES = {("linear", 1): "linear", ("linear", 2): "bilinear", ("linear", 3): "trilinear", ("cubic", 2): "bicubic"}
 
 
-def _torch_options(method: Method, axes: Sequence[Axis]) -> dict[str, Any] | None:
+def _torch_options(method: Interpolation, axes: Sequence[ResizedAxis]) -> dict[str, Any] | None:
     """Options of torch's interpolate where it does just this on spatial `axes`; None where it does not."""
     exact = all(axis.scale == axis.output / axis.extent for axis in axes)
     if not exact or method.antialias or method.exclude_outside or not axes:
@@ -144,13 +144,13 @@ def _torch_options(method: Method, axes: Sequence[Axis]) -> dict[str, Any] | Non
     return {"mode": mode, "align_corners": aligned}
 
 
-def resized(x: Tensor, axes: dict[int, Axis], method: Method) -> Tensor:
+def resized(x: Tensor, axes: dict[int, ResizedAxis], method: Interpolation) -> Tensor:
     """`axes`: those that change, by position."""
     if not axes:
         return x
     if not x.dtype.is_floating_point:
         return resized(x.to(torch.float32), axes, method).to(x.dtype)
-    spatial = [axes.get(dim, Axis(x.shape[dim], x.shape[dim], 1.0, (0.0, 1.0))) for dim in range(2, x.dim())]
+    spatial = [axes.get(dim, ResizedAxis(x.shape[dim], x.shape[dim], 1.0, (0.0, 1.0))) for dim in range(2, x.dim())]
     if min(axes) >= 2 and x.dim() <= 5 and (options := _torch_options(method, spatial)) is not None:
         return F.interpolate(x, size=[axis.output for axis in spatial], **options)
     for dim, axis in axes.items():
@@ -161,7 +161,7 @@ def resized(x: Tensor, axes: dict[int, Axis], method: Method) -> Tensor:
 @operator("Resize", since=11)
 def resize(site: Site) -> Function:
     """Inputs x, roi, scales, sizes."""
-    method = Method(
+    method = Interpolation(
         site.string("mode", "nearest"), site.string("coordinate_transformation_mode", "half_pixel"),
         site.string("nearest_mode", "round_prefer_floor"), site.number("cubic_coeff_a", -0.75),
         site.flag("exclude_outside"), site.flag("antialias"), site.number("extrapolation_value", 0.0),
@@ -183,7 +183,7 @@ def resize(site: Site) -> Function:
             region = (float(regions[number]), float(regions[len(dims) + number]))
             cropped = method.coordinates == "tf_crop_and_resize" and region != (0.0, 1.0)
             if output != x.shape[dim] or scale != 1.0 or cropped:
-                axes[dim] = Axis(x.shape[dim], output, scale, region)
+                axes[dim] = ResizedAxis(x.shape[dim], output, scale, region)
         return resized(x, axes, method)
 
     return run
@@ -210,14 +210,14 @@ def _targets(
 @operator("Upsample", until=9)
 def upsample(site: Site) -> Function:
     """Older forms: scales as an attribute or as the second input."""
-    method = Method(site.string("mode", "nearest"), "asymmetric", "floor", -0.75, False, False, 0.0)
+    method = Interpolation(site.string("mode", "nearest"), "asymmetric", "floor", -0.75, False, False, 0.0)
     fixed = site.floats("scales")
 
     def run(x: Tensor, scales: Tensor | None = None) -> Tensor:
         factors = list(fixed or ()) if scales is None else [float(f) for f in scales.tolist()]
         targets = _targets(x.shape, range(x.dim()), (), factors, "stretch")
         axes = {
-            dim: Axis(x.shape[dim], output, scale, (0.0, 1.0))
+            dim: ResizedAxis(x.shape[dim], output, scale, (0.0, 1.0))
             for dim, output, scale in targets
             if output != x.shape[dim] or scale != 1.0
         }

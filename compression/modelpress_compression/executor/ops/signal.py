@@ -1,4 +1,4 @@
-"""Fourier transforms and what goes with them. Complex values have a last axis of two: real, imaginary."""
+"""Fourier transforms, windows and mel filters. Complex values have a last axis of two: real, imaginary."""
 
 from __future__ import annotations
 

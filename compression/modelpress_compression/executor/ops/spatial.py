@@ -1,4 +1,4 @@
-"""What convolutions and pooling share: the window's geometry and padding."""
+"""The sliding window of convolutions and pooling: its geometry and padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modelpress_compression.executor.site import Site
 
 @dataclass(frozen=True)
 class Window:
-    """Attributes of a sliding window; () where the rank is not told, then 1 (or 0) on every axis."""
+    """Attributes of a sliding window; () stands for 1 (pads: 0) on every axis."""
 
     auto_pad: str
     pads: tuple[int, ...]
@@ -50,7 +50,7 @@ class Window:
         return self.split(totals)
 
     def split(self, totals: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """SAME_UPPER puts what is odd at the end, SAME_LOWER at the beginning."""
+        """Of an odd total, SAME_UPPER puts the larger half at the end, SAME_LOWER at the beginning."""
         small, large = tuple(total // 2 for total in totals), tuple(total - total // 2 for total in totals)
         return (large, small) if self.auto_pad == "SAME_LOWER" else (small, large)
 

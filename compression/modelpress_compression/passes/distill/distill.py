@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOperatorError
-from modelpress_compression.executor import Selector, weights
-from modelpress_compression.executor.devices import why_not
+from modelpress_compression.executor import Selector, device_warning, weights
 from modelpress_compression.graph.watch import observable, taps
 from modelpress_compression.inputs import Feeds
 from modelpress_compression.model import Model
@@ -81,7 +80,7 @@ class Distill:
                 f"{len(data)} samples are too few to hold some out: the best state was chosen on those that it "
                 f"was trained on."
             )
-        if reason := why_not(context.target.device):
+        if reason := device_warning(context.target.device):
             warnings.append(reason)
         outputs = _first_outputs(original, samples)
         objective, untrained, unfit = make_objective(original.graph, outputs, data.labels, config)

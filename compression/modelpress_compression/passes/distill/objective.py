@@ -22,6 +22,7 @@ from modelpress_compression.errors import InvalidRecipeError, Violation
 from modelpress_compression.graph.outputs import INDEPENDENT
 from modelpress_compression.graph.padding import counted_positions
 from modelpress_compression.inputs import Array, Feeds
+from modelpress_compression.measure.accuracy import squeezed
 from modelpress_compression.passes.distill.config import DistillConfig
 from modelpress_compression.passes.distill.losses import (
     Distance,
@@ -142,18 +143,14 @@ def find_label_loss(losses: Sequence[ValueLoss], outputs: Mapping[str, Array], l
         classes = loss.kind == "kl" and array.ndim in (2, 3) and loss.form != INDEPENDENT
         if classes and _are_classes(array, labels):
             return LabelLoss(loss, None)
-        if _squeezed(labels.shape[1:]) == _squeezed(array.shape[1:]) and labels.dtype.kind == "f":
+        if squeezed(labels.shape[1:]) == squeezed(array.shape[1:]) and labels.dtype.kind == "f":
             return LabelLoss(loss, None if classes else relative_mse(labels))
     return None
 
 
 def _are_classes(array: Array, labels: Array) -> bool:
-    fits = labels.dtype.kind in "iu" and _squeezed(labels.shape[1:]) == _squeezed(array.shape[1:-1])
+    fits = labels.dtype.kind in "iu" and squeezed(labels.shape[1:]) == squeezed(array.shape[1:-1])
     return fits and int(labels.max(initial=0)) < array.shape[-1]
-
-
-def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(extent for extent in shape if extent != 1)
 
 
 def _mean(losses: tuple[ValueLoss, ...], student: Values, teacher: Values, mask: Tensor | None) -> Tensor:

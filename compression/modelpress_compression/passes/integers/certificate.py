@@ -6,16 +6,16 @@ a pair of them can reach, and whether that fits. Layers that onnxruntime leaves 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import numpy as np
 import onnx_ir
 
+from modelpress_compression.encodings.read import stored_weights
+from modelpress_compression.encodings.weight import StoredWeight
 from modelpress_compression.graph.edit import replace_numbers
-from modelpress_compression.graph.read import constant_array, input_of, is_constant, is_op, label
+from modelpress_compression.graph.read import constant_array, is_op, label
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult
 from modelpress_compression.passes.integers.products import Summation, of_matrix, of_node, output_axis
@@ -25,15 +25,8 @@ from modelpress_compression.target import Target
 # Key in `Value.meta` of a quantized weight: how many of its scales were raised, or pairs moved, against saturation.
 REDUCED = "modelpress.reduced_channels"
 _INT16, _INT32 = np.iinfo(np.int16).max, np.iinfo(np.int32).max
-# Indices of a weight, and of an input that has an entry for each of its scales.
-_INTEGER_OPERATORS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
-    {
-        "MatMulInteger": ((1, 3),),
-        "MatMulIntegerToFloat": ((1, 3),),
-        "DynamicQuantizeLSTM": ((1, 8), (2, 10)),
-        "QAttention": ((1, 4),),
-    }
-)
+# Besides what onnxruntime makes integers of: Conv, MatMul and Gemm between DequantizeLinear.
+_INTEGER_OPERATORS = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeLSTM", "QAttention")
 
 
 @dataclass(frozen=True)
@@ -74,17 +67,15 @@ def keep_within_limits(model: Model) -> int:
     """
     moved = 0
     for product in (product for node in model.nodes() for product in _products(node)):
-        stored, scales = constant_array(product.values), constant_array(product.scales)
-        if stored is None or scales is None or stored.dtype != np.int8 or not product.summation.paired:
+        weight, summation = product.stored.weight, product.summation
+        by_slice = weight.scale.size in (1, summation.slices(weight.levels.shape))
+        if weight.levels.dtype != np.int8 or not summation.paired or not by_slice:
             continue
-        levels, scale = stored.astype(np.int8, copy=False), scales.astype(np.float32, copy=False)
-        if not bounds(levels, product.summation).saturates.any():
-            continue
-        axis = product.summation.axis
-        shape = [-1 if scale.size > 1 and index == axis else 1 for index in range(levels.ndim)]
-        weight = levels * scale.reshape(shape)
-        replace_numbers(product.values, within_limit(levels, scale, weight, product.summation))
-        moved += 1
+        levels = weight.levels.astype(np.int8, copy=False)
+        if bounds(levels, summation).saturates.any():
+            kept = within_limit(levels, weight.scale.astype(np.float32), weight.dequantize(), summation)
+            replace_numbers(product.stored.values, kept)
+            moved += 1
     return moved
 
 
@@ -110,28 +101,27 @@ def summary(certificates: tuple[Certificate, ...], target: Target) -> str:
 
 @dataclass(frozen=True)
 class _Product:
-    """One weight of a node, in integers. `scales` has an entry for each scale, `bias` is int32 or None."""
+    """One weight of a node, in integers; `bias` is int32 or None."""
 
     node: onnx_ir.Node
-    values: onnx_ir.Value
-    scales: onnx_ir.Value
+    stored: StoredWeight
     summation: Summation
     bias: onnx_ir.Value | None = None
 
     def certificate(self) -> Certificate:
-        levels = np.asarray(constant_array(self.values))
+        levels = self.stored.weight.levels
         reach, certified = 0, True
         if levels.dtype != np.int8:
             reason = "exact: unsigned weights are multiplied in 16 bits and added in 32"
         elif not self.summation.paired:
             reason = "exact: single products of a depthwise convolution are added in 32 bits"
         else:
-            found = bounds(levels, self.summation)
+            found = bounds(levels.astype(np.int8, copy=False), self.summation)
             reach = int(np.maximum(found.high, -found.low).max(initial=0))
             reason = self._flaw(found) or f"exact: pairs of products reach {reach} of {_INT16}"
             certified = reason.startswith("exact")
-        channels = math.prod(_shape(self.scales))
-        reduced = int(self.values.meta.get(REDUCED, 0))
+        channels = self.stored.weight.scale.size
+        reduced = int(self.stored.values.meta.get(REDUCED, 0))
         return Certificate(label(self.node), self.node.op_type, channels, reduced, reach, certified, reason)
 
     def _flaw(self, found: Bounds) -> str:
@@ -148,28 +138,18 @@ class _Product:
 def _products(node: onnx_ir.Node) -> Iterator[_Product]:
     if is_op(node, "Conv", "MatMul", "Gemm"):
         yield from _between_dequantized(node)
-    for weight, scales in _INTEGER_OPERATORS.get(node.op_type, ()):
-        values, per_channel = input_of(node, weight), input_of(node, scales)
-        if values is not None and per_channel is not None and is_constant(values):
-            rank = len(_shape(values))
-            yield _Product(node, values, per_channel, of_matrix(rank, rank - 1))
+    elif node.op_type in _INTEGER_OPERATORS:
+        for stored in stored_weights(node):
+            rank = stored.weight.levels.ndim
+            yield _Product(node, stored, of_matrix(rank, rank - 1))
 
 
 def _between_dequantized(node: onnx_ir.Node) -> Iterator[_Product]:
     """A node whose activation and weight come out of DequantizeLinear is what onnxruntime computes in integers."""
     sources = [value.producer() if value is not None else None for value in node.inputs]
-    if any(source is None or source.op_type != "DequantizeLinear" for source in sources[:2]):
+    if any(source is None or source.op_type != "DequantizeLinear" for source in sources[:2]) or sources[1] is None:
         return
-    weight = sources[1]
-    values, scales = (weight.inputs[0], weight.inputs[1]) if weight is not None else (None, None)
-    if values is None or scales is None or not is_constant(values):
-        return
-    shape = _shape(values)
-    summation = of_node(node, shape, output_axis(node, len(shape)))
     bias = sources[2].inputs[0] if len(sources) > 2 and sources[2] is not None else None
-    yield _Product(node, values, scales, summation, bias)
-
-
-def _shape(value: onnx_ir.Value) -> tuple[int, ...]:
-    """Of a constant."""
-    return tuple(extent for extent in value.shape or () if isinstance(extent, int))
+    for stored in stored_weights(sources[1]):
+        shape = stored.weight.levels.shape
+        yield _Product(node, stored, of_node(node, shape, output_axis(node, len(shape))), bias)

@@ -17,6 +17,8 @@ from types import MappingProxyType
 
 import onnx_ir
 
+from modelpress_compression.encodings.operands import quantized_weights
+from modelpress_compression.encodings.read import stored_weights
 from modelpress_compression.graph.read import MICROSOFT, constant_tensor, is_op, label
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Skip, is_excluded
@@ -37,10 +39,7 @@ _WEIGHTS: Mapping[tuple[str, str], tuple[int, ...]] = MappingProxyType(
         (MICROSOFT, "FusedMatMul"): (1, 0),
     }
 )
-_QUANTIZED = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
-_QUANTIZED_MICROSOFT = (
-    "QGemm", "QAttention", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "MatMulIntegerToFloat", "MatMulNBits",
-)  # fmt: skip
+_QUANTIZED = "The weight is quantized already; prune before quantizing."
 _FLOATS = (
     onnx_ir.DataType.FLOAT,
     onnx_ir.DataType.FLOAT16,
@@ -120,8 +119,8 @@ def _why_not(node: onnx_ir.Node, value: onnx_ir.Value, exclude: tuple[str, ...])
     tensor = constant_tensor(value)
     if tensor is None:
         producer = value.producer()
-        if is_op(producer, "DequantizeLinear"):
-            return "The weight is quantized already; prune before quantizing."
+        if producer is not None and stored_weights(producer):
+            return _QUANTIZED
         if node.op_type in ("MatMul", "FusedMatMul") and not _from_constant(producer):
             return ""
         return f"The weight of {node.op_type} is computed by the graph; run fuse first to fold it."
@@ -153,9 +152,9 @@ def _embedding(node: onnx_ir.Node, seen: set[int]) -> list[Skip]:
 
 
 def _quantized(node: onnx_ir.Node) -> list[Skip]:
-    if is_op(node, *_QUANTIZED) or is_op(node, *_QUANTIZED_MICROSOFT, domain=MICROSOFT):
-        return [Skip(label(node), "The weight is quantized already; prune before quantizing.")]
-    return []
+    # Behind a DequantizeLinear the product's own weight tells.
+    found = [] if is_op(node, "DequantizeLinear", domain=node.domain) else quantized_weights(node)
+    return [Skip(label(node), _QUANTIZED)] if found else []
 
 
 def _vectors(model: Model, pruned: set[int]) -> list[Skip]:

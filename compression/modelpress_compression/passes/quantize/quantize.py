@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import onnx_ir
 
+from modelpress_compression.encodings.operands import is_quantized
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded
@@ -31,24 +32,6 @@ from modelpress_compression.passes.quantize.weights import WeightStore
 
 # Per-axis scales came with opset 13.
 MIN_OPSET = 13
-_QUANTIZED_OPERATORS = frozenset(
-    [
-        "QuantizeLinear",
-        "DequantizeLinear",
-        "DynamicQuantizeLinear",
-        "MatMulInteger",
-        "ConvInteger",
-        "QLinearConv",
-        "QLinearMatMul",
-        "MatMulIntegerToFloat",
-        "DynamicQuantizeMatMul",
-        "DynamicQuantizeLSTM",
-        "QAttention",
-        "QGemm",
-        "MatMulNBits",
-        "GatherBlockQuantized",
-    ]
-)
 _WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN")
 
 
@@ -121,7 +104,7 @@ def _expand(work: Model, config: QuantizeConfig, findings: Findings) -> None:
 
 
 def _why_not(model: Model) -> str | None:
-    if any(node.op_type in _QUANTIZED_OPERATORS for node in model.nodes()):
+    if any(is_quantized(node) for node in model.nodes()):
         return "the model is quantized already"
     if any(tensor.dtype in (onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16) for tensor in model.tensors()):
         return "the model has 16-bit weights already"

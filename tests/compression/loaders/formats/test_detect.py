@@ -5,15 +5,19 @@ from __future__ import annotations
 import gzip
 import shutil
 import struct
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from modelpress_compression.errors import RejectedModelError, UnsupportedFormatError
+from hypothesis import given
+from hypothesis import strategies as st
+from modelpress_compression.errors import CompressionError, RejectedModelError, UnsupportedFormatError
 from modelpress_compression.loaders import load
-from modelpress_compression.loaders.formats import detect
+from modelpress_compression.loaders.formats import FORMATS, detect
 from onnx import helper
 from safetensors.torch import save_file
 
@@ -68,6 +72,38 @@ def test_strangers_are_named(tmp_path: Path, content: bytes, said: str) -> None:
     path.write_bytes(content)
     with pytest.raises(UnsupportedFormatError, match=said):
         detect(path)
+
+
+@given(
+    st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x04\x95", b"\x08\x0a\x12", bytes(8) + b"{"]), st.binary()
+)
+def test_any_bytes_are_a_format_or_an_error_of_ours(
+    tmp_path_factory: pytest.TempPathFactory, start: bytes, rest: bytes
+) -> None:
+    """Whatever the bytes, the sniffers end, and with nothing but a row of the table or a CompressionError."""
+    path = tmp_path_factory.getbasetemp() / "garbage"
+    path.write_bytes(start + rest)
+    try:
+        found = detect(path)
+    except CompressionError:
+        return
+    assert found in FORMATS
+
+
+def test_every_row_is_loaded_or_has_a_way_out() -> None:
+    """Each loader can be imported and called with files and inputs; each other row says what to do instead."""
+    for row in FORMATS:
+        assert (row.loader is None) == (row.way_out is not None)
+        if row.loader is not None:
+            module, function = row.loader.split(":")
+            loader = getattr(import_module(f"modelpress_compression.loaders.{module}"), function)
+            assert list(signature(loader).parameters) == ["source", "specs"]
+
+
+def test_names_and_numbers_are_of_one_row_each() -> None:
+    """A number is the format's in stored messages and in the API."""
+    assert len({row.name for row in FORMATS}) == len({row.number for row in FORMATS}) == len(FORMATS)
+    assert min(row.number for row in FORMATS) > 0
 
 
 def test_arrays_are_not_a_model(tmp_path: Path) -> None:

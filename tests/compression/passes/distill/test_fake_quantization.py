@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import onnx_ir
 import pytest
+from modelpress_compression.encodings.weight import pack
 from modelpress_compression.executor import Executor
-from modelpress_compression.model import Model
+from modelpress_compression.graph.read import MICROSOFT
+from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.distill.fake_quantization import unfold
 from modelpress_compression.passes.integers.certificate import certify
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.quantize import Quantize
 from modelpress_compression.runtime import run, session_of
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 
 Quantized = Callable[..., Model]
 FORMS: dict[str, dict[str, Any]] = {
@@ -145,3 +149,61 @@ def test_excluded_weights_keep_their_integers(quantized: Quantized) -> None:
     names = unfold(model, ("conv2",)).latents
     assert len(names) < len(unfold(model, ()).latents)
     assert not any("w2" in name or "conv2" in name for name in names)
+
+
+def foreign_model(form: str) -> Model:
+    """x [n, 33] -> y [n, 8] by a weight in 4 bits, in blocks of 16, as nobody here writes it."""
+    rng = np.random.default_rng(0)
+    levels = rng.integers(0, 16, (8, 33)).astype(np.uint8)
+    scale = rng.uniform(0.01, 0.02, (8, 3)).astype(np.float32)
+    zeros = rng.integers(0, 16, (8, 3)).astype(np.uint8)
+    if form == "DequantizeLinear":
+        four = {"q": levels.T, "z": zeros.T}
+        weights: dict[str, Any] = {name: array.astype(ml_dtypes.uint4) for name, array in four.items()} | {"s": scale.T}
+        nodes = [
+            helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"], axis=0, block_size=16),
+            helper.make_node("MatMul", ["x", "w"], ["y"]),
+        ]
+    else:
+        filled = np.pad(levels, ((0, 0), (0, 15)))
+        weights = {"q": pack(filled, 4).reshape(8, 3, 8), "s": scale, "b": rng.normal(0, 1, 8).astype(np.float32)}
+        # onnxruntime takes no notice of packed zero points beside the groups.
+        groups = rng.permutation(np.arange(33) // 16).astype(np.int32)
+        weights |= {"g": groups} if form == "order" else {"z": pack(zeros, 4)}
+        inputs = ["x", "q", "s", "", "g"] if form == "order" else ["x", "q", "s", "z"]
+        attributes = {"domain": MICROSOFT, "K": 33, "N": 8, "bits": 4, "block_size": 16}
+        nodes = [
+            helper.make_node("MatMulNBits", inputs, ["one"], **attributes),
+            helper.make_node("MatMulNBits", [*inputs, *[""] * (5 - len(inputs)), "b"], ["two"], **attributes),
+            helper.make_node("Sub", ["two", "one"], ["d"]),
+            helper.make_node("Add", ["d", "two"], ["y"]),
+        ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 33])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 8])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(MICROSOFT, 1)]
+    proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return Model(onnx_ir.from_proto(proto), Provenance("onnx", "0" * 64, 0))
+
+
+@pytest.mark.parametrize("form", ["DequantizeLinear", "MatMulNBits", "order"])
+def test_weights_from_elsewhere(form: str, weights_of: Any) -> None:
+    """Blocks of a DequantizeLinear, a product of two users with a bias, and groups of columns: one float weight each,
+    the answers of before (to 1e-5 of the largest) and, untrained, the same bytes for all that is read of them."""
+    model, x = foreign_model(form), np.random.default_rng(1).standard_normal((5, 33)).astype(np.float32)
+    unfolded = unfold(model, ())
+    assert len(unfolded.latents) == 1
+    with session_of(model, optimize=False) as session:
+        expected = run(session, {"x": x})["y"]
+    got = Executor(unfolded.model, trainable=list(unfolded.latents)).run({"x": x})["y"]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    folded = unfolded.fold(unfolded.model, model)
+    with session_of(folded, optimize=False) as session:
+        np.testing.assert_array_equal(run(session, {"x": x})["y"], expected)
+    for name, array in weights_of(model).items():
+        if name != "q" or form == "DequantizeLinear":
+            np.testing.assert_array_equal(weights_of(folded)[name], array)

@@ -109,9 +109,9 @@ def _device_warnings(config: PruneConfig, context: Context) -> tuple[str, ...]:
     """Why gradients ran on another device than the recipe asks for."""
     if config.criterion != "taylor":
         return ()
-    from modelpress_compression.executor.devices import why_not  # torch, see above
+    from modelpress_compression.executor import device_warning  # torch, see above
 
-    return (reason,) if (reason := why_not(context.target.device)) else ()
+    return (reason,) if (reason := device_warning(context.target.device)) else ()
 
 
 def _repair(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelpress_compression.executor.plan import Plan
+from modelpress_compression.executor.plan import ExecutionPlan
 from modelpress_compression.executor.registry import Function, operator
 from modelpress_compression.executor.site import Site
 
@@ -98,6 +98,8 @@ def sequence_map(site: Site) -> Function:
     return run
 
 
-def _mapped(body: Plan, index: int, element: Any, others: tuple[Any, ...], captured: tuple[Any, ...]) -> list[Any]:
+def _mapped(
+    body: ExecutionPlan, index: int, element: Any, others: tuple[Any, ...], captured: tuple[Any, ...]
+) -> list[Any]:
     rest = [other[index] if isinstance(other, list) else other for other in others]
     return body.run((element, *rest, *captured))

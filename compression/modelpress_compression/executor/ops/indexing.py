@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -178,52 +176,3 @@ def unique(site: Site) -> Function:
         return values, first, inverse, counts
 
     return run
-
-
-@operator("NonMaxSuppression")
-def non_max_suppression(site: Site) -> Function:
-    """[selected, 3]: batch, class, box, by falling score; boxes that overlap a better one too much are left out."""
-    center = site.flag("center_point_box")
-
-    def run(
-        boxes: Tensor, scores: Tensor, most: Tensor | None = None, overlap: Tensor | None = None,
-        lowest: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        limit = 0 if most is None else int(most)
-        threshold = 0.0 if overlap is None else float(overlap)
-        floor = -math.inf if lowest is None else float(lowest)
-        corners = _corners(boxes.detach(), center)
-        found = [
-            (batch, label, box)
-            for batch in range(scores.shape[0])
-            for label in range(scores.shape[1])
-            for box in _kept(corners[batch], scores[batch, label].detach(), limit, threshold, floor)
-        ]
-        return torch.tensor(found, dtype=torch.int64, device=boxes.device).reshape(-1, 3)
-
-    return run
-
-
-def _corners(boxes: Tensor, center: bool) -> Tensor:
-    """[..., 4] as lower and upper corner."""
-    if center:
-        middle, size = boxes[..., :2], boxes[..., 2:]
-        return torch.cat([middle - size / 2, middle + size / 2], -1)
-    first, second = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([torch.minimum(first, second), torch.maximum(first, second)], -1)
-
-
-def _kept(boxes: Tensor, scores: Tensor, limit: int, threshold: float, floor: float) -> list[int]:
-    order = [int(index) for index in torch.argsort(scores, descending=True, stable=True) if scores[index] > floor]
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
-    kept: list[int] = []
-    for index in order:
-        if len(kept) >= limit:
-            break
-        others = boxes[kept]
-        sides = torch.minimum(boxes[index, 2:], others[:, 2:]) - torch.maximum(boxes[index, :2], others[:, :2])
-        common = sides.clamp(min=0).prod(-1)
-        share = common / (areas[index] + areas[kept] - common)
-        if not bool((share > threshold).any()):
-            kept.append(index)
-    return kept

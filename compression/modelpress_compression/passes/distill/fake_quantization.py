@@ -1,0 +1,299 @@
+"""Training of quantized models: integers become float weights behind fake quantization, and integers again.
+
+    unfold    a copy of the model in which every quantized weight is a float weight ("latent") that fake quantization
+              brings onto its grid; gradients pass as they are (straight-through, Bengio et al., arXiv:1308.3432)
+    fold      the model as it was, with the integers of the trained weights; scales, zero points and nodes stay
+
+So that a model that was quantized after training becomes one that was trained for its quantization (QAT). What computes
+in integers itself, as dynamic quantization does, passes no gradient: it is left as it is, with a reason.
+
+A latent is a matrix [R, S] whose rows have one scale and one zero point each. Its way to the weight's own shape is
+
+    W -> Min, Max -> QuantizeLinear -> DequantizeLinear -> Reshape, Transpose, Reshape, Slice
+
+with the range of the levels in the file, about the zero point: levels that leave room in an accumulator keep it. The
+int32 biases of integer products are trained as floats, since 32 bits round nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir
+from numpy.typing import NDArray
+
+from modelpress_compression.encodings.operands import computes_in_integers, operand
+from modelpress_compression.encodings.products import split_products
+from modelpress_compression.encodings.read import stored_weights
+from modelpress_compression.encodings.weight import Levels, QuantizedWeight, StoredWeight
+from modelpress_compression.graph.edit import Editor, clean, replace_numbers
+from modelpress_compression.graph.read import (
+    constant_array,
+    constant_tensor,
+    graph_of,
+    int_attribute,
+    is_op,
+    label,
+    required,
+)
+from modelpress_compression.inputs import Array
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import Skip, is_excluded
+
+# Quantization along an axis came with this version.
+_LEAST_OPSET = 13
+_BIAS_BITS = 32
+_INT32 = np.iinfo(np.int32)
+# The last node of each format whose weights are trained.
+_TRAINED = ("DequantizeLinear", "Mul", "Reshape", "MatMulNBits", "GatherBlockQuantized")
+_NO_GRADIENT = (
+    "{op_type} computes in integers, which have no gradient: it and the weights before it learn nothing through it. "
+    "Distill before quantizing, or quantize with scheme static or weight_only."
+)
+
+
+@dataclass(frozen=True)
+class Unfolded:
+    """`model`: what is trained. `latents`: by the name of each trained constant, the constant that stores it in the
+    model as it was, and how its integers are made. `skipped`: nodes without gradients."""
+
+    model: Model
+    latents: dict[str, tuple[str, Callable[[Array], Array]]]
+    skipped: tuple[Skip, ...]
+    integers_multiplied: bool = False  # whether 8-bit weights meet 8-bit activations, as under static quantization
+
+    def fold(self, trained: Model, into: Model) -> Model:
+        """A copy of `into`, the model that was unfolded, with the numbers of the trained one."""
+        written = into.clone()
+        mine, theirs = (dict(_constants(model)) for model in (written, trained))
+        for name, value in mine.items():
+            found = constant_tensor(theirs.get(name))
+            if found is not None and found.dtype.is_floating_point() and found is not constant_tensor(value):
+                replace_numbers(value, np.asarray(found.numpy()))
+        for latent, (stored, pack) in self.latents.items():
+            numbers = constant_array(theirs[latent])
+            if numbers is not None:
+                replace_numbers(mine[stored], pack(numbers))
+        return written
+
+
+def unfold(model: Model, exclude: tuple[str, ...]) -> Unfolded:
+    """Weights that match `exclude`, by their own name or that of a node that uses them, stay as they are."""
+    work = model.clone()
+    editor = Editor(work)
+    split_products(work, editor)
+    unfolding = _Unfolding(editor)
+    skipped, multiplied = [], False
+    for node in list(work.nodes()):
+        if computes_in_integers(node):
+            skipped.append(Skip(label(node), _NO_GRADIENT.format(op_type=node.op_type)))
+        elif is_op(node, *_TRAINED, domain=node.domain) and work.opset >= _LEAST_OPSET:
+            for stored in stored_weights(node):
+                if not _is_excluded(node, stored.values, exclude) and unfolding.replace(node, stored):
+                    multiplied = multiplied or is_op(node, "DequantizeLinear")
+    clean(work)
+    latents = {made.name or "": (stored.name or "", pack) for stored, (made, pack) in unfolding.latents.items()}
+    return Unfolded(work, latents, tuple(skipped), multiplied)
+
+
+@dataclass
+class _Unfolding:
+    """Puts latents in the place of quantized weights.
+
+    `latents`: for each constant that stores levels, the trained one and how its numbers are stored.
+    """
+
+    editor: Editor
+    latents: dict[onnx_ir.Value, tuple[onnx_ir.Value, Callable[[Array], Array]]] = field(default_factory=dict)
+
+    def replace(self, node: onnx_ir.Node, stored: StoredWeight) -> bool:
+        """Lets those who use the node's weight read its latent; False for numbers that cannot be trained like this."""
+        weight = stored.weight
+        if weight.scale.dtype != np.float32 or weight.zero_point.dtype.kind not in "iu":
+            return False
+        if weight.bits == _BIAS_BITS:
+            latent = self._latent(stored, weight.dequantize(), lambda trained: _whole(trained, weight))
+            onnx_ir.convenience.replace_all_uses_with(node.outputs[0], latent)
+            return True
+        if weight.bits > 8 or not weight.levels.ndim:
+            return False
+        rows = _Rows.of(weight)
+        grid = _Grid.of(weight, rows)
+        real = rows.deal(weight.dequantize())
+        latent = self._latent(stored, real, lambda trained: stored.pack(rows.collect(grid.quantize(trained))))
+        emitter = _Emitter(self.editor, node)
+        value = rows.collected(emitter, grid.fake_quantized(emitter, latent))
+        # Under its name an output is an output still, and matched with the original's.
+        self.editor.hand_over(node.outputs[0], _in_place_of(node, value, emitter))
+        return True
+
+    def _latent(self, stored: StoredWeight, real: Array, pack: Callable[[Array], Array]) -> onnx_ir.Value:
+        """One for all who share the stored levels, in the graph that they lie in."""
+        if stored.values not in self.latents:
+            producer = stored.values.producer()
+            graph = stored.values.graph if producer is None else graph_of(producer)
+            if not isinstance(graph, onnx_ir.Graph):
+                raise TypeError(f"value {stored.values.name!r} lies in no graph")
+            self.latents[stored.values] = self.editor.constant(graph, real, f"{stored.values.name}__latent"), pack
+        return self.latents[stored.values][0]
+
+
+@dataclass(frozen=True)
+class _Emitter:
+    """Adds nodes before `node`, and constants to its graph."""
+
+    editor: Editor
+    node: onnx_ir.Node
+
+    def __call__(self, op_type: str, *inputs: onnx_ir.Value | None, **attributes: int | Sequence[int]) -> onnx_ir.Value:
+        wish = f"{label(self.node)}__trained"
+        return self.editor.emit(self.node, op_type, inputs, wish, attributes=attributes)[0]
+
+    def constant(self, array: Array) -> onnx_ir.Value:
+        return self.editor.constant(graph_of(self.node), array, f"{label(self.node)}__trained")
+
+    def shape(self, shape: Sequence[int]) -> onnx_ir.Value:
+        return self.constant(np.asarray(shape, np.int64))
+
+
+def _in_place_of(node: onnx_ir.Node, weight: onnx_ir.Value, emit: _Emitter) -> onnx_ir.Value:
+    """What the node makes, of a weight in floats."""
+    if is_op(node, "Reshape"):
+        return emit("Reshape", weight, required(node, 1))
+    if node.op_type == "MatMulNBits":
+        product = emit("MatMul", operand(node, "x"), emit("Transpose", weight, perm=(1, 0)))
+        bias = operand(node, "bias")
+        return product if bias is None else emit("Add", product, bias)
+    if node.op_type == "GatherBlockQuantized":
+        return emit("Gather", weight, operand(node, "indices"), axis=int_attribute(node, "gather_axis", 0))
+    return weight
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """How the elements of a weight are dealt to rows [R, S], each of one scale and one zero point.
+
+    `padded`: the weight's shape with the last block filled up; `split`: the same with the blocks and the levels of one
+    as axes of their own; `order`: the axes of `split`, those first along which scales differ, `count` of them.
+    """
+
+    shape: tuple[int, ...]
+    padded: tuple[int, ...]
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    count: int
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight) -> _Rows:
+        shape, axis, block = weight.levels.shape, weight.axis, weight.block
+        parameters = [weight.scale, weight.zero_point]
+        differing = {
+            place
+            for array in parameters
+            if array.ndim == len(shape)
+            for place, extent in enumerate(array.shape)
+            if extent > 1
+        }
+        if axis is not None and any(array.size > 1 for array in parameters if array.ndim < len(shape)):
+            differing.add(axis)
+        padded = split = shape
+        if axis is not None and block:
+            blocks = -(-shape[axis] // block)
+            padded = (*shape[:axis], blocks * block, *shape[axis + 1 :])
+            split = (*shape[:axis], blocks, block, *shape[axis + 1 :])
+            differing = {place + (place > axis) for place in differing}
+        first = sorted(differing)
+        order = (*first, *(place for place in range(len(split)) if place not in differing))
+        return cls(shape, padded, split, order, len(first))
+
+    def deal(self, array: NDArray[Any]) -> NDArray[Any]:
+        """[R, S]; what fills the last block up repeats its last element."""
+        filled = np.pad(array, [(0, whole - own) for own, whole in zip(self.shape, self.padded, strict=True)], "edge")
+        turned = filled.reshape(self.split).transpose(self.order)
+        return turned.reshape(math.prod(turned.shape[: self.count]), -1)
+
+    def collect(self, matrix: Levels) -> Levels:
+        """The inverse of `deal`."""
+        turned = matrix.reshape([self.split[place] for place in self.order])
+        whole = turned.transpose(np.argsort(self.order)).reshape(self.padded)
+        return whole[tuple(slice(extent) for extent in self.shape)]
+
+    def collected(self, emit: _Emitter, matrix: onnx_ir.Value) -> onnx_ir.Value:
+        """`collect` as nodes."""
+        value = emit("Reshape", matrix, emit.shape([self.split[place] for place in self.order]))
+        if self.order != tuple(range(len(self.order))):
+            value = emit("Transpose", value, perm=np.argsort(self.order).tolist())
+        if self.split != self.shape:
+            value = emit("Reshape", value, emit.shape(self.padded))
+        for axis, (own, whole) in enumerate(zip(self.shape, self.padded, strict=True)):
+            if own != whole:
+                value = emit("Slice", value, *(emit.shape([number]) for number in (0, own, axis)))
+        return value
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Of each row `scale` and `zero_point` [R]; `low` and `high` [R] bound the levels that may be written."""
+
+    scale: NDArray[np.float32]
+    zero_point: Levels
+    low: Levels
+    high: Levels
+    signed: bool
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight, rows: _Rows) -> _Grid:
+        """8 bits stay within the largest distance from the zero point that the weight has; fewer use all levels."""
+
+        def by_row(parameter: NDArray[Any]) -> NDArray[Any]:
+            return rows.deal(np.broadcast_to(weight.spread(parameter), weight.levels.shape))[:, 0]
+
+        zero = by_row(weight.zero_point).astype(np.int64)
+        smallest = -(1 << (weight.bits - 1)) if weight.signed else 0
+        largest = smallest + (1 << weight.bits) - 1
+        reach = 1 << weight.bits
+        if weight.bits > 4:
+            reach = np.abs(weight.levels.astype(np.int64) - weight.spread(weight.zero_point)).max(initial=1)
+        low, high = (np.clip(zero + distance, smallest, largest) for distance in (-reach, reach))
+        return cls(by_row(weight.scale), zero, low, high, weight.signed)
+
+    def quantize(self, latent: Array) -> Levels:
+        """The levels of a float matrix [R, S]."""
+        whole = np.rint(latent.astype(np.float64) / self.scale[:, None]) + self.zero_point[:, None]
+        return np.clip(whole, self.low[:, None], self.high[:, None]).astype(np.int64)
+
+    def fake_quantized(self, emit: _Emitter, latent: onnx_ir.Value) -> onnx_ir.Value:
+        """[R, S]: the latent weight as the integers of its grid will have it."""
+        low, high = (
+            emit.constant(np.asarray((level - self.zero_point) * self.scale, np.float32)[:, None])
+            for level in (self.low, self.high)
+        )
+        within = emit("Max", emit("Min", latent, high), low)
+        scale = emit.constant(self.scale)
+        zero = emit.constant(self.zero_point.astype(np.int8 if self.signed else np.uint8))
+        return emit("DequantizeLinear", emit("QuantizeLinear", within, scale, zero, axis=0), scale, zero, axis=0)
+
+
+def _whole(trained: Array, bias: QuantizedWeight) -> Levels:
+    """A bias in 32 bits."""
+    levels = np.rint(trained.astype(np.float64) / bias.spread(bias.scale).astype(np.float64))
+    whole: Levels = np.clip(levels + bias.spread(bias.zero_point), _INT32.min, _INT32.max).astype(np.int64)
+    return whole
+
+
+def _is_excluded(node: onnx_ir.Node, stored: onnx_ir.Value, exclude: tuple[str, ...]) -> bool:
+    names = [stored.name, node.name, *(user.name for user in node.outputs[0].consumers())]
+    return any(is_excluded(name, exclude) for name in names)
+
+
+def _constants(model: Model) -> Iterator[tuple[str, onnx_ir.Value]]:
+    """Initializers and outputs of Constant nodes by name, the main graph's last, so that they count."""
+    for node in model.nodes():
+        if is_op(node, "Constant") and node.outputs[0].name:
+            yield node.outputs[0].name, node.outputs[0]
+    for graph in reversed(list(model.graphs())):
+        yield from graph.initializers.items()
