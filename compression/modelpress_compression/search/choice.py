@@ -1,0 +1,190 @@
+"""Which of the measured candidates a goal takes.
+
+    balanced   the least product of size and time, never more than 5 % slower than the original
+    smallest   the least size
+    fastest    the least time
+    accurate   the least error; candidates that nobody could tell from the original count as equal
+
+Each objective is a list of figures that decide one after the other. A figure keeps the candidates that it cannot tell
+from its best: files within 1 % are as large, and latencies are as long where the interval of their ratio, taken round
+by round, leaves no more than 2 % between them. So noise decides nothing that a measured difference in size or in error
+can decide, and the same model gets the same choice again.
+
+The limits of a goal come first. Where no candidate holds them all, the one that misses them by the least is taken, and
+the choice says which limits are not met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+
+from modelpress_compression.measure.latency import Speedup, Times, ratio_interval
+
+BALANCED, SMALLEST, FASTEST, ACCURATE = "balanced", "smallest", "fastest", "accurate"
+# Of the original's time: what `balanced` never takes more than.
+MAX_SLOWDOWN = 1.05
+SAME_TIME = 0.02
+SAME_SIZE = 0.01
+# Share of the signal's power, -40 dB: what rounds to the same answer in nearly all cases.
+NEGLIGIBLE_ERROR = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Figures:
+    """What was measured of one candidate.
+
+    `times_s` [rounds]: of rounds that the original and all other candidates ran too, the geometric mean over batch
+    sizes. `error`: the share of the outputs' power that is error, of the worst output. `drop`: of the task's metric,
+    or of the accuracy that the original expects of itself; 0 where it is not known. `refusal`: why its answers cannot
+    stand for the original's; empty: they can.
+    """
+
+    name: str
+    size_bytes: int
+    times_s: Times
+    error: float
+    drop: float = 0.0
+    refusal: str = ""
+
+    @property
+    def time_s(self) -> float:
+        """Its usual time."""
+        return float(np.median(self.times_s))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the result must hold; None: no demand. `max_drop` is the judge's, who refuses candidates for it."""
+
+    max_size_bytes: int | None = None
+    max_latency_ms: float | None = None
+    min_speedup: float | None = None
+
+    def excesses(self, figures: Figures, original: Figures) -> dict[str, float]:
+        """By the limit's name, the factor by which the candidate misses each limit that it does not hold."""
+        speedup = original.time_s / figures.time_s
+        wanted = {
+            "max_size_bytes": self.max_size_bytes and figures.size_bytes / self.max_size_bytes,
+            "max_latency_ms": self.max_latency_ms and figures.time_s * 1e3 / self.max_latency_ms,
+            "min_speedup": self.min_speedup and self.min_speedup / speedup,
+        }
+        return {name: factor for name, factor in wanted.items() if factor is not None and factor > 1.0}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`taken`: its place among the candidates. `reasons`: why each of the others was not, "" for the one that was.
+
+    `unmet`: by the limit's name, the factor by which the one that was taken misses it.
+    """
+
+    taken: int
+    reasons: tuple[str, ...]
+    unmet: Mapping[str, float]
+
+
+def choose(candidates: Sequence[Figures], original: int, objective: str, limits: Limits | None = None) -> Choice:
+    """The candidate that the objective prefers. `original`: place of the model as it was given, which is never refused.
+
+    Raises ValueError for an unknown objective.
+    """
+    if objective not in _DECIDERS:
+        raise ValueError(f"objective {objective!r} is not one of {', '.join(_DECIDERS)}")
+    first = candidates[original]
+    reasons = {place: one.refusal for place, one in enumerate(candidates)}
+    reasons[original] = ""
+    left = [place for place, reason in reasons.items() if not reason]
+    left = _within_limits(left, candidates, first, limits or Limits(), reasons)
+    if objective == BALANCED:
+        left = _not_slower(left, candidates, original, reasons)
+    for what, keep in _DECIDERS[objective]:
+        kept = set(keep([candidates[place] for place in left], first))
+        for place in left:
+            if candidates[place] not in kept:
+                reasons[place] = what
+        left = [place for place in left if candidates[place] in kept]
+    taken = left[0]
+    for place in left[1:]:
+        reasons[place] = f"the same as {candidates[taken].name}"
+    reasons[taken] = ""
+    unmet = (limits or Limits()).excesses(candidates[taken], first)
+    return Choice(taken, tuple(reasons[place] for place in range(len(candidates))), unmet)
+
+
+def _within_limits(
+    places: list[int], candidates: Sequence[Figures], original: Figures, limits: Limits, reasons: dict[int, str]
+) -> list[int]:
+    """Those that hold all limits; where none does, those that miss them by the least."""
+    excess = {place: max(limits.excesses(candidates[place], original).values(), default=1.0) for place in places}
+    least = min(excess.values())
+    for place in places:
+        if excess[place] > least:
+            missed = limits.excesses(candidates[place], original)
+            reasons[place] = f"misses {', '.join(missed)}"
+    return [place for place in places if excess[place] <= least]
+
+
+def _not_slower(places: list[int], candidates: Sequence[Figures], original: int, reasons: dict[int, str]) -> list[int]:
+    """Without the candidates that take clearly more time than the original."""
+    kept = []
+    for place in places:
+        slowdown = _ratio(candidates[place], candidates[original])
+        if place == original or slowdown.median <= MAX_SLOWDOWN:
+            kept.append(place)
+        else:
+            reasons[place] = f"{slowdown.median:.2f} times the original's time"
+    # Where limits left nothing else, a slow candidate is what was asked for.
+    return kept or places
+
+
+def _ratio(figures: Figures, other: Figures) -> Speedup:
+    """How many times the other's time the candidate takes, with its interval."""
+    return ratio_interval(figures.times_s / other.times_s)
+
+
+_Keep = Callable[[Sequence[Figures], Figures], Sequence[Figures]]
+
+
+def _least_size(candidates: Sequence[Figures], original: Figures) -> Sequence[Figures]:
+    most = min(one.size_bytes for one in candidates) * (1 + SAME_SIZE)
+    return [one for one in candidates if one.size_bytes <= most]
+
+
+def _least_time(candidates: Sequence[Figures], original: Figures) -> Sequence[Figures]:
+    best = min(candidates, key=lambda one: one.time_s)
+    return [one for one in candidates if _ratio(one, best).low <= 1 + SAME_TIME]
+
+
+def _least_product(candidates: Sequence[Figures], original: Figures) -> Sequence[Figures]:
+    best = min(candidates, key=lambda one: one.size_bytes * one.time_s)
+    return [one for one in candidates if _ratio(one, best).low * one.size_bytes / best.size_bytes <= 1 + SAME_TIME]
+
+
+def _least_error(candidates: Sequence[Figures], original: Figures) -> Sequence[Figures]:
+    least = min(one.error for one in candidates)
+    return [one for one in candidates if one.error <= least]
+
+
+def _hardly_an_error(candidates: Sequence[Figures], original: Figures) -> Sequence[Figures]:
+    most = max(NEGLIGIBLE_ERROR, min(one.error for one in candidates))
+    return [one for one in candidates if one.error <= most]
+
+
+_SIZE = ("another is smaller", _least_size)
+_TIME = ("another is faster", _least_time)
+_PRODUCT = ("another is better in size and time together", _least_product)
+_ERROR = ("another is as good and closer to the original", _least_error)
+# What decides, one after the other, with what is said of those that it leaves behind.
+_DECIDERS: Mapping[str, Sequence[tuple[str, _Keep]]] = MappingProxyType(
+    {
+        BALANCED: (_PRODUCT, _SIZE, _ERROR),
+        SMALLEST: (_SIZE, _TIME, _ERROR),
+        FASTEST: (_TIME, _SIZE, _ERROR),
+        ACCURATE: (("another is closer to the original", _hardly_an_error), _PRODUCT, _SIZE, _ERROR),
+    }
+)
+OBJECTIVES = tuple(_DECIDERS)
