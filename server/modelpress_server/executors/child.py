@@ -7,8 +7,10 @@ import contextlib
 import os
 import resource
 import shutil
+import signal
 import sys
 import tempfile
+import time
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_server.executors.output import LineSplitter
 from modelpress_server.executors.process_tree import kill_tree
 from modelpress_server.worker.framing import MAX_FRAME_BYTES, FramingError, encode_frame, read_frame_async
+from modelpress_server.worker.own_time import write_paused_s
 
 PREFIX = "worker-"
 READY_TIMEOUT_S = 120.0
@@ -137,6 +140,8 @@ class Worker:
         self._on_line: Callable[[str], None] | None = None
         self._start_output = ""
         self._killed = False
+        self._paused_since_s: float | None = None
+        self._paused_s = 0.0
         self._output = asyncio.create_task(self._read_output())
 
     @classmethod
@@ -225,6 +230,30 @@ class Worker:
     async def wait_output(self) -> None:
         """Waits until everything it printed has been read; after its end only, and not for long."""
         await asyncio.wait([self._output], timeout=_OUTPUT_DRAIN_S)
+
+    @property
+    def paused_s(self) -> float:
+        """For how long it stood still so far: that is not its own time."""
+        now = 0.0 if self._paused_since_s is None else time.monotonic() - self._paused_since_s
+        return self._paused_s + now
+
+    def pause(self) -> None:
+        """Stops it and its process group where they are."""
+        if self._paused_since_s is None:
+            self._paused_since_s = time.monotonic()
+            self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Lets it go on, and tells it for how long it stood still (`worker.own_time`)."""
+        if self._paused_since_s is not None:
+            self._paused_s, self._paused_since_s = self.paused_s, None
+            with contextlib.suppress(OSError):  # a full disk: its own clock then runs a little fast
+                write_paused_s(self._directory, self._paused_s)
+            self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
 
     def kill(self) -> None:
         """Kills it and everything below it, at once; what it started may outlive it, so also after its end."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from google.rpc import status_pb2
 from modelpress_protos.internal.v1 import worker_pb2
 
-from modelpress_server.clock import Clock
+from modelpress_server.clock import Clock, Waited
 from modelpress_server.executors import lost
 from modelpress_server.executors.base import Limits, WorkerLostError
 from modelpress_server.executors.child import (
@@ -35,6 +35,7 @@ from modelpress_server.executors.output import EventFilter
 from modelpress_server.executors.process_tree import memory_bytes
 from modelpress_server.executors.sandbox import LEVEL_ALWAYS, LEVEL_FILES_AND_NETWORK
 from modelpress_server.executors.spares import SparePool
+from modelpress_server.executors.turns import MeasuringTurns
 from modelpress_server.waiting import uninterrupted
 from modelpress_server.worker import DEFAULT_TASKS
 from modelpress_server.worker.failures import take_debug_info
@@ -75,8 +76,9 @@ class LocalExecutor:
         self._sandbox = sandbox
         self._root = temp_root.resolve()
         command = WorkerCommand(self._root, sandbox, tasks)
-        self._spares = SparePool(spares, lambda: Worker.start(command), self._clock)
         self._running: set[Worker] = set()
+        self._turns = MeasuringTurns(lambda: self._running)
+        self._spares = SparePool(spares, lambda: self._start_worker(command), self._clock)
 
     @property
     def ready_spares(self) -> int:
@@ -103,9 +105,10 @@ class LocalExecutor:
         except (StartError, OSError) as error:
             logger.error("%s", error)
             raise lost.not_started() from error
-        self._running.add(worker)
         try:
-            return await _Run(worker, limits, on_event, self._clock).perform(request)
+            await self._turns.quiet()
+            self._running.add(worker)
+            return await _Run(worker, limits, on_event, self._turns, self._clock).perform(request)
         finally:
             worker.kill()
             await uninterrupted(self._end(worker))
@@ -116,7 +119,12 @@ class LocalExecutor:
             worker.kill()
         await self._spares.close()
 
+    async def _start_worker(self, command: WorkerCommand) -> Worker:
+        async with self._turns.starting():
+            return await Worker.start(command)
+
     async def _end(self, worker: Worker) -> None:
+        self._turns.forget(worker)
         await worker.end()
         self._running.discard(worker)
 
@@ -151,10 +159,12 @@ class LocalExecutor:
 class _Run:
     """One task on one worker."""
 
-    def __init__(self, worker: Worker, limits: Limits, on_event: OnEvent, clock: Clock) -> None:
+    def __init__(self, worker: Worker, limits: Limits, on_event: OnEvent, turns: MeasuringTurns, clock: Clock) -> None:
         self._worker = worker
         self._limits = limits
         self._clock = clock
+        self._turns = turns
+        self._waited_s = 0.0  # for turns, in which the worker stood still by itself
         self._events = EventFilter(on_event)
         self._memory_was_short = False
         self._redact: Callable[[str], str] = str
@@ -171,7 +181,7 @@ class _Run:
         watchdog = asyncio.create_task(self._exceed_memory())
         end = asyncio.create_task(self._worker.wait())
         try:
-            done = await self._clock.wait({conversation, watchdog, end}, self._limits.time_s or None)
+            done = await self._until_time_is_up({conversation, watchdog, end})
             if end in done and conversation not in done:
                 # What it sent last may lie in the pipe still; a process that it started may hold that open for ever.
                 done, _ = await asyncio.wait({conversation}, timeout=_LAST_WORDS_S)
@@ -189,6 +199,24 @@ class _Run:
             for task in (conversation, watchdog, end):
                 task.cancel()
 
+    async def _until_time_is_up(self, tasks: Waited) -> Waited:
+        """Those that are done first; none when the task has had its time. Standing still for others costs none."""
+        began_s = self._clock.now_s()
+        while True:
+            own_s = self._clock.now_s() - began_s - self._worker.paused_s - self._waited_s
+            left_s = self._limits.time_s - own_s if self._limits.time_s else None
+            if left_s is not None and left_s <= 0:
+                return set()
+            done = await self._clock.wait(tasks, left_s)
+            if done:
+                return done
+
+    async def _give_turn(self) -> None:
+        began_s, paused_s = self._clock.now_s(), self._worker.paused_s
+        await self._turns.take(self._worker)
+        self._waited_s += self._clock.now_s() - began_s - (self._worker.paused_s - paused_s)
+        self._worker.send(worker_pb2.WorkerRequest(turn=worker_pb2.MeasuringTurn()))
+
     async def _converse(self) -> worker_pb2.WorkerEvent | None:
         """Passes events on until the terminal one; None: the worker has closed its end before."""
         try:
@@ -203,6 +231,10 @@ class _Run:
                     self._events.log(event.log.severity, self._redact(event.log.text))
                 elif kind == "loaded":
                     self._events.loaded(event)
+                elif kind == "turn" and event.turn.ended:
+                    self._turns.release(self._worker)
+                elif kind == "turn":
+                    await self._give_turn()
                 else:
                     raise FramingError(f"event {kind} in the middle of a task")
         except FramingError as error:

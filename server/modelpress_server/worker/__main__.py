@@ -13,7 +13,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from google.rpc import status_pb2
 from modelpress_protos.internal.v1 import worker_pb2
@@ -24,6 +24,7 @@ from modelpress_server.worker.context import TaskContext
 from modelpress_server.worker.events import Events
 from modelpress_server.worker.failures import status_of_exception
 from modelpress_server.worker.framing import FramingError, encode_frame, read_frame
+from modelpress_server.worker.own_time import OwnClock
 from modelpress_server.worker.paths import Redactor, task_paths
 
 
@@ -46,25 +47,33 @@ def main() -> None:
     events.flush()
     request = read_frame(requests, worker_pb2.WorkerRequest)
     if request is not None:
-        _run(request, tasks, sandbox, arguments, events)
+        _run(request, tasks, TaskPipes(requests, events), sandbox, arguments)
         # The server kills this process and all below it; what lost its parent earlier could not be found any more.
         requests.read()
     os._exit(0)
 
 
+class TaskPipes(NamedTuple):
+    """The protocol's two pipes, as the worker has them."""
+
+    requests: BinaryIO
+    events: BinaryIO
+
+
 def _run(
     request: worker_pb2.WorkerRequest,
     tasks: ModuleType,
+    pipes: TaskPipes,
     sandbox: Sandbox,
     arguments: argparse.Namespace,
-    pipe: BinaryIO,
 ) -> None:
     readable, writable = task_paths(request)
     redact = Redactor([*readable, *writable, arguments.directory, arguments.root])
-    events = Events(pipe, redact)
+    events = Events(pipes.events, redact)
     try:
         sandbox.narrow(readable, [*writable, arguments.directory])
-        last = tasks.run(request, TaskContext(events, sandbox, arguments.directory))
+        clock = OwnClock(arguments.directory)
+        last = tasks.run(request, TaskContext(events, sandbox, arguments.directory, pipes.requests, clock))
     except Exception as error:  # noqa: BLE001  # whatever went wrong, the server must hear of it
         last = worker_pb2.WorkerEvent(failed=status_of_exception(error, redact))
     _close_output()

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
+
+from modelpress_protos.internal.v1 import worker_pb2
 
 from modelpress_server.executors.sandbox import Sandbox
 from modelpress_server.worker.events import Events
+from modelpress_server.worker.framing import read_frame
+from modelpress_server.worker.own_time import OwnClock
 
 
 @dataclass(frozen=True)
 class TaskContext:
-    """The way to the server, the confinement that was reached, and this worker's private folder."""
+    """The ways to and from the server, the confinement that was reached, this worker's private folder and own time."""
 
     events: Events
     sandbox: Sandbox
     directory: Path
+    requests: BinaryIO
+    clock: OwnClock
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While no other worker of the server runs: for measuring latency. Waits for its turn."""
+        self.events.send(worker_pb2.WorkerEvent(turn=worker_pb2.MeasuringTurn()))
+        # Whatever comes, or the end of the pipe: the server knows best whether there is a turn to wait for.
+        with self.clock.held():
+            read_frame(self.requests, worker_pb2.WorkerRequest)
+        try:
+            yield
+        finally:
+            self.events.send(worker_pb2.WorkerEvent(turn=worker_pb2.MeasuringTurn(ended=True)))

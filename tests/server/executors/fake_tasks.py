@@ -190,7 +190,29 @@ def _limit_parent() -> None:
     resource.prlimit(os.getppid(), resource.RLIMIT_CORE, limits)
 
 
+def _measure(context: TaskContext, output: Path, argument: str) -> Any:
+    """Measures until the file `argument` is there; tells that it has begun by a log line."""
+    with context.alone():
+        context.events.log("INFO", "measuring")
+        while not (context.directory.parent / argument).exists():
+            time.sleep(0.01)
+    return {"clock": context.clock()}
+
+
+def _count(context: TaskContext, output: Path, argument: str) -> Any:
+    """Counts in the file `argument` until it is told to stop; how much time passed on its own clock and on the wall."""
+    own, wall, number = context.clock(), time.monotonic(), 0
+    while not (context.directory.parent / f"{argument}.stop").exists():
+        number += 1
+        (context.directory.parent / argument).write_text(str(number), "ascii")
+        time.sleep(0.005)
+    time.sleep(0.6)  # until what the clock has read is no longer fresh
+    return {"own_s": context.clock() - own, "wall_s": time.monotonic() - wall}
+
+
 _BEHAVIOURS = {
+    "measure": _measure,
+    "count": _count,
     "describe": _describe,
     "crash": _crash,
     "exit": _exit,

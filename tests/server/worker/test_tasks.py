@@ -126,11 +126,17 @@ async def test_code_without_a_sandbox_is_refused_where_one_is_required(
     from modelpress_server.executors.sandbox import Sandbox
     from modelpress_server.worker.context import TaskContext
     from modelpress_server.worker.events import Events
+<<<<<<< HEAD
     from modelpress_server.worker.paths import Redactor
+=======
+    from modelpress_server.worker.own_time import OwnClock
+    from modelpress_server.worker.redaction import Redactor
+>>>>>>> 28b0674 (While a worker measures, no other worker of the server runs; standing still costs no task its time)
     from modelpress_server.worker.tasks import run
 
     with (tmp_path / "events").open("wb") as pipe:
-        context = TaskContext(Events(pipe, Redactor([])), Sandbox("require", level=1), tmp_path)
+        sandbox = Sandbox("require", level=1)
+        context = TaskContext(Events(pipe, Redactor([])), sandbox, tmp_path, pipe, OwnClock(tmp_path))
         files = lay_out(tmp_path, "model_scripted.pt", hints=True)
         with pytest.raises(RejectedModelError, match="sandbox") as caught:
             run(worker_pb2.WorkerRequest(inspect=worker_pb2.InspectTask(model=files)), context)

@@ -35,6 +35,7 @@ class WorkerRequest(_message.Message):
 
     INSPECT_FIELD_NUMBER: _builtins.int
     COMPRESS_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def inspect(self) -> Global___InspectTask:
         """Look at a model."""
@@ -43,21 +44,50 @@ class WorkerRequest(_message.Message):
     def compress(self) -> Global___CompressTask:
         """Compress a model."""
 
+    @_builtins.property
+    def turn(self) -> Global___MeasuringTurn:
+        """During a task, after MeasuringTurn: the worker may measure now."""
+
     def __init__(
         self,
         *,
         inspect: Global___InspectTask | None = ...,
         compress: Global___CompressTask | None = ...,
+        turn: Global___MeasuringTurn | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "inspect", b"inspect", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "inspect", b"inspect", "task", b"task", "turn", b"turn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "inspect", b"inspect", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "inspect", b"inspect", "task", b"task", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_task: _TypeAlias = _typing.Literal["inspect", "compress"]  # noqa: Y015
+    _WhichOneofReturnType_task: _TypeAlias = _typing.Literal["inspect", "compress", "turn"]  # noqa: Y015
     _WhichOneofArgType_task: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_task) -> _WhichOneofReturnType_task | None: ...
 
 Global___WorkerRequest: _TypeAlias = WorkerRequest  # noqa: Y015
+
+@_typing.final
+class MeasuringTurn(_message.Message):
+    """Measuring alone on the machine. To the server: the worker wants to begin, and waits for the turn, or has ended. To
+    the worker: it may begin; the server's other workers stand still until it has ended.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDED_FIELD_NUMBER: _builtins.int
+    ended: _builtins.bool
+    """To the server only: the worker has ended."""
+    def __init__(
+        self,
+        *,
+        ended: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasuringTurn: _TypeAlias = MeasuringTurn  # noqa: Y015
 
 @_typing.final
 class ModelFiles(_message.Message):
@@ -186,6 +216,7 @@ class WorkerEvent(_message.Message):
     COMPRESSED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     LOADED_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ready(self) -> Global___Ready:
         """Imports are done; a task may come."""
@@ -214,6 +245,10 @@ class WorkerEvent(_message.Message):
     def loaded(self) -> Global___InspectResult:
         """In a CompressTask: the model was loaded, and this is what it is; the task goes on."""
 
+    @_builtins.property
+    def turn(self) -> Global___MeasuringTurn:
+        """In a CompressTask: the worker is about to measure latency, or has ended."""
+
     def __init__(
         self,
         *,
@@ -224,12 +259,13 @@ class WorkerEvent(_message.Message):
         compressed: Global___CompressResult | None = ...,
         failed: _status_pb2.Status | None = ...,
         loaded: Global___InspectResult | None = ...,
+        turn: Global___MeasuringTurn | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "event", b"event", "failed", b"failed", "inspected", b"inspected", "loaded", b"loaded", "log", b"log", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "event", b"event", "failed", b"failed", "inspected", b"inspected", "loaded", b"loaded", "log", b"log", "progress", b"progress", "ready", b"ready", "turn", b"turn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "event", b"event", "failed", b"failed", "inspected", b"inspected", "loaded", b"loaded", "log", b"log", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "event", b"event", "failed", b"failed", "inspected", b"inspected", "loaded", b"loaded", "log", b"log", "progress", b"progress", "ready", b"ready", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["ready", "progress", "log", "inspected", "compressed", "failed", "loaded"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["ready", "progress", "log", "inspected", "compressed", "failed", "loaded", "turn"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
