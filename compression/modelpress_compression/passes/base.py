@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -57,23 +58,31 @@ class Context:
 
     `data`: representative inputs; `data.provided` is False where they are synthetic.
     `work_directory`: a private folder for temporary files.
-    `deadline`: `time.monotonic()` at which the job's time is up; None: no limit.
+    `deadline`: what `clock` shows when the job's time is up; None: no limit.
     `target`: what the result will run on.
     `original`: the model as it was uploaded, which passes that train take as their teacher; None: not known.
+    `alone`: within it nothing else of ours runs on this machine, for measuring latency.
     `log`: one line for the job's log; `progress`: share of this pass done, 0 to 1, and one line for people.
     """
 
     data: InputData
     work_directory: Path
     deadline: float | None = None
+    clock: Callable[[], float] = time.monotonic
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext
     target: Target = field(default_factory=Target)
     log: Callable[[str], None] = _silent
     progress: Callable[[float, str], None] = lambda fraction, message: None
     original: Model | None = None
 
+    @property
+    def time_left_s(self) -> float | None:
+        """Until the job's time is up; None: no limit."""
+        return None if self.deadline is None else self.deadline - self.clock()
+
     def check_time(self) -> None:
         """Raises TimeLimitError when the job's time is up; passes call it in their outer loops."""
-        if self.deadline is not None and time.monotonic() > self.deadline:
+        if self.time_left_s is not None and self.time_left_s < 0:
             raise TimeLimitError("The job's time limit ran out; give it more time, or leave out the slowest step.")
 
 

@@ -126,12 +126,8 @@ async def test_code_without_a_sandbox_is_refused_where_one_is_required(
     from modelpress_server.executors.sandbox import Sandbox
     from modelpress_server.worker.context import TaskContext
     from modelpress_server.worker.events import Events
-<<<<<<< HEAD
-    from modelpress_server.worker.paths import Redactor
-=======
     from modelpress_server.worker.own_time import OwnClock
-    from modelpress_server.worker.redaction import Redactor
->>>>>>> 28b0674 (While a worker measures, no other worker of the server runs; standing still costs no task its time)
+    from modelpress_server.worker.paths import Redactor
     from modelpress_server.worker.tasks import run
 
     with (tmp_path / "events").open("wb") as pipe:

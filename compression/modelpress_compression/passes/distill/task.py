@@ -60,7 +60,5 @@ class DistillationResult:
 
 def stop_time(context: Context) -> float:
     """When training must end, on `time.monotonic()`."""
-    if context.deadline is None:
-        return math.inf
-    now = time.monotonic()
-    return now + (context.deadline - now) * (1 - RESERVE)
+    left_s = context.time_left_s
+    return math.inf if left_s is None else time.monotonic() + left_s * (1 - RESERVE)

@@ -159,14 +159,15 @@ class Judge:
         models = [self.float_path, *paths]
         timings: dict[int, Timings] = {}
         for batch_size in self.recipe.benchmark.batch_sizes:
-            one = time_interleaved(
-                models,
-                self.context.data,
-                threads=self.recipe.benchmark.threads[0],
-                batch_size=batch_size,
-                rounds=rounds,
-                budget_s=budget_s,
-            )
+            with self.context.alone():
+                one = time_interleaved(
+                    models,
+                    self.context.data,
+                    threads=self.recipe.benchmark.threads[0],
+                    batch_size=batch_size,
+                    rounds=rounds,
+                    budget_s=budget_s,
+                )
             timings.setdefault(one.batch_size, one)
         return RaceTimings(tuple(timings.values()))
 

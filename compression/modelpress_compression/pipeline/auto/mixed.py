@@ -24,7 +24,8 @@ def order_of(quantizer: StaticQuantizer, context: Context) -> list[str]:
     plan, ranges = quantizer.plan, quantizer.ranges
     if not ranges.weight_errors:
         return []
-    (times,) = node_times_ms([quantizer.setup.model], context.data, context.work_directory, context.check_time)
+    with context.alone():
+        (times,) = node_times_ms([quantizer.setup.model], context.data, context.work_directory, context.check_time)
     least = _LEAST_SHARE * max(times.values(), default=0.0) or 1.0
     worth = {
         node.outputs[0].name or "": ranges.error_saved(node, plan) / max(times.get(label(node), 0.0), least)

@@ -47,7 +47,9 @@ def macs(model: Model, groups: Sequence[Group], context: Context) -> Costs:
 def latency(model: Model, groups: Sequence[Group], context: Context) -> Costs:
     """Milliseconds that a unit costs on this machine, on one thread; parameters where nothing can be measured."""
     half = {group.id: np.arange(0, group.units, 2, dtype=np.int64) for group in groups if group.units > 1}
-    whole, halved = node_times_ms([model, cut(model, half)], context.data, context.work_directory, context.check_time)
+    models = [model, cut(model, half)]
+    with context.alone():
+        whole, halved = node_times_ms(models, context.data, context.work_directory, context.check_time)
     saved = {name: max(0.0, 2 * (time_ms - halved.get(name, time_ms))) for name, time_ms in whole.items()}
     return _or_parameters(_of_units(groups, saved, Weights(model)), groups)
 

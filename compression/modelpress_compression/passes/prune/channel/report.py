@@ -168,7 +168,8 @@ def _fit_rows(fits: Sequence[Fit]) -> list[Row]:
 def _times_ms(models: Sequence[Model], context: Context) -> Sequence[NodeTimes]:
     """None of a model that does not run without onnxruntime's rewriting: the report can do without them."""
     try:
-        return node_times_ms(models, context.data, context.work_directory, context.check_time)
+        with context.alone():
+            return node_times_ms(models, context.data, context.work_directory, context.check_time)
     except (ModelNotRunnableError, UnsupportedOperatorError):
         return [{} for _ in models]
 
