@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from modelpress_compression.inputs import EvaluationData, InputData
+from modelpress_compression.inputs import EvaluationData
 from modelpress_compression.measure.accuracy import Accuracy, compare_accuracy
 from modelpress_compression.measure.fidelity import Fidelity, compare_outputs
-from modelpress_compression.measure.latency import LatencyRow, compare_latency
-from modelpress_compression.pipeline.steps import file_size_bytes, scaled
+from modelpress_compression.measure.latency import BUSY, LatencyRow, compare_latency
+from modelpress_compression.passes.base import Context
+from modelpress_compression.pipeline.steps import file_size_bytes
 from modelpress_compression.recipe import Constraints, Recipe
 
 
@@ -24,28 +24,48 @@ class Measured:
     accuracy: Accuracy | None
     violations: tuple[str, ...]
 
+    def conditions(self) -> dict[str, float | bool]:
+        """The report's `measurement`: wall time over CPU time at its worst, and whether the figures hold."""
+        return {
+            "contention": max(row.contention for row in self.latency),
+            "trusted": all(row.trusted for row in self.latency),
+        }
+
+    def warnings(self) -> list[str]:
+        """What a reader of the latency rows must know."""
+        worst = max(self.latency, key=lambda row: row.contention)
+        if worst.contention <= BUSY:
+            return []
+        seen = (
+            f"The machine was busy with other work while latency was measured (wall time {worst.contention:.1f} times "
+            "CPU time)"
+        )
+        if all(row.trusted for row in self.latency):
+            return [f"{seen}; the times are therefore those of the CPU clock."]
+        return [f"{seen}; the figures on several threads are not to be relied on."]
+
 
 def measure(
-    original: Path,
-    optimized: Path,
-    data: InputData,
-    eval_data: EvaluationData | None,
-    recipe: Recipe,
-    progress: Callable[[float, str], None],
+    original: Path, optimized: Path, eval_data: EvaluationData | None, recipe: Recipe, context: Context
 ) -> Measured:
-    """Fidelity on `data`, the task metric on `eval_data`, and one latency row for each of threads x batch sizes."""
-    progress(0.0, "comparing the outputs")
-    fidelity = compare_outputs(original, optimized, data)
+    """Fidelity on the context's data, the task metric on `eval_data`, and one latency row for each of threads x batch
+    sizes."""
+    context.progress(0.0, "comparing the outputs")
+    fidelity = compare_outputs(original, optimized, context.data)
     accuracy = None
     if eval_data is not None:
-        progress(0.2, "evaluating the task metric")
+        context.progress(0.2, "evaluating the task metric")
         accuracy = compare_accuracy(original, optimized, eval_data, recipe.constraints.metric)
     rows: list[LatencyRow] = []
     settings = list(product(recipe.benchmark.threads, recipe.benchmark.batch_sizes))
     for index, (threads, batch_size) in enumerate(settings):
-        scaled(progress, 0.4, 1.0)(index / len(settings), f"timing: {threads} threads, batch size {batch_size}")
+        share = 0.4 + 0.6 * index / len(settings)
+        context.progress(share, f"timing: {threads} threads, batch size {batch_size}")
         rounds = recipe.benchmark.rounds
-        row = compare_latency(original, optimized, data, threads=threads, batch_size=batch_size, rounds=rounds)
+        with context.alone():
+            row = compare_latency(
+                original, optimized, context.data, threads=threads, batch_size=batch_size, rounds=rounds
+            )
         rows.append(row)
     violations = _violations(recipe.constraints, tuple(rows), fidelity, accuracy, file_size_bytes(optimized))
     return Measured(tuple(rows), fidelity, accuracy, violations)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -66,23 +67,29 @@ def compress(
     job: str = "",
     time_limit_s: float | None = None,
     work_directory: Path | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Result:
     """Runs the recipe's steps in order and measures the result against the model as it was given.
 
     `data`: representative inputs, one array for each input of the model with the samples along its first axis, and
     `labels` if there are any; None: synthetic inputs are made.
     `eval_data`: inputs with `labels`. `work_directory`: for temporary files; None: the system's own.
+    `clock`: what `time_limit_s` is held against, in seconds. `alone`: within it nothing else of the caller's runs on
+    this machine; latency is measured there.
 
     Raises InvalidDataError, ModelNotRunnableError, UnsupportedOperatorError, TimeLimitError. A step that breaks the
     model is undone and reported; a result that is slower and not smaller is replaced by the model as it was given.
     """
-    deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
+    deadline = None if time_limit_s is None else clock() + time_limit_s
     log = on_log or (lambda severity, text: None)
     with TemporaryDirectory(prefix="modelpress-", dir=work_directory) as folder:
         context = Context(
             _input_data(model, data),
             Path(folder),
             deadline,
+            clock,
+            alone,
             recipe.target,
             log=lambda text: log("INFO", text),
             original=model,
@@ -110,7 +117,7 @@ class _Run:
 
     def measured(self, path: Path) -> Measured:
         """The figures of the model in `path` against the original."""
-        return measure(self.path, path, self.context.data, self.evaluation, self.recipe, self.progress.update)
+        return measure(self.path, path, self.evaluation, self.recipe, self.context)
 
 
 @dataclass(frozen=True)
@@ -167,6 +174,7 @@ def _decide(run: _Run, records: Sequence[StepRecord]) -> _Outcome:
     measured = run.measured(path)
     warnings = [*run.model.warnings, *_warnings_on(run.context.data)]
     warnings += [warning for record in records for warning in record.warnings]
+    warnings += measured.warnings()
     reason = not_better(measured, file_size_bytes(run.path), file_size_bytes(path))
     if reason is None:
         return _Outcome(model, path, measured, tuple(warnings))
@@ -194,6 +202,7 @@ def _report(job: str, run: _Run, records: Sequence[StepRecord], outcome: _Outcom
             candidates=[candidate for record in records for candidate in record.candidates],
             warnings=outcome.warnings,
             violations=outcome.measured.violations,
+            measurement=outcome.measured.conditions(),
         )
     )
 

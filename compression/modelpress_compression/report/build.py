@@ -52,7 +52,8 @@ class ReportInputs:
     `recipe`: in the shape of the YAML, defaults written out. `provenance`: of the upload. `original_onnx_size_bytes`,
     `optimized_size_bytes`: of both models as ONNX, external data included. `accuracy` None: no labels. `fidelity` None:
     not measured. `candidates`: a row for each candidate that `auto` tried, with `name`, `chosen`, `reason`, and figures
-    or None. `violations`: one sentence for each constraint that is not met.
+    or None. `violations`: one sentence for each constraint that is not met. `measurement`:
+    what disturbed the timing; None: nothing was timed.
     """
 
     job: str
@@ -70,6 +71,7 @@ class ReportInputs:
     candidates: Sequence[Mapping[str, Any]] = ()
     warnings: Sequence[str] = ()
     violations: Sequence[str] = ()
+    measurement: Mapping[str, Any] | None = None
     environment: Mapping[str, Any] = field(default_factory=environment)
 
 
@@ -95,6 +97,7 @@ def build_report(inputs: ReportInputs) -> dict[str, Any]:
         },
         "size_ratio": inputs.original_onnx_size_bytes / max(inputs.optimized_size_bytes, 1),
         "latency": [row.to_dict() for row in inputs.latency],
+        "measurement": inputs.measurement,
         "fidelity": inputs.fidelity.to_dict() if inputs.fidelity is not None else None,
         "accuracy": inputs.accuracy.to_dict() if inputs.accuracy is not None else None,
         "constraints": {"met": not inputs.violations, "violations": list(inputs.violations)},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import pkgutil
-import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -71,7 +70,7 @@ def _found(files: worker_pb2.ModelFiles, model: Model) -> worker_pb2.InspectResu
 
 
 def _compress(task: worker_pb2.CompressTask, context: TaskContext) -> worker_pb2.WorkerEvent:
-    began = time.monotonic()
+    began = context.clock()
     recipe = messages.recipe_from_proto(task.recipe)
     context.events.progress("load", 0, len(stages_of(recipe)), 0.0, "loading the model")
     model = _load(task.model, context)
@@ -88,8 +87,10 @@ def _compress(task: worker_pb2.CompressTask, context: TaskContext) -> worker_pb2
         on_progress=context.events.progress,
         on_log=context.events.log,
         job=task.job,
-        time_limit_s=_time_left_s(task.time_limit_s, began),
+        time_limit_s=_time_left_s(task.time_limit_s, context.clock() - began),
         work_directory=context.directory,
+        clock=context.clock,
+        alone=context.alone,
     )
     return worker_pb2.WorkerEvent(compressed=_write(result, Path(task.output_directory)))
 
@@ -131,9 +132,9 @@ def _paths(files: worker_pb2.ModelFiles) -> list[Path]:
     return [Path(files.directory) / path for path in files.paths]
 
 
-def _time_left_s(limit_s: float, began: float) -> float | None:
+def _time_left_s(limit_s: float, used_s: float) -> float | None:
     """What is left for the engine, a little less than the server's own limit: its error says more than being killed."""
     if limit_s <= 0:
         return None
     reserve_s = min(2.0, limit_s * 0.05)
-    return max(0.0, limit_s - reserve_s - (time.monotonic() - began))
+    return max(0.0, limit_s - reserve_s - used_s)
