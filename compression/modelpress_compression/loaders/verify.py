@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from modelpress_compression.agreement import why_different
 from modelpress_compression.errors import CompressionError
-from modelpress_compression.inputs import Array, Feeds
+from modelpress_compression.inputs import Array
 from modelpress_compression.loaders.trials import example_feeds, symbols_of
 from modelpress_compression.model import Model
 from modelpress_compression.runtime import run, session_of
@@ -48,9 +48,3 @@ def compare_models(before: Model, after: Model) -> None:
 def _check_named(expected: Mapping[str, Array], got: Mapping[str, Array]) -> None:
     names = list(expected)
     check_outputs([expected[name] for name in names], [got[name] for name in names], names)
-
-
-def run_onnx(model: Model, feeds: Sequence[Feeds]) -> list[dict[str, Array]]:
-    """All outputs for every feed, run as the graph is written. Raises ModelNotRunnableError."""
-    with session_of(model, optimize=False) as session:
-        return [run(session, feed) for feed in feeds]

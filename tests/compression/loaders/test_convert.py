@@ -16,7 +16,7 @@ from modelpress_compression.convert import main
 from modelpress_compression.errors import InvalidInputsError, UnsupportedFormatError
 from modelpress_compression.loaders import load
 from modelpress_compression.loaders.architecture import Architecture, find_weights, load_weights
-from modelpress_compression.loaders.verify import run_onnx
+from oracles.plain_run import run_onnx
 from safetensors.torch import save_file
 
 CODE = """

@@ -10,9 +10,9 @@ import onnx
 import pytest
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.loaders import load
-from modelpress_compression.loaders.verify import run_onnx
 from modelpress_compression.model import MAX_IR_VERSION, MAX_OPSET
 from onnx import TensorProto, helper, numpy_helper
+from oracles.plain_run import run_onnx
 
 
 def constant(name: str, array: np.ndarray) -> onnx.NodeProto:

@@ -21,7 +21,7 @@ from modelpress_compression.errors import (
 from modelpress_compression.loaders import load
 from modelpress_compression.loaders.program_check import check_tensors_only
 from modelpress_compression.loaders.program_graph import check_expression
-from modelpress_compression.loaders.verify import run_onnx
+from oracles.plain_run import run_onnx
 
 PROGRAM = "models/model.json"
 

@@ -17,7 +17,7 @@ from modelpress_compression.errors import (
 )
 from modelpress_compression.loaders import load
 from modelpress_compression.loaders.script_check import check_pickle
-from modelpress_compression.loaders.verify import run_onnx
+from oracles.plain_run import run_onnx
 
 Save = Callable[[torch.nn.Module, Path], Path]
 
