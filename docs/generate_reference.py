@@ -18,10 +18,11 @@ from pathlib import Path
 import click
 from modelpress_client.cli.app import cli
 from modelpress_compression.loaders.formats import FORMATS
-from modelpress_compression.recipe import presets
-from modelpress_protos.recipe import OptionInfo, techniques
-from modelpress_protos.recipe_schema import message_type, option_info
-from modelpress_protos.v1.recipe_pb2 import Augmentation, Recipe
+from modelpress_compression.options import Config, schema_of
+from modelpress_compression.passes.distill.config import AUGMENTATIONS
+from modelpress_compression.recipe import Benchmark, Constraints, presets
+from modelpress_compression.target import Target
+from modelpress_compression.techniques import TECHNIQUES
 from modelpress_server.config import GIB, KIB, MIB, Settings
 
 FOLDER = Path(__file__).resolve().parent
@@ -42,37 +43,33 @@ def code(text: str) -> str:
     return f"`{text}`" if text else ""
 
 
-def options_table(options: Iterable[OptionInfo]) -> str:
-    """One row an option of a recipe."""
+def options_reference(config: type[Config]) -> str:
+    """One row an option of a part of the recipe."""
     rows = (
         (
             code(option.name),
-            option.type,
-            code(option.default_value) or "not set",
-            ", ".join(map(code, option.allowed)) or code(option.range),
-            option.description,
+            option.type_text,
+            code(option.default_text) or "not set",
+            ", ".join(map(code, option.allowed)) or code(option.range_text()),
+            option.help,
         )
-        for option in options
+        for option in schema_of(config).options
     )
     return table(("option", "type", "default", "allowed", "what it does"), rows)
 
 
 def techniques_reference() -> str:
     """One section a technique."""
-    sections = (f"### {entry.name}\n\n{entry.summary}\n\n{options_table(entry.options)}" for entry in techniques())
+    sections = (
+        f"### {row.name}\n\n{row.summary}\n\n{options_reference(row.config_class)}" for row in TECHNIQUES.values()
+    )
     return "\n" + "\n".join(sections) + "\n"
-
-
-def section_reference(name: str) -> str:
-    """The options of one of the recipe's other sections."""
-    message = message_type(Recipe.DESCRIPTOR.fields_by_name[name])
-    return options_table(option_info(field) for field in message.fields)
 
 
 def augmentations_reference() -> str:
     """One row a change that `distill.augment` can name."""
-    infos = map(option_info, Augmentation.DESCRIPTOR.fields)
-    rows = ((code(info.name), code(info.default_value), code(info.range), info.description) for info in infos)
+    options = AUGMENTATIONS.options
+    rows = ((code(item.name), code(item.default_text), code(item.range_text()), item.help) for item in options)
     return table(("augmentation", "default", "allowed", "what it does"), rows)
 
 
@@ -158,9 +155,9 @@ def client_options_reference(name: str) -> str:
 REFERENCES: dict[str, Callable[[], str]] = {
     "techniques": techniques_reference,
     "augmentations": augmentations_reference,
-    "target": lambda: section_reference("target"),
-    "constraints": lambda: section_reference("constraints"),
-    "benchmark": lambda: section_reference("benchmark"),
+    "target": lambda: options_reference(Target),
+    "constraints": lambda: options_reference(Constraints),
+    "benchmark": lambda: options_reference(Benchmark),
     "presets": presets_reference,
     "formats": formats_reference,
     "settings": settings_reference,

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 if TYPE_CHECKING:
     import grpc
     from google.rpc.status_pb2 import Status
-    from modelpress_protos.recipe import Violation
+    from modelpress_protos.schema import Violation
 
 EXIT_CONSTRAINT_NOT_MET = 6
 EXIT_INTERRUPTED = 130

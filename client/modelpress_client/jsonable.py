@@ -22,7 +22,7 @@ from modelpress_client.errors import status_details
 from modelpress_client.inputs import format_input
 
 if TYPE_CHECKING:
-    from modelpress_protos.recipe_schema import Field
+    from modelpress_protos.recipe import Field
 
 
 def to_json(message: Message) -> dict[str, Any]:

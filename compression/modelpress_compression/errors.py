@@ -17,8 +17,10 @@ Each message is one short paragraph for a person: what happened, where, what to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from modelpress_compression.schema import Violation
 
 
 class CompressionError(Exception):
@@ -54,17 +56,6 @@ class InvalidDataError(CompressionError):
     """A data file is unreadable, or its arrays do not fit the model's inputs."""
 
     reason = "INVALID_DATA"
-
-
-@dataclass(frozen=True)
-class Violation:
-    """One broken rule of a recipe: where, and what is wrong."""
-
-    path: str
-    description: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.description}"
 
 
 class InvalidRecipeError(CompressionError):

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modelpress_compression.options import Checks
+from modelpress_compression.options import Config, option
 
 
 @dataclass(frozen=True)
-class Target:
-    """What the result will run on. `device`: cuda: gradients are computed on a GPU where there is one; `cpu`: whether
-    8-bit layers may rely on products that do not saturate (VNNI)."""
+class Target(Config):
+    """What the result will run on."""
 
-    device: str = "cpu"
-    cpu: str = "generic"
-
-    def __post_init__(self) -> None:
-        checks = Checks(self)
-        checks.one_of("device", ("cpu", "cuda"))
-        checks.one_of("cpu", ("generic", "vnni"))
-        checks.finish()
+    device: str = option(
+        "cpu",
+        1,
+        "cuda: distill and the criterion taylor compute on a GPU where torch sees one, else on the CPU with a warning; "
+        "onnxruntime measures on the CPU all the same.",
+        choices=("cpu", "cuda"),
+    )
+    cpu: str = option(
+        "generic",
+        2,
+        "generic: 8-bit layers give the same answers on CPUs without VNNI, whose products saturate; vnni: such CPUs do "
+        "not matter.",
+        choices=("generic", "vnni"),
+    )

@@ -5,16 +5,18 @@ docs/writing_a_pass.md walks through adding one. This module imports neither tor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from modelpress_compression.options import Config, schema_of
 from modelpress_compression.passes.distill.config import DistillConfig
 from modelpress_compression.passes.fuse.config import FuseConfig
 from modelpress_compression.passes.prune.config import PruneConfig
 from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.schema import Option, Schema
 
 if TYPE_CHECKING:
     from modelpress_compression.passes.base import Pass
@@ -32,12 +34,14 @@ class Chooser(NamedTuple):
 class Technique:
     """One row. What it names as `module:name` is imported when it is first used.
 
-    `name`: as a recipe spells it. `weight`: how much of a job's progress a step is; measuring weighs 3.
+    `name`: as a recipe spells it, in snake case. `number`: of its field in the API's Step, never used for another.
+    `weight`: how much of a job's progress a step is; measuring weighs 3.
     """
 
     name: str
+    number: int
     summary: str
-    config_class: type[Any]
+    config_class: type[Config]
     pass_class: str = field(repr=False)
     chooser: Chooser | None = None
     weight: float = 3.0
@@ -55,6 +59,20 @@ class Technique:
         return function
 
 
+def step_schema(techniques: Iterable[Technique]) -> Schema:
+    """What a step can be: one of the techniques, with its options."""
+    options = (
+        Option(row.name, row.number, schema_of(row.config_class, _message_name(row.name)), row.summary)
+        for row in techniques
+    )
+    return Schema("Step", tuple(options), choice="technique")
+
+
+def _message_name(technique: str) -> str:
+    """LowRankStep for low_rank."""
+    return "".join(word.capitalize() for word in technique.split("_")) + "Step"
+
+
 def _imported(name: str) -> Any:
     module, _, attribute = name.partition(":")
     return getattr(import_module(module), attribute)
@@ -66,18 +84,21 @@ TECHNIQUES = MappingProxyType(
         for technique in (
             Technique(
                 "fuse",
+                1,
                 "Folds constants, removes dead code and merges operators; lossless up to float rounding.",
                 FuseConfig,
                 "modelpress_compression.passes.fuse.fuse:Fuse",
             ),
             Technique(
                 "prune",
+                2,
                 "Removes weights or whole channels by importance.",
                 PruneConfig,
                 "modelpress_compression.passes.prune.prune:Prune",
             ),
             Technique(
                 "quantize",
+                3,
                 "Stores weights, and computes where it pays, in fewer bits.",
                 QuantizeConfig,
                 "modelpress_compression.passes.quantize.quantize:Quantize",
@@ -85,6 +106,7 @@ TECHNIQUES = MappingProxyType(
             ),
             Technique(
                 "distill",
+                4,
                 "Trains the model as it stands towards the answers of the model as it was uploaded.",
                 DistillConfig,
                 "modelpress_compression.passes.distill.distill:Distill",

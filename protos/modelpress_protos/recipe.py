@@ -1,66 +1,58 @@
-"""The recipe language: YAML-shaped documents to `Recipe` messages and back, driven by the descriptor.
-
-The messages of `recipe.proto` are the schema; their `(rules)` field options carry ranges, permitted values, defaults
-and descriptions. Nothing here names a technique or an option, but for the rules that tie two fields together
-(`_cross_field_rules`).
+"""The recipe language: YAML-shaped documents to `Recipe` messages and back.
 
     document -> from_dict -> Recipe          raises RecipeError with every violation at once
     Recipe   -> to_dict   -> document        only what is set; from_dict(to_dict(r)) == r
     Recipe   -> validate  -> [Violation]     what a server checks on a message that it received
     document -> apply_overrides -> document  `--set steps[1].prune.sparsity=0.3`
+
+The messages of `recipe.proto` say what a recipe may hold, their `(rules)` options included; `schema_of` reads that from
+the descriptor, and `schema.read` checks a document against it. No technique or option is named here.
 """
 
 from __future__ import annotations
 
 import copy
-import math
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
+from google.protobuf import descriptor as protobuf_descriptor
+from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from modelpress_protos import recipe_schema as schema
-from modelpress_protos.recipe_schema import OptionInfo, TechniqueInfo, join, show, techniques
-from modelpress_protos.v1.recipe_pb2 import PruneStep, QuantizeStep, Recipe, Step
+from modelpress_protos.schema import (
+    MAX_SECTIONS,
+    Kind,
+    LessThan,
+    Needs,
+    Option,
+    Schema,
+    Violation,
+    did_you_mean,
+    join,
+    read,
+    show,
+)
+from modelpress_protos.v1.options_pb2 import FieldRules, rules
+from modelpress_protos.v1.recipe_pb2 import Recipe, Step
 
 if TYPE_CHECKING:
-    from modelpress_protos.recipe_schema import Field, MessageType
+    # The type stubs of protobuf name the C implementation's classes beside the Python ones.
+    from google._upb import _message
 
-__all__ = [
-    "OptionInfo",
-    "RecipeError",
-    "TechniqueInfo",
-    "Violation",
-    "apply_overrides",
-    "from_dict",
-    "techniques",
-    "to_dict",
-    "validate",
-]
+    Field: TypeAlias = protobuf_descriptor.FieldDescriptor | _message.FieldDescriptor
+    MessageType: TypeAlias = protobuf_descriptor.Descriptor | _message.Descriptor
 
-MAX_STEPS = 64
-MAX_ITEMS = 1000  # of any other list
-MAX_STRING_CHARS = 1024
-_OF_CHANNELS = ("l2", "activation", "taylor")  # criteria that judge whole channels alone
-
-# YAML 1.1 reads `1e-3` (no dot) as a string; a person who writes it means the number.
-_NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
-_PATH_SEGMENT = re.compile(r"([a-z][a-z0-9_]*)(?:\[([0-9]{1,6})\])?")
-
-
-@dataclass(frozen=True)
-class Violation:
-    """One wrong value: where it stands (`steps[1].prune.sparsity`) and what is wrong (`1.4 is not in [0, 1)`)."""
-
-    path: str
-    description: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.description}"
+_KINDS: Mapping[int, Kind] = {
+    protobuf_descriptor.FieldDescriptor.TYPE_BOOL: "bool",
+    protobuf_descriptor.FieldDescriptor.TYPE_INT32: "int",
+    protobuf_descriptor.FieldDescriptor.TYPE_INT64: "int64",
+    protobuf_descriptor.FieldDescriptor.TYPE_DOUBLE: "float",
+    protobuf_descriptor.FieldDescriptor.TYPE_STRING: "string",
+}
 
 
 class RecipeError(ValueError):
@@ -74,35 +66,118 @@ class RecipeError(ValueError):
         return type(self), (self.violations,)
 
 
+# --- the schema --------------------------------------------------------------------------------------------------
+
+
+def schema_of(message: MessageType) -> Schema:
+    """What a document for this message may hold. A message that is nothing but a oneof is a choice."""
+    oneofs = [oneof for oneof in message.oneofs if not oneof.name.startswith("_")]
+    choice = oneofs[0].name if oneofs and len(oneofs[0].fields) == len(message.fields) else ""
+    return Schema(message.name, tuple(map(_option, message.fields)), choice)
+
+
+def _option(field: Field) -> Option:
+    many: Literal["", "list", "map"] = "map" if _is_map(field) else "list" if field.is_repeated else ""
+    value = field.message_type.fields_by_name["value"] if field.message_type and many == "map" else field
+    kind = schema_of(value.message_type) if value.message_type else _KINDS[value.type]
+    rule = field.GetOptions().Extensions[rules]
+    bounds = {name: getattr(rule, name) for name in ("gte", "gt", "lte", "lt") if rule.HasField(cast(Any, name))}
+    needs, less = rule.needs, rule.less_than
+    return Option(
+        name=field.name,
+        number=field.number,
+        kind=kind,
+        help=rule.description,
+        default=_default(rule, kind, many),
+        many=many,
+        required=rule.required,
+        choices=tuple(getattr(rule, "in")),
+        min_items=rule.min_items,
+        power_of_two=rule.power_of_two,
+        needs=Needs(tuple(needs.values), needs.field, needs.value) if rule.HasField("needs") else None,
+        less_than=LessThan(less.field, less.where, less.value) if rule.HasField("less_than") else None,
+        **bounds,
+    )
+
+
+def _is_map(field: Field) -> bool:
+    return field.message_type is not None and field.message_type.GetOptions().map_entry
+
+
+def _default(rule: FieldRules, kind: Kind | Schema, many: str) -> Any:
+    if not rule.default_value:
+        return () if many else None
+    if kind == "string" and not many:
+        return rule.default_value
+    default = json.loads(rule.default_value)
+    return tuple(default) if many else default
+
+
+SCHEMA = schema_of(Recipe.DESCRIPTOR)
+STEP = schema_of(Step.DESCRIPTOR)
+
+
+# --- documents and messages --------------------------------------------------------------------------------------
+
+
 def from_dict(document: object) -> Recipe:
     """Builds the message from a YAML-shaped document (mappings, lists, scalars; `None` means "not set").
 
     Raises RecipeError with every violation of the whole document.
     """
-    recipe = Recipe()
-    violations: list[Violation] = []
-    _read_message(document, recipe, "", violations)
+    values, violations = read(document, SCHEMA)
     if violations:
         raise RecipeError(violations)
-    return recipe
+    return ParseDict(values, Recipe())
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The document of a recipe: only what is set, in the order of the schema."""
-    return _write_message(recipe)
+    return _document(recipe)
 
 
 def validate(recipe: Recipe) -> list[Violation]:
     """Every violation of a message that came over the wire; empty: it is sound."""
-    if len(recipe.steps) > MAX_STEPS:
+    if len(recipe.steps) > MAX_SECTIONS:
         # Before anything is built from it: an empty step is two bytes on the wire.
-        return [Violation("steps", f"has {len(recipe.steps)} items; at most {MAX_STEPS} are allowed")]
-    violations = _unknown_fields(recipe, "")
-    try:
-        from_dict(to_dict(recipe))
-    except RecipeError as error:
-        violations.extend(error.violations)
-    return violations
+        return [Violation("steps", f"has {len(recipe.steps)} items; at most {MAX_SECTIONS} are allowed")]
+    return [*_unknown_fields(recipe, ""), *read(to_dict(recipe), SCHEMA).violations]
+
+
+def _document(message: Message) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for field, value in message.ListFields():
+        nested = field.message_type is not None
+        if _is_map(field):
+            # The order of a map on the wire means nothing.
+            document[field.name] = dict(sorted(value.items()))
+        elif field.is_repeated:
+            document[field.name] = [_document(item) if nested else item for item in value]
+        else:
+            document[field.name] = _document(value) if nested else value
+    return document
+
+
+def _unknown_fields(message: Message, path: str) -> list[Violation]:
+    """Fields of a newer recipe language: ignoring one silently would run another recipe than the one asked for."""
+    found = []
+    # The type stubs of protobuf have no constructor for UnknownFieldSet.
+    if len(cast(Any, UnknownFieldSet)(message)):
+        found.append(Violation(path or "recipe", "has fields that this server does not know; update the server"))
+    for field, value in message.ListFields():
+        if field.message_type is None or _is_map(field):
+            continue
+        if field.is_repeated:
+            for index, item in enumerate(value):
+                found.extend(_unknown_fields(item, f"{join(path, field.name)}[{index}]"))
+        else:
+            found.extend(_unknown_fields(value, join(path, field.name)))
+    return found
+
+
+# --- overrides ---------------------------------------------------------------------------------------------------
+
+_PATH_SEGMENT = re.compile(r"([a-z][a-z0-9_]*)(?:\[([0-9]{1,6})\])?")
 
 
 def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -127,247 +202,6 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> di
     return result
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
-def _read_message(value: object, message: Message, path: str, violations: list[Violation]) -> None:
-    choice = schema.is_choice(message.DESCRIPTOR)
-    if isinstance(value, str) and schema.is_numbered_choice(message.DESCRIPTOR):
-        value = {value: None}  # a name alone takes its default
-    if not isinstance(value, Mapping):
-        hint = "; write 'NAME: {}'" if choice else ""
-        description = f"expected a mapping of keys to values, got {show(value)}{hint}"
-        violations.append(Violation(path or "recipe", description))
-        return
-    fields = message.DESCRIPTOR.fields_by_name
-    before = len(violations)
-    for key, item in value.items():
-        field = fields.get(key) if isinstance(key, str) else None
-        if field is None:
-            description = schema.unknown_key(message.DESCRIPTOR, key)
-            violations.append(Violation(join(path, schema.show_key(key)), description))
-        elif item is not None:
-            _read_field(field, item, message, join(path, field.name), violations)
-        elif choice:
-            # `- fuse:` reads as {fuse: None}; naming the technique is enough.
-            _choose(field, message)
-    if choice:
-        complained = len(violations) > before
-        violations.extend(_choice_violations(value, message.DESCRIPTOR, path, complained=complained))
-    for field in message.DESCRIPTOR.fields:
-        if schema.rules_of(field).required and value.get(field.name) is None:
-            violations.append(Violation(join(path, field.name), schema.missing(field)))
-    violations.extend(_cross_field_rules(message, path))
-
-
-def _choose(field: Field, message: Message) -> None:
-    """Names one of a choice, with its defaults."""
-    if field.message_type is not None:
-        getattr(message, field.name).SetInParent()
-    else:
-        setattr(message, field.name, float(schema.rules_of(field).default_value))
-
-
-def _read_field(field: Field, value: object, message: Message, path: str, violations: list[Violation]) -> None:
-    if schema.map_value(field) is not None:
-        _read_map(field, value, message, path, violations)
-    elif field.is_repeated:
-        _read_list(field, value, message, path, violations)
-    elif field.message_type is not None:
-        child = getattr(message, field.name)
-        child.SetInParent()
-        _read_message(value, child, path, violations)
-    else:
-        try:
-            setattr(message, field.name, _scalar(field, value))
-        except ValueError as error:
-            violations.append(Violation(path, str(error)))
-
-
-def _read_list(field: Field, value: object, message: Message, path: str, violations: list[Violation]) -> None:
-    if not isinstance(value, (list, tuple)):
-        violations.append(Violation(path, f"expected a list, got {show(value)}"))
-        return
-    limit, least = (MAX_ITEMS if field.message_type is None else MAX_STEPS), schema.rules_of(field).min_items
-    if len(value) > limit:
-        violations.append(Violation(path, f"has {len(value)} items; at most {limit} are allowed"))
-        return
-    if len(value) < least:
-        violations.append(Violation(path, f"has {len(value)} items; at least {least} are needed"))
-    target = getattr(message, field.name)
-    for index, item in enumerate(value):
-        if field.message_type is not None:
-            _read_message(item, target.add(), f"{path}[{index}]", violations)
-            continue
-        try:
-            target.append(_scalar(field, item))
-        except ValueError as error:
-            violations.append(Violation(f"{path}[{index}]", str(error)))
-
-
-def _read_map(field: Field, value: object, message: Message, path: str, violations: list[Violation]) -> None:
-    if not isinstance(value, Mapping):
-        violations.append(Violation(path, f"expected a mapping of names to values, got {show(value)}"))
-        return
-    if len(value) > MAX_ITEMS:
-        violations.append(Violation(path, f"has {len(value)} items; at most {MAX_ITEMS} are allowed"))
-        return
-    entry = schema.message_type(field)
-    target = getattr(message, field.name)
-    for key, item in value.items():
-        try:
-            name = _string(entry.fields_by_name["key"], key)
-            target[name] = _scalar(entry.fields_by_name["value"], item, field)
-        except ValueError as error:
-            violations.append(Violation(join(path, schema.show_key(key)), str(error)))
-
-
-def _scalar(field: Field, value: object, rule_holder: Field | None = None) -> bool | int | float | str:
-    """The value as the field's type; the rules are `rule_holder`'s where that is another field, as with maps.
-
-    Raises ValueError with the description of the violation.
-    """
-    holder = field if rule_holder is None else rule_holder
-    if field.type == schema.BOOL:
-        if not isinstance(value, bool):
-            raise ValueError(f"expected true or false, got {show(value)}")
-        return value
-    if field.type == schema.STRING:
-        return _string(field, value)
-    number = _float(value) if field.type in schema.FLOATS else _integer(value)
-    low, high = schema.bounds(holder)
-    rule = schema.rules_of(holder)
-    outside = (
-        number < low
-        or number > high
-        or (rule.HasField("gt") and number <= rule.gt)
-        or (rule.HasField("lt") and number >= rule.lt)
-    )
-    if outside:
-        raise ValueError(f"{show(number if isinstance(value, str) else value)} is not in {schema.range_text(holder)}")
-    return number
-
-
-def _float(value: object) -> float:
-    if isinstance(value, str) and _NUMBER.fullmatch(value):
-        value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"expected a number, got {show(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"expected a finite number, got {show(value)}")
-    return number
-
-
-def _integer(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"expected a whole number, got {show(value)}")
-    return value
-
-
-def _string(field: Field, value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected a text, got {show(value)}")
-    allowed = list(getattr(schema.rules_of(field), "in"))
-    if allowed and value not in allowed:
-        hint = schema.did_you_mean(value, allowed)
-        raise ValueError(f"{show(value)} is not one of {', '.join(allowed)}{hint}")
-    if len(value) > MAX_STRING_CHARS:
-        raise ValueError(f"has {len(value)} characters; at most {MAX_STRING_CHARS} are allowed")
-    if not value.isprintable():
-        # Lone surrogates, which no protobuf string can hold, are not printable either.
-        raise ValueError(f"{show(value)} has characters that cannot be printed")
-    return value
-
-
-def _choice_violations(
-    value: Mapping[Any, Any], message: MessageType, path: str, *, complained: bool
-) -> list[Violation]:
-    """A step names exactly one technique, an item of a list of augmentations exactly one of these."""
-    named = [key for key in value if isinstance(key, str) and key in message.fields_by_name]
-    noun = schema.noun_of(message)
-    if len(named) > 1:
-        one = "step" if noun == "technique" else "item"
-        description = f"names {len(named)} {noun}s ({', '.join(named)}); write one {one} for each"
-        return [Violation(path, description)]
-    if not named and not complained:
-        return [Violation(path, f"names no {noun}; there are {schema.names_of(message)}")]
-    return []
-
-
-def _cross_field_rules(message: Message, path: str) -> list[Violation]:
-    """Rules that tie two fields together, and those that no range says; defaults stand in for what is not set."""
-    if isinstance(message, PruneStep):
-        return _prune_rules(message, path)
-    return _quantize_rules(message, path) if isinstance(message, QuantizeStep) else []
-
-
-def _prune_rules(message: PruneStep, path: str) -> list[Violation]:
-    found = []
-    if message.structure == "n:m":
-        removed, group = _set_or_default(message, "n"), _set_or_default(message, "m")
-        if removed >= group:
-            found.append(Violation(join(path, "n"), f"{removed} is not less than m ({group})"))
-    if message.structure != "channel" and message.criterion in _OF_CHANNELS:
-        found.append(Violation(join(path, "criterion"), f"'{message.criterion}' needs structure channel"))
-    return found
-
-
-def _quantize_rules(message: QuantizeStep, path: str) -> list[Violation]:
-    found = []
-    if message.weights == "int4" and message.scheme != "weight_only":
-        found.append(Violation(join(path, "weights"), "'int4' needs scheme weight_only"))
-    if message.block_size & (message.block_size - 1):
-        found.append(Violation(join(path, "block_size"), f"{message.block_size} is no power of two"))
-    return found
-
-
-def _set_or_default(message: Message, name: str) -> int:
-    if message.HasField(name):
-        return int(getattr(message, name))
-    return int(schema.rules_of(message.DESCRIPTOR.fields_by_name[name]).default_value)
-
-
-# --- writing -----------------------------------------------------------------------------------------------------
-
-
-def _write_message(message: Message) -> dict[str, Any]:
-    document: dict[str, Any] = {}
-    for field, value in message.ListFields():
-        nested = field.message_type is not None
-        if schema.map_value(field) is not None:
-            # The order of a map on the wire means nothing.
-            document[field.name] = dict(sorted(value.items()))
-        elif field.is_repeated:
-            document[field.name] = [_write_message(item) if nested else item for item in value]
-        else:
-            document[field.name] = _write_message(value) if nested else value
-    return document
-
-
-def _unknown_fields(message: Message, path: str) -> list[Violation]:
-    """Fields of a newer recipe language: ignoring one silently would run another recipe than the one asked for."""
-    found = []
-    # The type stubs of protobuf have no constructor for UnknownFieldSet.
-    if len(cast(Any, UnknownFieldSet)(message)):
-        found.append(Violation(path or "recipe", "has fields that this server does not know; update the server"))
-    for field, value in message.ListFields():
-        if field.message_type is None or schema.map_value(field) is not None:
-            continue
-        if field.is_repeated:
-            for index, item in enumerate(value):
-                found.extend(_unknown_fields(item, f"{join(path, field.name)}[{index}]"))
-        else:
-            found.extend(_unknown_fields(value, join(path, field.name)))
-    return found
-
-
-# --- overrides ---------------------------------------------------------------------------------------------------
-
-
 def _yaml_value(text: str) -> object:
     import yaml  # only `--set` needs it
 
@@ -380,8 +214,11 @@ def _yaml_value(text: str) -> object:
 
 def _set_path(document: dict[str, Any], path: str, value: object) -> None:
     keys = _split_path(path)
-    if keys[0] in Step.DESCRIPTOR.fields_by_name:
+    if keys[0] in STEP.by_name:
         keys = ["steps", _only_step(document, str(keys[0])), *keys]
+    elif keys[0] not in SCHEMA.by_name:
+        hint = did_you_mean(keys[0], (*SCHEMA.by_name, *STEP.by_name))
+        raise ValueError(f"starts with neither a key of a recipe nor a technique{hint}")
     holder: Any = document
     for key, following in pairwise(keys):
         child = _get(holder, key)

@@ -20,7 +20,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from modelpress_client.settings import RetryPolicy
-from modelpress_protos.recipe import from_dict, techniques
+from modelpress_protos.recipe import STEP, from_dict
 from modelpress_protos.v1 import common_pb2 as common
 from modelpress_protos.v1 import job_service_pb2 as jobs
 from modelpress_protos.v1 import job_service_pb2_grpc as jobs_grpc
@@ -405,8 +405,8 @@ class FakeServer(
         info = server_pb.ServerInfo(version="0.1.0", api_versions=["modelpress.v1"], max_chunk_bytes=CHUNK_BYTES)
         recipe = from_dict({"version": 1, "steps": [{"fuse": {}}, {"quantize": {"scheme": "auto"}}]})
         info.presets.add(name="default", summary="Good for most.", recipe=recipe)
-        for technique in techniques():
-            info.techniques.add(name=technique.name, summary=technique.summary)
+        for technique in STEP.options:
+            info.techniques.add(name=technique.name, summary=technique.help)
         return info
 
     async def check_health(self, request: bytes, context: Any) -> bytes:

@@ -1,85 +1,25 @@
-"""The recipe exists twice: as the API's message and as the engine's dataclasses. Here the two are held together."""
+"""The API reads recipes by its messages, the engine by its configuration classes: the two give the same verdicts."""
 
-from dataclasses import fields
+from __future__ import annotations
+
+from dataclasses import asdict
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from modelpress_compression.errors import InvalidRecipeError
-from modelpress_compression.passes.distill.config import AUGMENTATIONS
-from modelpress_compression.recipe import METRICS, Benchmark, Constraints, Recipe, presets
-from modelpress_compression.target import Target
-from modelpress_compression.techniques import TECHNIQUES
+from modelpress_compression.options import schema_of
+from modelpress_compression.recipe import Recipe, presets
+from modelpress_compression.schema import Option, Schema
 from modelpress_protos import recipe as language
-from modelpress_protos.v1 import options_pb2, recipe_pb2
 
-SECTIONS = {
-    **{name: (TECHNIQUES[name].config_class, f"{name.title()}Step") for name in TECHNIQUES},
-    "target": (Target, "Target"),
-    "constraints": (Constraints, "Constraints"),
-    "benchmark": (Benchmark, "Benchmark"),
-}
+SCHEMA = schema_of(Recipe)
 
 
-def rules(message: str) -> dict[str, options_pb2.FieldRules]:
-    descriptor = getattr(recipe_pb2, message).DESCRIPTOR
-    return {field.name: field.GetOptions().Extensions[options_pb2.rules] for field in descriptor.fields}
-
-
-@pytest.mark.parametrize("name", sorted(SECTIONS))
-def test_same_options_and_defaults(name: str) -> None:
-    """Every option has the same name and default on both sides."""
-    config_class, message = SECTIONS[name]
-    ours = {item.name: item.default for item in fields(config_class)}
-    theirs = rules(message)
-    assert ours.keys() == theirs.keys()
-    for option, default in ours.items():
-        stated = yaml.safe_load(theirs[option].default_value) if theirs[option].default_value else None
-        assert stated == (list(default) or None if isinstance(default, tuple) else default), option
-
-
-def test_same_techniques() -> None:
-    """The API offers the techniques that the engine has, with the same sentence."""
-    assert {technique.name: technique.summary for technique in language.techniques()} == {
-        technique.name: technique.summary for technique in TECHNIQUES.values()
-    }
-
-
-def test_same_augmentations() -> None:
-    """Both sides know the same augmentations, with the same defaults and the same bounds."""
-    theirs = rules("Augmentation")
-    assert theirs.keys() == AUGMENTATIONS.keys()
-    for name, limits in AUGMENTATIONS.items():
-        assert (float(theirs[name].default_value), theirs[name].gt, theirs[name].lte) == (*limits[:1], 0, limits[1])
-
-
-@pytest.mark.parametrize(
-    "augment", [["rotation"], [{"rotation": 30}], [{"noise": None}, "mixup"], ["horizontal_flip", {"rotation": "3e1"}]]
-)
-def test_augmentations_survive_the_api(augment: list[Any]) -> None:
-    """Names and names with a number mean the same on both sides, and arrive as they were sent."""
-    document = {"version": 1, "steps": [{"distill": {"augment": augment}}]}
-    recipe = Recipe.from_dict(document)
-    assert len(recipe.steps[0].config.augment) == len(augment)
-    assert Recipe.from_dict(language.to_dict(language.from_dict(document))) == recipe
-
-
-def test_the_example_of_the_documentation_is_read_by_both() -> None:
-    """YAML 1.1 takes 1e-3 for a string; both sides take it for the number."""
-    document = yaml.safe_load(
-        """{version: 1, steps: [
-        {distill: {epochs: 3, learning_rate: 1e-3, augment: [horizontal_flip, {rotation: 30}]}}]}"""
-    )
-    ours = Recipe.from_dict(document)
-    assert ours.steps[0].config.learning_rate == 1e-3
-    assert Recipe.from_dict(language.to_dict(language.from_dict(document))) == ours
-
-
-def test_metrics_agree() -> None:
-    """Both sides know the same metrics."""
-    assert tuple(getattr(rules("Constraints")["metric"], "in")) == METRICS
+def test_the_schema_of_the_messages_is_that_of_the_classes() -> None:
+    """Names, numbers, kinds, defaults, ranges, choices, descriptions and rules of every option are the same."""
+    assert asdict(language.SCHEMA) == asdict(SCHEMA)
 
 
 @pytest.mark.parametrize("preset", list(presets()))
@@ -89,36 +29,131 @@ def test_presets_survive_the_api(preset: str) -> None:
     assert Recipe.from_dict(language.to_dict(language.from_dict(recipe.to_dict()))) == recipe
 
 
-augmentations = st.one_of(
-    st.sampled_from([*AUGMENTATIONS, "x"]),
-    st.dictionaries(st.sampled_from([*AUGMENTATIONS, "x"]), st.one_of(st.none(), st.floats(-1, 200)), max_size=2),
-    st.integers(),
+def number_of(option: Option) -> st.SearchStrategy[Any]:
+    """A number in its range, as YAML may spell it."""
+    bounds = [bound for bound in (option.gte, option.gt, option.lte, option.lt) if bound is not None]
+    near = [value for bound in bounds for value in (bound, bound - 1, bound + 1)]
+    whole = option.kind != "float"
+    numbers = [int(value) if whole else value for value in (*near, 0.5, 16, 32)]
+    fitting = [value for value in numbers if not (option.power_of_two and int(value) & (int(value) - 1))]
+    number = st.sampled_from([value for value in fitting if option.permits(value)])
+    return number | number.map(float) | number.map(str) | number.map(lambda value: f"{value:.9e}")
+
+
+def value_of(option: Option) -> st.SearchStrategy[Any]:
+    """A sound value of an option."""
+    if isinstance(option.kind, Schema):
+        one = document_of(option.kind)
+        one = one | st.sampled_from(sorted(option.kind.by_name)) if option.kind.is_numbered else one
+    elif option.kind == "bool":
+        one = st.booleans()
+    elif option.kind == "string":
+        one = st.sampled_from(option.choices) if option.choices else st.text("ab*é", max_size=4)
+    else:
+        one = number_of(option)
+    if option.many == "map":
+        return st.dictionaries(st.text("ab*", max_size=3), one, max_size=3)
+    return st.lists(one, min_size=option.min_items, max_size=3) if option.many == "list" else one
+
+
+@st.composite
+def document_of(draw: st.DrawFn, schema: Schema) -> dict[str, Any]:
+    """A section that is sound but for the rules that tie options together."""
+    names = st.sampled_from(sorted(schema.by_name))
+    drawn = [draw(names)] if schema.choice else draw(st.lists(names, max_size=4, unique=True))
+    required = [option.name for option in schema.options if option.required]
+    return {name: draw(value_of(schema.by_name[name])) for name in [*required, *drawn]}
+
+
+junk: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["\ud800", "1e-3"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=2),
+    max_leaves=4,
 )
-values = st.one_of(
-    st.none(),
-    st.lists(augmentations, max_size=2),
-    st.just("1e-3"),
-    st.booleans(),
-    st.integers(-3, 70),
-    st.floats(-2, 2),
-    st.sampled_from(["auto", "n:m", "l1", "x", "layer", "static", "channel", "activation", "taylor", "macs"]),
-    st.dictionaries(st.sampled_from(["layer4*", "a.b"]), st.one_of(st.none(), st.floats(-1, 2)), max_size=2),
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> Any:
+    """A document of which one value, key or item is something else, or one is added."""
+    root = {"document": draw(document_of(SCHEMA))}
+    holder: Any = root
+    key: Any = "document"
+    while isinstance(holder[key], dict | list) and holder[key] and draw(st.integers(0, 3)):
+        holder = holder[key]
+        key = draw(st.sampled_from(list(holder) if isinstance(holder, dict) else range(len(holder))))
+    if isinstance(holder[key], dict) and draw(st.booleans()):
+        holder[key][draw(st.sampled_from(["x", "n", "fuse", "sparsity"]) | st.integers())] = draw(junk)
+    else:
+        holder[key] = draw(junk)
+    return root["document"]
+
+
+def violations_of(document: Any) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """What the engine and the API find."""
+    found: list[list[tuple[str, str]]] = []
+    for reader, error in ((Recipe.from_dict, InvalidRecipeError), (language.from_dict, language.RecipeError)):
+        try:
+            reader(document)
+            found.append([])
+        except error as caught:
+            found.append([(item.path, item.description) for item in caught.violations])
+    return found[0], found[1]
+
+
+@given(document_of(SCHEMA) | mutated())
+def test_both_sides_say_the_same(document: Any) -> None:
+    """Any document has the same violations on both sides, and one without any means the same recipe over the wire."""
+    engine, api = violations_of(document)
+    assert engine == api
+    if not engine:
+        message = language.from_dict(document)
+        assert language.validate(message) == []
+        assert Recipe.from_dict(language.to_dict(message)) == Recipe.from_dict(document)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [("epochs", 5.0), ("round_to", 8.0), ("max_drop", "1e-3"), ("max_size_bytes", "5e6")]
 )
+def test_numbers_that_one_side_refused(path: str, value: float | str) -> None:
+    """Whole floats and numbers that YAML 1.1 reads as strings are taken by both sides."""
+    documents: dict[str, dict[str, Any]] = {
+        "epochs": {"steps": [{"distill": {"epochs": value}}]},
+        "round_to": {"steps": [{"prune": {"round_to": value}}]},
+        "max_drop": {"constraints": {"max_drop": value}},
+        "max_size_bytes": {"constraints": {"max_size_bytes": value}},
+    }
+    assert violations_of({"version": 1, **documents[path]}) == ([], [])
 
 
-@given(st.data())
-def test_both_sides_accept_the_same(data: Any) -> None:
-    """What one side refuses, the other refuses too."""
-    name = data.draw(st.sampled_from(sorted(TECHNIQUES)))
-    options = [item.name for item in fields(TECHNIQUES[name].config_class)]
-    drawn = data.draw(st.dictionaries(st.sampled_from(options), values, max_size=4))
-    document = {"version": 1, "steps": [{name: drawn}]}
-    assert accepts(Recipe.from_dict, document) == accepts(language.from_dict, document), document
+# Field numbers are for ever: messages that were stored or sent with them must keep their meaning.
+NUMBERS = {
+    "Recipe": "version steps target constraints benchmark",
+    "Step": "fuse prune quantize distill",
+    "FuseStep": "activations transformers exclude",
+    "PruneStep": "structure sparsity criterion scope n m exclude seed round_to min_channels normalize repair overrides",
+    "QuantizeStep": "scheme weights activations per_channel calibration exclude block_size smooth_quant equalize "
+    "bias_correction rounding",
+    "DistillStep": "method loss epochs batch_size optimizer learning_rate weight_decay warmup temperature "
+    "feature_weight label_weight hold_out patience seed augment exclude",
+    "Augmentation": "horizontal_flip vertical_flip rotation random_resized_crop color_jitter noise mixup time_masking "
+    "token_masking",
+    "Target": "device cpu",
+    "Constraints": "metric max_drop max_size_bytes max_latency_ms",
+    "Benchmark": "threads batch_sizes rounds",
+}
 
 
-def accepts(read: Any, document: dict[str, Any]) -> bool:
-    try:
-        read(document)
-    except (InvalidRecipeError, language.RecipeError):
-        return False
-    return True
+def test_field_numbers_never_change() -> None:
+    """Each field of version 0.1 has the number that it had then."""
+    found: dict[str, dict[str, int]] = {}
+
+    def walk(schema: Schema) -> None:
+        found[schema.name] = {option.name: option.number for option in schema.options}
+        for option in schema.options:
+            if isinstance(option.kind, Schema):
+                walk(option.kind)
+
+    walk(SCHEMA)
+    for message, names in NUMBERS.items():
+        expected = {name: number for number, name in enumerate(names.split(), start=1)}
+        assert found[message].items() >= expected.items(), message

@@ -18,7 +18,6 @@ from modelpress_compression.graph.synthetic import synthetic_inputs
 from modelpress_compression.inputs import Array, EvaluationData, InputData
 from modelpress_compression.measure.stats import model_stats
 from modelpress_compression.model import Model
-from modelpress_compression.options import config_to_dict
 from modelpress_compression.passes.base import Context
 from modelpress_compression.pipeline.measuring import Measured, measure, not_better
 from modelpress_compression.pipeline.progress import Progress, ProgressListener, stages_of
@@ -210,7 +209,7 @@ def _report(job: str, run: _Run, records: Sequence[StepRecord], outcome: _Outcom
 def _step_row(record: StepRecord) -> StepRow:
     return StepRow(
         name=record.step.technique,
-        config=config_to_dict(record.step.config),
+        config=record.step.config.to_dict(),
         changes=record.changes,
         skipped=[(skip.node, skip.reason) for skip in record.skipped],
         size_bytes=file_size_bytes(record.path),

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"modelpress_protos/v1/options.proto\x12\rmodelpress.v1\x1a google/protobuf/descriptor.proto\"\xe0\x01\n\nFieldRules\x12\x10\n\x08required\x18\x01 \x01(\x08\x12\x10\n\x03gte\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x02gt\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03lte\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x0f\n\x02lt\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\n\n\x02in\x18\x06 \x03(\t\x12\x16\n\tmin_items\x18\x07 \x01(\x05H\x04\x88\x01\x01\x12\x15\n\rdefault_value\x18\x08 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\t \x01(\tB\x06\n\x04_gteB\x05\n\x03_gtB\x06\n\x04_lteB\x05\n\x03_ltB\x0c\n\n_min_items:I\n\x05rules\x12\x1d.google.protobuf.FieldOptions\x18\x98\x88\x03 \x01(\x0b\x32\x19.modelpress.v1.FieldRulesb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"modelpress_protos/v1/options.proto\x12\rmodelpress.v1\x1a google/protobuf/descriptor.proto\"\xc7\x02\n\nFieldRules\x12\x10\n\x08required\x18\x01 \x01(\x08\x12\x10\n\x03gte\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x02gt\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03lte\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x0f\n\x02lt\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\n\n\x02in\x18\x06 \x03(\t\x12\x16\n\tmin_items\x18\x07 \x01(\x05H\x04\x88\x01\x01\x12\x15\n\rdefault_value\x18\x08 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\t \x01(\t\x12\x14\n\x0cpower_of_two\x18\n \x01(\x08\x12#\n\x05needs\x18\x0b \x01(\x0b\x32\x14.modelpress.v1.Needs\x12*\n\tless_than\x18\x0c \x01(\x0b\x32\x17.modelpress.v1.LessThanB\x06\n\x04_gteB\x05\n\x03_gtB\x06\n\x04_lteB\x05\n\x03_ltB\x0c\n\n_min_items\"5\n\x05Needs\x12\x0e\n\x06values\x18\x01 \x03(\t\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\t\"7\n\x08LessThan\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\r\n\x05where\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\t:I\n\x05rules\x12\x1d.google.protobuf.FieldOptions\x18\x98\x88\x03 \x01(\x0b\x32\x19.modelpress.v1.FieldRulesb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,5 +33,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'modelpress_protos.v1.option
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FIELDRULES']._serialized_start=88
-  _globals['_FIELDRULES']._serialized_end=312
+  _globals['_FIELDRULES']._serialized_end=415
+  _globals['_NEEDS']._serialized_start=417
+  _globals['_NEEDS']._serialized_end=470
+  _globals['_LESSTHAN']._serialized_start=472
+  _globals['_LESSTHAN']._serialized_end=527
 # @@protoc_insertion_point(module_scope)

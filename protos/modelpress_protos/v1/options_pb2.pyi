@@ -3,25 +3,27 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pb2 as _descriptor_pb2
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import extension_dict as _extension_dict
 import builtins as _builtins
 import sys
 import typing as _typing
 
-if sys.version_info >= (3, 10):
-    from typing import TypeAlias as _TypeAlias
+if sys.version_info >= (3, 11):
+    from typing import TypeAlias as _TypeAlias, Never as _Never
 else:
-    from typing_extensions import TypeAlias as _TypeAlias
+    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class FieldRules(_message.Message):
-    """Permitted values of one recipe field. The recipe messages carry them as field options, so that client, server and
-    documentation read the same rules from the descriptor and no second schema exists.
+    """Permitted values of one recipe field. The recipe messages, which are generated, carry them as field options, so that a
+    client reads from the descriptor what the engine's configuration classes say.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -35,6 +37,9 @@ class FieldRules(_message.Message):
     MIN_ITEMS_FIELD_NUMBER: _builtins.int
     DEFAULT_VALUE_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
+    POWER_OF_TWO_FIELD_NUMBER: _builtins.int
+    NEEDS_FIELD_NUMBER: _builtins.int
+    LESS_THAN_FIELD_NUMBER: _builtins.int
     required: _builtins.bool
     """The field must be set."""
     gte: _builtins.float
@@ -48,9 +53,19 @@ class FieldRules(_message.Message):
     min_items: _builtins.int
     """Fewest items of a repeated field."""
     default_value: _builtins.str
-    """The value used when the field is not set, spelled as in YAML; documentation, and compared with the engine by a test."""
+    """The value used when the field is not set, spelled as in YAML."""
     description: _builtins.str
     """One sentence for the person who writes a recipe; `info` and `recipes` print it."""
+    power_of_two: _builtins.bool
+    """The value must be a power of two."""
+    @_builtins.property
+    def needs(self) -> Global___Needs:
+        """Strings that are permitted only where another field of the message has a certain value."""
+
+    @_builtins.property
+    def less_than(self) -> Global___LessThan:
+        """Another field of the message that the value must be less than."""
+
     def __init__(
         self,
         *,
@@ -62,10 +77,13 @@ class FieldRules(_message.Message):
         min_items: _builtins.int | None = ...,
         default_value: _builtins.str = ...,
         description: _builtins.str = ...,
+        power_of_two: _builtins.bool = ...,
+        needs: Global___Needs | None = ...,
+        less_than: Global___LessThan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_gt", b"_gt", "_gte", b"_gte", "_lt", b"_lt", "_lte", b"_lte", "_min_items", b"_min_items", "gt", b"gt", "gte", b"gte", "lt", b"lt", "lte", b"lte", "min_items", b"min_items"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_gt", b"_gt", "_gte", b"_gte", "_lt", b"_lt", "_lte", b"_lte", "_min_items", b"_min_items", "gt", b"gt", "gte", b"gte", "less_than", b"less_than", "lt", b"lt", "lte", b"lte", "min_items", b"min_items", "needs", b"needs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gt", b"_gt", "_gte", b"_gte", "_lt", b"_lt", "_lte", b"_lte", "_min_items", b"_min_items", "default_value", b"default_value", "description", b"description", "gt", b"gt", "gte", b"gte", "in", b"in", "lt", b"lt", "lte", b"lte", "min_items", b"min_items", "required", b"required"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gt", b"_gt", "_gte", b"_gte", "_lt", b"_lt", "_lte", b"_lte", "_min_items", b"_min_items", "default_value", b"default_value", "description", b"description", "gt", b"gt", "gte", b"gte", "in", b"in", "less_than", b"less_than", "lt", b"lt", "lte", b"lte", "min_items", b"min_items", "needs", b"needs", "power_of_two", b"power_of_two", "required", b"required"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gt: _TypeAlias = _typing.Literal["gt"]  # noqa: Y015
     _WhichOneofArgType__gt: _TypeAlias = _typing.Literal["_gt", b"_gt"]  # noqa: Y015
@@ -89,6 +107,68 @@ class FieldRules(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_items) -> _WhichOneofReturnType__min_items | None: ...
 
 Global___FieldRules: _TypeAlias = FieldRules  # noqa: Y015
+
+@_typing.final
+class Needs(_message.Message):
+    """Some values of a field need another field to have a certain one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    """The other field."""
+    value: _builtins.str
+    """What that must be; its default counts where it is not set."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The values that are not always permitted."""
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_builtins.str] | None = ...,
+        field: _builtins.str = ...,
+        value: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "value", b"value", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Needs: _TypeAlias = Needs  # noqa: Y015
+
+@_typing.final
+class LessThan(_message.Message):
+    """A field must be less than another one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    WHERE_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    """The other field; its default counts where it is not set."""
+    where: _builtins.str
+    """The rule holds where this third field ..."""
+    value: _builtins.str
+    """... has this value."""
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        where: _builtins.str = ...,
+        value: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "value", b"value", "where", b"where"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LessThan: _TypeAlias = LessThan  # noqa: Y015
 
 RULES_FIELD_NUMBER: _builtins.int
 rules: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.FieldOptions, Global___FieldRules]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from modelpress_compression.options import schema_of
+from modelpress_compression.techniques import TECHNIQUES
 from modelpress_protos.formats import FORMATS
-from modelpress_protos.recipe import techniques
 from modelpress_protos.v1 import common_pb2, server_service_pb2, server_service_pb2_grpc
 
 from modelpress_server.config import Settings
@@ -67,14 +68,14 @@ def _techniques() -> list[server_service_pb2.Technique]:
             options=[
                 server_service_pb2.Option(
                     name=option.name,
-                    type=option.type,
-                    default_value=option.default_value,
+                    type=option.type_text,
+                    default_value=option.default_text,
                     allowed=option.allowed,
-                    range=option.range,
-                    description=option.description,
+                    range=option.range_text(),
+                    description=option.help,
                 )
-                for option in technique.options
+                for option in schema_of(technique.config_class).options
             ],
         )
-        for technique in techniques()
+        for technique in TECHNIQUES.values()
     ]

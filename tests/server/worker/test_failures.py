@@ -9,6 +9,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from modelpress_compression import errors as engine
+from modelpress_compression.schema import Violation
 from modelpress_protos.v1 import common_pb2
 from modelpress_server.errors import MAX_STATUS_BYTES
 from modelpress_server.worker.failures import status_of_exception, take_debug_info
@@ -29,7 +30,7 @@ ENGINE_ERRORS = [
     engine.RejectedModelError("refused", finding="PICKLE_GLOBAL"),
     engine.InvalidInputsError("inputs"),
     engine.InvalidDataError("data"),
-    engine.InvalidRecipeError([engine.Violation("steps[0]", "wrong")]),
+    engine.InvalidRecipeError([Violation("steps[0]", "wrong")]),
     engine.UnsupportedOperatorError("operator", op_type="Foo", node="n1"),
     engine.ModelNotRunnableError("does not run"),
     engine.TimeLimitError("too late"),

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import NamedTuple
 
-from modelpress_compression.options import Checks
-
-
-class Amount(NamedTuple):
-    """What the number of an augmentation may be: in (0, `largest`], `default` where none is given."""
-
-    default: float
-    largest: float
+from modelpress_compression.options import Config, option
+from modelpress_compression.schema import Option, Schema
 
 
-# Names and numbers as in torchvision and torchaudio where these have them; the passes say what each does.
-AUGMENTATIONS: Mapping[str, Amount] = MappingProxyType(
-    {
-        "horizontal_flip": Amount(0.5, 1),
-        "vertical_flip": Amount(0.5, 1),
-        "rotation": Amount(15, 180),
-        "random_resized_crop": Amount(0.7, 1),
-        "color_jitter": Amount(0.2, 1),
-        "noise": Amount(0.05, 1),
-        "mixup": Amount(0.2, 10),
-        "time_masking": Amount(0.1, 1),
-        "token_masking": Amount(0.15, 1),
-    }
+def _amount(name: str, number: int, default: float, largest: float, help: str) -> Option:
+    return Option(name, number, "float", help, default, gt=0, lte=largest)
+
+
+# Names and numbers as in torchvision and torchaudio where these have them.
+AUGMENTATIONS = Schema(
+    "Augmentation",
+    (
+        _amount("horizontal_flip", 1, 0.5, 1, "Images: mirrored left to right with this probability."),
+        _amount("vertical_flip", 2, 0.5, 1, "Images: mirrored top to bottom with this probability."),
+        _amount("rotation", 3, 15, 180, "Images: turned by up to so many degrees either way."),
+        _amount(
+            "random_resized_crop",
+            4,
+            0.7,
+            1,
+            "Images: a random part of at least this share of the area, resized to the whole.",
+        ),
+        _amount("color_jitter", 5, 0.2, 1, "Images: brightness, contrast and saturation changed by up to this share."),
+        _amount(
+            "noise", 6, 0.05, 1, "Images and signals: Gaussian noise of this share of the batch's standard deviation."
+        ),
+        _amount(
+            "mixup",
+            7,
+            0.2,
+            10,
+            "Images: pairs blended in shares drawn from Beta(a, a) with this a; labels are left out then.",
+        ),
+        _amount("time_masking", 8, 0.1, 1, "Signals: a random stretch of up to this share of the time is silenced."),
+        _amount(
+            "token_masking", 9, 0.15, 1, "Token indices: this share of the tokens is replaced by others of the batch."
+        ),
+    ),
+    choice="augmentation",
 )
 
 
@@ -48,50 +61,69 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class DistillConfig:
-    """Training of the model as it stands towards the answers of the model as it was uploaded.
+class DistillConfig(Config):
+    """Training of the model as it stands towards the answers of the model as it was uploaded."""
 
-    `hold_out`: share of the samples that judges and is not trained on; `patience`: epochs without a gain until the
-    end; `label_weight`: share of the labels' loss, None: 0.5 where the data has labels; `warmup`: share of the steps.
-    """
-
-    method: str = "end_to_end"
-    loss: str = "auto"
-    epochs: int = 10
-    batch_size: int = 32
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    warmup: float = 0.05
-    temperature: float = 4.0
-    feature_weight: float = 1.0
-    label_weight: float | None = None
-    hold_out: float = 0.1
-    patience: int = 5
-    seed: int = 0
-    augment: tuple[Augmentation, ...] = ()
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        checks = Checks(self)
-        checks.one_of("method", ("end_to_end", "layerwise"))
-        checks.one_of("loss", ("auto", "kl", "cosine", "mse"))
-        checks.within("epochs", 1 <= self.epochs <= 10_000, "[1, 10000]")
-        checks.within("batch_size", 1 <= self.batch_size <= 65536, "[1, 65536]")
-        checks.one_of("optimizer", ("adamw", "sgd"))
-        checks.within("learning_rate", self.learning_rate > 0, "(0, ...)")
-        checks.within("weight_decay", self.weight_decay >= 0, "[0, ...)")
-        checks.within("warmup", 0 <= self.warmup < 1, "[0, 1)")
-        checks.within("temperature", 0.1 <= self.temperature <= 100, "[0.1, 100]")
-        checks.within("feature_weight", self.feature_weight >= 0, "[0, ...)")
-        checks.within("label_weight", self.label_weight is None or 0 <= self.label_weight <= 1, "[0, 1]")
-        checks.within("hold_out", 0 < self.hold_out <= 0.5, "(0, 0.5]")
-        checks.within("patience", self.patience >= 1, "[1, ...)")
-        checks.within("seed", self.seed >= 0, "[0, ...)")
-        for index, item in enumerate(self.augment):
-            limits = AUGMENTATIONS.get(item.name)
-            if limits is None:
-                checks.refuse(f"augment[{index}]", f"{item.name!r} is not one of {', '.join(AUGMENTATIONS)}")
-            elif not 0 < item.amount <= limits.largest:
-                checks.refuse(f"augment[{index}].{item.name}", f"{item.amount} is not in (0, {limits.largest:g}]")
-        checks.finish()
+    method: str = option(
+        "end_to_end",
+        1,
+        "end_to_end trains all weights towards the original's outputs; layerwise fits block after block to the "
+        "original's activations, which is cheaper.",
+        choices=("end_to_end", "layerwise"),
+    )
+    loss: str = option(
+        "auto",
+        2,
+        "Distance to the original's outputs; auto takes kl for class scores, cosine and mse for embeddings, mse for "
+        "the rest.",
+        choices=("auto", "kl", "cosine", "mse"),
+    )
+    epochs: int = option(10, 3, "Passes over the data, at most.", gte=1, lte=10_000)
+    batch_size: int = option(
+        32, 4, "Samples a step; models with a batch size of their own are run as often as it takes.", gte=1, lte=65536
+    )
+    optimizer: str = option("adamw", 5, "AdamW, or SGD with Nesterov momentum 0.9.", choices=("adamw", "sgd"))
+    learning_rate: float = option(1e-3, 6, "Learning rate after the warm-up; it falls to zero along a cosine.", gt=0)
+    weight_decay: float = option(0.0, 7, "Decay of the weights, not of biases and scales.", gte=0)
+    warmup: float = option(
+        0.05, 8, "Share of the steps in which the learning rate rises to its full value.", gte=0, lt=1
+    )
+    temperature: float = option(
+        4.0,
+        9,
+        "kl: divides class scores before they are compared; higher values look at the order of the unlikely classes "
+        "too.",
+        gte=0.1,
+        lte=100,
+    )
+    feature_weight: float = option(
+        1.0,
+        10,
+        "end_to_end: weight of the loss at intermediate tensors that both models have in the same shape; 0: outputs "
+        "alone.",
+        gte=0,
+    )
+    label_weight: float | None = option(
+        None,
+        11,
+        "Share of the loss against the labels of the data; not set: 0.5 where the data has labels.",
+        gte=0,
+        lte=1,
+    )
+    hold_out: float = option(
+        0.1,
+        12,
+        "Share of the samples that is not trained on: it says which epoch was the best, and when to stop.",
+        gt=0,
+        lte=0.5,
+    )
+    patience: int = option(5, 13, "Training ends after so many epochs without a gain on the samples held out.", gte=1)
+    seed: int = option(0, 14, "Seed of the order of samples, the share held out, and augmentation.", gte=0)
+    augment: tuple[Augmentation, ...] = option(
+        (),
+        15,
+        "Random changes of the inputs, which both models see: names, or names with a number, as in "
+        "[horizontal_flip, {rotation: 30}].",
+        kind=AUGMENTATIONS,
+    )
+    exclude: tuple[str, ...] = option((), 16, "Names of nodes or weights that are not trained, with * and ?.")

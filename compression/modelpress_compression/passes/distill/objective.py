@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from modelpress_compression.errors import InvalidRecipeError, Violation
+from modelpress_compression.errors import InvalidRecipeError
 from modelpress_compression.graph.outputs import INDEPENDENT
 from modelpress_compression.graph.padding import counted_positions
 from modelpress_compression.inputs import Array, Feeds
@@ -31,6 +31,7 @@ from modelpress_compression.passes.distill.losses import (
     output_losses,
     relative_mse,
 )
+from modelpress_compression.schema import Violation
 
 DEFAULT_LABEL_WEIGHT = 0.5
 Values = Mapping[str, Tensor]

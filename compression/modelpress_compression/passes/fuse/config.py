@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from modelpress_compression.options import Config, option
+
 
 @dataclass(frozen=True)
-class FuseConfig:
-    """Lossless rewriting: `activations` into Conv and Gemm, `transformers` for attention, LayerNorm, GELU and skips."""
+class FuseConfig(Config):
+    """Lossless rewriting."""
 
-    activations: bool = True
-    transformers: bool = True
-    exclude: tuple[str, ...] = ()
+    activations: bool = option(
+        True, 1, "Bring hard-swish and hard-sigmoid chains into the forms that onnxruntime fuses into Conv."
+    )
+    transformers: bool = option(
+        True, 2, "Fuse attention, LayerNormalization, GELU and skip connections of transformers."
+    )
+    exclude: tuple[str, ...] = option((), 3, "Names of nodes to leave alone, with * and ?.")

@@ -2,51 +2,78 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from modelpress_compression.options import Checks
+from modelpress_compression.options import Config, option
+from modelpress_compression.schema import LessThan, Needs
 
 
 @dataclass(frozen=True)
-class PruneConfig:
-    """Zeroing of weights, or removal of channels. `sparsity`, in [0, 1): share of the weights or channels removed.
+class PruneConfig(Config):
+    """Zeroing of weights, or removal of channels. `overrides`: pairs of a glob and the sparsity of what matches it."""
 
-    `n:m` zeroes n of every m weights along the input axis. `channel` alone: `round_to`, `min_channels`, `normalize`,
-    `repair`, and `overrides`: (glob, sparsity) for layers by the name of a node or weight, the longest match counts.
-    """
-
-    structure: str = "unstructured"
-    sparsity: float = 0.5
-    criterion: str = "l1"
-    scope: str = "layer"
-    n: int = 2
-    m: int = 4
-    exclude: tuple[str, ...] = ()
-    seed: int = 0
-    round_to: int = 8
-    min_channels: int = 4
-    normalize: str = "parameters"
-    repair: str = "auto"
-    overrides: tuple[tuple[str, float], ...] = field(default=(), metadata={"mapping": True})
-
-    def __post_init__(self) -> None:
-        checks = Checks(self)
-        checks.one_of("structure", ("unstructured", "n:m", "channel"))
-        checks.one_of("criterion", ("l1", "l2", "activation", "taylor", "random"))
-        if self.structure != "channel" and self.criterion in ("l2", "activation", "taylor"):
-            checks.refuse("criterion", f"{self.criterion!r} needs structure channel")
-        checks.one_of("scope", ("layer", "global"))
-        checks.within("sparsity", 0 <= self.sparsity < 1, "[0, 1)")
-        checks.within("m", 2 <= self.m <= 64, "[2, 64]")
-        checks.within("n", 1 <= self.n <= 64, "[1, 64]")
-        if self.structure == "n:m":
-            checks.within("n", self.n < self.m, f"[1, m) with m = {self.m}")
-        checks.within("seed", self.seed >= 0, "[0, ...)")
-        checks.within("round_to", 1 <= self.round_to <= 1024, "[1, 1024]")
-        checks.within("min_channels", 1 <= self.min_channels <= 65536, "[1, 65536]")
-        checks.one_of("normalize", ("none", "parameters", "macs", "latency"))
-        checks.one_of("repair", ("auto", "none", "least_squares"))
-        for pattern, sparsity in self.overrides:
-            if not 0 <= sparsity < 1:
-                checks.refuse(f"overrides.{pattern}", f"{sparsity} is not in [0, 1)")
-        checks.finish()
+    structure: str = option(
+        "unstructured",
+        1,
+        "What is removed: single weights, n of every m neighbouring ones, or whole channels, heads and hidden units; "
+        "only channel makes the model faster.",
+        choices=("unstructured", "n:m", "channel"),
+    )
+    sparsity: float = option(
+        0.5, 2, "Share of the weights that become zero, or of the channels that go; not used by n:m.", gte=0, lt=1
+    )
+    criterion: str = option(
+        "l1",
+        3,
+        "How importance is judged: magnitude (l1; channel also l2), channel also magnitude times activation or by "
+        "gradients of the answers (taylor; both need data), or random as a control.",
+        choices=("l1", "l2", "activation", "taylor", "random"),
+        needs=Needs(("l2", "activation", "taylor"), "structure", "channel"),
+    )
+    scope: str = option(
+        "layer",
+        4,
+        "Whether each layer loses the same share, or the least important of the whole model go.",
+        choices=("layer", "global"),
+    )
+    n: int = option(
+        2,
+        5,
+        "n:m only: how many weights of every group are removed.",
+        gte=1,
+        lte=64,
+        less_than=LessThan("m", "structure", "n:m"),
+    )
+    m: int = option(4, 6, "n:m only: size of a group of neighbours along the input axis.", gte=2, lte=64)
+    exclude: tuple[str, ...] = option((), 7, "Names of nodes or weights to leave alone, with * and ?.")
+    seed: int = option(0, 8, "Seed of the criteria random and taylor.", gte=0)
+    round_to: int = option(
+        8,
+        9,
+        "channel only: the channels that stay in a layer are a multiple of this; odd numbers are slow. 16 before int8.",
+        gte=1,
+        lte=1024,
+    )
+    min_channels: int = option(4, 10, "channel only: fewest channels that stay in a layer.", gte=1, lte=65536)
+    normalize: str = option(
+        "parameters",
+        11,
+        "channel with scope global only: importance counts by what a channel costs in parameters, MACs or time on this "
+        "machine.",
+        choices=("none", "parameters", "macs", "latency"),
+    )
+    repair: str = option(
+        "auto",
+        12,
+        "channel only: least_squares fits the layers behind a cut to the uncut model's answers on the data; auto does "
+        "so where data is given.",
+        choices=("auto", "none", "least_squares"),
+    )
+    overrides: tuple[tuple[str, float], ...] = option(
+        (),
+        13,
+        "channel only: sparsity of the layers whose node or weight matches a name with * and ?, as in "
+        '{"layer4*": 0.3}; the longest match counts.',
+        gte=0,
+        lt=1,
+    )

@@ -4,39 +4,65 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modelpress_compression.options import Checks
+from modelpress_compression.options import Config, option
+from modelpress_compression.schema import Needs
 
 
 @dataclass(frozen=True)
-class QuantizeConfig:
-    """Fewer bits. `scheme` auto tries none, dynamic and static and keeps the fastest that agrees with the original.
+class QuantizeConfig(Config):
+    """Fewer bits."""
 
-    `block_size`: weight_only, how many weights share a scale at most. `smooth_quant`, `equalize`, `bias_correction`:
-    static alone. `rounding`: how the weights of Conv, MatMul and Gemm are rounded.
-    """
-
-    scheme: str = "auto"
-    weights: str = "int8"
-    activations: str = "uint8"
-    per_channel: bool = True
-    calibration: str = "auto"
-    exclude: tuple[str, ...] = ()
-    block_size: int = 32
-    smooth_quant: bool = True
-    equalize: bool = False
-    bias_correction: bool = True
-    rounding: str = "auto"
-
-    def __post_init__(self) -> None:
-        checks = Checks(self)
-        checks.one_of("scheme", ("auto", "dynamic", "static", "weight_only", "float16"))
-        checks.one_of("weights", ("int8", "uint8", "int4"))
-        if self.weights == "int4" and self.scheme != "weight_only":
-            checks.refuse("weights", "'int4' needs scheme weight_only")
-        checks.one_of("activations", ("uint8", "int8"))
-        checks.one_of("calibration", ("auto", "minmax", "moving_average", "percentile", "entropy", "mse"))
-        checks.within("block_size", 16 <= self.block_size <= 256, "[16, 256]")
-        if self.block_size & (self.block_size - 1):
-            checks.refuse("block_size", f"{self.block_size} is no power of two")
-        checks.one_of("rounding", ("auto", "nearest", "gptq"))
-        checks.finish()
+    scheme: str = option(
+        "auto",
+        1,
+        "auto takes the fastest of none, dynamic and static that keeps the agreement with the original.",
+        choices=("auto", "dynamic", "static", "weight_only", "float16"),
+    )
+    weights: str = option(
+        "int8",
+        2,
+        "Type of quantized weights; int4: weight_only alone.",
+        choices=("int8", "uint8", "int4"),
+        needs=Needs(("int4",), "scheme", "weight_only"),
+    )
+    activations: str = option("uint8", 3, "Type of quantized activations (static).", choices=("uint8", "int8"))
+    per_channel: bool = option(True, 4, "One scale an output channel instead of one a tensor.")
+    calibration: str = option(
+        "auto",
+        5,
+        "static: how the range of an activation is found; auto takes, tensor by tensor, the one of the least error at "
+        "the outputs.",
+        choices=("auto", "minmax", "moving_average", "percentile", "entropy", "mse"),
+    )
+    exclude: tuple[str, ...] = option((), 6, "Names of nodes to leave in float, with * and ?.")
+    block_size: int = option(
+        32,
+        7,
+        "weight_only: weights of one column that share a scale; a power of two.",
+        gte=16,
+        lte=256,
+        power_of_two=True,
+    )
+    smooth_quant: bool = option(
+        True,
+        8,
+        "static: moves outliers of activations into the weights (SmoothQuant), where it lessens a layer's error.",
+    )
+    equalize: bool = option(
+        False,
+        9,
+        "static: evens out the ranges of channels between neighbouring convolutions (cross-layer equalization).",
+    )
+    bias_correction: bool = option(
+        True,
+        10,
+        "static: takes the mean error of each channel back through the biases, where data is given and the outputs "
+        "gain by it.",
+    )
+    rounding: str = option(
+        "auto",
+        11,
+        "How weights are rounded: gptq makes later weights take up the error of earlier ones, and needs representative "
+        "inputs; auto does so for 4 bits, and under static where weights make much of the error.",
+        choices=("auto", "nearest", "gptq"),
+    )

@@ -18,7 +18,7 @@ from modelpress_compression.passes.distill.config import AUGMENTATIONS, Augmenta
 from onnx import helper
 
 OF_IMAGES = ("horizontal_flip", "vertical_flip", "rotation", "random_resized_crop", "color_jitter", "noise", "mixup")
-AMOUNTS = {name: limits.default for name, limits in AUGMENTATIONS.items()}
+AMOUNTS = {option.name: option.default for option in AUGMENTATIONS.options}
 
 
 def generator(seed: int = 0) -> torch.Generator:
