@@ -28,7 +28,6 @@ from modelpress_compression.graph.read import (
     MICROSOFT,
     attribute,
     constant_array,
-    constant_tensor,
     graph_of,
     input_of,
     is_constant,
@@ -41,10 +40,8 @@ from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.plan import is_memory_bound
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.affine import quantize_weight
-from modelpress_compression.passes.quantize.weights import WeightStore, why_not_matrix, why_not_weight
+from modelpress_compression.passes.quantize.weights import WeightStore, is_embedding, why_not_matrix, why_not_weight
 
-# Smaller tables are not worth two more nodes.
-MIN_EMBEDDING_ELEMENTS = 4096
 _QATTENTION_ATTRIBUTES = (
     "num_heads",
     "unidirectional",
@@ -101,16 +98,7 @@ def is_candidate(node: onnx_ir.Node) -> bool:
     """Whether it is an operator of `REWRITES`; a Gather is one only where it looks up rows of an embedding table."""
     if node.op_type not in REWRITES or node.domain != (MICROSOFT if node.op_type == "Attention" else ""):
         return False
-    if node.op_type != "Gather":
-        return True
-    tensor = constant_tensor(node.inputs[0])
-    return (
-        tensor is not None
-        and not attribute(node, "axis", 0)
-        and tensor.dtype == onnx_ir.DataType.FLOAT
-        and len(tensor.shape) == 2
-        and tensor.size >= MIN_EMBEDDING_ELEMENTS
-    )
+    return node.op_type != "Gather" or is_embedding(node)
 
 
 @dataclass
@@ -119,9 +107,8 @@ class DynamicRewriter:
 
     editor: Editor
     store: WeightStore
-    _inputs: dict[tuple[int, int], products.Activation] = field(default_factory=dict)
-    _tables: dict[tuple[int, int], StoredWeight] = field(default_factory=dict)
-    _keep: list[onnx_ir.Value] = field(default_factory=list)  # keeps the ids above from being reused
+    _inputs: dict[tuple[onnx_ir.Value, onnx_ir.Graph], products.Activation] = field(default_factory=dict)
+    _tables: dict[tuple[onnx_ir.Value, onnx_ir.Graph], StoredWeight] = field(default_factory=dict)
 
     def rewrite(self, node: onnx_ir.Node) -> None:
         """Replaces a node for which `why_not` found nothing. Nodes must come in the order of their graph."""
@@ -195,21 +182,19 @@ class DynamicRewriter:
     def gather(self, node: onnx_ir.Node) -> None:
         """A scale per row: the norms of embeddings differ more between words than between channels."""
         table = required(node, 0)
-        key = (id(table), id(node.graph))
+        key = (table, graph_of(node))
         if key not in self._tables:
             rows = quantize_weight(self.store.array(table), 0, "int8")
             rows = replace(rows, scale=rows.scale[:, None], axis=None)
             self._tables[key] = folded.store_rows(self.editor, graph_of(node), rows, table.name or "table")
-            self._keep.append(table)
         self.editor.hand_over(node.outputs[0], folded.write_rows(self.editor, node, self._tables[key]))
 
     def _quantized(self, node: onnx_ir.Node) -> products.Activation:
         """Values, scale and zero point of the node's first input."""
         source = required(node, 0)
-        key = (id(source), id(node.graph))
+        key = (source, graph_of(node))
         if key not in self._inputs:
             self._inputs[key] = products.write_input(self.editor, node, source)
-            self._keep.append(source)
         return self._inputs[key]
 
 

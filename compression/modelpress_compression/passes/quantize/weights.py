@@ -32,6 +32,8 @@ from modelpress_compression.target import Target
 
 # A product with fewer weights costs less than the nodes around it.
 MIN_WEIGHT_ELEMENTS = 256
+# Smaller tables are not worth two more nodes.
+MIN_EMBEDDING_ELEMENTS = 4096
 
 
 @dataclass
@@ -52,7 +54,7 @@ class WeightStore:
         source = required(node, 1)
         transposed = node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
         alpha = float(attribute(node, "alpha", 1.0)) if node.op_type == "Gemm" else 1.0
-        key = (id(source), id(node.graph), transposed, alpha)
+        key = (source, graph_of(node), transposed, alpha)
         if key not in self._stored:
             weight = self.array(source)
             axis = int(not transposed) if self.config.per_channel and weight.ndim == 2 else None
@@ -151,6 +153,18 @@ def why_not_matrix(node: onnx_ir.Node) -> str | None:
     if node.op_type == "Gemm" and attribute(node, "transA", 0):
         return "its input is transposed (transA)"
     return None
+
+
+def is_embedding(node: onnx_ir.Node) -> bool:
+    """Whether a Gather looks up rows of a float32 table that is worth fewer bits."""
+    table = constant_tensor(node.inputs[0])
+    return (
+        table is not None
+        and not attribute(node, "axis", 0)
+        and table.dtype == onnx_ir.DataType.FLOAT
+        and len(table.shape) == 2
+        and table.size >= MIN_EMBEDDING_ELEMENTS
+    )
 
 
 def is_finite(tensor: onnx_ir.TensorProtocol) -> bool:

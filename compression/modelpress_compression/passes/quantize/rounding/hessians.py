@@ -17,7 +17,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.graph.linear import Convolution, Linear, Matrix, Places, linear_of
-from modelpress_compression.graph.read import constant_tensor, is_op
+from modelpress_compression.graph.read import constant_tensor, is_constant, is_op
 from modelpress_compression.graph.watch import observable, stream
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
@@ -57,51 +57,47 @@ class Hessians:
     def __init__(self, model: Model, context: Context, only: Collection[str] | None = None) -> None:
         """`only`: names of the weights that will be asked for; None: any."""
         self._context = context
-        self._reasons: dict[int, str] = {}
-        self._weights: dict[int, onnx_ir.Value] = {}  # keeps the ids from being reused
-        self._linears: dict[int, Linear] = {}
-        self._jobs: dict[int, _Job] = {}
+        self._reasons: dict[onnx_ir.Value, str] = {}
+        self._linears: dict[onnx_ir.Value, Linear] = {}
+        self._jobs: dict[onnx_ir.Value, _Job] = {}
         self._sums: dict[frozenset[Reading], Matrix] = {}
-        users: dict[int, list[onnx_ir.Node]] = {}
+        users: dict[onnx_ir.Value, list[onnx_ir.Node]] = {}
         for node in model.graph:
-            if is_op(node, "MatMul", "Gemm", "Conv") and constant_tensor(node.inputs[1]) is not None:
-                weight = node.inputs[1]
-                if only is not None and (weight is None or weight.name not in only):
-                    continue
-                self._weights[id(weight)] = weight  # type: ignore[assignment]  # it is constant, hence there
-                users.setdefault(id(weight), []).append(node)
-        for key, nodes in users.items():
-            self._plan(key, nodes, model)
+            weight = node.inputs[1] if is_op(node, "MatMul", "Gemm", "Conv") else None
+            if weight is not None and is_constant(weight) and (only is None or weight.name in only):
+                users.setdefault(weight, []).append(node)
+        for weight, nodes in users.items():
+            self._plan(weight, nodes, model)
         self._batches = _batches(list({job.readings: job for job in self._jobs.values()}.values()))
         self._model = model.clone()
 
-    def _plan(self, key: int, nodes: Sequence[onnx_ir.Node], model: Model) -> None:
+    def _plan(self, weight: onnx_ir.Value, nodes: Sequence[onnx_ir.Node], model: Model) -> None:
         outputs: dict[Reading, str] = {}
         for node in nodes:
             linear = linear_of(node)
             if isinstance(linear, str):
-                self._reasons[key] = linear
+                self._reasons[weight] = linear
                 return
             if observable(node.inputs[0], model) and node.inputs[0] is not None:
                 outputs[node.inputs[0].name or "", linear] = node.outputs[0].name or ""
         if len({linear for _, linear in outputs}) != 1:
-            self._reasons[key] = "its users multiply by it in different ways" if outputs else _NO_SUCH_USER
+            self._reasons[weight] = "its users multiply by it in different ways" if outputs else _NO_SUCH_USER
             return
         ((_, linear),) = list(outputs)[:1]
-        groups, inputs = _extents(linear, self._weights[key])
+        groups, inputs = _extents(linear, weight)
         job = _Job(frozenset(outputs), tuple(outputs.items()), groups, inputs)
         if job.size_bytes > MAX_BYTES:
-            self._reasons[key] = f"the sums over its {inputs} inputs would take {job.size_bytes >> 20} MiB"
+            self._reasons[weight] = f"the sums over its {inputs} inputs would take {job.size_bytes >> 20} MiB"
             return
-        self._jobs[key], self._linears[key] = job, linear
+        self._jobs[weight], self._linears[weight] = job, linear
 
     def linear(self, weight: onnx_ir.Value) -> Linear | str:
         """How the weight's users multiply by it, or why there is no H."""
-        return self._linears.get(id(weight)) or self._reasons.get(id(weight), _NO_SUCH_USER)
+        return self._linears.get(weight) or self._reasons.get(weight, _NO_SUCH_USER)
 
     def of(self, weight: onnx_ir.Value) -> Matrix:
         """H [g, K, K] of a weight for which `linear` gave one. Raises ModelNotRunnableError, TimeLimitError."""
-        wanted = self._jobs[id(weight)].readings
+        wanted = self._jobs[weight].readings
         if wanted not in self._sums:
             self._sums.clear()
             for batch in self._batches:

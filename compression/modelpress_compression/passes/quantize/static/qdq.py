@@ -76,7 +76,7 @@ class QdqWriter:
             least = np.abs(bias.astype(np.float64)) / (np.float64(x.scale) * _INT32_ROOM)
         quantized = self.store.layer(node, least)
         # The bias may have raised the scale, and then another user of the weight needs another copy.
-        key = (id(source), self.store.summation(node), quantized.scale.tobytes())
+        key = (source, self.store.summation(node), quantized.scale.tobytes())
         if key not in self._weights:
             self._weights[key] = self.store.store(node, source, quantized)
         return self._weights[key]

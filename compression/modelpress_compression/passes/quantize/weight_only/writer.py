@@ -25,10 +25,9 @@ from modelpress_compression.graph.read import (
     required,
 )
 from modelpress_compression.passes.quantize.config import QuantizeConfig
-from modelpress_compression.passes.quantize.dynamic import is_candidate
 from modelpress_compression.passes.quantize.rounding.rounder import Numbers, Rounder, Rounding, nearest
 from modelpress_compression.passes.quantize.weight_only.blocks import block_size, quantize_blocks, usable_scale
-from modelpress_compression.passes.quantize.weights import WeightStore, why_not_matrix
+from modelpress_compression.passes.quantize.weights import WeightStore, is_embedding, why_not_matrix
 
 # Shorter rows are those of depthwise convolutions and stems: few weights, on which much depends.
 MIN_4_BIT_COLUMNS = 64
@@ -188,7 +187,7 @@ def _bias_fits(node: onnx_ir.Node, outputs: int) -> bool:
 
 def _is_embedding(node: onnx_ir.Node, index: int) -> bool:
     """Whether it becomes a GatherBlockQuantized."""
-    return is_op(node, "Gather") and index == 0 and is_candidate(node)
+    return is_op(node, "Gather") and index == 0 and is_embedding(node)
 
 
 def _axes_of(node: onnx_ir.Node, index: int) -> tuple[int, ...] | None:
