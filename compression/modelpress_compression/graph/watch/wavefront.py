@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import onnx_ir
 
 from modelpress_compression.graph.read import is_op
 from modelpress_compression.graph.subgraphs import needed_nodes, read_values
-from modelpress_compression.graph.watch.extract import as_model
+from modelpress_compression.graph.watch.extract import extract
 from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.runtime import run, session_of
@@ -115,11 +115,12 @@ class Wavefront:
 
     def _part(self, piece: _Piece, example: Values) -> Model:
         """The piece as a model; `example` tells types that the graph does not."""
-        ir = as_model(self._model.ir, piece.nodes, piece.makes)
-        for value in ir.graph.inputs:
+        given = [value.name for node in self._ran for value in node.outputs if value.name]
+        part = extract(self._model, [value.name or "" for value in piece.makes], given)
+        for value in part.graph.inputs:
             if value.type is None:
                 value.type = onnx_ir.TensorType(onnx_ir.DataType.from_numpy(example[value.name or ""].dtype))
-        return replace(self._model, ir=ir)
+        return part
 
 
 def _is_tensor(value: onnx_ir.Value) -> bool:

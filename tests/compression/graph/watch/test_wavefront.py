@@ -47,13 +47,14 @@ def test_nodes_run_once_where_memory_permits(
 ) -> None:
     """The first convolution is in one piece only, unless nothing may be kept."""
     ran: list[str] = []
-    original = wavefront.as_model
+    original = wavefront.extract
 
-    def as_model(ir: Any, nodes: Any, outputs: Any) -> Any:
-        ran.extend(node.name for node in nodes)
-        return original(ir, nodes, outputs)
+    def extract(*arguments: Any) -> Any:
+        part = original(*arguments)
+        ran.extend(node.name for node in part.graph)
+        return part
 
-    monkeypatch.setattr(wavefront, "as_model", as_model)
+    monkeypatch.setattr(wavefront, "extract", extract)
     front = front_of(chain(), images(2), ["r1", "y"], budget_bytes)
     for name in ("r1", "y"):
         list(front.advance([name]))
