@@ -3,8 +3,8 @@
     c * (W x + b) = (c W) x + c b          (W x + b) + c = W x + (b + c)
 
 for Mul, Div (c = 1 / constant), Add and Sub, where c is one number or one for each channel (axis 1): [C, 1, 1] for
-two spatial axes. The rules of `channels` hold. It must not fire when c varies along another axis or adds axes, when
-the weight is shared or not constant, or when the product's operand is used elsewhere.
+two spatial axes. The rules of `linear_operators` hold. It must not fire when c varies along another axis or adds axes,
+when the weight is shared or not constant, or when the product's operand is used elsewhere.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir
 
 from modelpress_compression.graph.read import constant_tensor, only_consumer
-from modelpress_compression.passes.fuse.channels import LINEAR, linear_of, per_channel
+from modelpress_compression.passes.fuse.linear_operators import LINEAR, linear_operator_of, per_channel
 from modelpress_compression.passes.fuse.rewriting import FIRED, Floats, Outcome, Scope, float_array
 
 
@@ -35,10 +35,10 @@ class FuseConvAffine:
             return None  # c / y is not linear
         if only_consumer(source.outputs[0]) is None:
             return f"{node.op_type} with a constant stays: the output of {source.op_type} is used elsewhere as well."
-        linear = linear_of(source)
+        linear = linear_operator_of(source)
         if isinstance(linear, str):
             return f"{node.op_type} with a constant stays: {linear}."
-        numbers = per_channel(constant, linear)
+        numbers = per_channel(constant, linear.channels, linear.rank)
         if numbers is None:
             return f"{node.op_type} with a constant stays: it is not one number for each output channel."
         scale, shift = _affine(node.op_type, numbers, reverse=position == 1)

@@ -1,11 +1,6 @@
 """BatchNormalization behind Conv, ConvTranspose or Gemm becomes part of the weights.
 
-At inference, with eps inside the root,
-
-    BN(y) = gamma * (y - mean) / sqrt(var + eps) + beta  =  s * y + t
-    s = gamma / sqrt(var + eps)        t = beta - s * mean
-
-and `channels` absorbs s and t; gamma, beta, mean and var have shape [channels]. In `Gemm` the channels are columns.
+At inference it is an affine map of each channel, which `linear_operators` absorbs; in `Gemm` the channels are columns.
 See Jacob et al., "Quantization and Training of Neural Networks ..." (arXiv:1712.05877), section 3.2.
 
 It must not fire when the operator's weight is shared or not constant, when its output has another consumer or is an
@@ -19,9 +14,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.graph.read import float_attribute, int_attribute, is_op, only_consumer
-from modelpress_compression.passes.fuse.channels import LINEAR, linear_of
-from modelpress_compression.passes.fuse.rewriting import FIRED, Outcome, Scope, float_array
+from modelpress_compression.graph.read import int_attribute, is_op, only_consumer
+from modelpress_compression.passes.fuse.linear_operators import LINEAR, batchnorm_affine, linear_operator_of
+from modelpress_compression.passes.fuse.rewriting import FIRED, Outcome, Scope
 
 
 class FuseConvBatchNorm:
@@ -36,19 +31,18 @@ class FuseConvBatchNorm:
         source = node.inputs[0].producer() if node.inputs[0] is not None else None
         if source is None:
             return None
-        linear = linear_of(source)
+        linear = linear_operator_of(source)
         if isinstance(linear, str):
             return f"BatchNormalization stays: {linear}."
-        statistics = [float_array(value) for value in node.inputs[1:5]]
-        gamma, beta, mean, variance = (None if a is None else a.astype(np.float64).reshape(-1) for a in statistics)
-        if gamma is None or beta is None or mean is None or variance is None:
+        affine = batchnorm_affine(node)
+        if affine is None:
             return "BatchNormalization stays: its statistics are not constant."
-        if gamma.size != linear.channels:
+        scale, shift = affine
+        if scale.size != linear.channels:
             return "BatchNormalization stays: it has another number of channels than the operator before it."
-        scale = gamma / np.sqrt(variance + float_attribute(node, "epsilon", 1e-5))
         if not np.isfinite(scale).all():
             return "BatchNormalization stays: its variances are not positive numbers."
-        scope.replace(node, [source, node], [linear.scaled(scale, beta - scale * mean, scope)])
+        scope.replace(node, [source, node], [linear.scaled(scale, shift, scope)])
         return FIRED
 
     def _why_not(self, node: onnx_ir.Node, scope: Scope) -> str | None:

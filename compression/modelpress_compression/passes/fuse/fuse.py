@@ -1,6 +1,6 @@
 """Lossless rewriting: fewer, faster operators that compute the same.
 
-Three groups, each verified on representative inputs and undone as a whole when outputs differ (`verification`):
+Three groups, each verified on representative inputs and undone as a whole when outputs differ:
 
     standard       folding, no-ops, duplicates, and constants merged into weights; ONNX operators only
     activations    hard swish and hard sigmoid in the form that onnxruntime fuses into its convolutions
@@ -15,7 +15,7 @@ What is *not* written, by measurement (onnxruntime 1.31, one thread; time with t
     FusedGemm with Relu, Sigmoid, Tanh                                 0.96 - 1.00
     BiasGelu, QuickGelu, FusedMatMul                                   0.997, 1.002, 1.008 (same file twice: 1.005)
     SkipLayerNormalization                                             1.08, by disabling the load-time fusion on a
-                                                                       sentence encoder (see `residual_shapes`)
+                                                                       sentence encoder (see `normalization`)
 
 onnxruntime makes all of these itself when it loads a model. Written into the file they would gain nothing, bind it to
 onnxruntime, and hide Conv and Gemm from quantization. `activations` therefore brings activations into the standard
@@ -25,14 +25,17 @@ attention, and GELU below opset 20.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir
 from onnx_ir.passes import common as ir_passes
 
+from modelpress_compression.agreement import why_different
+from modelpress_compression.errors import CompressionError
 from modelpress_compression.graph.metadata import clear_debug_metadata
 from modelpress_compression.graph.read import MICROSOFT, label
+from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip
 from modelpress_compression.passes.fuse.affine_conv import FuseAffineConv
@@ -44,17 +47,22 @@ from modelpress_compression.passes.fuse.conv_batchnorm import FuseConvBatchNorm
 from modelpress_compression.passes.fuse.duplicates import merge_common_subexpressions, merge_initializers
 from modelpress_compression.passes.fuse.gelu import FuseGelu
 from modelpress_compression.passes.fuse.hard_swish import FuseHardSwish
-from modelpress_compression.passes.fuse.layer_normalization import FuseLayerNormalization
 from modelpress_compression.passes.fuse.matmul_affine import FuseMatMulAffine
 from modelpress_compression.passes.fuse.no_ops import MergeTransposes, RemoveNoOps
+from modelpress_compression.passes.fuse.normalization import (
+    DivideByRoot,
+    FuseLayerNormalization,
+    forget_residual_shapes,
+)
 from modelpress_compression.passes.fuse.pad_conv import FusePadConv
-from modelpress_compression.passes.fuse.residual_shapes import forget_residual_shapes
 from modelpress_compression.passes.fuse.rewriting import Rewrite, Scope, Tally, apply
-from modelpress_compression.passes.fuse.root_division import DivideByRoot
-from modelpress_compression.passes.fuse.verification import Verification
+from modelpress_compression.runtime import run, session_of
 
 # Each round can uncover work for the next one (a folded constant becomes a weight); three reach the end in practice.
 _MAX_ROUNDS = 3
+_VERIFIED_SAMPLES = 2
+
+Outputs = Mapping[str, Array]
 
 
 @dataclass(frozen=True)
@@ -178,3 +186,47 @@ def _drop_unused_opset(ir: onnx_ir.Model) -> None:
     """com.microsoft is imported only where it is used."""
     if MICROSOFT in ir.graph.opset_imports and not any(node.domain == MICROSOFT for node in ir.graph.all_nodes()):
         del ir.graph.opset_imports[MICROSOFT]
+
+
+class Verification:
+    """The original's outputs on representative inputs, to hold rewritten models against.
+
+    Samples go through one by one, and once as a batch of two where the original can: a rewrite that mixes up the batch
+    axis shows there only. Raises ModelNotRunnableError when the original does not run.
+    """
+
+    def __init__(self, original: Model, data: InputData) -> None:
+        singles: list[Feeds] = list(data.feeds(limit=_VERIFIED_SAMPLES)) or [{}]
+        pairs = list(data.feeds(batch_size=_VERIFIED_SAMPLES, limit=_VERIFIED_SAMPLES))
+        self._feeds: list[Feeds] = []
+        self._outputs: list[Outputs] = []
+        with session_of(original) as session:
+            for feed in singles:
+                self._feeds.append(feed)
+                self._outputs.append(run(session, feed))
+            for feed in pairs if len(singles) > 1 and len(pairs) < len(singles) else []:
+                try:
+                    outputs = run(session, feed)
+                except CompressionError:
+                    continue  # the model takes one sample at a time
+                self._feeds.append(feed)
+                self._outputs.append(outputs)
+
+    def why_different(self, model: Model) -> str | None:
+        """What is wrong with the rewritten model; None when it computes the same."""
+        try:
+            with session_of(model) as session:
+                got = [run(session, feed) for feed in self._feeds]
+        except CompressionError as error:
+            return f"the result does not run ({error.message})"
+        return _difference(self._outputs, got)
+
+
+def _difference(expected: Sequence[Outputs], got: Sequence[Outputs]) -> str | None:
+    for before, after in zip(expected, got, strict=True):
+        if list(before) != list(after):
+            return "the names of the outputs changed"
+        for name, array in before.items():
+            if (reason := why_different(array, after[name])) is not None:
+                return f"output {name!r} {reason}"
+    return None

@@ -10,6 +10,7 @@ inputs of two axes only. It must not fire when W is shared or not constant, or w
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -17,13 +18,24 @@ import onnx_ir
 
 from modelpress_compression.graph.read import (
     constant_tensor,
-    float_attribute,
     graph_of,
     int_attribute,
     only_consumer,
     rank,
+    required,
 )
+from modelpress_compression.passes.fuse.linear_operators import batchnorm_affine, why_fixed
 from modelpress_compression.passes.fuse.rewriting import FIRED, Floats, Outcome, Scope, float_array
+
+
+@dataclass(frozen=True)
+class _Product:
+    """MatMul with a constant weight [in, out], and the Add of a bias [out] behind it if there is one."""
+
+    matmul: onnx_ir.Node
+    weight: Floats
+    add: onnx_ir.Node | None = None
+    bias: Floats | None = None
 
 
 class FuseMatMulAffine:
@@ -33,82 +45,67 @@ class FuseMatMulAffine:
     op_types: ClassVar[frozenset[str]] = frozenset({"Mul", "Div", "BatchNormalization"})
 
     def __call__(self, node: onnx_ir.Node, scope: Scope) -> Outcome:
-        first = node.inputs[0]
-        position = 1 if node.op_type == "Mul" and constant_tensor(first) is not None else 0
-        found = _matmul_add(node.inputs[position], scope)
-        if found is None:
-            return None
-        matmul, add, bias = found
-        weight = float_array(matmul.inputs[1])
+        position = 1 if node.op_type == "Mul" and constant_tensor(node.inputs[0]) is not None else 0
+        product = _product_of(node.inputs[position], scope)
         affine = _affine(node, node.inputs[1 - position])
-        if weight is None or weight.ndim != 2 or affine is None:
+        if product is None or affine is None:
             return None
-        between = [matmul.outputs[0]] if add is None else [matmul.outputs[0], add.outputs[0]]
+        between = [one.outputs[0] for one in (product.matmul, product.add) if one is not None]
         if any(only_consumer(value) is None for value in between):
             return f"{node.op_type} stays: the output of MatMul is used elsewhere as well."
-        shared = matmul.inputs[1]
-        if shared is None or len(shared.uses()) > 1 or shared.is_graph_output():
-            return f"{node.op_type} stays: the weight of MatMul is shared; changing it would change its other users."
-        scale, shift = (np.broadcast_to(a, (weight.shape[1],)) if a.size == 1 else a for a in affine)
-        if scale.size != weight.shape[1] or not np.isfinite(scale).all() or matmul.graph is not node.graph:
+        if (reason := why_fixed(product.matmul)) is not None:
+            return f"{node.op_type} stays: {reason}."
+        columns = product.weight.shape[1]
+        scale, shift = (np.broadcast_to(a, (columns,)) if a.size == 1 else a for a in affine)
+        if scale.size != columns or not np.isfinite(scale).all() or product.matmul.graph is not node.graph:
             return f"{node.op_type} stays: it is not one finite number for each column of the weight."
-        _rewrite(node, matmul, add, weight, (scale, bias * scale + shift), scope)
+        _rewrite(node, product, scale, shift, scope)
         return FIRED
 
 
-def _matmul_add(value: onnx_ir.Value | None, scope: Scope) -> tuple[onnx_ir.Node, onnx_ir.Node | None, Floats] | None:
-    """MatMul with a constant second operand, and the Add of a bias [out] behind it if there is one."""
+def _product_of(value: onnx_ir.Value | None, scope: Scope) -> _Product | None:
     add = scope.producer(value, "Add")
     if add is None:
         matmul = scope.producer(value, "MatMul")
-        return None if matmul is None else (matmul, None, np.zeros(1))
+        weight = None if matmul is None else _matrix(matmul)
+        return None if matmul is None or weight is None else _Product(matmul, weight)
     for position in (0, 1):
         matmul, bias = scope.producer(add.inputs[position], "MatMul"), float_array(add.inputs[1 - position])
-        if matmul is not None and bias is not None and bias.ndim <= 1:
-            return matmul, add, bias.reshape(-1).astype(np.float64)
+        weight = None if matmul is None else _matrix(matmul)
+        if matmul is not None and weight is not None and bias is not None and bias.ndim <= 1:
+            return _Product(matmul, weight, add, bias.reshape(-1).astype(np.float64))
     return None
+
+
+def _matrix(matmul: onnx_ir.Node) -> Floats | None:
+    weight = float_array(matmul.inputs[1])
+    return weight if weight is not None and weight.ndim == 2 else None
 
 
 def _affine(node: onnx_ir.Node, other: onnx_ir.Value | None) -> tuple[Floats, Floats] | None:
     """(scale, shift), each [out] or one number; None where the node is no constant affine map of the last axis."""
     if node.op_type == "BatchNormalization":
-        numbers = [float_array(value) for value in node.inputs[1:5]]
-        gamma, beta, mean, variance = (None if a is None else a.astype(np.float64).reshape(-1) for a in numbers)
-        if gamma is None or beta is None or mean is None or variance is None or rank(node.inputs[0]) != 2:
-            return None
-        if int_attribute(node, "training_mode", 0):
-            return None
-        scale = gamma / np.sqrt(variance + float_attribute(node, "epsilon", 1e-5))
-        return scale, beta - scale * mean
+        usable = rank(node.inputs[0]) == 2 and not int_attribute(node, "training_mode", 0)
+        return batchnorm_affine(node) if usable else None
     array = float_array(other)
     if array is None or array.ndim > 1:
         return None
-    numbers64 = array.reshape(-1).astype(np.float64)
+    numbers = array.reshape(-1).astype(np.float64)
     with np.errstate(divide="ignore"):
-        return (1 / numbers64 if node.op_type == "Div" else numbers64), np.zeros(1)
+        return (1 / numbers if node.op_type == "Div" else numbers), np.zeros(1)
 
 
-def _rewrite(
-    last: onnx_ir.Node,
-    matmul: onnx_ir.Node,
-    add: onnx_ir.Node | None,
-    weight: Floats,
-    affine: tuple[Floats, Floats],
-    scope: Scope,
-) -> None:
-    scale, shift = affine
-    graph = graph_of(last)
-    old = matmul.inputs[1]
-    columns = (weight * scale.astype(weight.dtype)).astype(weight.dtype)
-    made = [
-        scope.make_like(
-            matmul,
-            "MatMul",
-            [matmul.inputs[0], scope.constant(graph, columns, (old.name if old else None) or "weight")],
-        )
-    ]
-    if add is not None or np.any(shift):
-        full = np.broadcast_to(shift, (weight.shape[1],)).astype(weight.dtype)
+def _rewrite(last: onnx_ir.Node, product: _Product, scale: Floats, shift: Floats, scope: Scope) -> None:
+    """MatMul with the scaled weight, and Add of s b + t where there is any; both names stay."""
+    matmul, add, graph = product.matmul, product.add, graph_of(last)
+    dtype = product.weight.dtype
+    weight = scope.constant(
+        graph, (product.weight * scale.astype(dtype)).astype(dtype), required(matmul, 1).name or "weight"
+    )
+    made = [scope.make_like(matmul, "MatMul", [matmul.inputs[0], weight])]
+    total = shift if product.bias is None else product.bias * scale + shift
+    if add is not None or np.any(total):
+        full = np.broadcast_to(total, scale.shape).astype(dtype)
         bias = scope.constant(graph, full, f"{matmul.name or 'MatMul'}.bias")
         made.append(scope.make_like(add or last, "Add", [made[0].outputs[0], bias]))
     scope.replace(last, [matmul, *([] if add is None else [add]), last], made)

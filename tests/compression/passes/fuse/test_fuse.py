@@ -14,9 +14,8 @@ from modelpress_compression.inputs import InputData
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.fuse import fuse as module
 from modelpress_compression.passes.fuse.config import FuseConfig
-from modelpress_compression.passes.fuse.fuse import Fuse
+from modelpress_compression.passes.fuse.fuse import Fuse, Verification
 from modelpress_compression.passes.fuse.rewriting import FIRED, Scope, Tally, apply
-from modelpress_compression.passes.fuse.verification import Verification
 from modelpress_compression.techniques import TECHNIQUES
 from onnx import helper
 
