@@ -29,7 +29,7 @@ from modelpress_compression.channels.fixes import (
 )
 from modelpress_compression.channels.groups import Indices
 from modelpress_compression.channels.integers import Small, evaluate, small_constant
-from modelpress_compression.channels.labels import Axis, Ints
+from modelpress_compression.channels.labels import AxisLabels, Ints
 from modelpress_compression.errors import CompressionError
 from modelpress_compression.graph.edit import Editor, Inputs, replace_numbers
 from modelpress_compression.graph.read import constant_array, constant_tensor, is_op, label
@@ -79,7 +79,7 @@ class _Cut:
     def left(self, axis: Ints) -> int:
         return int(np.count_nonzero(self._stays[axis]))
 
-    def changed(self, axis: Axis) -> bool:
+    def changed(self, axis: AxisLabels) -> bool:
         return axis is not None and not bool(self._stays[axis].all())
 
     def extents(self, value: onnx_ir.Value) -> tuple[int, ...] | None:
@@ -193,7 +193,7 @@ class _Cut:
         else:
             self._scale(fix, value, factors)
 
-    def _factor(self, axis: Axis, old: int, new: int) -> tuple[int, int]:
+    def _factor(self, axis: AxisLabels, old: int, new: int) -> tuple[int, int]:
         """What an element must be multiplied with, as a fraction."""
         if new in (0, -1) or (new == 1 and old == 1):
             return 1, 1  # the extent comes from the data
@@ -218,7 +218,7 @@ class _Cut:
     def _pieces(self, fix: Extents, value: onnx_ir.Value, factors: list[tuple[int, int]]) -> bool:
         """Whether all numbers to change are constants that a Concat joins; then a copy of it joins the new ones."""
         concat = value.producer()
-        if not is_op(concat, "Concat") or concat is None:
+        if not is_op(concat, "Concat"):
             return False
         inputs: list[onnx_ir.Value | None] = []
         start = 0

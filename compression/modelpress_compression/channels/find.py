@@ -23,7 +23,7 @@ _KINDS: tuple[Kind, ...] = ("channel", "group", "head", "hidden")
 
 
 @dataclass(frozen=True)
-class Axis:
+class ConstantAxis:
     """One labelled axis of a constant; all that the analysis knows of it."""
 
     value: onnx_ir.Value
@@ -91,7 +91,7 @@ def _freeze_ambiguous_names(ir: onnx_ir.Model, tracer: Tracer) -> None:
                 tracer.freeze_value(one, value.name or "", "Another constant has the same name.")
 
 
-def _axes(tracer: Tracer) -> list[Axis]:
+def _axes(tracer: Tracer) -> list[ConstantAxis]:
     """Every labelled axis of every constant, with the roles that nodes use it in."""
     found = [
         (value, number, labels)
@@ -112,7 +112,7 @@ def _axes(tracer: Tracer) -> list[Axis]:
         known = tuple(use for use in uses[index] if index >= 0 and use[0] != "passenger") or tuple(uses[index])
         user = next(iter(value.consumers()), None)
         follows: tuple[Role, str] = ("passenger", label(user) if user is not None else value.name or "")
-        axes.append(Axis(value, number, labels, known or (follows,)))
+        axes.append(ConstantAxis(value, number, labels, known or (follows,)))
     return axes
 
 
@@ -127,7 +127,7 @@ def _with_twins(labels: Ints, tracer: Tracer) -> list[Ints]:
     return found
 
 
-def _groups(axes: list[Axis], tracer: Tracer, classes: Classes) -> tuple[tuple[Group, ...], dict[str, Ints]]:
+def _groups(axes: list[ConstantAxis], tracer: Tracer, classes: Classes) -> tuple[tuple[Group, ...], dict[str, Ints]]:
     """Free classes with the same numbers of indices in the same axes and parts make a group."""
     signatures = _signatures(axes, tracer.parts, classes)
     kinds = _kinds(tracer.marks, classes)
@@ -149,7 +149,9 @@ def _groups(axes: list[Axis], tracer: Tracer, classes: Classes) -> tuple[tuple[G
     return tuple(group for _, group, _ in groups), {group.id: roots for _, group, roots in groups}
 
 
-def _signatures(axes: list[Axis], parts: list[Ints], classes: Classes) -> dict[tuple[tuple[int, int], ...], list[int]]:
+def _signatures(
+    axes: list[ConstantAxis], parts: list[Ints], classes: Classes
+) -> dict[tuple[tuple[int, int], ...], list[int]]:
     """(axis or part, number of indices) for every one that a free class has indices in -> classes."""
     entries: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for number, labels in enumerate([*(axis.labels for axis in axes), *parts]):
@@ -163,7 +165,7 @@ def _signatures(axes: list[Axis], parts: list[Ints], classes: Classes) -> dict[t
     return signatures
 
 
-def _in_order(roots: Ints, axis: Axis, classes: Classes) -> Ints:
+def _in_order(roots: Ints, axis: ConstantAxis, classes: Classes) -> Ints:
     """Classes by their first index in the axis."""
     order = classes.root[axis.labels]
     _, first = np.unique(order, return_index=True)
@@ -171,7 +173,7 @@ def _in_order(roots: Ints, axis: Axis, classes: Classes) -> Ints:
     return np.asarray(sorted(roots.tolist(), key=lambda root: rank[root]), np.int64)
 
 
-def _members(axis: Axis, count: int, roots: Ints, classes: Classes) -> list[Member]:
+def _members(axis: ConstantAxis, count: int, roots: Ints, classes: Classes) -> list[Member]:
     """Indices of every unit in one axis, once for each use."""
     own = classes.root[axis.labels]
     order = np.argsort(roots)
@@ -184,7 +186,7 @@ def _members(axis: Axis, count: int, roots: Ints, classes: Classes) -> list[Memb
     return [Member(axis.value.name or "", axis.number, indices, role, node) for role, node in axis.uses]
 
 
-def _parameters(rows: list[tuple[Axis, int]]) -> float:
+def _parameters(rows: list[tuple[ConstantAxis, int]]) -> float:
     """Numbers that go with one unit, all else staying whole."""
     stays: dict[onnx_ir.Value, float] = defaultdict(lambda: 1.0)
     for axis, count in rows:
@@ -201,7 +203,7 @@ def _kinds(marks: list[Mark], classes: Classes) -> Ints:
     return kinds
 
 
-def _frozen(axes: list[Axis], tracer: Tracer, classes: Classes) -> tuple[Frozen, ...]:
+def _frozen(axes: list[ConstantAxis], tracer: Tracer, classes: Classes) -> tuple[Frozen, ...]:
     """Producers whose channels stay, by reason."""
     counts: dict[tuple[str, Reason], int] = {}
     for axis in axes:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir
 
-from modelpress_compression.channels.labels import Axes, Axis, Ints
+from modelpress_compression.channels.labels import AxisLabels, Ints, ValueLabels
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Extents:
 
     node: onnx_ir.Node
     position: int
-    axes: Axes
+    axes: ValueLabels
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class Places:
 
     node: onnx_ir.Node
     rows: onnx_ir.Value
-    axes: Axes
+    axes: ValueLabels
 
 
 Fix = Count | Extents | Parts | Bounds | Positions | Places
 
 
-def labels_of(fix: Fix) -> tuple[Axis, ...]:
+def labels_of(fix: Fix) -> tuple[AxisLabels, ...]:
     """All labels that a fix depends on."""
     if isinstance(fix, Count):
         return (fix.labels,)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modelpress_compression.channels.labels import Axis, Classes, Ints, Labels
+from modelpress_compression.channels.labels import AxisLabels, Classes, Ints, Labels
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Grid:
     """`factors`: labels, or None with the extent in `extents` for a plain factor. `node`: where it arose."""
 
     whole: Ints
-    factors: tuple[Axis, ...]
+    factors: tuple[AxisLabels, ...]
     extents: tuple[int, ...]
     node: str
 

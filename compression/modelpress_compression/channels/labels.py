@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 # Labels of one axis, one for each index; None: a plain axis (batch, time, space) that is never cut.
-Axis = Ints | None
-Axes = tuple[Axis, ...]
+AxisLabels = Ints | None
+# Those of all axes of a value.
+ValueLabels = tuple[AxisLabels, ...]
 
 NOT_FROZEN = np.iinfo(np.int64).max
 

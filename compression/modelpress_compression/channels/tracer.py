@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import onnx_ir
@@ -16,11 +17,13 @@ from modelpress_compression.channels.fixes import Fix
 from modelpress_compression.channels.grids import Grid
 from modelpress_compression.channels.groups import Kind, Role
 from modelpress_compression.channels.integers import Small, evaluate, is_structural, small_constant
-from modelpress_compression.channels.labels import Axes, Axis, Ints, Labels
+from modelpress_compression.channels.labels import AxisLabels, Ints, Labels, ValueLabels
 from modelpress_compression.graph.read import constant_tensor, is_op, label
 from modelpress_compression.graph.shapes import shape_of
 from modelpress_compression.graph.subgraphs import read_values
 
+# A reason that many rules give.
+UNKNOWN_SHAPES: Final = "The shapes at the node are not known."
 # Answers None, or the reason why the node's labels are frozen.
 Rule = Callable[[onnx_ir.Node, "Tracer"], str | None]
 # Stands for the extent of a plain axis, which may differ between runs.
@@ -51,13 +54,13 @@ class Tracer:
 
     def __init__(self, rules: Mapping[tuple[str, str], Rule]) -> None:
         self._rules = rules
-        self._axes: dict[onnx_ir.Value, Axes] = {}
+        self._axes: dict[onnx_ir.Value, ValueLabels] = {}
         self._known: dict[onnx_ir.Value, Small] = {}
         # By element of a small tensor: the labels of axes whose extent it depends on.
         self._sources: dict[onnx_ir.Value, list[tuple[Ints, ...]]] = {}
         self._derived: set[onnx_ir.Value] = set()
         self.labels = Labels()
-        self.constants: dict[onnx_ir.Value, Axes] = {}
+        self.constants: dict[onnx_ir.Value, ValueLabels] = {}
         self.grids: list[Grid] = []
         self.fixes: list[Fix] = []
         self.marks: list[Mark] = []
@@ -68,7 +71,7 @@ class Tracer:
 
     # What is known of values
 
-    def axes(self, value: onnx_ir.Value | None) -> Axes | None:
+    def axes(self, value: onnx_ir.Value | None) -> ValueLabels | None:
         """Labels of every axis; None where the shape is not known."""
         if value is None:
             return None
@@ -81,7 +84,7 @@ class Tracer:
                 return None
         return self._axes[value]
 
-    def _constant(self, value: onnx_ir.Value) -> Axes:
+    def _constant(self, value: onnx_ir.Value) -> ValueLabels:
         """Every index of a constant is free until something ties it; extents of 1 are broadcast and never cut."""
         shape = shape_of(value) or ()
         axes = tuple(self.labels.fresh(extent) if extent > 1 else None for extent in shape)
@@ -112,14 +115,14 @@ class Tracer:
 
     # What rules do
 
-    def set(self, value: onnx_ir.Value, axes: Axes) -> None:
+    def set(self, value: onnx_ir.Value, axes: ValueLabels) -> None:
         self._axes[value] = axes
 
-    def freeze(self, axis: Axis, node: onnx_ir.Node, reason: str) -> None:
+    def freeze(self, axis: AxisLabels, node: onnx_ir.Node, reason: str) -> None:
         if axis is not None:
             self.labels.freeze(axis, label(node), reason)
 
-    def unify(self, one: Axis, other: Axis, node: onnx_ir.Node) -> Axis:
+    def unify(self, one: AxisLabels, other: AxisLabels, node: onnx_ir.Node) -> AxisLabels:
         """Ties two axes of the same extent; one of them, which both are from now on."""
         if one is None or other is None:
             frozen = other if one is None else one
@@ -132,11 +135,11 @@ class Tracer:
         self.labels.unify(one, other)
         return one
 
-    def mark(self, axis: Axis, role: Role, node: onnx_ir.Node, kind: Kind = "channel") -> None:
+    def mark(self, axis: AxisLabels, role: Role, node: onnx_ir.Node, kind: Kind = "channel") -> None:
         if axis is not None:
             self.marks.append(Mark(axis, role, label(node), kind))
 
-    def pair(self, made: Axis, axis: Axis) -> None:
+    def pair(self, made: AxisLabels, axis: AxisLabels) -> None:
         """A weight computed of several constants: what is marked on `made` is meant for `axis` as well."""
         if made is not None and axis is not None and made is not axis:
             self.twins.setdefault(int(made[0]), []).append(axis)
@@ -178,7 +181,7 @@ class Tracer:
         else:
             reason = rule(node, self)
         if reason is not None or not self._fits(node):
-            self._refuse(node, reason or "The shapes at the node are not known.")
+            self._refuse(node, reason or UNKNOWN_SHAPES)
         if node.inputs and all(value is None or self.is_derived(value) for value in node.inputs):
             self._derived.update(node.outputs)
 

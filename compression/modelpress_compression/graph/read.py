@@ -5,7 +5,7 @@ All of them cost no more than the number of uses of one value, so that walks ove
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import numpy as np
 import onnx_ir
@@ -18,7 +18,7 @@ MICROSOFT: Final = "com.microsoft"
 _NUMBERS: Final = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 
 
-def is_op(node: onnx_ir.Node | None, *op_types: str, domain: str = "") -> bool:
+def is_op(node: onnx_ir.Node | None, *op_types: str, domain: str = "") -> TypeGuard[onnx_ir.Node]:
     """Whether the node is one of these operators; `domain` "" is ONNX itself, also written "ai.onnx"."""
     if node is None or node.op_type not in op_types:
         return False

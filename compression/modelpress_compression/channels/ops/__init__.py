@@ -2,9 +2,8 @@
 
 from modelpress_compression.channels.ops import (
     attention,
-    control,
+    control_flow,
     convolution,
-    einsum,
     elementwise,
     layout,
     matmul,
@@ -21,9 +20,8 @@ from modelpress_compression.channels.ops.registry import RULES
 __all__ = [
     "RULES",
     "attention",
-    "control",
+    "control_flow",
     "convolution",
-    "einsum",
     "elementwise",
     "layout",
     "matmul",

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir
 
 from modelpress_compression.channels.fixes import Count, Parts
-from modelpress_compression.channels.labels import Axes, Axis, Ints
+from modelpress_compression.channels.labels import AxisLabels, Ints, ValueLabels
 from modelpress_compression.channels.ops.registry import rule
 from modelpress_compression.channels.tracer import Tracer
 from modelpress_compression.graph.read import MICROSOFT, input_of, int_attribute, ints_attribute
@@ -22,7 +22,7 @@ _INSIDE = "The axis lies inside of attention heads."
 class _Operand:
     """Query, key or value of an attention: labels and extents of its axes."""
 
-    axes: Axes
+    axes: ValueLabels
     shape: tuple[int, ...]
 
 
@@ -38,7 +38,7 @@ def _operands(node: onnx_ir.Node, tracer: Tracer) -> tuple[_Operand, _Operand, _
     return found[0], found[1], found[2]
 
 
-def _flat(axis: Axis, heads: Ints, node: onnx_ir.Node, tracer: Tracer) -> None:
+def _flat(axis: AxisLabels, heads: Ints, node: onnx_ir.Node, tracer: Tracer) -> None:
     """Ties a hidden axis [heads * size] to its heads."""
     if axis is None or axis.size % heads.size:
         tracer.freeze(axis, node, "The axis does not consist of whole heads.")
@@ -48,7 +48,9 @@ def _flat(axis: Axis, heads: Ints, node: onnx_ir.Node, tracer: Tracer) -> None:
     tracer.mark(heads, "passenger", node, "head")
 
 
-def _freeze_all(axes: Axes | None, node: onnx_ir.Node, tracer: Tracer, reason: str, *, but: int | None = None) -> None:
+def _freeze_all(
+    axes: ValueLabels | None, node: onnx_ir.Node, tracer: Tracer, reason: str, *, but: int | None = None
+) -> None:
     for number, axis in enumerate(axes or ()):
         if number != but:
             tracer.freeze(axis, node, reason)

@@ -7,10 +7,10 @@ import onnx_ir
 
 from modelpress_compression.channels.fixes import Count
 from modelpress_compression.channels.grids import Grid
-from modelpress_compression.channels.labels import Axes, Axis, Ints
+from modelpress_compression.channels.labels import AxisLabels, Ints, ValueLabels
 from modelpress_compression.channels.ops.registry import rule
 from modelpress_compression.channels.tracer import Tracer
-from modelpress_compression.graph.read import MICROSOFT, int_attribute, label
+from modelpress_compression.graph.read import MICROSOFT, input_of, int_attribute, label
 
 _SPACE = "The axis is one of space: a kernel runs over it."
 
@@ -37,16 +37,16 @@ def conv(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     return finish(node, (data[0], made), len(data), tracer)
 
 
-def finish(node: onnx_ir.Node, start: Axes, rank: int, tracer: Tracer) -> str | None:
+def finish(node: onnx_ir.Node, start: ValueLabels, rank: int, tracer: Tracer) -> str | None:
     """Bias, the sum of FusedConv, and the output's axes."""
     made = start[1]
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
+    if input_of(node, 2) is not None:
         bias = tracer.axes(node.inputs[2])
         if bias is None or len(bias) != 1:
             return "The shape of the bias is not known."
         made = tracer.unify(made, bias[0], node)
-    output: Axes = (start[0], made, *(None,) * (rank - 2))
-    if len(node.inputs) > 3 and node.inputs[3] is not None:
+    output: ValueLabels = (start[0], made, *(None,) * (rank - 2))
+    if input_of(node, 3) is not None:
         summed = tracer.axes(node.inputs[3])
         if summed is None or len(summed) != rank:
             return "The shape of what is added is not known."
@@ -55,12 +55,12 @@ def finish(node: onnx_ir.Node, start: Axes, rank: int, tracer: Tracer) -> str | 
     return None
 
 
-def freeze_space(data: Axes, weight: Axes, node: onnx_ir.Node, tracer: Tracer) -> None:
+def freeze_space(data: ValueLabels, weight: ValueLabels, node: onnx_ir.Node, tracer: Tracer) -> None:
     for axis in (*data[2:], *weight[2:]):
         tracer.freeze(axis, node, _SPACE)
 
 
-def _depthwise(channels: Axis, made: Axis, group: int, node: onnx_ir.Node, tracer: Tracer) -> Axis:
+def _depthwise(channels: AxisLabels, made: AxisLabels, group: int, node: onnx_ir.Node, tracer: Tracer) -> AxisLabels:
     """Every input channel has its own filters, which go with it."""
     if channels is None or made is None:
         tracer.unify(channels, made, node)
@@ -70,7 +70,9 @@ def _depthwise(channels: Axis, made: Axis, group: int, node: onnx_ir.Node, trace
     return made
 
 
-def _grouped(channels: Axis, made: Axis, read: Axis, group: int, node: onnx_ir.Node, tracer: Tracer) -> None:
+def _grouped(
+    channels: AxisLabels, made: AxisLabels, read: AxisLabels, group: int, node: onnx_ir.Node, tracer: Tracer
+) -> None:
     """Either whole groups go, or channels at the same place of every group."""
     groups = tracer.labels.fresh(group)
     inner, outer = grid(channels, groups, node, tracer), grid(made, groups, node, tracer)
@@ -81,7 +83,7 @@ def _grouped(channels: Axis, made: Axis, read: Axis, group: int, node: onnx_ir.N
     tracer.fixes.append(Count(node, "group", groups))
 
 
-def grid(whole: Axis, groups: Ints, node: onnx_ir.Node, tracer: Tracer) -> Axis:
+def grid(whole: AxisLabels, groups: Ints, node: onnx_ir.Node, tracer: Tracer) -> AxisLabels:
     """Labels of the places inside of a group, where the whole axis consists of groups."""
     if whole is None:
         tracer.freeze(groups, node, "The groups of the convolution read an input that cannot be cut.")

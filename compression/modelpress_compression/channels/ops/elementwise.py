@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir
 
-from modelpress_compression.channels.labels import Axes, Axis
+from modelpress_compression.channels.labels import AxisLabels, ValueLabels
 from modelpress_compression.channels.ops.registry import rule
 from modelpress_compression.channels.tracer import Tracer
 from modelpress_compression.graph.read import MICROSOFT
@@ -59,9 +59,9 @@ def variadic(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     return None
 
 
-def broadcast(values: Sequence[onnx_ir.Value], node: onnx_ir.Node, tracer: Tracer, skip: int = 0) -> Axes | None:
+def broadcast(values: Sequence[onnx_ir.Value], node: onnx_ir.Node, tracer: Tracer, skip: int = 0) -> ValueLabels | None:
     """Axes of values broadcast together, those that meet tied; `skip` axes at the end are left out."""
-    entries: list[list[tuple[Axis, int]]] = []
+    entries: list[list[tuple[AxisLabels, int]]] = []
     for value in values:
         axes, shape = tracer.axes(value), tracer.shape(value)
         if axes is None or shape is None or len(axes) != len(shape):
@@ -69,13 +69,13 @@ def broadcast(values: Sequence[onnx_ir.Value], node: onnx_ir.Node, tracer: Trace
         end = len(axes) - skip
         entries.append(list(zip(axes[:end], shape[:end], strict=True)))
     rank = max((len(entry) for entry in entries), default=0)
-    result: list[Axis] = []
+    result: list[AxisLabels] = []
     for back in range(rank, 0, -1):
         result.append(_meet([entry[-back] for entry in entries if len(entry) >= back], node, tracer))
     return tuple(result)
 
 
-def _meet(axes: Sequence[tuple[Axis, int]], node: onnx_ir.Node, tracer: Tracer) -> Axis:
+def _meet(axes: Sequence[tuple[AxisLabels, int]], node: onnx_ir.Node, tracer: Tracer) -> AxisLabels:
     widest = max(extent for _, extent in axes)
     full = [axis for axis, extent in axes if extent == widest]
     for axis, extent in axes:

@@ -6,19 +6,17 @@ import numpy as np
 import onnx_ir
 
 from modelpress_compression.channels.fixes import Extents
-from modelpress_compression.channels.labels import Axis
+from modelpress_compression.channels.labels import AxisLabels
 from modelpress_compression.channels.ops.registry import rule
-from modelpress_compression.channels.tracer import Tracer
-from modelpress_compression.graph.read import axes_of, int_attribute, ints_attribute, string_attribute
-
-_UNKNOWN = "The shapes at the node are not known."
+from modelpress_compression.channels.tracer import UNKNOWN_SHAPES, Tracer
+from modelpress_compression.graph.read import axes_of, input_of, int_attribute, ints_attribute, string_attribute
 
 
 @rule("Transpose")
 def transpose(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     axes = tracer.axes(node.inputs[0])
     if axes is None:
-        return _UNKNOWN
+        return UNKNOWN_SHAPES
     order = ints_attribute(node, "perm") or tuple(reversed(range(len(axes))))
     tracer.set(node.outputs[0], tuple(axes[axis] for axis in order))
     return None
@@ -29,9 +27,9 @@ def squeeze(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """Axes of extent 1 come or go."""
     axes, shape, result = tracer.axes(node.inputs[0]), tracer.shape(node.inputs[0]), tracer.shape(node.outputs[0])
     if axes is None or shape is None or result is None:
-        return _UNKNOWN
+        return UNKNOWN_SHAPES
     given = axes_of(node)
-    if given is None and len(node.inputs) > 1 and node.inputs[1] is not None:
+    if given is None and input_of(node, 1) is not None:
         known = tracer.known(node.inputs[1])
         given = None if known is None else tuple(int(axis) for axis in known.reshape(-1))
     if node.op_type == "Squeeze":
@@ -43,7 +41,7 @@ def squeeze(node: onnx_ir.Node, tracer: Tracer) -> str | None:
         tracer.set(node.outputs[0], tuple(axis for number, axis in enumerate(axes) if number not in gone))
         return None
     if given is None:
-        return _UNKNOWN
+        return UNKNOWN_SHAPES
     new, rest = {axis % len(result) for axis in given}, iter(axes)
     tracer.set(node.outputs[0], tuple(None if number in new else next(rest) for number in range(len(result))))
     return None
@@ -56,10 +54,10 @@ def concat(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     entries = [(tracer.axes(value), tracer.shape(value)) for value in values]
     known = [(axes, shape) for axes, shape in entries if axes is not None and shape is not None]
     if len(known) != len(values):
-        return _UNKNOWN
+        return UNKNOWN_SHAPES
     rank = len(known[0][0])
     along = int_attribute(node, "axis", 0) % rank
-    result: list[Axis] = []
+    result: list[AxisLabels] = []
     for axis in range(rank):
         column = [(axes[axis], shape[axis]) for axes, shape in known]
         if axis == along:
@@ -79,7 +77,7 @@ def concat(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     return None
 
 
-def _join(column: list[tuple[Axis, int]], node: onnx_ir.Node, tracer: Tracer) -> Axis:
+def _join(column: list[tuple[AxisLabels, int]], node: onnx_ir.Node, tracer: Tracer) -> AxisLabels:
     if all(axis is None for axis, _ in column):
         return None
     pieces = []
@@ -99,9 +97,9 @@ def expand(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """Axes that are made wider hold one value for all indices: they may be cut with what they meet."""
     axes, shape, result = tracer.axes(node.inputs[0]), tracer.shape(node.inputs[0]), tracer.shape(node.outputs[0])
     if axes is None or shape is None or result is None or tracer.known(node.inputs[1]) is None:
-        return _UNKNOWN
+        return UNKNOWN_SHAPES
     added = len(result) - len(shape)
-    output: list[Axis] = []
+    output: list[AxisLabels] = []
     for number, extent in enumerate(result):
         own = number - added
         if own >= 0 and shape[own] == extent:
@@ -120,7 +118,7 @@ def constant_of_shape(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """One value everywhere: every axis may be cut with what it meets."""
     shape = tracer.shape(node.outputs[0])
     if shape is None or tracer.known(node.inputs[0]) is None:
-        return _UNKNOWN
+        return UNKNOWN_SHAPES
     axes = tuple(tracer.labels.fresh(extent) if extent > 1 else None for extent in shape)
     tracer.set(node.outputs[0], axes)
     tracer.fixes.append(Extents(node, 0, axes))
@@ -131,8 +129,8 @@ def constant_of_shape(node: onnx_ir.Node, tracer: Tracer) -> str | None:
 def tile(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     axes, shape, result = tracer.axes(node.inputs[0]), tracer.shape(node.inputs[0]), tracer.shape(node.outputs[0])
     if axes is None or shape is None or result is None:
-        return _UNKNOWN
-    output: list[Axis] = []
+        return UNKNOWN_SHAPES
+    output: list[AxisLabels] = []
     for axis, extent, wide in zip(axes, shape, result, strict=True):
         output.append(None if axis is None else np.tile(axis, wide // extent))
     tracer.set(node.outputs[0], tuple(output))
@@ -144,7 +142,7 @@ def depth_space(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """[N, C, H, W]: blocks of pixels move into channels or out of them, and go with their channel."""
     axes = tracer.axes(node.inputs[0])
     if axes is None or len(axes) != 4:
-        return _UNKNOWN
+        return UNKNOWN_SHAPES
     for axis in axes[2:]:
         tracer.freeze(axis, node, "The axis is one of space: blocks of it become channels.")
     channels, pixels = axes[1], int_attribute(node, "blocksize", 1) ** 2

@@ -1,22 +1,26 @@
-"""Matrix products. An axis that is summed over can be cut where a constant weight reads it: what is left out then is
-what a zero column would leave out. The sum over an axis of two activations (queries times keys) is frozen.
+"""Matrix products, Einsum among them.
+
+An axis that is summed over can be cut where a constant weight reads it: what is left out then is what a zero column
+would leave out. The sum over an axis of two activations (queries times keys) is frozen.
 """
 
 from __future__ import annotations
 
 import onnx_ir
 
-from modelpress_compression.channels.labels import Axes, Axis
+from modelpress_compression.channels.labels import AxisLabels, ValueLabels
 from modelpress_compression.channels.ops.elementwise import broadcast
 from modelpress_compression.channels.ops.registry import rule
 from modelpress_compression.channels.tracer import Tracer
-from modelpress_compression.graph.read import MICROSOFT, int_attribute
+from modelpress_compression.graph.read import MICROSOFT, input_of, int_attribute, string_attribute
 
 _BOTH_COMPUTED = "Two computed values are multiplied along the axis."
 _UNKNOWN = "The shapes of the factors are not known."
 
 
-def contract(left: Axis, right: Axis, weights: tuple[bool, bool], node: onnx_ir.Node, tracer: Tracer) -> None:
+def contract(
+    left: AxisLabels, right: AxisLabels, weights: tuple[bool, bool], node: onnx_ir.Node, tracer: Tracer
+) -> None:
     """Ties the axis that is summed over; `weights`: whether the left, the right factor depends on constants alone."""
     tied = tracer.unify(left, right, node)
     if not any(weights):
@@ -61,12 +65,12 @@ def product(node: onnx_ir.Node, tracer: Tracer, transposed: tuple[bool, bool]) -
     if not any(weights):
         for axis in batch:
             tracer.mark(axis, "passenger", node, "head")
-    kept: Axes = ((rows,) if len(left) > 1 else ()) + ((columns,) if len(right) > 1 else ())
+    kept: ValueLabels = ((rows,) if len(left) > 1 else ()) + ((columns,) if len(right) > 1 else ())
     tracer.set(node.outputs[0], (*batch, *kept))
     return None
 
 
-def _matrix(axes: Axes, transposed: bool, *, last: bool) -> tuple[Axis, Axis]:
+def _matrix(axes: ValueLabels, transposed: bool, *, last: bool) -> tuple[AxisLabels, AxisLabels]:
     """(the axis that is kept, the axis that is summed over); `last`: the latter stands last."""
     if len(axes) == 1:
         return None, axes[0]
@@ -87,8 +91,8 @@ def gemm(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     for axis, weight in ((rows, weights[0]), (columns, weights[1])):
         if weight:
             tracer.mark(axis, "producer", node)
-    output: Axes = (rows, columns)
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
+    output: ValueLabels = (rows, columns)
+    if input_of(node, 2) is not None:
         added, shape = tracer.axes(node.inputs[2]), tracer.shape(node.inputs[2])
         if added is None or shape is None:
             return _UNKNOWN
@@ -97,7 +101,9 @@ def gemm(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     return None
 
 
-def _add_bias(output: Axes, added: Axes, shape: tuple[int, ...], node: onnx_ir.Node, tracer: Tracer) -> Axes:
+def _add_bias(
+    output: ValueLabels, added: ValueLabels, shape: tuple[int, ...], node: onnx_ir.Node, tracer: Tracer
+) -> ValueLabels:
     result = list(output)
     for back in range(1, len(added) + 1):
         if shape[-back] > 1:
@@ -105,3 +111,39 @@ def _add_bias(output: Axes, added: Axes, shape: tuple[int, ...], node: onnx_ir.N
         else:
             tracer.freeze(added[-back], node, "The axis of extent 1 is broadcast.")
     return tuple(result)
+
+
+@rule("Einsum")
+def einsum(node: onnx_ir.Node, tracer: Tracer) -> str | None:
+    """Axes of one letter are tied; a letter that is summed over is an axis of a matrix product."""
+    equation = string_attribute(node, "equation", "").replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    if not arrow or "." in equation or len(terms) != len(node.inputs) or any(len(set(t)) != len(t) for t in terms):
+        return "The equation of the Einsum is not traced."
+    found: dict[str, list[tuple[AxisLabels, bool]]] = {}
+    for value, term in zip(node.inputs, terms, strict=True):
+        axes, shape = tracer.axes(value), tracer.shape(value)
+        if axes is None or shape is None or len(axes) != len(term):
+            return "The shapes at the Einsum are not known."
+        for letter, axis in zip(term, axes, strict=True):
+            found.setdefault(letter, []).append((axis, tracer.is_derived(value)))
+    output = []
+    for letter, entries in found.items():
+        tied = entries[0][0]
+        for axis, _ in entries[1:]:
+            tied = tracer.unify(tied, axis, node)
+        summed = letter not in right
+        if tied is None:
+            for axis, _ in entries:
+                tracer.freeze(axis, node, "The axis meets one that cannot be cut, such as that of an input.")
+        if summed and (len(entries) < 2 or not any(weight for _, weight in entries)):
+            tracer.freeze(tied, node, "Computed values are summed over the axis.")
+        for axis, weight in entries:
+            if weight and (summed or len(entries) == 1):
+                tracer.mark(axis, "consumer" if summed else "producer", node)
+        found[letter] = [(tied, False)]
+    for letter in right:
+        output.append(found[letter][0][0])
+    tracer.set(node.outputs[0], tuple(output))
+    return None

@@ -6,10 +6,8 @@ import onnx_ir
 
 from modelpress_compression.channels.ops.layout import axis_of
 from modelpress_compression.channels.ops.registry import rule
-from modelpress_compression.channels.tracer import Tracer
+from modelpress_compression.channels.tracer import UNKNOWN_SHAPES, Tracer
 from modelpress_compression.graph.read import MICROSOFT, int_attribute
-
-_UNKNOWN = "The shapes at the node are not known."
 
 
 @rule("QuantizeLinear", "DequantizeLinear")
@@ -18,7 +16,7 @@ def linear(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """X, and scale and zero point of one element or [extent of the axis]."""
     axes = tracer.axes(node.inputs[0])
     if axes is None:
-        return _UNKNOWN
+        return UNKNOWN_SHAPES
     if int_attribute(node, "block_size", 0):
         return "The weight is quantized in blocks."
     output = list(axes)
@@ -28,7 +26,7 @@ def linear(node: onnx_ir.Node, tracer: Tracer) -> str | None:
             continue
         parameter, shape = tracer.axes(value), tracer.shape(value)
         if parameter is None or shape is None or len(shape) > 1:
-            return _UNKNOWN
+            return UNKNOWN_SHAPES
         if shape and shape[0] > 1:
             output[along] = tracer.unify(output[along], parameter[0], node)
     tracer.set(node.outputs[0], tuple(output))

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir
 
 from modelpress_compression.channels.fixes import Count
-from modelpress_compression.channels.labels import Axes
+from modelpress_compression.channels.labels import ValueLabels
 from modelpress_compression.channels.ops.registry import rule
 from modelpress_compression.channels.tracer import Tracer
 
@@ -48,6 +48,6 @@ def recurrent(node: onnx_ir.Node, tracer: Tracer) -> str | None:
             tracer.unify(np.tile(hidden, count), axes_or_none[-1], node)
     tracer.fixes.append(Count(node, "hidden_size", hidden))
     for number, output in enumerate(node.outputs):
-        made: Axes = (None,) * (3 if number == 0 else 2)
+        made: ValueLabels = (None,) * (3 if number == 0 else 2)
         tracer.set(output, (*made, hidden))
     return None

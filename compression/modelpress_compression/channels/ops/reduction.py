@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import onnx_ir
 
-from modelpress_compression.channels.labels import Axis
+from modelpress_compression.channels.labels import AxisLabels
 from modelpress_compression.channels.ops.registry import rule
-from modelpress_compression.channels.tracer import Tracer
-from modelpress_compression.graph.read import axes_of, constant_scalar, int_attribute, is_op, other_operand
+from modelpress_compression.channels.tracer import UNKNOWN_SHAPES, Tracer
+from modelpress_compression.graph.read import axes_of, constant_scalar, input_of, int_attribute, is_op, other_operand
 
-_UNKNOWN = "The shapes at the node are not known."
 _REDUCTIONS = (
     "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
     "ReduceLogSumExp", "ReduceSumSquare",
@@ -24,9 +23,9 @@ _REDUCTIONS = (
 def reduce(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     axes = tracer.axes(node.inputs[0])
     if axes is None:
-        return _UNKNOWN
+        return UNKNOWN_SHAPES
     given = axes_of(node)
-    if given is None and len(node.inputs) > 1 and node.inputs[1] is not None:
+    if given is None and input_of(node, 1) is not None:
         known = tracer.known(node.inputs[1])
         if known is None:
             return "The axes of the reduction are computed."
@@ -40,7 +39,7 @@ def reduce(node: onnx_ir.Node, tracer: Tracer) -> str | None:
         if not statistic:
             tracer.freeze(axes[axis], node, f"{node.op_type} over the axis needs every index of it.")
     keep = bool(int_attribute(node, "keepdims", 1))
-    output: list[Axis] = [None if n in gone else axis for n, axis in enumerate(axes) if keep or n not in gone]
+    output: list[AxisLabels] = [None if n in gone else axis for n, axis in enumerate(axes) if keep or n not in gone]
     tracer.set(node.outputs[0], tuple(output))
     return None
 
@@ -94,7 +93,7 @@ def _goes_under_root(user: onnx_ir.Node, value: onnx_ir.Value) -> bool:
 def softmax(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     axes = tracer.axes(node.inputs[0])
     if axes is None:
-        return _UNKNOWN
+        return UNKNOWN_SHAPES
     along = int_attribute(node, "axis", -1) % max(len(axes), 1)
     tracer.freeze(axes[along], node, "Softmax over the axis needs every index of it.")
     tracer.set(node.outputs[0], axes)

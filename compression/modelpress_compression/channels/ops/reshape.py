@@ -19,7 +19,7 @@ import onnx_ir
 
 from modelpress_compression.channels.fixes import Extents
 from modelpress_compression.channels.grids import Grid
-from modelpress_compression.channels.labels import Axis
+from modelpress_compression.channels.labels import AxisLabels
 from modelpress_compression.channels.ops.registry import rule
 from modelpress_compression.channels.tracer import Tracer
 from modelpress_compression.graph.read import label
@@ -31,7 +31,7 @@ _UNKNOWN = "The shapes before and after the Reshape are not known."
 class Atom:
     """A factor that both sides share."""
 
-    axis: Axis
+    axis: AxisLabels
     extent: int
 
 
@@ -49,7 +49,7 @@ def reshape(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     for axis, extent in zip(axes, before, strict=True):
         if extent == 1:
             tracer.freeze(axis, node, "The axis of extent 1 is dropped.")
-    output: list[Axis] = [None] * len(after)
+    output: list[AxisLabels] = [None] * len(after)
     for sources, targets in blocks(before, after):
         made = _block([(axes[i], before[i]) for i in sources], [after[j] for j in targets], node, tracer)
         for target, axis in zip(targets, made, strict=True):
@@ -86,7 +86,9 @@ def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int],
     return found
 
 
-def _block(sources: list[tuple[Axis, int]], targets: list[int], node: onnx_ir.Node, tracer: Tracer) -> list[Axis]:
+def _block(
+    sources: list[tuple[AxisLabels, int]], targets: list[int], node: onnx_ir.Node, tracer: Tracer
+) -> list[AxisLabels]:
     """Labels of the new axes of one block."""
     if len(sources) == len(targets) == 1 or all(axis is None for axis, _ in sources):
         return [sources[0][0]] * len(targets) if len(targets) == 1 and len(sources) == 1 else [None] * len(targets)
@@ -99,7 +101,7 @@ def _block(sources: list[tuple[Axis, int]], targets: list[int], node: onnx_ir.No
     rest = list(factors)
     for axis, extent in sources:
         atoms += _split(axis, _take(rest, extent), node, tracer)
-    made: list[Axis] = []
+    made: list[AxisLabels] = []
     for extent in targets:
         count = len(_take_atoms(atoms, extent))
         made.append(_merge(atoms[:count], node, tracer))
@@ -137,7 +139,7 @@ def _take_atoms(atoms: list[Atom], extent: int) -> list[Atom]:
     return taken
 
 
-def _split(axis: Axis, factors: list[int], node: onnx_ir.Node, tracer: Tracer) -> list[Atom]:
+def _split(axis: AxisLabels, factors: list[int], node: onnx_ir.Node, tracer: Tracer) -> list[Atom]:
     if axis is None or len(factors) == 1:
         return [Atom(axis, factors[0])] if len(factors) == 1 else [Atom(None, factor) for factor in factors]
     atoms = [Atom(tracer.labels.fresh(factor), factor) for factor in factors]
@@ -145,7 +147,7 @@ def _split(axis: Axis, factors: list[int], node: onnx_ir.Node, tracer: Tracer) -
     return atoms
 
 
-def _merge(atoms: list[Atom], node: onnx_ir.Node, tracer: Tracer) -> Axis:
+def _merge(atoms: list[Atom], node: onnx_ir.Node, tracer: Tracer) -> AxisLabels:
     labelled = [number for number, atom in enumerate(atoms) if atom.axis is not None]
     extents = tuple(atom.extent for atom in atoms)
     if not labelled:

@@ -6,14 +6,12 @@ import onnx_ir
 
 from modelpress_compression.channels.fixes import Bounds, Parts, Positions
 from modelpress_compression.channels.integers import slice_of
-from modelpress_compression.channels.labels import Axes, Axis, Ints
+from modelpress_compression.channels.labels import AxisLabels, Ints, ValueLabels
 from modelpress_compression.channels.ops.layout import axis_of
 from modelpress_compression.channels.ops.registry import rule
 from modelpress_compression.channels.ops.strided import identity_copy
-from modelpress_compression.channels.tracer import Tracer
+from modelpress_compression.channels.tracer import UNKNOWN_SHAPES, Tracer
 from modelpress_compression.graph.read import constant_array, input_of, ints_attribute
-
-_UNKNOWN = "The shapes at the node are not known."
 
 
 @rule("Split")
@@ -21,15 +19,15 @@ def split(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     axes = tracer.axes(node.inputs[0])
     shapes = [tracer.shape(output) for output in node.outputs]
     if axes is None:
-        return _UNKNOWN
+        return UNKNOWN_SHAPES
     along = axis_of(node, 0, len(axes))
     whole = axes[along]
     parts: list[Ints] = []
     start = 0
     for output, shape in zip(node.outputs, shapes, strict=True):
         if shape is None:
-            return _UNKNOWN
-        part: Axis = None
+            return UNKNOWN_SHAPES
+        part: AxisLabels = None
         if whole is not None:
             part = whole[start : start + shape[along]]
             parts.append(part)
@@ -48,7 +46,7 @@ def slice_(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """Data, starts, ends, and perhaps axes and steps: one number for each axis that is sliced."""
     axes, extents, after = tracer.axes(node.inputs[0]), tracer.shape(node.inputs[0]), tracer.shape(node.outputs[0])
     if axes is None or extents is None or after is None:
-        return _UNKNOWN
+        return UNKNOWN_SHAPES
     if ints_attribute(node, "starts") is not None or len(node.inputs) < 3:
         return "Slice with bounds as attributes is of an old opset."
     order = _sliced_axes(node, len(axes), tracer)
@@ -111,13 +109,13 @@ def gather(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """Rows of an embedding by computed indices, or constant indices of any axis."""
     axes, indices = tracer.axes(node.inputs[0]), tracer.axes(node.inputs[1])
     if axes is None or indices is None:
-        return _UNKNOWN
+        return UNKNOWN_SHAPES
     if (copied := identity_copy(node, tracer)) is not None:
         tracer.set(node.outputs[0], copied)
         return None
     along = axis_of(node, 0, len(axes))
     whole = axes[along]
-    picked: Axes = (None,) * len(indices)
+    picked: ValueLabels = (None,) * len(indices)
     if whole is not None:
         array = constant_array(node.inputs[1])
         if array is None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import onnx_ir
 
 from modelpress_compression.channels.fixes import Extents
-from modelpress_compression.channels.labels import Axis
+from modelpress_compression.channels.labels import AxisLabels
 from modelpress_compression.channels.ops.registry import rule
-from modelpress_compression.channels.tracer import Tracer
+from modelpress_compression.channels.tracer import UNKNOWN_SHAPES, Tracer
+from modelpress_compression.graph.read import input_of
 
-_UNKNOWN = "The shapes at the node are not known."
 _SPACE = "The axis is one of space: windows run over it."
 
 
@@ -18,7 +18,7 @@ def pool(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """[N, C, space...]; the indices of MaxPool count over channels and are frozen where they are used."""
     axes = tracer.axes(node.inputs[0])
     if axes is None or len(axes) < 3:
-        return _UNKNOWN
+        return UNKNOWN_SHAPES
     if len(node.outputs) > 1 and (node.outputs[1].uses() or node.outputs[1].is_graph_output()):
         return "The indices of the pooling count over all channels."
     for axis in axes[2:]:
@@ -33,15 +33,15 @@ def resize(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """Axes whose extent stays pass; a labelled axis that gets another extent is frozen."""
     axes, before, after = tracer.axes(node.inputs[0]), tracer.shape(node.inputs[0]), tracer.shape(node.outputs[0])
     if axes is None or before is None or after is None:
-        return _UNKNOWN
-    output: list[Axis] = []
+        return UNKNOWN_SHAPES
+    output: list[AxisLabels] = []
     for axis, old, new in zip(axes, before, after, strict=True):
         passes = old == new and not (node.op_type == "Pad" and _shifts(node, len(output), tracer))
         if not passes:
             tracer.freeze(axis, node, "The axis is resized or padded.")
         output.append(axis if passes else None)
     tracer.set(node.outputs[0], tuple(output))
-    if node.op_type == "Resize" and len(node.inputs) > 3 and node.inputs[3] is not None:
+    if node.op_type == "Resize" and input_of(node, 3) is not None:
         if tracer.known(node.inputs[3]) is None or "axes" in node.attributes:
             return None if all(axis is None for axis in output) else "The sizes of the resizing are not known."
         tracer.fixes.append(Extents(node, 3, tuple(output)))
@@ -53,7 +53,7 @@ def _shifts(node: onnx_ir.Node, axis: int, tracer: Tracer) -> bool:
     if len(node.inputs) < 2:
         return False
     pads = tracer.known(node.inputs[1])
-    if pads is None or (len(node.inputs) > 3 and node.inputs[3] is not None):
+    if pads is None or (input_of(node, 3) is not None):
         return False
     return bool(pads.reshape(-1)[axis] != 0)
 
@@ -62,7 +62,7 @@ def _shifts(node: onnx_ir.Node, axis: int, tracer: Tracer) -> bool:
 def grid_sample(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     axes, shape = tracer.axes(node.inputs[0]), tracer.shape(node.outputs[0])
     if axes is None or shape is None:
-        return _UNKNOWN
+        return UNKNOWN_SHAPES
     for axis in (*axes[2:], *(tracer.axes(node.inputs[1]) or ())):
         tracer.freeze(axis, node, "The axis is one of space: it is sampled.")
     tracer.set(node.outputs[0], (*axes[:2], *(None,) * (len(shape) - 2)))

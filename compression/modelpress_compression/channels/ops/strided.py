@@ -14,7 +14,7 @@ import onnx_ir
 
 from modelpress_compression.channels.fixes import Places
 from modelpress_compression.channels.integers import Small
-from modelpress_compression.channels.labels import Axes
+from modelpress_compression.channels.labels import ValueLabels
 from modelpress_compression.channels.tracer import Tracer
 from modelpress_compression.graph.read import axes_of, constant_array, is_op
 
@@ -30,10 +30,10 @@ class _Chain:
     rows: onnx_ir.Value | None = None
 
 
-def identity_copy(node: onnx_ir.Node, tracer: Tracer) -> Axes | None:
+def identity_copy(node: onnx_ir.Node, tracer: Tracer) -> ValueLabels | None:
     """The axes of the value that the Gather copies as it is, or None where it does anything else."""
     flat = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if not is_op(flat, "Reshape") or flat is None or len(tracer.shape(node.inputs[0]) or ()) != 1:
+    if not is_op(flat, "Reshape") or len(tracer.shape(node.inputs[0]) or ()) != 1:
         return None
     source = flat.inputs[0]
     axes, shape = tracer.axes(source), tracer.shape(source)

@@ -197,7 +197,7 @@ def _target(reshape: onnx_ir.Node) -> list[int | None] | None:
     if (array := constant_array(reshape.inputs[1])) is not None:
         return [int(number) for number in array.reshape(-1)]
     concat = reshape.inputs[1].producer() if reshape.inputs[1] is not None else None
-    if not is_op(concat, "Concat") or concat is None:
+    if not is_op(concat, "Concat"):
         return None
     numbers: list[int | None] = []
     for part in concat.inputs:

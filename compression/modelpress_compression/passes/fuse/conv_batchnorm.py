@@ -47,7 +47,7 @@ class FuseConvBatchNorm:
 
     def _why_not(self, node: onnx_ir.Node, scope: Scope) -> str | None:
         source = node.inputs[0].producer() if node.inputs[0] is not None else None
-        if not is_op(source, *LINEAR) or source is None:
+        if not is_op(source, *LINEAR):
             return f"its input comes from {'a graph input' if source is None else source.op_type}, not from a Conv"
         if scope.excluded(source):
             return "the operator before it is excluded"

@@ -81,7 +81,7 @@ class Scope(Editor):
         """The node that alone uses the first output, if it is one of these operators, in the same graph, and may be
         changed."""
         user = only_consumer(node.outputs[0])
-        if user is None or not is_op(user, *op_types) or user.graph is not node.graph or self.excluded(user):
+        if not is_op(user, *op_types) or user.graph is not node.graph or self.excluded(user):
             return None
         return user
 
