@@ -151,12 +151,40 @@ def test_fused_attention_loses_heads(graph: Any, check_cut: Any) -> None:
     assert next(n for n in small.nodes() if n.op_type == "MultiHeadAttention").attributes["num_heads"].as_int() == 2
 
 
+@pytest.mark.parametrize("layout", ["flat", "heads apart"])
+def test_attention_of_the_standard_loses_heads_that_share(model_from_text: Any, check_cut: Any, layout: str) -> None:
+    """Four query heads on two of keys and values, of size 5: one shared head goes with its two query heads. The heads
+    are part of the last axis, or an axis of their own."""
+    nodes = "q = MatMul(x, a) k = MatMul(x, b) v = MatMul(x, c) "
+    weights = {"a": normal(6, 20), "b": normal(6, 10), "c": normal(6, 10), "d": normal(20, 3)}
+    if layout == "flat":
+        nodes += "o = Attention<q_num_heads=4, kv_num_heads=2>(q, k, v) "
+    else:
+        for name, heads in (("q", 4), ("k", 2), ("v", 2)):
+            nodes += f"{name}s = Reshape({name}, {name}_to) {name}t = Transpose<perm=[0, 2, 1, 3]>({name}s) "
+            weights[f"{name}_to"] = np.array([0, 0, heads, 5])
+        nodes += "p = Attention(qt, kt, vt) pt = Transpose<perm=[0, 2, 1, 3]>(p) o = Reshape(pt, merged) "
+        weights["merged"] = np.array([0, 0, 20])
+    text = (
+        f'<ir_version: 11, opset_import: ["" : 23]> g (float[n,t,6] x) => (float[n,t,3] y) {{{nodes}y = MatMul(o, d)}}'
+    )
+    analysis, small = check_cut(model_from_text(text, weights), {"x": normal(2, 5, 6)})
+    assert [(group.kind, group.units) for group in analysis.groups] == [("head", 2)]
+    assert {name: value.shape.numpy() for name, value in small.graph.initializers.items() if name in "abcd"} == {
+        "a": (6, 10), "b": (6, 5), "c": (6, 5), "d": (10, 3),
+    }  # fmt: skip
+
+
 def test_quantized_weights_are_cut_with_their_scales(graph: Any, check_cut: Any, shapes_of: Any) -> None:
     """Scales by output channel are cut with the rows they belong to."""
     nodes = """w = DequantizeLinear<axis=1>(a, s) h = MatMul(x, w) r = Relu(h) y = MatMul(r, b)"""
     weights = {"a": RNG.integers(-100, 100, (4, 8)).astype(np.int8), "s": np.abs(normal(8)) / 50, "b": normal(8, 3)}
     _, small = check_cut(graph("n,4", "n,3", nodes, **weights), {"x": normal(2, 4)})
     assert shapes_of(small) == {"a": (4, 4), "s": (4,), "b": (4, 3)}
+
+
+# u = [1], computed from the data.
+COMPUTED_ONE = "i = Cast<to=7>(x) k = ReduceMax<keepdims=0>(i) z = Sub(k, k) e = Add(z, one) u = Reshape(e, last)"
 
 
 @pytest.mark.parametrize(
@@ -167,12 +195,20 @@ def test_quantized_weights_are_cut_with_their_scales(graph: Any, check_cut: Any,
         ("m = ReduceMax<keepdims=1>(h, last) r = Sub(h, m)", "ReduceMax over the axis"),
         ("s = Shape<start=1>(h) f = Cast<to=1>(s) r = Div(h, f)", "calculates with the extent"),
         ('r = Einsum<equation="...i->...i">(h)', "Einsum is not traced"),
+        (f"{COMPUTED_ONE} r = Slice(h, zero, six, axis, u)", "bounds of the slice are computed"),
+        (f"{COMPUTED_ONE} r = Slice(h, zero, six, u)", "axes of the slice are computed"),
     ],
 )
 def test_what_mixes_channels_freezes_them(graph: Any, between: str, reason: str) -> None:
     """The report names the producer and the reason."""
     nodes = f"h = MatMul(x, a) {between} y = MatMul(r, b)"
-    constants = {"one": np.array(1), "last": np.array([-1])}
+    constants = {
+        "one": np.array(1),
+        "last": np.array([-1]),
+        "zero": np.array([0]),
+        "six": np.array([6]),
+        "axis": np.array([1]),
+    }
     used = {name: array for name, array in constants.items() if name in between}
     analysis = find_groups(graph("n,4", "n,3", nodes, a=normal(4, 6), b=normal(6, 3), **used))
     assert analysis.groups == ()
