@@ -1,8 +1,8 @@
 """Whether two outputs are the same up to rounding: the proof behind every conversion and every lossless rewrite.
 
-A float output agrees where |a - b| <= 1e-3 |a| + 1e-4 max|a|, the maximum taken over the output: another order of sums
-errs in proportion to its terms, whatever they add up to. NaN and infinities must stand in the same places. Outputs of
-other types must be equal in 99 % of their elements, since an ArgMax may flip where two scores tie.
+A float output agrees where |a - b| <= 1e-3 |a| + 1e-4 max|a|, the maximum taken over the output: the error of a
+reordered sum is in proportion to its terms, whatever they add up to. NaN and infinities must stand in the same places.
+Outputs of other types must be equal in 99 % of their elements, since an ArgMax may flip where two scores tie.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from modelpress_compression.inputs import Array
 
 RTOL = 1e-3
 ATOL = 1e-4  # of the output's largest magnitude
-# Below this an output is nothing but rounding noise of what was added up and cancelled.
+# Smaller numbers are rounding noise of terms that cancelled.
 NOISE = 1e-6
 LEAST_EQUAL_SHARE = 0.99
 
 
 def why_different(expected: Array, got: Array) -> str | None:
-    """What differs, to follow "output 'y' "; None where the two agree."""
+    """How they differ, to follow the output's name: "differs by up to ...". None where they agree."""
     if expected.shape != got.shape or expected.dtype != got.dtype:
         return f"is {got.dtype} {got.shape} instead of {expected.dtype} {expected.shape}"
     if expected.size == 0:

@@ -1,4 +1,4 @@
-"""What can go wrong with a user's model, recipe or data.
+"""Errors that a user's model, recipe or data can cause.
 
     CompressionError
     ├── UnsupportedFormatError      the bytes are no format that is read here

@@ -1,4 +1,4 @@
-"""What is in a model, without compressing it."""
+"""The content of a model, without compressing it."""
 
 from __future__ import annotations
 

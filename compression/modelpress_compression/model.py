@@ -11,7 +11,7 @@ import onnx_ir
 
 from modelpress_compression.specs import TensorSpec
 
-# What onnxruntime 1.31 loads at most; newer files are refused by it, so nothing newer is ever written.
+# The newest that onnxruntime 1.31 loads; nothing newer is ever written.
 MAX_OPSET = 26
 MAX_IR_VERSION = 13
 # Protobuf cannot hold 2 GiB; beyond this the weights go into a file of their own.

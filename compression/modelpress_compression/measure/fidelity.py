@@ -10,16 +10,16 @@ Where both are NaN, or the same infinity, the element counts as equal and is lef
 them is finite, the element is left out too, but counted: one such element makes `cosine` 0. Integer, bool and string
 outputs have `equal`, the share of equal elements, instead.
 
-Positions of a sequence [N, T, ...] that an attention mask among the inputs leaves out are not compared: no one reads
-them.
+Positions of a sequence [N, T, ...] that an attention mask among the inputs leaves out are not compared, since nobody
+reads them.
 
 `top1_agreement`: share of positions with the same largest element, for the first output [N, C] or [N, T, C], C >= 2,
 that may hold class scores (see `graph.outputs`) or does hold probabilities.
 
 `expected_top1` and `expected_drop`: the accuracy that the original expects of itself by its own probabilities p, and
 how much of it is lost where the class changed from a to b: mean(p(a)) and mean(p(a) - p(b)). A change between two
-classes that it could hardly tell apart costs next to nothing; one away from a class that it was sure of costs a whole
-answer. Labels are not needed.
+classes of nearly the same probability costs next to nothing; a change away from a class that the original was sure of
+costs a whole answer. Labels are not needed.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ class OutputFidelity:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """All outputs. `agreement`, in [0, 1], is what `max_drop` is held against without labels: `top1_agreement` where
-    there is one, else the mean over outputs of cosine (at least 0) or share of equal elements. `notes`: what is odd.
+    """All outputs. `agreement`, in [0, 1]: `top1_agreement` if there is one, else the mean over outputs of cosine (at
+    least 0) or share of equal elements; without labels, `max_drop` bounds its distance from 1. `notes`: oddities.
 
-    `expected_top1`, `expected_drop`: see above, None where no output holds classes."""
+    `expected_top1`, `expected_drop`: see above; None where no output holds classes."""
 
     data: str
     samples: int
@@ -77,12 +77,13 @@ class Fidelity:
 
     @property
     def cosine(self) -> float:
-        """The worst output's; of integers the share that is equal, and 0 of what could not be compared."""
+        """That of the worst output, where integers count with their share of equal elements; 0 where outputs could not
+        be compared."""
         figures = [output.equal if output.cosine is None else output.cosine for output in self.outputs.values()]
         return min((figure for figure in figures if figure is not None), default=1.0) if self.comparable else 0.0
 
     def kept(self, metric: str | None) -> tuple[str, float]:
-        """What `max_drop` is held against without labels, by its name: the worst output's cosine where that is the
+        """(name, figure) that takes the place of the metric without labels: the worst output's cosine if that is the
         metric, else `agreement`."""
         return ("cosine", self.cosine) if metric == "cosine" else ("agreement", self.agreement)
 
@@ -186,7 +187,7 @@ class _OutputSums:
         self.expected_lost += float((taken - given).sum())
 
     def expectations(self) -> tuple[float, float]:
-        """Means over all positions of what is expected to be right, and to be lost of it."""
+        """(expected_top1, expected_drop): means over all positions."""
         return self.expected_right / self.top1_positions, self.expected_lost / self.top1_positions
 
     def _add_floats(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> None:

@@ -1,8 +1,8 @@
 """How long each node of a model takes on this machine, by onnxruntime's profiler.
 
-Nodes are timed as they are written, on one thread: onnxruntime's own fusions would hide them in each other. The sum
-over a model is so more than the model takes; what two models' nodes take compares them. Several models take turns, so
-that what else the machine does befalls all of them alike; figures are medians over rounds.
+Nodes are timed as they are written, on one thread, since onnxruntime's own fusions would hide them in each other. Their
+sum is therefore more than the model takes; it is for comparing the nodes of several models. The models take turns, so
+that other work on the machine disturbs all of them alike; figures are medians over rounds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NodeTimes = Mapping[str, float]  # milliseconds of one run, by the node's label
 def node_times_ms(
     models: Sequence[Model], data: InputData, folder: Path, check_time: Callable[[], None] = lambda: None
 ) -> list[NodeTimes]:
-    """Of each model, on the first sample; files go into `folder`.
+    """The node times of each model, on the first sample; files go into `folder`.
 
     Raises ModelNotRunnableError, and what `check_time` raises.
     """
@@ -47,7 +47,7 @@ def node_times_ms(
 
 
 def _session(model: Model, folder: Path) -> ort.InferenceSession:
-    """One that profiles, and names its nodes as `label` does."""
+    """A session that profiles, with nodes named as `label` names them."""
     copy = model.clone()
     for node in copy.nodes():
         node.name = label(node)

@@ -30,10 +30,10 @@ class Skip:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass made. `changes`: how often each rewrite fired. `warnings` go into the report.
+    """The result of a pass. `changes`: how often each rewrite fired. `warnings` go into the report.
 
-    `details`: figures of single layers, for passes that have some. `notes`: what is true of the result as a whole, one
-    sentence each.
+    `details`: figures of single layers, for passes that have some. `notes`: sentences about the result as a
+    whole.
     """
 
     model: Model
@@ -54,7 +54,7 @@ def _silent(message: str) -> None:
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may use besides the model.
+    """All that a pass may use besides the model.
 
     `data`: representative inputs; `data.provided` is False where they are synthetic.
     `work_directory`: a private folder for temporary files.

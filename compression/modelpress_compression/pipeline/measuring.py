@@ -32,7 +32,7 @@ class Measured:
         }
 
     def warnings(self) -> list[str]:
-        """What a reader of the latency rows must know."""
+        """Sentences on figures that other work on the machine has disturbed."""
         worst = max(self.latency, key=lambda row: row.contention)
         if worst.contention <= BUSY:
             return []

@@ -121,7 +121,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What is given back: a model, its file, and its figures."""
+    """The model that is given back, its file, and its figures."""
 
     model: Model
     path: Path
@@ -146,7 +146,7 @@ def _prepare(
 
 
 def _run_steps(run: _Run) -> list[StepRecord]:
-    """What each step of the recipe did, in order; each works on the result of the one before."""
+    """The records of all steps in order; each step works on the result of the one before."""
     records: list[StepRecord] = []
     record: StepRecord
     model, path, context = run.model, run.path, run.context

@@ -24,7 +24,7 @@ CHECK_FEEDS = 2
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step did; a row of `steps` in the report. `model`, with its file `path`, goes into the next step."""
+    """The outcome of one step: a row of the report. `model`, with its file `path`, goes into the next step."""
 
     step: Step
     model: Model

@@ -9,7 +9,7 @@ from modelpress_compression.report.formats import NOT_MEASURED, change, escape, 
 
 _OPEN_LAYERS = 12
 _ROLES = ("original", "optimized")
-# The right end of the scale stays free for the last mark.
+# Less than 100, so that the last mark is not cut off.
 _SCALE_PERCENT = 98.0
 
 
@@ -34,7 +34,7 @@ def layer_picture(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def size_bar(share: float) -> str:
-    """What is left of the original, as a bar; more than all of it fills the bar."""
+    """The share of the original that is left, as a bar; a share over 1 fills the bar."""
     width = max(1.0, min(100.0, share * 100))
     track = '<rect width="100%" height="6" rx="3" class="track"/>'
     bar = f'<rect width="{width:.2f}%" height="6" rx="3" class="bar"/>'

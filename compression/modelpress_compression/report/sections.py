@@ -39,7 +39,7 @@ def folded(summary: str, content: str) -> str:
 
 
 def steps(report: Mapping[str, Any]) -> str:
-    """What each step changed, what it left alone and why."""
+    """For each step its changes, and what it left alone and why."""
     before: float = report["original"]["onnx_size_bytes"]
     written = []
     for index, step in enumerate(report["steps"], start=1):
@@ -108,7 +108,7 @@ def _config(config: Mapping[str, Any]) -> str:
 
 
 def candidates(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What was tried, with the figures that decided."""
+    """All candidates, with the figures that decided."""
     written = []
     for row in rows:
         speedup = row.get("speedup")

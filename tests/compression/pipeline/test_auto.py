@@ -20,7 +20,7 @@ from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.weight_only.store import store_rest
 from modelpress_compression.pipeline import auto
-from modelpress_compression.pipeline.auto import _Search
+from modelpress_compression.pipeline.auto import _SchemeSearch
 from modelpress_compression.pipeline.auto.candidates import Candidate, fastest, pareto_set
 from modelpress_compression.pipeline.auto.heads import unvouched_heads
 from modelpress_compression.pipeline.auto.judge import Judge, RaceTimings
@@ -250,7 +250,7 @@ def test_such_a_head_stays_in_float_under_dynamic(reader: Model, loud: InputData
     labelled = EvaluationData(loud, np.zeros((24, 64), np.int64))
     for eval_data, kept in ((None, True), (labelled, False)):
         judge = auto.Judge(path, path, context, recipe, eval_data)
-        search = auto._Search(recipe.steps[0], reader, path, context, tmp_path / str(kept) / "model.onnx", judge)
+        search = auto._SchemeSearch(recipe.steps[0], reader, path, context, tmp_path / str(kept) / "model.onnx", judge)
         search.dynamic()
         search.static()
         dynamic, static = search.candidates[:2]
@@ -299,7 +299,7 @@ def test_without_a_faster_one_float32_is_stored_small(
     context = Context(loud, tmp_path)
     judge = Judge(uploaded if uploaded_s else before, before, context, recipe, None)
     step = Step("quantize", QuantizeConfig(scheme="auto"))
-    search = _Search(step, two_layers, before, context, tmp_path / "out" / "model.onnx", judge)
+    search = _SchemeSearch(step, two_layers, before, context, tmp_path / "out" / "model.onnx", judge)
     search.in_float()
     record = search.outcome()
     if taken is None:

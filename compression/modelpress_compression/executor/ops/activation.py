@@ -104,7 +104,7 @@ def hardmax(x: Tensor, axis: int) -> Tensor:
 
 
 def softmax(x: Tensor, axis: int) -> Tensor:
-    """Of 16-bit floats with every step rounded, as ONNX defines the operator by its function body."""
+    """For 16-bit floats every step is rounded, as ONNX defines the operator by its function body."""
     if x.element_size() >= 4:
         return torch.softmax(x, axis)
     exponentials = torch.exp(x - x.amax(axis, keepdim=True))

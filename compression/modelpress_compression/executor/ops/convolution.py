@@ -82,8 +82,8 @@ def conv_transpose(site: Site) -> Function:
 
 
 def _output_padding(window: Window, totals: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What to cut at both sides for a given output: only SAME_UPPER leaves what is odd to the end, and what is
-    missing is added there."""
+    """(begin, end) to cut for a given output: of an odd total, only SAME_UPPER cuts more at the end. Negative totals,
+    rows that are missing, are added at the end."""
     cut = [max(total, 0) for total in totals]
     first = [total // 2 if window.auto_pad == "SAME_UPPER" else total - total // 2 for total in cut]
     return tuple(first), tuple(total - begin for total, begin in zip(totals, first, strict=True))

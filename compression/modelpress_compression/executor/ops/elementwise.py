@@ -151,7 +151,7 @@ stateless(where, "Where")
 
 @operator("BitShift")
 def bit_shift(site: Site) -> Function:
-    """Of unsigned integers; uint8 is shifted as it is, wider ones in a signed type with room for the result."""
+    """For unsigned integers; uint8 is shifted as it is, wider ones in a signed type with room for the result."""
     if site.string("direction", "LEFT") == "LEFT":
         return torch.bitwise_left_shift
     return torch.bitwise_right_shift

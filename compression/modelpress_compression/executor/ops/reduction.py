@@ -27,7 +27,7 @@ def _mean(x: Tensor, dims: tuple[int, ...], keep: bool) -> Tensor:
 
 
 def _extreme(x: Tensor, dims: tuple[int, ...], keep: bool, function: Function, empty: float) -> Tensor:
-    """Of nothing: the neutral element."""
+    """The reduction of no elements: the neutral element."""
     if any(x.shape[dim] == 0 for dim in dims):
         shape = [1 if axis in dims else extent for axis, extent in enumerate(x.shape)]
         result = x.new_full(shape, empty)

@@ -35,7 +35,7 @@ from modelpress_compression.passes.distill.config import DistillConfig
 from modelpress_compression.passes.distill.fake_quantization import Unfolded, unfold
 from modelpress_compression.passes.distill.inversion import training_inputs
 from modelpress_compression.passes.distill.objective import make_objective, tensors
-from modelpress_compression.passes.distill.samples import Samples, split
+from modelpress_compression.passes.distill.samples import DataSplit, split
 from modelpress_compression.passes.distill.task import DistillationResult, DistillationTask, stop_time
 from modelpress_compression.passes.distill.teacher import Outputs, Teacher
 from modelpress_compression.passes.distill.training import validation_loss
@@ -123,7 +123,7 @@ def _proven(
     return PassResult(model, {}, notes.skipped, (*warnings, reason))
 
 
-def _first_outputs(original: Model, samples: Samples) -> Outputs:
+def _first_outputs(original: Model, samples: DataSplit) -> Outputs:
     """The original's computed outputs for the first feed."""
     names = [value.name or "" for value in original.graph.outputs if observable(value, original) and value.producer()]
     with taps(original, names) as observe:

@@ -1,8 +1,8 @@
 """Inputs for training where no data is given: made from the original model itself, by gradients to its inputs.
 
     normalization statistics   inputs are optimized until the mean and variance of each channel before every
-                               BatchNormalization are those that it stores from its training (DeepInversion, Yin et al.,
-                               arXiv:1912.08795), and classes are told apart
+                               BatchNormalization are those that it stores from its training, and each input is
+                               assigned to its class (DeepInversion, Yin et al., arXiv:1912.08795)
     class scores alone         where the exporter has folded the statistics away, inputs are optimized to be smooth and
                                to be assigned to a class with confidence
     neither                    plausible random inputs (`graph.synthetic`)
@@ -49,7 +49,7 @@ _EPSILON = 1e-5
 
 @dataclass(frozen=True)
 class _Statistics:
-    """What a BatchNormalization saw in its training: mean and variance [C] along axis 1 of its input `value`."""
+    """Mean and variance [C] along axis 1 that a BatchNormalization saw in its training, of its input `value`."""
 
     value: str
     mean: Tensor

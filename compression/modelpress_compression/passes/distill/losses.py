@@ -122,7 +122,7 @@ def _sum(first: Distance, second: Distance, weight: float = 1.0) -> Distance:
 
 
 def log_probabilities(scores: Tensor, form: str, axis: int = -1, temperature: float = 1.0) -> Tensor:
-    """Of scores in any form, softened by the temperature."""
+    """Logarithms of the class probabilities, from scores in any form, softened by the temperature."""
     if form == PROBABILITIES:
         scores = scores.clamp_min(_TINY).log()
     return F.log_softmax(scores.clamp_min(_LOWEST_SCORE) / temperature, dim=axis)

@@ -1,4 +1,4 @@
-"""What teacher and student have in common between their inputs and outputs: values, and channels of values.
+"""Inner values that teacher and student have in common, and the channels of such values.
 
 Values match by name, where they have the same shape and much the same numbers. Values that no trained constant reaches
 are left out: training cannot change them.
@@ -130,7 +130,7 @@ def rising_selection(gain: NDArray[np.float64]) -> Indices:
     selection = np.empty(rows, np.int64)
     end = columns
     for row in reversed(range(rows)):
-        # Of the columns that are still free, the last one at which this row reached its running best.
+        # The last column before those taken by later rows at which this row reached its running best.
         end = int(np.flatnonzero(taken[row, :end])[-1])
         selection[row] = end
     return selection

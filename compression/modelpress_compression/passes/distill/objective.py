@@ -1,4 +1,4 @@
-"""What training minimizes: the distance to the teacher, at the outputs and between, and to the labels if there are any.
+"""The loss of training: the distance to the teacher, at outputs and inner values, and to the labels if there are any.
 
 loss = (1 - label_weight) * (outputs + feature_weight * features) + label_weight * labels
 

@@ -17,7 +17,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Feed:
-    """What a model is run on at once: the samples' indices, their inputs, and their labels where there are any."""
+    """The samples of one run of a model: their indices, their inputs, and their labels where there are any."""
 
     indices: tuple[int, ...]
     inputs: Feeds
@@ -25,7 +25,7 @@ class Feed:
 
 
 @dataclass(frozen=True)
-class Samples:
+class DataSplit:
     """`train` and `validation`: indices of the samples; the same ones where there are too few to hold some out."""
 
     data: InputData
@@ -75,12 +75,12 @@ class Samples:
         return [unit for unit in units if not self.data.fixed_batch or len(unit) == size]
 
 
-def split(data: InputData, hold_out: float, batch_size: int, seed: int) -> Samples:
+def split(data: InputData, hold_out: float, batch_size: int, seed: int) -> DataSplit:
     """Holds out a random share, in whole feeds; nothing where there are fewer than 10 samples or than two feeds."""
     count, unit = len(data), data.fixed_batch or 1
     order = np.random.default_rng(seed).permutation(count).astype(np.int64)
     held = max(1, round(count * hold_out / unit)) * unit
     if count < LEAST_SAMPLES or count - held < unit:
         everything = np.arange(count, dtype=np.int64)
-        return Samples(data, everything, everything, batch_size)
-    return Samples(data, order[held:], np.sort(order[:held]), batch_size)
+        return DataSplit(data, everything, everything, batch_size)
+    return DataSplit(data, order[held:], np.sort(order[:held]), batch_size)

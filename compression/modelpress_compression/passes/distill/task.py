@@ -14,10 +14,10 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.distill.config import DistillConfig
 from modelpress_compression.passes.distill.objective import Objective
-from modelpress_compression.passes.distill.samples import Samples
+from modelpress_compression.passes.distill.samples import DataSplit
 from modelpress_compression.passes.distill.training import Augment
 
-# Of the time that is left when training starts, what stays for proving and measuring the result.
+# The share of the time left that training leaves to the proof and the measuring of the result.
 RESERVE = 0.15
 
 
@@ -32,7 +32,7 @@ class DistillationTask:
     original: Model
     student: Model
     trainable: Selector
-    samples: Samples
+    samples: DataSplit
     objective: Objective
     config: DistillConfig
     context: Context

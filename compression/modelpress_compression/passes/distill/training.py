@@ -47,7 +47,7 @@ class TrainingSamples(Protocol):
 
 
 class Targets(Protocol):
-    """What training aims at, for samples as they are and for changed inputs: the outputs of a teacher."""
+    """The outputs that training aims at, for samples as they are and for changed inputs: those of a teacher."""
 
     def __call__(self, feed: Feed) -> Outputs: ...
 

@@ -56,7 +56,7 @@ def choose_quantization(
     `original`: file of the model as it was uploaded, which agreement and drop are measured against.
     """
     began = time.monotonic()
-    search = _Search(step, model, path, context, target, Judge(original, path, context, recipe, eval_data))
+    search = _SchemeSearch(step, model, path, context, target, Judge(original, path, context, recipe, eval_data))
     search.dynamic()
     search.static()
     search.smaller()
@@ -66,7 +66,7 @@ def choose_quantization(
 
 
 @dataclass
-class _Search:
+class _SchemeSearch:
     step: Step
     model: Model
     path: Path
@@ -78,7 +78,7 @@ class _Search:
 
     @cached_property
     def heads(self) -> dict[str, int]:
-        """Class heads that stay in float32; labels vouch for all of them."""
+        """Class heads that stay in float32; none if there are labels, which show every loss."""
         if self.judge.eval_data is not None:
             return {}
         return unvouched_heads(self.model, len(self.context.data))

@@ -41,7 +41,7 @@ _FITTING: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {IMAGE: tuple(_IMAGES), SIGNAL: _SIGNALS, TOKENS: ("token_masking",)}
 )
 _PEOPLE = MappingProxyType({IMAGE: "images", SIGNAL: "signals", TOKENS: "token indices"})
-# After these a label for each position belongs to another place.
+# After these, labels of positions would be in the wrong places.
 _MOVING = frozenset(("horizontal_flip", "vertical_flip", "rotation", "random_resized_crop"))
 
 
@@ -90,7 +90,7 @@ class Augmenter:
 def make_augmenter(
     model: Model, data: InputData, wanted: Sequence[Augmentation], seed: int
 ) -> tuple[Augmenter | None, list[tuple[str, str]]]:
-    """What changes batches, None where nothing does; and (name, reason) of augmentations that fit no input."""
+    """The augmenter, None if no augmentation fits; and (name, reason) of those that fit no input."""
     kinds = input_kinds(model, data)
     changes, refused = [], []
     for item in wanted:

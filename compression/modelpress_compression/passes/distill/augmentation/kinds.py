@@ -1,4 +1,4 @@
-"""What an input of a model is, as far as its graph and its samples tell: images, a signal, token indices, or other."""
+"""The kind of a model's input, as far as its graph and its samples show: images, a signal, token indices, or other."""
 
 from __future__ import annotations
 
