@@ -11,21 +11,21 @@ Rows = Sequence[Mapping[str, Any]]
 _HEAD = """# What training from the file alone brings back
 
 `distill` trains a model as it stands, pruned or quantized, with the uploaded model as its teacher. It needs neither the
-source code nor labels: the graph runs in torch, the original answers in onnxruntime, and the distance between the
-answers is what training lessens. The best state by the samples held out is kept, the start among them, and the written
-file is held against the original in onnxruntime before it is taken: a step never ends worse than it began, by that
-measure.
+source code nor labels: the graph runs in torch, the original runs in onnxruntime, and training reduces the distance
+between their outputs. Some samples are held out; the state with the smallest loss on them is kept, and the state before
+training takes part. Before the written file is taken, it is compared with the original in onnxruntime on the same
+samples. So by that loss, a step never ends worse than it began.
 
 {ways}
-Augmentation changes each batch at random, and both models see the same batch, so that it is safe wherever the original
-can be asked: choose what could occur in use. With `labels` in the data file, half of the loss is theirs.
+Augmentation changes each batch at random. Both models see the same changed batch, so that the teacher's outputs fit it:
+choose changes that could occur in use. With `labels` in the data file, the loss against them makes half of the whole.
 
 `target: {device: cuda}` trains on a GPU where torch sees one; without one it trains on the CPU, and a warning says so.
-The original answers in onnxruntime on the CPU all the same.
+The original runs in onnxruntime on the CPU in either case.
 
 The figures below come from `benchmarks/distillation.py`: trained models, task metrics on data that training never sees,
-unlabelled training inputs. Times are CPU seconds on one thread, with everything that the step does (the teacher's
-answers and the proof in onnxruntime included); times of trained models include the repair before.
+unlabelled training inputs. Times are CPU seconds on one thread for the whole step, including the teacher's outputs and
+the proof in onnxruntime; times of trained models include the repair before.
 """
 
 _WAYS = (
@@ -33,12 +33,12 @@ _WAYS = (
     ("---", "---", "---"),
     (
         "`end_to_end`",
-        "all weights at once, towards the outputs and what both models have in common between",
+        "all weights at once, towards the outputs and the inner values that both models have in common",
         "the most accuracy",
     ),
     (
         "`layerwise`",
-        "block after block, towards the original's activations; cut channels are matched by what they do",
+        "block after block, towards the original's activations; cut channels are matched by their values",
         "large models",
     ),
     (
@@ -57,15 +57,16 @@ _LIMITS = """
 ## Limits
 
 - Layers that compute in integers themselves (`quantize` with scheme `dynamic`, QLinear operators) pass no gradient; the
-  report names them. Distill before quantizing so.
-- The scales and zero points of a quantized model stay as calibration chose them; the weights and biases move.
-- Static 8-bit weights that `quantize` kept from saturating on CPUs without VNNI are kept from it after training too:
-  pairs that training moved beyond go to the nearest levels that do not saturate, and the report proves it anew.
+  report names them. Distill before such a step.
+- The scales and zero points of a quantized model stay as calibration chose them; only weights and biases are trained.
+- Where `quantize` chose static 8-bit weights that do not saturate on CPUs without VNNI, this holds after training too:
+  pairs of weights that would saturate move to the nearest levels that do not, and the report certifies it anew.
 - Normalization statistics stay as they are: BatchNormalization is trained in its inference form.
 - Inputs made without data are poor beside real ones. Where a graph holds neither BatchNormalization nor class scores
-  they are random, and what is learned on random inputs may harm on real ones; the gain is measured on them alone.
-- `layerwise` cuts a graph where one value alone carries what weights made; models with weights in subgraphs, or with
-  skip connections from end to end, are one block.
+  they are random. Training on random inputs may make the model worse on real ones, and the gain is measured on such
+  inputs alone.
+- `layerwise` cuts a graph at values through which alone the weights before them act. Models with weights in subgraphs,
+  or with skip connections from end to end, are one block.
 - 16-bit float models are trained in their own precision, which may be too coarse for small learning rates.
 """
 
