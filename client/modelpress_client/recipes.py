@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from modelpress_protos import errors
 from modelpress_protos import recipe as language
 from modelpress_protos.v1.recipe_pb2 import Recipe
 from modelpress_protos.v1.server_service_pb2 import Preset
@@ -101,7 +102,7 @@ def build(
         if given and isinstance(before, Mapping):
             changed["constraints"] = {**before, **given}
         return language.from_dict(changed)
-    except language.RecipeError as error:
+    except errors.InvalidRecipeError as error:
         lines = "\n".join(f"  {violation}" for violation in error.violations)
         raise InvalidRecipeError(f"The recipe is not valid:\n{lines}", error.violations) from error
 

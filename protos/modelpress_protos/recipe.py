@@ -1,6 +1,6 @@
 """The recipe language: YAML-shaped documents to `Recipe` messages and back.
 
-    document -> from_dict -> Recipe          raises RecipeError with every violation at once
+    document -> from_dict -> Recipe          raises InvalidRecipeError with every violation at once
     Recipe   -> to_dict   -> document        only what is set; from_dict(to_dict(r)) == r
     Recipe   -> validate  -> [Violation]     what a server checks on a message that it received
     document -> apply_overrides -> document  `--set steps[1].prune.sparsity=0.3`
@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
@@ -23,6 +23,7 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from modelpress_protos.errors import InvalidRecipeError
 from modelpress_protos.schema import (
     MAX_SECTIONS,
     Kind,
@@ -53,17 +54,6 @@ _KINDS: Mapping[int, Kind] = {
     protobuf_descriptor.FieldDescriptor.TYPE_DOUBLE: "float",
     protobuf_descriptor.FieldDescriptor.TYPE_STRING: "string",
 }
-
-
-class RecipeError(ValueError):
-    """A recipe that breaks the rules; `violations` has all of them, in the order of the document."""
-
-    def __init__(self, violations: Iterable[Violation]) -> None:
-        self.violations = tuple(violations)
-        super().__init__("\n".join(map(str, self.violations)))
-
-    def __reduce__(self) -> tuple[type[RecipeError], tuple[tuple[Violation, ...]]]:
-        return type(self), (self.violations,)
 
 
 # --- the schema --------------------------------------------------------------------------------------------------
@@ -123,11 +113,11 @@ STEP = schema_of(Step.DESCRIPTOR)
 def from_dict(document: object) -> Recipe:
     """Builds the message from a YAML-shaped document (mappings, lists, scalars; `None` means "not set").
 
-    Raises RecipeError with every violation of the whole document.
+    Raises InvalidRecipeError with every violation of the whole document.
     """
     values, violations = read(document, SCHEMA)
     if violations:
-        raise RecipeError(violations)
+        raise InvalidRecipeError(violations)
     return ParseDict(values, Recipe())
 
 
@@ -184,8 +174,8 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> di
     """A copy of the document with `path=value` applied in order; values are written as in YAML.
 
     A path is spelled as in violations (`steps[1].prune.sparsity`, `constraints.max_drop`). A technique's name as the
-    first word (`quantize.scheme`) means the only step of that technique. Raises RecipeError with every override that
-    does not apply; whether the values are right, from_dict says.
+    first word (`quantize.scheme`) means the only step of that technique. Raises InvalidRecipeError with every override
+    that does not apply; whether the values are right, from_dict says.
     """
     result = copy.deepcopy(dict(document))
     violations = []
@@ -198,7 +188,7 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> di
         except ValueError as error:
             violations.append(Violation(path.strip(), str(error)))
     if violations:
-        raise RecipeError(violations)
+        raise InvalidRecipeError(violations)
     return result
 
 

@@ -12,6 +12,7 @@ from modelpress_compression.errors import InvalidRecipeError
 from modelpress_compression.options import schema_of
 from modelpress_compression.recipe import Recipe, presets
 from modelpress_compression.schema import Option, Schema
+from modelpress_protos import errors
 from modelpress_protos import recipe as language
 
 SCHEMA = schema_of(Recipe)
@@ -91,7 +92,7 @@ def mutated(draw: st.DrawFn) -> Any:
 def violations_of(document: Any) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """What the engine and the API find."""
     found: list[list[tuple[str, str]]] = []
-    for reader, error in ((Recipe.from_dict, InvalidRecipeError), (language.from_dict, language.RecipeError)):
+    for reader, error in ((Recipe.from_dict, InvalidRecipeError), (language.from_dict, errors.InvalidRecipeError)):
         try:
             reader(document)
             found.append([])

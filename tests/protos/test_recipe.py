@@ -10,7 +10,8 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from modelpress_protos.recipe import STEP, RecipeError, apply_overrides, from_dict, schema_of, to_dict, validate
+from modelpress_protos.errors import InvalidRecipeError
+from modelpress_protos.recipe import STEP, apply_overrides, from_dict, schema_of, to_dict, validate
 from modelpress_protos.schema import MAX_SECTIONS, LessThan, Needs, Schema, Violation
 from modelpress_protos.v1.recipe_pb2 import PruneStep, Recipe
 
@@ -27,7 +28,7 @@ benchmark: {threads: [1, 2], batch_sizes: [1], rounds: 50}
 
 
 def violations_of(document: object) -> list[str]:
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(InvalidRecipeError) as caught:
         from_dict(document)
     return [str(violation) for violation in caught.value.violations]
 
@@ -155,7 +156,7 @@ def test_overrides_create_what_is_not_there() -> None:
 def test_overrides_that_do_not_apply() -> None:
     """Each says why, all at once."""
     document = {"version": 1, "steps": [{"fuse": {}}, {"fuse": {}}]}
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(InvalidRecipeError) as caught:
         apply_overrides(
             document,
             [
@@ -270,10 +271,10 @@ def test_round_trip(document: dict[str, Any]) -> None:
 
 
 def complaints_of(call: Callable[[], object]) -> list[str]:
-    """What a call complains about; any other exception than RecipeError gets through."""
+    """What a call complains about; any other exception than InvalidRecipeError gets through."""
     try:
         call()
-    except RecipeError as error:
+    except InvalidRecipeError as error:
         return [str(violation) for violation in error.violations] or ["raised without a violation"]
     return []
 
@@ -288,7 +289,7 @@ def test_garbage_is_refused_in_words(document: object) -> None:
 
 @given(documents, st.lists(st.text(max_size=30) | st.builds("{}={}".format, keys, scalars), max_size=3))
 def test_garbage_overrides_are_refused_in_words(document: dict[str, Any], overrides: list[str]) -> None:
-    """Whatever the overrides, nothing but RecipeError is raised."""
+    """Whatever the overrides, nothing but InvalidRecipeError is raised."""
     complaints = complaints_of(lambda: apply_overrides(document, overrides))
     assert "raised without a violation" not in complaints
 
