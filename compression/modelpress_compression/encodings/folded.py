@@ -55,7 +55,7 @@ class _Head:
         return self._editor.emit(self._before, op_type, operands, self._name, attributes=attributes)[0]
 
 
-def write_float16(editor: Editor, graph: onnx_ir.Graph, array: NDArray[np.float32], name: str) -> onnx_ir.Value:
+def write_16_bits(editor: Editor, graph: onnx_ir.Graph, array: NDArray[np.float32], name: str) -> onnx_ir.Value:
     """A value that stands for the array, stored in half precision."""
     head = _Head(editor, graph, name)
     return head.real(head.constant(array.astype(np.float16), "float16"))

@@ -52,6 +52,15 @@ def write_bias(
     return write(editor, before, StoredWeight(weight, values, factor), name)
 
 
+def make_pair(
+    editor: Editor, value: onnx_ir.Value, scale: onnx_ir.Value, zero_point: onnx_ir.Value
+) -> tuple[onnx_ir.Node, onnx_ir.Node]:
+    """QuantizeLinear and DequantizeLinear of an activation, in no graph yet."""
+    name = value.name or "activation"
+    quantize = editor.make("QuantizeLinear", [value, scale, zero_point], name)
+    return quantize, editor.make("DequantizeLinear", [quantize.outputs[0], scale, zero_point], name)
+
+
 def read(node: onnx_ir.Node) -> tuple[StoredWeight, ...]:
     """The constant weights of an operator that takes them as they are; where it takes no scale for them, that is 1."""
     found = (_read(node, name, values) for name, values in quantized_weights(node).items())

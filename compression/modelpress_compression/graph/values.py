@@ -117,7 +117,8 @@ def _consumers(value: onnx_ir.Value) -> Iterator[tuple[onnx_ir.Node, int]]:
 
 def _rows(node: onnx_ir.Node, position: int) -> int | None:
     if node.op_type in ("Gather", "GatherBlockQuantized") and position == 1:
-        return _table_extent(node.inputs[0], int_attribute(node, "axis", 0))
+        axis = "axis" if node.op_type == "Gather" else "gather_axis"
+        return _table_extent(node.inputs[0], int_attribute(node, axis, 0))
     if node.op_type == "OneHot" and position == 0:
         depth = constant_scalar(node.inputs[1])
         return None if depth is None else int(depth)

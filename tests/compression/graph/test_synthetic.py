@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.graph.synthetic import synthetic_inputs
+from modelpress_compression.graph.values import index_bound
 from modelpress_compression.model import Model
 from modelpress_compression.runtime import run_all, session_of
 
@@ -48,6 +49,19 @@ def test_token_indices_stay_within_the_embedding(model_from_text: Callable[..., 
     assert data.arrays["ids"].min() >= 0
     assert data.arrays["ids"].max() == 6
     assert (data.arrays["attention_mask"] == 1).all()
+
+
+def test_rows_of_tables_in_few_bits_are_counted(model_from_text: Callable[..., Model]) -> None:
+    """Indices go up to the axis that they are taken from, whatever else lies in the bytes."""
+    for axis, shape, indices in ((0, (7, 16), 7), (1, (32, 5), 5)):
+        attributes = f"<bits = 8, block_size = 16, gather_axis = {axis}, quantize_axis = {1 - axis}>"
+        text = (
+            f"{HEAD} g (int64[batch] ids) => (float[a,b] y) "
+            f"{{ y = com.microsoft.GatherBlockQuantized {attributes} (table, ids, scales) }}"
+        )
+        scales = (7, 1) if axis == 0 else (2, 5)
+        model = model_from_text(text, {"table": np.ones(shape, np.int8), "scales": np.ones(scales, np.float32)})
+        assert index_bound(model.graph.inputs[0]) == indices
 
 
 def test_tables_and_weights_that_are_inputs_bind_all_the_same(model_from_text: Callable[..., Model]) -> None:

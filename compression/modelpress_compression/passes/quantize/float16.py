@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.encodings import folded
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.read import constant_array, constant_tensor
 from modelpress_compression.model import Model
@@ -40,10 +41,8 @@ def store_in_float16(model: Model, exclude: tuple[str, ...], findings: Findings)
             if reason := why_not_float16(weight):
                 findings.skip(users[0], f"weight {value.name!r} {reason}")
                 continue
-            half = editor.constant(graph, weight.astype(np.float16), f"{value.name}_float16")
-            cast = editor.make("Cast", [half], value.name or "weight", attributes={"to": int(onnx_ir.DataType.FLOAT)})
-            graph.insert_before(graph[0], cast)
-            onnx_ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+            real = folded.write_16_bits(editor, graph, weight, value.name or "weight")
+            onnx_ir.convenience.replace_all_uses_with(value, real)
             stored.update(users)
     findings.changes.update(node.op_type for node in stored)
     clean(model)

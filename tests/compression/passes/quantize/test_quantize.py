@@ -11,6 +11,7 @@ import pytest
 from modelpress_compression.errors import TimeLimitError
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.inputs import InputData
+from modelpress_compression.measure.stats import model_stats
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.expand import expand_fused
@@ -49,6 +50,60 @@ def test_two_runs_at_once_do_not_meet(cnn, mlp, images, vectors, quantize, schem
         alone = quantize(model, arrays, scheme=scheme)
         assert result.changes == alone.changes
         assert [t.tobytes() for t in result.model.tensors()] == [t.tobytes() for t in alone.model.tensors()]
+
+
+@pytest.fixture
+def reader(build, rng):  # type: ignore[no-untyped-def]
+    """An embedding, a product with bias, one over 300 inputs, an LSTM, a Gemm with bias: x [n, 7] of words -> y."""
+    weights = {
+        "table": rng.normal(0, 1, (70, 64)),
+        "w1": rng.normal(0, 0.1, (64, 300)),
+        "b1": rng.normal(0, 0.1, 300),
+        "w2": rng.normal(0, 0.1, (300, 24)),
+        "w": rng.normal(0, 0.2, (2, 64, 24)),
+        "r": rng.normal(0, 0.2, (2, 64, 16)),
+        "w3": rng.normal(0, 0.1, (5, 224)),
+        "b3": rng.normal(0, 0.1, 5),
+    }
+    nodes = [
+        NODE("Gather", ["table", "x"], ["e"], "embed"),
+        NODE("MatMul", ["e", "w1"], ["m1"], "one"),
+        NODE("Add", ["m1", "b1"], ["a1"], "bias"),
+        NODE("Tanh", ["a1"], ["t1"], "tanh"),
+        NODE("MatMul", ["t1", "w2"], ["m2"], "two"),
+        NODE("Transpose", ["m2"], ["s"], "steps", perm=[1, 0, 2]),
+        NODE("LSTM", ["s", "w", "r"], ["h"], "lstm", hidden_size=16, direction="bidirectional"),
+        NODE("Transpose", ["h"], ["u"], "samples", perm=[2, 0, 1, 3]),
+        NODE("Reshape", ["u", "rows"], ["f"], "flat"),
+        NODE("Gemm", ["f", "w3", "b3"], ["y"], "head", transB=1),
+    ]
+    constants = {name: array.astype(np.float32) for name, array in weights.items()}
+    return build(nodes, {**constants, "rows": np.asarray([-1, 224])}, {"x": ["n", 7]}, types={"x": 7})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scheme": "static", "smooth_quant": False},
+        {"scheme": "dynamic"},
+        {"scheme": "dynamic", "per_channel": False},
+        {"scheme": "weight_only"},
+        {"scheme": "weight_only", "per_channel": False},
+        {"scheme": "weight_only", "weights": "int4", "block_size": 16},
+        {"scheme": "float16"},
+    ],
+    ids=str,
+)
+def test_parameters_stay(cnn, images, reader, rng, quantize, options) -> None:  # type: ignore[no-untyped-def]
+    """Whatever the format, a quantized model counts the parameters of before, and no more zeros than its levels say:
+    a twentieth of the weights in 8 bits, a sixth in 4."""
+    for model, arrays in ((cnn, images), (reader, {"x": rng.integers(0, 70, (16, 7))})):
+        result = quantize(model, arrays, **options)
+        before, after = model_stats(model), model_stats(result.model)
+        assert after.parameters == before.parameters
+        share = 1 / 6 if options.get("weights") == "int4" else 1 / 20
+        assert before.nonzero_parameters - after.nonzero_parameters <= share * before.parameters
+        assert sum(layer.parameters for layer in after.layers) == after.parameters
 
 
 def test_a_glob_without_a_match_is_warned_of(mlp, vectors, quantize) -> None:  # type: ignore[no-untyped-def]

@@ -23,6 +23,7 @@ from itertools import count
 import numpy as np
 import onnx_ir
 
+from modelpress_compression.encodings.qdq import make_pair
 from modelpress_compression.graph.read import label
 from modelpress_compression.inputs import Feeds
 from modelpress_compression.passes.quantize.plan import Activation, Plan
@@ -112,7 +113,6 @@ class _Builder:
     def _switch_activation(self, activation: Activation) -> int:
         """Puts a switch between the activation and those who read it in 8 bits; returns its number."""
         value = activation.value
-        name = value.name or ""
         number, switch = self._switch(value)
         if activation.all_consumers:
             self._take_place(value, switch.outputs[0])
@@ -121,10 +121,8 @@ class _Builder:
                 if self._plan.reads(activation, user, index):
                     user.replace_input_with(index, switch.outputs[0])
         # Only now, since the branches read the value itself.
-        quantize = self._editor.make("QuantizeLinear", [value, self._scale, self._zero_point], name)
-        dequantize = self._editor.make("DequantizeLinear", [quantize.outputs[0], self._scale, self._zero_point], name)
-        same = self._editor.make("Identity", [value], name)
-        self._fill(switch, [quantize, dequantize], [same])
+        same = self._editor.make("Identity", [value], value.name or "")
+        self._fill(switch, make_pair(self._editor, value, self._scale, self._zero_point), [same])
         return number
 
     def _switch_weight(self, node: onnx_ir.Node) -> int:

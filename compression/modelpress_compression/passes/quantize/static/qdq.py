@@ -60,14 +60,13 @@ class QdqWriter:
         name = value.name or "activation"
         scale = self.editor.constant(graph, np.asarray(x.scale, np.float32), f"{name}_scale")
         zero_point = self.editor.constant(graph, np.asarray(x.zero_point, x.dtype), f"{name}_zero_point")
-        quantize = self.editor.make("QuantizeLinear", [value, scale, zero_point], name)
-        dequantize = self.editor.make("DequantizeLinear", [quantize.outputs[0], scale, zero_point], name)
+        pair = qdq.make_pair(self.editor, value, scale, zero_point)
         producer = value.producer()
         if producer is None:
-            graph.insert_before(graph[0], [quantize, dequantize])
+            graph.insert_before(graph[0], pair)
         else:
-            graph.insert_after(producer, [quantize, dequantize])
-        return dequantize.outputs[0]
+            graph.insert_after(producer, pair)
+        return pair[1].outputs[0]
 
     def _weight(self, node: onnx_ir.Node, x: ActivationParameters, bias: NDArray[np.float32] | None) -> StoredWeight:
         source = required(node, 1)
