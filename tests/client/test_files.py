@@ -128,7 +128,7 @@ def test_kinds_of_real_files(tmp_path: Path) -> None:
     assert {name: found.name if (found := format_of(tmp_path / name)) else None for name in expected} == expected
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_what_the_server_reads_or_judges_is_left_to_it(tmp_path: Path) -> None:
     """TorchScript carries its own code; of what the client does not know a newer server may know more."""
     torch.jit.save(torch.jit.trace(Net().eval(), torch.zeros(1, 4)), tmp_path / "m.pt")  # type: ignore[no-untyped-call]

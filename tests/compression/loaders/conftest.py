@@ -62,7 +62,7 @@ def save_script() -> Callable[[torch.nn.Module, Path], Path]:
 
     def save(module: torch.nn.Module, path: Path) -> Path:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.filterwarnings("ignore", "`torch.jit")
             torch.jit.script(module).save(str(path))
         return path
 
@@ -78,7 +78,7 @@ def scripted(small_net: SmallNet, save_script: Any, tmp_path_factory: pytest.Tem
 def traced(small_net: SmallNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("trace") / "net.pt"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "`torch.jit")
         torch.jit.trace(small_net, torch.zeros(1, 1, 12, 12)).save(str(path))
     return path
 
