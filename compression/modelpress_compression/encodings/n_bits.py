@@ -70,7 +70,8 @@ def read_product(node: onnx_ir.Node) -> tuple[StoredWeight, ...]:
     rows, columns, size = (int_attribute(node, name, 0) for name in ("N", "K", "block_size"))
     bits, blocks = int_attribute(node, "bits", 4), -(-columns // size)
     found = _constants(node)
-    if found is None or found["w"].dtype != np.uint8:
+    whole_bytes = rows * blocks * size * bits // 8
+    if found is None or found["w"].nbytes != whole_bytes or found["w_scale"].size != rows * blocks:
         return ()
     packed, zero_point = found["w"], found.get("w_zero")
     levels = unpack(packed.reshape(rows, -1), bits)[:, :columns]

@@ -102,6 +102,17 @@ def test_a_weight_of_two_nodes_counts_once(model_of: ModelOf) -> None:
     assert model_stats(model_of(nodes, given, {"x": ["n", 33]})).parameters == ROWS * 33 + ROWS
 
 
+def test_other_sizes_are_not_read(model_of: ModelOf) -> None:
+    """Bytes or scales that K, N and the block size do not go with; figures count what is in the file."""
+    given = constants(np.random.default_rng(0), 64, 4, 32)
+    for name, array in (("q", given["q"][:, :1]), ("s", given["s"][:, :1])):
+        model = model_of(
+            [n_bits("x q s", 64, 4, 32)], {"q": given["q"], "s": given["s"], name: array}, {"x": ["n", 64]}
+        )
+        assert not any(stored_weights(node) for node in model.nodes())
+        assert model_stats(model).parameters >= ROWS * 16
+
+
 def test_a_computed_scale_leaves_the_bytes(model_of: ModelOf) -> None:
     """Where scales are not constant the weight is not read; figures count what is in the file and do not fail."""
     given = constants(np.random.default_rng(0), 64, 4, 32)

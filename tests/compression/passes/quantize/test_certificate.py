@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from modelpress_compression.encodings.read import stored_weights
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
@@ -208,3 +209,17 @@ def test_a_finished_model_can_be_kept_within_the_limits(cnn, images, tmp_path) -
     assert keep_within_limits(work) > 0
     assert all(item.certified for item in certify(work))
     assert keep_within_limits(work) == 0
+
+
+def test_moved_pairs_of_dynamic_products_stay_near(mlp: Model, vectors: Arrays, tmp_path: Path) -> None:
+    """Levels whose scale stands behind the product move by what saturates alone: the weights keep 15 dB."""
+    result = quantized(mlp, vectors, tmp_path, "vnni", scheme="dynamic")
+    work = result.model.clone()
+    assert keep_within_limits(work) > 0
+    assert all(item.certified for item in certify(work))
+    pairs = zip(result.model.nodes(), work.nodes(), strict=True)
+    weights = [(old.weight, new.weight) for pair in pairs for old, new in zip(*map(stored_weights, pair), strict=True)]
+    assert len(weights) == 3
+    for old, new in weights:
+        before, after = old.dequantize(), new.dequantize()
+        assert np.square(after - before).sum() < 10**-1.5 * np.square(before).sum()
