@@ -31,7 +31,7 @@ from modelpress_compression.channels.groups import Indices
 from modelpress_compression.channels.integers import Small, evaluate, small_constant
 from modelpress_compression.channels.labels import AxisLabels, Ints
 from modelpress_compression.errors import CompressionError
-from modelpress_compression.graph.edit import Editor, Inputs, replace_numbers
+from modelpress_compression.graph.edit import Editor, Inputs, replace_numbers, set_input
 from modelpress_compression.graph.read import constant_array, constant_tensor, is_op, label
 from modelpress_compression.model import Model
 
@@ -145,10 +145,7 @@ class _Cut:
             fix.node.attributes[fix.attribute] = onnx_ir.AttrInt64s(fix.attribute, sizes.tolist())
             return
         fix.node.attributes.pop("num_outputs", None)
-        if len(fix.node.inputs) > 1:
-            fix.node.replace_input_with(1, self._constant(f"{label(fix.node)}_sizes", sizes))
-        else:
-            _add_input(fix.node, self._constant(f"{label(fix.node)}_sizes", sizes))
+        set_input(fix.node, 1, self._constant(f"{label(fix.node)}_sizes", sizes))
 
     def _bounds(self, fix: Bounds) -> None:
         starts, ends = (np.array(self._tracer.known(fix.node.inputs[position])) for position in (1, 2))
@@ -160,7 +157,9 @@ class _Cut:
 
     def _positions(self, fix: Positions) -> None:
         """Indices keep their order; those of labels that go are left out."""
-        indices = constant_of(fix.node.inputs[1], self._tracer.known(fix.node.inputs[1]))
+        indices = self._tracer.indices(fix.node.inputs[1])
+        if indices is None:
+            raise CompressionError(f"The indices that {label(fix.node)} picks are not known.")
         indices = np.where(indices < 0, indices + fix.whole.size, indices)
         new = np.cumsum(self._stays[fix.whole]) - 1
         self._replace(fix.node, 1, new[indices[self._stays[fix.picked]]].astype(indices.dtype))
@@ -258,20 +257,6 @@ class _Cut:
                 inputs = [self._value_after(source) for source in producer.inputs]
                 self._after[value] = evaluate(producer, inputs, self.extents)
         return self._after[value]
-
-
-def constant_of(value: onnx_ir.Value | None, known: Small | None) -> Small:
-    """The numbers of indices, be they a constant or computed from shapes."""
-    tensor = constant_tensor(value)
-    array = known if tensor is None else np.asarray(tensor.numpy())
-    if array is None:
-        raise TypeError("indices are not known")
-    return array
-
-
-def _add_input(node: onnx_ir.Node, value: onnx_ir.Value) -> None:
-    node.resize_inputs(len(node.inputs) + 1)
-    node.replace_input_with(len(node.inputs) - 1, value)
 
 
 def _restore_shapes(model: Model, ir: onnx_ir.Model, nodes: list[onnx_ir.Node], mending: _Cut) -> None:

@@ -18,7 +18,7 @@ from modelpress_compression.channels.grids import Grid
 from modelpress_compression.channels.groups import Kind, Role
 from modelpress_compression.channels.integers import Small, evaluate, is_structural, small_constant
 from modelpress_compression.channels.labels import AxisLabels, Ints, Labels, ValueLabels
-from modelpress_compression.graph.read import constant_tensor, is_op, label
+from modelpress_compression.graph.read import constant_array, constant_tensor, is_op, label
 from modelpress_compression.graph.shapes import shape_of
 from modelpress_compression.graph.subgraphs import read_values
 
@@ -104,6 +104,11 @@ class Tracer:
     def is_fixed(self, value: onnx_ir.Value | None) -> bool:
         """Whether a known small tensor is the same in every run: no extent of a plain axis is in it."""
         return all(labels is not _PLAIN for source in self._sources_of(value) for labels in source)
+
+    def indices(self, value: onnx_ir.Value | None) -> Small | None:
+        """Numbers that are the same in every run: those of a constant of any size, or computed from fixed extents."""
+        array = constant_array(value)
+        return array if array is not None or not self.is_fixed(value) else self.known(value)
 
     def sources(self, value: onnx_ir.Value | None) -> list[Ints]:
         """Labels of the axes whose extents are in a small tensor."""

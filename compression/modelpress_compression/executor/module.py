@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modelpress_compression.errors import InvalidInputsError
 from modelpress_compression.executor.compiler import Compiler, laid_out
 from modelpress_compression.executor.dtypes import tensor_of, to_numpy, to_torch
+from modelpress_compression.graph.edit import replace_numbers
 from modelpress_compression.graph.read import constant_tensor
 from modelpress_compression.graph.subgraphs import needed_nodes
 from modelpress_compression.inputs import Array
@@ -115,18 +116,7 @@ class Executor(nn.Module):
                     f"The model has no constant {name!r} of shape {list(parameter.shape)}; write trained values into "
                     f"the model that the executor was made from, or into a clone of it."
                 )
-            array = np.asarray(to_numpy(parameter)).astype(tensor.dtype.numpy())
-            _replace(value, onnx_ir.tensor(array, dtype=tensor.dtype, name=tensor.name))
-
-
-def _replace(value: onnx_ir.Value, tensor: onnx_ir.TensorProtocol) -> None:
-    producer = value.producer()
-    if producer is None:
-        value.const_value = tensor
-        return
-    producer.attributes["value"] = onnx_ir.AttrTensor("value", tensor)
-    if value.const_value is not None:
-        value.const_value = tensor
+            replace_numbers(value, np.asarray(to_numpy(parameter)))
 
 
 def _chosen(

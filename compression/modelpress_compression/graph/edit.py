@@ -168,6 +168,12 @@ def clean(model: Model) -> None:
                 del graph.initializers[name]
 
 
+def set_input(node: onnx_ir.Node, position: int, value: onnx_ir.Value) -> None:
+    """Gives the node an input, which may lie beyond those that it has."""
+    node.resize_inputs(max(position + 1, len(node.inputs)))
+    node.replace_input_with(position, value)
+
+
 def replace_numbers(value: onnx_ir.Value, array: Array) -> None:
     """Gives a constant these numbers, in the element type that it has, be it an initializer or of a Constant node.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 import pytest
-from modelpress_compression.graph.edit import Editor, clean, replace_numbers
+from modelpress_compression.graph.edit import Editor, clean, replace_numbers, set_input
 from modelpress_compression.graph.read import constant_array
 from modelpress_compression.model import Model
 
@@ -142,3 +142,14 @@ def test_only_constants_have_numbers_to_replace(chain: Model) -> None:
     """Anything else is an error that names the value."""
     with pytest.raises(TypeError, match="'a' is not constant"):
         replace_numbers(chain.graph[0].outputs[0], np.zeros(2))
+
+
+def test_inputs_may_lie_beyond_those_that_are_there(model_from_text: Callable[..., Model]) -> None:
+    """What lies between is left out; an input that is there is replaced."""
+    model = model_from_text(f"{HEAD} g (float[2] x, float[2] z) => (float[2] y) {{ y = Clip(x) }}")
+    x, z = model.graph.inputs
+    node = model.graph[0]
+    set_input(node, 2, z)
+    assert tuple(node.inputs) == (x, None, z)
+    set_input(node, 0, z)
+    assert tuple(node.inputs) == (z, None, z)

@@ -11,7 +11,7 @@ from modelpress_compression.channels.ops.layout import axis_of
 from modelpress_compression.channels.ops.registry import rule
 from modelpress_compression.channels.ops.strided import identity_copy
 from modelpress_compression.channels.tracer import UNKNOWN_SHAPES, Tracer
-from modelpress_compression.graph.read import constant_array, input_of, ints_attribute
+from modelpress_compression.graph.read import input_of, ints_attribute
 
 
 @rule("Split")
@@ -117,9 +117,7 @@ def gather(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     whole = axes[along]
     picked: ValueLabels = (None,) * len(indices)
     if whole is not None:
-        array = constant_array(node.inputs[1])
-        if array is None:
-            array = tracer.known(node.inputs[1]) if tracer.is_fixed(node.inputs[1]) else None
+        array = tracer.indices(node.inputs[1])
         if array is None:
             tracer.freeze(whole, node, "Rows of the axis are looked up by computed indices.")
         elif array.ndim == 1:

@@ -15,7 +15,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.encodings.products import added_bias
-from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.edit import Editor, set_input
 from modelpress_compression.graph.read import constant_array, graph_of, input_of, is_constant, label
 from modelpress_compression.graph.watch import stream
 from modelpress_compression.passes.quantize.plan import Plan
@@ -94,5 +94,4 @@ def _subtract(node: onnx_ir.Node, shift: NDArray[np.float64], editor: Editor) ->
     old = constant_array(input_of(user, index))
     bias = (-shift if old is None else np.asarray(old, np.float64) - shift).astype(np.float32)
     value = editor.constant(graph_of(user), bias, f"{label(node)}_bias_corrected")
-    user.resize_inputs(max(index + 1, len(user.inputs)))
-    user.replace_input_with(index, value)
+    set_input(user, index, value)

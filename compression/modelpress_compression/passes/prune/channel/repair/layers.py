@@ -9,16 +9,18 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.graph.edit import Editor, replace_numbers
+from modelpress_compression.graph.edit import Editor, replace_numbers, set_input
 from modelpress_compression.graph.linear import Linear, Matrix, linear_of
 from modelpress_compression.graph.read import (
     constant_array,
     graph_of,
     input_of,
     int_attribute,
+    is_constant,
     is_op,
     label,
     only_consumer,
+    other_operand,
 )
 from modelpress_compression.graph.subgraphs import read_values
 from modelpress_compression.graph.watch import observable
@@ -99,7 +101,7 @@ class Layer:
     def bias(self) -> NDArray[np.float64]:
         """The bias that is in its answers; zeros where there is none."""
         node, place = self._bias_place()
-        old = constant_array(node.inputs[place]) if self.takes_bias and place < len(node.inputs) else None
+        old = constant_array(input_of(node, place)) if self.takes_bias else None
         channels = self.numbers.shape[self.output_axis]
         return np.zeros(channels) if old is None else np.broadcast_to(old.astype(np.float64).reshape(-1), channels)
 
@@ -120,8 +122,7 @@ class Layer:
         dtype = self.weight.dtype or onnx_ir.DataType.FLOAT
         numbers = (self.bias + by).astype(dtype.numpy())
         shifted = editor.constant(graph_of(node), numbers, f"{self.weight.name}_repaired_bias")
-        node.resize_inputs(max(place + 1, len(node.inputs)))
-        node.replace_input_with(place, shifted)
+        set_input(node, place, shifted)
 
     def _bias_place(self) -> tuple[onnx_ir.Node, int]:
         if self.add is None:
@@ -179,7 +180,7 @@ def _layer(
         return "the uncut model has no such node"
     if not observable(node.inputs[0], pruned) or not node.outputs[0].name:
         return "its activations have no name"
-    if is_op(node, "Conv", "Gemm") and len(node.inputs) > 2 and node.inputs[2] and not _is_constant(node.inputs[2]):
+    if is_op(node, "Conv", "Gemm") and (bias := input_of(node, 2)) is not None and not is_constant(bias):
         return "its bias is computed"
     add = None if is_op(node, "Conv", "Gemm") else _bias_add(node)
     output = (add or node).outputs[0]
@@ -197,16 +198,12 @@ def _consumers(original: onnx_ir.Node, add: onnx_ir.Node | None) -> Iterator[onn
     yield from (follower.outputs[0] if follower is not None else output).consumers()
 
 
-def _is_constant(value: onnx_ir.Value | None) -> bool:
-    return constant_array(value) is not None
-
-
 def _bias_add(node: onnx_ir.Node) -> onnx_ir.Node | None:
     """The Add that puts a constant vector on the product, and on nothing else."""
     add = only_consumer(node.outputs[0])
     if add is None or not is_op(add, "Add") or not add.outputs[0].name:
         return None
-    array = constant_array(_other(add, node.outputs[0]))
+    array = constant_array(other_operand(add, node.outputs[0]))
     weight = node.inputs[1]
     outputs = weight.shape[_output_axis(node)] if weight is not None and weight.shape is not None else None
     return add if array is not None and array.ndim and array.shape[-1] == array.size == outputs else None
@@ -219,14 +216,10 @@ def _residual(
     add = only_consumer(output)
     if add is None or not is_op(add, "Add") or not add.outputs[0].name:
         return None, None
-    other = _other(add, output)
+    other = other_operand(add, output)
     if other is None or not other.name or levels.get(other, level + 1) > level:
         return None, None
     return add.outputs[0].name, other.name
-
-
-def _other(add: onnx_ir.Node, summand: onnx_ir.Value) -> onnx_ir.Value | None:
-    return add.inputs[1] if add.inputs[0] is summand else add.inputs[0]
 
 
 def _output_axis(node: onnx_ir.Node) -> int:
