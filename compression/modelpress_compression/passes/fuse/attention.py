@@ -29,6 +29,7 @@ from modelpress_compression.graph.read import (
     MICROSOFT,
     constant_array,
     constant_scalar,
+    extent,
     graph_of,
     int_attribute,
     ints_attribute,
@@ -132,64 +133,51 @@ def _factor(node: onnx_ir.Node) -> tuple[onnx_ir.Value, float] | None:
 
 def _heads(value: onnx_ir.Value | None, perm: tuple[int, ...], scope: Scope) -> tuple[_Heads | None, float]:
     """What was split into heads and transposed by `perm`, and the constant that it was multiplied with on the way."""
+    value, after = _without_factors(value, scope)
+    transpose = scope.producer(value, "Transpose")
+    if transpose is None:
+        return None, after
+    moved = ints_attribute(transpose, "perm")
+    if moved == _SWAP and perm == _KEYS:
+        found, before = _heads(transpose.inputs[0], _HEADS_FIRST, scope)
+        return found, after * before
+    value, before = _without_factors(transpose.inputs[0], scope)
+    return (_split(value, scope) if moved == perm else None), after * before
+
+
+def _without_factors(value: onnx_ir.Value | None, scope: Scope) -> tuple[onnx_ir.Value | None, float]:
+    """(y, c) where the value is y * c, with constants one after the other; c is 1 where there are none."""
     scale = 1.0
-    for _ in range(3):
-        node = scope.producer(value, "Mul", "Div", "Transpose", "Reshape")
-        if node is None:
-            return None, scale
-        if node.op_type in ("Mul", "Div"):
-            if (constant := _factor(node)) is None:
-                return None, scale
-            value, scale = constant[0], scale * constant[1]
-            continue
-        if node.op_type == "Transpose" and ints_attribute(node, "perm") == perm:
-            value = node.inputs[0]
-            return _split(value, scope), scale * _scale_before(value, scope)
-        if node.op_type == "Transpose" and ints_attribute(node, "perm") == _SWAP and perm == _KEYS:
-            found, factor = _heads(node.inputs[0], _HEADS_FIRST, scope)
-            return found, scale * factor
-        return None, scale
-    return None, scale
-
-
-def _scale_before(value: onnx_ir.Value | None, scope: Scope) -> float:
-    node = scope.producer(value, "Mul", "Div")
-    constant = None if node is None else _factor(node)
-    return 1.0 if constant is None else constant[1]
+    while (node := scope.producer(value, "Mul", "Div")) is not None and (constant := _factor(node)) is not None:
+        value, scale = constant[0], scale * constant[1]
+    return value, scale
 
 
 def _split(value: onnx_ir.Value | None, scope: Scope) -> _Heads | None:
     """The [B, T, H * D] before Reshape to [B, T, H, D]; H and D are constants, B and T stay."""
-    if (factor := scope.producer(value, "Mul", "Div")) is not None and (constant := _factor(factor)) is not None:
-        value = constant[0]
     reshape = scope.producer(value, "Reshape")
-    if reshape is None or value is None or reshape.inputs[0] is None or rank(reshape.inputs[0]) != 3:
+    source = None if reshape is None else reshape.inputs[0]
+    hidden = extent(source, 2)
+    if reshape is None or value is None or source is None or rank(source) != 3 or hidden is None:
         return None
-    target = _last_dims(value, reshape)
-    before = reshape.inputs[0].shape
-    if target is None or before is None or (isinstance(before[2], int) and before[2] != target[0] * target[1]):
-        return None
-    if not isinstance(before[2], int):
-        return None
-    return _Heads(reshape.inputs[0], *target)
+    target = _last_dims(value, reshape, hidden)
+    return None if target is None or target[0] * target[1] != hidden else _Heads(source, *target)
 
 
-def _last_dims(value: onnx_ir.Value, reshape: onnx_ir.Node) -> tuple[int, int] | None:
+def _last_dims(value: onnx_ir.Value, reshape: onnx_ir.Node, hidden: int) -> tuple[int, int] | None:
     """H and D of [B, T, H, D]: from the inferred shape, or from the constants that the target is put together of."""
-    if value.shape is not None and len(value.shape) == 4:
-        heads, size = value.shape[2], value.shape[3]
-        if isinstance(heads, int) and isinstance(size, int):
-            return heads, size
+    heads, size = extent(value, 2), extent(value, 3)
+    if rank(value) == 4 and heads is not None and size is not None:
+        return heads, size
     numbers = _target(reshape)
-    before = reshape.inputs[0].shape if reshape.inputs[0] is not None else None
-    if numbers is None or len(numbers) != 4 or before is None or not isinstance(before[2], int):
+    if numbers is None or len(numbers) != 4:
         return None
-    heads_or, size_or = numbers[2:]
-    if heads_or == -1 and size_or and size_or > 0:
-        heads_or = before[2] // size_or
-    if size_or == -1 and heads_or and heads_or > 0:
-        size_or = before[2] // heads_or
-    return (heads_or, size_or) if heads_or and size_or and min(heads_or, size_or) > 0 else None
+    heads, size = numbers[2:]
+    if heads == -1 and size and size > 0:
+        heads = hidden // size
+    if size == -1 and heads and heads > 0:
+        size = hidden // heads
+    return (heads, size) if heads and size and min(heads, size) > 0 else None
 
 
 def _target(reshape: onnx_ir.Node) -> list[int | None] | None:
