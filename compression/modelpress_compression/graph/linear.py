@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from modelpress_compression.graph.read import (
     constant_tensor,
     float_attribute,
+    input_of,
     int_attribute,
     ints_attribute,
     is_op,
@@ -147,7 +148,7 @@ class Convolution:
 
 def linear_of(node: onnx_ir.Node) -> Linear | str:
     """How the node is a matrix product with a constant float weight as second input, or why it is none."""
-    tensor = constant_tensor(node.inputs[1]) if len(node.inputs) > 1 else None
+    tensor = constant_tensor(input_of(node, 1))
     if tensor is None or tensor.dtype not in (
         onnx_ir.DataType.FLOAT,
         onnx_ir.DataType.FLOAT16,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.graph.read import MICROSOFT, constant_array, int_attribute, string_attribute
+from modelpress_compression.graph.read import MICROSOFT, constant_array, input_of, int_attribute, string_attribute
 from modelpress_compression.graph.shapes import Shape, shape_of, static_shapes
 from modelpress_compression.graph.subgraphs import subgraphs
 from modelpress_compression.graph.watch.shapes import TAKEN_BRANCH
@@ -166,7 +166,7 @@ def _attention(node: onnx_ir.Node, inputs: Sequence[Shape | None], outputs: Sequ
     if node.domain == MICROSOFT:
         return _packed_attention(node, inputs, outputs)
     query, key, value = inputs[0], inputs[1], inputs[2]
-    if query is None or key is None or value is None or (len(node.inputs) > 4 and node.inputs[4] is not None):
+    if query is None or key is None or value is None or input_of(node, 4) is not None:
         return None
     if len(query) == 4:
         return query[0] * query[1] * query[2] * key[2] * (query[3] + value[3])

@@ -147,7 +147,7 @@ def axes_of(node: onnx_ir.Node) -> tuple[int, ...] | None:
     """Axes of Squeeze, Unsqueeze or Reduce*: an attribute up to opset 12 or 17, then the second input."""
     if (axes := ints_attribute(node, "axes")) is not None:
         return axes
-    if len(node.inputs) > 1 and (array := constant_array(node.inputs[1])) is not None:
+    if (array := constant_array(input_of(node, 1))) is not None:
         return tuple(int(axis) for axis in array.reshape(-1))
     return None
 

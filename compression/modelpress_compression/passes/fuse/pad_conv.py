@@ -65,7 +65,7 @@ def _why_not(pad: onnx_ir.Node, conv: onnx_ir.Node) -> str | None:
     number = float_attribute(pad, "value", 0.0) if value is None else constant_scalar(value)
     if number != 0:
         return "it pads with other values than zeros"
-    if len(pad.inputs) > 3 and pad.inputs[3] is not None:
+    if input_of(pad, 3) is not None:
         return "it pads chosen axes"
     if only_consumer(pad.outputs[0]) is None:
         return "the padded value is used elsewhere as well"
@@ -78,5 +78,5 @@ def _pads(pad: onnx_ir.Node) -> tuple[int, ...] | None:
     """The amounts: an attribute up to opset 10, then the second input."""
     if (pads := ints_attribute(pad, "pads")) is not None:
         return pads
-    array = constant_array(pad.inputs[1]) if len(pad.inputs) > 1 else None
+    array = constant_array(input_of(pad, 1))
     return None if array is None else tuple(int(amount) for amount in array.reshape(-1))
