@@ -13,7 +13,7 @@ from modelpress_compression.errors import InvalidInputsError
 from modelpress_compression.loaders.exporters import ExportRequest, export_plain, export_program
 from modelpress_compression.loaders.exporting import export_checked
 from modelpress_compression.loaders.torch_run import REFUSALS, runner
-from modelpress_compression.loaders.trials import find_trials
+from modelpress_compression.loaders.trials import find_trials, symbols_of
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.specs import TensorSpec
 
@@ -50,17 +50,13 @@ def _argument_names(module: torch.nn.Module, specs: Sequence[TensorSpec]) -> lis
 
 def export_named(request: ExportRequest) -> Path:
     """torch.export with the user's dynamic dimensions; fails where the module fixes one of them."""
-    dims = {dim: torch.export.Dim(f"d{index}") for index, dim in enumerate(_words(request.specs))}
+    dims = {dim: torch.export.Dim(f"d{index}") for index, dim in enumerate(symbols_of(request.specs))}
     return _export(request, dims, "named.onnx")
 
 
 def export_automatic(request: ExportRequest) -> Path:
     """torch.export that finds out itself how dimensions depend on each other."""
-    return _export(request, dict.fromkeys(_words(request.specs), torch.export.Dim.AUTO), "automatic.onnx")
-
-
-def _words(specs: Sequence[TensorSpec]) -> list[str]:
-    return list(dict.fromkeys(dim for spec in specs for dim in spec.shape if isinstance(dim, str)))
+    return _export(request, dict.fromkeys(symbols_of(request.specs), torch.export.Dim.AUTO), "automatic.onnx")
 
 
 def _export(request: ExportRequest, dims: dict[str, Any], name: str) -> Path:
