@@ -222,6 +222,15 @@ def test_inputs_and_outputs_stay(graph: Any) -> None:
     assert "output" in analysis.frozen[0].reason
 
 
+def test_channels_that_an_overridable_weight_reads_stay(graph: Any) -> None:
+    """A default that a caller may override is an input: its rows cannot be cut, nor what it is multiplied with."""
+    model = graph("n,4", "n,3", "h = MatMul(x, a) y = MatMul(h, b)", a=normal(4, 6), b=normal(6, 3))
+    model.graph.inputs.append(model.graph.initializers["b"])
+    analysis = find_groups(model)
+    assert analysis.groups == ()
+    assert any(frozen.channels == 6 and "cannot be cut" in frozen.reason for frozen in analysis.frozen)
+
+
 def test_stored_shapes_follow_and_stay_symbolic(graph: Any) -> None:
     """The batch keeps its name; the hidden axis has the extent that is left."""
     nodes = "h = MatMul(x, a) y = MatMul(h, b)"

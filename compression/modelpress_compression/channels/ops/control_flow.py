@@ -7,6 +7,7 @@ import onnx_ir
 from modelpress_compression.channels.ops.registry import rule
 from modelpress_compression.channels.tracer import Tracer
 from modelpress_compression.graph.read import label
+from modelpress_compression.graph.subgraphs import subgraphs
 
 _CARRIED = "The value is carried from one run of a loop to the next."
 
@@ -14,7 +15,7 @@ _CARRIED = "The value is carried from one run of a loop to the next."
 @rule("If")
 def if_(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """Both branches are traced; their outputs are tied."""
-    branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
+    branches = [subgraphs(node)[name] for name in ("then_branch", "else_branch")]
     for branch in branches:
         tracer.walk(branch)
     for number, output in enumerate(node.outputs):
@@ -32,7 +33,7 @@ def if_(node: onnx_ir.Node, tracer: Tracer) -> str | None:
 @rule("Loop", "Scan")
 def loop(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """What goes in and comes out is frozen; weights that the body uses alone, or takes from outside, are traced."""
-    body = node.attributes["body"].as_graph()
+    body = subgraphs(node)["body"]
     for value in node.inputs:
         tracer.freeze_value(value, label(node), _CARRIED)
     tracer.walk(body)

@@ -63,6 +63,16 @@ def test_share_is_exact(
     assert not again.changed
 
 
+def test_a_weight_that_a_caller_may_override_stays(network: Any, prune: Any, weight_of: WeightOf, rng: Any) -> None:
+    """An input with a default is not constant, though it has numbers."""
+    nodes, weights = _two_layers(rng)
+    model = network(nodes, weights)
+    model.graph.inputs.append(model.graph.initializers["w1"])
+    result = prune(model, PruneConfig(sparsity=0.5))
+    assert np.count_nonzero(weight_of(result, "w1") == 0) == 0
+    assert np.count_nonzero(weight_of(result, "w2") == 0) == 300
+
+
 @given(sparsity=st.floats(0, 0.99), criterion=st.sampled_from(["l1", "random"]))
 @settings(max_examples=30)
 def test_global_share_is_exact(network: Any, prune: Any, weight_of: WeightOf, sparsity: float, criterion: str) -> None:
