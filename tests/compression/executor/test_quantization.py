@@ -63,7 +63,7 @@ def test_constant_scales_make_one_step(model_from_text: ModelFromText) -> None:
 
 
 def test_the_scale_has_the_gradient_of_lsq(model_from_text: ModelFromText) -> None:
-    """round(v / s) - v / s inside, the bound outside; summed over the values."""
+    """Summed over the values: round(v / s) - v / s inside, where 63.4 is on the outermost level; the bound outside."""
     executor = Executor(_fake(model_from_text, np.array(0.5), np.array(0, np.int8)), trainable=["s"])
     v = np.array([[0.3, -10.1, 63.4, 90.0, -80.0]])
     executor({"x": torch.from_numpy(v.astype(np.float32))})["y"].sum().backward()

@@ -61,7 +61,15 @@ def quantized(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: DataTy
     whole = round_straight_through(x / scale)
     if zero_point is not None:
         whole = whole + zero_point.to(whole.dtype)
-    return whole.clamp(low, high)
+    return _clamp(whole, low, high)
+
+
+def _clamp(x: Tensor, low: int, high: int) -> Tensor:
+    """clamp(x) with gradient 1 on the bounds: the outermost levels belong to the range. torch.clamp gives 1 there up to
+    torch 2.13 and 0 since."""
+    if not x.requires_grad:
+        return x.clamp(low, high)
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
 
 
 # Where the graph does not tell the type of a zero point, the tensor does: no graph leaves 4-bit types open.
