@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from modelpress_client import errors, names, recipes
 from modelpress_client.cli import units
+from modelpress_client.cli.progress import describe
 from modelpress_client.cli.report_markdown import to_markdown
 from modelpress_client.cli.report_rows import changes_text
 from modelpress_client.cli.report_text import print_report
@@ -19,8 +20,9 @@ from modelpress_client.errors import INPUT_REASONS, InvalidRecipeError, Modelpre
 from modelpress_client.inputs import format_input, parse_input, parse_inputs
 from modelpress_client.jsonable import to_json
 from modelpress_client.report import Report, StepReport
+from modelpress_client.resources import job_event
 from modelpress_protos.v1 import common_pb2
-from modelpress_protos.v1.job_service_pb2 import JOB_STATE_FAILED, Job
+from modelpress_protos.v1.job_service_pb2 import JOB_STATE_FAILED, JOB_STATE_RUNNING, Job, Progress
 from rich.console import Console
 
 # --- inputs ------------------------------------------------------------------------------------------------------
@@ -245,3 +247,9 @@ def test_what_a_step_did() -> None:
     step = StepReport("prune", {}, changes, (), None, None)
     assert changes_text(step) == "weights 21.8 k, groups cut 6, parameters removed share 0.466"
     assert changes_text(StepReport("fuse", {}, {}, (), None, None)) == "nothing to do"
+
+
+def test_a_stage_of_two_words() -> None:
+    """A technique's name in snake case reads as words where a job stands."""
+    progress = Progress(stage="low_rank", stage_index=1, stage_count=4)
+    assert describe(job_event("snapshot", 0, JOB_STATE_RUNNING, progress)) == "Low rank (2/4)"

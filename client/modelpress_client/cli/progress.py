@@ -45,7 +45,7 @@ def describe(event: JobEvent) -> str:
         return f"Waiting for a worker, {event.queue_position} ahead"
     if event.state == "RUNNING" and event.stage:
         place = f" ({event.stage_index + 1}/{event.stage_count})" if event.stage_count else ""
-        return f"{event.stage.capitalize()}{place}"
+        return f"{event.stage.replace('_', ' ').capitalize()}{place}"
     return _STATES.get(event.state, event.state.capitalize())
 
 
