@@ -15,14 +15,13 @@ one 3.8 times. The nodes stand at the head of the graph that owns the weight, fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.encodings.weight import Levels, QuantizedWeight, StoredWeight, pack, unpack
-from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.edit import Editor, Spot
 from modelpress_compression.graph.read import (
     constant_array,
     constant_scalar,
@@ -37,33 +36,15 @@ from modelpress_compression.graph.read import (
 _NO_OFFSET = np.zeros((), np.int8)
 
 
-class _Head:
-    """Adds nodes and constants for one weight at the head of a graph, in the order in which they are asked for."""
-
-    def __init__(self, editor: Editor, graph: onnx_ir.Graph, name: str) -> None:
-        self._editor, self._graph, self._name = editor, graph, name
-        self._before = graph[0]
-
-    def constant(self, array: NDArray[Any] | np.floating[Any], what: str) -> onnx_ir.Value:
-        return self._editor.constant(self._graph, np.asarray(array), f"{self._name}_{what}")
-
-    def real(self, integers: onnx_ir.Value) -> onnx_ir.Value:
-        """As float32."""
-        return self.emit("Cast", integers, to=int(onnx_ir.DataType.FLOAT))
-
-    def emit(self, op_type: str, *operands: onnx_ir.Value, **attributes: int) -> onnx_ir.Value:
-        return self._editor.emit(self._before, op_type, operands, self._name, attributes=attributes)[0]
-
-
 def write_16_bits(editor: Editor, graph: onnx_ir.Graph, array: NDArray[np.float32], name: str) -> onnx_ir.Value:
     """A value that stands for the array, stored in half precision."""
-    head = _Head(editor, graph, name)
+    head = Spot(editor, graph[0], name)
     return head.real(head.constant(array.astype(np.float16), "float16"))
 
 
 def write_8_bits(editor: Editor, graph: onnx_ir.Graph, weight: QuantizedWeight, name: str) -> onnx_ir.Value:
     """A value that stands for the weight, whose zero point is 0 and whose scale is of its rank."""
-    head = _Head(editor, graph, name)
+    head = Spot(editor, graph[0], name)
     real = head.real(head.constant(weight.levels, "quantized"))
     return head.emit("Mul", real, head.constant(weight.scale, "scale"))
 
@@ -73,7 +54,7 @@ def write_4_bits(
 ) -> onnx_ir.Value:
     """The same of a weight [rows, columns] in blocks along its rows, in another shape."""
     rows, columns = weight.levels.shape
-    head = _Head(editor, graph, name)
+    head = Spot(editor, graph[0], name)
     packed = head.real(head.constant(_halves(weight.levels, weight), "quantized"))
     high = head.emit("Floor", head.emit("Mul", packed, head.constant(np.float32(1 / 16), "sixteenth")))
     low = head.emit("Sub", packed, head.emit("Mul", high, head.constant(np.float32(16), "sixteen")))
@@ -97,10 +78,10 @@ def store_rows(editor: Editor, graph: onnx_ir.Graph, weight: QuantizedWeight, na
 def write_rows(editor: Editor, node: onnx_ir.Node, stored: StoredWeight) -> onnx_ir.Value:
     """Rows of a table before a node, of that node's second input as indices."""
     index, name = required(node, 1), label(node)
-    (row,) = editor.emit(node, "Gather", [stored.values, index], f"{name}_quantized")
-    (factor,) = editor.emit(node, "Gather", [stored.scale, index], f"{name}_scale")
-    (real,) = editor.emit(node, "Cast", [row], name, attributes={"to": int(onnx_ir.DataType.FLOAT)})
-    return editor.emit(node, "Mul", [real, factor], name)[0]
+    row = Spot(editor, node, f"{name}_quantized").emit("Gather", stored.values, index)
+    factor = Spot(editor, node, f"{name}_scale").emit("Gather", stored.scale, index)
+    spot = Spot(editor, node, name)
+    return spot.emit("Mul", spot.real(row), factor)
 
 
 def read_8_bits(node: onnx_ir.Node) -> tuple[StoredWeight, ...]:

@@ -24,7 +24,7 @@ from modelpress_compression.encodings import qdq
 from modelpress_compression.encodings.folded import factor_behind
 from modelpress_compression.encodings.operands import arranged, operand
 from modelpress_compression.encodings.weight import StoredWeight
-from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.edit import Editor, Spot
 from modelpress_compression.graph.read import (
     MICROSOFT,
     constant_array,
@@ -58,13 +58,12 @@ def write(
     editor: Editor, node: onnx_ir.Node, x: Activation, weight: StoredWeight, bias: onnx_ir.Value | None = None
 ) -> onnx_ir.Value:
     """The dynamic product before a node, under its name."""
-    name, (values, scale, zero_point) = label(node), x
+    spot, (values, scale, zero_point) = Spot(editor, node, label(node)), x
     inputs = arranged("MatMulInteger", x=values, x_zero=zero_point, **weight.operands())
-    (product,) = editor.emit(node, "MatMulInteger", inputs, name)
-    (real,) = editor.emit(node, "Cast", [product], name, attributes={"to": int(onnx_ir.DataType.FLOAT)})
-    (factor,) = editor.emit(node, "Mul", [scale, weight.scale], f"{name}_scale")
-    (result,) = editor.emit(node, "Mul", [real, factor], name)
-    return result if bias is None else editor.emit(node, "Add", [result, bias], name)[0]
+    real = spot.real(spot.emit("MatMulInteger", *inputs))
+    factor = Spot(editor, node, f"{spot.name}_scale").emit("Mul", scale, weight.scale)
+    result = spot.emit("Mul", real, factor)
+    return result if bias is None else spot.emit("Add", result, bias)
 
 
 def read(node: onnx_ir.Node) -> tuple[StoredWeight, ...]:

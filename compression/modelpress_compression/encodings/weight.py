@@ -70,18 +70,14 @@ class QuantizedWeight:
     def is_consistent(self) -> bool:
         """Whether scale and zero point have shapes that go with the levels'; files from elsewhere may say anything."""
         shape = list(self.levels.shape)
-        if self.axis is not None:
-            if not -len(shape) <= self.axis < max(1, len(shape)):
-                return False
-            if self.block:
-                shape[self.axis] = -(-shape[self.axis] // self.block)
-        return all(self._goes_with(shape, parameter.shape) for parameter in (self.scale, self.zero_point))
-
-    def _goes_with(self, shape: list[int], given: tuple[int, ...]) -> bool:
-        if len(given) == len(shape):
-            return all(extent in (1, whole) for extent, whole in zip(given, shape, strict=True))
-        by_channel = self.axis is not None and not self.block and given == (shape[self.axis],)
-        return not given or by_channel
+        if self.axis is not None and self.block:
+            shape[self.axis] = -(-shape[self.axis] // self.block)
+        by_channel = () if self.axis is None or self.block else tuple(shape[self.axis :][:1])
+        return all(
+            given in ((), by_channel)
+            or (len(given) == len(shape) and all(own in (1, whole) for own, whole in zip(given, shape, strict=True)))
+            for given in (self.scale.shape, self.zero_point.shape)
+        )
 
     def nonzero(self) -> int:
         """How many elements do not stand for 0."""

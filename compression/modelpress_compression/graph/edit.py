@@ -7,6 +7,7 @@ its static methods or functions: a model is taken apart with them as well.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,26 @@ class Editor:
         for node in nodes:
             if node.graph is not None and not any(o.uses() or o.is_graph_output() for o in node.outputs):
                 node.graph.remove(node, safe=True)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where an editor adds: nodes just before `before`, constants to the graph of that, all named after `name`."""
+
+    editor: Editor
+    before: onnx_ir.Node
+    name: str
+
+    def emit(self, op_type: str, *inputs: onnx_ir.Value | None, **attributes: Any) -> onnx_ir.Value:
+        """The output of a new node of the standard."""
+        return self.editor.emit(self.before, op_type, inputs, self.name, attributes=attributes)[0]
+
+    def constant(self, array: NDArray[Any] | np.generic, what: str = "constant") -> onnx_ir.Value:
+        return self.editor.constant(graph_of(self.before), np.asarray(array), f"{self.name}_{what}")
+
+    def real(self, integers: onnx_ir.Value) -> onnx_ir.Value:
+        """As float32."""
+        return self.emit("Cast", integers, to=int(onnx_ir.DataType.FLOAT))
 
 
 def clean(model: Model) -> None:

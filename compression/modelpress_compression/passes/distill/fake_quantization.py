@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from modelpress_compression.encodings.operands import computes_in_integers, oper
 from modelpress_compression.encodings.products import split_products
 from modelpress_compression.encodings.read import stored_weights
 from modelpress_compression.encodings.weight import Levels, QuantizedWeight, StoredWeight
-from modelpress_compression.graph.edit import Editor, clean, replace_numbers
+from modelpress_compression.graph.edit import Editor, Spot, clean, replace_numbers
 from modelpress_compression.graph.read import (
     constant_array,
     constant_tensor,
@@ -125,10 +125,10 @@ class _Unfolding:
         grid = _Grid.of(weight, rows)
         real = rows.deal(weight.dequantize())
         latent = self._latent(stored, real, lambda trained: stored.pack(rows.collect(grid.quantize(trained))))
-        emitter = _Emitter(self.editor, node)
-        value = rows.collected(emitter, grid.fake_quantized(emitter, latent))
+        spot = Spot(self.editor, node, f"{label(node)}__trained")
+        value = rows.collected(spot, grid.fake_quantized(spot, latent))
         # Under its name an output is an output still, and matched with the original's.
-        self.editor.hand_over(node.outputs[0], _in_place_of(node, value, emitter))
+        self.editor.hand_over(node.outputs[0], _in_place_of(node, value, spot))
         return True
 
     def _latent(self, stored: StoredWeight, real: Array, pack: Callable[[Array], Array]) -> onnx_ir.Value:
@@ -142,34 +142,16 @@ class _Unfolding:
         return self.latents[stored.values][0]
 
 
-@dataclass(frozen=True)
-class _Emitter:
-    """Adds nodes before `node`, and constants to its graph."""
-
-    editor: Editor
-    node: onnx_ir.Node
-
-    def __call__(self, op_type: str, *inputs: onnx_ir.Value | None, **attributes: int | Sequence[int]) -> onnx_ir.Value:
-        wish = f"{label(self.node)}__trained"
-        return self.editor.emit(self.node, op_type, inputs, wish, attributes=attributes)[0]
-
-    def constant(self, array: Array) -> onnx_ir.Value:
-        return self.editor.constant(graph_of(self.node), array, f"{label(self.node)}__trained")
-
-    def shape(self, shape: Sequence[int]) -> onnx_ir.Value:
-        return self.constant(np.asarray(shape, np.int64))
-
-
-def _in_place_of(node: onnx_ir.Node, weight: onnx_ir.Value, emit: _Emitter) -> onnx_ir.Value:
+def _in_place_of(node: onnx_ir.Node, weight: onnx_ir.Value, spot: Spot) -> onnx_ir.Value:
     """What the node makes, of a weight in floats."""
     if is_op(node, "Reshape"):
-        return emit("Reshape", weight, required(node, 1))
+        return spot.emit("Reshape", weight, required(node, 1))
     if node.op_type == "MatMulNBits":
-        product = emit("MatMul", operand(node, "x"), emit("Transpose", weight, perm=(1, 0)))
+        product = spot.emit("MatMul", operand(node, "x"), spot.emit("Transpose", weight, perm=(1, 0)))
         bias = operand(node, "bias")
-        return product if bias is None else emit("Add", product, bias)
+        return product if bias is None else spot.emit("Add", product, bias)
     if node.op_type == "GatherBlockQuantized":
-        return emit("Gather", weight, operand(node, "indices"), axis=int_attribute(node, "gather_axis", 0))
+        return spot.emit("Gather", weight, operand(node, "indices"), axis=int_attribute(node, "gather_axis", 0))
     return weight
 
 
@@ -190,16 +172,10 @@ class _Rows:
     @classmethod
     def of(cls, weight: QuantizedWeight) -> _Rows:
         shape, axis, block = weight.levels.shape, weight.axis, weight.block
-        parameters = [weight.scale, weight.zero_point]
-        differing = {
-            place
-            for array in parameters
-            if array.ndim == len(shape)
-            for place, extent in enumerate(array.shape)
-            if extent > 1
-        }
-        if axis is not None and any(array.size > 1 for array in parameters if array.ndim < len(shape)):
-            differing.add(axis)
+        # Without blocks, parameters are spread no further than to their own extents.
+        plain = replace(weight, block=0)
+        extents = [plain.spread(parameter).shape for parameter in (weight.scale, weight.zero_point)]
+        differing = {place for own in extents for place, extent in enumerate(own) if extent > 1}
         padded = split = shape
         if axis is not None and block:
             blocks = -(-shape[axis] // block)
@@ -222,16 +198,16 @@ class _Rows:
         whole = turned.transpose(np.argsort(self.order)).reshape(self.padded)
         return whole[tuple(slice(extent) for extent in self.shape)]
 
-    def collected(self, emit: _Emitter, matrix: onnx_ir.Value) -> onnx_ir.Value:
+    def collected(self, spot: Spot, matrix: onnx_ir.Value) -> onnx_ir.Value:
         """`collect` as nodes."""
-        value = emit("Reshape", matrix, emit.shape([self.split[place] for place in self.order]))
+        value = spot.emit("Reshape", matrix, _shape(spot, [self.split[place] for place in self.order]))
         if self.order != tuple(range(len(self.order))):
-            value = emit("Transpose", value, perm=np.argsort(self.order).tolist())
+            value = spot.emit("Transpose", value, perm=np.argsort(self.order).tolist())
         if self.split != self.shape:
-            value = emit("Reshape", value, emit.shape(self.padded))
+            value = spot.emit("Reshape", value, _shape(spot, self.padded))
         for axis, (own, whole) in enumerate(zip(self.shape, self.padded, strict=True)):
             if own != whole:
-                value = emit("Slice", value, *(emit.shape([number]) for number in (0, own, axis)))
+                value = spot.emit("Slice", value, *(_shape(spot, [number]) for number in (0, own, axis)))
         return value
 
 
@@ -266,16 +242,21 @@ class _Grid:
         whole = np.rint(latent.astype(np.float64) / self.scale[:, None]) + self.zero_point[:, None]
         return np.clip(whole, self.low[:, None], self.high[:, None]).astype(np.int64)
 
-    def fake_quantized(self, emit: _Emitter, latent: onnx_ir.Value) -> onnx_ir.Value:
+    def fake_quantized(self, spot: Spot, latent: onnx_ir.Value) -> onnx_ir.Value:
         """[R, S]: the latent weight as the integers of its grid will have it."""
         low, high = (
-            emit.constant(np.asarray((level - self.zero_point) * self.scale, np.float32)[:, None])
+            spot.constant(np.asarray((level - self.zero_point) * self.scale, np.float32)[:, None])
             for level in (self.low, self.high)
         )
-        within = emit("Max", emit("Min", latent, high), low)
-        scale = emit.constant(self.scale)
-        zero = emit.constant(self.zero_point.astype(np.int8 if self.signed else np.uint8))
-        return emit("DequantizeLinear", emit("QuantizeLinear", within, scale, zero, axis=0), scale, zero, axis=0)
+        within = spot.emit("Max", spot.emit("Min", latent, high), low)
+        scale = spot.constant(self.scale)
+        zero = spot.constant(self.zero_point.astype(np.int8 if self.signed else np.uint8))
+        quantized = spot.emit("QuantizeLinear", within, scale, zero, axis=0)
+        return spot.emit("DequantizeLinear", quantized, scale, zero, axis=0)
+
+
+def _shape(spot: Spot, numbers: Sequence[int]) -> onnx_ir.Value:
+    return spot.constant(np.asarray(numbers, np.int64))
 
 
 def _whole(trained: Array, bias: QuantizedWeight) -> Levels:
