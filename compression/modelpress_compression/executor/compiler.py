@@ -104,18 +104,13 @@ class _Assembly:
         bound = [slot for slot, value in enumerate(self.template) if value is not None]
         kept = frozenset((MISSING, UNWANTED, *outputs, *bound))
         frees = freed_after([(step.inputs, step.outputs) for step in self.steps], kept)
-        steps, frugal = (
-            tuple(
-                ExecutionStep(
-                    step.in_place or step.function if lean else step.function,
-                    step.inputs,
-                    step.outputs,
-                    free,
-                    step.label,
-                )
-                for step, free in zip(self.steps, frees, strict=True)
-            )
-            for lean in (False, True)
+        steps = tuple(
+            ExecutionStep(step.function, step.inputs, step.outputs, free, step.label)
+            for step, free in zip(self.steps, frees, strict=True)
+        )
+        frugal = tuple(
+            step._replace(function=planned.in_place) if planned.in_place is not None else step
+            for step, planned in zip(steps, self.steps, strict=True)
         )
         return ExecutionPlan(self.template, self.inputs, outputs, steps, frugal)
 
@@ -137,17 +132,20 @@ class _Assembly:
         raise ModelNotRunnableError(f"{where} {value.name!r}, which is neither computed nor given as an input.")
 
     def _add(self, node: onnx_ir.Node) -> None:
+        """Makes a step of the node, or computes it at once if all that it reads is constant."""
         compiler = self.compiler
         fused = self.fused.get(node) or fake_quantization(node, self.outputs, self._constant)
         if fused is not None:
             self._emit(node, fused.function, fused.in_place, fused.inputs)
             return
+        # A QuantizeLinear that its DequantizeLinear takes in has no step of its own.
         reader = only_consumer(node.outputs[0]) if is_op(node, "QuantizeLinear") else None
         if reader is not None and fake_quantization(reader, self.outputs, self._constant) is not None:
             return
         if node.outputs and node.outputs[0] in compiler.parameters:
             return  # a Constant node whose tensor is trained
         entry = compiler.entry(node)
+        # Subgraphs read outer values by name; their plans get them as further inputs.
         graphs, captured = subgraphs(node), captured_values(node)
         operands = [value for value in (*node.inputs, *captured) if value is not None]
         loaded = [compiler.load(value) for value in operands]

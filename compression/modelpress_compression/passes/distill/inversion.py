@@ -148,6 +148,7 @@ def _optimize(
         if scores is not None:
             logs = log_probabilities(values[scores.name or ""], score_form(scores))
             if classes is None:
+                # Drawn once, so that each input keeps its class through all steps.
                 classes = torch.randint(logs.shape[-1], (len(logs),), generator=generator).to(logs.device)
             loss = loss + class_weight * F.nll_loss(logs, classes)
         loss = loss + variation_weight * sum(_variation(variable) for variable in variables)
