@@ -1,6 +1,6 @@
 """Makes a model ready for static quantization: everything that need not be done again for another choice of layers.
 
-1. Choose the layers that can be in 8 bits                                                plan
+1. Choose the layers that can be in 8 bits, with their biases inside                      forms, plan
 2. Even out weights, move outliers from activations into weights                          equalize, smooth_quant
 3. Observe the activations on the data; layers that meet infinite or NaN values fall out  observers
 4. Measure the error that each activation and each weight makes at the outputs, give the
@@ -49,6 +49,7 @@ from modelpress_compression.passes.quantize.scaling.equalize import equalize
 from modelpress_compression.passes.quantize.scaling.smooth_quant import smooth
 from modelpress_compression.passes.quantize.setup import QuantizationSetup
 from modelpress_compression.passes.quantize.static.bias_correction import mean_shifts
+from modelpress_compression.passes.quantize.static.forms import take_in_biases
 from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
 
 # A layer that alone takes the outputs below this is a catastrophe, not a compression.
@@ -65,6 +66,7 @@ Histograms = Mapping[str, Histogram]
 
 def prepare(model: Model, config: QuantizeConfig, context: Context, findings: Findings) -> StaticQuantizer:
     """Works in place. Raises ModelNotRunnableError if the model does not run on the data, TimeLimitError."""
+    take_in_biases(model, config.exclude)
     layers = _choose(model, config, findings)
     _move_scales(model, layers, config, context, findings)
     plan, histograms = _calibrate(model, layers, context, findings)

@@ -98,23 +98,3 @@ class QdqWriter:
                 graph.outputs[position] = dequantized
         value.name = self.editor.name(f"{name}_float")
         dequantized.name = name
-
-
-def guard_float_nodes(graph: onnx_ir.Graph, editor: Editor) -> int:
-    """Keeps onnxruntime from quantizing the nodes that were left float32 on purpose; returns how many were guarded.
-
-    Its WeightBiasQuantization rewrites DQ -> Conv -> [Relu] -> Q with a float32 weight into 8 bits for the whole
-    tensor, which cost EfficientNet-Lite 14 dB. A Sum of one operand, which it does not see through, breaks the pattern
-    for the price of a copy.
-    """
-    guarded = 0
-    for node in list(graph):
-        source = input_of(node, 0)
-        producer = source.producer() if source is not None else None
-        if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or node.domain or producer is None:
-            continue
-        weight = node.inputs[1].producer() if node.inputs[1] is not None else None
-        if producer.op_type == "DequantizeLinear" and (weight is None or weight.op_type != "DequantizeLinear"):
-            node.replace_input_with(0, editor.emit(node, "Sum", [source], f"{label(node)}_float")[0])
-            guarded += 1
-    return guarded

@@ -25,7 +25,8 @@ from modelpress_compression.passes.quantize.ranges.choice import Ranges
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.setup import QuantizationSetup
 from modelpress_compression.passes.quantize.static.bias_correction import Shifts, correct
-from modelpress_compression.passes.quantize.static.qdq import QdqWriter, guard_float_nodes
+from modelpress_compression.passes.quantize.static.forms import guard_float_nodes, keep_sums_apart
+from modelpress_compression.passes.quantize.static.qdq import QdqWriter
 
 # A name in the changes, besides those of operators.
 CORRECTED = "bias_correction"
@@ -83,6 +84,7 @@ class StaticQuantizer:
         findings.changes.update(node.op_type for node in plan.nodes)
         dynamic.quantize_nodes(rest, self.setup.config, editor, store, findings)
         fuse_products(work, editor)
+        keep_sums_apart(work.graph)
         clean(work)
         return work, findings
 
