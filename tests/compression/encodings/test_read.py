@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import onnx_ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modelpress_compression.encodings import folded, n_bits, products, qdq
+from modelpress_compression.encodings.operands import arranged
 from modelpress_compression.encodings.read import stored_weights
 from modelpress_compression.encodings.weight import QuantizedWeight, StoredWeight
 from modelpress_compression.graph.edit import Editor, clean
@@ -18,7 +20,7 @@ from modelpress_compression.model import Model
 from onnx import helper
 
 ModelOf = Callable[..., Model]
-# (format, bits): the matrix is [rows, columns] where the format stores the rows of an output, else [columns, rows].
+# (format, bits)
 FORMATS = [
     *((name, bits) for name in ("per tensor", "per channel", "in blocks") for bits in (4, 8)),
     *(("MatMulNBits", bits) for bits in (2, 4, 8)),
@@ -153,3 +155,58 @@ def test_a_parameter_of_another_shape_makes_no_weight(model_of: ModelOf) -> None
     model = model_of(nodes, weights, {"x": ["n", 4]})
     assert not [stored for node in model.nodes() for stored in stored_weights(node)]
     assert model_stats(model).parameters == 24
+
+
+def constants_of(arrays: dict[str, np.ndarray]) -> dict[str, onnx_ir.Value]:
+    """Initializers of a graph."""
+    tensors = {name: onnx_ir.tensor(array, name=name) for name, array in arrays.items()}
+    values = {name: onnx_ir.val(name, const_value=tensor) for name, tensor in tensors.items()}
+    onnx_ir.Graph([], [], nodes=[], initializers=list(values.values()))
+    return values
+
+
+@pytest.mark.parametrize(
+    ("op_type", "shape", "axis", "attributes"),
+    [
+        ("QLinearConv", (6, 2, 3, 3), 0, {}),
+        ("ConvInteger", (6, 2, 3, 3), 0, {}),
+        ("QLinearMatMul", (4, 6), 1, {}),
+        ("MatMulInteger", (4, 6), 1, {}),
+        ("QGemm", (4, 6), 1, {}),
+        ("QGemm", (6, 4), 0, {"transB": 1}),
+        ("MatMulIntegerToFloat", (4, 6), 1, {}),
+        ("DynamicQuantizeMatMul", (4, 6), 1, {}),
+        ("QAttention", (4, 6), 1, {}),
+    ],
+)
+def test_integer_products_are_read(op_type: str, shape: tuple[int, ...], axis: int, attributes: dict[str, int]) -> None:
+    """Scales and zero points by channel lie along the outputs; without a scale of its own a product's is 1."""
+    rng = np.random.default_rng(0)
+    levels = rng.integers(-128, 128, shape).astype(np.int8)
+    given = {"w": levels, "w_scale": rng.uniform(1, 2, 6).astype(np.float32), "w_zero": np.arange(6, dtype=np.int8)}
+    node = onnx_ir.node(op_type, arranged(op_type, x=onnx_ir.val("x"), **constants_of(given)), attributes)
+    (stored,) = stored_weights(node)
+    along = [-1 if place == axis else 1 for place in range(len(shape))]
+    scale = 1 if op_type.endswith("Integer") else given["w_scale"].reshape(along)
+    real = (levels.astype(np.float32) - given["w_zero"].reshape(along)) * scale
+    np.testing.assert_array_equal(stored.weight.dequantize(), real)
+
+
+@pytest.mark.parametrize("by_column", [True, False])
+def test_both_weights_of_an_lstm_are_read(by_column: bool) -> None:
+    """[directions, inputs, columns] with a scale for each direction, or for each of its columns."""
+    rng = np.random.default_rng(0)
+    values = {}
+    for name, extent in (("w", 3), ("r", 2)):
+        shape = (2, 8) if by_column else (2,)
+        values[name] = rng.integers(-128, 128, (2, extent, 8)).astype(np.int8)
+        values[f"{name}_scale"] = rng.uniform(1, 2, shape).astype(np.float32)
+        values[f"{name}_zero"] = np.zeros(shape, np.int8)
+    constants = {
+        name: onnx_ir.val(name, const_value=onnx_ir.tensor(array, name=name)) for name, array in values.items()
+    }
+    onnx_ir.Graph([], [], nodes=[], initializers=list(constants.values()))
+    node = onnx_ir.node("DynamicQuantizeLSTM", arranged("DynamicQuantizeLSTM", x=onnx_ir.val("x"), **constants))
+    for name, stored in zip(("w", "r"), stored_weights(node), strict=True):
+        scale = values[f"{name}_scale"].reshape(2, 1, -1)
+        np.testing.assert_array_equal(stored.weight.dequantize(), values[name].astype(np.float32) * scale)
