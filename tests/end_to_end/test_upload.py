@@ -124,7 +124,7 @@ def odd_files(tmp_path_factory: pytest.TempPathFactory, example: Path) -> Path:
         (["upload", "{odd}/empty.onnx"], ["empty"]),
         (["upload", "{odd}/cut.onnx"], ["cut"]),
         (["upload", "{odd}/cut.pt"], ["cut short"]),
-        (["upload", "{odd}/text.pt"], ["ONNX, TorchScript"]),
+        (["upload", "{odd}/text.pt"], ["ONNX model", "TorchScript archive", "state dict"]),
         (["upload", "{odd}/unknown.onnx"], ["Frobnicate"]),
         (["upload", "{example}/state_dict.pt"], ["--architecture"]),
         (["upload", "{example}/model_traced.pt"], ["first layer", "conv2d", "1 input channel", "--input"]),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -246,8 +246,14 @@ def detect(path: str | os.PathLike[str]) -> Format:
 
 
 def _unsupported(what: str) -> UnsupportedFormatError:
-    loaded = ", ".join(row.noun for row in FORMATS if row.loader)
-    converted = ", ".join(row.noun for row in FORMATS if row.way_out)
+    rows = sorted(FORMATS, key=lambda row: row.number)
+    read = _either(row.noun for row in rows if row.loader)
+    converted = _either(row.noun for row in rows if row.way_out)
     return UnsupportedFormatError(
-        f"The file is {what}. What can be read is {loaded}; and after conversion on your own machine {converted}."
+        f"The file is {what}. Give {read}; or, to be converted on your own machine, {converted}."
     )
+
+
+def _either(nouns: Iterable[str]) -> str:
+    *others, last = nouns
+    return f"{', '.join(others)} or {last}" if others else last
