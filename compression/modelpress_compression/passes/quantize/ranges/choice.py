@@ -1,8 +1,8 @@
 """Which range each activation of a plan gets, by the error that it makes at the model's outputs.
 
 The activations that make most of the error are looked at again. With `calibration: auto`, which starts from
-percentiles, they try what every method (observers.py) would give them; with any method, a product's input tries the
-range that it has in each run. The best is taken.
+percentiles, the ranges of all methods (observers.py) are tried for them; with any method, the range of each run is
+tried for a product's input. The best is taken.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from modelpress_compression.passes.quantize.rounding.affine import ActivationPar
 
 AUTO = "auto"
 _START = "percentile"
-# Activations that make up this share of the error, and at most so many, try other ranges.
+# Other ranges are tried for the activations that make up this share of the error, and for at most so many.
 _WORST_SHARE, _MOST_TRIED = 0.9, 24
 # Below this share of the whole error, better rounding of weights is not worth its time.
 _LEAST_WEIGHT_SHARE = 0.2
-# Two ranges are the same when their scales and edges differ by less than this share of the scale's.
+# Two ranges are the same if their scales differ by less than this share, and their edges by less than it of the range.
 _SAME = 0.01
-# A range in each run costs a pass over the activation: it must take away so much of its error.
+# Finding the range in each run costs a pass over the activation: it must remove at least this share of its error.
 _LEAST_GAIN_OF_DYNAMIC = 0.3
 
 

@@ -177,9 +177,11 @@ def _divergence(magnitudes: NDArray[np.int64], bins: int, levels: int) -> float:
     """KL divergence between the values clipped at `bins` and the same quantized to `levels` steps."""
     reference = magnitudes[:bins].astype(np.float64)
     kept = reference.copy()
+    # What is clipped counts in the reference, in its last bin, and not in the levels: so clipping makes them differ.
     reference[-1] += magnitudes[bins:].sum()
     level = np.minimum(np.arange(bins) * levels // max(bins, levels), levels - 1)
     sums = np.bincount(level, weights=kept, minlength=levels)
+    # Each level's count is shared by the bins that had any; empty ones stay so, as in the paper.
     filled = np.bincount(level, weights=kept > 0, minlength=levels)
     quantized = np.where(kept > 0, (sums / np.maximum(filled, 1))[level], 0.0)
     p = reference / max(reference.sum(), _TINY)

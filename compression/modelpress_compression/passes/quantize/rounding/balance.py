@@ -37,6 +37,8 @@ def balanced(quantized: QuantizedWeight, weight: NDArray[np.float32], summation:
 
 def _turned(error: NDArray[np.float32]) -> NDArray[np.float32]:
     """[sums, terms] -> +1 where a level goes down, -1 where it goes up, 0 for the rest."""
+    # A turned level moves its sum by one: as many are turned as the sum is off, those whose error is largest already in
+    # its direction, so that they end up about as far on the other side.
     surplus = np.rint(error.sum(axis=1, keepdims=True))
     sign = np.sign(surplus)
     order = np.argsort(-sign * error, axis=1)

@@ -105,6 +105,7 @@ def _round_rows(weight: Matrix, scale: Matrix, low: Matrix, high: Matrix, factor
             current = weight[:, row]
             levels[:, row] = _nearest(current, scale[:, row], low[:, row], high[:, row])
             error = (current - levels[:, row] * scale[:, row]) / factor[:, row, row, None]
+            # Rows of this block at once, which come next; the many behind it wait for one product with all its errors.
             weight[:, row + 1 : stop] -= factor[:, row, row + 1 : stop, None] * error[:, None, :]
             errors[:, row - start] = error
         weight[:, stop:] -= factor[:, start:stop, stop:].transpose(0, 2, 1) @ errors

@@ -7,7 +7,7 @@ The strength `a` is chosen edge by edge: the one that leaves the least error in 
 
     | Q(X / s) Q(diag(s) W) - X W |^2
 
-0 of which is "as it is". An edge is left alone where nothing is gained, and where the gain would not pay for a Mul.
+An edge is left alone where that is hardly less than without a scale, and where the gain would not pay for a Mul.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 MAX_SAMPLES = 32
 ROWS = 256  # of an edge's activation, over all samples
 COLUMNS = 512  # of its weights: enough to tell strengths apart
-# Share of the error that must go: of what costs nothing, and of what costs a Mul.
+# Share of the error that must go where the scale costs nothing, and where it costs a Mul.
 _LEAST_GAIN, _LEAST_GAIN_OF_MUL = 0.05, 0.2
 # A Mul costs a few products for each of its elements; products with fewer outputs would feel that.
 _LEAST_OUTPUTS_OF_MUL = 256
-# A channel that hardly spoke in these samples may speak in others: no scale goes further from the mean than this.
+# A channel that is nearly silent in these samples may be loud in others: no scale goes further from the mean than this.
 _MOST = 8.0
 _SMALLEST = 1e-5  # of the largest: keeps logarithms finite
 
@@ -45,7 +45,7 @@ Matrix = NDArray[np.float32]
 
 @dataclass
 class Channels:
-    """What is remembered of an edge's activation: extremes of each channel, and some rows."""
+    """The extremes of each channel of an edge's activation, and some of its rows."""
 
     low: Matrix  # [K]
     high: Matrix
@@ -82,6 +82,7 @@ def best_scale(edge: Edge, channels: Channels) -> Scale | None:
     largest = np.maximum(-channels.low, channels.high).astype(np.float64)
     if not largest.any():
         return None
+    # Silent channels, and those whose weights are all zero, would have a scale of 0 or infinity.
     largest = np.maximum(largest, _SMALLEST * largest.max())
     of_weights = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0).astype(np.float64)
     of_weights = np.maximum(of_weights, max(_SMALLEST * of_weights.max(), np.finfo(np.float32).tiny))

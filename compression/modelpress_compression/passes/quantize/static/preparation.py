@@ -54,7 +54,7 @@ from modelpress_compression.passes.quantize.static.quantizer import StaticQuanti
 
 # A layer that alone takes the outputs below this is a catastrophe, not a compression.
 FLOOR_DB = 15.0
-# Errors of parts, which are measured on few samples, make up the whole to within so much, or the samples were too few.
+# The errors of the parts are measured on few samples: too few, if the whole errs by more than this times their sum.
 _ADDS_UP = 1.5
 # Shares of the pass's time until smoothing, calibration, sensitivity and better ranges are done.
 _SMOOTHED, _CALIBRATED, _MEASURED, _REFINED = 0.1, 0.45, 0.7, 0.9
@@ -163,7 +163,7 @@ def _with_better_ranges(quantizer: StaticQuantizer, histograms: Histograms) -> S
 
 
 def _with_better_rounding(quantizer: StaticQuantizer) -> StaticQuantizer:
-    """GPTQ for the weights that make most of the error, where weights matter at all; kept where it lessens theirs."""
+    """GPTQ for the weights that make most of the error, if weights matter at all; kept where it helps."""
     setup, ranges, findings = quantizer.setup, quantizer.ranges, Findings()
     names = worst_weights(ranges)
     chosen = [layer for layer in setup.plan.layers if layer.outputs[0].name in names]
@@ -194,10 +194,10 @@ def _without_catastrophes(quantizer: StaticQuantizer) -> StaticQuantizer:
 
 
 def _for_the_hardest_samples(quantizer: StaticQuantizer, histograms: Histograms) -> tuple[StaticQuantizer, Distances]:
-    """Ranges for the samples that the quantized model errs most on; and what it errs by.
+    """Ranges that suit the samples with the largest errors too; and the errors of the quantized model.
 
-    Where that is more than its parts tell, the samples that these were measured on missed something: once more, on the
-    worst samples. What comes of it is kept where the whole model errs by less.
+    If they are larger than those of its parts add up to, the parts were measured on samples that missed something: they
+    are measured once more, on the worst samples. The new ranges are kept if the error of the whole model falls.
     """
     distances, context = _distances(quantizer), quantizer.setup.context
     predicted = quantizer.ranges.error_of(quantizer.plan)
