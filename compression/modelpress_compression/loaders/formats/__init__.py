@@ -21,9 +21,7 @@ from modelpress_compression.loaders.formats.pickle_scan import TENSOR_GLOBALS
 
 _MAX_SAFETENSORS_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the format's own reader
 # (field number, wire type) of onnx.ModelProto: 0 is a varint, 2 a field with a length.
-_MODEL_PROTO_FIELDS = frozenset(
-    [(1, 0), (5, 0), *((field, 2) for field in (2, 3, 4, 6, 7, 8, 14, 20, 25, 26))],
-)
+_MODEL_PROTO_FIELDS = frozenset([(1, 0), (5, 0), *((field, 2) for field in (2, 3, 4, 6, 7, 8, 14, 20, 25, 26))])
 
 
 @dataclass(frozen=True)
