@@ -217,12 +217,13 @@ class _Reader:
             if option is None:
                 self.complain(join(path, show_key(key)), _unknown_key(schema, key))
                 continue
+            given = item
             if item is None and schema.choice:
                 # `- fuse:` reads as {fuse: None}; naming the technique is enough.
-                item = {} if isinstance(option.kind, Schema) else option.default  # noqa: PLW2901
-            if item is not None:
+                given = {} if isinstance(option.kind, Schema) else option.default
+            if given is not None or schema.choice:
                 complaints = len(self.violations)
-                values[option.name] = self.option(item, option, join(path, option.name))
+                values[option.name] = self.option(given, option, join(path, option.name))
                 if len(self.violations) > complaints:
                     wrong.add(option.name)
         if schema.choice:
@@ -234,7 +235,7 @@ class _Reader:
         return {name: item for name, item in values.items() if name not in wrong}
 
     def option(self, value: object, option: Option, path: str) -> Any:
-        """The value of one key, which is not None; whatever, with a complaint, where it is wrong."""
+        """The value of one key; whatever, with a complaint, where it is wrong."""
         if option.many == "list":
             return self._list(value, option, path)
         return self._map(value, option, path) if option.many == "map" else self._one(value, option, path)

@@ -194,6 +194,13 @@ def test_a_choice_among_numbers_may_be_a_name_alone() -> None:
     ]
 
 
+def test_a_name_alone_needs_a_default() -> None:
+    """Where a choice among numbers has none, the number is missed."""
+    schema = Schema("Shift", (Option("pixels", 1, "float", "How far."),), choice="shift")
+    assert complaints("pixels", schema) == ["pixels: expected a number, got null"]
+    assert read({"pixels": 2}, schema).values == {"pixels": 2.0}
+
+
 def test_what_must_be_set() -> None:
     """A key that is required is missed, and where it has one value only the message says which."""
     assert complaints({"steps": []}, RECIPE) == ["version: is required; write 'version: 1'"]
