@@ -65,7 +65,7 @@ def session_of(model: Model, *, threads: int = 1, optimize: bool = True) -> Iter
 
 def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """All outputs by name; feeds that the graph does not take (any more) are left out. Raises ModelNotRunnableError."""
-    names = {value.name for value in session.get_inputs()}
+    names = {value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())}
     try:
         values = session.run(None, {name: array for name, array in feeds.items() if name in names})
     except Exception as error:  # see open_session

@@ -102,7 +102,7 @@ TECHNIQUES = MappingProxyType(
                 "Stores weights, and computes where it pays, in fewer bits.",
                 QuantizeConfig,
                 "modelpress_compression.passes.quantize.quantize:Quantize",
-                Chooser("scheme", "auto", "modelpress_compression.pipeline.auto:choose_quantization"),
+                Chooser("scheme", "auto", "modelpress_compression.search.quantization:choose_quantization"),
             ),
             Technique(
                 "distill",

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pytest
 from modelpress_compression.options import Config, option, schema_of
 from modelpress_compression.passes.quantize.config import QuantizeConfig
-from modelpress_compression.pipeline.auto import choose_quantization
 from modelpress_compression.schema import read
+from modelpress_compression.search.quantization import choose_quantization
 from modelpress_compression.techniques import TECHNIQUES, Technique, step_schema
 
 

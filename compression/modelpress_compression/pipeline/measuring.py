@@ -11,8 +11,8 @@ from modelpress_compression.measure.accuracy import Accuracy, compare_accuracy
 from modelpress_compression.measure.fidelity import Fidelity, compare_outputs
 from modelpress_compression.measure.latency import BUSY, LatencyRow, compare_latency
 from modelpress_compression.passes.base import Context
-from modelpress_compression.pipeline.steps import file_size_bytes
 from modelpress_compression.recipe import Constraints, Recipe
+from modelpress_compression.search.steps import file_size_bytes
 
 
 @dataclass(frozen=True)

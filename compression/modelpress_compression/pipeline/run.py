@@ -21,9 +21,9 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.pipeline.measuring import Measured, measure, not_better
 from modelpress_compression.pipeline.progress import Progress, ProgressListener, stages_of
-from modelpress_compression.pipeline.steps import StepRecord, apply_step, broken, file_size_bytes, save
 from modelpress_compression.recipe import Recipe
 from modelpress_compression.report.build import ReportInputs, StepRow, build_report
+from modelpress_compression.search.steps import StepRecord, apply_step, broken, file_size_bytes, save
 from modelpress_compression.techniques import TECHNIQUES
 
 SYNTHETIC_SAMPLES = 32

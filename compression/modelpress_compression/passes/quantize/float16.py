@@ -17,12 +17,10 @@ from modelpress_compression.graph.read import constant_array, constant_tensor
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import is_excluded
 from modelpress_compression.passes.quantize.report import Findings
+from modelpress_compression.passes.quantize.weights import why_not_float16
 
-# Rounding to float16 leaves about 70 dB; a weight that keeps less has values that overflow or vanish.
-MIN_WEIGHT_SQNR_DB = 40.0
 # Scalars and the like: a Cast costs more than they save.
 _MIN_ELEMENTS = 16
-_FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 def store_in_float16(model: Model, exclude: tuple[str, ...], findings: Findings) -> None:
@@ -46,20 +44,6 @@ def store_in_float16(model: Model, exclude: tuple[str, ...], findings: Findings)
             stored.update(users)
     findings.changes.update(node.op_type for node in stored)
     clean(model)
-
-
-def why_not_float16(weight: NDArray[np.float32]) -> str | None:
-    """Why an array cannot be float16; None: it can."""
-    if not weight.size:
-        return None
-    largest = float(np.abs(weight).max())
-    if not largest <= _FLOAT16_MAX:  # NaN too
-        return f"holds values up to {largest:.3g}, beyond float16's {_FLOAT16_MAX:.0f}"
-    signal = float(np.square(weight, dtype=np.float64).sum())
-    noise = float(np.square(weight - weight.astype(np.float16), dtype=np.float64).sum())
-    if noise and 10 * np.log10(signal / noise) < MIN_WEIGHT_SQNR_DB:
-        return "holds values too small for float16"
-    return None
 
 
 def _is_weight(value: onnx_ir.Value) -> bool:

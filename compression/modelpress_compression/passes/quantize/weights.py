@@ -30,6 +30,9 @@ from modelpress_compression.passes.quantize.rounding.balance import balanced
 from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder, Rounder, Rounding, nearest
 from modelpress_compression.target import Target
 
+# Rounding to float16 leaves about 70 dB; a weight that keeps less has values that overflow or vanish.
+MIN_WEIGHT_SQNR_DB = 40.0
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
 # A product with fewer weights costs less than the nodes around it.
 MIN_WEIGHT_ELEMENTS = 256
 # Smaller tables are not worth two more nodes.
@@ -172,3 +175,17 @@ def is_finite(tensor: onnx_ir.TensorProtocol) -> bool:
     array: NDArray[Any] = tensor.numpy()
     # Extremes carry NaN and infinities through without a temporary of the weight's size.
     return bool(np.isfinite(array.min()) and np.isfinite(array.max()))
+
+
+def why_not_float16(weight: NDArray[np.float32]) -> str | None:
+    """Why an array cannot be float16; None: it can."""
+    if not weight.size:
+        return None
+    largest = float(np.abs(weight).max())
+    if not largest <= _FLOAT16_MAX:  # NaN too
+        return f"holds values up to {largest:.3g}, beyond float16's {_FLOAT16_MAX:.0f}"
+    signal = float(np.square(weight, dtype=np.float64).sum())
+    noise = float(np.square(weight - weight.astype(np.float16), dtype=np.float64).sum())
+    if noise and 10 * np.log10(signal / noise) < MIN_WEIGHT_SQNR_DB:
+        return "holds values too small for float16"
+    return None

@@ -69,17 +69,17 @@ class Distances:
 def output_distances(original: Model, changed: Model, context: Context) -> Distances:
     """How far a changed model's outputs are, feed by feed, on `DISTANCE_SAMPLES` samples."""
     errors, signals = [], []
-    models = [_without_softmax(model) for model in (original, changed)]
+    models = [without_softmax(model) for model in (original, changed)]
     with session_of(models[0], threads=2) as first, session_of(models[1], threads=2) as second:
         for feed in context.data.spread(DISTANCE_SAMPLES).feeds(batch_size=1):
             context.check_time()
-            before, after = (_counted(run(session, feed), feed) for session in (first, second))
-            errors.append(_squared_distance(before, after))
-            signals.append(_power(before))
+            before, after = (counted_outputs(run(session, feed), feed) for session in (first, second))
+            errors.append(squared_distance(before, after))
+            signals.append(power(before))
     return Distances(np.asarray(errors), np.asarray(signals))
 
 
-def _without_softmax(model: Model) -> Model:
+def without_softmax(model: Model) -> Model:
     """A copy whose outputs are what went into the softmax that they came from."""
     copy = model.clone()
     for node in {id(node): node for value in copy.graph.outputs if (node := score_node(value)) is not None}.values():
@@ -112,10 +112,10 @@ class ErrorProbe:
             plain = self._answers(feed)
             if not index and (time.monotonic() - started) * len(trials) > LIMIT_S:
                 return None
-            signal += _power(plain.outputs)
+            signal += power(plain.outputs)
             for number, trial in enumerate(trials):
                 self.setup.context.check_time()
-                sums[number] += _squared_distance(plain.outputs, self._try(trial, feed, plain))
+                sums[number] += squared_distance(plain.outputs, self._try(trial, feed, plain))
                 if done is not None and not index:
                     done((number + 1) / len(trials))
         return [total / signal if signal else math.inf for total in sums]
@@ -137,7 +137,7 @@ class ErrorProbe:
             name: Range(float(found.pop(low)), float(found.pop(high)))
             for name, (low, high) in self._switches.extremes.items()
         }
-        return _Answers(_counted(found, feed), ranges)
+        return _Answers(counted_outputs(found, feed), ranges)
 
 
 @dataclass(frozen=True)
@@ -154,24 +154,24 @@ def open_probe(setup: QuantizationSetup, samples: InputData | None = None) -> It
 
     Raises ModelNotRunnableError.
     """
-    copy = _without_softmax(setup.model)
+    copy = without_softmax(setup.model)
     switches = add_switches(setup.plan.on(copy.graph), setup.weight_store(Editor(copy)))
     with session_of(copy, threads=2) as session:
         yield ErrorProbe(setup, session, switches, samples or setup.context.data.spread(MAX_SAMPLES))
 
 
-def _counted(outputs: Outputs, feed: Feeds) -> Outputs:
+def counted_outputs(outputs: Outputs, feed: Feeds) -> Outputs:
     """Float outputs without the positions that are padding."""
     mask = counted_positions(feed)
     return {name: without_padding(array, mask) for name, array in outputs.items() if array.dtype.kind == "f"}
 
 
-def _power(outputs: Outputs) -> float:
+def power(outputs: Outputs) -> float:
     """The sum of squares of all that is finite."""
     return sum(float(np.square(_finite(array)).sum()) for array in outputs.values())
 
 
-def _squared_distance(before: Outputs, after: Outputs) -> float:
+def squared_distance(before: Outputs, after: Outputs) -> float:
     """Over the elements that are finite in `before`; infinite where one of them is not in `after`."""
     total = 0.0
     for name, array in before.items():

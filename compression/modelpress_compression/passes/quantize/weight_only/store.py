@@ -88,6 +88,11 @@ def _store(model: Model, writer: WeightWriter, config: QuantizeConfig, context: 
     return stored
 
 
+def storable_weights(model: Model, config: QuantizeConfig) -> Iterator[tuple[onnx_ir.Graph, onnx_ir.Value]]:
+    """The weights that can be stored in fewer bits, and the graph that owns each."""
+    return ((graph, weight) for graph, weight in _weights(model) if uses_of(weight) and not _why_not(weight, config))
+
+
 def _storable_bytes(weight: onnx_ir.Value, config: QuantizeConfig) -> int:
     tensor = constant_tensor(weight)
     return tensor.nbytes if tensor is not None and uses_of(weight) and not _why_not(weight, config) else 0

@@ -69,6 +69,12 @@ class WeightWriter:
     folded: bool = False
     in_8_bits: int = 0  # weights so far that are not in 4 bits
 
+    def store_half(self, graph: onnx_ir.Graph, weight: onnx_ir.Value) -> None:
+        """One weight in float16, for all who use it."""
+        real = folded.write_float16(self.editor, graph, WeightStore.array(weight), weight.name or "weight")
+        real.type, real.shape = weight.type, weight.shape
+        onnx_ir.convenience.replace_all_uses_with(weight, real)
+
     def store(self, graph: onnx_ir.Graph, weight: onnx_ir.Value) -> None:
         """One weight, for all who use it; its graph takes the new constants."""
         uses = list(weight.uses())
@@ -77,7 +83,7 @@ class WeightWriter:
         elif not self.folded and all(_is_embedding(*use) for use in uses):
             self._embeddings(graph, weight, [use.node for use in uses])
         else:
-            self._folded(graph, weight, next((use for use in uses if _axes_of(*use) is not None), None))
+            self._folded(graph, weight, _direct_use(weight))
 
     def _products(self, graph: onnx_ir.Graph, weight: onnx_ir.Value, nodes: Sequence[onnx_ir.Node]) -> None:
         bits = 4 if self.config.weights == "int4" else 8
@@ -118,8 +124,7 @@ class WeightWriter:
 
     def _folded(self, graph: onnx_ir.Graph, weight: onnx_ir.Value, use: tuple[onnx_ir.Node, int] | None) -> None:
         """`use`: one that reads the weight as it is, if there is one."""
-        # A weight that is rearranged has its rows on the first axis mostly; any axis will do.
-        axes = (_axes_of(*use) if use is not None else None) or (0,)
+        axes = _scaled_axes(use)
         rounds = use is not None and use[1] == 1 and is_op(use[0], "Conv", "MatMul", "Gemm")
         rounding = self.rounder.rounding(use[0]) if use is not None and rounds else nearest
         array, name = WeightStore.array(weight), weight.name or "weight"
@@ -138,6 +143,22 @@ class WeightWriter:
     def _replace(self, node: onnx_ir.Node, result: onnx_ir.Value) -> None:
         self.editor.hand_over(node.outputs[0], result)
         graph_of(node).remove(node, safe=True)
+
+
+def rounded_to_8_bits(weight: onnx_ir.Value, config: QuantizeConfig) -> NDArray[np.float32]:
+    """The numbers that a weight has once it is stored in 8 bits."""
+    axes = _scaled_axes(_direct_use(weight)) if config.per_channel else ()
+    return _in_8_bits(WeightStore.array(weight), axes, nearest).dequantize()
+
+
+def _direct_use(weight: onnx_ir.Value) -> tuple[onnx_ir.Node, int] | None:
+    """A node that multiplies by the weight as it is, and at which input; None: there is none."""
+    return next((use for use in weight.uses() if _axes_of(*use) is not None), None)
+
+
+def _scaled_axes(use: tuple[onnx_ir.Node, int] | None) -> tuple[int, ...]:
+    """Axes with a scale each. A weight that is rearranged has its rows on the first axis mostly; any axis will do."""
+    return (_axes_of(*use) if use is not None else None) or (0,)
 
 
 def uses_of(weight: onnx_ir.Value) -> list[tuple[onnx_ir.Node, int]]:

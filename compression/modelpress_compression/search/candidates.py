@@ -10,7 +10,7 @@ import numpy as np
 
 from modelpress_compression.measure.fidelity import Fidelity
 from modelpress_compression.measure.latency import Speedup, Times, ratio_interval
-from modelpress_compression.pipeline.steps import StepRecord
+from modelpress_compression.search.steps import StepRecord
 
 # Speeds and sizes that differ by less count as equal.
 DRAW = 0.02

@@ -29,12 +29,12 @@ from modelpress_compression.passes.base import Context, PassResult, Skip
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.quantize import Quantize, prepare_static
 from modelpress_compression.passes.quantize.weight_only.store import store_rest
-from modelpress_compression.pipeline.auto.candidates import Candidate, fastest, pareto_set
-from modelpress_compression.pipeline.auto.heads import unvouched_heads
-from modelpress_compression.pipeline.auto.judge import Judge
-from modelpress_compression.pipeline.auto.mixed import fewest_in_float, order_of
-from modelpress_compression.pipeline.steps import StepRecord, file_size_bytes, keep, scaled
 from modelpress_compression.recipe import Recipe, Step
+from modelpress_compression.search.candidates import Candidate, fastest, pareto_set
+from modelpress_compression.search.heads import unvouched_heads
+from modelpress_compression.search.judge import Judge
+from modelpress_compression.search.mixed import fewest_in_float, order_of
+from modelpress_compression.search.steps import StepRecord, file_size_bytes, keep, scaled
 
 # Shares of the step's progress when dynamic, static and the mixed candidates are built and judged.
 _DYNAMIC, _STATIC, _MIXED = 0.15, 0.6, 0.85

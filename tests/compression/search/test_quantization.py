@@ -20,13 +20,12 @@ from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.weight_only.store import store_rest
 from modelpress_compression.pipeline import auto
-from modelpress_compression.pipeline.auto import _SchemeSearch
-from modelpress_compression.pipeline.auto.candidates import Candidate, fastest, pareto_set
-from modelpress_compression.pipeline.auto.heads import unvouched_heads
-from modelpress_compression.pipeline.auto.judge import Judge, RaceTimings
-from modelpress_compression.pipeline.auto.mixed import fewest_in_float
-from modelpress_compression.pipeline.steps import StepRecord, file_size_bytes
 from modelpress_compression.recipe import Step
+from modelpress_compression.search.candidates import Candidate, fastest, pareto_set
+from modelpress_compression.search.heads import unvouched_heads
+from modelpress_compression.search.judge import Judge, RaceTimings
+from modelpress_compression.search.mixed import fewest_in_float
+from modelpress_compression.search.steps import StepRecord, file_size_bytes
 from onnx import TensorProto, helper, numpy_helper
 
 

@@ -29,9 +29,9 @@ from modelpress_compression.measure.accuracy import compare_accuracy
 from modelpress_compression.measure.fidelity import Fidelity, compare_outputs
 from modelpress_compression.measure.latency import Speedup, Times, Timings, ratio_interval, time_interleaved
 from modelpress_compression.passes.base import Context
-from modelpress_compression.pipeline.auto.candidates import Candidate
-from modelpress_compression.pipeline.steps import file_size_bytes
 from modelpress_compression.recipe import Recipe
+from modelpress_compression.search.candidates import Candidate
+from modelpress_compression.search.steps import file_size_bytes
 
 # The largest drop of the task metric, with labels, if `max_drop` is not set.
 DEFAULT_MAX_DROP = 0.01
