@@ -6,7 +6,7 @@ This module imports neither torch nor onnx, since the server process reads it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
@@ -20,6 +20,7 @@ from modelpress_compression.techniques import TECHNIQUES, step_schema
 
 VERSION = 1
 METRICS = ("top1", "top5", "mse", "mae", "cosine")
+OBJECTIVES = BALANCED, SMALLEST, FASTEST, ACCURATE = "balanced", "smallest", "fastest", "accurate"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,49 @@ class Constraints(Config):
     )
     max_latency_ms: float | None = option(
         None, 4, "Largest permitted median latency of the first benchmark row, in milliseconds.", gt=0
+    )
+    min_speedup: float | None = option(
+        None, 5, "Least median speed-up of the first benchmark row over the original.", gt=0
+    )
+    min_ratio: float | None = option(
+        None, 6, "How many times smaller than the original, as ONNX, the result must be at least.", gt=0
+    )
+    allow_damage: bool = option(
+        False, 7, "Whether a result may be taken for good whose outputs no longer resemble the original's."
+    )
+
+
+@dataclass(frozen=True)
+class Goal(Config):
+    """What to aim for, in place of steps: candidates are built and measured, and the best is taken."""
+
+    objective: str = option(
+        BALANCED,
+        1,
+        "balanced: the least product of size and time, never over 5 % slower than the original; smallest; fastest; "
+        "accurate: the least error. Whatever the objective, the answers are kept.",
+        choices=OBJECTIVES,
+    )
+    max_drop: float | None = option(
+        None, 2, "Largest permitted fall of the metric; without labels, of the agreement with the original.", gte=0
+    )
+    max_size_bytes: int | None = option(
+        None, 3, "Largest permitted size of the result in bytes, external data included.", kind="int64", gt=0
+    )
+    min_ratio: float | None = option(
+        None, 4, "How many times smaller than the original, as ONNX, the result must be at least.", gt=0
+    )
+    max_latency_ms: float | None = option(
+        None, 5, "Largest permitted median latency of the first benchmark row, in milliseconds.", gt=0
+    )
+    min_speedup: float | None = option(
+        None, 6, "Least median speed-up of the first benchmark row over the original.", gt=0
+    )
+    search_time_s: float | None = option(
+        None, 7, "Seconds after which no further candidate is begun; not set: until all have been tried.", gt=0
+    )
+    techniques: tuple[str, ...] = option(
+        ("fuse", "prune", "quantize"), 8, "Techniques that candidates may use.", choices=tuple(TECHNIQUES)
     )
 
 
@@ -85,6 +129,18 @@ class Recipe(Config):
     target: Target = option(Target(), 3, "What the result will run on.")
     constraints: Constraints = option(Constraints(), 4, "What the result must hold.")
     benchmark: Benchmark = option(Benchmark(), 5, "How latency is measured.")
+    goal: Goal | None = option(
+        None, 6, "What to aim for, in place of steps. Beside steps only its limits count, as constraints do."
+    )
+
+    @property
+    def limits(self) -> Constraints:
+        """The constraints, and those of the goal where it has any."""
+        if self.goal is None:
+            return self.constraints
+        names = ("max_drop", "max_size_bytes", "min_ratio", "max_latency_ms", "min_speedup")
+        stated = {name: value for name in names if (value := getattr(self.goal, name)) is not None}
+        return replace(self.constraints, **stated)
 
     @classmethod
     def preset(cls, name: str) -> Recipe:

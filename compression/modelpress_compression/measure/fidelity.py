@@ -82,6 +82,12 @@ class Fidelity:
         figures = [output.equal if output.cosine is None else output.cosine for output in self.outputs.values()]
         return min((figure for figure in figures if figure is not None), default=1.0) if self.comparable else 0.0
 
+    @property
+    def sqnr_db(self) -> float:
+        """The worst float output's; 200 where there is none, and -200 if an output could not be compared."""
+        figures = [output.sqnr_db for output in self.outputs.values() if output.sqnr_db is not None]
+        return min(figures, default=MAX_SQNR_DB) if self.comparable else -MAX_SQNR_DB
+
     def kept(self, metric: str | None) -> tuple[str, float]:
         """(name, figure) that takes the place of the metric without labels: the worst output's cosine if that is the
         metric, else `agreement`."""

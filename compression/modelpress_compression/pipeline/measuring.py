@@ -14,6 +14,9 @@ from modelpress_compression.passes.base import Context
 from modelpress_compression.recipe import Constraints, Recipe
 from modelpress_compression.search.steps import file_size_bytes
 
+# Beyond these the result is another model.
+DAMAGE_DROP, DAMAGE_COSINE = 0.1, 0.9
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -55,7 +58,7 @@ def measure(
     accuracy = None
     if eval_data is not None:
         context.progress(0.2, "evaluating the task metric")
-        accuracy = compare_accuracy(original, optimized, eval_data, recipe.constraints.metric)
+        accuracy = compare_accuracy(original, optimized, eval_data, recipe.limits.metric)
     rows: list[LatencyRow] = []
     settings = list(product(recipe.benchmark.threads, recipe.benchmark.batch_sizes))
     for index, (threads, batch_size) in enumerate(settings):
@@ -67,7 +70,8 @@ def measure(
                 original, optimized, context.data, threads=threads, batch_size=batch_size, rounds=rounds
             )
         rows.append(row)
-    violations = _violations(recipe.constraints, tuple(rows), fidelity, accuracy, file_size_bytes(optimized))
+    sizes = file_size_bytes(original), file_size_bytes(optimized)
+    violations = _violations(recipe.limits, tuple(rows), fidelity, accuracy, *sizes)
     return Measured(tuple(rows), fidelity, accuracy, violations)
 
 
@@ -88,9 +92,12 @@ def _violations(
     latency: tuple[LatencyRow, ...],
     fidelity: Fidelity,
     accuracy: Accuracy | None,
+    original_size_bytes: int,
     size_bytes: int,
 ) -> tuple[str, ...]:
     found: list[str] = []
+    if not constraints.allow_damage and (damage := _damage(fidelity, accuracy)):
+        found.append(f"the result no longer resembles the original: {damage}")
     if constraints.max_drop is not None:
         kept, share = fidelity.kept(constraints.metric)
         drop = accuracy.drop if accuracy is not None else 1.0 - share
@@ -99,9 +106,48 @@ def _violations(
             found.append(f"{name} falls by {drop:.4f}, more than max_drop {constraints.max_drop:g}")
     if constraints.max_size_bytes is not None and size_bytes > constraints.max_size_bytes:
         found.append(f"the result has {size_bytes} bytes, more than max_size_bytes {constraints.max_size_bytes}")
+    ratio = original_size_bytes / max(size_bytes, 1)
+    if constraints.min_ratio is not None and ratio < constraints.min_ratio:
+        found.append(f"the result is {ratio:.2f} times smaller, less than min_ratio {constraints.min_ratio:g}")
+    speedup = latency[0].speedup.median
+    if constraints.min_speedup is not None and speedup < constraints.min_speedup:
+        found.append(f"the speed-up is {speedup:.2f}, less than min_speedup {constraints.min_speedup:g}")
     if constraints.max_latency_ms is not None and latency[0].optimized.p50_ms > constraints.max_latency_ms:
         found.append(
             f"median latency is {latency[0].optimized.p50_ms:.3f} ms, more than max_latency_ms "
             f"{constraints.max_latency_ms:g}"
         )
     return tuple(found)
+
+
+def _damage(fidelity: Fidelity, accuracy: Accuracy | None) -> str:
+    """By which figure the outputs no longer resemble the original's; empty where they do."""
+    if accuracy is not None and accuracy.metric.startswith("top"):
+        return f"{accuracy.metric} falls by {accuracy.drop:.2f}" if accuracy.drop > DAMAGE_DROP else ""
+    if fidelity.expected_drop is not None and fidelity.expected_drop > DAMAGE_DROP:
+        return f"by its own probabilities the original would lose {100 * fidelity.expected_drop:.0f} points of accuracy"
+    return f"cosine {fidelity.cosine:.2f}" if fidelity.cosine < DAMAGE_COSINE else ""
+
+
+def verdict(recipe: Recipe, measured: Measured, original_size_bytes: int, size_bytes: int) -> str:
+    """What was asked and what was got, in one sentence."""
+    asked = f"Goal {recipe.goal.objective}: " if recipe.goal is not None and not recipe.steps else ""
+    if size_bytes == original_size_bytes:
+        got = "no smaller"
+    else:
+        ratio = original_size_bytes / max(size_bytes, 1)
+        got = f"{ratio:.2f} times smaller" if ratio > 1 else f"{1 / ratio:.2f} times larger"
+    speedup = measured.latency[0].speedup
+    speed = {
+        "faster": f"{speedup.median:.2f} times faster",
+        "slower": f"{1 / speedup.median:.2f} times slower",
+        "not distinguishable": "as fast",
+    }[speedup.verdict]
+    kept, share = measured.fidelity.kept(recipe.limits.metric)
+    if measured.accuracy is not None:
+        answers = f"{measured.accuracy.metric} {measured.accuracy.optimized:.4g} after {measured.accuracy.original:.4g}"
+    else:
+        source = "" if measured.fidelity.data == "provided" else " on synthetic inputs"
+        answers = f"{kept} with the original {share:.2%}{source}"
+    missed = f"; not met: {'; '.join(measured.violations)}" if measured.violations else ""
+    return f"{asked}{got}, {speed}, {answers}{missed}."

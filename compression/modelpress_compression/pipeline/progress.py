@@ -12,12 +12,15 @@ from modelpress_compression.techniques import TECHNIQUES
 ProgressListener = Callable[[str, int, int, float, str], None]
 
 # Shares of the whole; loading was done before. Those of the steps stand in the table of techniques.
-_WEIGHTS = {"load": 1.0, "measure": 3.0, "report": 0.2} | {name: row.weight for name, row in TECHNIQUES.items()}
+_WEIGHTS = {"load": 1.0, "search": 12.0, "measure": 3.0, "report": 0.2} | {
+    name: row.weight for name, row in TECHNIQUES.items()
+}
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
     """Names of a job's stages, in order. Loading comes before `compress` and is the caller's to report."""
-    return ("load", *(step.technique for step in recipe.steps), "measure", "report")
+    searches = recipe.goal is not None and not recipe.steps
+    return ("load", *(["search"] if searches else [step.technique for step in recipe.steps]), "measure", "report")
 
 
 @dataclass

@@ -19,10 +19,11 @@ from modelpress_compression.inputs import Array, EvaluationData, InputData
 from modelpress_compression.measure.stats import model_stats
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.pipeline.measuring import Measured, measure, not_better
+from modelpress_compression.pipeline.measuring import Measured, measure, not_better, verdict
 from modelpress_compression.pipeline.progress import Progress, ProgressListener, stages_of
 from modelpress_compression.recipe import Recipe
 from modelpress_compression.report.build import ReportInputs, StepRow, build_report
+from modelpress_compression.search.goal import Pursuit, pursue
 from modelpress_compression.search.steps import StepRecord, apply_step, broken, file_size_bytes, save
 from modelpress_compression.techniques import TECHNIQUES
 
@@ -94,11 +95,11 @@ def compress(
             original=model,
         )
         run = _prepare(model, recipe, _evaluation_data(model, eval_data), context, on_progress)
-        records = _run_steps(run)
-        outcome = _decide(run, records)
+        made = _make(run)
+        outcome = _decide(run, made.records)
         for warning in outcome.warnings:
             log("WARNING", warning)
-        report = _report(job, run, records, outcome)
+        report = _report(job, run, made, outcome)
         run.progress.update(1.0, "done")
         return Result(outcome.model, report)
 
@@ -145,6 +146,16 @@ def _prepare(
     return _Run(model, path, recipe, evaluation, replace(context, progress=progress.update), progress)
 
 
+def _make(run: _Run) -> Pursuit:
+    """The result of the recipe's steps, or of its goal where it has no steps."""
+    goal = run.recipe.goal
+    if goal is None or run.recipe.steps:
+        records = _run_steps(run)
+        return Pursuit(tuple(records), tuple(row for record in records for row in record.candidates))
+    run.progress.enter_next(f"looking for the {goal.objective} model")
+    return pursue(run.recipe, goal, run.model, run.path, run.context, run.evaluation)
+
+
 def _run_steps(run: _Run) -> list[StepRecord]:
     """The records of all steps in order; each step works on the result of the one before."""
     records: list[StepRecord] = []
@@ -181,7 +192,7 @@ def _decide(run: _Run, records: Sequence[StepRecord]) -> _Outcome:
     return _Outcome(run.model, run.path, run.measured(run.path), (*warnings, reason))
 
 
-def _report(job: str, run: _Run, records: Sequence[StepRecord], outcome: _Outcome) -> dict[str, Any]:
+def _report(job: str, run: _Run, made: Pursuit, outcome: _Outcome) -> dict[str, Any]:
     run.progress.enter_next("writing the report")
     shapes = sample_shapes(run.context.data)
     return build_report(
@@ -197,11 +208,14 @@ def _report(job: str, run: _Run, records: Sequence[StepRecord], outcome: _Outcom
             latency=outcome.measured.latency,
             fidelity=outcome.measured.fidelity,
             accuracy=outcome.measured.accuracy,
-            steps=[_step_row(record) for record in records],
-            candidates=[candidate for record in records for candidate in record.candidates],
+            steps=[_step_row(record) for record in made.records],
+            candidates=made.rows,
             warnings=outcome.warnings,
             violations=outcome.measured.violations,
             measurement=outcome.measured.conditions(),
+            goal=run.recipe.goal.to_dict() if run.recipe.goal is not None else None,
+            advice=made.advice,
+            verdict=verdict(run.recipe, outcome.measured, file_size_bytes(run.path), file_size_bytes(outcome.path)),
         )
     )
 

@@ -52,8 +52,10 @@ class ReportInputs:
     `recipe`: in the shape of the YAML, defaults written out. `provenance`: of the upload. `original_onnx_size_bytes`,
     `optimized_size_bytes`: of both models as ONNX, external data included. `accuracy` None: no labels. `fidelity` None:
     not measured. `candidates`: a row for each candidate that `auto` tried, with `name`, `chosen`, `reason`, and figures
-    or None. `violations`: one sentence for each constraint that is not met. `measurement`:
-    what disturbed the timing; None: nothing was timed.
+    or None. `violations`: one sentence for each constraint that is not met.
+    `measurement`: what disturbed the timing; None: nothing was timed. `goal`: in the shape of the YAML; None: there were
+    steps. `advice`: what other options would have brought, each with `text` and `command`. `verdict`: what was asked
+    and what was got, in one sentence.
     """
 
     job: str
@@ -72,6 +74,9 @@ class ReportInputs:
     warnings: Sequence[str] = ()
     violations: Sequence[str] = ()
     measurement: Mapping[str, Any] | None = None
+    goal: Mapping[str, Any] | None = None
+    advice: Sequence[Mapping[str, str]] = ()
+    verdict: str = ""
     environment: Mapping[str, Any] = field(default_factory=environment)
 
 
@@ -98,6 +103,9 @@ def build_report(inputs: ReportInputs) -> dict[str, Any]:
         "size_ratio": inputs.original_onnx_size_bytes / max(inputs.optimized_size_bytes, 1),
         "latency": [row.to_dict() for row in inputs.latency],
         "measurement": inputs.measurement,
+        "goal": inputs.goal,
+        "verdict": inputs.verdict,
+        "advice": [dict(item) for item in inputs.advice],
         "fidelity": inputs.fidelity.to_dict() if inputs.fidelity is not None else None,
         "accuracy": inputs.accuracy.to_dict() if inputs.accuracy is not None else None,
         "constraints": {"met": not inputs.violations, "violations": list(inputs.violations)},

@@ -23,7 +23,8 @@ WORTH = 0.05
 @dataclass(frozen=True)
 class Candidate:
     """`reason`: why it was not taken, empty while it may be. `variant`: how it differs from the plain scheme, if it
-    does. `times_s`: [rounds], measured in turn with the other candidates."""
+    does. `times_s`: [rounds], measured in turn with the other candidates. `unproven`: only data that vouches for its
+    ranges is missing."""
 
     scheme: str
     record: StepRecord
@@ -34,11 +35,19 @@ class Candidate:
     times_s: Times | None = None
     drop: float | None = None
     reason: str = ""
+    technique: str = "quantize"
+    unproven: bool = False
 
     @property
     def name(self) -> str:
         """Its name in the report."""
-        return f"quantize {self.scheme}" + (f", {self.variant}" if self.variant else "")
+        plain = f"{self.technique} {self.scheme}".strip()
+        return plain + (f", {self.variant}" if self.variant else "")
+
+    @property
+    def computes_in_8_bits(self) -> bool:
+        """Whether activations are rounded too, whose range the data must show."""
+        return self.technique == "quantize" and (self.scheme in ("dynamic", "static") or "blocks" in self.variant)
 
     @property
     def cosine(self) -> float:

@@ -23,8 +23,8 @@ from types import MappingProxyType
 import numpy as np
 
 from modelpress_compression.measure.latency import Speedup, Times, ratio_interval
+from modelpress_compression.recipe import ACCURATE, BALANCED, FASTEST, SMALLEST
 
-BALANCED, SMALLEST, FASTEST, ACCURATE = "balanced", "smallest", "fastest", "accurate"
 # Of the original's time: what `balanced` never takes more than.
 MAX_SLOWDOWN = 1.05
 SAME_TIME = 0.02
@@ -61,6 +61,7 @@ class Limits:
     """What the result must hold; None: no demand. `max_drop` is the judge's, who refuses candidates for it."""
 
     max_size_bytes: int | None = None
+    min_ratio: float | None = None
     max_latency_ms: float | None = None
     min_speedup: float | None = None
 
@@ -69,6 +70,7 @@ class Limits:
         speedup = original.time_s / figures.time_s
         wanted = {
             "max_size_bytes": self.max_size_bytes and figures.size_bytes / self.max_size_bytes,
+            "min_ratio": self.min_ratio and self.min_ratio * figures.size_bytes / original.size_bytes,
             "max_latency_ms": self.max_latency_ms and figures.time_s * 1e3 / self.max_latency_ms,
             "min_speedup": self.min_speedup and self.min_speedup / speedup,
         }
@@ -187,4 +189,3 @@ _DECIDERS: Mapping[str, Sequence[tuple[str, _Keep]]] = MappingProxyType(
         ACCURATE: (("another is closer to the original", _hardly_an_error), _PRODUCT, _SIZE, _ERROR),
     }
 )
-OBJECTIVES = tuple(_DECIDERS)

@@ -40,6 +40,12 @@ MAX_EXPECTED_DROP = 0.01
 MIN_EXPECTED_TOP1, MIN_COSINE_OF_SCORES = 0.1, 0.99
 # A sentence encoder whose token vectors keep 0.967 (11.5 dB) retrieves as well as before.
 MIN_COSINE = 0.95
+# On synthetic inputs, of models that compute in 8 bits. docs/goals.md says how it was found.
+SYNTHETIC_FLOOR_DB = 30.0
+# Of outputs that hold no classes, on real data without labels.
+VALUES_FLOOR_DB = 20.0
+# What stored weights keep, whose error is the same on real inputs and on synthetic ones, or less.
+FLOAT_FLOOR_DB = 20.0
 FIDELITY_SAMPLES = 128
 LATENCY_ROUNDS, MORE_ROUNDS = 30, 240
 LATENCY_BUDGET_S = 15.0
@@ -93,11 +99,17 @@ class Judge:
                 reason=f"its outputs differ too much from the original's (cosine {candidate.cosine:.4f}, at least "
                 f"{MIN_COSINE} is kept)",
             )
-        if candidate.size_bytes >= file_size_bytes(self.float_path):
+        if not self.context.data.vouches and candidate.computes_in_8_bits and fidelity.sqnr_db < SYNTHETIC_FLOOR_DB:
+            return replace(
+                candidate,
+                reason=f"on synthetic inputs its outputs keep {fidelity.sqnr_db:.1f} dB; at least "
+                f"{SYNTHETIC_FLOOR_DB:g} dB have never cost an answer",
+            )
+        if candidate.size_bytes >= file_size_bytes(self.float_path) and candidate.technique != "fuse":
             return replace(candidate, reason="its file would not be smaller than in float32")
         if self.eval_data is None:
             return replace(candidate, reason=self._disagrees(fidelity))
-        constraints = self.recipe.constraints
+        constraints = self.recipe.limits
         accuracy = compare_accuracy(self.original, path, self.eval_data, constraints.metric)
         allowed = DEFAULT_MAX_DROP if constraints.max_drop is None else constraints.max_drop
         reason = (
@@ -120,7 +132,7 @@ class Judge:
         original comes from earlier steps."""
         if candidate.reason:
             return candidate
-        timings = self._timed([candidate.record.path, self.original], MORE_ROUNDS, LATENCY_BUDGET_S)
+        timings = self.timed([candidate.record.path, self.original], MORE_ROUNDS, LATENCY_BUDGET_S)
         candidate = replace(candidate, speedup=timings.speedup(1), times_s=timings.times_s[1])
         worst = min((one.speedup(2, 1) for one in timings.by_batch_size), key=lambda one: one.low)
         if worst.low >= 1.0:
@@ -131,16 +143,16 @@ class Judge:
         if not race:
             return []
         paths = [item.record.path for item in race]
-        timings = self._timed(paths, LATENCY_ROUNDS, LATENCY_BUDGET_S * len(race))
+        timings = self.timed(paths, LATENCY_ROUNDS, LATENCY_BUDGET_S * len(race))
         if any(one.low < 1.0 <= one.high for place in range(1, len(race) + 1) for one in timings.speedups(place)):
             # More rounds make the intervals narrower.
-            timings = self._timed(paths, MORE_ROUNDS, LATENCY_BUDGET_S * len(race))
+            timings = self.timed(paths, MORE_ROUNDS, LATENCY_BUDGET_S * len(race))
         return [self._judged(item, timings, place) for place, item in enumerate(race, start=1)]
 
     def _out_of_race(self, candidate: Candidate) -> Candidate:
         if not candidate.record.changes:
             return candidate
-        timings = self._timed([candidate.record.path], LATENCY_ROUNDS, OUT_BUDGET_S)
+        timings = self.timed([candidate.record.path], LATENCY_ROUNDS, OUT_BUDGET_S)
         return replace(candidate, speedup=timings.speedup(1))
 
     def _judged(self, candidate: Candidate, timings: RaceTimings, place: int) -> Candidate:
@@ -148,13 +160,13 @@ class Judge:
         if candidate.scheme == "static" and not self.context.data.vouches:
             return replace(candidate, reason=_unproven(self.context.data, timings.speedup(place).median))
         # With a limit on the size it is enough not to be surely slower.
-        asked = self.recipe.constraints.max_size_bytes is not None
+        asked = self.recipe.limits.max_size_bytes is not None
         worst = min(timings.speedups(place), key=lambda one: one.high if asked else one.low)
         if (worst.high if asked else worst.low) < 1.0:
             return replace(candidate, reason=_not_faster("in float32", worst))
         return candidate
 
-    def _timed(self, paths: Sequence[Path], rounds: int, budget_s: float) -> RaceTimings:
+    def timed(self, paths: Sequence[Path], rounds: int, budget_s: float) -> RaceTimings:
         """Of the float model, at place 0, and these."""
         models = [self.float_path, *paths]
         timings: dict[int, Timings] = {}
@@ -173,7 +185,7 @@ class Judge:
 
     def _disagrees(self, fidelity: Fidelity) -> str:
         """Why the answers have changed too much, without labels; empty where they have not."""
-        metric, allowed = self.recipe.constraints.metric, self.recipe.constraints.max_drop
+        metric, allowed = self.recipe.limits.metric, self.recipe.limits.max_drop
         name, share = fidelity.kept(metric)
         if allowed is None and name == metric:
             allowed = DEFAULT_MAX_DROP
@@ -182,8 +194,11 @@ class Judge:
             return "" if share >= least else f"its {name} with the original is {share:.4f}, less than {least:g}"
         expected, drop = fidelity.expected_top1, fidelity.expected_drop
         # The classes of synthetic inputs say nothing.
-        if not self.context.data.vouches or expected is None or drop is None:
+        if not self.context.data.vouches:
             return ""
+        if expected is None or drop is None:
+            far = fidelity.sqnr_db < VALUES_FLOOR_DB
+            return f"its outputs keep {fidelity.sqnr_db:.1f} dB, less than {VALUES_FLOOR_DB:g} dB" if far else ""
         if drop > MAX_EXPECTED_DROP:
             return (
                 f"by its own probabilities the original would lose {100 * drop:.1f} points of accuracy, more than "

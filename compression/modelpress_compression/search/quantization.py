@@ -56,7 +56,7 @@ def choose_quantization(
     `original`: file of the model as it was uploaded, which agreement and drop are measured against.
     """
     began = time.monotonic()
-    search = _SchemeSearch(step, model, path, context, target, Judge(original, path, context, recipe, eval_data))
+    search = SchemeSearch(step, model, path, context, target, Judge(original, path, context, recipe, eval_data))
     search.dynamic()
     search.static()
     search.smaller()
@@ -66,7 +66,7 @@ def choose_quantization(
 
 
 @dataclass
-class _SchemeSearch:
+class SchemeSearch:
     step: Step
     model: Model
     path: Path
@@ -91,7 +91,7 @@ class _SchemeSearch:
     def dynamic(self) -> None:
         self.context.progress(0.0, "trying dynamic quantization")
         self.context.check_time()
-        self._add("dynamic", Quantize(self._config("dynamic"))(self.model, self._part(0.0, _DYNAMIC)))
+        self.add("dynamic", Quantize(self._config("dynamic"))(self.model, self._part(0.0, _DYNAMIC)))
 
     def static(self) -> None:
         """Static quantization of all layers, and of fewer where that does not keep the answers."""
@@ -99,10 +99,10 @@ class _SchemeSearch:
         quantizer = prepare_static(self.model, self._config("static"), self._part(_DYNAMIC, _STATIC))
         if quantizer is None:
             return
-        tried = [self._add("static", quantizer.result())]
+        tried = [self.add("static", quantizer.result())]
         full = replace(quantizer, full=True)
         if len(full.plan.nodes) > len(quantizer.plan.nodes):
-            tried.append(self._add("static", full.result(), "memory-bound layers and sums too"))
+            tried.append(self.add("static", full.result(), "memory-bound layers and sums too"))
         if not all(item.reason and item.record.changes for item in tried) or not self.context.data.vouches:
             return
         order = order_of(quantizer, self.context)
@@ -111,7 +111,7 @@ class _SchemeSearch:
             self.context.check_time()
             self.context.progress(_STATIC, f"trying static quantization with {count} layers in float32")
             variant = f"{count} layer{'s' if count > 1 else ''} in float32"
-            return not self._add("static", quantizer.keeping_in_float(order[:count]).result(), variant).reason
+            return not self.add("static", quantizer.keeping_in_float(order[:count]).result(), variant).reason
 
         fewest_in_float(len(order), keeps)
 
@@ -122,10 +122,10 @@ class _SchemeSearch:
             stored = None if candidate.reason else store_rest(result, self.step.config, self.context)
             if stored is not None:
                 variant = f"{candidate.variant}, all weights stored in 8 bits".removeprefix(", ")
-                self._add(candidate.scheme, stored, variant)
-        if self.judge.recipe.constraints.max_size_bytes is not None:
+                self.add(candidate.scheme, stored, variant)
+        if self.judge.recipe.limits.max_size_bytes is not None:
             config = replace(self.step.config, scheme="weight_only")
-            self._add("weight_only", Quantize(config)(self.model, self._part(_MIXED, _MIXED)))
+            self.add("weight_only", Quantize(config)(self.model, self._part(_MIXED, _MIXED)))
 
     def measure_speed(self) -> None:
         self.context.check_time()
@@ -140,7 +140,7 @@ class _SchemeSearch:
         stored = store_rest(PassResult(self.model), config, self.context)
         if stored is not None:
             self.context.check_time()
-            candidate = self._add("weight_only", stored, "all weights stored in 8 bits, computing in float32")
+            candidate = self.add("weight_only", stored, "all weights stored in 8 bits, computing in float32")
             self.candidates[-1] = self.judge.speed_in_float(candidate)
 
     def outcome(self) -> StepRecord:
@@ -157,7 +157,8 @@ class _SchemeSearch:
         skips = tuple(Skip(candidate.name, candidate.reason) for candidate, _ in rows)
         return StepRecord(self.step, self.model, self.path, skipped=skips, candidates=table)
 
-    def _add(self, scheme: str, result: PassResult, variant: str = "") -> Candidate:
+    def add(self, scheme: str, result: PassResult, variant: str = "") -> Candidate:
+        """Writes, checks and judges what a scheme made; the candidate is the last of `candidates` then."""
         tried = Step(self.step.technique, replace(self.step.config, scheme=scheme))
         folder = self.target.parent / f"candidate-{len(self.candidates)}" / self.target.name
         result = replace(result, skipped=tuple(self._explained(skip) for skip in result.skipped))

@@ -31,6 +31,7 @@ class Recipe(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     CONSTRAINTS_FIELD_NUMBER: _builtins.int
     BENCHMARK_FIELD_NUMBER: _builtins.int
+    GOAL_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Version of the recipe language."""
     @_builtins.property
@@ -49,6 +50,10 @@ class Recipe(_message.Message):
     def benchmark(self) -> Global___Benchmark:
         """How latency is measured."""
 
+    @_builtins.property
+    def goal(self) -> Global___Goal:
+        """What to aim for, in place of steps. Beside steps only its limits count, as constraints do."""
+
     def __init__(
         self,
         *,
@@ -57,10 +62,11 @@ class Recipe(_message.Message):
         target: Global___Target | None = ...,
         constraints: Global___Constraints | None = ...,
         benchmark: Global___Benchmark | None = ...,
+        goal: Global___Goal | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["benchmark", b"benchmark", "constraints", b"constraints", "target", b"target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["benchmark", b"benchmark", "constraints", b"constraints", "goal", b"goal", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["benchmark", b"benchmark", "constraints", b"constraints", "steps", b"steps", "target", b"target", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["benchmark", b"benchmark", "constraints", b"constraints", "goal", b"goal", "steps", b"steps", "target", b"target", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -653,6 +659,9 @@ class Constraints(_message.Message):
     MAX_DROP_FIELD_NUMBER: _builtins.int
     MAX_SIZE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_LATENCY_MS_FIELD_NUMBER: _builtins.int
+    MIN_SPEEDUP_FIELD_NUMBER: _builtins.int
+    MIN_RATIO_FIELD_NUMBER: _builtins.int
+    ALLOW_DAMAGE_FIELD_NUMBER: _builtins.int
     metric: _builtins.str
     """Metric of the task; without it, top1 for class labels and mse for others. Without labels, cosine holds the outputs
     against the original's, classes or not.
@@ -663,6 +672,12 @@ class Constraints(_message.Message):
     """Largest permitted size of the result in bytes, external data included."""
     max_latency_ms: _builtins.float
     """Largest permitted median latency of the first benchmark row, in milliseconds."""
+    min_speedup: _builtins.float
+    """Least median speed-up of the first benchmark row over the original."""
+    min_ratio: _builtins.float
+    """How many times smaller than the original, as ONNX, the result must be at least."""
+    allow_damage: _builtins.bool
+    """Whether a result may be taken for good whose outputs no longer resemble the original's."""
     def __init__(
         self,
         *,
@@ -670,11 +685,16 @@ class Constraints(_message.Message):
         max_drop: _builtins.float | None = ...,
         max_size_bytes: _builtins.int | None = ...,
         max_latency_ms: _builtins.float | None = ...,
+        min_speedup: _builtins.float | None = ...,
+        min_ratio: _builtins.float | None = ...,
+        allow_damage: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_drop", b"_max_drop", "_max_latency_ms", b"_max_latency_ms", "_max_size_bytes", b"_max_size_bytes", "_metric", b"_metric", "max_drop", b"max_drop", "max_latency_ms", b"max_latency_ms", "max_size_bytes", b"max_size_bytes", "metric", b"metric"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_allow_damage", b"_allow_damage", "_max_drop", b"_max_drop", "_max_latency_ms", b"_max_latency_ms", "_max_size_bytes", b"_max_size_bytes", "_metric", b"_metric", "_min_ratio", b"_min_ratio", "_min_speedup", b"_min_speedup", "allow_damage", b"allow_damage", "max_drop", b"max_drop", "max_latency_ms", b"max_latency_ms", "max_size_bytes", b"max_size_bytes", "metric", b"metric", "min_ratio", b"min_ratio", "min_speedup", b"min_speedup"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_drop", b"_max_drop", "_max_latency_ms", b"_max_latency_ms", "_max_size_bytes", b"_max_size_bytes", "_metric", b"_metric", "max_drop", b"max_drop", "max_latency_ms", b"max_latency_ms", "max_size_bytes", b"max_size_bytes", "metric", b"metric"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_allow_damage", b"_allow_damage", "_max_drop", b"_max_drop", "_max_latency_ms", b"_max_latency_ms", "_max_size_bytes", b"_max_size_bytes", "_metric", b"_metric", "_min_ratio", b"_min_ratio", "_min_speedup", b"_min_speedup", "allow_damage", b"allow_damage", "max_drop", b"max_drop", "max_latency_ms", b"max_latency_ms", "max_size_bytes", b"max_size_bytes", "metric", b"metric", "min_ratio", b"min_ratio", "min_speedup", b"min_speedup"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__allow_damage: _TypeAlias = _typing.Literal["allow_damage"]  # noqa: Y015
+    _WhichOneofArgType__allow_damage: _TypeAlias = _typing.Literal["_allow_damage", b"_allow_damage"]  # noqa: Y015
     _WhichOneofReturnType__max_drop: _TypeAlias = _typing.Literal["max_drop"]  # noqa: Y015
     _WhichOneofArgType__max_drop: _TypeAlias = _typing.Literal["_max_drop", b"_max_drop"]  # noqa: Y015
     _WhichOneofReturnType__max_latency_ms: _TypeAlias = _typing.Literal["max_latency_ms"]  # noqa: Y015
@@ -683,6 +703,12 @@ class Constraints(_message.Message):
     _WhichOneofArgType__max_size_bytes: _TypeAlias = _typing.Literal["_max_size_bytes", b"_max_size_bytes"]  # noqa: Y015
     _WhichOneofReturnType__metric: _TypeAlias = _typing.Literal["metric"]  # noqa: Y015
     _WhichOneofArgType__metric: _TypeAlias = _typing.Literal["_metric", b"_metric"]  # noqa: Y015
+    _WhichOneofReturnType__min_ratio: _TypeAlias = _typing.Literal["min_ratio"]  # noqa: Y015
+    _WhichOneofArgType__min_ratio: _TypeAlias = _typing.Literal["_min_ratio", b"_min_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__min_speedup: _TypeAlias = _typing.Literal["min_speedup"]  # noqa: Y015
+    _WhichOneofArgType__min_speedup: _TypeAlias = _typing.Literal["_min_speedup", b"_min_speedup"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__allow_damage) -> _WhichOneofReturnType__allow_damage | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_drop) -> _WhichOneofReturnType__max_drop | None: ...
     @_typing.overload
@@ -691,6 +717,10 @@ class Constraints(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_size_bytes) -> _WhichOneofReturnType__max_size_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__metric) -> _WhichOneofReturnType__metric | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_ratio) -> _WhichOneofReturnType__min_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_speedup) -> _WhichOneofReturnType__min_speedup | None: ...
 
 Global___Constraints: _TypeAlias = Constraints  # noqa: Y015
 
@@ -729,3 +759,84 @@ class Benchmark(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rounds) -> _WhichOneofReturnType__rounds | None: ...
 
 Global___Benchmark: _TypeAlias = Benchmark  # noqa: Y015
+
+@_typing.final
+class Goal(_message.Message):
+    """What to aim for, in place of steps. Beside steps only its limits count, as constraints do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
+    MAX_DROP_FIELD_NUMBER: _builtins.int
+    MAX_SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    MIN_RATIO_FIELD_NUMBER: _builtins.int
+    MAX_LATENCY_MS_FIELD_NUMBER: _builtins.int
+    MIN_SPEEDUP_FIELD_NUMBER: _builtins.int
+    SEARCH_TIME_S_FIELD_NUMBER: _builtins.int
+    TECHNIQUES_FIELD_NUMBER: _builtins.int
+    objective: _builtins.str
+    """balanced: the least product of size and time, never more than 5 % slower than the original; smallest; fastest;
+    accurate: the least error. Whatever the objective, the answers are kept.
+    """
+    max_drop: _builtins.float
+    """Largest permitted fall of the metric; without labels, of the agreement with the original."""
+    max_size_bytes: _builtins.int
+    """Largest permitted size of the result in bytes, external data included."""
+    min_ratio: _builtins.float
+    """How many times smaller than the original, as ONNX, the result must be at least."""
+    max_latency_ms: _builtins.float
+    """Largest permitted median latency of the first benchmark row, in milliseconds."""
+    min_speedup: _builtins.float
+    """Least median speed-up of the first benchmark row over the original."""
+    search_time_s: _builtins.float
+    """Seconds after which no further candidate is begun; not set: until all have been tried."""
+    @_builtins.property
+    def techniques(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Techniques that candidates may use."""
+
+    def __init__(
+        self,
+        *,
+        objective: _builtins.str | None = ...,
+        max_drop: _builtins.float | None = ...,
+        max_size_bytes: _builtins.int | None = ...,
+        min_ratio: _builtins.float | None = ...,
+        max_latency_ms: _builtins.float | None = ...,
+        min_speedup: _builtins.float | None = ...,
+        search_time_s: _builtins.float | None = ...,
+        techniques: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_drop", b"_max_drop", "_max_latency_ms", b"_max_latency_ms", "_max_size_bytes", b"_max_size_bytes", "_min_ratio", b"_min_ratio", "_min_speedup", b"_min_speedup", "_objective", b"_objective", "_search_time_s", b"_search_time_s", "max_drop", b"max_drop", "max_latency_ms", b"max_latency_ms", "max_size_bytes", b"max_size_bytes", "min_ratio", b"min_ratio", "min_speedup", b"min_speedup", "objective", b"objective", "search_time_s", b"search_time_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_drop", b"_max_drop", "_max_latency_ms", b"_max_latency_ms", "_max_size_bytes", b"_max_size_bytes", "_min_ratio", b"_min_ratio", "_min_speedup", b"_min_speedup", "_objective", b"_objective", "_search_time_s", b"_search_time_s", "max_drop", b"max_drop", "max_latency_ms", b"max_latency_ms", "max_size_bytes", b"max_size_bytes", "min_ratio", b"min_ratio", "min_speedup", b"min_speedup", "objective", b"objective", "search_time_s", b"search_time_s", "techniques", b"techniques"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_drop: _TypeAlias = _typing.Literal["max_drop"]  # noqa: Y015
+    _WhichOneofArgType__max_drop: _TypeAlias = _typing.Literal["_max_drop", b"_max_drop"]  # noqa: Y015
+    _WhichOneofReturnType__max_latency_ms: _TypeAlias = _typing.Literal["max_latency_ms"]  # noqa: Y015
+    _WhichOneofArgType__max_latency_ms: _TypeAlias = _typing.Literal["_max_latency_ms", b"_max_latency_ms"]  # noqa: Y015
+    _WhichOneofReturnType__max_size_bytes: _TypeAlias = _typing.Literal["max_size_bytes"]  # noqa: Y015
+    _WhichOneofArgType__max_size_bytes: _TypeAlias = _typing.Literal["_max_size_bytes", b"_max_size_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__min_ratio: _TypeAlias = _typing.Literal["min_ratio"]  # noqa: Y015
+    _WhichOneofArgType__min_ratio: _TypeAlias = _typing.Literal["_min_ratio", b"_min_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__min_speedup: _TypeAlias = _typing.Literal["min_speedup"]  # noqa: Y015
+    _WhichOneofArgType__min_speedup: _TypeAlias = _typing.Literal["_min_speedup", b"_min_speedup"]  # noqa: Y015
+    _WhichOneofReturnType__objective: _TypeAlias = _typing.Literal["objective"]  # noqa: Y015
+    _WhichOneofArgType__objective: _TypeAlias = _typing.Literal["_objective", b"_objective"]  # noqa: Y015
+    _WhichOneofReturnType__search_time_s: _TypeAlias = _typing.Literal["search_time_s"]  # noqa: Y015
+    _WhichOneofArgType__search_time_s: _TypeAlias = _typing.Literal["_search_time_s", b"_search_time_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_drop) -> _WhichOneofReturnType__max_drop | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_latency_ms) -> _WhichOneofReturnType__max_latency_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_size_bytes) -> _WhichOneofReturnType__max_size_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_ratio) -> _WhichOneofReturnType__min_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_speedup) -> _WhichOneofReturnType__min_speedup | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__objective) -> _WhichOneofReturnType__objective | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__search_time_s) -> _WhichOneofReturnType__search_time_s | None: ...
+
+Global___Goal: _TypeAlias = Goal  # noqa: Y015

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from modelpress_compression.recipe import OBJECTIVES
 from modelpress_compression.search.choice import (
     MAX_SLOWDOWN,
-    OBJECTIVES,
     SAME_SIZE,
     Figures,
     Limits,

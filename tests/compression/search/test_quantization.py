@@ -19,12 +19,13 @@ from modelpress_compression.model import Provenance
 from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.weight_only.store import store_rest
-from modelpress_compression.pipeline import auto
 from modelpress_compression.recipe import Step
+from modelpress_compression.search import quantization
 from modelpress_compression.search.candidates import Candidate, fastest, pareto_set
 from modelpress_compression.search.heads import unvouched_heads
 from modelpress_compression.search.judge import Judge, RaceTimings
 from modelpress_compression.search.mixed import fewest_in_float
+from modelpress_compression.search.quantization import SchemeSearch
 from modelpress_compression.search.steps import StepRecord, file_size_bytes
 from onnx import TensorProto, helper, numpy_helper
 
@@ -166,8 +167,8 @@ def test_candidates_that_disagree_are_dropped(
                 value.const_value = onnx_ir.tensor(-value.const_value.numpy(), name=value.name)
         return PassResult(work, {"ruined": 1})
 
-    monkeypatch.setattr(auto, "Quantize", lambda config: lambda model, context: ruined(model))
-    monkeypatch.setattr(auto, "prepare_static", lambda model, config, context: None)
+    monkeypatch.setattr(quantization, "Quantize", lambda config: lambda model, context: ruined(model))
+    monkeypatch.setattr(quantization, "prepare_static", lambda model, config, context: None)
     recipe = Recipe.from_dict({"version": 1, "steps": [{"quantize": {"scheme": "auto"}}], "benchmark": {"rounds": 5}})
     result = compress(digits, recipe, data=samples)
     assert result.report["size_ratio"] == 1.0
@@ -248,8 +249,10 @@ def test_such_a_head_stays_in_float_under_dynamic(reader: Model, loud: InputData
     context = Context(loud, tmp_path)
     labelled = EvaluationData(loud, np.zeros((24, 64), np.int64))
     for eval_data, kept in ((None, True), (labelled, False)):
-        judge = auto.Judge(path, path, context, recipe, eval_data)
-        search = auto._SchemeSearch(recipe.steps[0], reader, path, context, tmp_path / str(kept) / "model.onnx", judge)
+        judge = quantization.Judge(path, path, context, recipe, eval_data)
+        search = quantization.SchemeSearch(
+            recipe.steps[0], reader, path, context, tmp_path / str(kept) / "model.onnx", judge
+        )
         search.dynamic()
         search.static()
         dynamic, static = search.candidates[:2]
@@ -293,12 +296,12 @@ def test_without_a_faster_one_float32_is_stored_small(
         rows = [times.get(path, 1.0) * noise for path, noise in zip((before, *paths), noises, strict=True)]
         return RaceTimings((Timings(1, (1, 1), np.asarray(rows)),))
 
-    monkeypatch.setattr(Judge, "_timed", timed)
+    monkeypatch.setattr(Judge, "timed", timed)
     recipe = Recipe.from_dict({"version": 1})
     context = Context(loud, tmp_path)
     judge = Judge(uploaded if uploaded_s else before, before, context, recipe, None)
     step = Step("quantize", QuantizeConfig(scheme="auto"))
-    search = _SchemeSearch(step, two_layers, before, context, tmp_path / "out" / "model.onnx", judge)
+    search = SchemeSearch(step, two_layers, before, context, tmp_path / "out" / "model.onnx", judge)
     search.in_float()
     record = search.outcome()
     if taken is None:

@@ -71,7 +71,7 @@ class WeightWriter:
 
     def store_half(self, graph: onnx_ir.Graph, weight: onnx_ir.Value) -> None:
         """One weight in float16, for all who use it."""
-        real = folded.write_float16(self.editor, graph, WeightStore.array(weight), weight.name or "weight")
+        real = folded.write_16_bits(self.editor, graph, WeightStore.array(weight), weight.name or "weight")
         real.type, real.shape = weight.type, weight.shape
         onnx_ir.convenience.replace_all_uses_with(weight, real)
 

@@ -1,0 +1,282 @@
+"""A goal instead of steps: builds what today's passes can make of a model, measures all of it, and takes the best.
+
+    fuse                                the float model, with fewer and faster operators
+    stored                              weights in 8 bits or float16, computing in float32: what every model gets
+    dynamic, static, and less static    8 bits where they keep the answers (quantization.py), the rest stored
+    blocks                              weights in 8 and 4 bits that products read as they are: where size counts
+    pruned                              with data: a tenth or a quarter of the channels gone, and repaired
+
+Each candidate is judged by its answers (judge.py); those that keep them run in the same rounds as the original, and
+`choice.choose` decides. What the goal did not take, but another option would have, becomes advice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelpress_compression.inputs import EvaluationData
+from modelpress_compression.measure.latency import Times, ratio_interval
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import Context, Skip
+from modelpress_compression.passes.fuse.config import FuseConfig
+from modelpress_compression.passes.prune.config import PruneConfig
+from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.quantize import Quantize
+from modelpress_compression.passes.quantize.weight_only.storage import store_all
+from modelpress_compression.recipe import BALANCED, FASTEST, SMALLEST, Constraints, Goal, Recipe, Step
+from modelpress_compression.search.candidates import Candidate, pareto_set
+from modelpress_compression.search.choice import Choice, Figures, Limits, choose
+from modelpress_compression.search.judge import FLOAT_FLOOR_DB, Judge
+from modelpress_compression.search.quantization import SchemeSearch
+from modelpress_compression.search.steps import StepRecord, apply_step, file_size_bytes, scaled
+
+# Shares of channels that go, the first that does not keep the answers ends the row.
+PRUNED_SHARES = (0.1, 0.25)
+ROUNDS = 60
+BUDGET_S = 20.0  # of timing, for each batch size
+# Of size or time: less is not worth another command.
+_WORTH_ADVICE = 1.1
+_BUILT = 0.8  # share of the progress when all candidates are built and judged
+
+
+@dataclass(frozen=True)
+class Pursuit:
+    """What came of a goal. `records`: the steps that made the result, none where the original is the best.
+
+    `rows`: of the report's `candidates`. `advice`: what would have been better, each with `text` and `command`.
+    """
+
+    records: tuple[StepRecord, ...]
+    rows: tuple[dict[str, Any], ...]
+    advice: tuple[dict[str, str], ...] = ()
+
+
+def pursue(
+    recipe: Recipe, goal: Goal, model: Model, path: Path, context: Context, eval_data: EvaluationData | None
+) -> Pursuit:
+    """Builds, measures and chooses. `path`: the file of the original `model`. Raises what passes raise."""
+    search = _GoalSearch(recipe, goal, model, path, context, Judge(path, path, context, recipe, eval_data))
+    search.build()
+    return search.choose()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A candidate, and the steps before its own."""
+
+    candidate: Candidate
+    before: tuple[StepRecord, ...] = ()
+
+    @property
+    def name(self) -> str:
+        steps = [
+            f"prune {record.step.config.sparsity:.0%}" for record in self.before if record.step.technique == "prune"
+        ]
+        return ", ".join([*steps, self.candidate.name])
+
+
+@dataclass
+class _GoalSearch:
+    recipe: Recipe
+    goal: Goal
+    model: Model
+    path: Path
+    context: Context
+    judge: Judge
+    entries: list[_Entry] = field(default_factory=list)
+    began_s: float = field(default_factory=time.monotonic)
+
+    def build(self) -> None:
+        """All candidates, judged by their answers."""
+        fused = self._fused()
+        before = (fused,) if fused.changes else ()
+        if fused.changes:
+            self._enter([self.judge.answers(Candidate("", fused, file_size_bytes(fused.path), technique="fuse"))])
+        if "quantize" in self.goal.techniques:
+            self._quantized(fused.model, fused.path, before, self._part(0.1, 0.5 if self._prunes else _BUILT))
+        if self._prunes:
+            self._pruned(fused, before)
+
+    @property
+    def _prunes(self) -> bool:
+        """Channels go only where real data can show what that costs, and repair it."""
+        return "prune" in self.goal.techniques and self.context.data.vouches
+
+    @property
+    def _has_time(self) -> bool:
+        limit_s = self.goal.search_time_s
+        return limit_s is None or time.monotonic() - self.began_s < limit_s
+
+    def _fused(self) -> StepRecord:
+        step = Step("fuse", FuseConfig())
+        if "fuse" not in self.goal.techniques:
+            return StepRecord(step, self.model, self.path)
+        return apply_step(step, self.model, self.path, self._part(0.0, 0.1), self._folder("fuse"))
+
+    def _quantized(self, model: Model, path: Path, before: tuple[StepRecord, ...], context: Context) -> None:
+        """Every scheme on one float model."""
+        target = self._folder(f"quantize-{len(self.entries)}")
+        search = SchemeSearch(Step("quantize", QuantizeConfig()), model, path, context, target, self.judge)
+        for candidates in self._schemes(search, sized=not before or before[-1].step.technique == "fuse"):
+            self._enter(candidates, before)
+            if not self._has_time:
+                break
+
+    def _schemes(self, search: SchemeSearch, *, sized: bool) -> Iterator[list[Candidate]]:
+        """The candidates of one scheme after the other. `sized`: with those for size alone."""
+        config = QuantizeConfig(scheme="weight_only")
+        search.context.progress(0.0, "storing weights in fewer bits")
+        floor_db = FLOAT_FLOOR_DB
+        stored = store_all(search.model, config, search.context, floor_db)
+        yield [search.add("weight_only", stored, "weights stored in fewer bits, computing in float32")]
+        count = len(search.candidates)
+        search.dynamic()
+        yield search.candidates[count:]
+        count = len(search.candidates)
+        search.static()
+        yield search.candidates[count:]
+        count = len(search.candidates)
+        search.smaller()
+        yield search.candidates[count:]
+        if sized and self._wants_size:
+            for bits in ("int8", "int4"):
+                result = Quantize(replace(config, weights=bits))(search.model, search.context)
+                yield [search.add("weight_only", result, f"{bits[3:]} bits in blocks")]
+
+    @property
+    def _wants_size(self) -> bool:
+        limits = self.recipe.limits
+        return self.goal.objective in (SMALLEST, BALANCED) or bool(limits.max_size_bytes or limits.min_ratio)
+
+    def _pruned(self, fused: StepRecord, before: tuple[StepRecord, ...]) -> None:
+        kept: StepRecord | None = None
+        for number, share in enumerate(PRUNED_SHARES):
+            if not self._has_time:
+                break
+            step = Step("prune", PruneConfig(structure="channel", sparsity=share, criterion="l2"))
+            part = self._part(0.5 + 0.1 * number, 0.6 + 0.1 * number)
+            record = apply_step(step, fused.model, fused.path, part, self._folder(f"prune-{number}"))
+            if not record.changes:
+                break
+            variant = f"{share:.0%} of the channels"
+            judged = self.judge.answers(Candidate(variant, record, file_size_bytes(record.path), technique="prune"))
+            self._enter([judged], before)
+            if judged.reason:
+                break
+            kept = record
+        if kept is not None and self._has_time and "quantize" in self.goal.techniques:
+            self._quantized(kept.model, kept.path, (*before, kept), self._part(0.7, _BUILT))
+
+    def choose(self) -> Pursuit:
+        """Times the candidates that keep the answers in the rounds of the original, and decides."""
+        racers = [entry for entry in self.entries if not entry.candidate.reason and entry.candidate.record.changes]
+        times_s = self._times_s([entry.candidate.record.path for entry in racers])
+        original = Figures("the original", file_size_bytes(self.path), times_s[0], 0.0)
+        figures = [original, *(_figures(entry, one) for entry, one in zip(racers, times_s[1:], strict=True))]
+        figures = [original, *(self._refused(one, original) for one in figures[1:])]
+        choice = choose(figures, 0, self.goal.objective, _limits(self.recipe.limits))
+        shown = self._shown(racers, figures, choice)
+        for row in shown:
+            self.context.log(f"{row['name']}: {row['reason'] or 'taken'}")
+        records = () if choice.taken == 0 else _steps(racers[choice.taken - 1], tuple(shown))
+        return Pursuit(records, tuple(shown), tuple(self._advice(figures, choice, racers)))
+
+    def _times_s(self, paths: Sequence[Path]) -> Times:
+        """[1 + candidates, rounds], the original first."""
+        self.context.check_time()
+        self.context.progress(_BUILT, f"timing {len(paths)} candidates")
+        return self.judge.timed(paths, ROUNDS, BUDGET_S).times_s
+
+    def _refused(self, figures: Figures, original: Figures) -> Figures:
+        """A result larger than the original is for those who ask for speed alone."""
+        if figures.refusal or self.goal.objective == FASTEST or figures.size_bytes <= original.size_bytes:
+            return figures
+        return replace(figures, refusal="its file is larger than the original")
+
+    def _shown(self, racers: list[_Entry], figures: list[Figures], choice: Choice) -> list[dict[str, Any]]:
+        """The report's rows: those that were timed with their speed, the others with what spoke against them."""
+        timed = {
+            id(entry): (
+                replace(entry.candidate, speedup=ratio_interval(figures[0].times_s / one.times_s), reason=reason),
+                choice.taken == place,
+            )
+            for place, (entry, one, reason) in enumerate(
+                zip(racers, figures[1:], choice.reasons[1:], strict=True), start=1
+            )
+        }
+        shown = [(entry, *timed.get(id(entry), (entry.candidate, False))) for entry in self.entries]
+        fronts = pareto_set([candidate for _, candidate, _ in shown])
+        return [
+            candidate.to_dict(taken, front) | {"name": entry.name}
+            for (entry, candidate, taken), front in zip(shown, fronts, strict=True)
+        ]
+
+    def _advice(self, figures: list[Figures], choice: Choice, racers: list[_Entry]) -> Iterator[dict[str, str]]:
+        """What other options would have brought, from what was measured."""
+        taken, original = figures[choice.taken], figures[0]
+        sound = [one for one in figures if not one.refusal]
+        if not self.context.data.vouches and (faster := self._unproven_speedup()) is not None:
+            gain = faster * taken.time_s / original.time_s
+            if gain >= _WORTH_ADVICE:
+                yield {
+                    "text": f"Representative inputs would let 8-bit arithmetic be used: about {gain:.1f} times faster.",
+                    "command": "compress-client upload MODEL --data FILE.npz",
+                }
+        for objective, best in (
+            (SMALLEST, min(sound, key=lambda one: one.size_bytes)),
+            (FASTEST, min(sound, key=lambda one: one.time_s)),
+        ):
+            smaller, faster_by = taken.size_bytes / best.size_bytes, taken.time_s / best.time_s
+            if max(smaller if objective == SMALLEST else 0, faster_by if objective == FASTEST else 0) >= _WORTH_ADVICE:
+                size, speed = best.size_bytes / 1e6, original.time_s / best.time_s
+                yield {
+                    "text": f"Another goal would give {size:.3g} MB at {speed:.2f} times the original's speed.",
+                    "command": f"compress-client upload MODEL --goal {objective}",
+                }
+
+    def _unproven_speedup(self) -> float | None:
+        """Of the fastest candidate that only lacks data that vouches for it."""
+        unproven = [entry.candidate for entry in self.entries if entry.candidate.unproven]
+        if not unproven:
+            return None
+        times_s = self.judge.timed([one.record.path for one in unproven], ROUNDS // 4, BUDGET_S / 4).times_s
+        return float(max(np.median(times_s[0] / one) for one in times_s[1:]))
+
+    def _enter(self, candidates: Sequence[Candidate], before: tuple[StepRecord, ...] = ()) -> None:
+        self.entries += [_Entry(self._proven(candidate), before) for candidate in candidates]
+
+    def _proven(self, candidate: Candidate) -> Candidate:
+        """Ranges of static quantization come from the data; made-up data can vouch for none."""
+        if candidate.reason or candidate.scheme != "static" or self.context.data.vouches:
+            return candidate
+        return replace(candidate, reason="its ranges come from inputs that cannot vouch for real ones", unproven=True)
+
+    def _folder(self, name: str) -> Path:
+        return self.context.work_directory / "goal" / name / "model.onnx"
+
+    def _part(self, start: float, stop: float) -> Context:
+        return replace(self.context, progress=scaled(self.context.progress, start, stop))
+
+
+def _figures(entry: _Entry, times_s: Times) -> Figures:
+    candidate = entry.candidate
+    fidelity = candidate.fidelity
+    drop = candidate.drop if candidate.drop is not None else fidelity.expected_drop if fidelity is not None else None
+    return Figures(entry.name, candidate.size_bytes, times_s, 1 - candidate.cosine, drop or 0.0, candidate.reason)
+
+
+def _limits(constraints: Constraints) -> Limits:
+    return Limits(**{name: value for name, value in asdict(constraints).items() if name in Limits.__annotations__})
+
+
+def _steps(entry: _Entry, rows: tuple[dict[str, Any], ...]) -> tuple[StepRecord, ...]:
+    """What made the candidate; the rows of all candidates stand with its last step."""
+    skips = tuple(Skip(row["name"], row["reason"]) for row in rows if row["reason"])
+    last = entry.candidate.record
+    return (*entry.before, replace(last, skipped=(*last.skipped, *skips), candidates=rows))
