@@ -4,7 +4,7 @@
     stored                              weights in 8 bits or float16, computing in float32: what every model gets
     dynamic, static, and less static    8 bits where they keep the answers (quantization.py), the rest stored
     blocks                              weights in 8 and 4 bits that products read as they are: where size counts
-    pruned                              with data: a tenth or a quarter of the channels gone, and repaired
+    pruned                              with data and labels: a tenth or a quarter of the channels gone, and repaired
 
 Each candidate is judged by its answers (judge.py); those that keep them run in the same rounds as the original, and
 `choice.choose` decides. What the goal did not take, but another option would have, becomes advice.
@@ -105,8 +105,13 @@ class _GoalSearch:
 
     @property
     def _prunes(self) -> bool:
-        """Channels go only where real data can show what that costs, and repair it."""
-        return "prune" in self.goal.techniques and self.context.data.vouches
+        """Channels go only where data repairs them and labels show what it cost.
+
+        The samples that repair fits say nothing of others: judged by them, a net for pictures of clothes kept 97 % of
+        its classes with a quarter of its channels gone, and lost 3.2 points on 10,000 other pictures.
+        """
+        labelled = self.judge.eval_data is not None
+        return labelled and "prune" in self.goal.techniques and self.context.data.vouches
 
     @property
     def _has_time(self) -> bool:
