@@ -120,6 +120,14 @@ class Constraints:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """What another option would have brought, as measured, and the command that asks for it."""
+
+    text: str
+    command: str
+
+
+@dataclass(frozen=True)
 class Report:
     """A report. `to_dict()` is the document as the server wrote it, with fields that this client may not know."""
 
@@ -136,6 +144,8 @@ class Report:
     warnings: tuple[str, ...]
     environment: dict[str, Any]
     constraints: Constraints
+    verdict: str
+    advice: tuple[Advice, ...]
     document: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,6 +182,8 @@ class Report:
             warnings=tuple(map(str, document.get("warnings") or ())),
             environment=document.get("environment") or {},
             constraints=_constraints(document.get("constraints")),
+            verdict=str(document.get("verdict") or ""),
+            advice=tuple(Advice(str(item["text"]), str(item["command"])) for item in document.get("advice") or ()),
             document=document,
         )
 

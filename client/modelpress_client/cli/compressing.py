@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from modelpress_client.errors import EXIT_CONSTRAINT_NOT_MET, NotFoundError, Usa
 if TYPE_CHECKING:
     from modelpress_client.async_job import AsyncJob
     from modelpress_client.cli.progress import Display
-    from modelpress_client.report import Report
+    from modelpress_client.report import Advice, Report
     from modelpress_client.resources import Model
 
 
@@ -34,13 +35,35 @@ class Wanted:
     data: Path | None
     eval_data: Path | None
     metric: str | None
+    goal: str | None
     max_drop: float | None
+    max_size: float | None
+    min_ratio: float | None
+    max_latency: float | None
+    min_speedup: float | None
+    search_time: float | None
+    allow_damage: bool
     output: Path | None
     report_dir: Path | None
     labels: tuple[str, ...]
     skip_cache: bool
     no_compress: bool
     detach: bool
+
+    @property
+    def stated(self) -> tuple[str, ...]:
+        """What the options say of the recipe, in the form of `--set`; `--set` itself comes last."""
+        values = {
+            "goal.objective": self.goal,
+            "goal.search_time_s": self.search_time,
+            "constraints.max_size_bytes": None if self.max_size is None else int(self.max_size),
+            "constraints.min_ratio": self.min_ratio,
+            "constraints.max_latency_ms": None if self.max_latency is None else self.max_latency * 1e3,
+            "constraints.min_speedup": self.min_speedup,
+            "constraints.allow_damage": "true" if self.allow_damage else None,
+        }
+        given = [f"{path}={value}" for path, value in values.items() if value is not None]
+        return (*given, *self.overrides)
 
 
 @click.command(cls=SharedHelp, short_help="Upload a model, compress it, download the result.")
@@ -92,7 +115,7 @@ def upload(path: Path, architecture: str | None, trust_pickle: bool, **options: 
                 _detached(session, job)
                 return None
             report = await _finish(job, files, display)
-        return _print_result(session, job, report, files)
+        return _print_result(session, job, report, files, str(path))
 
     run(body)
 
@@ -117,7 +140,7 @@ def compress(model_name: str, **options: Any) -> None:
                 _detached(session, job)
                 return None
             report = await _finish(job, files, display)
-        return _print_result(session, job, report, files)
+        return _print_result(session, job, report, files, model_name)
 
     run(body)
 
@@ -160,9 +183,15 @@ async def _display(session: Session) -> AsyncIterator[Display]:
 
 
 async def _recipe(session: Session, wanted: Wanted) -> Any:
-    return await session.client.resolve_recipe(
-        wanted.recipe, overrides=wanted.overrides, metric=wanted.metric, max_drop=wanted.max_drop
+    recipe = await session.client.resolve_recipe(
+        wanted.recipe, overrides=wanted.stated, metric=wanted.metric, max_drop=wanted.max_drop
     )
+    if recipe.steps and (wanted.goal is not None or wanted.search_time is not None):
+        raise UsageError(
+            f"The recipe {wanted.recipe} has steps, which run as written; --goal and --search-time are for recipes "
+            "without. Leave --recipe out, or state limits alone (--max-size, --min-speedup, ...)."
+        )
+    return recipe
 
 
 def _check_inputs(model: Model, inputs: tuple[str, ...]) -> None:
@@ -207,7 +236,7 @@ async def _finish(job: AsyncJob, files: ResultFiles, display: Display) -> Report
     return report
 
 
-def _print_result(session: Session, job: AsyncJob, report: Report, files: ResultFiles) -> int | None:
+def _print_result(session: Session, job: AsyncJob, report: Report, files: ResultFiles, source: str) -> int | None:
     from modelpress_client.cli.report_text import print_report
 
     if session.shared.json:
@@ -219,10 +248,14 @@ def _print_result(session: Session, job: AsyncJob, report: Report, files: Result
                 "output": str(files.model),
                 "from_cache": job.message.from_cache,
                 "report": report.to_dict(),
+                "candidates": list(report.candidates),
+                "advice": [{"text": item.text, "command": _command(item, source)} for item in report.advice],
             }
         )
     else:
         session.out.show(lambda console: print_report(console, report))
+    for item in report.advice:
+        session.out.hint(f"{item.text}\n  {_command(item, source)}")
     cached = " (an identical job had succeeded before; --skip-cache runs it again)" if job.message.from_cache else ""
     session.out.hint(f"Job     {job.name}{cached}\nModel   {files.model}\nReport  {files.report_html}")
     if report.constraints.met:
@@ -230,6 +263,11 @@ def _print_result(session: Session, job: AsyncJob, report: Report, files: Result
     broken = "; ".join(report.constraints.violations) or "see the report"
     session.out.hint(f"A constraint is not met: {broken}")
     return EXIT_CONSTRAINT_NOT_MET
+
+
+def _command(advice: Advice, source: str) -> str:
+    """The command with what was compressed in its place."""
+    return advice.command.replace("MODEL", shlex.quote(source))
 
 
 def _stored(session: Session, model: Model) -> None:

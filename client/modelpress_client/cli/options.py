@@ -10,12 +10,28 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from modelpress_client.quantities import parse_duration_s, parse_share, parse_size_bytes
 from modelpress_client.settings import DEFAULT_PROJECT, DEFAULT_SERVER
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 _KEY = "modelpress.shared"
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic in the stubs of some versions only
+    """A number with its unit. `parse` raises ValueError with what is wrong; `name` stands in the help."""
+
+    def __init__(self, parse: Callable[[str], float], name: str) -> None:
+        self._parse = parse
+        self.name = name
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        try:
+            return self._parse(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(f"{error}.", parameter, context)
 
 
 @dataclass(frozen=True)
@@ -175,10 +191,29 @@ def compression_options(function: FunctionT) -> FunctionT:
         click.option("--eval", "eval_data", type=FILE, metavar="FILE.npz", help="Evaluation inputs plus 'labels'."),
         click.option("--metric", metavar="NAME", help="Metric of the task: top1, top5, mse, mae, cosine."),
         click.option(
+            "--goal",
+            type=click.Choice(["balanced", "smallest", "fastest", "accurate"]),
+            help="What to aim for, whatever keeps the answers.  [default: balanced, where the recipe has no steps]",
+        ),
+        click.option(
             "--max-drop",
-            type=click.FloatRange(min=0),
-            metavar="FLOAT",
-            help="Largest allowed fall of the metric; without labels, of the agreement (exit code 6 when not met).",
+            type=Quantity(parse_share, "FLOAT|PERCENT"),
+            help="Largest allowed fall of the metric, as 1% or 0.01; without labels, of the agreement. Of this and the "
+            "next four: exit code 6 when not met.",
+        ),
+        click.option("--max-size", type=Quantity(parse_size_bytes, "SIZE"), help="Largest allowed file, as 5MB."),
+        click.option("--min-ratio", type=POSITIVE, metavar="FLOAT", help="How many times smaller it must be."),
+        click.option("--max-latency", type=Quantity(parse_duration_s, "TIME"), help="Largest allowed p50, as 10ms."),
+        click.option("--min-speedup", type=POSITIVE, metavar="FLOAT", help="How many times faster it must be."),
+        click.option(
+            "--search-time",
+            type=Quantity(parse_duration_s, "DURATION"),
+            help="No further candidate is begun after this, as 10m.",
+        ),
+        click.option(
+            "--allow-damage",
+            is_flag=True,
+            help="Exit with 0 even if the result no longer resembles the original.",
         ),
         click.option(
             "-o",

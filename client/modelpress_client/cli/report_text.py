@@ -16,6 +16,9 @@ _GOOD = {True: "green", False: "red", None: "dim"}
 
 def print_report(console: Console, report: Report) -> None:
     """Prints the figures, what each step did and did not do, and the warnings."""
+    if report.verdict:
+        style = "bold" if report.constraints.met else "bold red"
+        console.print(Text(f"\n{report.verdict}", style=style))
     _figures(console, report)
     _section(console, "Outputs", fidelity_lines(report))
     _steps(console, report)

@@ -53,9 +53,9 @@ class ReportInputs:
     `optimized_size_bytes`: of both models as ONNX, external data included. `accuracy` None: no labels. `fidelity` None:
     not measured. `candidates`: a row for each candidate that `auto` tried, with `name`, `chosen`, `reason`, and figures
     or None. `violations`: one sentence for each constraint that is not met.
-    `measurement`: what disturbed the timing; None: nothing was timed. `goal`: in the shape of the YAML; None: there
-    were steps. `advice`: what other options would have brought, each with `text` and `command`. `verdict`: what was asked
-    and what was got, in one sentence.
+    `measurement`: what disturbed the timing; None: nothing was timed. `goal`: in the shape of the YAML; None:
+    there were steps. `advice`: what other options would have brought, each with `text` and `command`.
+    `verdict`: what was asked and what was got, in one sentence.
     """
 
     job: str
