@@ -775,8 +775,8 @@ class Goal(_message.Message):
     SEARCH_TIME_S_FIELD_NUMBER: _builtins.int
     TECHNIQUES_FIELD_NUMBER: _builtins.int
     objective: _builtins.str
-    """balanced: the least product of size and time, never more than 5 % slower than the original; smallest; fastest;
-    accurate: the least error. Whatever the objective, the answers are kept.
+    """balanced: the least product of size and time, never over 5 % slower than the original; smallest; fastest; accurate:
+    the least error. Whatever the objective, the answers are kept.
     """
     max_drop: _builtins.float
     """Largest permitted fall of the metric; without labels, of the agreement with the original."""
