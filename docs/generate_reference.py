@@ -20,7 +20,7 @@ from modelpress_client.cli.app import cli
 from modelpress_compression.loaders.formats import FORMATS
 from modelpress_compression.options import Config, schema_of
 from modelpress_compression.passes.distill.config import AUGMENTATIONS
-from modelpress_compression.recipe import Benchmark, Constraints, presets
+from modelpress_compression.recipe import Benchmark, Constraints, Goal, presets
 from modelpress_compression.target import Target
 from modelpress_compression.techniques import TECHNIQUES
 from modelpress_server.config import GIB, KIB, MIB, Settings
@@ -155,6 +155,7 @@ def client_options_reference(name: str) -> str:
 REFERENCES: dict[str, Callable[[], str]] = {
     "techniques": techniques_reference,
     "augmentations": augmentations_reference,
+    "goal": lambda: options_reference(Goal),
     "target": lambda: options_reference(Target),
     "constraints": lambda: options_reference(Constraints),
     "benchmark": lambda: options_reference(Benchmark),

@@ -15,9 +15,10 @@ import pytest
 from modelpress_compression import EvaluationData, InputData, Model, Recipe, compress
 from modelpress_compression.errors import InvalidDataError, TimeLimitError
 from modelpress_compression.passes.base import Context, PassResult
-from modelpress_compression.pipeline import stages_of, steps
+from modelpress_compression.pipeline import stages_of
 from modelpress_compression.report.build import report_schema
 from modelpress_compression.runtime import run, session_of
+from modelpress_compression.search import steps
 
 
 def recipe(*entries: dict, **sections: object) -> Recipe:

@@ -1,0 +1,89 @@
+"""What a goal makes of a model: a win without data, limits held or named, and no damage without a word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jsonschema
+import pytest
+from modelpress_compression import InputData, Model, Recipe, compress
+from modelpress_compression.inputs import EvaluationData
+from modelpress_compression.recipe import OBJECTIVES
+from modelpress_compression.report.build import report_schema
+
+
+def goal(**options: Any) -> Recipe:
+    """A recipe with nothing but a goal; few rounds, since nothing here asserts on time."""
+    return Recipe.from_dict({"version": 1, "goal": options, "benchmark": {"rounds": 5}})
+
+
+@pytest.mark.usefixtures("timed_by_size")
+def test_without_data_weights_are_stored_in_8_bits(digits: Model) -> None:
+    """The file alone: over three times smaller, every answer kept, said in the verdict and in valid JSON."""
+    result = compress(digits, goal())
+    report = result.report
+    jsonschema.validate(report, report_schema())
+    assert report["size_ratio"] > 3
+    assert report["fidelity"]["top1_agreement"] == 1.0
+    assert report["verdict"].startswith("Goal balanced: 3")
+    (taken,) = [row for row in report["candidates"] if row["chosen"]]
+    assert "stored" in taken["name"]
+    assert all(row["chosen"] or row["reason"] for row in report["candidates"])
+
+
+@pytest.mark.usefixtures("timed_by_size")
+def test_ranges_of_made_up_inputs_are_not_taken_but_advised(digits: Model) -> None:
+    """Static quantization waits for data; what it would bring, measured, becomes a command to copy."""
+    report = compress(digits, goal()).report
+    static = [row for row in report["candidates"] if row["name"].startswith("quantize static")]
+    assert static
+    assert not any(row["chosen"] for row in static)
+    assert all("vouch" in row["reason"] for row in static)
+
+
+@pytest.mark.usefixtures("timed_by_size")
+def test_channels_go_only_where_labels_judge(digits: Model, samples: InputData, labelled: EvaluationData) -> None:
+    """With data alone nothing is pruned; with labels it is tried, and taken where the metric holds."""
+    names = [row["name"] for row in compress(digits, goal(), data=samples).report["candidates"]]
+    assert not any("prune" in name for name in names)
+    report = compress(digits, goal(max_drop=0.02), data=samples, eval_data=labelled).report
+    assert any("prune" in row["name"] for row in report["candidates"])
+    assert report["accuracy"]["drop"] <= 0.02
+    assert report["size_ratio"] > 3
+
+
+@pytest.mark.usefixtures("timed_by_size")
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_no_objective_makes_the_file_larger(digits: Model, objective: str) -> None:
+    """And each says in its verdict what it was."""
+    report = compress(digits, goal(objective=objective)).report
+    assert report["size_ratio"] >= 1 or objective == "fastest"
+    assert report["verdict"].startswith(f"Goal {objective}: ")
+    assert report["goal"]["objective"] == objective
+
+
+@pytest.mark.usefixtures("timed_by_size")
+def test_a_limit_that_cannot_be_held_is_named(digits: Model) -> None:
+    """100 times smaller: the smallest comes back, and the report says what was asked."""
+    report = compress(digits, goal(min_ratio=100)).report
+    assert not report["constraints"]["met"]
+    assert any("min_ratio 100" in violation for violation in report["constraints"]["violations"])
+    assert "not met" in report["verdict"]
+    assert report["size_ratio"] > 3
+
+
+def test_limits_of_a_goal_beside_steps_are_checked(digits: Model) -> None:
+    """The steps run as written; the goal's limits are constraints then."""
+    document = {"version": 1, "steps": [{"fuse": {}}], "goal": {"max_size_bytes": 1000}, "benchmark": {"rounds": 5}}
+    report = compress(digits, Recipe.from_dict(document)).report
+    assert [step["name"] for step in report["steps"]] == ["fuse"]
+    assert any("max_size_bytes" in violation for violation in report["constraints"]["violations"])
+
+
+def test_damage_is_a_broken_constraint_unless_allowed(digits: Model) -> None:
+    """Nine in ten weights gone and no data: another model; `allow_damage` takes it."""
+    document: dict[str, Any] = {"version": 1, "steps": [{"prune": {"sparsity": 0.97}}], "benchmark": {"rounds": 5}}
+    report = compress(digits, Recipe.from_dict(document)).report
+    assert any("resembles" in violation for violation in report["constraints"]["violations"])
+    allowed = compress(digits, Recipe.from_dict(document | {"constraints": {"allow_damage": True}})).report
+    assert allowed["constraints"]["met"]
