@@ -24,11 +24,23 @@ def test_every_preset_is_valid_and_round_trips() -> None:
         assert len(summary) > 20
 
 
-def test_default_fuses_then_quantizes_automatically() -> None:
-    """The default preset is fuse and then quantize auto."""
-    steps = Recipe.preset("default").steps
-    assert [step.technique for step in steps] == ["fuse", "quantize"]
-    assert steps[1].config.scheme == "auto"
+def test_the_default_is_a_balanced_goal() -> None:
+    """The default preset has no steps: what is best in size and time together is looked for."""
+    recipe = Recipe.preset("default")
+    assert recipe.steps == ()
+    assert recipe.goal is not None
+    assert recipe.goal.objective == "balanced"
+
+
+def test_limits_of_a_goal_stand_beside_the_constraints() -> None:
+    """What both say is the goal's; what only one says stays."""
+    document = {
+        "version": 1,
+        "goal": {"max_drop": 0.02, "min_ratio": 3},
+        "constraints": {"max_drop": 0.1, "metric": "top5"},
+    }
+    limits = Recipe.from_dict(document).limits
+    assert (limits.max_drop, limits.min_ratio, limits.metric) == (0.02, 3.0, "top5")
 
 
 def test_the_example_of_the_documentation() -> None:

@@ -81,7 +81,7 @@ def test_all_violations_at_once_with_their_paths() -> None:
         "benchmark.threads[0]: 0 is not in [1, 1024]",
         "benchmark.threads[1]: expected a whole number, got 'x'",
         "constrains: unknown key (did you mean 'constraints'?); known keys: version, steps, target, constraints, "
-        "benchmark",
+        "benchmark, goal",
     ]
 
 
