@@ -137,7 +137,10 @@ def odd_files(tmp_path_factory: pytest.TempPathFactory, example: Path) -> Path:
         (["upload", "{example}/model.onnx", "--eval", "{example}/samples.npz"], ["labels"]),
         (["upload", "{example}/model.onnx", "--recipe", "{odd}/bad.yaml"], ["steps[0].prune.sparsity: 1.4", "paint"]),
         (["upload", "{example}/model.onnx", "--recipe", "defalt"], ["default"]),
-        (["upload", "{example}/model.onnx", "--set", "quantize.scheme=int3"], ["steps[1].quantize.scheme"]),
+        (
+            ["upload", "{example}/model.onnx", "--recipe", "auto", "--set", "quantize.scheme=int3"],
+            ["steps[1].quantize.scheme"],
+        ),
     ],
 )
 def test_unusable_input(cli: Cli, example: Path, odd_files: Path, tmp_path: Path, arguments: Any, said: Any) -> None:

@@ -260,7 +260,8 @@ class _GoalSearch:
         """Ranges of static quantization come from the data; made-up data can vouch for none."""
         if candidate.reason or candidate.scheme != "static" or self.context.data.vouches:
             return candidate
-        return replace(candidate, reason="its ranges come from inputs that cannot vouch for real ones", unproven=True)
+        reason = "its ranges come from inputs that cannot vouch for real ones; give representative ones with --data"
+        return replace(candidate, reason=reason, unproven=True)
 
     def _folder(self, name: str) -> Path:
         return self.context.work_directory / "goal" / name / "model.onnx"
