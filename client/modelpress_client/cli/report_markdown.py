@@ -13,6 +13,7 @@ def to_markdown(report: Report) -> str:
     """The whole report; tables in GitHub's dialect."""
     blocks = [
         "# Compression report",
+        report.verdict,
         _table(
             ["", f"Original ({report.original.format})", "Optimized (onnx)", "Change"],
             ([row.name, row.original, row.optimized, row.change] for row in main_rows(report)),
@@ -22,6 +23,7 @@ def to_markdown(report: Report) -> str:
         _steps(report),
         _list("Warnings", report.warnings),
         _list("Constraints not met", report.constraints.violations),
+        _list("What would help", [f"{item.text} `{item.command}`" for item in report.advice]),
         _environment(report),
     ]
     return "\n\n".join(block for block in blocks if block)

@@ -25,6 +25,8 @@ from modelpress_compression.report.formats import (
     tag,
 )
 
+# What a recipe can demand of its result.
+_LIMITS = ("max_drop", "max_size_bytes", "min_ratio", "max_latency_ms", "min_speedup")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -102,15 +104,19 @@ def _header(report: Mapping[str, Any], title: str) -> str:
 
 
 def _banners(report: Mapping[str, Any]) -> str:
-    """Broken constraints first, then warnings."""
+    """Broken constraints first, then what would help, then warnings."""
     constraints = report.get("constraints") or {"met": True, "violations": []}
-    demanded = any(value is not None for value in (report["recipe"].get("constraints") or {}).values())
+    stated = {**(report["recipe"].get("constraints") or {}), **(report["recipe"].get("goal") or {})}
+    demanded = any(stated.get(name) is not None for name in _LIMITS)
     made = ""
     if not constraints["met"]:
         listed = "".join(tag("li", escape(text)) for text in constraints["violations"])
         made += tag("div", tag("strong", "Constraints not met") + tag("ul", listed), class_="banner bad")
     elif demanded:
         made += tag("div", tag("strong", "All constraints are met."), class_="banner good")
+    if advice := report.get("advice"):
+        listed = "".join(tag("li", f"{escape(item['text'])} {tag('code', escape(item['command']))}") for item in advice)
+        made += tag("div", tag("strong", "What would help") + tag("ul", listed), class_="banner good")
     if report["warnings"]:
         listed = "".join(tag("li", escape(text)) for text in report["warnings"])
         made += tag("div", tag("strong", "Please note") + tag("ul", listed), class_="banner warn")
