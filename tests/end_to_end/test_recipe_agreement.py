@@ -128,7 +128,7 @@ def test_numbers_that_one_side_refused(path: str, value: float | str) -> None:
 
 # Field numbers are for ever: messages that were stored or sent with them must keep their meaning.
 NUMBERS = {
-    "Recipe": "version steps target constraints benchmark",
+    "Recipe": "version steps target constraints benchmark goal",
     "Step": "fuse prune quantize distill",
     "FuseStep": "activations transformers exclude",
     "PruneStep": "structure sparsity criterion scope n m exclude seed round_to min_channels normalize repair overrides",
@@ -139,7 +139,8 @@ NUMBERS = {
     "Augmentation": "horizontal_flip vertical_flip rotation random_resized_crop color_jitter noise mixup time_masking "
     "token_masking",
     "Target": "device cpu",
-    "Constraints": "metric max_drop max_size_bytes max_latency_ms",
+    "Constraints": "metric max_drop max_size_bytes max_latency_ms min_speedup min_ratio allow_damage",
+    "Goal": "objective max_drop max_size_bytes min_ratio max_latency_ms min_speedup search_time_s techniques",
     "Benchmark": "threads batch_sizes rounds",
 }
 
