@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from manual_clock import ManualClock
 from modelpress_server.clock import Clock
 from modelpress_server.executors import turns
 from modelpress_server.executors.base import Limits
 from modelpress_server.executors.local import _Run
 from modelpress_server.executors.turns import MeasuringTurns
+from server_harness import until
 
 
 class Fake:
@@ -34,6 +36,11 @@ class Fake:
 def workers() -> list[Fake]:
     """Three workers with a task each."""
     return [Fake(number) for number in range(3)]
+
+
+def state_of(pid: int) -> str:
+    """The letter that the kernel gives: R, S, T when stopped."""
+    return Path(f"/proc/{pid}/stat").read_text("ascii").rsplit(")", 1)[1].split()[0]
 
 
 async def settled() -> None:
@@ -98,11 +105,11 @@ async def test_nobody_measures_while_a_worker_starts(workers: list[Fake]) -> Non
 async def test_a_turn_that_does_not_end_is_ended(workers: list[Fake], monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that keeps its turn keeps the others for MAX_TURN_S at most, and for MAX_TASK_S in all its turns."""
     monkeypatch.setattr(turns, "MAX_TURN_S", 0.0)
-    monkeypatch.setattr(turns, "MAX_TASK_S", 0.0)
     gate = MeasuringTurns(lambda: workers)
     await gate.take(workers[0])
-    gate.release(workers[0])
-    assert [worker.paused for worker in workers] == [0, 0, 0]
+    assert [worker.paused for worker in workers] == [0, 1, 1]
+    await until(lambda: [worker.paused for worker in workers] == [0, 0, 0])
+    monkeypatch.setattr(turns, "MAX_TASK_S", 0.0)
     await gate.take(workers[0])
     assert [worker.paused for worker in workers] == [0, 0, 0]
 
@@ -112,17 +119,18 @@ async def test_a_real_task_stands_still_and_pays_nothing(start_bench: Any) -> No
     time; then it goes on."""
     bench = await start_bench()
     counter, done = bench.root / "counter", bench.root / "done"
-    counting = asyncio.create_task(bench.run("count:counter", Limits(time_s=30.0, memory_bytes=0)))
-    await _until(counter.exists)
-    measuring = asyncio.create_task(bench.run("measure:done", Limits(time_s=30.0, memory_bytes=0)))
-    await _until(lambda: "measuring" in bench.lines)
-    # One write may have been under way when it was stopped.
-    before = await _number(counter)
-    await asyncio.sleep(0.3)
-    assert await _number(counter) == before
+    counting = asyncio.create_task(bench.run("count:counter"))
+    await until(counter.exists)
+    measuring = asyncio.create_task(bench.run("measure:done"))
+    await until(lambda: "measuring" in bench.lines)
+    (stopped,) = [worker for worker in bench.executor._running if worker.paused_s]
+    await until(lambda: state_of(stopped.pid) == "T")
+    before = counter.read_text("ascii")
+    await until(lambda: stopped.paused_s > 0.5)
+    assert counter.read_text("ascii") == before
     done.touch()
     await measuring
-    await _until(lambda: counter.read_text("ascii") not in ("", str(before)))
+    await until(lambda: counter.read_text("ascii") not in ("", before))
     (bench.root / "counter.stop").touch()
     event = await counting
     assert event.WhichOneof("event") == "compressed"
@@ -130,40 +138,28 @@ async def test_a_real_task_stands_still_and_pays_nothing(start_bench: Any) -> No
     assert answer["own_s"] < answer["wall_s"] - 0.25
 
 
+@dataclass
 class Standing:
     """A worker that has stood still for all of its time."""
 
-    def __init__(self) -> None:
-        self._began_s = time.monotonic()
+    clock: Clock
 
     @property
     def paused_s(self) -> float:
-        return time.monotonic() - self._began_s
+        return self.clock.now_s()
 
 
-async def test_a_limit_does_not_count_the_time_of_others() -> None:
+async def test_a_limit_does_not_count_the_time_of_others(clock: ManualClock) -> None:
     """A task that stands still does not reach its limit, however long that lasts."""
-    limits = Limits(time_s=0.05, memory_bytes=0)
-    run = _Run(Standing(), limits, lambda _: None, MeasuringTurns(lambda: ()), Clock())  # type: ignore[arg-type]
+    limits = Limits(time_s=5.0, memory_bytes=0)
+    run = _Run(Standing(clock), limits, lambda _: None, MeasuringTurns(lambda: ()), clock)  # type: ignore[arg-type]
     over = asyncio.Event()
     work = asyncio.create_task(over.wait())
     ended = asyncio.create_task(run._until_time_is_up({work}))
-    await asyncio.sleep(4 * limits.time_s)
+    for _ in range(3):
+        await until(lambda: clock.sleeping)
+        clock.advance(limits.time_s)
+    await until(lambda: clock.sleeping)
     assert not ended.done()
     over.set()
     assert await ended == {work}
-
-
-async def _number(path: Path) -> int:
-    """What the counter stands at once it stands still."""
-    numbers = [-1]
-    while not (len(numbers) > 1 and numbers[-1] == numbers[-2]):
-        await asyncio.sleep(0.05)
-        numbers.append(int(await asyncio.to_thread(path.read_text, "ascii") or -1))
-    return numbers[-1]
-
-
-async def _until(condition: Any) -> None:
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110  # the state of other processes has no event
-            await asyncio.sleep(0.02)
