@@ -97,6 +97,7 @@ def test_static_on_synthetic_inputs_warns(digits: Model) -> None:
     assert any("synthetic" in warning for warning in report["warnings"])
 
 
+@pytest.mark.usefixtures("timed_by_size")  # a pruned model that seemed slower, and is no smaller, would not come back
 @pytest.mark.parametrize(
     ("constraints", "said"),
     [

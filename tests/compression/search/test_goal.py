@@ -80,6 +80,7 @@ def test_limits_of_a_goal_beside_steps_are_checked(digits: Model) -> None:
     assert any("max_size_bytes" in violation for violation in report["constraints"]["violations"])
 
 
+@pytest.mark.usefixtures("timed_by_size")
 def test_damage_is_a_broken_constraint_unless_allowed(digits: Model) -> None:
     """Nine in ten weights gone and no data: another model; `allow_damage` takes it."""
     document: dict[str, Any] = {"version": 1, "steps": [{"prune": {"sparsity": 0.97}}], "benchmark": {"rounds": 5}}
