@@ -13,7 +13,8 @@ docs/executor_coverage.md lists the operators and how they fare in ONNX's own te
 
 from modelpress_compression.executor import ops as _ops  # noqa: F401 - registers the operators
 from modelpress_compression.executor.module import Executor, Selector, device_for, device_warning
-from modelpress_compression.executor.registry import NotExecutableError, UnsupportedNode, unsupported_nodes
+from modelpress_compression.executor.registry import UnsupportedNode, unsupported_nodes
+from modelpress_compression.executor.site import NotExecutableError
 from modelpress_compression.executor.trainable import weights
 
 __all__ = [

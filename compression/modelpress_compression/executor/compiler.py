@@ -14,8 +14,8 @@ from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.executor.dtypes import SIGNED, UNSIGNED, tensor_of, torch_type
 from modelpress_compression.executor.fusion import Fused, fake_quantization, gated_activations, in_place, may_overwrite
 from modelpress_compression.executor.plan import MISSING, UNWANTED, ExecutionPlan, ExecutionStep, freed_after
-from modelpress_compression.executor.registry import Function, NotExecutableError, Operator, find, opset_version
-from modelpress_compression.executor.site import Site
+from modelpress_compression.executor.registry import Function, Operator, find, opset_version
+from modelpress_compression.executor.site import NotExecutableError, Site
 from modelpress_compression.graph.read import constant_tensor, is_op, label, only_consumer
 from modelpress_compression.graph.subgraphs import captured_values, subgraphs
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir
 
-from modelpress_compression.errors import UnsupportedOperatorError
 from modelpress_compression.graph.read import label
 from modelpress_compression.model import Model
 
@@ -107,7 +106,8 @@ class UnsupportedNode:
 def unsupported_nodes(model: Model) -> tuple[UnsupportedNode, ...]:
     """Nodes, subgraphs included, whose operator has no implementation in the version that the model imports.
 
-    A form that an implemented operator does not support (see NotExecutableError) shows only when the model is compiled.
+    A form that an implemented operator does not support (`site.NotExecutableError`) shows only when the model is
+    compiled.
     """
     found = []
     for node in model.nodes():
@@ -115,19 +115,3 @@ def unsupported_nodes(model: Model) -> tuple[UnsupportedNode, ...]:
         if find(node.domain, node.op_type, version) is None:
             found.append(UnsupportedNode(label(node), node.op_type, node.domain or "ai.onnx", version))
     return tuple(found)
-
-
-class NotExecutableError(UnsupportedOperatorError):
-    """The executor has no implementation of an operator, of its version, or of the form that a node has."""
-
-    def __init__(self, op_type: str, domain: str, version: int, node: str, detail: str = "") -> None:
-        name = f"{domain or 'ai.onnx'}.{op_type}"
-        why = detail or "it has no implementation of this operator"
-        super().__init__(
-            f"Node {node!r}: the differentiable executor cannot run {name} of opset {version}: {why}. "
-            f"Use a step that does not train, or export the model with another opset.",
-            op_type=op_type,
-            domain=domain or "ai.onnx",
-            version=str(version),
-            node=node,
-        )

@@ -10,8 +10,8 @@ import torch
 from onnx_ir import DataType
 from torch import Tensor
 
+from modelpress_compression.errors import UnsupportedOperatorError
 from modelpress_compression.executor.dtypes import tensor_of, torch_type
-from modelpress_compression.executor.registry import NotExecutableError
 from modelpress_compression.graph.read import (
     constant_tensor,
     float_attribute,
@@ -24,6 +24,22 @@ if TYPE_CHECKING:
     from modelpress_compression.executor.plan import ExecutionPlan
 
 IntsReader = Callable[..., tuple[int, ...]]
+
+
+class NotExecutableError(UnsupportedOperatorError):
+    """The executor has no implementation of an operator, of its version, or of the form that a node has."""
+
+    def __init__(self, op_type: str, domain: str, version: int, node: str, detail: str = "") -> None:
+        name = f"{domain or 'ai.onnx'}.{op_type}"
+        why = detail or "it has no implementation of this operator"
+        super().__init__(
+            f"Node {node!r}: the differentiable executor cannot run {name} of opset {version}: {why}. "
+            f"Use a step that does not train, or export the model with another opset.",
+            op_type=op_type,
+            domain=domain or "ai.onnx",
+            version=str(version),
+            node=node,
+        )
 
 
 class Site:
