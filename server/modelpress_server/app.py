@@ -45,6 +45,8 @@ SERVICES = (
     "modelpress.v1.JobService",
     "modelpress.v1.ServerService",
 )
+# What the data folder holds besides work/, where workers have their folders.
+PRIVATE_NAMES = ("blobs", "uploads", "tmp", "modelpress.db")
 # How long streams get to store what they have once the server closes them.
 CLOSE_GRACE_S = 1.0
 OPTIONS = (
@@ -70,7 +72,16 @@ def local_executor(settings: Settings) -> Executor:
         spares=settings.spare_workers,
         sandbox=settings.sandbox,
         temp_root=settings.data_dir / "work",
+        private=private_paths(settings),
+        first_uid=settings.worker_uid,
     )
+
+
+def private_paths(settings: Settings) -> list[Path]:
+    """What no worker may read: the data folder and what lies in it, and the secrets that the settings name."""
+    data_dir = settings.data_dir
+    named = (settings.token_file, settings.tls_key)
+    return [data_dir, *(data_dir / name for name in PRIVATE_NAMES), *(path.absolute() for path in named if path)]
 
 
 class Server:

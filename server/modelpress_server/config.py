@@ -68,7 +68,12 @@ class Settings:
     insecure: bool = _setting(False, "Serve other machines without TLS and authentication.", kind="flag")
 
     sandbox: str = _setting(
-        "auto", "How workers are confined; require: refuse to run with less.", choices=SANDBOX_MODES
+        "auto", "How workers are confined; require: refuse to start with less than level 2.", choices=SANDBOX_MODES
+    )
+    worker_uid: int = _setting(
+        60_600,
+        "First of 500 user ids that workers run as, one each, where the server is root and may change users; 0: as "
+        "the server's own.",
     )
     worker_memory_bytes: int = _setting(
         default_worker_memory_bytes, "Memory limit of one worker; 0: none. Default: 4/5 of the machine.", kind="bytes"
@@ -109,6 +114,7 @@ class Settings:
     log_level: str = _setting("info", "How much is logged to stderr.", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
+        self._require(0 <= self.worker_uid < 2**31, "worker_uid", "a user id or 0")
         for name in ("workers", "max_queued_jobs", "max_open_uploads", "max_blob_bytes", "ack_interval_bytes"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("spare_workers", "worker_memory_bytes", "reserve_bytes", "drain_grace_s", "upload_takeover_s"):

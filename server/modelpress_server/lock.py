@@ -23,6 +23,7 @@ class DataDirLock:
         """Raises SettingsError where another server has the folder, or it cannot be written."""
         try:
             self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._data_dir.chmod(0o700)  # it may have been there with another mode
             self._fd = os.open(self._data_dir / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise SettingsError(f"data_dir: cannot use {self._data_dir}: {error.strerror}.") from error

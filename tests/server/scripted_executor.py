@@ -19,6 +19,7 @@ class ScriptedExecutor:
     """The main model file is JSON: `inspect` and `compress` name behaviours; see the methods below."""
 
     sandbox_level = 2
+    separate_users = False
 
     def __init__(self) -> None:
         self.started: list[str] = []

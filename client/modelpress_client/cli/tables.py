@@ -161,6 +161,7 @@ def print_server(console: Console, server: server_pb.ServerInfo) -> None:
     from modelpress_protos.v1.common_pb2 import ModelFormat
 
     sandbox = {1: "1: limits, own process group", 2: "2: no files, no network"}
+    users = ", users of their own" if server.separate_worker_users else ""
     facts(
         console,
         [
@@ -172,7 +173,7 @@ def print_server(console: Console, server: server_pb.ServerInfo) -> None:
             ("Largest file", units.size(server.max_blob_bytes)),
             ("Longest run", units.seconds(server.max_run_seconds)),
             ("Worker memory", units.size(server.worker_memory_bytes) if server.worker_memory_bytes else "no limit"),
-            ("Sandbox", sandbox.get(server.sandbox_level, str(server.sandbox_level))),
+            ("Sandbox", sandbox.get(server.sandbox_level, str(server.sandbox_level)) + users),
             ("Toolchain", ", ".join(f"{name} {server.toolchain[name]}" for name in sorted(server.toolchain))),
         ],
     )

@@ -79,6 +79,7 @@ class ServerInfo(_message.Message):
     QUEUED_JOBS_FIELD_NUMBER: _builtins.int
     RUNNING_JOBS_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    SEPARATE_WORKER_USERS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of modelpress."""
     max_blob_bytes: _builtins.int
@@ -99,6 +100,8 @@ class ServerInfo(_message.Message):
     """Jobs running, all projects."""
     workers: _builtins.int
     """Jobs that may run at the same time."""
+    separate_worker_users: _builtins.bool
+    """Whether workers run as users of their own, to whom the server's files do not exist."""
     @_builtins.property
     def api_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Packages that it serves, for example "modelpress.v1"."""
@@ -142,10 +145,11 @@ class ServerInfo(_message.Message):
         queued_jobs: _builtins.int = ...,
         running_jobs: _builtins.int = ...,
         workers: _builtins.int = ...,
+        separate_worker_users: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_versions", b"api_versions", "devices", b"devices", "formats", b"formats", "max_blob_bytes", b"max_blob_bytes", "max_chunk_bytes", b"max_chunk_bytes", "max_queued_jobs", b"max_queued_jobs", "max_run_seconds", b"max_run_seconds", "presets", b"presets", "queued_jobs", b"queued_jobs", "running_jobs", b"running_jobs", "sandbox_level", b"sandbox_level", "techniques", b"techniques", "toolchain", b"toolchain", "version", b"version", "worker_memory_bytes", b"worker_memory_bytes", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_versions", b"api_versions", "devices", b"devices", "formats", b"formats", "max_blob_bytes", b"max_blob_bytes", "max_chunk_bytes", b"max_chunk_bytes", "max_queued_jobs", b"max_queued_jobs", "max_run_seconds", b"max_run_seconds", "presets", b"presets", "queued_jobs", b"queued_jobs", "running_jobs", b"running_jobs", "sandbox_level", b"sandbox_level", "separate_worker_users", b"separate_worker_users", "techniques", b"techniques", "toolchain", b"toolchain", "version", b"version", "worker_memory_bytes", b"worker_memory_bytes", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

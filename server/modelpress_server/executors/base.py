@@ -31,7 +31,15 @@ class WorkerLostError(Exception):
 class Executor(Protocol):
     """Runs tasks, each in its own child process."""
 
-    sandbox_level: int
+    @property
+    def sandbox_level(self) -> int:
+        """What confines the workers, as they have reported it: see `executors.sandbox`."""
+        ...
+
+    @property
+    def separate_users(self) -> bool:
+        """Whether workers run as users of their own."""
+        ...
 
     async def start(self) -> None:
         """Gets ready; called once, before the first `run`."""

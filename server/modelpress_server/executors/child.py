@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -20,6 +19,7 @@ from modelpress_protos.internal.v1 import worker_pb2
 
 from modelpress_server.executors.output import LineSplitter
 from modelpress_server.executors.process_tree import kill_tree
+from modelpress_server.executors.worker_user import WorkerUser
 from modelpress_server.worker.framing import MAX_FRAME_BYTES, FramingError, encode_frame, read_frame_async
 from modelpress_server.worker.own_time import write_paused_s
 
@@ -36,13 +36,17 @@ class StartError(Exception):
 
 @dataclass(frozen=True)
 class WorkerCommand:
-    """How workers are started. `root`: folder of their private folders; `tasks`: module or file that runs tasks."""
+    """How workers are started.
+
+    `root`: folder of their private folders; `tasks`: module or file that runs tasks; `private`: what none may read.
+    """
 
     root: Path
     sandbox: str
     tasks: str
+    private: tuple[Path, ...] = ()
 
-    def arguments(self, requests_fd: int, events_fd: int, directory: Path) -> list[str]:
+    def arguments(self, requests_fd: int, events_fd: int, directory: Path, user: WorkerUser | None) -> list[str]:
         """The command line of one worker."""
         return [
             *python_command("modelpress_server.worker"),
@@ -52,7 +56,9 @@ class WorkerCommand:
             f"--root={self.root}",
             f"--directory={directory}",
             f"--sandbox={self.sandbox}",
+            f"--user={user or ''}",
             f"--tasks={self.tasks}",
+            *(f"--private={path}" for path in self.private),
         ]
 
 
@@ -133,7 +139,9 @@ async def _open_reading_pipe() -> tuple[int, asyncio.StreamReader, asyncio.BaseT
 class Worker:
     """A started worker. Make one with `Worker.start`; end it with `end`, whatever happened."""
 
-    def __init__(self, process: Process, directory: Path, pipes: Pipes) -> None:
+    def __init__(self, process: Process, directory: Path, pipes: Pipes, user: WorkerUser | None) -> None:
+        self.user = user
+        self.sandbox = worker_pb2.Ready()  # what it said of its confinement
         self._process = process
         self._directory = directory
         self._pipes = pipes
@@ -145,11 +153,13 @@ class Worker:
         self._output = asyncio.create_task(self._read_output())
 
     @classmethod
-    async def start(cls, command: WorkerCommand) -> Worker:
+    async def start(cls, command: WorkerCommand, user: WorkerUser | None = None) -> Worker:
         """Starts a worker and waits until it is ready. Raises StartError, OSError; cancellation kills it."""
         directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=command.root))
         try:
-            worker = await cls._spawn(command, directory)
+            if user is not None:
+                user.own(directory)
+            worker = await cls._spawn(command, directory, user)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
@@ -161,11 +171,11 @@ class Worker:
         return worker
 
     @classmethod
-    async def _spawn(cls, command: WorkerCommand, directory: Path) -> Worker:
+    async def _spawn(cls, command: WorkerCommand, directory: Path, user: WorkerUser | None) -> Worker:
         ends, pipes = await _open_pipes()
         try:
             process = await asyncio.create_subprocess_exec(
-                *command.arguments(ends.requests, ends.events, directory),
+                *command.arguments(ends.requests, ends.events, directory, user),
                 stdin=DEVNULL,
                 stdout=ends.output,
                 stderr=ends.output,
@@ -179,7 +189,7 @@ class Worker:
             raise
         finally:
             ends.close()
-        return cls(process, directory, pipes)
+        return cls(process, directory, pipes, user)
 
     async def _wait_ready(self) -> None:
         try:
@@ -190,6 +200,7 @@ class Worker:
         if event is None or event.WhichOneof("event") != "ready":
             await self.wait_output()
             raise StartError(f"A worker ended before it was ready. Its output: {self._start_output}")
+        self.sandbox = event.ready
 
     @property
     def pid(self) -> int:
@@ -205,11 +216,6 @@ class Worker:
     def directory(self) -> Path:
         """Its private folder."""
         return self._directory
-
-    def limit_memory(self, limit_bytes: int) -> None:
-        """Caps its private memory, mapped files not included: a larger allocation fails at once inside the worker."""
-        with contextlib.suppress(ProcessLookupError):
-            resource.prlimit(self.pid, resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
 
     def listen(self, on_line: Callable[[str], None]) -> None:
         """From now on, what the worker prints goes to `on_line`, line by line."""

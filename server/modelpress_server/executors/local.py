@@ -13,14 +13,14 @@ import logging
 import os
 import shutil
 import tempfile
-from asyncio.subprocess import DEVNULL, PIPE
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from google.rpc import status_pb2
 from modelpress_protos.internal.v1 import worker_pb2
 
 from modelpress_server.clock import Clock, Waited
+from modelpress_server.config import SettingsError
 from modelpress_server.executors import lost
 from modelpress_server.executors.base import Limits, WorkerLostError
 from modelpress_server.executors.child import (
@@ -28,14 +28,14 @@ from modelpress_server.executors.child import (
     StartError,
     Worker,
     WorkerCommand,
-    child_environment,
-    python_command,
 )
 from modelpress_server.executors.output import EventFilter
+from modelpress_server.executors.probing import Probe, run_probe
 from modelpress_server.executors.process_tree import memory_bytes
-from modelpress_server.executors.sandbox import LEVEL_ALWAYS, LEVEL_FILES_AND_NETWORK
+from modelpress_server.executors.sandbox import LEVEL_FILES_AND_NETWORK
 from modelpress_server.executors.spares import SparePool
 from modelpress_server.executors.turns import MeasuringTurns
+from modelpress_server.executors.worker_user import WorkerUser, WorkerUsers, may_change_user
 from modelpress_server.waiting import uninterrupted
 from modelpress_server.worker import DEFAULT_TASKS
 from modelpress_server.worker.failures import take_debug_info
@@ -45,7 +45,6 @@ from modelpress_server.worker.paths import Redactor, task_paths
 logger = logging.getLogger(__name__)
 
 MEMORY_POLL_S = 0.1
-PROBE_TIMEOUT_S = 30.0
 # The kernel's cap counts memory that was asked for, the watchdog what is used: stacks and arenas are asked for in
 # advance, for each thread, and a library starts threads by the number of processors.
 _CAP_RESERVE_BYTES = 512 * 1024**2 + 32 * 1024**2 * (os.cpu_count() or 1)
@@ -60,6 +59,8 @@ class LocalExecutor:
 
     `temp_root`: folder that holds the workers' private folders and, somewhere below it, the folders of all tasks: a
     sandboxed worker sees nothing else. `sandbox`: auto, require or off. `tasks`: module (or file) that runs the tasks.
+    `private`: files and folders that no worker may read. `first_uid`: workers run as users from this one on, where the
+    server may change users; 0: as the server's own.
     """
 
     def __init__(
@@ -69,13 +70,17 @@ class LocalExecutor:
         sandbox: str,
         temp_root: Path,
         tasks: str = DEFAULT_TASKS,
+        private: Sequence[Path] = (),
+        first_uid: int = 0,
         clock: Clock | None = None,
     ) -> None:
         self.sandbox_level = 0
+        self._users = WorkerUsers(first_uid) if first_uid and may_change_user() else None
         self._clock = clock or Clock()
         self._sandbox = sandbox
         self._root = temp_root.resolve()
-        command = WorkerCommand(self._root, sandbox, tasks)
+        command = WorkerCommand(self._root, sandbox, tasks, tuple(private))
+        self._private = command.private
         self._running: set[Worker] = set()
         self._turns = MeasuringTurns(lambda: self._running)
         self._spares = SparePool(spares, lambda: self._start_worker(command), self._clock)
@@ -85,21 +90,38 @@ class LocalExecutor:
         """How many warm workers wait for a task."""
         return self._spares.ready
 
+    @property
+    def separate_users(self) -> bool:
+        """Whether workers run as users of their own."""
+        return self._users is not None
+
     async def start(self) -> None:
-        """Removes what an earlier server left, finds the sandbox level, begins to warm spares. Raises OSError."""
+        """Removes what an earlier server left, finds the sandbox level, begins to warm spares.
+
+        Raises SettingsError where the sandbox is required and does not hold, OSError.
+        """
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for left in self._root.glob(f"{PREFIX}*"):
             await asyncio.to_thread(shutil.rmtree, left, ignore_errors=True)
-        self.sandbox_level = await self._probe() if self._sandbox != "off" else LEVEL_ALWAYS
-        if self._sandbox == "require" and self.sandbox_level < LEVEL_FILES_AND_NETWORK:
-            logger.warning("this kernel gives no Landlock with seccomp: files with code in them will be refused")
+        if self._users is not None:
+            self._users.open(self._root)
+            if fault := (await self._probe(self._users.next())).user_fault:
+                logger.warning("workers run as the server's own user: %s", fault)
+                self._users.close(self._root)
+                self._users = None
+        found = await self._probe(self._users.next() if self._users else None)
+        self.sandbox_level = found.level
+        if found.level < LEVEL_FILES_AND_NETWORK and self._sandbox == "require":
+            raise SettingsError(f"sandbox: level {found.level} is all that workers reach: {found.fault}.")
+        if found.level < LEVEL_FILES_AND_NETWORK and self._sandbox == "auto":
+            logger.warning("workers are confined to level %d only: %s", found.level, found.fault)
         self._spares.open()
 
     async def run(
         self, request: worker_pb2.WorkerRequest, *, limits: Limits, on_event: OnEvent
     ) -> worker_pb2.WorkerEvent:
         """See `Executor.run`."""
-        self._check_folders(request)
+        paths = self._check_folders(request)
         try:
             worker = await self._spares.take()
         except (StartError, OSError) as error:
@@ -108,6 +130,8 @@ class LocalExecutor:
         try:
             await self._turns.quiet()
             self._running.add(worker)
+            if worker.user is not None:
+                await asyncio.to_thread(worker.user.hand_over, self._root, paths)
             return await _Run(worker, limits, on_event, self._turns, self._clock).perform(request)
         finally:
             worker.kill()
@@ -121,37 +145,36 @@ class LocalExecutor:
 
     async def _start_worker(self, command: WorkerCommand) -> Worker:
         async with self._turns.starting():
-            return await Worker.start(command)
+            worker = await Worker.start(command, self._users.next() if self._users else None)
+        level, fault = worker.sandbox.sandbox_level, worker.sandbox.sandbox_fault
+        if level < LEVEL_FILES_AND_NETWORK and self._sandbox == "require":
+            await worker.end()
+            raise StartError(f"A worker reached sandbox level {level} only, and is not used: {fault}")
+        if level < self.sandbox_level:
+            logger.warning("a worker is confined to level %d only: %s", level, fault)
+        self.sandbox_level = level  # what a worker has tried itself counts for more than the try at the start
+        return worker
 
     async def _end(self, worker: Worker) -> None:
         self._turns.forget(worker)
         await worker.end()
         self._running.discard(worker)
 
-    def _check_folders(self, request: worker_pb2.WorkerRequest) -> None:
+    def _check_folders(self, request: worker_pb2.WorkerRequest) -> list[Path]:
+        """What the task touches, resolved."""
         readable, writable = task_paths(request)
-        for path in (*readable, *writable):
-            if not path.resolve().is_relative_to(self._root):
+        paths = [path.resolve() for path in (*readable, *writable)]
+        for path in paths:
+            if not path.is_relative_to(self._root):
                 raise ValueError(f"{path} is not below {self._root}, where tasks have their files")
+        return paths
 
-    async def _probe(self) -> int:
+    async def _probe(self, user: WorkerUser | None) -> Probe:
         directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self._root))
         try:
-            command = [*python_command("modelpress_server.executors.sandbox_probe"), self._sandbox, str(os.getpid())]
-            process = await asyncio.create_subprocess_exec(
-                *command, str(directory), stdin=DEVNULL, stdout=PIPE, env=child_environment(directory), cwd=directory
-            )
-            try:
-                async with asyncio.timeout(PROBE_TIMEOUT_S):
-                    output, _ = await process.communicate()
-            finally:
-                if process.returncode is None:
-                    process.kill()
-                    await process.wait()
-            return int(output) if output.strip().isdigit() else LEVEL_ALWAYS
-        except TimeoutError:
-            logger.warning("the sandbox could not be tried within %g s; taken as missing", PROBE_TIMEOUT_S)
-            return LEVEL_ALWAYS
+            if user is not None:
+                user.own(directory)
+            return await run_probe(self._sandbox, directory, self._private, user)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
@@ -174,9 +197,11 @@ class _Run:
         readable, writable = task_paths(request)
         self._redact = Redactor([*readable, *writable, self._worker.directory, self._worker.directory.parent])
         self._worker.listen(self._take_line)
+        limited = worker_pb2.WorkerRequest()
+        limited.CopyFrom(request)
         if self._limits.memory_bytes:
-            self._worker.limit_memory(self._limits.memory_bytes + _CAP_RESERVE_BYTES)
-        self._worker.send(request)
+            limited.memory_limit_bytes = self._limits.memory_bytes + _CAP_RESERVE_BYTES
+        self._worker.send(limited)
         conversation = asyncio.create_task(self._converse())
         watchdog = asyncio.create_task(self._exceed_memory())
         end = asyncio.create_task(self._worker.wait())

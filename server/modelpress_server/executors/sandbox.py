@@ -1,8 +1,9 @@
 """How a worker confines itself, in three moments: at its start, after its imports, and when its task is known.
 
 Level 1, always: no new privileges, no capabilities, resource limits, dies with the server, first to go when memory runs
-out. Level 2, where the kernel allows it: Landlock (files) and seccomp (network, programs, other processes).
-Mode "off" stays at level 1; "require" differs from "auto" only in what a worker below level 2 refuses to read.
+out. Level 2, where the kernel allows it: Landlock (files) and seccomp (network, programs, other processes, owners and
+modes of files). A worker tries what it must not be able to do before it says that it has reached level 2. Mode "off"
+stays at level 1; with "require" neither the server nor a worker goes on below level 2.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import socket
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from pathlib import Path
 from modelpress_server.executors import sandbox_linux as linux
 from modelpress_server.executors.sandbox_landlock import READ, READ_AND_EXECUTE, WRITE, landlock_version, restrict_files
 from modelpress_server.executors.sandbox_seccomp import restrict_calls, seccomp_supported
+from modelpress_server.executors.worker_user import WorkerUser
 
 LEVEL_ALWAYS = 1
 LEVEL_FILES_AND_NETWORK = 2
@@ -36,30 +39,45 @@ _WRITABLE_DEVICES = ("/dev/null",)
 
 @dataclass
 class Sandbox:
-    """The confinement of this process; `level` is what was reached."""
+    """The confinement of this process. `user`: whom it becomes; None: it stays the server's.
+
+    `level` is what was reached, `fault` why it is not a higher one.
+    """
 
     mode: str
+    user: WorkerUser | None = None
     level: int = LEVEL_ALWAYS
+    fault: str = ""
 
     def enter(self, parent_pid: int, writable: Iterable[Path]) -> None:
         """At the start, while there is one thread: what every later thread inherits. Raises OSError.
 
         `writable`: the folder that holds this worker's private folder and those of its tasks.
         """
+        if self.user is not None:
+            linux.become(self.user.uid, self.user.gid)
         linux.forbid_new_privileges()
         # Root's right to read what others own: the Python installation may not be root's. Given up in `close_calls`.
         linux.drop_capabilities(keep=(linux.CAP_DAC_READ_SEARCH,))
         linux.die_with_parent(parent_pid)
         linux.adopt_orphans()
         _limit_resources()
-        self._files_restricted = self.mode != "off" and _restrict_files(writable)
+        self.fault = "the sandbox is turned off" if self.mode == "off" else _restrict_files(writable)
+        self._files_restricted = not self.fault
 
-    def close_calls(self) -> None:
-        """After the imports, which may start programs: no network, no programs, on all threads."""
+    def close_calls(self, private: Iterable[Path]) -> None:
+        """After the imports, which may start programs: no network, no programs, on all threads.
+
+        `private`: files and folders that no worker may read, for a try.
+        """
         linux.drop_capabilities()
-        calls_restricted = self.mode != "off" and _restrict_calls()
-        if self._files_restricted and calls_restricted:
-            self.level = LEVEL_FILES_AND_NETWORK
+        if self.mode != "off":
+            self.fault = _restrict_calls() or self.fault or find_breach(private)
+        self.level = LEVEL_ALWAYS if self.fault else LEVEL_FILES_AND_NETWORK
+
+    def limit_memory(self, limit_bytes: int) -> None:
+        """Caps the private memory, mapped files not included: a larger allocation fails at once."""
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
 
     def narrow(self, readable: Iterable[Path], writable: Iterable[Path]) -> None:
         """When the task is known: its own files, and no other task's. Raises OSError."""
@@ -85,21 +103,51 @@ def _limit_resources() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000", "ascii")
 
 
-def _restrict_files(writable: Iterable[Path]) -> bool:
+def _restrict_files(writable: Iterable[Path]) -> str:
+    """Empty, or why it cannot be done."""
     if landlock_version() == 0:
-        return False
+        return "the kernel offers no Landlock (Linux 5.13 or newer has it, where it is enabled and not filtered)"
     try:
         restrict_files(_rules([(path, WRITE) for path in writable]))
+    except OSError as error:
+        return f"the kernel refuses the Landlock rules ({error.strerror})"
+    return ""
+
+
+def _restrict_calls() -> str:
+    """Empty, or why it cannot be done."""
+    if not seccomp_supported():
+        return f"there is no seccomp filter for this kind of processor ({os.uname().machine})"
+    try:
+        restrict_calls()
+    except OSError as error:
+        return f"the kernel refuses the seccomp filter ({error.strerror})"
+    return ""
+
+
+def find_breach(private: Iterable[Path]) -> str:
+    """Empty, or what this process can do although it must not. By trying, and by the rules: a file may come later."""
+    for path in private:
+        below = next((rule for rule, _ in _rules([]) if path.resolve().is_relative_to(rule.resolve())), None)
+        if below is not None:
+            return f"{path} lies below {below}, which workers must be able to read; move it out of there"
+        if can_read(path):
+            return f"a worker can read {path}"
+    return "a worker can open a socket" if _can_open_socket() else ""
+
+
+def can_read(path: Path) -> bool:
+    """Whether this process can open a file or folder."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError:
         return False
     return True
 
 
-def _restrict_calls() -> bool:
-    if not seccomp_supported():
-        return False
+def _can_open_socket() -> bool:
     try:
-        restrict_calls()
+        socket.socket(socket.AF_INET).close()
     except OSError:
         return False
     return True

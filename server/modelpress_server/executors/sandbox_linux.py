@@ -7,6 +7,7 @@ import os
 import signal
 
 PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 CAP_DAC_READ_SEARCH = 2
@@ -34,6 +35,15 @@ def prctl(option: int, value: int) -> None:
     if _libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), zero, zero, zero) != 0:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
+
+
+def become(uid: int, gid: int) -> None:
+    """Gives up root for another user, for good. Raises OSError."""
+    os.setgroups([])
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+    # A process that changed its user may not look at itself in /proc, which libraries do.
+    prctl(PR_SET_DUMPABLE, 1)
 
 
 def die_with_parent(parent_pid: int) -> None:

@@ -47,6 +47,7 @@ class ServerService(server_service_pb2_grpc.ServerServiceServicer):
             presets=preset_messages(),
             devices=DEVICES,
             sandbox_level=self._executor.sandbox_level,
+            separate_worker_users=self._executor.separate_users,
             toolchain=toolchain(),
             queued_jobs=queued,
             running_jobs=running,

@@ -38,6 +38,8 @@ class Database:
     @classmethod
     def open(cls, path: Path) -> Database:
         """Opens or creates the SQLite file and brings its schema up to date."""
+        path.touch(mode=0o600)
+        path.chmod(0o600)  # SQLite gives its other files the mode of this one
         engine = create_engine(URL.create("sqlite", database=str(path)), pool_size=READERS + 1)
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)

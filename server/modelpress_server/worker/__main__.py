@@ -19,6 +19,7 @@ from google.rpc import status_pb2
 from modelpress_protos.internal.v1 import worker_pb2
 
 from modelpress_server.executors.sandbox import Sandbox
+from modelpress_server.executors.worker_user import WorkerUser
 from modelpress_server.worker import DEFAULT_TASKS
 from modelpress_server.worker.context import TaskContext
 from modelpress_server.worker.events import Events
@@ -31,7 +32,7 @@ from modelpress_server.worker.paths import Redactor, task_paths
 def main() -> None:
     """Runs one task; ends the process without the slow teardown of the libraries."""
     arguments = _parse_arguments()
-    sandbox = Sandbox(arguments.sandbox)
+    sandbox = Sandbox(arguments.sandbox, arguments.user)
     sandbox.enter(arguments.parent_pid, [arguments.root])
     tasks = _load_tasks(arguments.tasks)
     tasks.preload()
@@ -39,11 +40,12 @@ def main() -> None:
     # would more than double the time of a small job.
     gc.collect()
     gc.freeze()
-    sandbox.close_calls()
+    sandbox.close_calls(arguments.private)
     requests = os.fdopen(arguments.requests_fd, "rb")
     events = os.fdopen(arguments.events_fd, "wb")
     _flush()  # what was printed so far does not belong to the task
-    events.write(encode_frame(worker_pb2.WorkerEvent(ready=worker_pb2.Ready())))
+    ready = worker_pb2.Ready(sandbox_level=sandbox.level, sandbox_fault=sandbox.fault)
+    events.write(encode_frame(worker_pb2.WorkerEvent(ready=ready)))
     events.flush()
     request = read_frame(requests, worker_pb2.WorkerRequest)
     if request is not None:
@@ -71,6 +73,8 @@ def _run(
     redact = Redactor([*readable, *writable, arguments.directory, arguments.root])
     events = Events(pipes.events, redact)
     try:
+        if request.memory_limit_bytes:
+            sandbox.limit_memory(request.memory_limit_bytes)
         sandbox.narrow(readable, [*writable, arguments.directory])
         clock = OwnClock(arguments.directory)
         last = tasks.run(request, TaskContext(events, sandbox, arguments.directory, pipes.requests, clock))
@@ -117,6 +121,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--root", type=Path, required=True, help="folder of all private and task folders")
     parser.add_argument("--directory", type=Path, required=True, help="this worker's private folder")
     parser.add_argument("--sandbox", choices=("auto", "require", "off"), required=True)
+    parser.add_argument("--user", type=WorkerUser.parse, default=None, help="UID:GID to become; empty: stay")
+    parser.add_argument("--private", type=Path, action="append", default=[], help="what no worker may read")
     parser.add_argument("--tasks", default=DEFAULT_TASKS)
     return parser.parse_args()
 

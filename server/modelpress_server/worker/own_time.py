@@ -6,6 +6,7 @@ all its stops into the worker's private folder. A worker that waits for its own 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,12 @@ _FRESH_S = 0.5  # how long what was read is taken for true
 def write_paused_s(directory: Path, paused_s: float) -> None:
     """The server's side: for how long the worker of this folder stood still in all. Raises OSError."""
     partial = directory / f"{_NAME}.partial"
-    partial.write_text(repr(paused_s), "ascii")
+    partial.unlink(missing_ok=True)
+    # The folder is the worker's: nothing that it put there is followed or written to. It may be another user.
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        os.fchmod(descriptor, 0o644)
+        file.write(repr(paused_s))
     partial.rename(directory / _NAME)
 
 

@@ -68,10 +68,16 @@ async def start_bench(tmp_path: Path) -> AsyncIterator[StartBench]:
     started: list[Bench] = []
 
     async def start(
-        *, spares: int = 0, sandbox: str = "off", tasks: str = FAKE_TASKS, clock: Clock | None = None
+        *,
+        spares: int = 0,
+        sandbox: str = "off",
+        tasks: str = FAKE_TASKS,
+        clock: Clock | None = None,
+        root: Path | None = None,
+        **options: Any,
     ) -> Bench:
-        root = tmp_path / f"work-{len(started)}"
-        executor = LocalExecutor(spares=spares, sandbox=sandbox, temp_root=root, tasks=tasks, clock=clock)
+        root = root or tmp_path / f"work-{len(started)}"
+        executor = LocalExecutor(spares=spares, sandbox=sandbox, temp_root=root, tasks=tasks, clock=clock, **options)
         bench = Bench(executor, root)
         await bench.executor.start()
         started.append(bench)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -156,6 +157,14 @@ def _break_out(context: TaskContext, output: Path, argument: str) -> Any:
         "rename output": lambda: (output / "ok").rename(output / "renamed"),
         "write private": lambda: (context.directory / "ok").write_bytes(b"x"),
         "link": lambda: (output / "link").symlink_to("/etc/passwd"),
+        "mode of own file": lambda: (output / "renamed").chmod(0o777),
+        "mode of foreign folder": lambda: (task_folder.parent / "other-task").chmod(0o700),
+        "owner of foreign file": lambda: os.chown(task_folder.parent / "other-task" / "secret", os.getuid(), -1),
+        "time of foreign file": lambda: os.utime(task_folder.parent / "other-task" / "secret"),
+        "attribute of foreign file": lambda: os.setxattr(task_folder.parent / "other-task" / "secret", "user.x", b"x"),
+        "attributes of foreign file": lambda: os.listxattr(task_folder.parent / "other-task" / "secret"),
+        "watch foreign folder": _watch,
+        "shared memory": _shared_memory,
         "raise limit": _raise_limit,
         "lower the parent's limit": _limit_parent,
     }
@@ -175,6 +184,27 @@ def _run_thread() -> None:
     thread = threading.Thread(target=lambda: None)
     thread.start()
     thread.join()
+
+
+def _watch() -> None:
+    _call(ctypes.CDLL(None, use_errno=True).inotify_init1(0))
+
+
+def _shared_memory() -> None:
+    _call(ctypes.CDLL(None, use_errno=True).shmget(4711, 4096, 0o1666))
+
+
+def _call(result: int) -> None:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+
+
+def _stat(context: TaskContext, output: Path, argument: str) -> Any:
+    """What asking for the status of a file tells."""
+    try:
+        return {"uid": os.getuid(), "found": Path(argument).stat().st_size}
+    except OSError as error:
+        return {"uid": os.getuid(), "found": type(error).__name__}
 
 
 def _raise_limit() -> None:
@@ -228,4 +258,5 @@ _BEHAVIOURS = {
     "large-event": _large_event,
     "bug": _bug,
     "break-out": _break_out,
+    "stat": _stat,
 }

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import stat
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from modelpress_server.config import SettingsError
 from modelpress_server.executors import sandbox_seccomp
+from modelpress_server.executors.base import WorkerLostError
+from modelpress_server.executors.child import WorkerCommand
 from modelpress_server.executors.sandbox_landlock import landlock_version
+from modelpress_server.executors.worker_user import WorkerUser, may_change_user
 
+FAKE_TASKS = str(Path(__file__).with_name("fake_tasks.py"))
 needs_level_2 = pytest.mark.skipif(
     landlock_version() == 0 or not sandbox_seccomp.seccomp_supported(),
     reason="this kernel has no Landlock, or this machine no seccomp table here",
@@ -48,6 +56,99 @@ class TestLevel2:
         bench = await start_bench(sandbox="require", spares=1)
         found = await bench.answer(f"break-out:{listener}")
         assert found["connect"] == found["read system"] == "PermissionError"
+
+
+@needs_level_2
+class TestWhatAWorkerReports:
+    """The level that a worker has tried itself decides, not what the kernel offers."""
+
+    @pytest.fixture
+    def below_import_path(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A data folder below an entry of the import path, which workers must be able to read."""
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return tmp_path / "data"
+
+    async def test_require_does_not_start(self, start_bench: Any, below_import_path: Path) -> None:
+        """The error names the folder, and what it lies below."""
+        with pytest.raises(SettingsError, match=f"{below_import_path} lies below {below_import_path.parent}"):
+            await start_bench(sandbox="require", private=[below_import_path])
+
+    async def test_auto_warns(
+        self, start_bench: Any, below_import_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The server says level 1 and why, and the worker knows it too."""
+        bench = await start_bench(sandbox="auto", private=[below_import_path])
+        assert bench.executor.sandbox_level == 1
+        assert f"level 1 only: {below_import_path} lies below" in caplog.text
+        assert (await bench.answer("describe"))["level"] == 1
+
+    async def test_a_worker_that_falls_short_later(self, start_bench: Any, tmp_path: Path) -> None:
+        """With "require" it is not used, also where the try at the start went well."""
+        bench = await start_bench(sandbox="require")
+        bench.executor._spares._start = lambda: bench.executor._start_worker(
+            WorkerCommand(bench.root, "require", FAKE_TASKS, (Path("/usr/lib"),))
+        )
+        with pytest.raises(WorkerLostError, match="could not be started"):
+            await bench.run("describe")
+
+    async def test_a_file_that_can_be_read_by_other_ways(self, start_bench: Any) -> None:
+        """What lies below no rule but can be opened is found by trying."""
+        bench = await start_bench(sandbox="auto", private=[Path("/dev/null")])
+        assert bench.executor.sandbox_level == 1
+
+
+@pytest.mark.skipif(not may_change_user(), reason="only root may run workers as other users")
+class TestUsers:
+    async def test_a_python_that_only_root_can_run(
+        self, start_bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Workers stay with the server's user, and the log says why; tasks run."""
+        private = tmp_path / "private" / "site"
+        private.mkdir(parents=True)
+        private.parent.chmod(0o700)
+        monkeypatch.syspath_prepend(str(private))
+        bench = await start_bench(sandbox="auto", first_uid=60_600)
+        assert not bench.executor.separate_users
+        assert "workers run as the server's own user" in caplog.text
+        assert (await bench.answer(f"stat:{bench.root}"))["uid"] == os.getuid()
+
+    @needs_level_2
+    async def test_files_of_the_server_do_not_exist_for_a_worker(self, start_bench: Any) -> None:
+        """It cannot ask for the size of a blob, nor of another task's file; its own task works as ever."""
+        with tempfile.TemporaryDirectory() as name:
+            data = Path(name)
+            blob = data / "blobs" / "ab" / "abcd"
+            blob.parent.mkdir(parents=True)
+            (data / "blobs").chmod(0o700)
+            blob.write_bytes(b"of another project")
+            bench = await start_bench(sandbox="auto", first_uid=60_600, root=data / "work", private=[data / "blobs"])
+            if not bench.executor.separate_users:
+                pytest.skip("other users cannot run this Python installation")
+            found = await bench.answer(f"stat:{blob}")
+            assert found["found"] == "PermissionError"
+            assert 60_600 < found["uid"] < 61_100
+            shutil.rmtree(bench.root / "task")  # each task has a folder of its own, and its worker a user of its own
+            other = bench.root / "other-task"
+            other.mkdir(mode=0o700)
+            (other / "secret").write_bytes(b"of another project")
+            assert (await bench.answer(f"stat:{other / 'secret'}"))["found"] == "PermissionError"
+            shutil.rmtree(bench.root / "task")
+            found = await bench.answer("break-out:1")
+            assert {name for name, outcome in found.items() if outcome == "done"} == {
+                "thread", "signal self", "read model", "write output", "rename output", "write private",
+            }, found  # fmt: skip
+            await bench.executor.close()
+
+    def test_what_a_task_needs_is_handed_over(self, tmp_path: Path) -> None:
+        """Folders of the task become the user's, files stay the server's and readable, folders above let it through."""
+        model = tmp_path / "task" / "model" / "weights"
+        model.mkdir(parents=True)
+        (model / "a.bin").touch(0o600)
+        WorkerUser(60_601, 60_600).hand_over(tmp_path, [tmp_path / "task" / "model"])
+        assert (model.stat().st_uid, model.parent.stat().st_uid) == (60_601, 60_601)
+        assert ((model / "a.bin").stat().st_uid, stat.S_IMODE((model / "a.bin").stat().st_mode)) == (0, 0o444)
+        above = (tmp_path / "task").stat()
+        assert (above.st_uid, above.st_gid, stat.S_IMODE(above.st_mode)) == (0, 60_600, 0o710)
 
 
 class TestLevel1:

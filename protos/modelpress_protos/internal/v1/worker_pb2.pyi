@@ -36,6 +36,9 @@ class WorkerRequest(_message.Message):
     INSPECT_FIELD_NUMBER: _builtins.int
     COMPRESS_FIELD_NUMBER: _builtins.int
     TURN_FIELD_NUMBER: _builtins.int
+    MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    memory_limit_bytes: _builtins.int
+    """With a task: most private memory in bytes that the worker lets itself have; 0: no limit."""
     @_builtins.property
     def inspect(self) -> Global___InspectTask:
         """Look at a model."""
@@ -54,10 +57,11 @@ class WorkerRequest(_message.Message):
         inspect: Global___InspectTask | None = ...,
         compress: Global___CompressTask | None = ...,
         turn: Global___MeasuringTurn | None = ...,
+        memory_limit_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "inspect", b"inspect", "task", b"task", "turn", b"turn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "inspect", b"inspect", "task", b"task", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "inspect", b"inspect", "memory_limit_bytes", b"memory_limit_bytes", "task", b"task", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_task: _TypeAlias = _typing.Literal["inspect", "compress", "turn"]  # noqa: Y015
     _WhichOneofArgType_task: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
@@ -273,16 +277,25 @@ Global___WorkerEvent: _TypeAlias = WorkerEvent  # noqa: Y015
 
 @_typing.final
 class Ready(_message.Message):
-    """Imports are done."""
+    """Imports are done, and the worker has tried its confinement."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    SANDBOX_LEVEL_FIELD_NUMBER: _builtins.int
+    SANDBOX_FAULT_FIELD_NUMBER: _builtins.int
+    sandbox_level: _builtins.int
+    """The level that holds."""
+    sandbox_fault: _builtins.str
+    """Why it is not a higher one, for the server's operator; empty: it is the highest."""
     def __init__(
         self,
+        *,
+        sandbox_level: _builtins.int = ...,
+        sandbox_fault: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sandbox_fault", b"sandbox_fault", "sandbox_level", b"sandbox_level"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
