@@ -58,6 +58,19 @@ class InputData:
         """Whether ranges and answers seen on these samples say something of real ones."""
         return self.provided and self.varied
 
+    @cached_property
+    def oddities(self) -> tuple[str, ...]:
+        """Sentences on samples that say little of others, and on arrays of another kind than the model takes."""
+        found = [text for spec in self.specs if (text := _integers_for_floats(spec, self.arrays[spec.name]))]
+        if self.provided and not self.varied:
+            found.append("all samples are the same: ranges and agreement measured on them say nothing about others.")
+        elif self.provided and len(self) <= (self.fixed_batch or 1):
+            found.append(
+                "there is one sample alone: ranges and agreement measured on it say next to nothing about others. "
+                "Give some dozens that differ as real inputs do."
+            )
+        return tuple(found)
+
     @property
     def whole_feeds(self) -> bool:
         """Whether every sample is a feed of its own, so that samples cannot be put together into batches."""
@@ -223,6 +236,26 @@ def _check_array(spec: TensorSpec, array: Array, where: str) -> None:
         raise InvalidDataError(f"{where}: array {spec.name!r} holds NaN or infinite values.")
 
 
+def _integers_for_floats(spec: TensorSpec, array: Array) -> str:
+    """What to know of integers that become the floats of an input as they are; empty where they are 0 and 1, or none
+    are."""
+    if array.dtype.kind not in "iu" or np.dtype(spec.dtype).kind != "f":
+        return ""
+    low, high = _extremes(array)
+    if low >= 0 and high <= 1:
+        return ""
+    return (
+        f"array {spec.name!r} holds {array.dtype} from {low} to {high}; the model takes {spec.dtype}, and gets these "
+        f"numbers as they are. If it was trained on scaled ones (pixels of 0 to 1, say), scale them in the same way."
+    )
+
+
+def _extremes(array: Array) -> tuple[int, int]:
+    """Smallest and largest integer, piece by piece as in `_all_finite`."""
+    pieces = [array[rows] for rows in _pieces(array)]
+    return min(int(piece.min()) for piece in pieces), max(int(piece.max()) for piece in pieces)
+
+
 def _varies(array: Array) -> bool:
     """Whether samples differ, or a single one holds different numbers; stops at the first difference."""
     if len(array) == 1:
@@ -232,8 +265,13 @@ def _varies(array: Array) -> bool:
 
 def _all_finite(array: Array) -> bool:
     """Checked piece by piece, since the array may be a file larger than memory."""
+    return all(bool(np.isfinite(array[rows]).all()) for rows in _pieces(array))
+
+
+def _pieces(array: Array) -> Iterator[slice]:
+    """Of the first axis, each of about `_CHECK_CHUNK_BYTES`."""
     rows = max(1, _CHECK_CHUNK_BYTES // max(1, array[:1].nbytes))
-    return all(bool(np.isfinite(array[start : start + rows]).all()) for start in range(0, len(array), rows))
+    return (slice(start, start + rows) for start in range(0, len(array), rows))
 
 
 def _unpack(path: Path, work_directory: Path) -> dict[str, Array]:

@@ -143,3 +143,20 @@ def test_samples_that_are_all_the_same_tell_nothing() -> None:
     assert data([[1, 2, 3], [1, 2, 4]]).vouches
     assert data([[1, 2, 3]]).vouches
     assert not InputData(specs, data([[1, 2, 3]]).arrays, provided=False).vouches
+
+
+def test_integers_for_floats_are_pointed_out() -> None:
+    """Pixels of 0 to 255 where floats are taken; masks of 0 and 1, and floats, are nothing odd."""
+    pixels = np.arange(80, dtype=np.uint8).reshape(5, 1, 4, 4)
+    (text,) = InputData.from_arrays({"x": pixels}, IMAGE).oddities
+    assert "uint8 from 0 to 79" in text
+    mask = np.eye(4, dtype=np.uint8).reshape(4, 1, 2, 2, 1).repeat(4, axis=-1).reshape(4, 1, 4, 4)
+    assert InputData.from_arrays({"x": mask}, IMAGE).oddities == ()
+    assert InputData.from_arrays({"x": images()}, IMAGE).oddities == ()
+
+
+def test_one_sample_and_equal_samples_are_pointed_out() -> None:
+    """Neither says anything of other samples."""
+    assert "one sample alone" in InputData.from_arrays({"x": images(1)}, IMAGE).oddities[0]
+    same = np.repeat(images(1), 5, axis=0)
+    assert "all samples are the same" in InputData.from_arrays({"x": same}, IMAGE).oddities[0]

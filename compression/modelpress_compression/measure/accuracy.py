@@ -1,7 +1,8 @@
 """A task metric on labelled data, of one model or of two.
 
 - top1, top5: share of right answers. The output is [N, C] or [N, T, C]; labels are class indices [N] or [N, T], of
-  which negative ones are left out, or scores of the output's shape, whose largest element is the class.
+  which negative ones are left out, or scores of the output's shape, whose largest element is the class. One-hot labels,
+  integers or floats, are such scores also where no metric is given.
 - mse, mae: mean over all elements. Labels are numbers of the output's shape; axes of extent 1 do not matter.
 - cosine: mean over samples of the cosine between output and label; labels as for mse.
 
@@ -26,6 +27,7 @@ from modelpress_compression.runtime import open_session, run
 Floats = NDArray[np.float64]
 
 METRICS = ("top1", "top5", "mse", "mae", "cosine")
+_ONE_HOT_ROWS = 4096
 SHARES = ("top1", "top5")
 LOWER_IS_BETTER = ("mse", "mae")
 
@@ -63,7 +65,7 @@ def compare_accuracy(
     threads: int = 2,
     batch_size: int = 1,
 ) -> Accuracy:
-    """The metric of both models on all samples. `metric` None: top1 for class indices, else mse.
+    """The metric of both models on all samples. `metric` None: top1 for class indices and one-hot labels, else mse.
 
     Raises InvalidDataError where the labels fit no output, ModelNotRunnableError, UnsupportedOperatorError.
     """
@@ -107,15 +109,49 @@ def evaluate(
     return Evaluation(chosen, total / weight, start)
 
 
+def labels_note(path: Path, data: EvaluationData, metric: str | None) -> str:
+    """How the labels are understood, where that is not plain; found in one run of the model.
+
+    Raises InvalidDataError where they fit no output, as `evaluate` would.
+    """
+    feed = next(data.inputs.feeds(1))
+    outputs = run(open_session(path), feed)
+    size = 1 if data.inputs.whole_feeds else data.inputs.fixed_batch or 1
+    chosen, output = _fit(outputs, data.labels, size, metric)
+    if metric or chosen not in SHARES or not _scores_as_labels(outputs[output].shape, data.labels.shape):
+        return ""
+    return (
+        f"The labels {list(data.labels.shape)} are one-hot: they are read as classes, the place of the largest of each "
+        f"{data.labels.shape[-1]}, and measured with {chosen}."
+    )
+
+
+def is_one_hot(labels: Array, axis: int = -1) -> bool:
+    """Whether the labels hold two numbers only, and the larger one once along the axis: 0 and 1, or smoothed ones.
+
+    Looks at the first `_ONE_HOT_ROWS` samples.
+    """
+    head = np.asarray(labels[:_ONE_HOT_ROWS])
+    if head.ndim < 2 or head.shape[axis] < 2 or head.dtype.kind not in "biuf":
+        return False
+    low, high = head.min(), head.max()
+    hot = head == high
+    return bool(low < high and (hot | (head == low)).all() and (np.count_nonzero(hot, axis=axis) == 1).all())
+
+
 def _fit(outputs: Mapping[str, Array], labels: Array, count: int, metric: str | None) -> tuple[str, str]:
     """The metric, and the first output that the labels fit for it. Raises InvalidDataError."""
-    candidates = (metric,) if metric else ("top1", "mse") if labels.dtype.kind in "iub" else ("mse",)
+    one_hot = metric is None and is_one_hot(labels)
+    integers = labels.dtype.kind in "iub"
+    candidates = (metric,) if metric else ("top1",) if one_hot else ("top1", "mse") if integers else ("mse",)
     sample_shape = labels.shape[1:]
     for candidate in candidates:
         fits = _fits_classes if candidate in SHARES else _fits_values
         for name, output in outputs.items():
-            if output.dtype.kind in "biuf" and fits(output, sample_shape, count, labels.dtype.kind in "iub"):
+            scores = metric is not None or one_hot
+            if output.dtype.kind in "biuf" and fits(output, sample_shape, count, integers, scores):
                 _check_classes(candidate, name, output, labels)
+                _refuse_planes(candidate, metric, labels)
                 return candidate, name
     shapes = ", ".join(f"{name} {list(output.shape)}" for name, output in outputs.items())
     raise InvalidDataError(
@@ -125,16 +161,31 @@ def _fit(outputs: Mapping[str, Array], labels: Array, count: int, metric: str | 
     )
 
 
-def _fits_classes(output: Array, sample_shape: tuple[int, ...], count: int, integers: bool) -> bool:
+def _fits_classes(output: Array, sample_shape: tuple[int, ...], count: int, integers: bool, scores: bool) -> bool:
+    """`scores`: labels of the output's own shape are scores of classes."""
     if output.ndim not in (2, 3) or output.shape[-1] < 2 or output.shape[0] != count:
         return False
-    positions = output.shape[1:-1]
-    if sample_shape == output.shape[1:]:
-        return True
-    return integers and squeezed(sample_shape) == squeezed(positions)
+    if _scores_as_labels(output.shape, (count, *sample_shape)):
+        return scores
+    return integers and squeezed(sample_shape) == squeezed(output.shape[1:-1])
 
 
-def _fits_values(output: Array, sample_shape: tuple[int, ...], count: int, integers: bool) -> bool:
+def _scores_as_labels(output: tuple[int, ...], labels: tuple[int, ...]) -> bool:
+    """Whether labels have a number for each class, not one for each sample."""
+    return labels[-1:] == output[-1:] and squeezed(labels[1:]) == squeezed(output[1:])
+
+
+def _refuse_planes(candidate: str, metric: str | None, labels: Array) -> None:
+    """A mean of squares says nothing of one-hot classes [N, C, H, W], and top1 does not take them."""
+    if metric is None and candidate not in SHARES and labels.ndim > 2 and is_one_hot(labels, axis=1):
+        raise InvalidDataError(
+            f"The evaluation data: the labels {list(labels.shape)} are one-hot along their second axis, which no "
+            f"metric here takes for classes. Give top1 outputs and labels with classes on the last axis, or name the "
+            f"metric (--metric mse) if their values are meant."
+        )
+
+
+def _fits_values(output: Array, sample_shape: tuple[int, ...], count: int, integers: bool, scores: bool) -> bool:
     # Whole feeds may answer without a batch axis: then all of the output belongs to the one sample.
     mine = output.shape[1:] if output.ndim and output.shape[0] == count else output.shape if count == 1 else None
     return mine is not None and squeezed(mine) == squeezed(sample_shape)
@@ -146,7 +197,8 @@ def _check_classes(metric: str, name: str, output: Array, labels: Array) -> None
     classes = output.shape[-1]
     if metric == "top5" and classes <= 5:
         raise InvalidDataError(f"Output {name!r} has {classes} classes: top5 says nothing there; use top1.")
-    if labels.shape[1:] != output.shape[1:] and labels.size and int(labels.max()) >= classes:
+    given = not _scores_as_labels(output.shape, labels.shape)
+    if given and labels.size and int(labels.max()) >= classes:
         raise InvalidDataError(
             f"The evaluation data: label {int(labels.max())} does not fit output {name!r}, whose {classes} classes are "
             f"0 to {classes - 1}."
@@ -161,7 +213,7 @@ def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _top(output: Array, labels: Array, k: int) -> tuple[float, int]:
     scores = output.astype(np.float64).reshape(-1, output.shape[-1])
     # Scores as labels (one-hot, or a teacher's): their largest element is the class.
-    indices = np.argmax(labels, axis=-1) if labels.shape == output.shape else labels
+    indices = np.argmax(labels, axis=-1) if labels.size == output.size else labels
     classes = indices.reshape(-1).astype(np.int64)
     usable = classes >= 0
     scores, classes = scores[usable], classes[usable]

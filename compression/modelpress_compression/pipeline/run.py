@@ -19,6 +19,7 @@ from modelpress_compression.inputs import Array, EvaluationData, InputData
 from modelpress_compression.measure.stats import model_stats
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
+from modelpress_compression.pipeline.data_check import data_warnings
 from modelpress_compression.pipeline.measuring import Measured, measure, not_better, verdict
 from modelpress_compression.pipeline.progress import Progress, ProgressListener, stages_of
 from modelpress_compression.recipe import Recipe
@@ -95,10 +96,13 @@ def compress(
             original=model,
         )
         run = _prepare(model, recipe, _evaluation_data(model, eval_data), context, on_progress)
+        for warning in run.warnings:
+            log("WARNING", warning)
         made = _make(run)
         outcome = _decide(run, made.records)
         for warning in outcome.warnings:
-            log("WARNING", warning)
+            if warning not in run.warnings:
+                log("WARNING", warning)
         report = _report(job, run, made, outcome)
         run.progress.update(1.0, "done")
         return Result(outcome.model, report)
@@ -106,7 +110,8 @@ def compress(
 
 @dataclass(frozen=True)
 class _Run:
-    """All that stays the same throughout. `model`, `path`: the model as it was given, and its file."""
+    """All that stays the same throughout. `model`, `path`: the model as it was given, and its file. `warnings`: on the
+    data."""
 
     model: Model
     path: Path
@@ -114,6 +119,7 @@ class _Run:
     evaluation: EvaluationData | None
     context: Context
     progress: Progress
+    warnings: tuple[str, ...]
 
     def measured(self, path: Path) -> Measured:
         """The figures of the model in `path` against the original."""
@@ -143,7 +149,9 @@ def _prepare(
     save(model, path)
     if (problem := broken(path, context.data, path)) is not None:
         raise ModelNotRunnableError(problem)
-    return _Run(model, path, recipe, evaluation, replace(context, progress=progress.update), progress)
+    warnings = data_warnings(model, path, context.data, evaluation, recipe.limits.metric)
+    prepared = replace(context, progress=progress.update)
+    return _Run(model, path, recipe, evaluation, prepared, progress, tuple(warnings))
 
 
 def _make(run: _Run) -> Pursuit:
@@ -182,7 +190,7 @@ def _decide(run: _Run, records: Sequence[StepRecord]) -> _Outcome:
     model, path = (records[-1].model, records[-1].path) if records else (run.model, run.path)
     run.progress.enter_next("measuring the original and the result")
     measured = run.measured(path)
-    warnings = [*run.model.warnings, *_warnings_on(run.context.data)]
+    warnings = [*run.model.warnings, *run.warnings]
     warnings += [warning for record in records for warning in record.warnings]
     warnings += measured.warnings()
     reason = not_better(measured, file_size_bytes(run.path), file_size_bytes(path))
@@ -236,12 +244,6 @@ def _step_row(record: StepRecord) -> StepRow:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _warnings_on(data: InputData) -> list[str]:
-    if data.varied or not data.provided:
-        return []
-    return ["All samples of the data are the same: ranges and agreement measured on them say nothing about others."]
 
 
 def _input_data(model: Model, data: InputData | Mapping[str, Array] | None) -> InputData:

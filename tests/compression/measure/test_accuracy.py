@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from modelpress_compression.errors import InvalidDataError
 from modelpress_compression.inputs import EvaluationData
-from modelpress_compression.measure.accuracy import compare_accuracy, evaluate
+from modelpress_compression.measure.accuracy import compare_accuracy, evaluate, labels_note
 from modelpress_compression.specs import parse_specs
 
 IDENTITY = "g (float[batch,6] x) => (float[batch,6] y) { y = Identity(x) }"
@@ -48,6 +48,39 @@ def test_negative_labels_are_left_out(save_model: Save) -> None:
 def test_scores_as_labels(save_model: Save) -> None:
     """One-hot labels name the class of their largest element."""
     assert evaluate(save_model(IDENTITY), labelled(np.eye(6)[BEST]), "top1").value == 1.0
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [np.eye(6)[BEST], np.eye(6, dtype=np.int64)[BEST], 0.9 * np.eye(6)[BEST] + 0.02, np.eye(6, dtype=bool)[BEST]],
+    ids=["floats", "integers", "smoothed", "bools"],
+)
+def test_one_hot_labels_are_classes(save_model: Save, labels: np.ndarray) -> None:
+    """Without a metric they are measured with top1, never with a mean of squares, and a note says so."""
+    path = save_model(IDENTITY)
+    found = evaluate(path, labelled(labels))
+    assert (found.metric, found.value) == ("top1", 1.0)
+    assert "read as classes" in labels_note(path, labelled(labels), None)
+    assert evaluate(path, labelled(labels), "mse").metric == "mse"
+
+
+@pytest.mark.parametrize("labels", [SCORES, BEST, (SCORES > 0).astype(np.int64), SCORES.round().astype(np.int64)])
+def test_other_labels_need_no_note(save_model: Save, labels: np.ndarray) -> None:
+    """Values, class indices, several ones a row and whole numbers are what they are."""
+    path = save_model(IDENTITY)
+    assert labels_note(path, labelled(labels), None) == ""
+    assert evaluate(path, labelled(labels)).metric == ("top1" if labels is BEST else "mse")
+
+
+def test_one_hot_planes_are_refused(save_model: Save) -> None:
+    """Classes along the second axis of [N, C, H, W] fit no metric but by their values, which must be asked for."""
+    path = save_model("g (float[batch,3,2,2] x) => (float[batch,3,2,2] y) { y = Identity(x) }")
+    array = np.random.default_rng(0).standard_normal((8, 3, 2, 2)).astype(np.float32)
+    labels = np.moveaxis(np.eye(3)[array.argmax(1)], -1, 1)
+    data = labelled(labels, array, "x:float32[batch,3,2,2]")
+    with pytest.raises(InvalidDataError, match="one-hot along their second axis"):
+        evaluate(path, data)
+    assert evaluate(path, data, "mse").metric == "mse"
 
 
 def test_a_class_for_each_position(save_model: Save) -> None:
