@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 _SERVING_STATUS = {0: "UNKNOWN", 1: "SERVING", 2: "NOT_SERVING", 3: "SERVICE_UNKNOWN"}
+# What gRPC says of a channel without a connection -> the cause in plain words.
+_CAUSES = {
+    "Connection refused": "the connection is refused",
+    "errors resolving": "the name of the host is not known",
+    "DNS resolution failed": "the name of the host is not known",
+    "No route to host": "there is no way to the host",
+    "Network is unreachable": "there is no way to its network",
+}
 
 
 class Patience:
@@ -78,23 +86,55 @@ class Connection:
         await self._channel.close(grace=None)
 
     async def reach(self) -> None:
-        """Waits for the first connection. Raises ServerUnreachableError after the connect timeout."""
+        """Waits for the first connection.
+
+        Raises ServerUnreachableError: soon where the address refuses, since a server that is starting needs a moment
+        at most, and after the connect timeout where nothing answers at all.
+        """
         if self._reached:
             return
         timeout_s = self.settings.retry.connect_timeout_s
         try:
-            await asyncio.wait_for(self._channel.channel_ready(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._connect()
         except TimeoutError:
-            tls = (
-                " Its certificate may not be one that is trusted here: name its authority with --ca FILE."
-                if self.settings.uses_tls
-                else " If it speaks TLS, pass --ca FILE or https://HOST:PORT."
-            )
-            raise ServerUnreachableError(
-                f"No server answers at {self.settings.address} (waited {timeout_s:g} s). Start one with "
-                f"'compress-server', name another with --server HOST:PORT, or use --local.{tls}"
-            ) from None
+            raise self._unreachable(f"nothing came within {timeout_s:g} s") from None
         self._reached = True
+
+    async def _connect(self) -> None:
+        """Returns once connected; attempts that fail at once go on for `starting_s`."""
+        failing: asyncio.Timeout | None = None
+        try:
+            async with asyncio.timeout(None) as failing:
+                while (state := self._channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+                    if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and failing.when() is None:
+                        failing.reschedule(asyncio.get_running_loop().time() + self.settings.retry.starting_s)
+                    await self._channel.wait_for_state_change(state)
+        except TimeoutError:
+            if failing is None or not failing.expired():
+                raise
+            raise self._unreachable(*await self._cause()) from None
+
+    async def _cause(self) -> tuple[str, bool]:
+        """Why no connection comes about, as gRPC says of a call on such a channel; whether TLS may be the reason."""
+        try:
+            await self._check_health(self.settings.retry.starting_s)
+        except grpc.aio.AioRpcError as error:
+            for said, cause in _CAUSES.items():
+                if said in (error.details() or ""):
+                    return cause, False
+        return "it ends the connection", True
+
+    def _unreachable(self, cause: str, tls: bool = True) -> ServerUnreachableError:
+        hint = (
+            " Its certificate may not be one that is trusted here: name its authority with --ca FILE."
+            if self.settings.uses_tls
+            else " If it speaks TLS, pass --ca FILE or https://HOST:PORT."
+        )
+        return ServerUnreachableError(
+            f"No server answers at {self.settings.address}: {cause}. Start one with 'compress-server', name another "
+            f"with --server HOST:PORT, or use --local.{hint if tls else ''}"
+        )
 
     def patience(self) -> Patience:
         """A new count of attempts."""
@@ -131,13 +171,15 @@ class Connection:
     async def serving_status(self) -> str:
         """What grpc.health.v1 says: SERVING, NOT_SERVING, UNKNOWN."""
         await self.reach()
-        # The message is one enum field; its package would be a dependency for these two bytes.
-        check = self._channel.unary_unary(HEALTH_CHECK, request_serializer=bytes, response_deserializer=bytes)
         async with self.translated():
-            timeout_s = self.settings.retry.connect_timeout_s
-            answer = cast(bytes, await check(b"", timeout=timeout_s, metadata=self.metadata))
+            answer = await self._check_health(self.settings.retry.connect_timeout_s)
         status = answer[1] if len(answer) == 2 and answer[0] == 0x08 else 0
         return _SERVING_STATUS.get(status, "UNKNOWN")
+
+    async def _check_health(self, timeout_s: float) -> bytes:
+        # The message is one enum field; its package would be a dependency for these two bytes.
+        check = self._channel.unary_unary(HEALTH_CHECK, request_serializer=bytes, response_deserializer=bytes)
+        return cast(bytes, await check(b"", timeout=timeout_s, metadata=self.metadata))
 
 
 def stalled(what: str, idle_s: float) -> ModelpressError:

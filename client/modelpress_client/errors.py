@@ -273,7 +273,8 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, server: str) -> ModelpressErr
     described: dict[str, object] = {"status": code, **details.metadata}
     if details.violations:
         described["violations"] = list(details.violations)
-    retryable = retryable or details.retry_delay_s is not None
+    # Of a reason that is known, the table says whether waiting helps: nobody makes room on a full disk meanwhile.
+    retryable = retryable or (details.reason not in _BY_REASON and details.retry_delay_s is not None)
     return kind(
         _paragraph(text, details, _HINTS.get(kind, "")),
         reason=details.reason if details.reason else "" if code in ("UNAVAILABLE", "DEADLINE_EXCEEDED") else code,

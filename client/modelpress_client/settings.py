@@ -15,6 +15,7 @@ class RetryPolicy:
     """Times in seconds. `give_up_s` counts from the last progress, so a long transfer may survive many cuts."""
 
     connect_timeout_s: float = 5.0
+    starting_s: float = 1.0  # an address that refuses to connect may be that of a server that is starting
     call_timeout_s: float = 60.0  # one attempt of one unary call
     idle_timeout_s: float = 60.0  # a transfer on which no byte moves
     watch_idle_timeout_s: float = 90.0  # a watch without even a heartbeat

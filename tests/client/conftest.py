@@ -103,6 +103,7 @@ class Script:
     refuse_chunks: int = 0
     busy_uploads: int = 0
     stall_uploads: int = 0
+    create_upload_error: status_pb2.Status | None = None
     max_chunk_bytes: int = CHUNK_BYTES
     cut_download_after_bytes: list[int] = field(default_factory=list)
     damage_chunks: int = 0
@@ -187,6 +188,8 @@ class FakeServer(
 
     async def CreateUpload(self, request: Any, context: Any) -> uploads.Upload:
         await self.enter("CreateUpload", context)
+        if self.script.create_upload_error is not None:
+            await fail(context, self.script.create_upload_error)
         return self._upload(request.digest)
 
     def _upload(self, digest: common.Digest) -> uploads.Upload:

@@ -6,15 +6,26 @@ import asyncio
 import errno
 import hashlib
 import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 from modelpress_client import downloads
 from modelpress_client.connection import Connection
 from modelpress_client.downloads import download_file, download_files
-from modelpress_client.errors import AuthenticationError, ServerUnreachableError, TransferError, UsageError
+from modelpress_client.errors import (
+    AuthenticationError,
+    QuotaError,
+    ServerUnreachableError,
+    TransferError,
+    UsageError,
+)
 from modelpress_client.settings import RetryPolicy, Settings
 from modelpress_client.transfers import TransferProgress, hash_file
 from modelpress_client.uploads import upload_blobs
@@ -119,12 +130,66 @@ async def test_wrong_token_is_not_retried(connection: Any, fake_server: Any, blo
     assert fake_server.seen == ["FindMissingBlobs"]
 
 
-async def test_no_server(tmp_path: Path) -> None:
-    """The connect timeout ends with what to do."""
-    connection = Connection(Settings(server="127.0.0.1:1", retry=RetryPolicy(connect_timeout_s=0.3)))
-    with pytest.raises(ServerUnreachableError, match="compress-server"):
+async def failure_at(server: str, **policy: float) -> str:
+    """What `reach` says of an address without a server."""
+    connection = Connection(Settings(server=server, retry=RetryPolicy(**policy)))
+    with pytest.raises(ServerUnreachableError, match="compress-server") as caught:
         await connection.reach()
     await connection.close()
+    return str(caught.value)
+
+
+async def test_no_server() -> None:
+    """A refused connection is not waited for as long as one that is not answered: that would take 600 s here."""
+    assert "the connection is refused" in await failure_at("127.0.0.1:1", connect_timeout_s=600, starting_s=0.1)
+
+
+async def test_a_server_that_speaks_something_else() -> None:
+    """One that ends each connection may want TLS."""
+    closing = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    port = closing.sockets[0].getsockname()[1]
+    assert "--ca FILE" in await failure_at(f"127.0.0.1:{port}", connect_timeout_s=600, starting_s=0.1)
+    closing.close()
+
+
+async def test_a_server_that_says_nothing() -> None:
+    """One that takes the connection and is silent is given up after the connect timeout."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert "nothing came within 0.3 s" in await failure_at(server, connect_timeout_s=0.3, starting_s=600)
+
+
+async def test_a_server_that_is_starting(fake_server: Any) -> None:
+    """An address that refuses at first is tried again."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    connection = Connection(Settings(server=f"127.0.0.1:{port}", retry=RetryPolicy(600, starting_s=600)))
+    reaching = asyncio.create_task(connection.reach())
+    while connection._channel.get_state() is not grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+        await asyncio.sleep(0.01)
+    server = grpc.aio.server()
+    server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    await reaching
+    await connection.close()
+    await server.stop(None)
+
+
+async def test_a_full_disk_of_the_server_is_told_at_once(connection: Any, fake_server: Any, blob_file: Path) -> None:
+    """Whatever the server says of coming back: space does not come by itself while a person waits."""
+    error = status_pb2.Status(code=code_pb2.RESOURCE_EXHAUSTED, message="The server has no room.")
+    for detail in (
+        error_details_pb2.ErrorInfo(domain="modelpress", reason="STORAGE_FULL"),
+        error_details_pb2.RetryInfo(retry_delay=Duration(seconds=60)),
+    ):
+        packed = AnyMessage()
+        packed.Pack(detail)
+        error.details.append(packed)
+    fake_server.script.create_upload_error = error
+    with pytest.raises(QuotaError, match="no room") as caught:
+        await upload_blobs(connection, [await hash_file(blob_file)])
+    assert caught.value.reason == "STORAGE_FULL"
+    assert fake_server.seen == ["FindMissingBlobs", "CreateUpload"]
 
 
 # --- downloads ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -17,7 +18,9 @@ from modelpress_client.errors import EXIT_INTERRUPTED, TimedOutError
 
 if TYPE_CHECKING:
     from modelpress_client.async_client import AsyncClient
+    from modelpress_client.settings import RetryPolicy
 
+CONNECT_SHARE = 0.8  # of a command's time limit, at most, goes into the first connection
 Body = Callable[["Session"], Awaitable[int | None]]
 
 
@@ -104,6 +107,7 @@ async def _client(session: Session) -> AsyncIterator[None]:
         ca=shared.ca,
         cert=shared.cert,
         key=shared.key,
+        retry=_retry(shared.timeout_s),
     ) as session.client:
         settings = session.client.settings
         if settings.token and not settings.uses_tls and not settings.is_loopback:
@@ -111,6 +115,20 @@ async def _client(session: Session) -> AsyncIterator[None]:
                 "Warning: the token goes over the network unencrypted; use --ca FILE or https://HOST:PORT."
             )
         yield
+
+
+def _retry(timeout_s: float | None) -> RetryPolicy:
+    """That no server is there is said before the command's own time is up: the one explains the other."""
+    from modelpress_client.settings import RetryPolicy
+
+    usual = RetryPolicy()
+    if timeout_s is None:
+        return usual
+    return replace(
+        usual,
+        connect_timeout_s=min(usual.connect_timeout_s, timeout_s * CONNECT_SHARE),
+        starting_s=min(usual.starting_s, timeout_s * CONNECT_SHARE / 2),
+    )
 
 
 def interrupted(out: Output, message: str) -> int:

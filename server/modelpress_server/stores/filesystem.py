@@ -145,8 +145,8 @@ class FileBlobStore:
         free_bytes = (await self.run(shutil.disk_usage, self._root)).free
         if free_bytes - self._reserve_bytes < size_bytes:
             raise StorageFullError(
-                f"The server has no room for {size_bytes} more bytes. Delete models or jobs, or ask its operator.",
-                retry_after_s=60.0,
+                f"The server's disk is full: it has no room for {size_bytes / 1e6:,.1f} MB more. Delete models and jobs "
+                "that are no longer needed, or ask the server's operator for space."
             )
 
     async def publish(self, partial: PartialFile, blob: BlobKey) -> None:
@@ -259,7 +259,10 @@ def full_disk_is_told() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise StorageFullError("The server's disk is full; nothing was stored. Free some space.") from error
+            raise StorageFullError(
+                "The server's disk is full; what was sent last is not stored. Delete models and jobs that are no longer "
+                "needed, or ask the server's operator for space."
+            ) from error
         raise
 
 
