@@ -133,14 +133,24 @@ class AsyncClient:
         return Model(await self._connection.call(self._connection.models.GetModel, request))
 
     async def inspect(
-        self, model: Model | str, *, timeout_s: float | None = None, raise_if_rejected: bool = True
+        self,
+        model: Model | str,
+        *,
+        timeout_s: float | None = None,
+        raise_if_rejected: bool = True,
+        on_wait: Callable[[Model], None] | None = None,
     ) -> Model:
-        """Waits until the server has inspected a model. Raises JobFailedError when the server refuses it."""
+        """Waits until the server has inspected a model. Raises JobFailedError when the server refuses it.
+
+        on_wait: gets the model whenever it was read and is not inspected yet.
+        """
         name = model if isinstance(model, str) else model.name
         delay_s = POLL_INTERVAL_S
         try:
             async with asyncio.timeout(timeout_s):
                 while (current := await self.model(name)).state == "PROCESSING":
+                    if on_wait is not None:
+                        on_wait(current)
                     await asyncio.sleep(delay_s)
                     delay_s = min(delay_s * 2, MAX_POLL_INTERVAL_S)
         except TimeoutError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -225,9 +225,18 @@ class Client:
         """Reads a model."""
         return self._thread.run(self._client.model(name))
 
-    def inspect(self, model: Model | str, *, timeout_s: float | None = None, raise_if_rejected: bool = True) -> Model:
+    def inspect(
+        self,
+        model: Model | str,
+        *,
+        timeout_s: float | None = None,
+        raise_if_rejected: bool = True,
+        on_wait: Callable[[Model], None] | None = None,
+    ) -> Model:
         """Waits until the server has inspected a model."""
-        return self._thread.run(self._client.inspect(model, timeout_s=timeout_s, raise_if_rejected=raise_if_rejected))
+        return self._thread.run(
+            self._client.inspect(model, timeout_s=timeout_s, raise_if_rejected=raise_if_rejected, on_wait=on_wait)
+        )
 
     def models(
         self, *, state: str | None = None, labels: Mapping[str, str] | None = None, limit: int | None = None

@@ -44,6 +44,11 @@ class Model:
         return enum_name(models.Model.State, self.message.state, "STATE_")
 
     @property
+    def inspection_stage(self) -> str:
+        """While PROCESSING: QUEUED, STARTING_WORKER or RUNNING; else UNSPECIFIED."""
+        return enum_name(models.InspectionStage, self.message.inspection_stage, "INSPECTION_STAGE_")
+
+    @property
     def format(self) -> str:
         """ONNX, TORCHSCRIPT ...; UNSPECIFIED until it was inspected."""
         return enum_name(ModelFormat, self.message.format, "MODEL_FORMAT_")

@@ -153,7 +153,7 @@ class Server:
         self._janitor = Janitor(settings, self._blobs, index, self._uploads.sessions)
         upload_service_pb2_grpc.add_UploadServiceServicer_to_server(self._uploads, self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelService(settings, models, self._scheduler.expect_job), self._grpc
+            ModelService(settings, models, self._scheduler), self._grpc
         )
         job_service_pb2_grpc.add_JobServiceServicer_to_server(
             JobService(settings, jobs, models, index, self._scheduler, self._notifier), self._grpc

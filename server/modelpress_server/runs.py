@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -170,11 +171,13 @@ class JobRun:
             await self._jobs.requeue(self._record.id, count_attempt=True)
 
 
-async def inspect_model(resources: RunResources, record: ModelRecord) -> model_service_pb2.Model:
+async def inspect_model(
+    resources: RunResources, record: ModelRecord, on_event: Callable[[worker_pb2.WorkerEvent], None]
+) -> model_service_pb2.Model:
     """Has a model inspected; state, format, inspection and error of the answer are what was found."""
     for attempt in range(1, INSPECT_ATTEMPTS + 1):
         try:
-            return await _inspect_once(resources, record)
+            return await _inspect_once(resources, record, on_event)
         except WorkerLostError as error:
             logger.warning("model %s: inspection %d: %s", record.id, attempt, error)
             if error.reason != CRASHED or attempt == INSPECT_ATTEMPTS:
@@ -186,11 +189,13 @@ async def inspect_model(resources: RunResources, record: ModelRecord) -> model_s
     raise AssertionError("the last attempt returns")
 
 
-async def _inspect_once(resources: RunResources, record: ModelRecord) -> model_service_pb2.Model:
+async def _inspect_once(
+    resources: RunResources, record: ModelRecord, on_event: Callable[[worker_pb2.WorkerEvent], None]
+) -> model_service_pb2.Model:
     limits = Limits(resources.settings.inspect_time_limit_s, resources.settings.worker_memory_bytes)
     async with task_folder(resources.work, resources.blobs) as folder:
         request = await folder.inspect_request(record.message)
-        event = await resources.executor.run(request, limits=limits, on_event=lambda _: None)
+        event = await resources.executor.run(request, limits=limits, on_event=on_event)
     kind = event.WhichOneof("event")
     if kind == "failed":
         return _Model(state=_Model.STATE_REJECTED, error=errors.sanitized(event.failed))

@@ -9,8 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
+from modelpress_protos.internal.v1 import worker_pb2
+from modelpress_protos.v1 import model_service_pb2
+
+from modelpress_server.executors.base import START_WORKER
 from modelpress_server.runs import JobRun, RunResources, inspect_model
 from modelpress_server.stores.base import JobRecord, JobStore, ModelRecord, ModelStore
 from modelpress_server.stores.records import now_us
@@ -36,7 +41,7 @@ class Scheduler:
         self._draining = False
         self._loop: asyncio.Task[None] | None = None
         self._runs: dict[str, JobRun] = {}
-        self._inspecting: set[str] = set()
+        self._inspecting: dict[str, model_service_pb2.InspectionStage.ValueType] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -53,6 +58,10 @@ class Scheduler:
     def expect_job(self) -> None:
         """A model has come. Mostly a job for it follows at once and inspects it on the way, with the warm worker."""
         asyncio.get_running_loop().call_later(INSPECTION_DELAY_S, self.wake)
+
+    def inspection_stage(self, model_id: str) -> model_service_pb2.InspectionStage.ValueType:
+        """Where the inspection of a model that is PROCESSING stands."""
+        return self._inspecting.get(model_id, model_service_pb2.INSPECTION_STAGE_QUEUED)
 
     def cancel(self, job_id: str) -> None:
         """Stops the run of a job, if there is one."""
@@ -97,6 +106,7 @@ class Scheduler:
                 continue
             if claim.job is None:
                 break
+            self._notifier.notify_all()  # those behind it have another place in the queue
             run = JobRun(self._resources, claim.job, self._jobs, self._models, self._notifier)
             self._runs[claim.job.id] = run
             self._spawn(claim.job.id, self._run(run, claim.job))
@@ -114,7 +124,7 @@ class Scheduler:
             model = await self._models.next_processing(tuple(self._inspecting))
             if model is None:
                 break
-            self._inspecting.add(model.id)
+            self._inspecting[model.id] = model_service_pb2.INSPECTION_STAGE_RUNNING
             self._spawn(model.id, self._inspect(model))
 
     async def _expire_overdue(self) -> None:
@@ -135,13 +145,22 @@ class Scheduler:
             del self._runs[record.id]
             self.wake()
 
+    def _note_stage(self, model_id: str, event: worker_pb2.WorkerEvent) -> None:
+        if event.HasField("progress"):
+            starts = event.progress.stage == START_WORKER
+            self._inspecting[model_id] = (
+                model_service_pb2.INSPECTION_STAGE_STARTING_WORKER
+                if starts
+                else model_service_pb2.INSPECTION_STAGE_RUNNING
+            )
+
     async def _inspect(self, record: ModelRecord) -> None:
         try:
-            found = await inspect_model(self._resources, record)
+            found = await inspect_model(self._resources, record, partial(self._note_stage, record.id))
             await self._models.finish_inspection(record.id, found)
         except Exception:  # the model stays PROCESSING and is inspected again
             logger.exception("model %s: its inspection could not be stored", record.id)
             await asyncio.sleep(FAULT_PAUSE_S)
         finally:
-            self._inspecting.discard(record.id)
+            self._inspecting.pop(record.id, None)
             self.wake()

@@ -51,12 +51,16 @@ class Notifier:
         for event in self._waiting.get(key, ()):
             event.set()
 
-    def close(self) -> None:
-        """Wakes everybody: the server shuts down."""
-        self.closed = True
+    def notify_all(self) -> None:
+        """There is news of the queue as a whole."""
         for events in self._waiting.values():
             for event in events:
                 event.set()
+
+    def close(self) -> None:
+        """Wakes everybody: the server shuts down."""
+        self.closed = True
+        self.notify_all()
 
 
 async def wait_until(event: asyncio.Event, timeout_s: float) -> bool:

@@ -165,8 +165,8 @@ async def test_a_server_that_is_starting(fake_server: Any) -> None:
         port = free.getsockname()[1]
     connection = Connection(Settings(server=f"127.0.0.1:{port}", retry=RetryPolicy(600, starting_s=600)))
     reaching = asyncio.create_task(connection.reach())
-    while connection._channel.get_state() is not grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-        await asyncio.sleep(0.01)
+    while (state := connection._channel.get_state()) is not grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+        await connection._channel.wait_for_state_change(state)
     server = grpc.aio.server()
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()

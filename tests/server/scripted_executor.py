@@ -12,7 +12,7 @@ from google.rpc import status_pb2
 from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2
 from modelpress_server.errors import make_status
-from modelpress_server.executors.base import Limits, WorkerLostError
+from modelpress_server.executors.base import START_WORKER, Limits, WorkerLostError
 
 
 class ScriptedExecutor:
@@ -29,6 +29,8 @@ class ScriptedExecutor:
         self.running = asyncio.Event()
         self.inspection_gate = asyncio.Event()
         self.inspection_gate.set()
+        self.worker_gate = asyncio.Event()  # an inspection has its worker when it is set
+        self.worker_gate.set()
 
     async def start(self) -> None:
         """Nothing to get ready."""
@@ -45,6 +47,9 @@ class ScriptedExecutor:
     ) -> worker_pb2.WorkerEvent:
         self.limits.append(limits)
         if request.HasField("inspect"):
+            _tell_stage(on_event, START_WORKER)
+            await self.worker_gate.wait()
+            _tell_stage(on_event, "load")
             await self.inspection_gate.wait()
             return self._inspect(request.inspect)
         self.started.append(request.compress.job)
@@ -109,6 +114,10 @@ class ScriptedExecutor:
             ],
             summary=job_service_pb2.ReportSummary(original_size_bytes=100, optimized_size_bytes=5),
         )
+
+
+def _tell_stage(on_event: Callable[[worker_pb2.WorkerEvent], None], stage: str) -> None:
+    on_event(worker_pb2.WorkerEvent(progress=job_service_pb2.Progress(stage=stage)))
 
 
 def script_of(model: worker_pb2.ModelFiles) -> dict[str, str]:

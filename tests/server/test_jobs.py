@@ -251,6 +251,27 @@ async def test_a_job_inspects_its_model_on_the_way(running: Running) -> None:
     assert (kept.state, kept.inspection.parameter_count) == (model_service_pb2.Model.STATE_ACTIVE, 7)
 
 
+async def test_a_watcher_sees_the_queue_move(running: Running) -> None:
+    """The place in the queue is told at first, and again whenever it is another one."""
+    model = await running.client.model(compress="wait")
+    first, second, third, last = [await running.client.job(model, skip_cache=True) for _ in range(4)]
+    await running.executor.running.wait()
+    events = running.client.jobs.WatchJob(S.WatchJobRequest(name=last.name))
+    snapshot = await events.read()
+    assert snapshot.snapshot.progress.queue_position == 2
+    assert (await events.read()).state == QUEUED
+    await running.client.jobs.CancelJob(S.CancelJobRequest(name=third.name))
+    moved = await events.read()
+    assert (moved.sequence, moved.progress.queue_position) == (0, 1)
+    await running.client.jobs.CancelJob(S.CancelJobRequest(name=first.name))
+    assert (await events.read()).progress.queue_position == 0
+    await running.client.jobs.CancelJob(S.CancelJobRequest(name=second.name))
+    running.executor.gate.set()
+    while (event := await events.read()).WhichOneof("event") != "snapshot":
+        assert event.sequence > 0
+    assert event.snapshot.state == SUCCEEDED
+
+
 async def test_queue_timeout_expires(running: Running) -> None:
     """A job that waited too long is EXPIRED while the worker is still busy."""
     model = await running.client.model(compress="wait")

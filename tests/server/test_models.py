@@ -171,6 +171,29 @@ async def test_delete_and_other_projects(running: Running) -> None:
         assert failure.code == grpc.StatusCode.INVALID_ARGUMENT
 
 
+async def test_waiting_is_told_apart(running: Running) -> None:
+    """Behind another inspection, while the worker is started, and while it looks; nothing once it has ended."""
+    running.executor.inspection_gate.clear()
+    running.executor.worker_gate.clear()
+    first, second = await running.client.model(note="1"), await running.client.model(note="2")
+
+    async def stage(model: Any) -> Any:
+        found = await running.client.models.GetModel(model_service_pb2.GetModelRequest(name=model.name))
+        return found.inspection_stage, found.inspections_ahead if found.HasField("inspections_ahead") else None
+
+    async def becomes(model: Any, expected: Any) -> bool:
+        return await stage(model) == expected
+
+    await until(lambda: becomes(first, (model_service_pb2.INSPECTION_STAGE_STARTING_WORKER, None)))
+    assert await stage(second) == (model_service_pb2.INSPECTION_STAGE_QUEUED, 1)
+    running.executor.worker_gate.set()
+    await until(lambda: becomes(first, (model_service_pb2.INSPECTION_STAGE_RUNNING, None)))
+    running.executor.inspection_gate.set()
+    for model in (first, second):
+        await settled(running.client, model)
+        assert await stage(model) == (model_service_pb2.INSPECTION_STAGE_UNSPECIFIED, None)
+
+
 async def test_inspection_goes_on_after_a_restart(serve: Serve) -> None:
     """A model that was being inspected when the server stopped is inspected by the next one."""
     async with serve() as running:

@@ -13,6 +13,7 @@ from modelpress_client.cli.session import Session, run
 from modelpress_client.errors import EXIT_CONSTRAINT_NOT_MET, NotFoundError, UnusableInputError
 
 if TYPE_CHECKING:
+    from modelpress_client.cli.progress import Display
     from modelpress_client.resources import Model
 
 JOB_STATES = ("queued", "running", "cancelling", "succeeded", "failed", "cancelled", "expired")
@@ -32,10 +33,12 @@ def inspect(path_or_model: str, inputs: tuple[str, ...]) -> None:
     """
 
     async def body(session: Session) -> int | None:
-        model = await _model_of(session, path_or_model, inputs)
+        from modelpress_client.cli.progress import display
         from modelpress_client.cli.tables import print_model
 
-        current = await session.client.inspect(model, raise_if_rejected=False)
+        with display(quiet=session.shared.quiet) as shown:
+            model = await _model_of(session, path_or_model, inputs, shown)
+            current = await session.client.inspect(model, raise_if_rejected=False, on_wait=shown.inspection)
         session.out.document(current.to_dict())
         session.out.show(lambda console: print_model(console, current))
         return UnusableInputError.default_exit_code if current.state == "REJECTED" else None
@@ -43,14 +46,11 @@ def inspect(path_or_model: str, inputs: tuple[str, ...]) -> None:
     run(body)
 
 
-async def _model_of(session: Session, path_or_model: str, inputs: tuple[str, ...]) -> Model:
+async def _model_of(session: Session, path_or_model: str, inputs: tuple[str, ...], shown: Display) -> Model:
     path = Path(path_or_model)
     if not await asyncio.to_thread(path.exists):
         return await session.client.model(path_or_model)
-    from modelpress_client.cli.progress import display
-
-    with display(quiet=session.shared.quiet) as shown:
-        return await session.client.upload(path, inputs=inputs, on_progress=shown.transfer)
+    return await session.client.upload(path, inputs=inputs, on_progress=shown.transfer)
 
 
 @click.command(cls=SharedHelp)

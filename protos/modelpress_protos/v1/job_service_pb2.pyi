@@ -68,6 +68,34 @@ JOB_STATE_EXPIRED: JobState.ValueType  # 7
 """Ended: queue_timeout ran out before a worker was free."""
 Global___JobState: _TypeAlias = JobState  # noqa: Y015
 
+class _SpeedVerdict:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SpeedVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SpeedVerdict.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SPEED_VERDICT_UNSPECIFIED: _SpeedVerdict.ValueType  # 0
+    """Not measured, or by a server that did not tell."""
+    SPEED_VERDICT_FASTER: _SpeedVerdict.ValueType  # 1
+    """All of it lies above 1."""
+    SPEED_VERDICT_SLOWER: _SpeedVerdict.ValueType  # 2
+    """All of it lies below 1."""
+    SPEED_VERDICT_NOT_DISTINGUISHABLE: _SpeedVerdict.ValueType  # 3
+    """It holds 1."""
+
+class SpeedVerdict(_SpeedVerdict, metaclass=_SpeedVerdictEnumTypeWrapper):
+    """What the interval of a speed-up allows to say."""
+
+SPEED_VERDICT_UNSPECIFIED: SpeedVerdict.ValueType  # 0
+"""Not measured, or by a server that did not tell."""
+SPEED_VERDICT_FASTER: SpeedVerdict.ValueType  # 1
+"""All of it lies above 1."""
+SPEED_VERDICT_SLOWER: SpeedVerdict.ValueType  # 2
+"""All of it lies below 1."""
+SPEED_VERDICT_NOT_DISTINGUISHABLE: SpeedVerdict.ValueType  # 3
+"""It holds 1."""
+Global___SpeedVerdict: _TypeAlias = SpeedVerdict  # noqa: Y015
+
 @_typing.final
 class Job(_message.Message):
     """One compression of one model."""
@@ -263,7 +291,7 @@ class Progress(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     QUEUE_POSITION_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """The stage: "load", a technique, "measure", "report"."""
+    """The stage: "start_worker" (its process is being started), "load", "search" or a technique, "measure", "report"."""
     stage_index: _builtins.int
     """Its place among the stages, from 0."""
     stage_count: _builtins.int
@@ -273,7 +301,7 @@ class Progress(_message.Message):
     message: _builtins.str
     """One line for people."""
     queue_position: _builtins.int
-    """Jobs ahead of this one; 0 when running."""
+    """Jobs ahead of this one; 0 when it is the next, or running."""
     def __init__(
         self,
         *,
@@ -359,6 +387,11 @@ class ReportSummary(_message.Message):
     ACCURACY_DROP_FIELD_NUMBER: _builtins.int
     TOP1_AGREEMENT_FIELD_NUMBER: _builtins.int
     CONSTRAINTS_MET_FIELD_NUMBER: _builtins.int
+    SPEEDUP_LOW_FIELD_NUMBER: _builtins.int
+    SPEEDUP_HIGH_FIELD_NUMBER: _builtins.int
+    SPEED_VERDICT_FIELD_NUMBER: _builtins.int
+    CONTENTION_FIELD_NUMBER: _builtins.int
+    TRUSTED_FIELD_NUMBER: _builtins.int
     original_size_bytes: _builtins.int
     """Original as ONNX, external data included."""
     optimized_size_bytes: _builtins.int
@@ -371,6 +404,16 @@ class ReportSummary(_message.Message):
     """Share of samples on which both models name the same class."""
     constraints_met: _builtins.bool
     """Every constraint of the recipe is met."""
+    speedup_low: _builtins.float
+    """Lower end of the 95 % interval of `speedup`."""
+    speedup_high: _builtins.float
+    """Upper end of the 95 % interval of `speedup`."""
+    speed_verdict: Global___SpeedVerdict.ValueType
+    """What that interval allows to say."""
+    contention: _builtins.float
+    """Wall time over CPU time of the measurement, at its worst: 1 on a machine that does nothing else."""
+    trusted: _builtins.bool
+    """Whether other work on the machine left the figures alone."""
     def __init__(
         self,
         *,
@@ -380,23 +423,44 @@ class ReportSummary(_message.Message):
         accuracy_drop: _builtins.float | None = ...,
         top1_agreement: _builtins.float | None = ...,
         constraints_met: _builtins.bool = ...,
+        speedup_low: _builtins.float | None = ...,
+        speedup_high: _builtins.float | None = ...,
+        speed_verdict: Global___SpeedVerdict.ValueType = ...,
+        contention: _builtins.float | None = ...,
+        trusted: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_accuracy_drop", b"_accuracy_drop", "_speedup", b"_speedup", "_top1_agreement", b"_top1_agreement", "accuracy_drop", b"accuracy_drop", "speedup", b"speedup", "top1_agreement", b"top1_agreement"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_accuracy_drop", b"_accuracy_drop", "_contention", b"_contention", "_speedup", b"_speedup", "_speedup_high", b"_speedup_high", "_speedup_low", b"_speedup_low", "_top1_agreement", b"_top1_agreement", "_trusted", b"_trusted", "accuracy_drop", b"accuracy_drop", "contention", b"contention", "speedup", b"speedup", "speedup_high", b"speedup_high", "speedup_low", b"speedup_low", "top1_agreement", b"top1_agreement", "trusted", b"trusted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accuracy_drop", b"_accuracy_drop", "_speedup", b"_speedup", "_top1_agreement", b"_top1_agreement", "accuracy_drop", b"accuracy_drop", "constraints_met", b"constraints_met", "optimized_size_bytes", b"optimized_size_bytes", "original_size_bytes", b"original_size_bytes", "speedup", b"speedup", "top1_agreement", b"top1_agreement"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accuracy_drop", b"_accuracy_drop", "_contention", b"_contention", "_speedup", b"_speedup", "_speedup_high", b"_speedup_high", "_speedup_low", b"_speedup_low", "_top1_agreement", b"_top1_agreement", "_trusted", b"_trusted", "accuracy_drop", b"accuracy_drop", "constraints_met", b"constraints_met", "contention", b"contention", "optimized_size_bytes", b"optimized_size_bytes", "original_size_bytes", b"original_size_bytes", "speed_verdict", b"speed_verdict", "speedup", b"speedup", "speedup_high", b"speedup_high", "speedup_low", b"speedup_low", "top1_agreement", b"top1_agreement", "trusted", b"trusted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__accuracy_drop: _TypeAlias = _typing.Literal["accuracy_drop"]  # noqa: Y015
     _WhichOneofArgType__accuracy_drop: _TypeAlias = _typing.Literal["_accuracy_drop", b"_accuracy_drop"]  # noqa: Y015
+    _WhichOneofReturnType__contention: _TypeAlias = _typing.Literal["contention"]  # noqa: Y015
+    _WhichOneofArgType__contention: _TypeAlias = _typing.Literal["_contention", b"_contention"]  # noqa: Y015
     _WhichOneofReturnType__speedup: _TypeAlias = _typing.Literal["speedup"]  # noqa: Y015
     _WhichOneofArgType__speedup: _TypeAlias = _typing.Literal["_speedup", b"_speedup"]  # noqa: Y015
+    _WhichOneofReturnType__speedup_high: _TypeAlias = _typing.Literal["speedup_high"]  # noqa: Y015
+    _WhichOneofArgType__speedup_high: _TypeAlias = _typing.Literal["_speedup_high", b"_speedup_high"]  # noqa: Y015
+    _WhichOneofReturnType__speedup_low: _TypeAlias = _typing.Literal["speedup_low"]  # noqa: Y015
+    _WhichOneofArgType__speedup_low: _TypeAlias = _typing.Literal["_speedup_low", b"_speedup_low"]  # noqa: Y015
     _WhichOneofReturnType__top1_agreement: _TypeAlias = _typing.Literal["top1_agreement"]  # noqa: Y015
     _WhichOneofArgType__top1_agreement: _TypeAlias = _typing.Literal["_top1_agreement", b"_top1_agreement"]  # noqa: Y015
+    _WhichOneofReturnType__trusted: _TypeAlias = _typing.Literal["trusted"]  # noqa: Y015
+    _WhichOneofArgType__trusted: _TypeAlias = _typing.Literal["_trusted", b"_trusted"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__accuracy_drop) -> _WhichOneofReturnType__accuracy_drop | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__contention) -> _WhichOneofReturnType__contention | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__speedup) -> _WhichOneofReturnType__speedup | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__speedup_high) -> _WhichOneofReturnType__speedup_high | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__speedup_low) -> _WhichOneofReturnType__speedup_low | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top1_agreement) -> _WhichOneofReturnType__top1_agreement | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trusted) -> _WhichOneofReturnType__trusted | None: ...
 
 Global___ReportSummary: _TypeAlias = ReportSummary  # noqa: Y015
 
@@ -559,7 +623,7 @@ class WatchJobResponse(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Its number within the job, from 1; 0 in snapshots and heartbeats."""
+    """Its number within the job, from 1; 0 in snapshots, in heartbeats and in news of its place in the queue."""
     state: Global___JobState.ValueType
     """It changed its state."""
     @_builtins.property
@@ -572,7 +636,7 @@ class WatchJobResponse(_message.Message):
 
     @_builtins.property
     def progress(self) -> Global___Progress:
-        """It got on."""
+        """It got on, or its place in the queue is another one."""
 
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat:

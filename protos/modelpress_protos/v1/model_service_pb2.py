@@ -29,7 +29,7 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from modelpress_protos.v1 import common_pb2 as modelpress__protos_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(modelpress_protos/v1/model_service.proto\x12\rmodelpress.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a!modelpress_protos/v1/common.proto\"\x85\x05\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12*\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x1a.modelpress.v1.ModelFormat\x12\'\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x18.modelpress.v1.FileEntry\x12.\n\x0binput_hints\x18\x05 \x03(\x0b\x32\x19.modelpress.v1.TensorSpec\x12)\n\x06source\x18\x06 \x01(\x0b\x32\x19.modelpress.v1.SourceFile\x12)\n\x05state\x18\x07 \x01(\x0e\x32\x1a.modelpress.v1.Model.State\x12-\n\ninspection\x18\x08 \x01(\x0b\x32\x19.modelpress.v1.Inspection\x12!\n\x05\x65rror\x18\t \x01(\x0b\x32\x12.google.rpc.Status\x12\x30\n\x06labels\x18\n \x03(\x0b\x32 .modelpress.v1.Model.LabelsEntry\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\r \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"Z\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10STATE_PROCESSING\x10\x01\x12\x10\n\x0cSTATE_ACTIVE\x10\x02\x12\x12\n\x0eSTATE_REJECTED\x10\x03\"_\n\nSourceFile\x12*\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x1a.modelpress.v1.ModelFormat\x12%\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x15.modelpress.v1.Digest\"\xe6\x02\n\nInspection\x12)\n\x06inputs\x18\x01 \x03(\x0b\x32\x19.modelpress.v1.TensorSpec\x12*\n\x07outputs\x18\x02 \x03(\x0b\x32\x19.modelpress.v1.TensorSpec\x12:\n\top_counts\x18\x03 \x03(\x0b\x32\'.modelpress.v1.Inspection.OpCountsEntry\x12\x17\n\x0fparameter_count\x18\x04 \x01(\x03\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x03\x12\x11\n\x04macs\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\r\n\x05opset\x18\x07 \x01(\x03\x12\x10\n\x08producer\x18\x08 \x01(\t\x12(\n\x08\x66indings\x18\t \x03(\x0b\x32\x16.modelpress.v1.Finding\x1a/\n\rOpCountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x42\x07\n\x05_macs\"\xc0\x01\n\x07\x46inding\x12\x31\n\x08severity\x18\x01 \x01(\x0e\x32\x1f.modelpress.v1.Finding.Severity\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"d\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x11\n\rSEVERITY_INFO\x10\x01\x12\x14\n\x10SEVERITY_WARNING\x10\x02\x12\x15\n\x11SEVERITY_BLOCKING\x10\x03\"]\n\x12\x43reateModelRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12#\n\x05model\x18\x02 \x01(\x0b\x32\x14.modelpress.v1.Model\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"Z\n\x11ListModelsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\"S\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.modelpress.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"j\n\x12UpdateModelRequest\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.modelpress.v1.Model\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"0\n\x12\x44\x65leteModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t2\xfd\x02\n\x0cModelService\x12\x46\n\x0b\x43reateModel\x12!.modelpress.v1.CreateModelRequest\x1a\x14.modelpress.v1.Model\x12@\n\x08GetModel\x12\x1e.modelpress.v1.GetModelRequest\x1a\x14.modelpress.v1.Model\x12Q\n\nListModels\x12 .modelpress.v1.ListModelsRequest\x1a!.modelpress.v1.ListModelsResponse\x12\x46\n\x0bUpdateModel\x12!.modelpress.v1.UpdateModelRequest\x1a\x14.modelpress.v1.Model\x12H\n\x0b\x44\x65leteModel\x12!.modelpress.v1.DeleteModelRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(modelpress_protos/v1/model_service.proto\x12\rmodelpress.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a!modelpress_protos/v1/common.proto\"\xf5\x05\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12*\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x1a.modelpress.v1.ModelFormat\x12\'\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x18.modelpress.v1.FileEntry\x12.\n\x0binput_hints\x18\x05 \x03(\x0b\x32\x19.modelpress.v1.TensorSpec\x12)\n\x06source\x18\x06 \x01(\x0b\x32\x19.modelpress.v1.SourceFile\x12)\n\x05state\x18\x07 \x01(\x0e\x32\x1a.modelpress.v1.Model.State\x12-\n\ninspection\x18\x08 \x01(\x0b\x32\x19.modelpress.v1.Inspection\x12!\n\x05\x65rror\x18\t \x01(\x0b\x32\x12.google.rpc.Status\x12\x30\n\x06labels\x18\n \x03(\x0b\x32 .modelpress.v1.Model.LabelsEntry\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\r \x01(\t\x12\x38\n\x10inspection_stage\x18\x0e \x01(\x0e\x32\x1e.modelpress.v1.InspectionStage\x12\x1e\n\x11inspections_ahead\x18\x0f \x01(\x05H\x00\x88\x01\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"Z\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10STATE_PROCESSING\x10\x01\x12\x10\n\x0cSTATE_ACTIVE\x10\x02\x12\x12\n\x0eSTATE_REJECTED\x10\x03\x42\x14\n\x12_inspections_ahead\"_\n\nSourceFile\x12*\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x1a.modelpress.v1.ModelFormat\x12%\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x15.modelpress.v1.Digest\"\xe6\x02\n\nInspection\x12)\n\x06inputs\x18\x01 \x03(\x0b\x32\x19.modelpress.v1.TensorSpec\x12*\n\x07outputs\x18\x02 \x03(\x0b\x32\x19.modelpress.v1.TensorSpec\x12:\n\top_counts\x18\x03 \x03(\x0b\x32\'.modelpress.v1.Inspection.OpCountsEntry\x12\x17\n\x0fparameter_count\x18\x04 \x01(\x03\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x03\x12\x11\n\x04macs\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\r\n\x05opset\x18\x07 \x01(\x03\x12\x10\n\x08producer\x18\x08 \x01(\t\x12(\n\x08\x66indings\x18\t \x03(\x0b\x32\x16.modelpress.v1.Finding\x1a/\n\rOpCountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x42\x07\n\x05_macs\"\xc0\x01\n\x07\x46inding\x12\x31\n\x08severity\x18\x01 \x01(\x0e\x32\x1f.modelpress.v1.Finding.Severity\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"d\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x11\n\rSEVERITY_INFO\x10\x01\x12\x14\n\x10SEVERITY_WARNING\x10\x02\x12\x15\n\x11SEVERITY_BLOCKING\x10\x03\"]\n\x12\x43reateModelRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12#\n\x05model\x18\x02 \x01(\x0b\x32\x14.modelpress.v1.Model\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"Z\n\x11ListModelsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\"S\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.modelpress.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"j\n\x12UpdateModelRequest\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.modelpress.v1.Model\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"0\n\x12\x44\x65leteModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t*\x94\x01\n\x0fInspectionStage\x12 \n\x1cINSPECTION_STAGE_UNSPECIFIED\x10\x00\x12\x1b\n\x17INSPECTION_STAGE_QUEUED\x10\x01\x12$\n INSPECTION_STAGE_STARTING_WORKER\x10\x02\x12\x1c\n\x18INSPECTION_STAGE_RUNNING\x10\x03\x32\xfd\x02\n\x0cModelService\x12\x46\n\x0b\x43reateModel\x12!.modelpress.v1.CreateModelRequest\x1a\x14.modelpress.v1.Model\x12@\n\x08GetModel\x12\x1e.modelpress.v1.GetModelRequest\x1a\x14.modelpress.v1.Model\x12Q\n\nListModels\x12 .modelpress.v1.ListModelsRequest\x1a!.modelpress.v1.ListModelsResponse\x12\x46\n\x0bUpdateModel\x12!.modelpress.v1.UpdateModelRequest\x1a\x14.modelpress.v1.Model\x12H\n\x0b\x44\x65leteModel\x12!.modelpress.v1.DeleteModelRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,34 +40,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_INSPECTION_OPCOUNTSENTRY']._loaded_options = None
   _globals['_INSPECTION_OPCOUNTSENTRY']._serialized_options = b'8\001'
+  _globals['_INSPECTIONSTAGE']._serialized_start=2092
+  _globals['_INSPECTIONSTAGE']._serialized_end=2240
   _globals['_MODEL']._serialized_start=216
-  _globals['_MODEL']._serialized_end=861
-  _globals['_MODEL_LABELSENTRY']._serialized_start=724
-  _globals['_MODEL_LABELSENTRY']._serialized_end=769
-  _globals['_MODEL_STATE']._serialized_start=771
-  _globals['_MODEL_STATE']._serialized_end=861
-  _globals['_SOURCEFILE']._serialized_start=863
-  _globals['_SOURCEFILE']._serialized_end=958
-  _globals['_INSPECTION']._serialized_start=961
-  _globals['_INSPECTION']._serialized_end=1319
-  _globals['_INSPECTION_OPCOUNTSENTRY']._serialized_start=1263
-  _globals['_INSPECTION_OPCOUNTSENTRY']._serialized_end=1310
-  _globals['_FINDING']._serialized_start=1322
-  _globals['_FINDING']._serialized_end=1514
-  _globals['_FINDING_SEVERITY']._serialized_start=1414
-  _globals['_FINDING_SEVERITY']._serialized_end=1514
-  _globals['_CREATEMODELREQUEST']._serialized_start=1516
-  _globals['_CREATEMODELREQUEST']._serialized_end=1609
-  _globals['_GETMODELREQUEST']._serialized_start=1611
-  _globals['_GETMODELREQUEST']._serialized_end=1642
-  _globals['_LISTMODELSREQUEST']._serialized_start=1644
-  _globals['_LISTMODELSREQUEST']._serialized_end=1734
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1736
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1819
-  _globals['_UPDATEMODELREQUEST']._serialized_start=1821
-  _globals['_UPDATEMODELREQUEST']._serialized_end=1927
-  _globals['_DELETEMODELREQUEST']._serialized_start=1929
-  _globals['_DELETEMODELREQUEST']._serialized_end=1977
-  _globals['_MODELSERVICE']._serialized_start=1980
-  _globals['_MODELSERVICE']._serialized_end=2361
+  _globals['_MODEL']._serialized_end=973
+  _globals['_MODEL_LABELSENTRY']._serialized_start=814
+  _globals['_MODEL_LABELSENTRY']._serialized_end=859
+  _globals['_MODEL_STATE']._serialized_start=861
+  _globals['_MODEL_STATE']._serialized_end=951
+  _globals['_SOURCEFILE']._serialized_start=975
+  _globals['_SOURCEFILE']._serialized_end=1070
+  _globals['_INSPECTION']._serialized_start=1073
+  _globals['_INSPECTION']._serialized_end=1431
+  _globals['_INSPECTION_OPCOUNTSENTRY']._serialized_start=1375
+  _globals['_INSPECTION_OPCOUNTSENTRY']._serialized_end=1422
+  _globals['_FINDING']._serialized_start=1434
+  _globals['_FINDING']._serialized_end=1626
+  _globals['_FINDING_SEVERITY']._serialized_start=1526
+  _globals['_FINDING_SEVERITY']._serialized_end=1626
+  _globals['_CREATEMODELREQUEST']._serialized_start=1628
+  _globals['_CREATEMODELREQUEST']._serialized_end=1721
+  _globals['_GETMODELREQUEST']._serialized_start=1723
+  _globals['_GETMODELREQUEST']._serialized_end=1754
+  _globals['_LISTMODELSREQUEST']._serialized_start=1756
+  _globals['_LISTMODELSREQUEST']._serialized_end=1846
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1848
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1931
+  _globals['_UPDATEMODELREQUEST']._serialized_start=1933
+  _globals['_UPDATEMODELREQUEST']._serialized_end=2039
+  _globals['_DELETEMODELREQUEST']._serialized_start=2041
+  _globals['_DELETEMODELREQUEST']._serialized_end=2089
+  _globals['_MODELSERVICE']._serialized_start=2243
+  _globals['_MODELSERVICE']._serialized_end=2624
 # @@protoc_insertion_point(module_scope)

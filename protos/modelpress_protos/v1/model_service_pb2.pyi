@@ -23,6 +23,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _InspectionStage:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _InspectionStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InspectionStage.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    INSPECTION_STAGE_UNSPECIFIED: _InspectionStage.ValueType  # 0
+    """It has ended, or is not told."""
+    INSPECTION_STAGE_QUEUED: _InspectionStage.ValueType  # 1
+    """Waits for its turn, or for the job that inspects it on the way."""
+    INSPECTION_STAGE_STARTING_WORKER: _InspectionStage.ValueType  # 2
+    """Its worker process is being started."""
+    INSPECTION_STAGE_RUNNING: _InspectionStage.ValueType  # 3
+    """A worker looks at it."""
+
+class InspectionStage(_InspectionStage, metaclass=_InspectionStageEnumTypeWrapper):
+    """Where the inspection of a model stands."""
+
+INSPECTION_STAGE_UNSPECIFIED: InspectionStage.ValueType  # 0
+"""It has ended, or is not told."""
+INSPECTION_STAGE_QUEUED: InspectionStage.ValueType  # 1
+"""Waits for its turn, or for the job that inspects it on the way."""
+INSPECTION_STAGE_STARTING_WORKER: InspectionStage.ValueType  # 2
+"""Its worker process is being started."""
+INSPECTION_STAGE_RUNNING: InspectionStage.ValueType  # 3
+"""A worker looks at it."""
+Global___InspectionStage: _TypeAlias = InspectionStage  # noqa: Y015
+
 @_typing.final
 class Model(_message.Message):
     """An uploaded model."""
@@ -89,6 +117,8 @@ class Model(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    INSPECTION_STAGE_FIELD_NUMBER: _builtins.int
+    INSPECTIONS_AHEAD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """projects/{project}/models/{model}; made by the server, sorts by time."""
     display_name: _builtins.str
@@ -99,6 +129,10 @@ class Model(_message.Message):
     """Where it stands; output only."""
     etag: _builtins.str
     """Changes with every update; output only."""
+    inspection_stage: Global___InspectionStage.ValueType
+    """Where its inspection stands while it is PROCESSING; output only, of GetModel."""
+    inspections_ahead: _builtins.int
+    """Models whose inspection comes before this one's; output only, of GetModel, set while INSPECTION_STAGE_QUEUED."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileEntry]:
         """The manifest; immutable. At most 1,000 files."""
@@ -147,12 +181,16 @@ class Model(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        inspection_stage: Global___InspectionStage.ValueType = ...,
+        inspections_ahead: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "error", b"error", "inspection", b"inspection", "source", b"source", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_inspections_ahead", b"_inspections_ahead", "create_time", b"create_time", "error", b"error", "inspection", b"inspection", "inspections_ahead", b"inspections_ahead", "source", b"source", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "error", b"error", "etag", b"etag", "files", b"files", "format", b"format", "input_hints", b"input_hints", "inspection", b"inspection", "labels", b"labels", "name", b"name", "source", b"source", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_inspections_ahead", b"_inspections_ahead", "create_time", b"create_time", "display_name", b"display_name", "error", b"error", "etag", b"etag", "files", b"files", "format", b"format", "input_hints", b"input_hints", "inspection", b"inspection", "inspection_stage", b"inspection_stage", "inspections_ahead", b"inspections_ahead", "labels", b"labels", "name", b"name", "source", b"source", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__inspections_ahead: _TypeAlias = _typing.Literal["inspections_ahead"]  # noqa: Y015
+    _WhichOneofArgType__inspections_ahead: _TypeAlias = _typing.Literal["_inspections_ahead", b"_inspections_ahead"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__inspections_ahead) -> _WhichOneofReturnType__inspections_ahead | None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
 

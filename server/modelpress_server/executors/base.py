@@ -8,6 +8,9 @@ from typing import Protocol
 
 from modelpress_protos.internal.v1 import worker_pb2
 
+# Stage of the progress while a task waits for its worker process.
+START_WORKER = "start_worker"
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -54,7 +57,8 @@ class Executor(Protocol):
     ) -> worker_pb2.WorkerEvent:
         """Runs one task and returns its terminal event: inspected, compressed or failed.
 
-        Progress and log events go to `on_event`, called on the event loop. Raises WorkerLostError. Cancelling the
+        Progress and log events go to `on_event`, called on the event loop; while the task waits for its worker, the
+        stage is START_WORKER. Raises WorkerLostError. Cancelling the
         awaiting task kills the child's whole process group before CancelledError propagates.
         """
         ...

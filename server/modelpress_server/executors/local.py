@@ -18,11 +18,12 @@ from pathlib import Path
 
 from google.rpc import status_pb2
 from modelpress_protos.internal.v1 import worker_pb2
+from modelpress_protos.v1 import job_service_pb2
 
 from modelpress_server.clock import Clock, Waited
 from modelpress_server.config import SettingsError
 from modelpress_server.executors import lost
-from modelpress_server.executors.base import Limits, WorkerLostError
+from modelpress_server.executors.base import START_WORKER, Limits, WorkerLostError
 from modelpress_server.executors.child import (
     PREFIX,
     StartError,
@@ -50,6 +51,7 @@ MEMORY_POLL_S = 0.1
 _CAP_RESERVE_BYTES = 512 * 1024**2 + 32 * 1024**2 * (os.cpu_count() or 1)
 _TERMINAL = ("inspected", "compressed", "failed")
 _LAST_WORDS_S = 1.0
+WAITS_FOR_TURN = "waits until another job has measured"
 
 OnEvent = Callable[[worker_pb2.WorkerEvent], None]
 
@@ -122,6 +124,8 @@ class LocalExecutor:
     ) -> worker_pb2.WorkerEvent:
         """See `Executor.run`."""
         paths = self._check_folders(request)
+        if not self._spares.ready or self._turns.taken:
+            on_event(_starting_worker(WAITS_FOR_TURN if self._turns.taken else "its process loads the libraries"))
         try:
             worker = await self._spares.take()
         except (StartError, OSError) as error:
@@ -237,6 +241,8 @@ class _Run:
                 return done
 
     async def _give_turn(self) -> None:
+        if self._turns.taken:
+            self._events.remark(WAITS_FOR_TURN)
         began_s, paused_s = self._clock.now_s(), self._worker.paused_s
         await self._turns.take(self._worker)
         self._waited_s += self._clock.now_s() - began_s - (self._worker.paused_s - paused_s)
@@ -286,6 +292,10 @@ class _Run:
     def _take_line(self, line: str) -> None:
         self._memory_was_short |= lost.is_out_of_memory_line(line)
         self._events.log("INFO", self._redact(line))
+
+
+def _starting_worker(message: str) -> worker_pb2.WorkerEvent:
+    return worker_pb2.WorkerEvent(progress=job_service_pb2.Progress(stage=START_WORKER, message=message))
 
 
 def _log_incident(status: status_pb2.Status) -> None:

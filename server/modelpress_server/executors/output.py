@@ -34,6 +34,7 @@ class EventFilter:
         self._progress_time = -math.inf
         self._ended = False
         self._was_loaded = False
+        self._passed = job_service_pb2.Progress()
 
     def log(self, severity: str, text: str) -> None:
         """One line; control characters become spaces. When there have been too many, says so once."""
@@ -65,14 +66,19 @@ class EventFilter:
             if self._stages_left < 0:
                 return
         self._stage, self._progress_time, self._ended = progress.stage, now, self._ended or ends
-        passed = job_service_pb2.Progress(
+        self._passed = job_service_pb2.Progress(
             stage=printable(progress.stage[:MAX_STAGE_CHARS]),
             stage_index=progress.stage_index,
             stage_count=progress.stage_count,
             fraction=min(max(progress.fraction, 0.0), 1.0) if math.isfinite(progress.fraction) else 0.0,
             message=printable(progress.message[:MAX_MESSAGE_CHARS]),
         )
-        self._on_event(worker_pb2.WorkerEvent(progress=passed))
+        self._on_event(worker_pb2.WorkerEvent(progress=self._passed))
+
+    def remark(self, message: str) -> None:
+        """The server's own word on where the task is."""
+        self._passed.message = message
+        self._on_event(worker_pb2.WorkerEvent(progress=self._passed))
 
 
 class LineSplitter:

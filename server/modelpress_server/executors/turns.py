@@ -51,6 +51,11 @@ class MeasuringTurns:
         self._end: asyncio.TimerHandle | None = None
         self._used_s: dict[int, float] = {}
 
+    @property
+    def taken(self) -> bool:
+        """Whether somebody measures, or waits to."""
+        return self._holder is not None or bool(self._queue)
+
     async def take(self, worker: Pausable) -> None:
         """Returns when the worker may measure. Cancelling gives the place in the queue up."""
         if self._holder is worker or self._used_s.get(worker.pid, 0.0) >= MAX_TASK_S:

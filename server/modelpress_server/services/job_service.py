@@ -98,7 +98,9 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
                 f"Events up to {record.compacted_sequence} are no longer kept. Read the job, watch from its sequence.",
                 metadata={"compacted_sequence": str(record.compacted_sequence)},
             )
-        yield _event(snapshot=await self._message(record))
+        snapshot = await self._message(record)
+        position = snapshot.progress.queue_position
+        yield _event(snapshot=snapshot)
         ticket = self._notifier.ticket(record.id)
         try:
             while True:
@@ -114,6 +116,11 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
                     return
                 if self._notifier.closed:
                     raise draining()
+                if record.message.state == QUEUED:
+                    queued = (await self._message(record)).progress
+                    if queued.queue_position != position:
+                        position = queued.queue_position
+                        yield _event(progress=queued)
                 if not await wait_until(ticket, self._settings.heartbeat_s):
                     yield _event(heartbeat=job_service_pb2.Heartbeat())
         finally:
@@ -147,7 +154,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         project, job_id = parse_name(request.name, "jobs")
         record = await self._jobs.request_cancel(check_project(project), job_id)
         self._scheduler.cancel(job_id)
-        self._notifier.notify(job_id)
+        self._notifier.notify_all()
         return await self._message(record)
 
     async def DeleteJob(  # noqa: N802

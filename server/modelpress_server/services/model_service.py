@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from google.protobuf import empty_pb2
@@ -12,6 +11,7 @@ from modelpress_server.config import Settings
 from modelpress_server.interceptors import check_project
 from modelpress_server.listing import fitted, list_query, page_token
 from modelpress_server.names import format_name, new_id, parse_name, parse_project
+from modelpress_server.scheduler import Scheduler
 from modelpress_server.stores.base import BlobKey, ModelRecord, ModelStore
 from modelpress_server.stores.records import now_us, unique
 from modelpress_server.toolchain import toolchain_hash
@@ -27,12 +27,12 @@ MUTABLE = ("display_name", "labels")
 
 
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):
-    """Standard methods (AIP-131 to 135); `on_new_model` tells the scheduler."""
+    """Standard methods (AIP-131 to 135)."""
 
-    def __init__(self, settings: Settings, models: ModelStore, on_new_model: Callable[[], None]) -> None:
+    def __init__(self, settings: Settings, models: ModelStore, scheduler: Scheduler) -> None:
         self._settings = settings
         self._models = models
-        self._on_new_model = on_new_model
+        self._scheduler = scheduler
 
     async def CreateModel(  # noqa: N802  # the name of the method in the API
         self, request: model_service_pb2.CreateModelRequest, context: Any
@@ -51,14 +51,19 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         )
         blobs = unique(BlobKey.of(entry.digest) for entry in model.files)
         created = await self._models.create(record, blobs, request_id)
-        self._on_new_model()
+        self._scheduler.expect_job()
         return created.to_message()
 
     async def GetModel(  # noqa: N802
         self, request: model_service_pb2.GetModelRequest, context: Any
     ) -> model_service_pb2.Model:
         project, model_id = parse_name(request.name, "models")
-        return (await self._models.get(check_project(project), model_id)).to_message()
+        message = (await self._models.get(check_project(project), model_id)).to_message()
+        if message.state == _Model.STATE_PROCESSING:
+            message.inspection_stage = self._scheduler.inspection_stage(model_id)
+            if message.inspection_stage == model_service_pb2.INSPECTION_STAGE_QUEUED:
+                message.inspections_ahead = await self._models.processing_before(model_id)
+        return message
 
     async def ListModels(  # noqa: N802
         self, request: model_service_pb2.ListModelsRequest, context: Any

@@ -201,6 +201,10 @@ class ModelStore(Protocol):
         """The oldest model that waits for its inspection, is not in `busy`, and that no running job inspects anyway."""
         ...
 
+    async def processing_before(self, model_id: str) -> int:
+        """How many older models, of all projects, wait for their inspection or are inspected."""
+        ...
+
     async def finish_inspection(self, model_id: str, found: model_service_pb2.Model) -> None:
         """Stores state, format, inspection and error of `found`; nothing where the model is gone or was inspected."""
         ...

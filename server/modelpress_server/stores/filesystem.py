@@ -34,6 +34,7 @@ Result = TypeVar("Result")
 COPY_BYTES = 1024 * 1024
 IO_THREADS = 8
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MAKE_ROOM = "Delete models and jobs that are no longer needed, or ask the server's operator for space."
 
 
 class ArtifactError(Exception):
@@ -145,8 +146,7 @@ class FileBlobStore:
         free_bytes = (await self.run(shutil.disk_usage, self._root)).free
         if free_bytes - self._reserve_bytes < size_bytes:
             raise StorageFullError(
-                f"The server's disk is full: it has no room for {size_bytes / 1e6:,.1f} MB more. Delete models and jobs "
-                "that are no longer needed, or ask the server's operator for space."
+                f"The server's disk is full: it has no room for {size_bytes / 1e6:,.1f} MB more. {MAKE_ROOM}"
             )
 
     async def publish(self, partial: PartialFile, blob: BlobKey) -> None:
@@ -260,8 +260,7 @@ def full_disk_is_told() -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise StorageFullError(
-                "The server's disk is full; what was sent last is not stored. Delete models and jobs that are no longer "
-                "needed, or ask the server's operator for space."
+                f"The server's disk is full; what was sent last is not stored. {MAKE_ROOM}"
             ) from error
         raise
 

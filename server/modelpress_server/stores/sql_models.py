@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2
-from sqlalchemy import Connection, Row, delete, exists, insert, select, update
+from sqlalchemy import Connection, Row, delete, exists, func, insert, select, update
 
 from modelpress_server.errors import ResourceNotFoundError
 from modelpress_server.stores import records
@@ -95,6 +95,13 @@ class SqlModelStore:
                 .limit(1)
             ).first()
             return _record(row) if row is not None else None
+
+        return await self._database.read(work)
+
+    async def processing_before(self, model_id: str) -> int:
+        def work(connection: Connection) -> int:
+            older = (models.c.state == _State.STATE_PROCESSING) & (models.c.id < model_id)
+            return int(connection.execute(select(func.count()).select_from(models).where(older)).scalar_one())
 
         return await self._database.read(work)
 

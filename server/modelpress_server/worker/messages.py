@@ -18,6 +18,12 @@ _KINDS: Mapping[str, job_service_pb2.Artifact.Kind.ValueType] = {
     "report.json": _Kind.KIND_REPORT_JSON,
     "report.html": _Kind.KIND_REPORT_HTML,
 }
+_VERDICTS: Mapping[str, job_service_pb2.SpeedVerdict.ValueType] = {
+    "": job_service_pb2.SPEED_VERDICT_UNSPECIFIED,
+    "faster": job_service_pb2.SPEED_VERDICT_FASTER,
+    "slower": job_service_pb2.SPEED_VERDICT_SLOWER,
+    "not distinguishable": job_service_pb2.SPEED_VERDICT_NOT_DISTINGUISHABLE,
+}
 
 
 def spec_from_proto(message: common_pb2.TensorSpec) -> TensorSpec:
@@ -86,13 +92,20 @@ def summary_from_report(report: Mapping[str, Any]) -> job_service_pb2.ReportSumm
     latency = report["latency"]
     accuracy = report["accuracy"]
     fidelity = report["fidelity"] or {}
+    speedup = latency[0]["speedup"] if latency else None
+    measurement = report["measurement"] if latency else {}
     return job_service_pb2.ReportSummary(
         original_size_bytes=report["original"]["onnx_size_bytes"],
         optimized_size_bytes=report["optimized"]["size_bytes"],
-        speedup=latency[0]["speedup"]["median"] if latency else None,
+        speedup=speedup["median"] if speedup else None,
         accuracy_drop=accuracy["drop"] if accuracy else None,
         top1_agreement=fidelity.get("top1_agreement"),
         constraints_met=report["constraints"]["met"],
+        speedup_low=speedup["low"] if speedup else None,
+        speedup_high=speedup["high"] if speedup else None,
+        speed_verdict=_VERDICTS[speedup["verdict"] if speedup else ""],
+        contention=measurement.get("contention"),
+        trusted=measurement.get("trusted"),
     )
 
 

@@ -59,6 +59,7 @@ def run(request: worker_pb2.WorkerRequest, context: TaskContext) -> worker_pb2.W
 
 
 def _inspect(task: worker_pb2.InspectTask, context: TaskContext) -> worker_pb2.WorkerEvent:
+    context.events.progress("load", 0, 1, 0.0, "loading the model")
     return worker_pb2.WorkerEvent(inspected=_found(task.model, _load(task.model, context)))
 
 

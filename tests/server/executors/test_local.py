@@ -42,8 +42,9 @@ class TestATaskThatEndsWell:
         bench = await start_bench()
         await bench.answer("describe")
         progress = [event.progress for event in bench.events if event.WhichOneof("event") == "progress"]
-        assert [item.fraction for item in progress] == [0.0, 0.5, 1.0]
-        assert progress[0].message == "reading model.onnx"
+        assert [item.stage for item in progress] == ["start_worker", "stage 0.0", "stage 0.5", "stage 1.0"]
+        assert [item.fraction for item in progress] == [0.0, 0.0, 0.5, 1.0]
+        assert progress[1].message == "reading model.onnx"
         assert {"first", "second x", "printed in lib.py", "to stderr"} <= set(bench.lines)
         assert "printed before the task" not in bench.lines
 
@@ -230,7 +231,7 @@ class TestAWorkerThatTalksTooMuch:
         """Log lines and progress by the ten thousand are left out; a share that is no number becomes zero."""
         bench = await start_bench()
         await bench.run("flood-events")
-        progress = [event for event in bench.events if event.WhichOneof("event") == "progress"]
+        progress = [event for event in bench.events[1:] if event.WhichOneof("event") == "progress"]
         assert len(bench.lines) <= MAX_LINES
         assert len(progress) <= MAX_LINES
         assert {event.progress.fraction for event in progress} == {0.0}
@@ -244,6 +245,7 @@ class TestSpares:
         (folder,) = bench.root.glob("worker-*")
         answer = await bench.answer("describe")
         assert answer["directory"] == str(folder)
+        assert "start_worker" not in {event.progress.stage for event in bench.events}
         await until(lambda: bench.executor.ready_spares == 1)
         assert (await bench.answer("describe"))["pid"] != answer["pid"]
 

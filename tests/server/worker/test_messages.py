@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from modelpress_compression.inspection import Finding, Inspection
 from modelpress_compression.loaders.formats import FORMATS
+from modelpress_compression.measure.latency import Speedup
 from modelpress_compression.recipe import Recipe, presets
 from modelpress_compression.specs import DTYPES, TensorSpec
 from modelpress_protos import recipe as recipe_language
-from modelpress_protos.v1 import common_pb2, model_service_pb2
+from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2
 from modelpress_server.worker import messages
 
 dims = st.one_of(st.integers(0, 2**62), st.from_regex(r"[a-z]{1,8}", fullmatch=True), st.none())
@@ -75,6 +76,28 @@ def test_a_summary_leaves_out_what_was_not_measured() -> None:
     summary = messages.summary_from_report(report)
     assert (summary.original_size_bytes, summary.optimized_size_bytes) == (100, 25)
     assert not summary.HasField("speedup")
+    assert summary.speed_verdict == job_service_pb2.SPEED_VERDICT_UNSPECIFIED
+    assert not summary.HasField("trusted")
     assert not summary.HasField("accuracy_drop")
     assert not summary.HasField("top1_agreement")
     assert not summary.constraints_met
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (1.1, 1.3, job_service_pb2.SPEED_VERDICT_FASTER),
+        (0.9, 1.3, job_service_pb2.SPEED_VERDICT_NOT_DISTINGUISHABLE),
+        (0.9, 0.95, job_service_pb2.SPEED_VERDICT_SLOWER),
+    ],
+)
+def test_a_summary_says_what_the_interval_allows(low: float, high: float, verdict: int) -> None:
+    """The speed-up comes with its interval, the engine's own verdict, and whether other work disturbed it."""
+    report: dict[str, Any] = {
+        "original": {"onnx_size_bytes": 100}, "optimized": {"size_bytes": 25}, "accuracy": None,
+        "latency": [{"speedup": Speedup((low + high) / 2, low, high).to_dict()}], "fidelity": None,
+        "measurement": {"contention": 1.5, "trusted": True}, "constraints": {"met": True, "violations": []},
+    }  # fmt: skip
+    summary = messages.summary_from_report(report)
+    assert (summary.speedup_low, summary.speedup_high, summary.speed_verdict) == (low, high, verdict)
+    assert (summary.contention, summary.trusted) == (1.5, True)
