@@ -58,6 +58,10 @@ def describe(event: JobEvent) -> str:
     return _STATES.get(event.state, event.state.capitalize())
 
 
+def _is_at_work(event: JobEvent) -> bool:
+    return event.state == "RUNNING" and event.stage not in ("", START_WORKER)
+
+
 def describe_inspection(model: Model) -> str:
     """One line for where the inspection of a model stands."""
     text = _INSPECTION.get(model.inspection_stage, "Inspecting")
@@ -98,7 +102,7 @@ class Etas(defaultdict[str, Eta]):
 
     def of_job(self, event: JobEvent) -> Eta:
         """Counts from the first stage on: neither the queue nor the start of a worker says anything of the pace."""
-        if event.state == "RUNNING" and event.stage not in ("", START_WORKER):
+        if _is_at_work(event):
             self["job"].update(event.fraction)
         return self["job"]
 
@@ -133,7 +137,7 @@ class Lines(Silent):
     def event(self, event: JobEvent) -> None:
         """`Quantize (3/5): 60 %, calibrating, about 20 s left`."""
         text, left = describe(event), left_text(self._etas.of_job(event).left_s())
-        if event.state == "RUNNING" and event.stage != START_WORKER:
+        if _is_at_work(event):
             text = f"{text}: {_joined(units.percent(event.fraction), event.message, left)}"
         elif event.state == "RUNNING":
             text = _joined(text, event.message)
@@ -213,7 +217,7 @@ class Bars:
             self._end_stage(succeeded=event.state in ("RUNNING", "SUCCEEDED"))
             self._stage, self._stage_s = stage, self._clock()
         self._note = event.message
-        eta = self._etas.of_job(event) if event.state == "RUNNING" else None
+        eta = self._etas.of_job(event) if _is_at_work(event) else None
         self._progress.update(self._job, description=describe(event), completed=event.fraction, eta=eta)
 
     def inspection(self, model: Model) -> None:
