@@ -24,6 +24,7 @@ from modelpress_server.executors.base import Executor
 from modelpress_server.interceptors import Gate, Tokens
 from modelpress_server.janitor import Janitor, clear_work_folders
 from modelpress_server.lock import DataDirLock
+from modelpress_server.projects import Projects
 from modelpress_server.runs import RunResources
 from modelpress_server.scheduler import Scheduler
 from modelpress_server.services.job_service import JobService
@@ -103,6 +104,7 @@ class Server:
     async def start(self) -> None:
         """Opens the data folder, serves, and begins to schedule. Raises SettingsError."""
         settings = self._settings
+        self._projects = Projects(settings)
         tokens, credentials = Tokens.load(settings), _credentials(settings)
         self._lock.acquire()
         try:
@@ -146,17 +148,17 @@ class Server:
         models, jobs, index = SqlModelStore(database), SqlJobStore(database), SqlBlobIndex(database)
         self._executor = self._make_executor(settings)
         resources = RunResources(settings, self._executor, self._blobs, settings.data_dir / "work")
-        self._scheduler = Scheduler(resources, models, jobs, self._notifier)
+        self._scheduler = Scheduler(resources, self._projects, models, jobs, self._notifier, self._clock)
         self._gate = Gate(tokens)
         self._grpc = grpc.aio.server(interceptors=[self._gate], options=OPTIONS)
         self._uploads = UploadService(settings, self._blobs, index, self._clock)
         self._janitor = Janitor(settings, self._blobs, index, self._uploads.sessions)
         upload_service_pb2_grpc.add_UploadServiceServicer_to_server(self._uploads, self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelService(settings, models, self._scheduler), self._grpc
+            ModelService(settings, self._projects, models, self._scheduler), self._grpc
         )
         job_service_pb2_grpc.add_JobServiceServicer_to_server(
-            JobService(settings, jobs, models, index, self._scheduler, self._notifier), self._grpc
+            JobService(settings, self._projects, jobs, models, index, self._scheduler, self._notifier), self._grpc
         )
         server_service_pb2_grpc.add_ServerServiceServicer_to_server(
             ServerService(settings, jobs, self._executor), self._grpc

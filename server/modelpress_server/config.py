@@ -82,7 +82,18 @@ class Settings:
     inspect_time_limit_s: float = _setting(300.0, "Longest inspection of a model.", kind="seconds")
 
     max_blob_bytes: int = _setting(16 * GIB, "Largest file that can be uploaded, and largest artifact.", kind="bytes")
+    projects_file: Path | None = _setting(
+        None,
+        "TOML file with a table for each project that has other limits or another weight; read again when it changes.",
+        kind="path",
+    )
     max_queued_jobs: int = _setting(100, "Most queued jobs of one project.")
+    max_running_jobs: int = _setting(0, "Most jobs of one project that run at the same time; 0: no limit.")
+    max_models: int = _setting(10_000, "Most models of one project; 0: no limit.")
+    max_pending_models: int = _setting(100, "Most models of one project that wait for inspection; 0: no limit.")
+    requests_per_s: float = _setting(
+        0.0, "Most requests of one project a second, on average over ten seconds; 0: no limit."
+    )
     max_open_uploads: int = _setting(32, "Most unfinished uploads of one project.")
     max_chunk_bytes: int = _setting(2 * MIB, "Largest chunk of an upload.", kind="bytes")
     ack_interval_bytes: int = _setting(
@@ -102,6 +113,14 @@ class Settings:
     blob_ttl_s: float = _setting(
         24 * 3600.0, "A blob that no model or job uses is removed after so long.", kind="seconds"
     )
+    job_ttl_s: float = _setting(
+        0.0, "An ended job without the label pin is deleted so long after its end; 0: never.", kind="seconds"
+    )
+    model_ttl_s: float = _setting(
+        0.0,
+        "A model without the label pin is deleted so long after its last change or its last job; 0: never.",
+        kind="seconds",
+    )
     event_ttl_s: float = _setting(
         30 * 24 * 3600.0, "Events of a job are dropped so long after its end; its log stays.", kind="seconds"
     )
@@ -117,6 +136,10 @@ class Settings:
         self._require(0 <= self.worker_uid < 2**31, "worker_uid", "a user id or 0")
         for name in ("workers", "max_queued_jobs", "max_open_uploads", "max_blob_bytes", "ack_interval_bytes"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("max_running_jobs", "max_models", "max_pending_models", "requests_per_s"):
+            self._require(getattr(self, name) >= 0, name, "at least 0")
+        for name in ("job_ttl_s", "model_ttl_s"):
+            self._require(getattr(self, name) >= 0, name, "at least 0")
         for name in ("spare_workers", "worker_memory_bytes", "reserve_bytes", "drain_grace_s", "upload_takeover_s"):
             self._require(getattr(self, name) >= 0, name, "at least 0")
         for name in ("run_time_limit_s", "inspect_time_limit_s", "upload_idle_timeout_s", "upload_ttl_s", "blob_ttl_s"):

@@ -43,6 +43,11 @@ class IdGenerator:
 new_id = IdGenerator()
 
 
+def is_project(text: str) -> bool:
+    """Whether a text can be the name of a project."""
+    return _PROJECT.fullmatch(text) is not None
+
+
 def format_name(project: str, collection: Collection, resource_id: str) -> str:
     """`projects/{project}/{collection}/{id}`."""
     return f"projects/{project}/{collection}/{resource_id}"
@@ -51,7 +56,7 @@ def format_name(project: str, collection: Collection, resource_id: str) -> str:
 def parse_project(parent: str, field: str = "parent") -> str:
     """The project of `projects/{project}`. Raises InvalidFieldsError."""
     head, _, project = parent.partition("/")
-    if head != "projects" or not _PROJECT.fullmatch(project):
+    if head != "projects" or not is_project(project):
         raise _wrong(field, parent, "projects/{project}, the project of 1 to 63 characters [A-Za-z0-9_-]")
     return project
 

@@ -1,6 +1,7 @@
 """Hands models to inspect and queued jobs to the executor.
 
-The store is the truth; the scheduler only remembers what it has running. A job inspects its model on the way; models
+The store is the truth; the scheduler only remembers what it has running, and how much of it each project has had: they
+take turns, for jobs and for inspections. A job inspects its model on the way; models
 without a running job are inspected by themselves, in a place of their own, so that they need not wait for a long job.
 """
 
@@ -15,7 +16,10 @@ from typing import Any
 from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_protos.v1 import model_service_pb2
 
+from modelpress_server.clock import Clock
 from modelpress_server.executors.base import START_WORKER
+from modelpress_server.fairness import FairShare
+from modelpress_server.projects import Projects
 from modelpress_server.runs import JobRun, RunResources, inspect_model
 from modelpress_server.stores.base import JobRecord, JobStore, ModelRecord, ModelStore
 from modelpress_server.stores.records import now_us
@@ -30,9 +34,22 @@ FAULT_PAUSE_S = 2.0
 
 
 class Scheduler:
-    """Runs up to `settings.workers` jobs at the same time, oldest first."""
+    """Runs up to `settings.workers` jobs at the same time; projects take turns."""
 
-    def __init__(self, resources: RunResources, models: ModelStore, jobs: JobStore, notifier: Notifier) -> None:
+    def __init__(
+        self,
+        resources: RunResources,
+        projects: Projects,
+        models: ModelStore,
+        jobs: JobStore,
+        notifier: Notifier,
+        clock: Clock,
+    ) -> None:
+        self._clock = clock
+        self._job_share = FairShare(
+            lambda project: projects.limits(project).weight, lambda project: projects.limits(project).max_running_jobs
+        )
+        self._inspection_share = FairShare(lambda project: projects.limits(project).weight, lambda _: 0)
         self._resources = resources
         self._models = models
         self._jobs = jobs
@@ -99,7 +116,7 @@ class Scheduler:
     async def _fill(self) -> float:
         """Starts what there is room for; returns when to look again, in seconds."""
         while len(self._runs) < self._resources.settings.workers and not self._draining:
-            claim = await self._jobs.claim(now_us())
+            claim = await self._jobs.claim(now_us(), self._job_share.rank)
             for job_id in claim.ended:
                 self._notifier.notify(job_id)
             if claim.job is None and claim.ended:
@@ -109,6 +126,7 @@ class Scheduler:
             self._notifier.notify_all()  # those behind it have another place in the queue
             run = JobRun(self._resources, claim.job, self._jobs, self._models, self._notifier)
             self._runs[claim.job.id] = run
+            self._job_share.started(claim.job.project)
             self._spawn(claim.job.id, self._run(run, claim.job))
         else:
             # All workers are busy: nobody claims, so overdue jobs are looked for by their deadline.
@@ -121,10 +139,11 @@ class Scheduler:
 
     async def _begin_inspections(self) -> None:
         while len(self._inspecting) < INSPECTION_SLOTS and not self._draining:
-            model = await self._models.next_processing(tuple(self._inspecting))
+            model = await self._models.next_processing(tuple(self._inspecting), self._inspection_share.rank)
             if model is None:
                 break
             self._inspecting[model.id] = model_service_pb2.INSPECTION_STAGE_RUNNING
+            self._inspection_share.started(model.project)
             self._spawn(model.id, self._inspect(model))
 
     async def _expire_overdue(self) -> None:
@@ -137,12 +156,14 @@ class Scheduler:
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, run: JobRun, record: JobRecord) -> None:
+        began_s = self._clock.now_s()
         try:
             await run.run()
         except Exception:  # the record stays RUNNING and is taken up at the next start
             logger.exception("job %s: its end could not be stored", record.id)
         finally:
             del self._runs[record.id]
+            self._job_share.ended(record.project, self._clock.now_s() - began_s)
             self.wake()
 
     def _note_stage(self, model_id: str, event: worker_pb2.WorkerEvent) -> None:
@@ -155,6 +176,7 @@ class Scheduler:
             )
 
     async def _inspect(self, record: ModelRecord) -> None:
+        began_s = self._clock.now_s()
         try:
             found = await inspect_model(self._resources, record, partial(self._note_stage, record.id))
             await self._models.finish_inspection(record.id, found)
@@ -163,4 +185,5 @@ class Scheduler:
             await asyncio.sleep(FAULT_PAUSE_S)
         finally:
             self._inspecting.pop(record.id, None)
+            self._inspection_share.ended(record.project, self._clock.now_s() - began_s)
             self.wake()

@@ -27,6 +27,7 @@ class ScriptedExecutor:
         self.limits: list[Limits] = []
         self.gate = asyncio.Event()  # behaviour "wait" goes on when it is set
         self.running = asyncio.Event()
+        self.inspecting: list[dict[str, str]] = []  # what inspections were of, in order
         self.inspection_gate = asyncio.Event()
         self.inspection_gate.set()
         self.worker_gate = asyncio.Event()  # an inspection has its worker when it is set
@@ -47,6 +48,7 @@ class ScriptedExecutor:
     ) -> worker_pb2.WorkerEvent:
         self.limits.append(limits)
         if request.HasField("inspect"):
+            self.inspecting.append(script_of(request.inspect.model))
             _tell_stage(on_event, START_WORKER)
             await self.worker_gate.wait()
             _tell_stage(on_event, "load")

@@ -232,12 +232,17 @@ class JobSpec(_message.Message):
     RUN_TIMEOUT_FIELD_NUMBER: _builtins.int
     MAX_ATTEMPTS_FIELD_NUMBER: _builtins.int
     SKIP_CACHE_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """projects/{project}/models/{model}."""
     max_attempts: _builtins.int
     """How often a worker may be lost before the job fails; 0: 3. A model that cannot be compressed fails once."""
     skip_cache: _builtins.bool
     """Run even though an identical job has succeeded before."""
+    priority: _builtins.int
+    """Among the queued jobs of its project, those with a higher one come first: -100 to 100. It does not count against
+    other projects' jobs: projects take turns.
+    """
     @_builtins.property
     def recipe(self) -> _recipe_pb2.Recipe:
         """What to do; not set: the preset "default"."""
@@ -269,10 +274,11 @@ class JobSpec(_message.Message):
         run_timeout: _duration_pb2.Duration | None = ...,
         max_attempts: _builtins.int = ...,
         skip_cache: _builtins.bool = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "eval_data", b"eval_data", "queue_timeout", b"queue_timeout", "recipe", b"recipe", "run_timeout", b"run_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "eval_data", b"eval_data", "max_attempts", b"max_attempts", "model", b"model", "queue_timeout", b"queue_timeout", "recipe", b"recipe", "run_timeout", b"run_timeout", "skip_cache", b"skip_cache"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "eval_data", b"eval_data", "max_attempts", b"max_attempts", "model", b"model", "priority", b"priority", "queue_timeout", b"queue_timeout", "recipe", b"recipe", "run_timeout", b"run_timeout", "skip_cache", b"skip_cache"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -301,7 +307,7 @@ class Progress(_message.Message):
     message: _builtins.str
     """One line for people."""
     queue_position: _builtins.int
-    """Jobs ahead of this one; 0 when it is the next, or running."""
+    """About how many jobs are ahead of this one, while projects take turns; 0 when it is the next, or running."""
     def __init__(
         self,
         *,

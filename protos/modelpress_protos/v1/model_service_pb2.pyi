@@ -132,7 +132,9 @@ class Model(_message.Message):
     inspection_stage: Global___InspectionStage.ValueType
     """Where its inspection stands while it is PROCESSING; output only, of GetModel."""
     inspections_ahead: _builtins.int
-    """Models whose inspection comes before this one's; output only, of GetModel, set while INSPECTION_STAGE_QUEUED."""
+    """About how many inspections come before this one's, while projects take turns; output only, of GetModel, set while
+    INSPECTION_STAGE_QUEUED.
+    """
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileEntry]:
         """The manifest; immutable. At most 1,000 files."""

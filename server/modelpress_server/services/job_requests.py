@@ -18,6 +18,7 @@ from modelpress_server.validation import Checks, message_hash, request_key
 
 DEFAULT_ATTEMPTS = 3
 MAX_ATTEMPTS = 10
+MAX_PRIORITY = 100
 # So that a page of a list fits a gRPC message.
 MAX_JOB_BYTES = 256 * 1024
 
@@ -43,6 +44,7 @@ def check_job(
             _check_duration(checks, f"job.spec.{field.name}", value)
     in_range = 0 <= spec.max_attempts <= MAX_ATTEMPTS
     checks.require(in_range, "job.spec.max_attempts", f"{spec.max_attempts} is not in [0, {MAX_ATTEMPTS}]")
+    checks.require(abs(spec.priority) <= MAX_PRIORITY, "job.spec.priority", f"{spec.priority} is not in [-100, 100]")
     checks.labels("job.labels", request.job.labels)
     return checks, request_key(request.request_id, request.job, checks)
 

@@ -13,6 +13,7 @@ from modelpress_server.config import Settings
 from modelpress_server.interceptors import check_project, draining
 from modelpress_server.listing import fitted, list_query, page_token, wrong_field
 from modelpress_server.names import parse_name, parse_project
+from modelpress_server.projects import Projects
 from modelpress_server.scheduler import Scheduler
 from modelpress_server.services.job_requests import blobs_of, check_job, new_job
 from modelpress_server.stores.base import BlobIndex, JobRecord, JobStore, ModelStore
@@ -36,6 +37,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
     def __init__(
         self,
         settings: Settings,
+        projects: Projects,
         jobs: JobStore,
         models: ModelStore,
         index: BlobIndex,
@@ -43,6 +45,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         notifier: Notifier,
     ) -> None:
         self._settings = settings
+        self._projects = projects
         self._jobs = jobs
         self._models = models
         self._index = index
@@ -65,7 +68,8 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         if request.validate_only:
             return record.to_message()
         references = {*blobs.values(), *blobs_of(model.message).values()}
-        created = await self._jobs.create(record, references, request_id, max_queued=self._settings.max_queued_jobs)
+        max_queued = self._projects.limits(project).max_queued_jobs
+        created = await self._jobs.create(record, references, request_id, max_queued=max_queued)
         self._scheduler.wake()
         return await self._message(created)
 

@@ -11,8 +11,9 @@ from modelpress_server.config import Settings
 from modelpress_server.interceptors import check_project
 from modelpress_server.listing import fitted, list_query, page_token
 from modelpress_server.names import format_name, new_id, parse_name, parse_project
+from modelpress_server.projects import Projects
 from modelpress_server.scheduler import Scheduler
-from modelpress_server.stores.base import BlobKey, ModelRecord, ModelStore
+from modelpress_server.stores.base import BlobKey, ModelQuota, ModelRecord, ModelStore
 from modelpress_server.stores.records import now_us, unique
 from modelpress_server.toolchain import toolchain_hash
 from modelpress_server.validation import MAX_DISPLAY_NAME_CHARS, Checks, check_model, message_hash, request_key
@@ -29,7 +30,8 @@ MUTABLE = ("display_name", "labels")
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):
     """Standard methods (AIP-131 to 135)."""
 
-    def __init__(self, settings: Settings, models: ModelStore, scheduler: Scheduler) -> None:
+    def __init__(self, settings: Settings, projects: Projects, models: ModelStore, scheduler: Scheduler) -> None:
+        self._projects = projects
         self._settings = settings
         self._models = models
         self._scheduler = scheduler
@@ -50,7 +52,9 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
             message=model,
         )
         blobs = unique(BlobKey.of(entry.digest) for entry in model.files)
-        created = await self._models.create(record, blobs, request_id)
+        limits = self._projects.limits(project)
+        quota = ModelQuota(limits.max_models, limits.max_pending_models)
+        created = await self._models.create(record, blobs, request_id, most=quota)
         self._scheduler.expect_job()
         return created.to_message()
 

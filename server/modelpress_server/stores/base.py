@@ -168,14 +168,28 @@ class Claim:
     ended: tuple[str, ...] = field(default=())
 
 
+# Orders projects that have something waiting, the oldest first, by whose turn it is; leaves out who may not start more.
+Rank = Callable[[Sequence[str]], Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelQuota:
+    """Most models of a project, and most of them that wait for inspection; 0: no limit."""
+
+    models: int = 0
+    pending: int = 0
+
+
 class ModelStore(Protocol):
     """Models of all projects."""
 
-    async def create(self, record: ModelRecord, blobs: Collection[BlobKey], request: RequestKey | None) -> ModelRecord:
+    async def create(
+        self, record: ModelRecord, blobs: Collection[BlobKey], request: RequestKey | None, *, most: ModelQuota
+    ) -> ModelRecord:
         """Stores a model, or returns the one that the request id made before.
 
         An earlier inspection of the same content in the same project is taken over. Raises BlobMissingError,
-        RequestIdReusedError.
+        RequestIdReusedError, QuotaExceededError.
         """
         ...
 
@@ -197,12 +211,15 @@ class ModelStore(Protocol):
         """Raises ResourceNotFoundError, EtagMismatchError."""
         ...
 
-    async def next_processing(self, busy: Collection[str]) -> ModelRecord | None:
-        """The oldest model that waits for its inspection, is not in `busy`, and that no running job inspects anyway."""
+    async def next_processing(self, busy: Collection[str], rank: Rank) -> ModelRecord | None:
+        """The oldest model of the first ranked project that has one to inspect.
+
+        Not one in `busy`, nor one that a running job inspects anyway.
+        """
         ...
 
     async def processing_before(self, model_id: str) -> int:
-        """How many older models, of all projects, wait for their inspection or are inspected."""
+        """About how many inspections come before that of this model, when projects take turns one by one."""
         ...
 
     async def finish_inspection(self, model_id: str, found: model_service_pb2.Model) -> None:
@@ -236,15 +253,17 @@ class JobStore(Protocol):
         ...
 
     async def queue_positions(self) -> dict[str, int]:
-        """Jobs ahead of each queued job."""
+        """About how many jobs are ahead of each queued job, when projects take turns one by one."""
         ...
 
     async def counts(self) -> tuple[int, int]:
         """How many jobs are queued, and how many run."""
         ...
 
-    async def claim(self, now_us: int) -> Claim:
-        """Takes the oldest queued job whose model is ready: RUNNING, one attempt more.
+    async def claim(self, now_us: int, rank: Rank) -> Claim:
+        """Takes a queued job of the first ranked project: RUNNING, one attempt more.
+
+        Of a project's jobs, the one with the highest priority, then the oldest.
 
         Queued jobs of a rejected model end as FAILED, overdue ones as EXPIRED.
         """

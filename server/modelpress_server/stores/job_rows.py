@@ -53,6 +53,7 @@ def insert_job(connection: Connection, record: JobRecord) -> None:
             state=message.state,
             version=record.version,
             cache_key=record.cache_key,
+            priority=message.spec.priority,
             queue_deadline_us=_queue_deadline_us(message),
             end_time_us=None,
             last_sequence=0,

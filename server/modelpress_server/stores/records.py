@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -131,6 +132,20 @@ def page_of(connection: Connection, table: Table, query: ListQuery) -> tuple[Seq
         statement = statement.where(match)
     rows = connection.execute(statement.order_by(table.c.id.desc()).limit(query.page_size + 1)).all()
     return rows[: query.page_size], len(rows) > query.page_size
+
+
+def positions_in_turns(queued: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """How many are ahead of each of (project, id), in the order of each project's queue, when projects take turns."""
+    queues: dict[str, list[str]] = defaultdict(list)
+    for project, item_id in queued:
+        queues[project].append(item_id)
+    lengths = sorted(len(queue) for queue in queues.values())
+    positions = {}
+    for queue in queues.values():
+        for place, item_id in enumerate(queue):
+            # Before each round, every queue that is long enough has had one turn a round.
+            positions[item_id] = place + sum(min(place, length) for length in lengths) - min(place, len(queue))
+    return positions
 
 
 def unique(blobs: Iterable[BlobKey]) -> tuple[BlobKey, ...]:

@@ -19,6 +19,7 @@ from modelpress_server.stores.base import (
     LogLine,
     Outcome,
     Page,
+    Rank,
     RequestKey,
 )
 from modelpress_server.stores.database import Database
@@ -31,6 +32,7 @@ RUNNING = job_service_pb2.JOB_STATE_RUNNING
 CANCELLING = job_service_pb2.JOB_STATE_CANCELLING
 CANCELLED = job_service_pb2.JOB_STATE_CANCELLED
 QUEUE_FULL_RETRY_S = 15.0
+_QUEUE_ORDER = (jobs.c.priority.desc(), jobs.c.id)
 
 
 class SqlJobStore:
@@ -71,8 +73,10 @@ class SqlJobStore:
 
     async def queue_positions(self) -> dict[str, int]:
         def work(connection: Connection) -> dict[str, int]:
-            rows = connection.execute(select(jobs.c.id).where(jobs.c.state == QUEUED).order_by(jobs.c.id))
-            return {row.id: position for position, row in enumerate(rows)}
+            rows = connection.execute(
+                select(jobs.c.id, jobs.c.project).where(jobs.c.state == QUEUED).order_by(*_QUEUE_ORDER)
+            )
+            return records.positions_in_turns((str(row.project), str(row.id)) for row in rows)
 
         return await self._database.read(work)
 
@@ -88,8 +92,8 @@ class SqlJobStore:
 
         return await self._database.read(work)
 
-    async def claim(self, now_us: int) -> Claim:
-        return await self._database.write(lambda connection: _claim(connection, now_us))
+    async def claim(self, now_us: int, rank: Rank) -> Claim:
+        return await self._database.write(lambda connection: _claim(connection, now_us, rank))
 
     async def expire_overdue(self, now_us: int) -> tuple[str, ...]:
         return await self._database.write(lambda connection: tuple(_expire(connection, now_us)))
@@ -230,15 +234,28 @@ def _take_over_result(connection: Connection, record: JobRecord, cached: JobReco
     job_rows.finish_job(connection, record, outcome)
 
 
-def _claim(connection: Connection, now_us: int) -> Claim:
+def _claim(connection: Connection, now_us: int, rank: Rank) -> Claim:
     ended = _expire(connection, now_us)
+    waiting = select(jobs.c.project).where(jobs.c.state == QUEUED).group_by(jobs.c.project)
+    projects = connection.execute(waiting.order_by(func.min(jobs.c.id))).scalars().all()
+    for project in rank(projects):
+        claim = _claim_of(connection, project)
+        ended += claim.ended
+        if claim.job is not None:
+            return Claim(claim.job, tuple(ended))
+    return Claim(None, tuple(ended))
+
+
+def _claim_of(connection: Connection, project: str) -> Claim:
+    """The next job of a project; those of refused models end."""
     waiting = (
         select(jobs, models.c.message.label("model_message"))
         .outerjoin(models, models.c.id == jobs.c.model_id)
-        .where(jobs.c.state == QUEUED)
-        .order_by(jobs.c.id)
+        .where(jobs.c.state == QUEUED, jobs.c.project == project)
+        .order_by(*_QUEUE_ORDER)
         .with_for_update(of=jobs, skip_locked=True)
     )
+    ended: list[str] = []
     for row in connection.execute(waiting.limit(100)).all():
         record = job_rows.record_of(row)
         if row.model_message is not None:

@@ -6,15 +6,16 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2
-from sqlalchemy import Connection, Row, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, select, update
 
-from modelpress_server.errors import ResourceNotFoundError
+from modelpress_server.errors import QuotaExceededError, ResourceNotFoundError
 from modelpress_server.stores import records
-from modelpress_server.stores.base import BlobKey, ListQuery, ModelRecord, Page, RequestKey
+from modelpress_server.stores.base import BlobKey, ListQuery, ModelQuota, ModelRecord, Page, Rank, RequestKey
 from modelpress_server.stores.database import Database
 from modelpress_server.stores.tables import jobs, models
 
 _KIND = "model"
+QUOTA_RETRY_S = 30.0
 _State = model_service_pb2.Model
 _AT_WORK = (job_service_pb2.JOB_STATE_RUNNING, job_service_pb2.JOB_STATE_CANCELLING)
 
@@ -25,11 +26,14 @@ class SqlModelStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def create(self, record: ModelRecord, blobs: Collection[BlobKey], request: RequestKey | None) -> ModelRecord:
+    async def create(
+        self, record: ModelRecord, blobs: Collection[BlobKey], request: RequestKey | None, *, most: ModelQuota
+    ) -> ModelRecord:
         def work(connection: Connection) -> ModelRecord:
             earlier = records.earlier_request(connection, record.project, _KIND, request)
             if earlier is not None:
                 return fetch_model(connection, record.project, earlier)
+            _check_quota(connection, record.project, most)
             records.refer(connection, record.project, record.id, blobs)
             records.remember_request(connection, record.project, _KIND, request, record.id)
             message = _State()
@@ -82,26 +86,28 @@ class SqlModelStore:
 
         await self._database.write(work)
 
-    async def next_processing(self, busy: Collection[str]) -> ModelRecord | None:
+    async def next_processing(self, busy: Collection[str], rank: Rank) -> ModelRecord | None:
+        waits = and_(
+            models.c.state == _State.STATE_PROCESSING,
+            models.c.id.not_in(busy),
+            ~exists().where(jobs.c.model_id == models.c.id, jobs.c.state.in_(_AT_WORK)),
+        )
+
         def work(connection: Connection) -> ModelRecord | None:
-            row = connection.execute(
-                select(models)
-                .where(
-                    models.c.state == _State.STATE_PROCESSING,
-                    models.c.id.not_in(busy),
-                    ~exists().where(jobs.c.model_id == models.c.id, jobs.c.state.in_(_AT_WORK)),
-                )
-                .order_by(models.c.id)
-                .limit(1)
-            ).first()
-            return _record(row) if row is not None else None
+            waiting = select(models.c.project).where(waits).group_by(models.c.project)
+            projects = connection.execute(waiting.order_by(func.min(models.c.id))).scalars().all()
+            for project in rank(projects)[:1]:
+                oldest = select(models).where(waits, models.c.project == project).order_by(models.c.id).limit(1)
+                return _record(connection.execute(oldest).one())
+            return None
 
         return await self._database.read(work)
 
     async def processing_before(self, model_id: str) -> int:
         def work(connection: Connection) -> int:
-            older = (models.c.state == _State.STATE_PROCESSING) & (models.c.id < model_id)
-            return int(connection.execute(select(func.count()).select_from(models).where(older)).scalar_one())
+            processing = select(models.c.id, models.c.project).where(models.c.state == _State.STATE_PROCESSING)
+            rows = connection.execute(processing.order_by(models.c.id))
+            return records.positions_in_turns((str(row.project), str(row.id)) for row in rows).get(model_id, 0)
 
         return await self._database.read(work)
 
@@ -125,6 +131,25 @@ def fetch_model(connection: Connection, project: str, model_id: str) -> ModelRec
     if row is None:
         raise ResourceNotFoundError(f"There is no model {model_id} in project {project}.")
     return _record(row)
+
+
+def _check_quota(connection: Connection, project: str, most: ModelQuota) -> None:
+    """Raises QuotaExceededError."""
+    of_project = select(func.count()).select_from(models).where(models.c.project == project)
+    if most.models and connection.execute(of_project).scalar_one() >= most.models:
+        raise QuotaExceededError(
+            f"Project {project} has {most.models} models, the most that it may have. Delete some.",
+            subject=f"projects/{project}",
+            retry_after_s=QUOTA_RETRY_S,
+        )
+    pending = of_project.where(models.c.state == _State.STATE_PROCESSING)
+    if most.pending and connection.execute(pending).scalar_one() >= most.pending:
+        raise QuotaExceededError(
+            f"Project {project} has {most.pending} models that wait for their inspection, the most that it may have. "
+            "Wait, or delete some.",
+            subject=f"projects/{project}",
+            retry_after_s=QUOTA_RETRY_S,
+        )
 
 
 def _take_over_inspection(connection: Connection, record: ModelRecord, message: model_service_pb2.Model) -> None:

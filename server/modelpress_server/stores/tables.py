@@ -8,6 +8,7 @@ from __future__ import annotations
 from sqlalchemy import (
     BigInteger,
     Column,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -50,6 +51,7 @@ jobs = Table(
     Column("state", Integer, nullable=False),
     Column("version", Integer, nullable=False),
     Column("cache_key", LargeBinary(32), nullable=False),
+    Column("priority", Integer, nullable=False, server_default="0"),
     Column("queue_deadline_us", BigInteger),
     Column("end_time_us", BigInteger),
     Column("last_sequence", BigInteger, nullable=False),
@@ -124,6 +126,16 @@ blob_references = Table(
     Column("sha256", LargeBinary(32), primary_key=True),
     Column("project", String(63), nullable=False),
     Index("ix_blob_references_project_sha256", "project", "sha256"),
+)
+
+# What a project has used so far.
+usage = Table(
+    "usage",
+    metadata,
+    Column("project", String(63), primary_key=True),
+    Column("jobs", BigInteger, nullable=False),
+    Column("cpu_s", Float, nullable=False),
+    Column("run_s", Float, nullable=False),
 )
 
 # The job whose result serves identical ones; deleting the job deletes the entry.

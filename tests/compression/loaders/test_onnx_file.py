@@ -16,6 +16,7 @@ from modelpress_compression.errors import (
     UnsupportedOperatorError,
 )
 from modelpress_compression.loaders import load
+from modelpress_compression.loaders.onnx_check import MAX_NODES
 from modelpress_compression.model import Provenance
 from onnx import TensorProto, helper, numpy_helper
 from oracles.plain_run import run_onnx
@@ -131,6 +132,22 @@ def test_doubling_functions_are_refused(tmp_path: Path, make: SimpleNamespace) -
     with pytest.raises(RejectedModelError) as caught:
         load(make.write_onnx(proto, tmp_path / "m.onnx"))
     assert caught.value.metadata["finding"] == "FUNCTION_BOMB"
+
+
+@pytest.mark.parametrize("place", ["graph", "function", "branch"])
+def test_too_many_nodes_are_refused(tmp_path: Path, make: SimpleNamespace, place: str) -> None:
+    """A plain graph has a budget as well, wherever its nodes stand, and is refused before anything follows it."""
+    many = [helper.make_node("Relu", ["x"], ["y"])] * (MAX_NODES + 1)
+    functions = []
+    if place == "function":
+        functions, many = [helper.make_function("own", "F", ["x"], ["y"], many, [helper.make_opsetid("", 20)])], []
+    if place == "branch":
+        branch = helper.make_graph(many, "branch", [], [])
+        many = [helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)]
+    proto = make.onnx_model(many or calling("F"), functions=functions, domains={"own": 1})
+    with pytest.raises(RejectedModelError, match="more than 100000 nodes") as caught:
+        load(make.write_onnx(proto, tmp_path / "m.onnx"))
+    assert caught.value.metadata["finding"] == "TOO_MANY_NODES"
 
 
 @pytest.mark.parametrize("functions", [[("A", "A")], [("A", "B"), ("B", "A")]])
