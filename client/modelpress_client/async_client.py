@@ -230,9 +230,11 @@ class AsyncClient:
             document: Mapping[str, Any] | None = to_dict(recipe)
         else:
             document = recipes.local_document(recipe)
+        presets: Sequence[server_pb.Preset] = ()
         if document is None:
-            document = recipes.preset_document(str(recipe), (await self.server_info()).presets)
-        return recipes.build(document, overrides=overrides, metric=metric, max_drop=max_drop)
+            presets = (await self.server_info()).presets
+            document = recipes.preset_document(str(recipe), presets)
+        return recipes.build(document, overrides=overrides, metric=metric, max_drop=max_drop, presets=presets)
 
     async def job(self, name: str) -> AsyncJob:
         """Reads a job."""

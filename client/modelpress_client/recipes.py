@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from modelpress_protos import errors
 from modelpress_protos import recipe as language
+from modelpress_protos.schema import Violation
 from modelpress_protos.v1.recipe_pb2 import Recipe
 from modelpress_protos.v1.server_service_pb2 import Preset
 
@@ -17,6 +18,7 @@ from modelpress_client.errors import InvalidRecipeError, NotFoundError, UsageErr
 
 MAX_YAML_BYTES = 256 * 1024  # 256 KiB: far more than any recipe
 MAX_YAML_DEPTH = 50
+STEPS_PRESET = "auto"  # the preset whose steps are meant to be overridden, where the server has it
 
 
 class _Loader(yaml.SafeLoader):
@@ -92,8 +94,12 @@ def build(
     overrides: Sequence[str] = (),
     metric: str | None = None,
     max_drop: float | None = None,
+    presets: Iterable[Preset] = (),
 ) -> Recipe:
-    """The message: the document, then `overrides`, then the constraints. Raises InvalidRecipeError."""
+    """The message: the document, then `overrides`, then the constraints.
+
+    Raises InvalidRecipeError; where a step to override is missing, it names those of `presets` that have one.
+    """
     try:
         changed = language.apply_overrides(document, overrides)
         constraints = {"metric": metric, "max_drop": max_drop}
@@ -103,8 +109,27 @@ def build(
             changed["constraints"] = {**before, **given}
         return language.from_dict(changed)
     except errors.InvalidRecipeError as error:
-        lines = "\n".join(f"  {violation}" for violation in error.violations)
-        raise InvalidRecipeError(f"The recipe is not valid:\n{lines}", error.violations) from error
+        violations = [_with_hint(violation, document, presets) for violation in error.violations]
+        lines = "\n".join(f"  {violation}" for violation in violations)
+        raise InvalidRecipeError(f"The recipe is not valid:\n{lines}", violations) from error
+
+
+def _with_hint(violation: Violation, document: Mapping[str, Any], presets: Iterable[Preset]) -> Violation:
+    """Where a goal decides what is done, there is no step to override: presets with steps have one."""
+    technique = violation.path.partition(".")[0]
+    if technique not in language.STEP.by_name or document.get("steps") or not document.get("goal"):
+        return violation
+    having = [
+        preset.name
+        for preset in presets
+        if [step.WhichOneof("technique") for step in preset.recipe.steps].count(technique) == 1  # type: ignore[arg-type]
+    ]
+    having.sort(key=lambda name: (name != STEPS_PRESET, name))
+    asked = f"; with --recipe {having[0]} there is one" if having else ""
+    others = f" (also with {', '.join(having[1:])})" if having[1:] else ""
+    return Violation(
+        violation.path, f"the recipe has a goal, which decides by itself, and no {technique} step{asked}{others}"
+    )
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -408,6 +408,7 @@ class FakeServer(
         info = server_pb.ServerInfo(version="0.1.0", api_versions=["modelpress.v1"], max_chunk_bytes=CHUNK_BYTES)
         recipe = from_dict({"version": 1, "steps": [{"fuse": {}}, {"quantize": {"scheme": "auto"}}]})
         info.presets.add(name="default", summary="Good for most.", recipe=recipe)
+        info.devices.append("cpu")
         for technique in STEP.options:
             info.techniques.add(name=technique.name, summary=technique.help)
         return info

@@ -117,6 +117,20 @@ def test_bad_recipe_is_refused_before_the_upload(
     assert fake_server.seen == []
 
 
+def test_target(run_cli: RunCli, fake_server: Any, model_file: Path) -> None:
+    """cpu is taken; what the server cannot measure on is refused before the upload, with the reason."""
+    at = ("--server", fake_server.address)
+    ran = run_cli("upload", model_file, "--target", "cuda", *at)
+    assert ran.code == 2
+    assert "measures on cpu alone" in ran.err
+    assert "--set target.device=cuda" in ran.err
+    assert fake_server.seen == ["GetServerInfo"]
+    assert run_cli("upload", model_file, "--target", "cpu", "--detach", *at).code == 0
+    (job,) = fake_server.jobs.values()
+    assert job.spec.recipe.target.device == "cpu"
+    assert run_cli("upload", model_file, "--target", "toaster", *at).code == 2
+
+
 def test_unknown_preset(run_cli: RunCli, fake_server: Any, model_file: Path) -> None:
     """The presets are the server's; a near miss is named."""
     ran = run_cli("upload", model_file, "--recipe", "defalt", "--server", fake_server.address)

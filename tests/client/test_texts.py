@@ -23,6 +23,7 @@ from modelpress_client.report import Report, StepReport
 from modelpress_client.resources import job_event
 from modelpress_protos.v1 import common_pb2
 from modelpress_protos.v1.job_service_pb2 import JOB_STATE_FAILED, JOB_STATE_RUNNING, Job, Progress
+from modelpress_protos.v1.server_service_pb2 import Preset
 from rich.console import Console
 
 # --- inputs ------------------------------------------------------------------------------------------------------
@@ -110,6 +111,27 @@ def test_yaml_of_a_recipe_is_a_recipe(tmp_path: Path) -> None:
     recipe = recipes.build(document)
     (tmp_path / "r.yaml").write_text(recipes.to_yaml(recipe))
     assert recipes.build(recipes.load_yaml(tmp_path / "r.yaml")) == recipe
+
+
+def test_a_step_that_a_goal_lacks() -> None:
+    """Overriding one names the presets that have it, the one made for that first; no other preset is named."""
+    presets = [
+        Preset(name=name, recipe=recipes.build({"version": 1, **content}))
+        for name, content in {
+            "default": {"goal": {"objective": "balanced"}},
+            "a-static": {"steps": [{"fuse": {}}, {"quantize": {}}]},
+            "auto": {"steps": [{"fuse": {}}, {"quantize": {"scheme": "auto"}}]},
+            "twice": {"steps": [{"quantize": {}}, {"quantize": {}}]},
+        }.items()
+    ]
+    goal = {"version": 1, "goal": {"objective": "balanced"}}
+    with pytest.raises(InvalidRecipeError) as caught:
+        recipes.build(goal, overrides=["quantize.scheme=static"], presets=presets)
+    assert "no quantize step; with --recipe auto there is one (also with a-static)" in str(caught.value)
+    with pytest.raises(InvalidRecipeError, match=r"no prune step$"):
+        recipes.build(goal, overrides=["prune.sparsity=0.5"], presets=presets)
+    with pytest.raises(InvalidRecipeError, match="add one to its steps"):
+        recipes.build({"version": 1, "steps": [{"fuse": {}}]}, overrides=["quantize.scheme=static"], presets=presets)
 
 
 # --- names -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import shlex
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ class Wanted:
     max_latency: float | None
     min_speedup: float | None
     search_time: float | None
+    target: str | None
     allow_damage: bool
     output: Path | None
     report_dir: Path | None
@@ -56,6 +57,7 @@ class Wanted:
         values = {
             "goal.objective": self.goal,
             "goal.search_time_s": self.search_time,
+            "target.device": self.target,
             "constraints.max_size_bytes": None if self.max_size is None else int(self.max_size),
             "constraints.min_ratio": self.min_ratio,
             "constraints.max_latency_ms": None if self.max_latency is None else self.max_latency * 1e3,
@@ -183,6 +185,8 @@ async def _display(session: Session) -> AsyncIterator[Display]:
 
 
 async def _recipe(session: Session, wanted: Wanted) -> Any:
+    if wanted.target not in (None, "cpu"):
+        _check_target(wanted.target, (await session.client.server_info()).devices)
     recipe = await session.client.resolve_recipe(
         wanted.recipe, overrides=wanted.stated, metric=wanted.metric, max_drop=wanted.max_drop
     )
@@ -192,6 +196,16 @@ async def _recipe(session: Session, wanted: Wanted) -> Any:
             "without. Leave --recipe out, or state limits alone (--max-size, --min-speedup, ...)."
         )
     return recipe
+
+
+def _check_target(target: str | None, devices: Collection[str]) -> None:
+    if target not in devices:
+        training = " A GPU for training alone is --set target.device=cuda." if target == "cuda" else ""
+        raise UsageError(
+            f"This server measures on {', '.join(devices) or 'nothing'} alone, so it cannot say what a model for "
+            f"{target} would gain. Leave --target out, or ask a server that has {target}; 'info' lists what one has."
+            f"{training}"
+        )
 
 
 def _check_inputs(model: Model, inputs: tuple[str, ...]) -> None:

@@ -211,6 +211,11 @@ def compression_options(function: FunctionT) -> FunctionT:
             help="No further candidate is begun after this, as 10m.",
         ),
         click.option(
+            "--target",
+            type=click.Choice(["cpu", "openvino", "cuda", "tensorrt", "fpga"]),
+            help="What the result will run on, of what the server can measure on; see 'info'.  [default: cpu]",
+        ),
+        click.option(
             "--allow-damage",
             is_flag=True,
             help="Exit with 0 even if the result no longer resembles the original.",

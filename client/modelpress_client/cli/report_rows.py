@@ -128,6 +128,10 @@ def _latency_row(row: LatencyRow) -> Row:
         faster = speedup.median >= 1
         factor = speedup.median if faster else 1 / speedup.median
         word = "no clear difference" if even else f"{factor:.2f}x {'faster' if faster else 'slower'}"
+        # Medians of all rounds may say the opposite of the median round: then the word says which of the two it is.
+        p50 = row.original.p50_ms, row.optimized.p50_ms
+        if not even and p50[0] is not None and p50[1] is not None and (p50[0] >= p50[1]) != faster:
+            word += " round by round"
         change, good = f"{word}{interval}", None if even else faster
     return Row(
         f"p50 {provider}{threads}{batch}",

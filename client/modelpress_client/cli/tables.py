@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from google.protobuf.timestamp_pb2 import Timestamp
+from modelpress_protos.v1.job_service_pb2 import SpeedVerdict
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -34,7 +35,9 @@ _COLORS = {
     "RUNNING": "cyan",
     "PROCESSING": "cyan",
 }
-_MINUTE = "%Y-%m-%d %H:%M"
+_MINUTE = "%m-%d %H:%M"
+_CREATED = "Created UTC"
+WIDE = 100  # columns from which on lists show more than fits 80
 _SEVERITIES = {1: ("note", "dim"), 2: ("warning", "yellow"), 3: ("refused", "red")}
 
 
@@ -60,13 +63,15 @@ def facts(console: Console, rows: Iterable[tuple[str, str | Text]]) -> None:
 
 
 def print_models(console: Console, found: Sequence[Model]) -> None:
-    """One line a model."""
-    table = plain_table("Model", "State", "Format", "Size", "Created (UTC)", "File", right=(3,))
+    """One line a model; the format where there is room for it."""
+    wide = console.width >= WIDE
+    table = plain_table("Model", "State", *(["Format"] if wide else []), "Size", _CREATED, "File", right=(2 + wide,))
     for model in found:
+        form = model.format if model.format != "UNSPECIFIED" else ""
         table.add_row(
             short_name(model.name),
             _state(model.state),
-            model.format if model.format != "UNSPECIFIED" else "",
+            *([form] if wide else []),
             units.size(model.size_bytes),
             _time(model.message.create_time, _MINUTE),
             Text(model.display_name),
@@ -75,22 +80,64 @@ def print_models(console: Console, found: Sequence[Model]) -> None:
 
 
 def print_jobs(console: Console, found: Sequence[jobs_pb.Job]) -> None:
-    """One line a job."""
-    table = plain_table("Job", "State", "Model", "Size", "Speed-up", "Created (UTC)", "", right=(3, 4))
+    """One line a job; its model where there is room for it."""
+    wide = console.width >= WIDE
+    table = plain_table("Job", "State", *(["Model"] if wide else []), _CREATED, "Result")
     for job in found:
-        summary = job.summary
-        ended_well = job_state(job.state) == "SUCCEEDED"
-        sizes = f"{units.size(summary.original_size_bytes)} → {units.size(summary.optimized_size_bytes)}"
         table.add_row(
             short_name(job.name),
             _state(job_state(job.state)),
-            short_name(job.spec.model),
-            sizes if ended_well else "",
-            f"{summary.speedup:.2f}x" if summary.HasField("speedup") else "",
+            *([short_name(job.spec.model)] if wide else []),
             _time(job.create_time, _MINUTE),
-            Text(_remark(job), overflow="ellipsis", no_wrap=True),
+            Text(_result(job)),
         )
     console.print(table)
+
+
+def _result(job: jobs_pb.Job) -> str:
+    """`89.8 → 21.9 kB, 1.69x faster`, or what keeps it from a result."""
+    if job_state(job.state) != "SUCCEEDED":
+        return _remark(job)
+    summary = job.summary
+    sizes = _sizes(summary)
+    return "; ".join(filter(None, [", ".join(filter(None, [sizes, _speed(summary)])), _remark(job)]))
+
+
+def _sizes(summary: jobs_pb.ReportSummary) -> str:
+    """The unit once where both have the same."""
+    before, after = units.size(summary.original_size_bytes), units.size(summary.optimized_size_bytes)
+    (number, _, unit), same = before.partition(" "), after.partition(" ")[2]
+    return f"{number if unit == same else before} → {after}"
+
+
+def _speed(summary: jobs_pb.ReportSummary) -> str:
+    """A word beside every figure: a bare 0.98 says less than it seems to."""
+    if not summary.HasField("speedup"):
+        return ""
+    verdict, speedup = enum_name(SpeedVerdict, summary.speed_verdict, "SPEED_VERDICT_"), summary.speedup
+    return {
+        "FASTER": f"{speedup:.2f}x faster",
+        "SLOWER": f"{1 / max(speedup, 1e-9):.2f}x slower",
+        "NOT_DISTINGUISHABLE": "as fast",
+    }.get(verdict, f"{speedup:.2f} times the speed")
+
+
+def _measured_speed(summary: jobs_pb.ReportSummary) -> str:
+    """With its interval, and whether the machine was quiet."""
+    text = _speed(summary)
+    if summary.HasField("speedup_low") and summary.HasField("speedup_high"):
+        text += f"; round by round {summary.speedup:.2f} [{summary.speedup_low:.2f}, {summary.speedup_high:.2f}]"
+    if summary.HasField("trusted") and not summary.trusted:
+        text += f"; not to be relied on: wall time was {summary.contention:.1f} times CPU time"
+    return text
+
+
+def _measured_size(summary: jobs_pb.ReportSummary) -> str:
+    before, after = summary.original_size_bytes, summary.optimized_size_bytes
+    text = _sizes(summary)
+    if not before or not after or before == after:
+        return text
+    return f"{text}, {before / after:.2f}x smaller" if before > after else f"{text}, {after / before:.2f}x larger"
 
 
 def print_job(console: Console, job: jobs_pb.Job) -> None:
@@ -102,6 +149,8 @@ def print_job(console: Console, job: jobs_pb.Job) -> None:
             ("Job", job.name),
             ("State", _state(job_state(job.state))),
             ("", _remark(job)),
+            ("Size", _measured_size(job.summary) if job.HasField("summary") else ""),
+            ("Speed", _measured_speed(job.summary)),
             ("Error", f"{details.reason}: {job.error.message}" if job.error.message else ""),
             ("Model", job.spec.model),
             ("Attempt", str(job.attempt) if job.attempt > 1 else ""),
@@ -152,7 +201,9 @@ def print_presets(console: Console, presets: Iterable[server_pb.Preset]) -> None
     table = plain_table("Preset", "Steps", "Good for")
     for preset in presets:
         steps = " → ".join(step.WhichOneof("technique") or "" for step in preset.recipe.steps)
-        table.add_row(Text(preset.name, style="bold"), steps or "convert only", Text(preset.summary))
+        objective = preset.recipe.goal.objective or "balanced"
+        done = steps or (f"goal: {objective}" if preset.recipe.HasField("goal") else "convert only")
+        table.add_row(Text(preset.name, style="bold"), done, Text(preset.summary))
     console.print(table)
 
 
