@@ -186,11 +186,19 @@ class _GoalSearch:
         figures = [original, *(_figures(entry, one) for entry, one in zip(racers, times_s[1:], strict=True))]
         figures = [original, *(self._refused(one, original) for one in figures[1:])]
         choice = choose(figures, 0, self.goal.objective, _limits(self.recipe.limits))
+        if choice.taken:
+            self._tell_taken(racers[choice.taken - 1], figures[0], figures[choice.taken])
         shown = self._shown(racers, figures, choice)
         for row in shown:
             self.context.log(f"{row['name']}: {row['reason'] or 'taken'}")
         records = () if choice.taken == 0 else _steps(racers[choice.taken - 1], tuple(shown))
         return Pursuit(records, tuple(shown), tuple(self._advice(figures, choice, racers)))
+
+    def _tell_taken(self, entry: _Entry, original: Figures, taken: Figures) -> None:
+        number = 1 + next(place for place, other in enumerate(self.entries) if other is entry)
+        size = _change(taken.size_bytes, original.size_bytes)
+        speed = f"{original.time_s / taken.time_s:.2f}x"
+        self.context.progress(0.99, f"candidate {number} of {len(self.entries)}: {size}, {speed}; taken")
 
     def _times_s(self, paths: Sequence[Path]) -> Times:
         """[1 + candidates, rounds], the original first."""
@@ -267,7 +275,18 @@ class _GoalSearch:
         return self.context.work_directory / "goal" / name / "model.onnx"
 
     def _part(self, start: float, stop: float) -> Context:
-        return replace(self.context, progress=scaled(self.context.progress, start, stop))
+        return replace(self.context, progress=scaled(self._tell, start, stop))
+
+    def _tell(self, share: float, message: str) -> None:
+        """Says which candidate is being built, and the smallest so far that keeps the answers."""
+        sizes = [entry.candidate.size_bytes for entry in self.entries if not entry.candidate.reason]
+        so_far = f"; so far {_change(min(sizes), file_size_bytes(self.path))}" if sizes else ""
+        self.context.progress(share, f"candidate {len(self.entries) + 1}: {message}{so_far}")
+
+
+def _change(size_bytes: int, original_bytes: int) -> str:
+    share = 1 - size_bytes / original_bytes
+    return f"{abs(share):.0%} {'smaller' if share >= 0 else 'larger'}".replace("%", " %")
 
 
 def _figures(entry: _Entry, times_s: Times) -> Figures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jsonschema
@@ -88,3 +89,19 @@ def test_damage_is_a_broken_constraint_unless_allowed(digits: Model) -> None:
     assert any("resembles" in violation for violation in report["constraints"]["violations"])
     allowed = compress(digits, Recipe.from_dict(document | {"constraints": {"allow_damage": True}})).report
     assert allowed["constraints"]["met"]
+
+
+@pytest.mark.usefixtures("timed_by_size")
+def test_progress_says_what_is_tried_and_what_was_taken(digits: Model) -> None:
+    """Each candidate by its number, with the smallest so far; how many there are only once that is known."""
+    told: list[str] = []
+    report = compress(digits, goal(), on_progress=lambda *event: told.append(event[4])).report
+    (chosen,) = [number for number, row in enumerate(report["candidates"], start=1) if row["chosen"]]
+    (taken,) = [text for text in told if text.endswith("taken")]
+    count = len(report["candidates"])
+    assert re.fullmatch(rf"candidate {chosen} of {count}: \d\d % smaller, \d\.\d\dx; taken", taken)
+    built = [text for text in told if text.startswith("candidate ") and text != taken]
+    numbers = [int(text.split()[1].rstrip(":")) for text in built]
+    assert numbers == sorted(numbers)
+    assert 1 < max(numbers) <= count
+    assert any(re.search(r"; so far \d\d % smaller$", text) for text in built)
