@@ -194,6 +194,8 @@ _BY_REASON: dict[str, tuple[type[ModelpressError], bool]] = {
     "BLOB_MISSING": (TransferError, False),
     "UPLOAD_IDLE": (TransferError, True),
     "UNAUTHENTICATED": (AuthenticationError, False),
+    "PERMISSION_DENIED": (AuthenticationError, False),
+    "TOO_MANY_ATTEMPTS": (AuthenticationError, False),
 }
 INPUT_REASONS = frozenset(
     reason for reason, (kind, _) in _BY_REASON.items() if kind is UnusableInputError or reason == "INVALID_FIELDS"

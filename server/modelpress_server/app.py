@@ -19,9 +19,12 @@ from modelpress_protos.v1 import (
 )
 
 from modelpress_server.clock import Clock
-from modelpress_server.config import MAX_MESSAGE_BYTES, Settings, SettingsError
+from modelpress_server.config import MAX_MESSAGE_BYTES, TOKENS_NAME, Settings, SettingsError
 from modelpress_server.executors.base import Executor
-from modelpress_server.interceptors import Gate, Tokens
+from modelpress_server.identity.audit import AuditLog
+from modelpress_server.identity.authenticator import Authenticator
+from modelpress_server.identity.certificates import server_credentials
+from modelpress_server.interceptors import Gate
 from modelpress_server.janitor import Janitor, clear_work_folders
 from modelpress_server.lock import DataDirLock
 from modelpress_server.projects import Projects
@@ -47,7 +50,7 @@ SERVICES = (
     "modelpress.v1.ServerService",
 )
 # What the data folder holds besides work/, where workers have their folders.
-PRIVATE_NAMES = ("blobs", "uploads", "tmp", "modelpress.db")
+PRIVATE_NAMES = ("blobs", "uploads", "tmp", "modelpress.db", TOKENS_NAME)
 # How long streams get to store what they have once the server closes them.
 CLOSE_GRACE_S = 1.0
 OPTIONS = (
@@ -105,11 +108,12 @@ class Server:
         """Opens the data folder, serves, and begins to schedule. Raises SettingsError."""
         settings = self._settings
         self._projects = Projects(settings)
-        tokens, credentials = Tokens.load(settings), _credentials(settings)
+        authenticator, credentials = Authenticator(settings, self._clock), server_credentials(settings)
+        self._audit = AuditLog(settings.audit_log)
         self._lock.acquire()
         try:
             await self._open_stores()
-            self._build(tokens)
+            self._build(authenticator)
             self._bind(credentials)
             await self._executor.start()
             await self._scheduler.start()
@@ -134,6 +138,7 @@ class Server:
         await self._executor.close()
         await self._blobs.close()
         await self._database.close()
+        self._audit.close()
         self._lock.release()
 
     async def _open_stores(self) -> None:
@@ -143,13 +148,13 @@ class Server:
         await asyncio.to_thread(self._blobs.open)
         self._database = await asyncio.to_thread(Database.open, data_dir / "modelpress.db")
 
-    def _build(self, tokens: Tokens | None) -> None:
+    def _build(self, authenticator: Authenticator) -> None:
         settings, database = self._settings, self._database
         models, jobs, index = SqlModelStore(database), SqlJobStore(database), SqlBlobIndex(database)
         self._executor = self._make_executor(settings)
         resources = RunResources(settings, self._executor, self._blobs, settings.data_dir / "work")
         self._scheduler = Scheduler(resources, self._projects, models, jobs, self._notifier, self._clock)
-        self._gate = Gate(tokens)
+        self._gate = Gate(authenticator, self._projects, self._audit, self._clock)
         self._grpc = grpc.aio.server(interceptors=[self._gate], options=OPTIONS)
         self._uploads = UploadService(settings, self._blobs, index, self._clock)
         self._janitor = Janitor(settings, self._blobs, index, self._uploads.sessions)
@@ -183,20 +188,3 @@ class Server:
     async def _set_serving(self) -> None:
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-
-
-def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    if settings.tls_cert is None or settings.tls_key is None:
-        return None
-    chain, key = _read("tls_cert", settings.tls_cert), _read("tls_key", settings.tls_key)
-    client_ca = _read("tls_client_ca", settings.tls_client_ca) if settings.tls_client_ca is not None else None
-    return grpc.ssl_server_credentials(
-        [(key, chain)], root_certificates=client_ca, require_client_auth=client_ca is not None
-    )
-
-
-def _read(name: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SettingsError(f"{name}: cannot read {path}: {error.strerror}.") from error

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from modelpress_server.config import GIB, KIB, MIB, Settings, SettingsError
+from modelpress_server.token_commands import token
 
 ENV_PREFIX = "COMPRESS_SERVER_"
 _UNITS = {"": 1, "B": 1, "KIB": KIB, "K": KIB, "MIB": MIB, "M": MIB, "GIB": GIB, "G": GIB}
@@ -72,7 +73,9 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(package_name="modelpress")
 @click.option(
     "--config",
@@ -85,12 +88,16 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     help="TOML file with settings; its keys are the options' names with _ for -.",
 )
 @_options
-def command(**values: Any) -> None:
+@click.pass_context
+def command(ctx: click.Context, /, **values: Any) -> None:
     """Serves model compression over gRPC.
 
     Prints one line `listening on HOST:PORT` to stdout when it serves. SIGTERM and SIGINT: takes no new work, finishes
     or re-queues what runs, exits 0. Started again on the same data folder, it goes on where it was.
     """
+    ctx.obj = values
+    if ctx.invoked_subcommand is not None:
+        return
     try:
         settings = Settings(**values)
         logging.basicConfig(
@@ -102,6 +109,9 @@ def command(**values: Any) -> None:
         asyncio.run(_serve(settings))
     except SettingsError as error:
         raise click.UsageError(str(error)) from error
+
+
+command.add_command(token)
 
 
 async def _serve(settings: Settings) -> None:

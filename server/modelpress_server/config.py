@@ -16,6 +16,7 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+TOKENS_NAME = "tokens.json"  # in the data folder; kept by `compress-server token`
 SANDBOX_MODES = ("auto", "require", "off")
 # One gRPC message must hold a chunk and its frame; above this, gRPC answers RESOURCE_EXHAUSTED by itself.
 MAX_MESSAGE_BYTES = 4 * MIB
@@ -63,7 +64,18 @@ class Settings:
     )
     token: str | None = _setting(None, "Token that clients must send. Better in the environment or in --token-file.")
     token_file: Path | None = _setting(
-        None, "File of tokens, one a line: TOKEN [PROJECT ...]; without projects a token is good for all.", kind="path"
+        None,
+        "File of tokens, one a line: TOKEN [PROJECT[:ROLE] ...], or sha256:HEX as TOKEN; without projects for all.",
+        kind="path",
+    )
+    jwt_issuer: str | None = _setting(
+        None, "Take web tokens (OpenID Connect) of this issuer, as their claim iss spells it; with the next two."
+    )
+    jwt_audience: str | None = _setting(None, "What the web tokens' claim aud must hold.")
+    jwt_keys: str | None = _setting(None, "The issuer's public keys (JWKS): a file, or an https URL.")
+    jwt_claim: str = _setting("modelpress", "Claim of the web tokens that grants roles: {PROJECT: ROLE}.")
+    audit_log: Path | None = _setting(
+        None, "File for a line of JSON on each call that changes something; not set: the log.", kind="path"
     )
     insecure: bool = _setting(False, "Serve other machines without TLS and authentication.", kind="flag")
 
@@ -172,20 +184,25 @@ class Settings:
     @property
     def authenticates(self) -> bool:
         """Whether a client must prove who it is."""
-        return self.token is not None or self.token_file is not None or self.tls_client_ca is not None
+        given = (self.token, self.token_file, self.tls_client_ca, self.jwt_issuer)
+        return any(value is not None for value in given) or (self.data_dir / TOKENS_NAME).exists()
 
     def _check_exposure(self) -> None:
         host, _, port = self.listen.rpartition(":")
         self._require(bool(host) and port.isdecimal() and int(port) < 65536, "listen", "HOST:PORT")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingsError("tls_cert and tls_key go together; set both or none.")
+        jwt = (self.jwt_issuer, self.jwt_audience, self.jwt_keys)
+        if any(jwt) and not all(jwt):
+            raise SettingsError("jwt_issuer, jwt_audience and jwt_keys go together; set all or none.")
         if self.tls_client_ca is not None and not self.tls:
             raise SettingsError("tls_client_ca needs tls_cert and tls_key.")
         protected = self.tls and self.authenticates
         if self.host not in LOOPBACK_HOSTS and not protected and not self.insecure:
             raise SettingsError(
                 f"listen {self.listen}: other machines are served only with TLS (--tls-cert, --tls-key) and "
-                "authentication (--token-file or --tls-client-ca). Set them, listen on 127.0.0.1, or say --insecure."
+                "authentication (`compress-server token add`, --token-file, --jwt-issuer or --tls-client-ca). Set "
+                "them, listen on 127.0.0.1, or say --insecure."
             )
 
     def _require(self, holds: bool, name: str, expected: str) -> None:

@@ -5,6 +5,7 @@
     ├── RequestIdReusedError        INVALID_ARGUMENT     REQUEST_ID_REUSED
     ├── DigestMismatchError         INVALID_ARGUMENT     DIGEST_MISMATCH
     ├── UnauthenticatedError        UNAUTHENTICATED      UNAUTHENTICATED
+    ├── PermissionDeniedError       PERMISSION_DENIED    PERMISSION_DENIED
     ├── ResourceNotFoundError       NOT_FOUND            RESOURCE_NOT_FOUND
     ├── UploadExpiredError          NOT_FOUND            UPLOAD_EXPIRED
     ├── BlobMissingError            FAILED_PRECONDITION  BLOB_MISSING
@@ -19,6 +20,7 @@
     ├── QuotaExceededError          RESOURCE_EXHAUSTED   QUOTA_EXCEEDED
     ├── QueueFullError              RESOURCE_EXHAUSTED   QUEUE_FULL
     ├── StorageFullError            RESOURCE_EXHAUSTED   STORAGE_FULL
+    ├── TooManyAttemptsError        RESOURCE_EXHAUSTED   TOO_MANY_ATTEMPTS
     ├── UploadIdleError             DEADLINE_EXCEEDED    UPLOAD_IDLE
     ├── DrainingError               UNAVAILABLE          DRAINING
     └── InternalError               INTERNAL             INTERNAL, with an incident id
@@ -85,6 +87,14 @@ class DigestMismatchError(ServiceError):
 
 class UnauthenticatedError(ServiceError):
     """No token, or none that the server knows."""
+
+
+class PermissionDeniedError(ServiceError):
+    """The caller's role in the project does not allow this."""
+
+
+class TooManyAttemptsError(ServiceError):
+    """Too many wrong tokens came from this address."""
 
 
 class ResourceNotFoundError(ServiceError):
@@ -174,6 +184,8 @@ STATUS: Mapping[type[ServiceError], tuple[grpc.StatusCode, common_pb2.ErrorReaso
     RequestIdReusedError: (_CODE.INVALID_ARGUMENT, _REASON.ERROR_REASON_REQUEST_ID_REUSED),
     DigestMismatchError: (_CODE.INVALID_ARGUMENT, _REASON.ERROR_REASON_DIGEST_MISMATCH),
     UnauthenticatedError: (_CODE.UNAUTHENTICATED, _REASON.ERROR_REASON_UNAUTHENTICATED),
+    PermissionDeniedError: (_CODE.PERMISSION_DENIED, _REASON.ERROR_REASON_PERMISSION_DENIED),
+    TooManyAttemptsError: (_CODE.RESOURCE_EXHAUSTED, _REASON.ERROR_REASON_TOO_MANY_ATTEMPTS),
     ResourceNotFoundError: (_CODE.NOT_FOUND, _REASON.ERROR_REASON_RESOURCE_NOT_FOUND),
     UploadExpiredError: (_CODE.NOT_FOUND, _REASON.ERROR_REASON_UPLOAD_EXPIRED),
     BlobMissingError: (_CODE.FAILED_PRECONDITION, _REASON.ERROR_REASON_BLOB_MISSING),

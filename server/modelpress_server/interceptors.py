@@ -1,15 +1,13 @@
-"""What happens around every call: authentication, refusal while draining, and errors as rich status."""
+"""What happens around every call: who calls and what they may, refusal while draining, audit, errors as rich status."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -17,77 +15,75 @@ import grpc.aio
 from google.rpc import status_pb2
 
 from modelpress_server import errors
-from modelpress_server.config import Settings, SettingsError
+from modelpress_server.clock import Clock
+from modelpress_server.identity.audit import AuditLog, resource_of
+from modelpress_server.identity.authenticator import Authenticator
+from modelpress_server.identity.roles import ANYBODY, Caller, needed_role
+from modelpress_server.identity.throttle import Throttle
+from modelpress_server.projects import Projects
 
 logger = logging.getLogger(__name__)
 
 DETAILS_KEY = "grpc-status-details-bin"
 HEALTH_PREFIX = "/grpc.health."
+API_PREFIX = "/modelpress."
 DRAIN_RETRY_S = 2.0
+RATE_WINDOW_S = 10.0
 # Calls that bring new work; the others go on while running jobs get their grace.
 NEW_WORK = ("CreateUpload", "WriteUpload", "CreateModel", "CreateJob")
 
 Handler = Any  # grpc.RpcMethodHandler, which only type checkers may subscript
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
 
-# Projects that the caller of this call may name; None: all.
-_allowed_projects: ContextVar[frozenset[str] | None] = ContextVar("allowed_projects", default=None)
+
+@dataclass
+class Call:
+    """A call as far as it is known: for the checks inside the services, and for the audit log."""
+
+    path: str  # /modelpress.v1.JobService/CreateJob
+    caller: Caller = ANYBODY
+    project: str = ""
+    take_request: Callable[[str], None] = lambda project: None
+
+    @property
+    def method(self) -> str:
+        """CreateJob."""
+        return self.path.rpartition("/")[2]
+
+
+_call: ContextVar[Call] = ContextVar("call")
 
 
 def check_project(project: str) -> str:
-    """The project, where the caller may name it. Raises ResourceNotFoundError, as for one that does not exist."""
-    allowed = _allowed_projects.get()
-    if allowed is not None and project not in allowed:
+    """The project, where the caller may do there what this call does.
+
+    Raises ResourceNotFoundError, as for one that does not exist, PermissionDeniedError, QuotaExceededError.
+    """
+    call = _call.get()
+    role = call.caller.role(project)
+    if role is None:
         raise errors.ResourceNotFoundError(f"There is no project {project}.")
+    call.project = project
+    needed = needed_role(call.method)
+    if role < needed:
+        raise errors.PermissionDeniedError(
+            f"{call.method} needs the role {needed.name.lower()} in project {project}; this token has "
+            f"{role.name.lower()}. Ask the server's operator for another token.",
+            metadata={"role": role.name.lower(), "needed": needed.name.lower()},
+        )
+    call.take_request(project)
     return project
-
-
-class Tokens:
-    """The tokens that the server knows; only their hashes are compared, in constant time."""
-
-    def __init__(self, tokens: Mapping[str, frozenset[str] | None]) -> None:
-        self._projects = {hashlib.sha256(token.encode()).digest(): allowed for token, allowed in tokens.items()}
-
-    @classmethod
-    def load(cls, settings: Settings) -> Tokens | None:
-        """From the settings; None: the server asks for no token. Raises SettingsError."""
-        tokens: dict[str, frozenset[str] | None] = {}
-        if settings.token is not None:
-            tokens[settings.token.strip()] = None
-        if settings.token_file is not None:
-            tokens |= _read_token_file(settings.token_file)
-        if "" in tokens:
-            raise SettingsError("token: is empty; set a long random one.")
-        return cls(tokens) if tokens else None
-
-    def projects(self, authorization: str) -> frozenset[str] | None:
-        """Projects of the bearer of a token; None: all. Raises UnauthenticatedError."""
-        scheme, _, token = authorization.partition(" ")
-        given = hashlib.sha256(token.strip().encode(errors="replace")).digest()
-        found = [key for key in self._projects if hmac.compare_digest(key, given)]
-        if scheme.lower() != "bearer" or not found:
-            raise errors.UnauthenticatedError(
-                "This server asks for a token, and none that it knows was sent. Set --token or COMPRESS_TOKEN."
-            )
-        return self._projects[found[0]]
-
-
-def _read_token_file(path: Path) -> dict[str, frozenset[str] | None]:
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise SettingsError(f"token_file: cannot read {path}: {error.strerror}.") from error
-    words = [line.split() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not words:
-        raise SettingsError(f"token_file: {path} holds no token. Write one a line.")
-    return {token: frozenset(projects) or None for token, *projects in words}
 
 
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscriptable at run time
     """Around every call: who calls, whether the server still takes work, and what the client sees of an error."""
 
-    def __init__(self, tokens: Tokens | None) -> None:
-        self._tokens = tokens
+    def __init__(self, authenticator: Authenticator, projects: Projects, audit: AuditLog, clock: Clock) -> None:
+        self._authenticator = authenticator
+        self._projects = projects
+        self._audit = audit
+        self._clock = clock
+        self._requests = Throttle()
         self._draining = False
 
     def drain(self) -> None:
@@ -107,30 +103,70 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
                 authorization = value if isinstance(value, str) else value.decode("latin-1")
         return self._wrap(handler, method, authorization)
 
-    def _enter(self, method: str, authorization: str) -> None:
-        if not method.startswith(HEALTH_PREFIX) and self._tokens is not None:
-            _allowed_projects.set(self._tokens.projects(authorization))
-        if self._draining and method.rpartition("/")[2] in NEW_WORK:
+    async def _enter(self, call: Call, authorization: str, context: Any) -> None:
+        _call.set(call)
+        if not call.path.startswith(HEALTH_PREFIX):
+            call.caller = await self._authenticator.caller(authorization, context.peer(), _certificate_name(context))
+        call.take_request = self._take_request
+        if self._draining and call.method in NEW_WORK:
             raise draining()
+
+    def _take_request(self, project: str) -> None:
+        per_s = self._projects.limits(project).requests_per_s
+        if per_s <= 0:
+            return
+        burst, now_s = max(1.0, per_s * RATE_WINDOW_S), self._clock.now_s()
+        wait_s = self._requests.wait_s(project, now_s, burst, per_s)
+        if wait_s > 0:
+            raise errors.QuotaExceededError(
+                f"Project {project} sends more than {per_s:g} requests a second, the most that it may. Slow down.",
+                subject=f"projects/{project}",
+                retry_after_s=wait_s,
+            )
+        self._requests.take(project, now_s, burst, per_s)
+
+    def _note(self, call: Call, context: Any, outcome: str, *messages: Any) -> None:
+        if not call.path.startswith(API_PREFIX):
+            return
+        self._audit.write(
+            caller=call.caller.name,
+            peer=context.peer(),
+            method=call.method,
+            project=call.project,
+            resource=resource_of(*messages),
+            outcome=outcome,
+        )
 
     def _wrap(self, handler: Any, method: str, authorization: str) -> Handler:
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
         async def call(request: Any, context: Any) -> Any:
+            state, outcome, result = Call(method), "CANCELLED", None
             try:
-                self._enter(method, authorization)
+                await self._enter(state, authorization, context)
                 result = behaviour(request, context)
-                return await result if inspect.isawaitable(result) else result
+                if inspect.isawaitable(result):
+                    result = await result
+                outcome = "OK"
+                return result
             except Exception as error:  # noqa: BLE001  # every error of a call becomes a status here
+                outcome = _outcome(error)
                 await _abort(context, method, error)
+            finally:
+                self._note(state, context, outcome, result, request)
 
         async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+            state, outcome = Call(method), "CANCELLED"
             try:
-                self._enter(method, authorization)
+                await self._enter(state, authorization, context)
                 async for response in behaviour(request, context):
                     yield response
+                outcome = "OK"
             except Exception as error:  # noqa: BLE001  # as above
+                outcome = _outcome(error)
                 await _abort(context, method, error)
+            finally:
+                self._note(state, context, outcome, request)
 
         wrapped = stream if inspect.isasyncgenfunction(behaviour) else call
         kinds = {
@@ -142,6 +178,16 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
         make: Any = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
         made: Handler = make(wrapped, handler.request_deserializer, handler.response_serializer)
         return made
+
+
+def _outcome(error: Exception) -> str:
+    known = errors.STATUS.get(type(error))  # type: ignore[arg-type]  # others are not in it
+    return errors.reason_name(known[1]) if known is not None else "INTERNAL"
+
+
+def _certificate_name(context: Any) -> str:
+    names = context.auth_context().get("x509_common_name", ())
+    return names[0].decode("utf-8", "replace") if names else ""
 
 
 def draining() -> errors.DrainingError:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
+from authority import Authority
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from modelpress_protos.formats import FORMATS
@@ -45,27 +45,6 @@ async def test_tokens(serve: Serve, tmp_path: Path) -> None:
         health = health_pb2_grpc.HealthStub(client.channel)
         answer = await health.Check(health_pb2.HealthCheckRequest())
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
-
-
-class Authority:
-    """A certificate authority for 127.0.0.1, made with the openssl command."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.file, self._key = folder / "authority.pem", folder / "authority.key"
-        self._openssl("-subj", "/CN=authority", "-keyout", self._key, "-out", self.file)
-
-    def issue(self, name: str) -> tuple[Path, Path]:
-        """Certificate and key files."""
-        cert, key = self._folder / f"{name}.pem", self._folder / f"{name}.key"
-        signer = ("-CA", self.file, "-CAkey", self._key, "-addext", "subjectAltName=IP:127.0.0.1")
-        leaf = ("-addext", "basicConstraints=critical,CA:FALSE")
-        self._openssl("-subj", f"/CN={name}", "-keyout", key, "-out", cert, *signer, *leaf)
-        return cert, key
-
-    def _openssl(self, *options: str | Path) -> None:
-        new = ("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1")
-        subprocess.run(["openssl", *new, *options], check=True, capture_output=True)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command makes the certificates")
@@ -154,7 +133,7 @@ async def test_a_bug_is_an_incident_without_details(
 ) -> None:
     """An unexpected exception is INTERNAL with an incident id; the text of it stands in the log only."""
 
-    def broken(gate: Gate, method: str, authorization: str) -> None:
+    async def broken(gate: Gate, *_: object) -> None:
         raise KeyError("/secret/path")
 
     monkeypatch.setattr(Gate, "_enter", broken)

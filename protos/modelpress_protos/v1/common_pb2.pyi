@@ -141,6 +141,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAUTHENTICATED: no token, or none that the server knows."""
     ERROR_REASON_BLOB_MISSING: _ErrorReason.ValueType  # 30
     """FAILED_PRECONDITION: a blob is not there (any more); upload it, then call again."""
+    ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 40
+    """PERMISSION_DENIED: the caller's role in the project does not allow this call."""
+    ERROR_REASON_TOO_MANY_ATTEMPTS: _ErrorReason.ValueType  # 41
+    """RESOURCE_EXHAUSTED: too many wrong tokens came from this address; RetryInfo."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or a job failed: `google.rpc.ErrorInfo.reason` in domain "modelpress", without the prefix ERROR_REASON_."""
@@ -207,6 +211,10 @@ ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 29
 """UNAUTHENTICATED: no token, or none that the server knows."""
 ERROR_REASON_BLOB_MISSING: ErrorReason.ValueType  # 30
 """FAILED_PRECONDITION: a blob is not there (any more); upload it, then call again."""
+ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 40
+"""PERMISSION_DENIED: the caller's role in the project does not allow this call."""
+ERROR_REASON_TOO_MANY_ATTEMPTS: ErrorReason.ValueType  # 41
+"""RESOURCE_EXHAUSTED: too many wrong tokens came from this address; RetryInfo."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

@@ -1,0 +1,150 @@
+"""JSON web tokens of an OpenID provider: RFC 7519, keys as of RFC 7517.
+
+Signature, issuer, audience and time are checked by PyJWT; only signatures with key pairs are taken, so that nobody who
+can read the keys can sign. The keys come from a file or an URL and are looked up again when a token names a new one.
+
+    "modelpress": {"team-a": "submitter"}           the claim that holds the grants (--jwt-claim), as a table
+    "modelpress": ["team-a:submitter", "team-b"]    or as a list, as of --grant
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import urllib.request
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jwt
+
+from modelpress_server.clock import Clock
+from modelpress_server.config import LOOPBACK_HOSTS, Settings, SettingsError
+from modelpress_server.identity.roles import Caller, Role, parse_grant
+from modelpress_server.identity.tokens import digest
+from modelpress_server.watched_file import WatchedFile
+
+logger = logging.getLogger(__name__)
+
+ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
+LEEWAY_S = 30.0
+KEYS_FRESH_S = 300.0
+# A token may name any key: for an unknown one the provider is asked no more often than this.
+REFETCH_S = 30.0
+FETCH_TIMEOUT_S = 5.0
+MAX_KEYS_BYTES = 1024 * 1024
+MAX_TOKEN_CHARS = 16 * 1024
+CACHED = 1000
+
+Keys = Mapping[str | None, jwt.PyJWK]
+
+
+class KeySource:
+    """The provider's keys by id: of a file, or of an URL."""
+
+    def __init__(self, location: str, clock: Clock) -> None:
+        """Raises SettingsError for a file that cannot be read and for an URL without TLS."""
+        self._clock = clock
+        self._url = location if "://" in location else ""
+        self._file: WatchedFile[Keys] | None = None
+        if not self._url:
+            self._file = WatchedFile(Path(location), lambda path: _parse(path.read_bytes()), "jwt_keys")
+        elif urllib.request.urlparse(location).scheme != "https" and (  # type: ignore[attr-defined]  # not in the stubs
+            urllib.request.urlparse(location).hostname not in LOOPBACK_HOSTS  # type: ignore[attr-defined]
+        ):
+            raise SettingsError(f"jwt_keys: {location}: keys are fetched over https only.")
+        self._fetched: Keys = {}
+        self._fetched_at_s = float("-inf")
+        self._tried_at_s = float("-inf")
+        self._fetching = asyncio.Lock()
+
+    async def key(self, key_id: str | None) -> jwt.PyJWK | None:
+        """The key with an id; None: there is none."""
+        if self._file is not None:
+            return self._file.get().get(key_id)
+        async with self._fetching:
+            now_s = self._clock.now_s()
+            wanted = key_id not in self._fetched or now_s - self._fetched_at_s > KEYS_FRESH_S
+            if wanted and now_s - self._tried_at_s > REFETCH_S:
+                self._tried_at_s = now_s
+                await self._fetch()
+        return self._fetched.get(key_id)
+
+    async def _fetch(self) -> None:
+        try:
+            self._fetched = _parse(await asyncio.to_thread(_download, self._url))
+            self._fetched_at_s = self._clock.now_s()
+        except (OSError, SettingsError) as error:
+            logger.error("jwt_keys: %s cannot be read; the keys that are known hold: %s", self._url, error)
+
+
+class JwtVerifier:
+    """Turns a web token into a caller."""
+
+    def __init__(self, settings: Settings, keys: KeySource) -> None:
+        self._issuer = settings.jwt_issuer
+        self._audience = settings.jwt_audience
+        self._claim = settings.jwt_claim
+        self._keys = keys
+        self._seen: OrderedDict[bytes, tuple[Caller, float]] = OrderedDict()
+
+    def remembered(self, token: str, now_s: float) -> Caller | None:
+        """Whom a token names that was verified before and has not expired."""
+        caller, expires_s = self._seen.get(digest(token), (None, 0.0))
+        return caller if now_s < expires_s else None
+
+    async def verify(self, token: str) -> Caller | None:
+        """Whom it names; None: it is not of this provider, for this server, and valid now."""
+        if len(token) > MAX_TOKEN_CHARS:
+            return None
+        try:
+            key = await self._keys.key(jwt.get_unverified_header(token).get("kid"))
+            if key is None:
+                return None
+            claims = jwt.decode(
+                token,
+                key,
+                algorithms=list(ALGORITHMS),
+                issuer=self._issuer,
+                audience=self._audience,
+                leeway=LEEWAY_S,
+                options={"require": ["exp", "iss", "aud", "sub"]},
+            )
+            caller = Caller(f"jwt:{claims['sub']}", _grants(claims.get(self._claim)))
+        except (jwt.InvalidTokenError, ValueError, TypeError, NotImplementedError) as error:
+            logger.debug("a web token was refused: %s", error)
+            return None
+        self._remember(digest(token), caller, float(claims["exp"]))
+        return caller
+
+    def _remember(self, key: bytes, caller: Caller, expires_s: float) -> None:
+        self._seen[key] = caller, expires_s
+        while len(self._seen) > CACHED:
+            self._seen.popitem(last=False)
+
+
+def _grants(claim: Any) -> Mapping[str, Role]:
+    """Raises ValueError for a claim that says something else; none: no project."""
+    if claim is None:
+        return {}
+    texts = [f"{project}:{role}" for project, role in claim.items()] if isinstance(claim, dict) else claim
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("the claim with the grants is neither a table nor a list of texts")
+    return dict(map(parse_grant, texts))
+
+
+def _parse(document: bytes) -> Keys:
+    try:
+        found = jwt.PyJWKSet.from_json(document.decode())
+    except (ValueError, TypeError, KeyError, AttributeError, jwt.PyJWTError, json.JSONDecodeError) as error:
+        raise SettingsError(f"jwt_keys: it is no set of keys (RFC 7517): {error}") from error
+    # A shared secret would let everybody sign who can read the keys.
+    return {key.key_id: key for key in found.keys if key.key_type != "oct"}
+
+
+def _download(url: str) -> bytes:
+    # The scheme was checked when the server started; a redirect to another one is refused by urllib for files.
+    with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT_S) as response:  # noqa: S310
+        return bytes(response.read(MAX_KEYS_BYTES))
