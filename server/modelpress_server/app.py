@@ -75,6 +75,7 @@ def local_executor(settings: Settings) -> Executor:
     return LocalExecutor(
         spares=settings.spare_workers,
         sandbox=settings.sandbox,
+        measure_cores=settings.measure_core_numbers,
         temp_root=settings.data_dir / "work",
         private=private_paths(settings),
         first_uid=settings.worker_uid,

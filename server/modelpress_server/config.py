@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,16 @@ def default_worker_memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 4 // 5
 
 
+def _cores(text: str) -> tuple[int, ...]:
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise SettingsError(f"measure_cores: {text!r} is not a list of processors, such as 2,3 or 2-3.")
+        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(found))
+
+
 def _setting(default: Any, text: str, *, kind: str = "", choices: tuple[str, ...] = ()) -> Any:
     """A field with what the command line needs to know of it; `kind` is bytes, seconds, count, path or flag."""
     metadata = {"help": text, "kind": kind, "choices": choices}
@@ -54,6 +65,9 @@ class Settings:
         1, "Jobs that run at the same time. Each measures latency: more than one disturb each other."
     )
     spare_workers: int = _setting(1, "Idle worker processes kept warm, so that a job need not wait for imports.")
+    measure_cores: str | None = _setting(
+        None, "Processors that latency is measured on, as 2,3 or 2-3; best ones that nothing else is given."
+    )
 
     tls_cert: Path | None = _setting(
         None, "Certificate chain of the server (PEM); with --tls-key, turns TLS on.", kind="path"
@@ -162,9 +176,17 @@ class Settings:
             1024 <= self.max_chunk_bytes <= MAX_MESSAGE_BYTES - 64 * KIB, "max_chunk_bytes", "1 KiB to 3.9 MiB"
         )
         self._require(self.sandbox in SANDBOX_MODES, "sandbox", " or ".join(SANDBOX_MODES))
+        if unusable := sorted(set(self.measure_core_numbers) - os.sched_getaffinity(0)):
+            may = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
+            raise SettingsError(f"measure_cores: the server may not run on {unusable[0]}; it may on {may}.")
         # Workers have a current folder of their own: a relative path would be another one there.
         object.__setattr__(self, "data_dir", self.data_dir.expanduser().absolute())
         self._check_exposure()
+
+    @property
+    def measure_core_numbers(self) -> tuple[int, ...]:
+        """The processors of `measure_cores`; empty: any. Raises SettingsError."""
+        return () if self.measure_cores is None else _cores(self.measure_cores)
 
     @property
     def host(self) -> str:

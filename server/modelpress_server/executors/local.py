@@ -61,6 +61,7 @@ class LocalExecutor:
 
     `temp_root`: folder that holds the workers' private folders and, somewhere below it, the folders of all tasks: a
     sandboxed worker sees nothing else. `sandbox`: auto, require or off. `tasks`: module (or file) that runs the tasks.
+    `measure_cores`: the processors that measuring is pinned to; none: wherever the kernel likes.
     `private`: files and folders that no worker may read. `first_uid`: workers run as users from this one on, where the
     server may change users; 0: as the server's own.
     """
@@ -74,6 +75,7 @@ class LocalExecutor:
         tasks: str = DEFAULT_TASKS,
         private: Sequence[Path] = (),
         first_uid: int = 0,
+        measure_cores: tuple[int, ...] = (),
         clock: Clock | None = None,
     ) -> None:
         self.sandbox_level = 0
@@ -84,7 +86,7 @@ class LocalExecutor:
         command = WorkerCommand(self._root, sandbox, tasks, tuple(private))
         self._private = command.private
         self._running: set[Worker] = set()
-        self._turns = MeasuringTurns(lambda: self._running)
+        self._turns = MeasuringTurns(lambda: self._running, self._clock, measure_cores)
         self._spares = SparePool(spares, lambda: self._start_worker(command), self._clock)
 
     @property
@@ -246,7 +248,7 @@ class _Run:
         began_s, paused_s = self._clock.now_s(), self._worker.paused_s
         await self._turns.take(self._worker)
         self._waited_s += self._clock.now_s() - began_s - (self._worker.paused_s - paused_s)
-        self._worker.send(worker_pb2.WorkerRequest(turn=worker_pb2.MeasuringTurn()))
+        self._worker.send(worker_pb2.WorkerRequest(turn=worker_pb2.MeasuringTurn(cores=self._turns.cores)))
 
     async def _converse(self) -> worker_pb2.WorkerEvent | None:
         """Passes events on until the terminal one; None: the worker has closed its end before."""

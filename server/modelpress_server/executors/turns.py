@@ -17,6 +17,8 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Protocol
 
+from modelpress_server.clock import Clock
+
 logger = logging.getLogger(__name__)
 
 MAX_TURN_S = 120.0
@@ -38,17 +40,19 @@ class Pausable(Protocol):
 
 
 class MeasuringTurns:
-    """`running`: the workers that have a task now."""
+    """`running`: the workers that have a task now. `cores`: those that measuring is pinned to; none: wherever."""
 
-    def __init__(self, running: Callable[[], Iterable[Pausable]]) -> None:
+    def __init__(self, running: Callable[[], Iterable[Pausable]], clock: Clock, cores: tuple[int, ...] = ()) -> None:
+        self.cores = cores
         self._running = running
+        self._clock = clock
         self._changed = asyncio.Event()
         self._holder: Pausable | None = None
         self._queue: list[Pausable] = []
         self._paused: list[Pausable] = []
         self._starts = 0
         self._since_s = 0.0
-        self._end: asyncio.TimerHandle | None = None
+        self._end: asyncio.Task[None] | None = None
         self._used_s: dict[int, float] = {}
 
     @property
@@ -66,9 +70,8 @@ class MeasuringTurns:
         finally:
             self._queue.remove(worker)
             self._notify()
-        loop = asyncio.get_running_loop()
-        self._holder, self._since_s = worker, loop.time()
-        self._end = loop.call_later(MAX_TURN_S, self._overdue, worker)
+        self._holder, self._since_s = worker, self._clock.now_s()
+        self._end = asyncio.create_task(self._end_overdue(worker))
         # Those in the queue wait already, and do nothing.
         self._paused = [other for other in self._running() if other is not worker and other not in self._queue]
         for other in self._paused:
@@ -79,7 +82,7 @@ class MeasuringTurns:
         if self._holder is not worker or self._end is None:
             return
         self._end.cancel()
-        self._used_s[worker.pid] = self._used_s.get(worker.pid, 0.0) + asyncio.get_running_loop().time() - self._since_s
+        self._used_s[worker.pid] = self._used_s.get(worker.pid, 0.0) + self._clock.now_s() - self._since_s
         for other in self._paused:
             other.resume()
         self._paused, self._holder, self._end = [], None, None
@@ -107,7 +110,8 @@ class MeasuringTurns:
             self._starts -= 1
             self._notify()
 
-    def _overdue(self, worker: Pausable) -> None:
+    async def _end_overdue(self, worker: Pausable) -> None:
+        await self._clock.sleep(MAX_TURN_S)
         logger.warning("worker %d has measured for %g s; the others go on", worker.pid, MAX_TURN_S)
         self.release(worker)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +29,29 @@ class TaskContext:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """While no other worker of the server runs: for measuring latency. Waits for its turn."""
+        """While no other worker of the server runs: for measuring latency, on the cores that the server names.
+
+        Waits for its turn. Threads that are started within run on these cores as well.
+        """
         self.events.send(worker_pb2.WorkerEvent(turn=worker_pb2.MeasuringTurn()))
         # Whatever comes, or the end of the pipe: the server knows best whether there is a turn to wait for.
         with self.clock.held():
-            read_frame(self.requests, worker_pb2.WorkerRequest)
+            answer = read_frame(self.requests, worker_pb2.WorkerRequest)
         try:
-            yield
+            with _on_cores(answer.turn.cores if answer is not None else ()):
+                yield
         finally:
             self.events.send(worker_pb2.WorkerEvent(turn=worker_pb2.MeasuringTurn(ended=True)))
+
+
+@contextmanager
+def _on_cores(cores: Collection[int]) -> Iterator[None]:
+    """Pins this thread, and those that it starts meanwhile; without cores it stays as it is."""
+    before = os.sched_getaffinity(0)
+    if cores:
+        os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        if cores:
+            os.sched_setaffinity(0, before)

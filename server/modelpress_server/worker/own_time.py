@@ -47,6 +47,7 @@ class OwnClock:
     @contextmanager
     def held(self) -> Iterator[None]:
         """While this lasts, no time passes."""
+        self._read_at_s = float("-inf")
         before_s = self()
         try:
             yield

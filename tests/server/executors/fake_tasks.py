@@ -229,6 +229,17 @@ def _measure(context: TaskContext, output: Path, argument: str) -> Any:
     return {"clock": context.clock()}
 
 
+def _affinity(context: TaskContext, output: Path, argument: str) -> Any:
+    """The processors that it may run on before, within and after a turn, and a thread that began within."""
+    found = {"before": sorted(os.sched_getaffinity(0))}
+    with context.alone():
+        found["within"] = sorted(os.sched_getaffinity(0))
+        thread = threading.Thread(target=lambda: found.update(thread=sorted(os.sched_getaffinity(0))))
+        thread.start()
+        thread.join()
+    return {**found, "after": sorted(os.sched_getaffinity(0))}
+
+
 def _count(context: TaskContext, output: Path, argument: str) -> Any:
     """Counts in the file `argument` until it is told to stop; how much time passed on its own clock and on the wall."""
     own, wall, number = context.clock(), time.monotonic(), 0
@@ -236,12 +247,14 @@ def _count(context: TaskContext, output: Path, argument: str) -> Any:
         number += 1
         (context.directory.parent / argument).write_text(str(number), "ascii")
         time.sleep(0.005)
-    time.sleep(0.6)  # until what the clock has read is no longer fresh
+    with context.clock.held():
+        pass  # what the clock has read is read again
     return {"own_s": context.clock() - own, "wall_s": time.monotonic() - wall}
 
 
 _BEHAVIOURS = {
     "measure": _measure,
+    "affinity": _affinity,
     "count": _count,
     "describe": _describe,
     "crash": _crash,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,9 @@ from typing import Any
 import pytest
 from manual_clock import ManualClock
 from modelpress_server.clock import Clock
-from modelpress_server.executors import turns
 from modelpress_server.executors.base import Limits
 from modelpress_server.executors.local import _Run
-from modelpress_server.executors.turns import MeasuringTurns
+from modelpress_server.executors.turns import MAX_TASK_S, MAX_TURN_S, MeasuringTurns
 from server_harness import until
 
 
@@ -38,6 +38,12 @@ def workers() -> list[Fake]:
     return [Fake(number) for number in range(3)]
 
 
+@pytest.fixture
+def gate(workers: list[Fake], clock: ManualClock) -> MeasuringTurns:
+    """Their turns, on a clock that the test moves."""
+    return MeasuringTurns(lambda: workers, clock)
+
+
 def state_of(pid: int) -> str:
     """The letter that the kernel gives: R, S, T when stopped."""
     return Path(f"/proc/{pid}/stat").read_text("ascii").rsplit(")", 1)[1].split()[0]
@@ -49,18 +55,16 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-async def test_the_others_stand_still_until_the_end(workers: list[Fake]) -> None:
+async def test_the_others_stand_still_until_the_end(gate: MeasuringTurns, workers: list[Fake]) -> None:
     """A turn stops all but its holder, its end lets all go on."""
-    gate = MeasuringTurns(lambda: workers)
     await gate.take(workers[0])
     assert [worker.paused for worker in workers] == [0, 1, 1]
     gate.release(workers[0])
     assert [worker.paused for worker in workers] == [0, 0, 0]
 
 
-async def test_turns_come_in_order_and_one_at_a_time(workers: list[Fake]) -> None:
+async def test_turns_come_in_order_and_one_at_a_time(gate: MeasuringTurns, workers: list[Fake]) -> None:
     """Two that wait are not stopped, for they do nothing; they get their turns in the order in which they asked."""
-    gate = MeasuringTurns(lambda: workers)
     await gate.take(workers[0])
     second, third = (asyncio.create_task(gate.take(worker)) for worker in workers[1:])
     await settled()
@@ -72,9 +76,8 @@ async def test_turns_come_in_order_and_one_at_a_time(workers: list[Fake]) -> Non
     assert third.done()
 
 
-async def test_who_gives_up_waiting_leaves_the_queue(workers: list[Fake]) -> None:
+async def test_who_gives_up_waiting_leaves_the_queue(gate: MeasuringTurns, workers: list[Fake]) -> None:
     """A cancelled request does not keep the others waiting."""
-    gate = MeasuringTurns(lambda: workers)
     await gate.take(workers[0])
     second, third = (asyncio.create_task(gate.take(worker)) for worker in workers[1:])
     await settled()
@@ -84,9 +87,8 @@ async def test_who_gives_up_waiting_leaves_the_queue(workers: list[Fake]) -> Non
     assert third.done()
 
 
-async def test_nobody_measures_while_a_worker_starts(workers: list[Fake]) -> None:
+async def test_nobody_measures_while_a_worker_starts(gate: MeasuringTurns, workers: list[Fake]) -> None:
     """And nobody is started while somebody measures, or waits to."""
-    gate = MeasuringTurns(lambda: workers)
     async with gate.starting():
         turn = asyncio.create_task(gate.take(workers[0]))
         await settled()
@@ -102,16 +104,35 @@ async def test_nobody_measures_while_a_worker_starts(workers: list[Fake]) -> Non
     assert start.done()
 
 
-async def test_a_turn_that_does_not_end_is_ended(workers: list[Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_turn_that_does_not_end_is_ended(gate: MeasuringTurns, workers: list[Fake], clock: ManualClock) -> None:
     """A worker that keeps its turn keeps the others for MAX_TURN_S at most, and for MAX_TASK_S in all its turns."""
-    monkeypatch.setattr(turns, "MAX_TURN_S", 0.0)
-    gate = MeasuringTurns(lambda: workers)
-    await gate.take(workers[0])
-    assert [worker.paused for worker in workers] == [0, 1, 1]
-    await until(lambda: [worker.paused for worker in workers] == [0, 0, 0])
-    monkeypatch.setattr(turns, "MAX_TASK_S", 0.0)
+    for _ in range(int(MAX_TASK_S / MAX_TURN_S)):
+        await gate.take(workers[0])
+        await settled()
+        clock.advance(MAX_TURN_S - 1)
+        await settled()
+        assert [worker.paused for worker in workers] == [0, 1, 1]
+        clock.advance(1)
+        await settled()
+        assert [worker.paused for worker in workers] == [0, 0, 0]
     await gate.take(workers[0])
     assert [worker.paused for worker in workers] == [0, 0, 0]
+
+
+async def test_a_turn_that_ended_is_not_ended_again(
+    gate: MeasuringTurns, workers: list[Fake], clock: ManualClock
+) -> None:
+    """The time of a turn counts from its own beginning, not from that of an earlier one."""
+    for worker in workers[:2]:
+        await gate.take(worker)
+        await settled()
+        clock.advance(MAX_TURN_S - 1)
+        await settled()
+        assert gate.taken
+        gate.release(worker)
+    assert not gate.taken
+    await settled()
+    assert clock.sleeping == []
 
 
 async def test_a_real_task_stands_still_and_pays_nothing(start_bench: Any) -> None:
@@ -152,7 +173,7 @@ class Standing:
 async def test_a_limit_does_not_count_the_time_of_others(clock: ManualClock) -> None:
     """A task that stands still does not reach its limit, however long that lasts."""
     limits = Limits(time_s=5.0, memory_bytes=0)
-    run = _Run(Standing(clock), limits, lambda _: None, MeasuringTurns(lambda: ()), clock)  # type: ignore[arg-type]
+    run = _Run(Standing(clock), limits, lambda _: None, MeasuringTurns(lambda: (), clock), clock)  # type: ignore[arg-type]
     over = asyncio.Event()
     work = asyncio.create_task(over.wait())
     ended = asyncio.create_task(run._until_time_is_up({work}))
@@ -163,3 +184,13 @@ async def test_a_limit_does_not_count_the_time_of_others(clock: ManualClock) -> 
     assert not ended.done()
     over.set()
     assert await ended == {work}
+
+
+async def test_measuring_is_pinned_where_asked(start_bench: Any) -> None:
+    """Within a turn the worker and the threads that it starts run on the cores that were named; then as before."""
+    allowed = sorted(os.sched_getaffinity(0))
+    bench = await start_bench(measure_cores=(allowed[-1],), sandbox="auto")
+    answer = await bench.answer("affinity")
+    assert answer == {"before": allowed, "within": [allowed[-1]], "thread": [allowed[-1]], "after": allowed}
+    elsewhere = await (await start_bench()).answer("affinity")
+    assert elsewhere["within"] == allowed
