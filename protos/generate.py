@@ -31,10 +31,13 @@ ROOT = Path(__file__).resolve().parent
 COPIES = {
     "modelpress_compression.errors": "modelpress_protos.errors",
     "modelpress_compression.schema": "modelpress_protos.schema",
+    "modelpress_compression.printable": "modelpress_protos.printable",
+    "modelpress_compression.archive": "modelpress_protos.archive",
     "modelpress_compression.loaders.formats": "modelpress_protos.formats",
 }
 GENERATED = (
-    *(COMMON, RECIPE, "modelpress_protos/errors.py", "modelpress_protos/schema.py", "modelpress_protos/formats/*.py"),
+    *(COMMON, RECIPE, *(f"modelpress_protos/{name}.py" for name in ("errors", "schema", "printable", "archive"))),
+    "modelpress_protos/formats/*.py",
     *("**/*_pb2.py", "**/*_pb2.pyi", "**/*_pb2_grpc.py", "**/*_pb2_grpc.pyi"),
 )
 

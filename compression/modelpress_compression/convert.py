@@ -28,6 +28,7 @@ from modelpress_compression.errors import (
     UnsupportedFormatError,
 )
 from modelpress_compression.loaders import refusal
+from modelpress_compression.loaders.checked_copy import checked_file
 from modelpress_compression.loaders.formats import TRUST_PICKLE, Format, detect
 from modelpress_compression.loaders.source import Source
 from modelpress_compression.specs import parse_specs
@@ -97,7 +98,7 @@ def _module(path: Path, row: Format, architecture: str | None, *, trust_pickle: 
     factory = Architecture.parse(architecture) if architecture else None
     if factory is None and not (row.way_out is TRUST_PICKLE and trust_pickle):
         raise refusal(row)
-    content = _read(path, row.name, trust_pickle=trust_pickle)
+    content = _read(path, row, trust_pickle=trust_pickle)
     pickled = _pickled_module(content)
     if factory is None:
         if pickled is None:
@@ -110,10 +111,10 @@ def _module(path: Path, row: Format, architecture: str | None, *, trust_pickle: 
     return module, "safetensors" if row.name == "safetensors" else "state_dict"
 
 
-def _read(path: Path, model_format: str, *, trust_pickle: bool) -> Any:
+def _read(path: Path, row: Format, *, trust_pickle: bool) -> Any:
     import torch
 
-    if model_format == "safetensors":
+    if row.name == "safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -122,7 +123,12 @@ def _read(path: Path, model_format: str, *, trust_pickle: bool) -> Any:
         except SafetensorError as error:
             raise UnsupportedFormatError(f"The safetensors file is damaged: {error}") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+        if trust_pickle or row.name != "state_dict":
+            return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+        with checked_file(path, "The PyTorch archive") as checked:
+            return torch.load(checked, map_location="cpu", weights_only=True)
+    except CompressionError:
+        raise
     except pickle.UnpicklingError as error:
         raise RejectedModelError(
             "The file holds more than tensors, so that loading it would execute code. If you trust whoever wrote it, "

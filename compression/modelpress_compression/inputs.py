@@ -8,7 +8,6 @@ with a state that travels beside it).
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +17,8 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from modelpress_compression.errors import InvalidDataError
+from modelpress_compression.archive import Archive, Member
+from modelpress_compression.errors import CompressionError, InvalidDataError
 from modelpress_compression.specs import TensorSpec
 
 Array = NDArray[np.generic]
@@ -26,6 +26,8 @@ Feeds = dict[str, Array]
 
 # An .npz may be deflated; more than this is a bomb or a mistake.
 MAX_UNPACKED_BYTES = 64 * 1024**3  # 64 GiB
+MAX_RATIO = 200  # unpacked over packed, of the whole file
+_RATIO_FLOOR_BYTES = 256 * 1024**2  # 256 MiB; small files may hold as many zeros as they like
 LABELS = "labels"
 _CHECK_CHUNK_BYTES = 16 * 1024**2  # 16 MiB
 
@@ -276,29 +278,45 @@ def _pieces(array: Array) -> Iterator[slice]:
 
 def _unpack(path: Path, work_directory: Path) -> dict[str, Array]:
     """Arrays of an .npz, each unpacked to a file and memory-mapped."""
-    arrays: dict[str, Array] = {}
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
-            if not members:
-                raise InvalidDataError(
-                    "The data file holds no arrays; write it with numpy.savez(FILE, NAME=ARRAY, ...)."
-                )
-            if sum(info.file_size for info in members) > MAX_UNPACKED_BYTES:
-                raise InvalidDataError(f"The data file unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB.")
-            for number, info in enumerate(members):
+        with Archive.open(path, "The data file", writers="numpy.savez") as archive:
+            members = [member for member in archive.members if member.name.endswith(".npy")]
+            _check_sizes(members, path.stat().st_size)
+            arrays = {}
+            for number, member in enumerate(members):
                 target = work_directory / f"{path.stem}-{number}.npy"
-                with archive.open(info) as source, target.open("wb") as sink:
-                    while piece := source.read(1 << 20):
+                with target.open("wb") as sink:
+                    for piece in archive.pieces(member):
                         sink.write(piece)
-                arrays[info.filename.removesuffix(".npy")] = _map(target)
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
-        raise InvalidDataError(f"The data file is not a readable .npz ({error}); write it with numpy.savez.") from error
-    return arrays
+                arrays[member.name.removesuffix(".npy")] = _map(target, member.name)
+            return arrays
+    except InvalidDataError:
+        raise
+    except CompressionError as error:
+        raise InvalidDataError(error.message) from error
 
 
-def _map(path: Path) -> Array:
-    with path.open("rb") as file:
-        npy_format.read_magic(file)
-    array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+def _check_sizes(members: list[Member], file_bytes: int) -> None:
+    if not members:
+        raise InvalidDataError("The data file holds no arrays; write it with numpy.savez(FILE, NAME=ARRAY, ...).")
+    total_bytes = sum(member.size_bytes for member in members)
+    if total_bytes > MAX_UNPACKED_BYTES:
+        raise InvalidDataError(f"The data file unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB.")
+    if total_bytes > max(_RATIO_FLOOR_BYTES, MAX_RATIO * file_bytes):
+        raise InvalidDataError(
+            f"The data file has {file_bytes} bytes and unpacks to {total_bytes}, more than {MAX_RATIO} times as many; "
+            f"such data says nothing. Write fewer samples, or write them with numpy.savez."
+        )
+
+
+def _map(path: Path, name: str) -> Array:
+    """An array file in memory; nothing in it is executed, and its header cannot claim more than the file has."""
+    try:
+        array: Array = npy_format.open_memmap(path, mode="r")
+    # The header is a Python literal, which may be anything of any size.
+    except (ValueError, TypeError, OverflowError, SyntaxError, OSError, EOFError, RecursionError, MemoryError) as error:
+        raise InvalidDataError(
+            f"The data file: {name[:80]!r} is no readable array of numbers ({' '.join(str(error).split())[:200]}); "
+            f"write it with numpy.savez."
+        ) from error
     return array

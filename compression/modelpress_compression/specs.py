@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ DTYPES = (
 
 _SPEC = re.compile(r"(?P<name>[^:\[\]]+):(?P<dtype>\w+)\[(?P<shape>[^\[\]]*)\]")
 _SYMBOL = re.compile(r"[A-Za-z_][\w.]*")
+# 4 Gi elements, 16 GiB of float32: nobody gives a model a larger input, and no machine here could make one up.
+MAX_ELEMENTS = 2**32
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,18 @@ def parse_specs(inputs: Sequence[str | TensorSpec]) -> tuple[TensorSpec, ...]:
     names = [spec.name for spec in specs]
     if len(set(names)) < len(names):
         raise InvalidInputsError(f"Two inputs have the same name: {', '.join(names)}.")
+    check_elements(specs)
     return specs
+
+
+def check_elements(specs: Sequence[TensorSpec]) -> None:
+    """Raises InvalidInputsError where the fixed dimensions alone make an input that no memory holds."""
+    for spec in specs:
+        elements = math.prod(spec.concrete_shape())
+        if elements > MAX_ELEMENTS:
+            raise InvalidInputsError(
+                f"Input {str(spec)[:200]!r} has {elements} elements; at most {MAX_ELEMENTS} can be given."
+            )
 
 
 def _parse_dim(dim: str, text: str) -> int | str | None:

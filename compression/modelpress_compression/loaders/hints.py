@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 
 import torch
 
+from modelpress_compression.archive import Archive
 from modelpress_compression.loaders.formats.pickle_scan import MAX_PICKLE_BYTES
-from modelpress_compression.loaders.formats.zip_check import read_member
+from modelpress_compression.loaders.formats.torch_archive import inner_members
 from modelpress_compression.loaders.script_inputs import Argument, arguments, signature
 
 _MAX_NODES = 20_000  # followed from one argument
@@ -197,12 +197,11 @@ class _Shapes(pickle.Unpickler):
 def traced_shapes(path: Path) -> list[str]:
     """`float32[1,1,28,28]` for each tensor input of a traced module; empty where the archive has none."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            info = next(item for item in archive.infolist() if item.filename.endswith("/traced_inputs.pkl"))
-            recorded = _Shapes(io.BytesIO(read_member(archive, info, MAX_PICKLE_BYTES))).load()
-        return [f"{dtype}[{','.join(str(int(dim)) for dim in shape)}]" for dtype, shape in recorded["forward"]]
+        with Archive.open(path) as archive:
+            recorded = archive.read(inner_members(archive)["traced_inputs.pkl"], MAX_PICKLE_BYTES)
+        shapes = _Shapes(io.BytesIO(recorded)).load()["forward"]
+        return [f"{dtype}[{','.join(str(int(dim)) for dim in shape)}]" for dtype, shape in shapes]
     except (
-        StopIteration,
         pickle.UnpicklingError,
         ValueError,
         TypeError,

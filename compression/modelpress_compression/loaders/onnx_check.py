@@ -28,6 +28,7 @@ from modelpress_compression.specs import DTYPES
 
 # About half a millisecond of a processor for each, for an inspection alone; the largest models in use have 50,000.
 MAX_NODES = 100_000
+MAX_NAME_CHARS = 4096
 # Domains whose operators onnxruntime has for CPU; everything else must be a function of the model.
 _ONNX_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 _RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc", "ai.onnx.contrib")
@@ -39,6 +40,7 @@ _Functions = dict[_Key, onnx.FunctionProto]
 def check_graph(proto: onnx.ModelProto) -> None:
     """Raises ModelNotRunnableError, UnsupportedOperatorError, UnsupportedFormatError, RejectedModelError."""
     check_functions(proto)
+    check_names(proto)
     if not proto.graph.node:
         raise ModelNotRunnableError("The model's graph has no nodes: there is nothing to run or compress.")
     if not proto.graph.output:
@@ -69,6 +71,48 @@ def _check_input_types(proto: onnx.ModelProto) -> None:
             raise UnsupportedFormatError(
                 f"Input {value.name!r} has the element type {dtype}; it must be one of {', '.join(DTYPES)}."
             )
+
+
+def check_names(proto: onnx.ModelProto) -> None:
+    """Names go into messages, reports and file names, so they have an end.
+
+    Raises RejectedModelError (finding=NAME_TOO_LONG).
+    """
+    longest = max(_names(proto), key=len, default="")
+    if len(longest) > MAX_NAME_CHARS:
+        raise RejectedModelError(
+            f"The model has a name of {len(longest)} characters, which begins with {longest[:40]!r}; at most "
+            f"{MAX_NAME_CHARS} are read.",
+            finding="NAME_TOO_LONG",
+        )
+
+
+def _names(proto: onnx.ModelProto) -> Iterator[str]:
+    yield from (proto.producer_name, proto.producer_version, proto.domain)
+    for graph in _graphs([proto.graph]):
+        yield graph.name
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            yield value.name
+            yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
+        yield from (tensor.name for tensor in graph.initializer)
+        yield from _node_names(graph.node)
+    for function in proto.functions:
+        yield from (function.name, function.domain, *function.input, *function.output)
+        yield from _node_names(function.node)
+
+
+def _node_names(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    for node in nodes:
+        yield from (node.name, node.op_type, node.domain, *node.output)
+
+
+def _graphs(graphs: Iterable[onnx.GraphProto]) -> Iterator[onnx.GraphProto]:
+    """The graphs and those within them."""
+    for graph in graphs:
+        yield graph
+        for node in graph.node:
+            for attribute in node.attribute:
+                yield from _graphs((attribute.g, *attribute.graphs))
 
 
 def check_operators(proto: onnx.ModelProto) -> None:
@@ -175,7 +219,7 @@ def _calls(nodes: Iterable[onnx.NodeProto]) -> Iterator[_Key]:
 
 
 def check_external_data(proto: onnx.ModelProto, source: Source) -> list[Path]:
-    """The data files that the model needs, each checked.
+    """The data files that the model needs, each checked; the model then says of each tensor what was checked, no more.
 
     Links of any kind are refused, for they could lead to any file of this machine; a store that hands out its blobs
     must copy them.
@@ -187,13 +231,23 @@ def check_external_data(proto: onnx.ModelProto, source: Source) -> list[Path]:
     found: dict[str, Path] = {}
     for tensor in _tensors(proto):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            tensor.ClearField("external_data")
             continue
         fields = {entry.key: entry.value for entry in tensor.external_data}
         location = fields.get("location", "")
         if location not in found:
             found[location] = _check_location(location, folder)
-        _check_range(tensor, fields, found[location])
+        _settle(tensor, location, *_check_range(tensor, fields, found[location]))
     return list(found.values())
+
+
+def _settle(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+    """Writes down what was checked: a key given twice, or data beside it, could be read in another way."""
+    for field in tensor.DESCRIPTOR.fields:
+        if field.name.endswith("_data"):
+            tensor.ClearField(field.name)
+    for key, value in (("location", str(PurePosixPath(location))), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
 
 
 def _check_location(location: str, folder: Path) -> Path:
@@ -227,8 +281,8 @@ def _escapes(location: str) -> RejectedModelError:
     )
 
 
-def _check_range(tensor: onnx.TensorProto, fields: dict[str, str], path: Path) -> None:
-    """Offset and length must lie in the file: memory-mapped beyond its end they would kill the process."""
+def _check_range(tensor: onnx.TensorProto, fields: dict[str, str], path: Path) -> tuple[int, int]:
+    """Offset and length, which must lie in the file: memory-mapped beyond its end they would kill the process."""
     try:
         offset, length = int(fields.get("offset") or 0), int(fields.get("length") or 0)
     except ValueError as error:
@@ -246,6 +300,7 @@ def _check_range(tensor: onnx.TensorProto, fields: dict[str, str], path: Path) -
             f"The data file {path.name!r} has {path.stat().st_size} bytes, but weight {tensor.name[:80]!r} ends at "
             f"{offset + expected}: it is cut short, or belongs to another model."
         )
+    return offset, expected
 
 
 def _bits(data_type: int) -> int:

@@ -16,7 +16,7 @@ from modelpress_compression.loaders.normalize import infer_shapes, normalize
 from modelpress_compression.loaders.onnx_check import check_external_data, check_graph, check_operators
 from modelpress_compression.loaders.source import Source
 from modelpress_compression.model import Model, Provenance
-from modelpress_compression.specs import TensorSpec
+from modelpress_compression.specs import TensorSpec, check_elements
 
 _MAX_PROTOBUF_BYTES = 2**31 - 1
 
@@ -33,6 +33,7 @@ def load_onnx(source: Source, specs: Sequence[TensorSpec]) -> Model:
     del proto
     model = normalize(Model(ir, source.provenance("onnx", data)))
     model = apply_specs(model, specs)
+    check_elements(model.inputs)
     with session_of(model, optimize=False):  # says what onnxruntime refuses, now rather than in the middle of a job
         return model
 

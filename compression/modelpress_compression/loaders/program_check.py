@@ -12,12 +12,10 @@ So everything that is executed is held against a list of what exporters write.
 
 from __future__ import annotations
 
-import io
 import json
-import zipfile
-from pathlib import Path
 from typing import Any
 
+from modelpress_compression.archive import Archive, Member
 from modelpress_compression.errors import RejectedModelError, UnsupportedFormatError
 from modelpress_compression.loaders.formats.pickle_scan import (
     MAX_PICKLE_BYTES,
@@ -25,11 +23,10 @@ from modelpress_compression.loaders.formats.pickle_scan import (
     foreign_global,
     scan_pickle,
 )
-from modelpress_compression.loaders.formats.zip_check import check_zip, inner_members, read_member
+from modelpress_compression.loaders.formats.torch_archive import inner_members
 from modelpress_compression.loaders.program_graph import check_program
 
 MAX_PROGRAM_BYTES = 512 * 1024 * 1024  # 512 MiB of JSON
-MAX_SAMPLE_BYTES = 2 * 1024**3  # 2 GiB of tensors that are stored as a pickle
 
 _WEIGHTS, _CONSTANTS, _SAMPLES = "data/weights/", "data/constants/", "data/sample_inputs/"
 _CONFIGS = ("_weights_config.json", "_constants_config.json")
@@ -37,27 +34,30 @@ _CONFIGS = ("_weights_config.json", "_constants_config.json")
 _OLD_PICKLES = ("serialized_state_dict.pt", "serialized_constants.pt", "serialized_example_inputs.pt")
 
 
-def check_archive(path: Path) -> None:
-    """Raises RejectedModelError for whatever would execute more than the model, UnsupportedFormatError for damage."""
-    members = check_zip(path, "The torch.export archive")
-    with zipfile.ZipFile(path) as archive:
-        inner = inner_members(members, "The torch.export archive")
-        pickled: set[str] = set()
-        for name, info in inner.items():
-            if name.startswith("data/aotinductor/"):
-                raise RejectedModelError(
-                    "The archive holds native code (AOTInductor), which is not executed here; save the program with "
-                    "torch.export.save.",
-                    finding="NATIVE_CODE",
-                )
-            if name.startswith("models/") or name == "serialized_exported_program.json":
-                check_program(_json(archive, info))
-            elif name.startswith((_WEIGHTS, _CONSTANTS)) and name.endswith(_CONFIGS):
-                pickled |= _pickled(_json(archive, info), name.rsplit("/", 1)[0])
-            elif name.startswith(_SAMPLES) or name in _OLD_PICKLES or _is_legacy(name):
-                pickled.add(name)
-        for name in sorted(pickled & inner.keys()):
-            check_torch_save(read_member(archive, inner[name], MAX_SAMPLE_BYTES), f"The archive's {name[:80]}")
+def check_archive(archive: Archive) -> list[str]:
+    """Members that torch will unpickle, each an archive itself and checked like the outer one.
+
+    Raises RejectedModelError for whatever would execute more than the model, UnsupportedFormatError for damage.
+    """
+    inner = inner_members(archive)
+    pickled: set[str] = set()
+    for name, member in inner.items():
+        if name.startswith("data/aotinductor/"):
+            raise RejectedModelError(
+                "The archive holds native code (AOTInductor), which is not executed here; save the program with "
+                "torch.export.save.",
+                finding="NATIVE_CODE",
+            )
+        if name.startswith("models/") or name == "serialized_exported_program.json":
+            check_program(_json(archive, member))
+        elif name.startswith((_WEIGHTS, _CONSTANTS)) and name.endswith(_CONFIGS):
+            pickled |= _pickled(_json(archive, member), name.rsplit("/", 1)[0])
+        elif name.startswith(_SAMPLES) or name in _OLD_PICKLES or _is_legacy(name):
+            pickled.add(name)
+    found = [inner[name] for name in sorted(pickled & inner.keys()) if inner[name].size_bytes]
+    for member in found:
+        check_torch_save(archive, member)
+    return [member.name for member in found]
 
 
 def _is_legacy(name: str) -> bool:
@@ -65,13 +65,11 @@ def _is_legacy(name: str) -> bool:
     return name.startswith((_WEIGHTS, _CONSTANTS)) and name.endswith(".pt")
 
 
-def _json(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
+def _json(archive: Archive, member: Member) -> Any:
     try:
-        return json.loads(read_member(archive, info, MAX_PROGRAM_BYTES))
+        return json.loads(archive.read(member, MAX_PROGRAM_BYTES))
     except (ValueError, RecursionError) as error:
-        raise UnsupportedFormatError(
-            f"The archive's {info.filename[:80]} is no readable JSON; save it again."
-        ) from error
+        raise UnsupportedFormatError(f"The archive's {member.name[:80]} is no readable JSON; save it again.") from error
 
 
 def _pickled(config: Any, folder: str) -> set[str]:
@@ -90,20 +88,19 @@ def _pickled(config: Any, folder: str) -> set[str]:
     return found
 
 
-def check_torch_save(data: bytes, what: str) -> None:
-    """Refuses what torch.save wrote, unless it holds tensors alone. Raises RejectedModelError."""
-    if not data:
-        return
-    if not data.startswith(b"PK\x03\x04"):
+def check_torch_save(archive: Archive, member: Member) -> None:
+    """Refuses what torch.save wrote into a member, unless it holds tensors alone. Raises RejectedModelError."""
+    what = f"The archive's {member.name[:80]}"
+    if not next(archive.pieces(member)).startswith(b"PK\x03\x04"):
         raise RejectedModelError(f"{what} is in torch's old format; save it again.", finding="OLD_PICKLE")
-    members = check_zip(io.BytesIO(data), what)
-    names = {info.filename.lower().rsplit("/", 1)[-1] for info in members}
+    saved = archive.nested(member, what)
+    inner = inner_members(saved)
+    names = {name.rsplit("/", 1)[-1] for name in inner}
     if "constants.pkl" in names or "data.pkl" not in names:
         raise RejectedModelError(f"{what} is not what torch.export writes.", finding="PICKLE_GLOBAL")
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        for info in members:
-            if info.filename.lower().endswith(".pkl"):
-                check_tensors_only(read_member(archive, info, MAX_PICKLE_BYTES), what)
+    for name, pickled in inner.items():
+        if name.endswith(".pkl"):
+            check_tensors_only(saved.read(pickled, MAX_PICKLE_BYTES), what)
 
 
 def check_tensors_only(data: bytes, what: str) -> None:

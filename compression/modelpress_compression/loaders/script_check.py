@@ -9,9 +9,8 @@ from __future__ import annotations
 import ast
 import io
 import tokenize
-import zipfile
-from pathlib import Path
 
+from modelpress_compression.archive import Archive
 from modelpress_compression.errors import RejectedModelError, UnsupportedFormatError
 from modelpress_compression.loaders.formats.pickle_scan import (
     MAX_PICKLE_BYTES,
@@ -19,7 +18,7 @@ from modelpress_compression.loaders.formats.pickle_scan import (
     foreign_global,
     scan_pickle,
 )
-from modelpress_compression.loaders.formats.zip_check import check_zip, inner_members, read_member
+from modelpress_compression.loaders.formats.torch_archive import inner_members
 
 MAX_CODE_BYTES = 64 * 1024 * 1024  # 64 MiB, all code files together
 # Operators that reach files, other processes or the network.
@@ -38,17 +37,15 @@ _NATIVE_CLASSES = "__torch__.torch.classes."
 _NATIVE_ALLOWED = "__torch__.torch.classes.quantized"
 
 
-def check_script(path: Path) -> None:
+def check_script(archive: Archive) -> None:
     """Raises RejectedModelError for code or pickles that do not belong into a model."""
-    members = check_zip(path, "The TorchScript archive")
     code_bytes = 0
-    with zipfile.ZipFile(path) as archive:
-        for inner, info in inner_members(members, "The TorchScript archive").items():
-            if inner.endswith(".pkl"):
-                check_pickle(read_member(archive, info, MAX_PICKLE_BYTES), f"The archive's {inner[:80]}")
-            elif inner.startswith("code/") and not inner.endswith(".debug_pkl"):
-                code_bytes += info.file_size
-                check_code(read_member(archive, info, MAX_CODE_BYTES), inner)
+    for inner, member in inner_members(archive).items():
+        if inner.endswith(".pkl"):
+            check_pickle(archive.read(member, MAX_PICKLE_BYTES), f"The archive's {inner[:80]}")
+        elif inner.startswith("code/") and not inner.endswith(".debug_pkl"):
+            code_bytes += member.size_bytes
+            check_code(archive.read(member, MAX_CODE_BYTES), inner)
     if code_bytes > MAX_CODE_BYTES:
         raise RejectedModelError(f"The archive has {code_bytes} bytes of code.", finding="ARCHIVE")
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from modelpress_compression.archive import Archive
 from modelpress_compression.errors import UnsupportedFormatError
 from modelpress_compression.inputs import Array, Feeds
+from modelpress_compression.loaders.checked_copy import checked_copy
 from modelpress_compression.loaders.exporters import ExportRequest, export_plain, export_program
 from modelpress_compression.loaders.exporting import export_checked
 from modelpress_compression.loaders.program_check import check_archive
@@ -28,8 +30,11 @@ _TRAINING_ARGUMENTS = ("train", "training", "use_input_stats")
 
 def load_torch_export(source: Source, specs: Sequence[TensorSpec]) -> Model:
     """The program as a `Model`. Raises as `loaders.load`."""
-    check_archive(source.main)
-    return convert_program(_read(source.main), specs, source.provenance("torch_export"))
+    with (
+        Archive.open(source.main, "The torch.export archive") as archive,
+        checked_copy(archive, check_archive(archive)) as path,
+    ):
+        return convert_program(_read(path), specs, source.provenance("torch_export"))
 
 
 def _read(path: Path) -> torch.export.ExportedProgram:

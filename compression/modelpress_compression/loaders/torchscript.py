@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from modelpress_compression.archive import Archive
 from modelpress_compression.errors import InvalidInputsError, UnsupportedFormatError
 from modelpress_compression.inputs import Array, Feeds
+from modelpress_compression.loaders.checked_copy import checked_copy
 from modelpress_compression.loaders.exporters import SCRIPT_EXPORTERS
 from modelpress_compression.loaders.exporting import export_checked
 from modelpress_compression.loaders.hints import suggest_inputs
@@ -19,7 +21,7 @@ from modelpress_compression.loaders.script_inputs import Binding, bind
 from modelpress_compression.loaders.source import Source
 from modelpress_compression.loaders.torch_run import REFUSALS, runner
 from modelpress_compression.loaders.trials import Run, find_trials, first_line
-from modelpress_compression.model import Model
+from modelpress_compression.model import Model, Provenance
 from modelpress_compression.specs import TensorSpec
 
 STATE_WARNING = (
@@ -30,20 +32,20 @@ STATE_WARNING = (
 
 def load_torchscript(source: Source, specs: Sequence[TensorSpec]) -> Model:
     """The module as a `Model`. `specs` are required: the file records no inputs. Raises as `loaders.load`."""
-    check_script(source.main)
-    module = read_script(source.main)
+    with Archive.open(source.main, "The TorchScript archive") as archive:
+        check_script(archive)
+        with checked_copy(archive) as path:
+            return _load(path, specs, source.provenance("torchscript"))
+
+
+def _load(path: Path, specs: Sequence[TensorSpec], provenance: Provenance) -> Model:
+    module = read_script(path)
     if not specs:
-        raise InvalidInputsError(suggest_inputs(module, source.main))
+        raise InvalidInputsError(suggest_inputs(module, path))
     binding = bind(module, specs)
     state = _assigned(module)
-    trials = find_trials(_Runner(source.main, binding, stateful=bool(state)), binding.specs, REFUSALS)
-    model = export_checked(
-        SCRIPT_EXPORTERS,
-        lambda: binding.wrap(read_script(source.main)),
-        binding.specs,
-        trials,
-        source.provenance("torchscript"),
-    )
+    trials = find_trials(_Runner(path, binding, stateful=bool(state)), binding.specs, REFUSALS)
+    model = export_checked(SCRIPT_EXPORTERS, lambda: binding.wrap(read_script(path)), binding.specs, trials, provenance)
     return model.with_warnings(STATE_WARNING.format(names=", ".join(state))) if state else model
 
 

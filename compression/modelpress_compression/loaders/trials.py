@@ -16,7 +16,7 @@ import numpy as np
 
 from modelpress_compression.errors import InvalidInputsError
 from modelpress_compression.inputs import Array, Feeds
-from modelpress_compression.specs import TensorSpec
+from modelpress_compression.specs import TensorSpec, check_elements
 
 Run = Callable[[Feeds], list[Array]]
 
@@ -103,6 +103,7 @@ def find_trials(run: Run, specs: Sequence[TensorSpec], refusals: tuple[type[Exce
 
     Raises InvalidInputsError, with what the original said, where it takes none, or only one batch size.
     """
+    check_elements(specs)
     search = _Search(run, tuple(specs), refusals)
     first, scalar = search.first()
     runs = [first]

@@ -85,7 +85,7 @@ class SchemeSearch:
 
     def _config(self, scheme: str) -> QuantizeConfig:
         config: QuantizeConfig = self.step.config
-        kept = tuple(escape(name) for name in self.heads) if scheme == "dynamic" else ()
+        kept = tuple(map(_pattern, self.heads)) if scheme == "dynamic" else ()
         return replace(config, scheme=scheme, exclude=(*config.exclude, *kept))
 
     def dynamic(self) -> None:
@@ -182,3 +182,8 @@ def _lost(chosen: Candidate | None) -> str:
     if chosen is None:
         return "neither faster nor smaller than float32"
     return f"{chosen.name.removeprefix('quantize ')} is faster, or smaller at the same speed"
+
+
+def _pattern(name: str) -> str:
+    """What `exclude` takes for a node of this name; a recipe holds nothing that cannot be printed, a name may."""
+    return "".join(char if char.isprintable() else "?" for char in escape(name))

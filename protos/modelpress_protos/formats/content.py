@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import zipfile
 from functools import cached_property
 from pathlib import Path
 
+from modelpress_protos.archive import Archive
 from modelpress_protos.errors import UnsupportedFormatError
 from modelpress_protos.formats.pickle_scan import MAX_PICKLE_BYTES, scan_pickle
-from modelpress_protos.formats.zip_check import check_zip, inner_name, read_member
+from modelpress_protos.formats.torch_archive import inner_members
 
 _HEAD_BYTES = 4096
 _ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")
@@ -33,16 +33,16 @@ class Content:
         self.is_zip = self.head.startswith(_ZIP_MAGICS)
 
     @cached_property
-    def _members(self) -> list[zipfile.ZipInfo]:
-        if not self.is_zip:
-            return []
-        _refuse_arrays(self.path)
-        return check_zip(self.path)
-
-    @cached_property
     def names(self) -> frozenset[str]:
-        """The archive's members, without the folder that every torch archive keeps them in; none of another file."""
-        return frozenset(inner_name(info.filename) for info in self._members)
+        """The archive's members, without the folder that every torch archive keeps them in; none of another file.
+
+        In lower case, for torch does not tell the cases apart.
+        """
+        if not self.is_zip:
+            return frozenset()
+        with Archive.open(self.path) as archive:
+            _refuse_arrays(archive)
+            return frozenset(inner_members(archive))
 
     @cached_property
     def imports(self) -> frozenset[str] | None:
@@ -52,12 +52,11 @@ class Content:
         return self._legacy_imports() if self.head.startswith(_PICKLE_MAGICS) else None
 
     def _archived_imports(self) -> frozenset[str] | None:
-        pickles = [info for info in self._members if inner_name(info.filename) == "data.pkl"]
-        if not pickles:
+        if "data.pkl" not in self.names:
             return None
-        with zipfile.ZipFile(self.path) as archive:
-            scans = [scan_pickle(read_member(archive, info, MAX_PICKLE_BYTES), _WHAT) for info in pickles]
-        return frozenset().union(*(scan.globals for scan in scans))
+        with Archive.open(self.path) as archive:
+            data = archive.read(inner_members(archive)["data.pkl"], MAX_PICKLE_BYTES)
+        return scan_pickle(data, _WHAT).globals
 
     def _legacy_imports(self) -> frozenset[str]:
         with self.path.open("rb") as file:
@@ -72,12 +71,8 @@ class Content:
         return found
 
 
-def _refuse_arrays(path: Path) -> None:
-    """Data instead of a model is a common slip; said before anything is said about the archive itself."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):
-        return  # check_zip says it better
+def _refuse_arrays(archive: Archive) -> None:
+    """Data instead of a model is a common slip; said before anything is said about what torch would not write."""
+    names = [member.name for member in archive.members]
     if names and all(name.endswith(".npy") for name in names):
         raise UnsupportedFormatError("The file is an .npz of NumPy arrays, not a model; give it as --data or --eval.")
