@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import re
 import signal
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import click
 
+from modelpress_server import logs
 from modelpress_server.config import GIB, KIB, MIB, Settings, SettingsError
 from modelpress_server.token_commands import token
 
@@ -100,12 +100,7 @@ def command(ctx: click.Context, /, **values: Any) -> None:
         return
     try:
         settings = Settings(**values)
-        logging.basicConfig(
-            level=settings.log_level.upper(),
-            stream=sys.stderr,
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        )
-        logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every plugin
+        logs.configure(settings.log_level)
         asyncio.run(_serve(settings))
     except SettingsError as error:
         raise click.UsageError(str(error)) from error

@@ -38,6 +38,7 @@ import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+from modelpress_protos.printable import printable
 from modelpress_protos.v1 import common_pb2
 
 DOMAIN = "modelpress"
@@ -226,7 +227,7 @@ def status_of(error: ServiceError) -> status_pb2.Status:
         _pack(status, error_details_pb2.RetryInfo(retry_delay=delay))
     if isinstance(error, QuotaExceededError):
         quota = error_details_pb2.QuotaFailure()
-        quota.violations.add(subject=error.subject, description=clip(str(error), MAX_DETAIL_CHARS))
+        quota.violations.add(subject=error.subject, description=clip(printable(str(error)), MAX_DETAIL_CHARS))
         _pack(status, quota)
     if isinstance(error, InvalidFieldsError):
         _pack(status, _bad_request(error.violations, MAX_STATUS_BYTES - status.ByteSize() - 100))
@@ -236,12 +237,12 @@ def status_of(error: ServiceError) -> status_pb2.Status:
 def make_status(
     code: grpc.StatusCode, reason: str, message: str, metadata: Mapping[str, str] | None = None
 ) -> status_pb2.Status:
-    """A status with an ErrorInfo of our domain; every text is cut to a length that keeps the whole under 4 KiB."""
-    status = status_pb2.Status(code=code.value[0], message=clip(message, MAX_MESSAGE_CHARS))
+    """A status with an ErrorInfo of our domain; every text is printable, and cut so that the whole is under 4 KiB."""
+    status = status_pb2.Status(code=code.value[0], message=clip(printable(message), MAX_MESSAGE_CHARS))
     info = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
     budget = MAX_DETAIL_CHARS * 4
     for key, value in sorted((metadata or {}).items()):
-        text = clip(value, MAX_DETAIL_CHARS)
+        text = clip(printable(value), MAX_DETAIL_CHARS)
         budget -= len(key.encode()) + len(text.encode())
         if budget < 0:
             break
@@ -266,18 +267,13 @@ def sanitized(status: status_pb2.Status) -> status_pb2.Status:
     code = codes.get(status.code, grpc.StatusCode.INTERNAL)
     if code is grpc.StatusCode.OK:
         code = grpc.StatusCode.INTERNAL
-    return make_status(code, reason, printable(status.message) or "The task failed without a message.", metadata)
+    return make_status(code, reason, status.message or "The task failed without a message.", metadata)
 
 
 def reason_of(status: status_pb2.Status) -> str:
     """The ErrorInfo reason of a status that `make_status` made; empty: none."""
     info = error_details_pb2.ErrorInfo()
     return str(info.reason) if status.details and status.details[0].Unpack(info) else ""
-
-
-def printable(text: str) -> str:
-    """The text with control characters as spaces."""
-    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def clip(text: str, limit: int) -> str:
@@ -291,7 +287,8 @@ def clip(text: str, limit: int) -> str:
 def _bad_request(violations: Sequence[FieldViolation], budget: int) -> error_details_pb2.BadRequest:
     detail = error_details_pb2.BadRequest()
     for index, item in enumerate(violations):
-        detail.field_violations.add(field=clip(item.field, 200), description=clip(item.description, MAX_DETAIL_CHARS))
+        field, description = clip(printable(item.field), 200), clip(printable(item.description), MAX_DETAIL_CHARS)
+        detail.field_violations.add(field=field, description=description)
         if detail.ByteSize() > budget - 80:
             del detail.field_violations[-1]
             detail.field_violations.add(description=f"and {len(violations) - index} more")

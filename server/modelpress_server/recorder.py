@@ -7,9 +7,10 @@ import logging
 import math
 
 from modelpress_protos.internal.v1 import worker_pb2
+from modelpress_protos.printable import printable
 from modelpress_protos.v1 import job_service_pb2
 
-from modelpress_server.errors import clip, printable
+from modelpress_server.errors import clip
 from modelpress_server.stores.base import JobStore, LogLine
 from modelpress_server.stores.records import now_us
 from modelpress_server.waiting import Notifier

@@ -220,17 +220,15 @@ def _judged(found: worker_pb2.InspectResult) -> model_service_pb2.Model:
 def _rejected(model_format: int, detail: str, code: str) -> model_service_pb2.Model:
     model = _Model(state=_Model.STATE_REJECTED)
     model.format = model_format  # type: ignore[assignment]  # an unknown number stays as it is
-    metadata = {"finding": errors.printable(detail), "code": errors.printable(code)}
-    status = errors.make_status(
-        grpc.StatusCode.FAILED_PRECONDITION, "MODEL_REJECTED", errors.printable(detail), metadata
-    )
+    metadata = {"finding": detail, "code": code}
+    status = errors.make_status(grpc.StatusCode.FAILED_PRECONDITION, "MODEL_REJECTED", detail, metadata)
     model.error.CopyFrom(status)
     return model
 
 
 def _lost_status(error: WorkerLostError) -> status_pb2.Status:
     code = LOST_CODES.get(error.reason, grpc.StatusCode.ABORTED)
-    return errors.make_status(code, error.reason, errors.printable(str(error)))
+    return errors.make_status(code, error.reason, str(error))
 
 
 def _incident(what: str) -> status_pb2.Status:

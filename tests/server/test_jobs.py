@@ -168,13 +168,13 @@ async def test_watch_follows_a_running_job_with_heartbeats(serve: Serve) -> None
 
 
 async def test_logs_are_kept_and_followed(running: Running) -> None:
-    """Lines are numbered, free of control characters, resumable; `follow` stays until the end."""
+    """Lines are numbered, resumable, and show control characters; `follow` stays until the end."""
     job = await running.client.job(await running.client.model(compress="wait"))
     following = asyncio.create_task(logs(running.client, job, follow=True))
     await running.executor.running.wait()
     running.executor.gate.set()
     lines = await following
-    assert [(line.sequence, line.severity, line.text) for line in lines] == [(1, "INFO", "start wait ")]
+    assert [(line.sequence, line.severity, line.text) for line in lines] == [(1, "INFO", r"start wait\x07")]
     assert await logs(running.client, job, after_sequence=1) == []
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 PIPED_WIDTH = 120  # columns of tables that do not go to a terminal
 MAX_WIDTH = 120
+KEPT = "\n\t\u00a0"  # of what is not printable: layout, and the space before a unit
 
 
 class Output:
@@ -25,21 +26,21 @@ class Output:
     def data(self, text: str) -> None:
         """Data as text, unless the command answers with JSON."""
         if not self.as_json:
-            _write(sys.stdout, text)
+            write(sys.stdout, text)
 
     def document(self, document: Any) -> None:
         """The one JSON document, when the command answers with JSON."""
         if self.as_json:
-            _write(sys.stdout, json.dumps(document, indent=2, ensure_ascii=False))
+            write(sys.stdout, json_text(document))
 
     def hint(self, text: str) -> None:
         """A remark for people."""
         if not self.quiet:
-            _write(sys.stderr, text)
+            write(sys.stderr, text)
 
     def error(self, text: str) -> None:
         """What went wrong; never quiet."""
-        _write(sys.stderr, f"Error: {text}")
+        write(sys.stderr, f"Error: {text}")
 
     def show(self, render: Callable[[Console], None]) -> None:
         """A table, unless the command answers with JSON."""
@@ -51,7 +52,7 @@ class Output:
         buffer = io.StringIO()
         render(_console(buffer))
         # Padding is for terminals; whoever greps or diffs the text is better off without.
-        _write(sys.stdout, "\n".join(line.rstrip() for line in buffer.getvalue().rstrip("\n").split("\n")))
+        write(sys.stdout, "\n".join(line.rstrip() for line in buffer.getvalue().rstrip("\n").split("\n")))
 
 
 def stderr_console() -> Console:
@@ -60,14 +61,24 @@ def stderr_console() -> Console:
 
 
 def _console(stream: TextIO) -> Console:
-    from rich.console import Console
+    from modelpress_client.cli.safe_console import SafeConsole
 
-    console = Console(file=stream, highlight=False, soft_wrap=False)
+    console = SafeConsole(file=stream, highlight=False, soft_wrap=False)
     console.width = min(console.width, MAX_WIDTH) if stream.isatty() else PIPED_WIDTH
     return console
 
 
-def _write(stream: TextIO, text: str) -> None:
+def json_text(document: Any) -> str:
+    """The document as JSON that is as safe on a terminal as it is true: what cannot be printed is escaped."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    return "".join(char if char == "\n" or char.isprintable() else json.dumps(char)[1:-1] for char in text)
+
+
+def write(stream: TextIO, text: str) -> None:
+    """Lines of text; whatever of them a server or a model brought, it stays text."""
+    from modelpress_protos.printable import printable
+
+    text = printable(text, keep=KEPT)
     # A name on the server may have characters that this terminal cannot show.
     encoding = getattr(stream, "encoding", None) or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)

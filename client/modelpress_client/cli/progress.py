@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from modelpress_client.cli import units
 from modelpress_client.cli.eta import Eta, left_text
-from modelpress_client.cli.output import stderr_console
+from modelpress_client.cli.output import stderr_console, write
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -151,7 +151,7 @@ class Lines(Silent):
         now = self._clock()
         begins = kind != self._last_kind
         if text != self._last_text and (begins or at_once or now - self._last_s >= PLAIN_INTERVAL_S):
-            print(text, file=sys.stderr, flush=True)
+            write(sys.stderr, text)
             self._last_text, self._last_kind, self._last_s = text, kind, now
 
 

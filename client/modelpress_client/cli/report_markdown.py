@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from modelpress_protos.printable import printable
+
 from modelpress_client.cli import units
 from modelpress_client.cli.report_rows import changes_text, fidelity_lines, main_rows, skipped_lines
 from modelpress_client.report import Report
@@ -64,6 +66,7 @@ def _cell(value: str | list[str]) -> str:
 
 def _escape(text: str) -> str:
     """Names of nodes come from the model: nothing in them may become markup."""
+    text = printable(text, keep="\n")
     for character in "\\`*_[]|":
         text = text.replace(character, f"\\{character}")
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", " ")

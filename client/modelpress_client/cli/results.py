@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from modelpress_client.cli.options import SharedHelp
+from modelpress_client.cli.output import json_text
 from modelpress_client.cli.session import Session, run
 from modelpress_client.errors import NotFoundError, UsageError
 
@@ -74,7 +74,7 @@ def report(job_name: str, report_format: str) -> None:
         if session.shared.json:
             session.out.document(result.to_dict())
         elif report_format == "json":
-            session.out.data(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
+            session.out.data(json_text(result.to_dict()))
         elif report_format == "markdown":
             from modelpress_client.cli.report_markdown import to_markdown
 

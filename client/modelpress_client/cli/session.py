@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from modelpress_client.cli.options import Shared, shared_of
-from modelpress_client.cli.output import Output
+from modelpress_client.cli.output import Output, write
 from modelpress_client.errors import EXIT_INTERRUPTED, TimedOutError
 
 if TYPE_CHECKING:
@@ -135,5 +135,5 @@ def interrupted(out: Output, message: str) -> int:
     """Says that the command was interrupted."""
     if out.as_json:
         out.document({"error": {"reason": "INTERRUPTED", "message": message, "details": {}}})
-    print(f"Interrupted. {message}", file=sys.stderr, flush=True)
+    write(sys.stderr, f"Interrupted. {message}")
     return EXIT_INTERRUPTED

@@ -6,14 +6,16 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from modelpress_compression.printable import printable
+
 NOT_MEASURED = "–"
 # A number never stands on another line than its unit.
 _SPACE = "\u00a0"
 
 
 def escape(value: object) -> str:
-    """Text, quotes included, safe as content and as an attribute."""
-    return html.escape(str(value), quote=True)
+    """Text, quotes included, safe as content and as an attribute; it neither turns nor hides what stands beside it."""
+    return html.escape(printable(str(value), keep=f"\n{_SPACE}"), quote=True)
 
 
 def size(value: float | None) -> str:

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable
 
 from modelpress_protos.internal.v1 import worker_pb2
+from modelpress_protos.printable import printable
 from modelpress_protos.v1 import job_service_pb2
-
-from modelpress_server.errors import printable
 
 MAX_LINE_CHARS = 4096
 MAX_LINES = 2000

@@ -10,8 +10,10 @@ from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
 
+from modelpress_protos.printable import printable
+
 from modelpress_server.config import SettingsError
-from modelpress_server.errors import clip, printable
+from modelpress_server.errors import clip
 from modelpress_server.identity.roles import Role, needed_role
 
 REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED", "TOO_MANY_ATTEMPTS")

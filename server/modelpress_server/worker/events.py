@@ -7,9 +7,9 @@ import time
 from typing import BinaryIO
 
 from modelpress_protos.internal.v1 import worker_pb2
+from modelpress_protos.printable import printable
 from modelpress_protos.v1 import job_service_pb2
 
-from modelpress_server.errors import printable
 from modelpress_server.worker.framing import encode_frame
 from modelpress_server.worker.paths import Redactor
 
