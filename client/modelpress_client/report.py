@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -99,8 +100,23 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class LeftAlone:
+    """Nodes or candidates (`what`) that a step left alone for one reason; `names` of all of them."""
+
+    count: int
+    what: str
+    reason: str
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.count == 1:
+            return f"1 {self.what}: {self.reason}" + (f" ({self.names[0]})" if any(self.names) else "")
+        return f"{self.count} {self.what}s: {self.reason}"
+
+
+@dataclass(frozen=True)
 class StepReport:
-    """What one step did. notes: sentences on its result as a whole."""
+    """What one step did. notes: sentences on its result as a whole; left_alone: `skipped`, folded by reason."""
 
     name: str
     config: dict[str, Any]
@@ -109,6 +125,7 @@ class StepReport:
     size_bytes: int | None
     duration_s: float | None
     notes: tuple[str, ...] = ()
+    left_alone: tuple[LeftAlone, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +146,10 @@ class Advice:
 
 @dataclass(frozen=True)
 class Report:
-    """A report. `to_dict()` is the document as the server wrote it, with fields that this client may not know."""
+    """A report. `to_dict()` is the document as the server wrote it, with fields that this client may not know.
+
+    damage: by which figure the result no longer resembles the original; empty where it does.
+    """
 
     job: str
     recipe: dict[str, Any]
@@ -146,6 +166,7 @@ class Report:
     constraints: Constraints
     verdict: str
     advice: tuple[Advice, ...]
+    damage: str
     document: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,6 +205,7 @@ class Report:
             constraints=_constraints(document.get("constraints")),
             verdict=str(document.get("verdict") or ""),
             advice=tuple(Advice(str(item["text"]), str(item["command"])) for item in document.get("advice") or ()),
+            damage=str(document.get("damage") or ""),
             document=document,
         )
 
@@ -247,7 +269,21 @@ def _step(value: Mapping[str, Any]) -> StepReport:
         size_bytes=value.get("size_bytes"),
         duration_s=value.get("duration_s"),
         notes=tuple(map(str, value.get("notes") or ())),
+        left_alone=tuple(_left_alone(value)),
     )
+
+
+def _left_alone(step: Mapping[str, Any]) -> Iterator[LeftAlone]:
+    """As the server folded it; reports from before it did are folded here."""
+    if (rows := step.get("left_alone")) is not None:
+        for row in rows:
+            yield LeftAlone(int(row["count"]), str(row["what"]), str(row["reason"]), tuple(map(str, row["names"])))
+        return
+    names: defaultdict[str, list[str]] = defaultdict(list)
+    for item in step.get("skipped") or ():
+        names[item["reason"]].append(item.get("node", ""))
+    for reason, nodes in sorted(names.items(), key=lambda entry: -len(entry[1])):
+        yield LeftAlone(len(nodes), "node", reason, tuple(nodes))
 
 
 def _constraints(value: Mapping[str, Any] | None) -> Constraints:

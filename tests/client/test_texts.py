@@ -185,6 +185,35 @@ def test_markdown_cannot_be_injected(fake_server: Any) -> None:
     assert r"\|\`x\`\[a\](b)" in text
 
 
+def printed(report: Report) -> str:
+    console = Console(record=True, width=120, file=StringIO())
+    print_report(console, report)
+    return console.export_text(styles=True)
+
+
+def test_what_was_left_alone_is_counted(fake_server: Any) -> None:
+    """One line for each reason, on the terminal and in Markdown; of single nodes the name; rare reasons as a number."""
+    rows = [{"count": 12, "what": "node", "reason": "too small", "names": [f"conv_{index}" for index in range(12)]}]
+    rows += [{"count": 1, "what": "candidate", "reason": f"reason {index}", "names": ["static"]} for index in range(5)]
+    fake_server.report["steps"][0]["left_alone"] = rows
+    report = Report.from_dict(fake_server.report)
+    for text in (printed(report), to_markdown(report)):
+        assert "12 nodes: too small" in text
+        assert "1 candidate: reason 0 (static)" in text
+        assert "2 other reasons: see the report" in text
+        assert "conv" not in text.split("12 nodes")[1].split("1 candidate")[0]
+
+
+def test_a_damaged_result_is_red(fake_server: Any) -> None:
+    """Also where damage was allowed and every constraint is met."""
+    fake_server.report["verdict"] = "3 times smaller"
+    assert "\x1b[1;31m" not in printed(Report.from_dict(fake_server.report))
+    fake_server.report["damage"] = "cosine 0.51"
+    report = Report.from_dict(fake_server.report)
+    assert "\x1b[1;31m3 times smaller" in printed(report).replace("\n", "")
+    assert "no longer resembles the original: cosine 0.51" in to_markdown(report)
+
+
 def test_notes_of_a_step_are_shown(fake_server: Any) -> None:
     """On the terminal and in Markdown; a report from before there were notes has none."""
     before = Report.from_dict(fake_server.report)

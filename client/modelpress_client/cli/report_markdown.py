@@ -16,6 +16,7 @@ def to_markdown(report: Report) -> str:
     blocks = [
         "# Compression report",
         report.verdict,
+        f"**The result no longer resembles the original: {_escape(report.damage)}.**" if report.damage else "",
         _table(
             ["", f"Original ({report.original.format})", "Optimized (onnx)", "Change"],
             ([row.name, row.original, row.optimized, row.change] for row in main_rows(report)),

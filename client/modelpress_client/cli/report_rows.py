@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 from modelpress_client.cli import units
-from modelpress_client.report import LatencyRow, Report, StepReport
+from modelpress_client.report import LatencyRow, Report, Speedup, StepReport
 
 MAX_REASONS = 4  # per step; report.html has all
-MAX_NODES = 3  # named for each reason
 EVEN = 0.01  # a change below 1 % is none
 
 
@@ -84,16 +82,10 @@ def changes_text(step: StepReport) -> str:
 
 
 def skipped_lines(step: StepReport) -> list[str]:
-    """`3x weight is not constant (conv_3, conv_7, ...)`; the most frequent reasons first."""
-    reasons = Counter(item.reason for item in step.skipped)
-    lines = []
-    for reason, count in reasons.most_common(MAX_REASONS):
-        nodes = [item.node for item in step.skipped if item.reason == reason and item.node]
-        shown = ", ".join(nodes[:MAX_NODES]) + (", …" if len(nodes) > MAX_NODES else "")
-        lines.append(f"{count}x " * (count > 1) + reason + (f" ({shown})" if shown else ""))
-    if len(reasons) > MAX_REASONS:
-        lines.append(f"and {len(reasons) - MAX_REASONS} other reasons")
-    return lines
+    """`12 nodes: weight is not constant`; the most frequent reasons first. Names stand in report.html and in JSON."""
+    shown = [str(row) for row in step.left_alone[:MAX_REASONS]]
+    rest = len(step.left_alone) - MAX_REASONS
+    return [*shown, f"{rest} other reason{'' if rest == 1 else 's'}: see the report"] if rest > 0 else shown
 
 
 def _ratio_row(name: str, before: int | None, after: int | None, ratio: float | None) -> Row:
@@ -117,22 +109,7 @@ def _latency_row(row: LatencyRow) -> Row:
     threads = "" if row.threads is None else f", {row.threads} thread{'s' if row.threads != 1 else ''}"
     batch = "" if row.batch_size is None else f", batch {row.batch_size}"
     speedup = row.speedup
-    change, good = "", None
-    if speedup.median is not None:
-        interval = ""
-        # An interval with 1 in it says that no difference was shown.
-        even = False
-        if speedup.low is not None and speedup.high is not None:
-            interval = f" [{speedup.low:.2f}, {speedup.high:.2f}]"
-            even = speedup.low <= 1 <= speedup.high
-        faster = speedup.median >= 1
-        factor = speedup.median if faster else 1 / speedup.median
-        word = "no clear difference" if even else f"{factor:.2f}x {'faster' if faster else 'slower'}"
-        # Medians of all rounds may say the opposite of the median round: then the word says which of the two it is.
-        p50 = row.original.p50_ms, row.optimized.p50_ms
-        if not even and p50[0] is not None and p50[1] is not None and (p50[0] >= p50[1]) != faster:
-            word += " round by round"
-        change, good = f"{word}{interval}", None if even else faster
+    change, good = ("", None) if speedup.median is None else _speed(speedup.median, speedup, row)
     return Row(
         f"p50 {provider}{threads}{batch}",
         units.milliseconds(row.original.p50_ms),
@@ -140,3 +117,18 @@ def _latency_row(row: LatencyRow) -> Row:
         change,
         good,
     )
+
+
+def _speed(median: float, speedup: Speedup, row: LatencyRow) -> tuple[str, bool | None]:
+    """Words with the interval, and whether it is for the better. An interval with 1 in it shows no difference."""
+    faster = median >= 1
+    words = f"{median if faster else 1 / median:.2f}x {'faster' if faster else 'slower'}"
+    if speedup.low is None or speedup.high is None:
+        return words, faster
+    interval = f" [{speedup.low:.2f}, {speedup.high:.2f}]"
+    if speedup.low <= 1 <= speedup.high:
+        return f"no clear difference{interval}", None
+    before, after = row.original.p50_ms, row.optimized.p50_ms
+    # Medians of all rounds may say the opposite of the median round: then the word says which of the two it is.
+    contrary = before is not None and after is not None and (before >= after) != faster
+    return f"{words}{' round by round' if contrary else ''}{interval}", faster

@@ -17,10 +17,12 @@ _GOOD = {True: "green", False: "red", None: "dim"}
 def print_report(console: Console, report: Report) -> None:
     """Prints the figures, what each step did and did not do, and the warnings."""
     if report.verdict:
-        style = "bold" if report.constraints.met else "bold red"
+        style = "bold red" if report.damage or not report.constraints.met else "bold"
         console.print(Text(f"\n{report.verdict}", style=style))
+    if report.damage and report.constraints.met:
+        console.print(Text(f"The result no longer resembles the original: {report.damage}.", style="bold red"))
     _figures(console, report)
-    _section(console, "Outputs", fidelity_lines(report))
+    _section(console, "Outputs", fidelity_lines(report), style="red" if report.damage else "")
     _steps(console, report)
     if report.warnings:
         console.print(Text("\nWarnings", style="bold yellow"))
@@ -43,11 +45,11 @@ def _figures(console: Console, report: Report) -> None:
     console.print(table)
 
 
-def _section(console: Console, title: str, lines: list[str]) -> None:
+def _section(console: Console, title: str, lines: list[str], style: str) -> None:
     if lines:
         console.print(Text(f"\n{title}", style="bold"))
         for line in lines:
-            console.print(Padding(Text(line), (0, 0, 0, 2)))
+            console.print(Padding(Text(line, style=style), (0, 0, 0, 2)))
 
 
 def _steps(console: Console, report: Report) -> None:

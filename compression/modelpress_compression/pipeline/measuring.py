@@ -8,14 +8,15 @@ from pathlib import Path
 
 from modelpress_compression.inputs import EvaluationData
 from modelpress_compression.measure.accuracy import Accuracy, compare_accuracy
+from modelpress_compression.measure.damage import damage_of
 from modelpress_compression.measure.fidelity import Fidelity, compare_outputs
-from modelpress_compression.measure.latency import BUSY, LatencyRow, compare_latency
+from modelpress_compression.measure.latency import BUSY, LatencyRow, Speedup, compare_latency
 from modelpress_compression.passes.base import Context
 from modelpress_compression.recipe import Constraints, Recipe
 from modelpress_compression.search.steps import file_size_bytes
 
-# Beyond these the result is another model.
-DAMAGE_DROP, DAMAGE_COSINE = 0.1, 0.9
+# Times the original's time: beyond it the first words of a report say so.
+FAR_SLOWER = 1.5
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,20 @@ class Measured:
         }
 
     def warnings(self) -> list[str]:
-        """Sentences on figures that other work on the machine has disturbed."""
+        """Sentences on a result that is far slower, and on figures that other work on the machine has disturbed."""
+        return [*self._slowness(), *self._disturbance()]
+
+    def _slowness(self) -> list[str]:
+        slowest = min(self.latency, key=lambda row: row.speedup.high)
+        if slowest.speedup.high * FAR_SLOWER >= 1.0:
+            return []
+        return [
+            f"The result takes {1 / slowest.speedup.median:.3g} times the original's time (threads "
+            f"{slowest.threads}, batch size {slowest.batch_size}): its form does not suit onnxruntime on this CPU. A "
+            f"goal in place of the steps (--goal balanced) takes nothing that is slower."
+        ]
+
+    def _disturbance(self) -> list[str]:
         worst = max(self.latency, key=lambda row: row.contention)
         if worst.contention <= BUSY:
             return []
@@ -96,7 +110,7 @@ def _violations(
     size_bytes: int,
 ) -> tuple[str, ...]:
     found: list[str] = []
-    if not constraints.allow_damage and (damage := _damage(fidelity, accuracy)):
+    if not constraints.allow_damage and (damage := damage_of(fidelity, accuracy)):
         found.append(f"the result no longer resembles the original: {damage}")
     if constraints.max_drop is not None:
         kept, share = fidelity.kept(constraints.metric)
@@ -120,15 +134,6 @@ def _violations(
     return tuple(found)
 
 
-def _damage(fidelity: Fidelity, accuracy: Accuracy | None) -> str:
-    """By which figure the outputs no longer resemble the original's; empty where they do."""
-    if accuracy is not None and accuracy.metric.startswith("top"):
-        return f"{accuracy.metric} falls by {accuracy.drop:.2f}" if accuracy.drop > DAMAGE_DROP else ""
-    if fidelity.expected_drop is not None and fidelity.expected_drop > DAMAGE_DROP:
-        return f"by its own probabilities the original would lose {100 * fidelity.expected_drop:.0f} points of accuracy"
-    return f"cosine {fidelity.cosine:.2f}" if fidelity.cosine < DAMAGE_COSINE else ""
-
-
 def verdict(recipe: Recipe, measured: Measured, original_size_bytes: int, size_bytes: int) -> str:
     """What was asked and what was got, in one sentence."""
     asked = f"Goal {recipe.goal.objective}: " if recipe.goal is not None and not recipe.steps else ""
@@ -137,12 +142,7 @@ def verdict(recipe: Recipe, measured: Measured, original_size_bytes: int, size_b
     else:
         ratio = original_size_bytes / max(size_bytes, 1)
         got = f"{ratio:.2f} times smaller" if ratio > 1 else f"{1 / ratio:.2f} times larger"
-    speedup = measured.latency[0].speedup
-    speed = {
-        "faster": f"{speedup.median:.2f} times faster",
-        "slower": f"{1 / speedup.median:.2f} times slower",
-        "not distinguishable": "as fast",
-    }[speedup.verdict]
+    speed = _speed(measured.latency[0].speedup)
     kept, share = measured.fidelity.kept(recipe.limits.metric)
     if measured.accuracy is not None:
         answers = f"{measured.accuracy.metric} {measured.accuracy.optimized:.4g} after {measured.accuracy.original:.4g}"
@@ -150,4 +150,12 @@ def verdict(recipe: Recipe, measured: Measured, original_size_bytes: int, size_b
         source = "" if measured.fidelity.data == "provided" else " on synthetic inputs"
         answers = f"{kept} with the original {share:.2%}{source}"
     missed = f"; not met: {'; '.join(measured.violations)}" if measured.violations else ""
+    if measured.latency[0].speedup.high * FAR_SLOWER < 1.0:
+        return f"{asked}{speed}, {got}, {answers}{missed}."
     return f"{asked}{got}, {speed}, {answers}{missed}."
+
+
+def _speed(speedup: Speedup) -> str:
+    if speedup.verdict == "not distinguishable":
+        return "as fast"
+    return f"{speedup.median:.2f} times faster" if speedup.low > 1 else f"{1 / speedup.median:.2f} times slower"

@@ -6,17 +6,19 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
 from modelpress_compression.measure.accuracy import Accuracy
+from modelpress_compression.measure.damage import damage_of
 from modelpress_compression.measure.fidelity import Fidelity
 from modelpress_compression.measure.latency import LatencyRow
 from modelpress_compression.measure.stats import LayerStats, ModelStats
 from modelpress_compression.model import Provenance
 from modelpress_compression.report.environment import environment
+from modelpress_compression.report.left_alone import folded_reasons
 
 SCHEMA_VERSION = 1
 MAX_LAYERS = 40
@@ -108,8 +110,9 @@ def build_report(inputs: ReportInputs) -> dict[str, Any]:
         "advice": [dict(item) for item in inputs.advice],
         "fidelity": inputs.fidelity.to_dict() if inputs.fidelity is not None else None,
         "accuracy": inputs.accuracy.to_dict() if inputs.accuracy is not None else None,
+        "damage": damage_of(inputs.fidelity, inputs.accuracy),
         "constraints": {"met": not inputs.violations, "violations": list(inputs.violations)},
-        "steps": [_step(step) for step in inputs.steps],
+        "steps": [_step(step, {str(row["name"]) for row in inputs.candidates}) for step in inputs.steps],
         "candidates": [dict(candidate) for candidate in inputs.candidates],
         "layers": layer_rows(inputs.original.layers, inputs.optimized.layers),
         "warnings": list(dict.fromkeys(inputs.warnings)),
@@ -174,12 +177,13 @@ def _bytes_by_name(layers: Sequence[LayerStats]) -> Counter[str]:
     return sizes
 
 
-def _step(step: StepRow) -> dict[str, Any]:
+def _step(step: StepRow, candidates: Collection[str]) -> dict[str, Any]:
     return {
         "name": step.name,
         "config": step.config,
         "changes": step.changes,
         "skipped": [{"node": node, "reason": reason} for node, reason in step.skipped],
+        "left_alone": folded_reasons(step.skipped, candidates),
         "size_bytes": step.size_bytes,
         "duration_s": step.duration_s,
         "details": [dict(row) for row in step.details],

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from modelpress_compression.report.formats import NOT_MEASURED, change, escape, milliseconds, ratio, size, tag
+from modelpress_compression.report.formats import (
+    NOT_MEASURED,
+    against_medians,
+    change,
+    escape,
+    interval,
+    milliseconds,
+    size,
+    speed_kind,
+    speed_words,
+    tag,
+)
 
 _OPEN_LAYERS = 12
 _ROLES = ("original", "optimized")
 # Less than 100, so that the last mark is not cut off.
 _SCALE_PERCENT = 98.0
+_LAST_TICK = 0.93  # of the scale: the text of a later tick ends at it
+_WHOLE = re.compile(r"\.0+(?!\d)")
 
 
 def latency_picture(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -27,7 +42,8 @@ def layer_picture(rows: Sequence[Mapping[str, Any]]) -> str:
     """Bytes of each layer before and after, on one scale; the smaller ones are folded."""
     largest = max((value for row in rows for value in _sizes(row) if value), default=1)
     drawn = [_layer_row(row, largest) for row in rows]
-    first = tag("div", "".join(drawn[:_OPEN_LAYERS]), class_="layers")
+    axis = tag("div", tag("span", "") + _axis(largest, size) + tag("span", ""), class_="layer")
+    first = tag("div", "".join(drawn[:_OPEN_LAYERS]) + axis, class_="layers")
     rest = tag("div", "".join(drawn[_OPEN_LAYERS:]), class_="layers")
     more = f"{len(drawn) - _OPEN_LAYERS} more rows"
     return first + (tag("details", tag("summary", more) + rest) if len(drawn) > _OPEN_LAYERS else "")
@@ -45,17 +61,38 @@ def _latency_row(row: Mapping[str, Any]) -> str:
     threads, batch = row["threads"], row["batch_size"]
     title = f"{threads} thread{'s' if threads != 1 else ''}, batch {batch}"
     speedup = row["speedup"]
-    verdict = "faster" if speedup["low"] > 1 else "slower" if speedup["high"] < 1 else "even"
-    interval = f"95 %: {speedup['low']:.2f} to {speedup['high']:.2f}"
-    head = tag("strong", escape(title)) + tag(
-        "span",
-        tag("b", f"{ratio(speedup['median'])} speed", class_=f"verdict {verdict}")
-        + f" <small>{escape(interval)}</small>",
-    )
+    words = tag("b", escape(speed_words(speedup)), class_=f"verdict {speed_kind(speedup)}")
+    head = tag("strong", escape(title)) + tag("span", f"{words} {tag('small', escape(interval(speedup)))}")
     slowest = max(row[role]["p99_ms"] for role in _ROLES) or 1.0
-    lines = "".join(_range(role, row[role], slowest) for role in _ROLES)
-    foot = tag("small", f"{row['rounds']} interleaved rounds, {escape(row['execution_provider'])}", class_="quiet")
+    lines = "".join(_range(role, row[role], slowest) for role in _ROLES) + _axis(slowest, milliseconds)
+    said = (against_medians(row), f"{row['rounds']} interleaved rounds", row["execution_provider"])
+    foot = tag("small", escape(", ".join(filter(None, said))), class_="quiet")
     return tag("section", tag("header", head) + lines + foot)
+
+
+def _axis(largest: float, written: Callable[[float], str]) -> str:
+    """Ticks with their numbers under a picture in which `largest` lies at `_SCALE_PERCENT`."""
+    marks = "".join(_tick(tick / largest, _WHOLE.sub("", written(tick)) if tick else "0") for tick in _ticks(largest))
+    return f'<svg class="scale" width="100%" height="18" aria-hidden="true">{marks}</svg>'
+
+
+def _tick(share: float, text: str) -> str:
+    place = f"{_SCALE_PERCENT * share:.2f}%"
+    anchor = "start" if share == 0 else "end" if share > _LAST_TICK else "middle"
+    line = f'<line x1="{place}" x2="{place}" y1="0" y2="4" class="tick"/>'
+    return f'{line}<text x="{place}" y="15" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _ticks(largest: float) -> list[float]:
+    """0 and two to four round numbers up to `largest`."""
+    power = math.floor(math.log10(largest)) - 1
+    step = next(
+        factor * 10.0**exponent
+        for exponent in (power, power + 1)
+        for factor in (1, 2, 5)
+        if largest / (factor * 10.0**exponent) < 5
+    )
+    return [index * step for index in range(int(largest / step) + 1)]
 
 
 def _range(role: str, times: Mapping[str, float], slowest: float) -> str:
@@ -89,7 +126,7 @@ def _layer_row(row: Mapping[str, Any], largest: int) -> str:
     kind = f"{row['layers']} of them" if row.get("layers", 1) > 1 else escape(row["op_type"])
     label = tag("span", f"{name} <small>{kind}</small>", class_="name", title=str(row["name"]))
     bars = "".join(
-        f'<rect y="{index * 8}" width="{max(100 * value / largest, 0.3):.2f}%" height="6" rx="1.5" class="{role}"/>'
+        _bar(index, role, value / largest)
         for index, (role, value) in enumerate(zip(_ROLES, (before, after), strict=True))
         if value
     )
@@ -98,3 +135,8 @@ def _layer_row(row: Mapping[str, Any], largest: int) -> str:
     share = change(before, after)
     figures = tag("span", text + (f" <small>{escape(share)}</small>" if share else ""), class_="figures")
     return tag("div", label + picture + figures, class_="layer")
+
+
+def _bar(index: int, role: str, share: float) -> str:
+    width = max(_SCALE_PERCENT * share, 0.3)
+    return f'<rect y="{index * 8}" width="{width:.2f}%" height="6" rx="1.5" class="{role}"/>'

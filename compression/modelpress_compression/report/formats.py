@@ -65,6 +65,33 @@ def percent(value: float | None, digits: int = 1) -> str:
     return f"{shown:.{digits}f}{_SPACE}%"
 
 
+def speed_kind(speedup: Mapping[str, float]) -> str:
+    """What the interval allows to say: faster, slower or even."""
+    return "faster" if speedup["low"] > 1 else "slower" if speedup["high"] < 1 else "even"
+
+
+def speed_words(speedup: Mapping[str, float]) -> str:
+    """'2.19× faster', '1.75× slower', 'no clear difference (0.98×)'."""
+    median = speedup["median"]
+    if speed_kind(speedup) == "even":
+        return f"no clear difference ({ratio(median)})"
+    return f"{ratio(median)} faster" if speedup["low"] > 1 else f"{ratio(1 / median)} slower"
+
+
+def interval(speedup: Mapping[str, float]) -> str:
+    """'95 %: 1.80 to 2.20'."""
+    return f"95{_SPACE}%: {speedup['low']:.2f} to {speedup['high']:.2f}"
+
+
+def against_medians(row: Mapping[str, Any]) -> str:
+    """A word where a latency row's own medians seem to say the opposite of its speed-up; else empty."""
+    before, after = row["original"]["p50_ms"], row["optimized"]["p50_ms"]
+    kind = speed_kind(row["speedup"])
+    if (kind == "slower" and after < before) or (kind == "faster" and after > before):
+        return "round by round; the medians of all rounds say otherwise"
+    return ""
+
+
 def number(value: Any) -> str:
     """A figure of unknown kind."""
     if value is None:

@@ -15,13 +15,17 @@ from modelpress_compression.report import sections
 from modelpress_compression.report.figures import latency_picture, layer_picture, legend, size_bar
 from modelpress_compression.report.formats import (
     NOT_MEASURED,
+    against_medians,
     change,
     count,
     escape,
+    interval,
     milliseconds,
     percent,
     ratio,
     size,
+    speed_kind,
+    speed_words,
     tag,
 )
 
@@ -47,7 +51,8 @@ def render_html(report: Mapping[str, Any]) -> str:
 
 def headline(report: Mapping[str, Any]) -> str:
     """One sentence: size, speed, and what it cost."""
-    return f"{_size_words(report['size_ratio'])}, {_speed_words(report['latency'])}{_quality_words(report)}."
+    said = f"{_size_words(report['size_ratio'])}, {_speed_words(report['latency'])}{_quality_words(report)}."
+    return f"Damaged: {said}" if report.get("damage") else said
 
 
 def _size_words(size_ratio: float) -> str:
@@ -62,12 +67,10 @@ def _speed_words(latency: Any) -> str:
     if not latency:
         return "speed not measured"
     speedup = latency[0]["speedup"]
-    if speedup["low"] > 1:
-        gain = speedup["median"]
+    kind, gain = speed_kind(speedup), speedup["median"]
+    if kind == "faster":
         return f"{ratio(gain)} as fast" if gain >= 1.2 else f"{percent(gain - 1, 0)} faster"
-    if speedup["high"] < 1:
-        return f"but only {ratio(speedup['median'])} the speed"
-    return "speed not measurably changed"
+    return f"but {ratio(1 / gain)} slower" if kind == "slower" else "speed not measurably changed"
 
 
 def _quality_words(report: Mapping[str, Any]) -> str:
@@ -100,7 +103,9 @@ def _lowest_cosine(fidelity: Mapping[str, Any]) -> float | None:
 
 def _header(report: Mapping[str, Any], title: str) -> str:
     job = f" · {tag('code', escape(report['job']))}" if report["job"] else ""
-    return tag("header", tag("p", f"modelpress report{job}", class_="brand") + tag("h1", escape(title)), class_="top")
+    kind = "damaged" if report.get("damage") else "sound"
+    heading = tag("h1", escape(title), class_=kind)
+    return tag("header", tag("p", f"modelpress report{job}", class_="brand") + heading, class_="top")
 
 
 def _banners(report: Mapping[str, Any]) -> str:
@@ -109,10 +114,13 @@ def _banners(report: Mapping[str, Any]) -> str:
     stated = {**(report["recipe"].get("constraints") or {}), **(report["recipe"].get("goal") or {})}
     demanded = any(stated.get(name) is not None for name in _LIMITS)
     made = ""
+    if (damage := report.get("damage")) and constraints["met"]:
+        text = f"The result no longer resembles the original: {damage}."
+        made += tag("div", tag("strong", escape(text)), class_="banner bad")
     if not constraints["met"]:
         listed = "".join(tag("li", escape(text)) for text in constraints["violations"])
         made += tag("div", tag("strong", "Constraints not met") + tag("ul", listed), class_="banner bad")
-    elif demanded:
+    elif demanded and not damage:
         made += tag("div", tag("strong", "All constraints are met."), class_="banner good")
     if advice := report.get("advice"):
         listed = "".join(tag("li", f"{escape(item['text'])} {tag('code', escape(item['command']))}") for item in advice)
@@ -173,10 +181,10 @@ def _latency_card(latency: Any) -> str:
         return _card("Latency", NOT_MEASURED, NOT_MEASURED, "not measured")
     row = latency[0]
     speedup = row["speedup"]
-    note = f"{ratio(speedup['median'])} speed, 95 %: {speedup['low']:.2f} to {speedup['high']:.2f}"
+    note = ", ".join(filter(None, (speed_words(speedup), interval(speedup), against_medians(row))))
     setting = f"Latency, batch {row['batch_size']}, {row['threads']} thread{'s' if row['threads'] != 1 else ''}"
     before, after = (milliseconds(row[role]["p50_ms"]) for role in ("original", "optimized"))
-    return _card(setting, before, after, note, worse=speedup["high"] < 1)
+    return _card(setting, before, after, note, worse=speed_kind(speedup) == "slower")
 
 
 def _quality_card(report: Mapping[str, Any]) -> str:
@@ -184,9 +192,8 @@ def _quality_card(report: Mapping[str, Any]) -> str:
     if accuracy is not None:
         better = "lower is better" if accuracy["metric"] in LOWER_IS_BETTER else "higher is better"
         note = f"{accuracy['samples']:,} labelled samples, {better}"
-        return _card(
-            f"Accuracy, {accuracy['metric']}", _metric(accuracy, "original"), _metric(accuracy, "optimized"), note
-        )
+        before, after = _metric(accuracy, "original"), _metric(accuracy, "optimized")
+        return _card(f"Accuracy, {accuracy['metric']}", before, after, note, worse=bool(report.get("damage")))
     if fidelity is None:
         return _card("Fidelity", NOT_MEASURED, NOT_MEASURED, "not measured")
     samples = f"on {fidelity['samples']:,} {fidelity['data']} samples"
@@ -195,7 +202,7 @@ def _quality_card(report: Mapping[str, Any]) -> str:
         value, note = percent(fidelity["top1_agreement"]), f"same top answer, {samples}"
     else:
         value, note = NOT_MEASURED if cosine is None else f"{cosine:.4f}", f"lowest cosine of the outputs, {samples}"
-    values = tag("p", tag("b", escape(value)), class_="values")
+    values = tag("p", tag("b", escape(value)), class_="values worse" if report.get("damage") else "values")
     return tag("article", tag("h2", "Fidelity") + values + tag("p", escape(note), class_="note"))
 
 

@@ -6,16 +6,19 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from modelpress_compression.measure.damage import DAMAGE_COSINE, DAMAGE_DROP
 from modelpress_compression.report.formats import (
     NOT_MEASURED,
     change,
     definitions,
     escape,
+    interval,
     number,
     percent,
-    ratio,
     seconds,
     size,
+    speed_kind,
+    speed_words,
     table,
     tag,
     words,
@@ -23,6 +26,7 @@ from modelpress_compression.report.formats import (
 )
 
 MAX_NAMED_NODES = 30
+MAX_OPEN_REASONS = 4
 _ENVIRONMENT_NAMES = {"cpu": "CPU", "cores": "cores", "instructions": "instructions", "system": "system"}
 
 
@@ -63,9 +67,8 @@ def _step(index: int, step: Mapping[str, Any], before: float) -> str:
         + tag("span", seconds(step["duration_s"]), class_="quiet")
     )
     notes = "".join(tag("p", escape(note)) for note in step.get("notes", ()))
-    return tag(
-        "li", tag("header", head) + done + notes + _details(step) + _skipped(step["skipped"]) + _config(step["config"])
-    )
+    left = _left_alone(step.get("left_alone", ()))
+    return tag("li", tag("header", head) + done + notes + left + _details(step) + _config(step["config"]))
 
 
 def _details(step: Mapping[str, Any]) -> str:
@@ -85,16 +88,27 @@ def _details(step: Mapping[str, Any]) -> str:
     return folded(f"Layer by layer: {len(rows)}", tables) if rows else ""
 
 
-def _skipped(skipped: Sequence[Mapping[str, str]]) -> str:
-    if not skipped:
+def _left_alone(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each reason, with the names behind it; the rarer reasons behind one line together."""
+    if not rows:
         return ""
-    by_reason: defaultdict[str, list[str]] = defaultdict(list)
-    for skip in skipped:
-        by_reason[skip["reason"]].append(skip["node"])
-    groups = sorted(by_reason.items(), key=lambda item: -len(item[1]))
-    rows = [[str(len(nodes)), escape(reason), _nodes(nodes)] for reason, nodes in groups]
-    reasons = f"{len(groups)} reason{'s' if len(groups) != 1 else ''}"
-    return folded(f"Left alone: {len(skipped)}, for {reasons}", table(("", "Why", "Where"), rows, numeric=(0,)))
+    lines = [
+        tag("li", folded(f"{_counted(row['count'], row['what'])}: {escape(row['reason'])}", _nodes(row["names"])))
+        for row in rows
+    ]
+    first, rest = lines[:MAX_OPEN_REASONS], lines[MAX_OPEN_REASONS:]
+    more = folded(_counted(len(rest), "other reason"), tag("ul", "".join(rest), class_="reasons")) if rest else ""
+    total = ", ".join(
+        _counted(number, what)
+        for what in ("node", "candidate")
+        if (number := sum(row["count"] for row in rows if row["what"] == what))
+    )
+    listed = tag("ul", "".join(first), class_="reasons")
+    return tag("div", tag("p", f"Left alone: {total}", class_="quiet") + listed + more, class_="left")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _nodes(nodes: Sequence[str]) -> str:
@@ -109,33 +123,41 @@ def _config(config: Mapping[str, Any]) -> str:
 
 def candidates(rows: Sequence[Mapping[str, Any]]) -> str:
     """All candidates, with the figures that decided."""
-    written = []
-    for row in rows:
-        speedup = row.get("speedup")
-        speed = NOT_MEASURED
-        if speedup:
-            speed = f"{ratio(speedup['median'])} <small>{speedup['low']:.2f} to {speedup['high']:.2f}</small>"
-        name = escape(row.get("name", ""))
-        if row.get("chosen"):
-            name += " " + tag("b", "chosen", class_="chosen")
-        elif row.get("pareto"):
-            name += " " + tag("small", "on the Pareto front")
-        if row.get("reason"):
-            name += tag("p", escape(row["reason"]), class_="quiet")
-        cosine, drop = row.get("cosine"), row.get("drop")
-        written.append(
-            [
-                name,
-                size(row.get("size_bytes")),
-                speed,
-                NOT_MEASURED if cosine is None else f"{cosine:.4f}",
-                percent(row.get("agreement"), 2),
-                percent(row.get("expected_drop"), 2),
-                NOT_MEASURED if drop is None else f"{drop:.4f}",
-            ]
-        )
     headers = ("Candidate", "Size", "Speed", "Cosine", "Agreement", "Expected drop", "Drop")
-    return table(headers, written, numeric=(1, 2, 3, 4, 5, 6)) if written else ""
+    return table(headers, [_candidate(row) for row in rows], numeric=(1, 3, 4, 5, 6)) if rows else ""
+
+
+def _candidate(row: Mapping[str, Any]) -> list[str]:
+    cosine, drop, expected = row.get("cosine"), row.get("drop"), row.get("expected_drop")
+    return [
+        _candidate_name(row),
+        size(row.get("size_bytes")),
+        _candidate_speed(row.get("speedup")),
+        _alarming(NOT_MEASURED if cosine is None else f"{cosine:.4f}", cosine is not None and cosine < DAMAGE_COSINE),
+        percent(row.get("agreement"), 2),
+        _alarming(percent(expected, 2), (expected or 0) > DAMAGE_DROP),
+        NOT_MEASURED if drop is None else f"{drop:.4f}",
+    ]
+
+
+def _candidate_name(row: Mapping[str, Any]) -> str:
+    name = escape(row.get("name", ""))
+    if row.get("chosen"):
+        name += " " + tag("b", "chosen", class_="chosen")
+    elif row.get("pareto"):
+        name += " " + tag("small", "on the Pareto front")
+    return name + (tag("p", escape(row["reason"]), class_="quiet") if row.get("reason") else "")
+
+
+def _candidate_speed(speedup: Mapping[str, float] | None) -> str:
+    if not speedup:
+        return NOT_MEASURED
+    words = tag("b", escape(speed_words(speedup)), class_=f"verdict {speed_kind(speedup)}")
+    return f"{words} {tag('small', escape(interval(speedup)))}"
+
+
+def _alarming(text: str, damaged: bool) -> str:
+    return tag("b", escape(text), class_="damaged") if damaged else escape(text)
 
 
 def outputs(fidelity: Mapping[str, Any] | None) -> str:

@@ -68,7 +68,7 @@ def inputs(bare_inputs: ReportInputs) -> ReportInputs:
         fidelity=Fidelity(
             "synthetic",
             32,
-            {"y": OutputFidelity(0.9991, 27.5, 0.1), "i": OutputFidelity(None, None, None, equal=0.75)},
+            {"y": OutputFidelity(0.9991, 27.5, 0.1), "i": OutputFidelity(None, None, None, equal=0.95)},
             top1_agreement=0.997,
             agreement=0.997,
         ),

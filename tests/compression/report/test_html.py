@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from modelpress_compression.measure.fidelity import Fidelity, OutputFidelity
 from modelpress_compression.report.build import ReportInputs, StepRow, build_report
 from modelpress_compression.report.formats import change, count, milliseconds, percent, size
 from modelpress_compression.report.html import headline, render_html
@@ -65,11 +66,13 @@ def test_the_page_says_everything(inputs: ReportInputs) -> None:
         "4.00 MB",
         "50.0 % are zero",
         "conv batchnorm 20",
-        "Left alone: 41, for 2 reasons",
+        "Left alone: 41 nodes",
+        "40 nodes: depthwise",
+        "1 node: excluded",
         "and 10 more",
         "slower than in float32",
         "27.5 dB",
-        "75.00 %",
+        "95.00 %",
         "scheme: auto",
         "1.80 to 2.20",
     ):
@@ -118,7 +121,7 @@ def said(report: dict[str, Any]) -> str:
         (2.19, 2.1, 2.3, "2.19× as fast"),
         (1.1, 1.05, 1.2, "10 % faster"),
         (1.02, 0.97, 1.08, "speed not measurably changed"),
-        (0.57, 0.5, 0.6, "but only 0.57× the speed"),
+        (0.57, 0.5, 0.6, "but 1.75× slower"),
     ],
 )
 def test_the_headline_claims_no_more_than_was_measured(
@@ -164,3 +167,48 @@ def test_numbers_read_well() -> None:
         "": change(None, 5),
     }
     assert {text: shown.replace("\u00a0", " ") for text, shown in expected.items()} == {text: text for text in expected}
+
+
+def test_a_damaged_result_is_set_off(inputs: ReportInputs) -> None:
+    """In the first words and in red, also where the recipe allowed it; a sound one is not."""
+    assert "Damaged" not in render_html(build_report(inputs))
+    fidelity = Fidelity("provided", 32, {"y": OutputFidelity(0.51, 1.0, 9.0)}, None, 0.51)
+    text = render_html(build_report(replace(inputs, fidelity=fidelity, violations=())))
+    assert '<h1 class="damaged">Damaged: ' in text
+    assert "no longer resembles the original: cosine 0.51" in text
+
+
+@pytest.mark.parametrize(
+    ("after_ms", "median", "says"), [(3.0, 0.8, True), (5.0, 0.8, False), (5.0, 1.5, True), (3.0, 1.5, False)]
+)
+def test_times_that_point_the_other_way_get_a_word(
+    inputs: ReportInputs, after_ms: float, median: float, says: bool
+) -> None:
+    """The speed-up comes from rounds side by side, the medians from all runs of each model."""
+    report = build_report(inputs)
+    row = report["latency"][0]
+    row["speedup"] = {"median": median, "low": median - 0.1, "high": median + 0.1}
+    row["optimized"]["p50_ms"] = after_ms
+    assert ("say otherwise" in render_html(report)) == says
+
+
+def test_pictures_have_numbers_on_their_axes(inputs: ReportInputs) -> None:
+    """Times from 0 up to the slowest p99 (6 ms), bytes up to the largest layer (4 kB)."""
+    text = Page(render_html(build_report(inputs))).text
+    assert "02 ms4 ms6 ms" in text
+    assert "01 kB2 kB3 kB4 kB" in text
+
+
+def test_candidates_show_interval_and_verdict(inputs: ReportInputs) -> None:
+    """Faster, slower, or no clear difference; figures of a damaged one are red."""
+    report = build_report(inputs)
+    speeds = {"fast": (1.5, 1.4, 1.6), "slow": (0.5, 0.4, 0.6), "even": (1.0, 0.9, 1.1)}
+    report["candidates"] = [
+        {"name": name, "chosen": False, "cosine": 0.4, "speedup": {"median": median, "low": low, "high": high}}
+        for name, (median, low, high) in speeds.items()
+    ]
+    text = render_html(report)
+    shown = Page(text).text
+    for words in ("1.50× faster 95 %: 1.40 to 1.60", "2.00× slower 95 %: 0.40 to 0.60", "no clear difference (1.00×)"):
+        assert words in shown
+    assert '<b class="damaged">0.4000</b>' in text

@@ -1,0 +1,19 @@
+"""When a result no longer resembles the original: whatever was asked for, it is another model then."""
+
+from __future__ import annotations
+
+from modelpress_compression.measure.accuracy import SHARES, Accuracy
+from modelpress_compression.measure.fidelity import Fidelity
+
+DAMAGE_DROP, DAMAGE_COSINE = 0.1, 0.9
+
+
+def damage_of(fidelity: Fidelity | None, accuracy: Accuracy | None) -> str:
+    """By which figure the outputs no longer resemble the original's; empty where they do, or were not measured."""
+    if accuracy is not None and accuracy.metric in SHARES:
+        return f"{accuracy.metric} falls by {accuracy.drop:.2f}" if accuracy.drop > DAMAGE_DROP else ""
+    if fidelity is None:
+        return ""
+    if fidelity.expected_drop is not None and fidelity.expected_drop > DAMAGE_DROP:
+        return f"by its own probabilities the original would lose {100 * fidelity.expected_drop:.0f} points of accuracy"
+    return f"cosine {fidelity.cosine:.2f}" if fidelity.cosine < DAMAGE_COSINE else ""
