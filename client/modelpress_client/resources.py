@@ -77,7 +77,8 @@ class Model:
 class JobEvent:
     """One event of a job. kind: `snapshot` (where it stands now), `progress` or `state`.
 
-    fraction: share of the whole job, 0 to 1. queue_position: jobs ahead of this one.
+    fraction: share of the whole job, 0 to 1. queue_position: jobs ahead of this one. is_past: it happened before the
+    snapshot that came first, which shows where the job has got to since.
     """
 
     kind: str
@@ -89,9 +90,10 @@ class JobEvent:
     fraction: float
     message: str
     queue_position: int
+    is_past: bool = False
 
 
-def job_event(kind: str, sequence: int, state: int, progress: jobs.Progress) -> JobEvent:
+def job_event(kind: str, sequence: int, state: int, progress: jobs.Progress, *, is_past: bool = False) -> JobEvent:
     """Builds an event from the newest state and progress."""
     return JobEvent(
         kind=kind,
@@ -103,6 +105,7 @@ def job_event(kind: str, sequence: int, state: int, progress: jobs.Progress) -> 
         fraction=progress.fraction,
         message=progress.message,
         queue_position=progress.queue_position,
+        is_past=is_past,
     )
 
 

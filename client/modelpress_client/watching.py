@@ -25,7 +25,7 @@ async def watch_job(connection: Connection, name: str) -> AsyncIterator[tuple[Jo
     """
     await connection.reach()
     patience = connection.patience()
-    job, after = pb.Job(), 0
+    job, after, past = pb.Job(), 0, 0
     while True:
         request = pb.WatchJobRequest(name=name, after_sequence=after)
         try:
@@ -35,13 +35,15 @@ async def watch_job(connection: Connection, name: str) -> AsyncIterator[tuple[Jo
                 kind = response.WhichOneof("event")
                 if kind == "snapshot":
                     job.CopyFrom(response.snapshot)
+                    past = job.last_sequence
                 elif kind == "progress":
                     job.progress.CopyFrom(response.progress)
                 elif kind == "state":
                     job.state = response.state
                 else:
                     continue
-                yield job_event(kind, response.sequence, job.state, job.progress), job
+                is_past = 0 < response.sequence <= past
+                yield job_event(kind, response.sequence, job.state, job.progress, is_past=is_past), job
                 if kind == "snapshot" and job.state in ENDED:
                     return
             raise stalled("The server ended the watch early", 0)

@@ -43,6 +43,13 @@ def test_the_documented_way(client: Client, model_file: Path, tmp_path: Path) ->
     assert client.report(job.name).to_dict() == report.to_dict()
 
 
+def test_a_watcher_who_comes_late(client: Client, fake_server: Any, model_file: Path) -> None:
+    """What the first snapshot holds already comes as past."""
+    job = client.compress(client.upload(model_file))
+    fake_server.jobs[job.name].last_sequence = 2
+    assert [event.stage for event in job.watch() if event.kind == "progress" and not event.is_past] == ["measure"]
+
+
 async def test_asyncio_has_the_same_methods(fake_server: Any, model_file: Path, patient: RetryPolicy) -> None:
     """The same way as coroutines."""
     async with AsyncClient(fake_server.address, retry=patient) as client:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,20 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
         "Load (1/4): 0 %, loading the model",
         "Search (2/4): 50 %, candidate 4 of 9: 61 % smaller, 1.8x, about 5 s left",
     ]
+
+
+@pytest.mark.parametrize("display", [Lines, Bars])
+def test_what_is_past_is_not_shown(display: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever comes late sees where the job stands, not its history at once, which says nothing of its pace."""
+    time = Time()
+    with display(time) as shown:
+        shown.event(job_event("snapshot", 0, jobs.JOB_STATE_RUNNING, jobs.Progress(stage="search", fraction=0.5)))
+        for item in WORK:
+            shown.event(replace(item, is_past=True))
+        time.now_s += 2
+        shown.event(event(jobs.JOB_STATE_RUNNING, stage="search", fraction=0.6, message="on it"))
+        assert shown._etas["job"].left_s() == pytest.approx(8)
+    assert "Queued" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -136,6 +136,8 @@ class Lines(Silent):
 
     def event(self, event: JobEvent) -> None:
         """`Quantize (3/5): 60 %, calibrating, about 20 s left`."""
+        if event.is_past:
+            return
         text, left = describe(event), left_text(self._etas.of_job(event).left_s())
         if _is_at_work(event):
             text = f"{text}: {_joined(units.percent(event.fraction), event.message, left)}"
@@ -210,6 +212,8 @@ class Bars:
 
     def event(self, event: JobEvent) -> None:
         """Moves the bar of the job, and leaves a line for the stage before."""
+        if event.is_past:
+            return
         if self._job is None:
             self._job = self._progress.add_task("", total=1.0, eta=None)
         stage = event.stage if event.state == "RUNNING" else ""

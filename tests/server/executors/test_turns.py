@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 from manual_clock import ManualClock
+from modelpress_protos.internal.v1 import worker_pb2
+from modelpress_protos.v1 import job_service_pb2
 from modelpress_server.clock import Clock
-from modelpress_server.executors.base import Limits
-from modelpress_server.executors.local import _Run
+from modelpress_server.executors.base import START_WORKER, Limits
+from modelpress_server.executors.local import WAITS_FOR_TURN, _Run
+from modelpress_server.executors.output import EventFilter
 from modelpress_server.executors.turns import MAX_TASK_S, MAX_TURN_S, MeasuringTurns
 from server_harness import until
 
@@ -157,6 +160,33 @@ async def test_a_real_task_stands_still_and_pays_nothing(start_bench: Any) -> No
     assert event.WhichOneof("event") == "compressed"
     answer = json.loads((bench.output / "answer.json").read_text("ascii"))
     assert answer["own_s"] < answer["wall_s"] - 0.25
+
+
+async def test_a_task_that_waits_for_the_turn_of_another_says_so(start_bench: Any) -> None:
+    """While one measures no worker is started: the task that came meanwhile tells why it does not begin."""
+    bench = await start_bench()
+    done = bench.root / "done"
+    measuring = asyncio.create_task(bench.run("measure:done"))
+    await until(lambda: "measuring" in bench.lines)
+    waiting = asyncio.create_task(bench.run("measure:done"))
+    told = worker_pb2.WorkerEvent()
+    told.progress.stage, told.progress.message = START_WORKER, WAITS_FOR_TURN
+    await until(lambda: told in bench.events)
+    assert bench.lines.count("measuring") == 1
+    done.touch()
+    await asyncio.gather(measuring, waiting)
+    assert bench.lines.count("measuring") == 2
+
+
+def test_a_remark_keeps_the_place() -> None:
+    """The server's own word stands beside the stage and the share that the worker told last."""
+    told: list[worker_pb2.WorkerEvent] = []
+    events = EventFilter(told.append)
+    events.progress(job_service_pb2.Progress(stage="search", stage_index=1, fraction=0.5, message="timing"))
+    events.remark(WAITS_FOR_TURN)
+    first, second = (event.progress for event in told)
+    assert (first.message, second.message) == ("timing", WAITS_FOR_TURN)
+    assert (second.stage, second.stage_index, second.fraction) == ("search", 1, 0.5)
 
 
 @dataclass
