@@ -158,13 +158,14 @@ class Server:
         self._gate = Gate(authenticator, self._projects, self._audit, self._clock)
         self._grpc = grpc.aio.server(interceptors=[self._gate], options=OPTIONS)
         self._uploads = UploadService(settings, self._blobs, index, self._clock)
-        self._janitor = Janitor(settings, self._blobs, index, self._uploads.sessions)
+        self._janitor = Janitor(settings, self._blobs, index, self._uploads.sessions, self._clock)
         upload_service_pb2_grpc.add_UploadServiceServicer_to_server(self._uploads, self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelService(settings, self._projects, models, self._scheduler), self._grpc
         )
         job_service_pb2_grpc.add_JobServiceServicer_to_server(
-            JobService(settings, self._projects, jobs, models, index, self._scheduler, self._notifier), self._grpc
+            JobService(settings, self._projects, jobs, models, index, self._scheduler, self._notifier, self._clock),
+            self._grpc,
         )
         server_service_pb2_grpc.add_ServerServiceServicer_to_server(
             ServerService(settings, jobs, self._executor), self._grpc

@@ -16,6 +16,10 @@ class Clock:
         """Seconds since some fixed moment; never goes back."""
         return time.monotonic()
 
+    def wall_us(self) -> int:
+        """Microseconds since the epoch, as the machine believes; may be set forward and back."""
+        return time.time_ns() // 1000
+
     async def sleep(self, duration_s: float) -> None:
         """Returns when the time is over."""
         await asyncio.sleep(duration_s)

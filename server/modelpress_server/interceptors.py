@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
 from modelpress_server import errors
@@ -73,6 +74,31 @@ def check_project(project: str) -> str:
         )
     call.take_request(project)
     return project
+
+
+class Malformed:
+    """What came instead of a request: bytes that are none."""
+
+
+def check_readable(message: Any) -> None:
+    """Raises InvalidFieldsError where a message could not be read."""
+    if isinstance(message, Malformed):
+        violation = errors.FieldViolation("", "the bytes are no message of this method; client and server differ")
+        raise errors.InvalidFieldsError([violation])
+
+
+def _readable(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """The deserializer; what it cannot read is told by the call, with a status, where gRPC would say UNKNOWN."""
+    if deserializer is None:
+        return None
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserializer(data)
+        except DecodeError:
+            return Malformed()
+
+    return read
 
 
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscriptable at run time
@@ -144,6 +170,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
             state, outcome, result = Call(method), "CANCELLED", None
             try:
                 await self._enter(state, authorization, context)
+                check_readable(request)
                 result = behaviour(request, context)
                 if inspect.isawaitable(result):
                     result = await result
@@ -159,6 +186,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
             state, outcome = Call(method), "CANCELLED"
             try:
                 await self._enter(state, authorization, context)
+                check_readable(request)
                 async for response in behaviour(request, context):
                     yield response
                 outcome = "OK"
@@ -176,7 +204,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
             (True, True): grpc.stream_stream_rpc_method_handler,
         }
         make: Any = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
-        made: Handler = make(wrapped, handler.request_deserializer, handler.response_serializer)
+        made: Handler = make(wrapped, _readable(handler.request_deserializer), handler.response_serializer)
         return made
 
 

@@ -7,28 +7,37 @@ import logging
 import shutil
 from pathlib import Path
 
+from modelpress_server.clock import Clock
 from modelpress_server.config import Settings
 from modelpress_server.errors import ServiceError
 from modelpress_server.services.upload_session import UploadSessions
 from modelpress_server.stores.base import BlobIndex
 from modelpress_server.stores.filesystem import FileBlobStore
-from modelpress_server.stores.records import now_us
 
 logger = logging.getLogger(__name__)
 
 # A blob has a file a moment before it has a record; its file is left alone for so long.
 MIN_BLOB_AGE_S = 3600.0
+# The time of day and the time that passed differ by less between two passes, unless somebody set the clock.
+MAX_CLOCK_DRIFT_US = 30_000_000
+# After a start nothing expires for so long: the server was away, or the clock was set meanwhile.
+START_GRACE_S = 3600.0
 BATCH = 500
 
 
 class Janitor:
     """Sweeps every `settings.janitor_interval_s`."""
 
-    def __init__(self, settings: Settings, blobs: FileBlobStore, index: BlobIndex, sessions: UploadSessions) -> None:
+    def __init__(
+        self, settings: Settings, blobs: FileBlobStore, index: BlobIndex, sessions: UploadSessions, clock: Clock
+    ) -> None:
         self._settings = settings
         self._blobs = blobs
         self._index = index
         self._sessions = sessions
+        self._clock = clock
+        self._ahead_us = self._wall_ahead_us()
+        self._has_given_grace = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -40,6 +49,33 @@ class Janitor:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+
+    async def sweep_now(self) -> None:
+        """One pass at the present time; none where the clock was set forward since the last one.
+
+        Nobody had the time that a clock skips: what would expire in it gets its whole time again. Nor did anybody while
+        the server was away: the first pass gives a grace.
+        """
+        now, step_us = self._clock.wall_us(), self._wall_ahead_us() - self._ahead_us
+        self._ahead_us += step_us
+        if not self._has_given_grace:
+            await self._renew(
+                now, min(START_GRACE_S, self._settings.blob_ttl_s), min(START_GRACE_S, self._settings.upload_ttl_s)
+            )
+            self._has_given_grace = True
+        if step_us <= MAX_CLOCK_DRIFT_US:
+            await self.sweep(now)
+            return
+        logger.warning("the clock was set forward by %d s; what would have expired is kept", step_us // 1_000_000)
+        await self._renew(now, self._settings.blob_ttl_s, self._settings.upload_ttl_s)
+
+    async def _renew(self, now: int, blob_s: float, upload_s: float) -> None:
+        """Unused blobs and unfinished uploads are kept for so long at least."""
+        used_us = now - round((self._settings.blob_ttl_s - blob_s) * 1e6)
+        await self._index.renew(used_us, upload_expire_us=now + round(upload_s * 1e6))
+
+    def _wall_ahead_us(self) -> int:
+        return self._clock.wall_us() - round(self._clock.now_s() * 1e6)
 
     async def sweep(self, now: int) -> None:
         """One pass at the time `now`, in microseconds. Records go first, then files that no record names any more."""
@@ -72,7 +108,7 @@ class Janitor:
     async def _sweep_regularly(self) -> None:
         while True:
             try:
-                await self.sweep(now_us())
+                await self.sweep_now()
             except ServiceError as error:
                 logger.warning("cleaning up failed: %s", error)
             except Exception:  # a bug here must not leave the disk to fill up for good

@@ -23,7 +23,7 @@ class DataDirLock:
         """Raises SettingsError where another server has the folder, or it cannot be written."""
         try:
             self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._data_dir.chmod(0o700)  # it may have been there with another mode
+            _close_to_others(self._data_dir)
             self._fd = os.open(self._data_dir / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise SettingsError(f"data_dir: cannot use {self._data_dir}: {error.strerror}.") from error
@@ -51,3 +51,17 @@ class DataDirLock:
             (self._data_dir / ADDRESS_FILE).unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = -1
+
+
+def _close_to_others(folder: Path) -> None:
+    """A folder that was there before may be open to other users, and names alone tell them of models."""
+    mode = folder.stat().st_mode & 0o777
+    if not mode & 0o077:
+        return
+    try:
+        folder.chmod(0o700)
+    except PermissionError:
+        raise SettingsError(
+            f"data_dir: {folder} is open to others (mode {mode:o}) and belongs to another user, so it cannot be closed. "
+            f"Make it yours, or name a folder inside it: --data-dir {folder / 'modelpress'}."
+        ) from None

@@ -11,6 +11,7 @@ from pathlib import Path
 from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2
 
+from modelpress_server.executors.base import WorkerLostError
 from modelpress_server.names import new_id, path_fault
 from modelpress_server.stores.base import BlobKey
 from modelpress_server.stores.filesystem import ArtifactError, FileBlobStore
@@ -51,7 +52,19 @@ class TaskFolder:
     async def collect(
         self, produced: Sequence[worker_pb2.ProducedArtifact], max_bytes: int
     ) -> list[job_service_pb2.Artifact]:
-        """Takes the artifacts into the blob store. Raises ArtifactError for what is no plain file of the folder."""
+        """Takes the artifacts into the blob store.
+
+        Raises WorkerLostError for what is no plain file of the folder: no worker of ours leaves such a thing, so it was
+        taken over.
+        """
+        try:
+            return await self._collect(produced, max_bytes)
+        except ArtifactError as error:
+            raise WorkerLostError("WORKER_CRASHED", f"The worker left no result that can be taken: {error}.") from error
+
+    async def _collect(
+        self, produced: Sequence[worker_pb2.ProducedArtifact], max_bytes: int
+    ) -> list[job_service_pb2.Artifact]:
         if sum(len(item.paths) for item in produced) > MAX_ARTIFACT_FILES:
             raise ArtifactError(f"the worker left more than {MAX_ARTIFACT_FILES} files")
         artifacts = []

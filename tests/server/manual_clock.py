@@ -8,10 +8,15 @@ from modelpress_server.clock import Clock, Waited
 
 
 class ManualClock(Clock):
-    """Starts at 0 s. `sleeping`: when each of those who sleep on wakes, in seconds."""
+    """Starts at 0 s. `sleeping`: when each of those who sleep on wakes, in seconds.
+
+    `set_forward_s`: by how much the machine's idea of the time of day was set forward.
+    """
 
     def __init__(self) -> None:
         self._now_s = 0.0
+        self._began_us = super().wall_us()
+        self.set_forward_s = 0.0
         self._sleepers: dict[asyncio.Future[None], float] = {}
 
     @property
@@ -20,6 +25,9 @@ class ManualClock(Clock):
 
     def now_s(self) -> float:
         return self._now_s
+
+    def wall_us(self) -> int:
+        return self._began_us + round((self._now_s + self.set_forward_s) * 1e6)
 
     def advance(self, duration_s: float) -> None:
         """Moves the time on and wakes those whose time has come."""

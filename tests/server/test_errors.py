@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from modelpress_protos.v1 import common_pb2
 from modelpress_server import errors
+from server_harness import Running, failing
 
 
 def subclasses(kind: type[errors.ServiceError]) -> set[type[errors.ServiceError]]:
@@ -61,3 +64,20 @@ def test_a_workers_reason_and_metadata_are_kept() -> None:
 def test_reasons_are_those_of_the_api() -> None:
     """A reason is spelled as the enum without its prefix."""
     assert errors.reason_name(common_pb2.ERROR_REASON_QUEUE_FULL) == "QUEUE_FULL"
+
+
+async def test_bytes_that_are_no_request(running: Running) -> None:
+    """Unary or streaming: what is no message is the client's fault, and is said so."""
+    channel, noise = running.client.channel, b"\xff" * 9
+
+    async def streamed(call: Any) -> list[Any]:
+        return [answer async for answer in call]
+
+    calls = (
+        channel.unary_unary("/modelpress.v1.JobService/GetJob")(noise),
+        streamed(channel.unary_stream("/modelpress.v1.JobService/WatchJob")(noise)),
+        streamed(channel.stream_stream("/modelpress.v1.UploadService/WriteUpload")(iter([noise]))),
+    )
+    for call in calls:
+        failure = await failing(call)
+        assert (failure.code, failure.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELDS")

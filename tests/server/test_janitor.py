@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import grpc
+from manual_clock import ManualClock
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2, upload_service_pb2
-from modelpress_server.janitor import MIN_BLOB_AGE_S
+from modelpress_server.janitor import MIN_BLOB_AGE_S, START_GRACE_S
 from modelpress_server.stores.records import now_us
-from server_harness import Running, chunks, digest_of, failing
+from server_harness import Running, Serve, chunks, digest_of, failing
 
 S = job_service_pb2
 
@@ -86,3 +87,56 @@ async def test_compacted_events_are_told(running: Running) -> None:
     assert (failure.code, failure.reason) == (grpc.StatusCode.OUT_OF_RANGE, "EVENTS_COMPACTED")
     for after in (0, job.last_sequence):
         assert [event.snapshot.state for event in await watched(after)] == [S.JOB_STATE_SUCCEEDED] * 2
+
+
+async def test_a_clock_that_is_set_forward_drops_nothing(serve: Serve) -> None:
+    """Two days that nobody had count for neither uploads nor blobs; two days that passed do."""
+    clock = ManualClock()
+    async with serve(clock=clock) as running:
+        janitor, get = running.server._janitor, upload_service_pb2.GetUploadRequest
+        loose = await running.client.upload(b"nobody uses this yet")
+        upload = await running.client.start_upload(b"0123456789")
+        await running.client.send(chunks(upload.name, b"01234", finish=False))
+        clock.set_forward_s = 2 * 86400.0
+        for _ in range(3):
+            await janitor.sweep_now()
+            clock.advance(60)
+        assert (await running.client.uploads.GetUpload(get(name=upload.name))).committed_size == 5
+        assert await running.client.read(loose) == b"nobody uses this yet"
+        for _ in range(2):
+            clock.advance(86400)
+            await janitor.sweep_now()
+        assert (await failing(running.client.uploads.GetUpload(get(name=upload.name)))).reason == "UPLOAD_EXPIRED"
+        assert (await failing(running.client.read(loose))).code == grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_clock_that_is_set_back_drops_nothing(serve: Serve) -> None:
+    """Then everything lives longer, and nothing for ever."""
+    clock = ManualClock()
+    async with serve(clock=clock) as running:
+        janitor, get = running.server._janitor, upload_service_pb2.GetUploadRequest
+        upload = await running.client.start_upload(b"0123456789")
+        clock.set_forward_s = -2 * 86400.0
+        await janitor.sweep_now()
+        clock.advance(60)
+        await janitor.sweep_now()
+        assert (await running.client.uploads.GetUpload(get(name=upload.name))).name == upload.name
+        for _ in range(4):
+            clock.advance(86400)
+            await janitor.sweep_now()
+        assert (await failing(running.client.uploads.GetUpload(get(name=upload.name)))).reason == "UPLOAD_EXPIRED"
+
+
+async def test_uploads_outlive_a_server_that_was_away(serve: Serve) -> None:
+    """An upload whose time ran out while no server was there can still be resumed for a while."""
+    async with serve(upload_ttl_s=7200.0) as running:
+        upload = await running.client.start_upload(b"0123456789")
+    clock = ManualClock()
+    clock.advance(86400)
+    async with serve(clock=clock, upload_ttl_s=7200.0) as running:
+        get = upload_service_pb2.GetUploadRequest(name=upload.name)
+        await running.server._janitor.sweep_now()
+        assert (await running.client.uploads.GetUpload(get)).name == upload.name
+        clock.advance(START_GRACE_S + 60)
+        await running.server._janitor.sweep_now()
+        assert (await failing(running.client.uploads.GetUpload(get))).reason == "UPLOAD_EXPIRED"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from google.protobuf import empty_pb2
 from modelpress_protos.v1 import job_service_pb2, job_service_pb2_grpc
 
 from modelpress_server import errors
+from modelpress_server.clock import Clock
 from modelpress_server.config import Settings
 from modelpress_server.interceptors import check_project, draining
 from modelpress_server.listing import fitted, list_query, page_token, wrong_field
@@ -43,6 +45,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         index: BlobIndex,
         scheduler: Scheduler,
         notifier: Notifier,
+        clock: Clock,
     ) -> None:
         self._settings = settings
         self._projects = projects
@@ -51,6 +54,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         self._index = index
         self._scheduler = scheduler
         self._notifier = notifier
+        self._clock = clock
 
     async def CreateJob(  # noqa: N802  # the name of the method in the API
         self, request: job_service_pb2.CreateJobRequest, context: Any
@@ -136,19 +140,23 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         timeout_s = MAX_WAIT_S
         if request.HasField("timeout"):
             timeout_s = min(max(request.timeout.ToMilliseconds() / 1000, 0.0), MAX_WAIT_S)
-        deadline_us = now_us() + round(timeout_s * 1e6)
+        deadline_s = self._clock.now_s() + timeout_s
         record = await self._get(request.name)
         ticket = self._notifier.ticket(record.id)
         try:
             while True:
                 ticket.clear()
                 record = await self._get(request.name)
-                left_s = (deadline_us - now_us()) / 1e6
+                left_s = deadline_s - self._clock.now_s()
                 if record.ended or left_s <= 0:
                     return await self._message(record)
                 if self._notifier.closed:
                     raise draining()
-                await wait_until(ticket, left_s)
+                news = asyncio.ensure_future(ticket.wait())
+                try:
+                    await self._clock.wait({news}, left_s)
+                finally:
+                    news.cancel()
         finally:
             self._notifier.drop(record.id, ticket)
 

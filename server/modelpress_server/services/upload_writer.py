@@ -15,6 +15,7 @@ from modelpress_protos.v1 import upload_service_pb2
 from modelpress_server import errors
 from modelpress_server.clock import Clock, Waited
 from modelpress_server.config import Settings
+from modelpress_server.interceptors import check_readable
 from modelpress_server.services.upload_session import UploadSession
 from modelpress_server.stores.base import BlobIndex, UploadRecord
 from modelpress_server.stores.filesystem import FileBlobStore
@@ -47,6 +48,7 @@ async def next_message(
             "No bytes came for too long, or too few. Resume from committed_size.", retry_after_s=1.0
         )
     message = reading.result()
+    check_readable(message)
     # grpc.aio.EOF, which the type stubs do not know
     return message if isinstance(message, Request) else None
 

@@ -346,6 +346,10 @@ class BlobIndex(Protocol):
         """Those of `blobs` that any project has."""
         ...
 
+    async def renew(self, used_us: int, *, upload_expire_us: int) -> None:
+        """Unused blobs and request ids count as used then, uploads expire then, where that is later than before."""
+        ...
+
     async def sweep(self, *, blobs_before_us: int, events_before_us: int, now_us: int) -> Sweep:
         """Forgets unused blobs, expired uploads, the events of old jobs and old request ids."""
         ...

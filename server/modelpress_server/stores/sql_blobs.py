@@ -98,6 +98,17 @@ class SqlBlobIndex:
 
         return await self._database.read(work)
 
+    async def renew(self, used_us: int, *, upload_expire_us: int) -> None:
+        def work(connection: Connection) -> None:
+            for column, least_us in (
+                (uploads.c.expire_time_us, upload_expire_us),
+                (project_blobs.c.used_us, used_us),
+                (request_ids.c.create_time_us, used_us),
+            ):
+                connection.execute(update(column.table).where(column < least_us).values({column: least_us}))
+
+        await self._database.write(work)
+
     async def sweep(self, *, blobs_before_us: int, events_before_us: int, now_us: int) -> Sweep:
         return await self._database.write(
             lambda connection: Sweep(

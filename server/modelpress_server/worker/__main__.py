@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import BinaryIO, NamedTuple
 
 from google.rpc import status_pb2
+from modelpress_compression.errors import RejectedModelError
 from modelpress_protos.internal.v1 import worker_pb2
 
 from modelpress_server.executors.sandbox import Sandbox
@@ -83,8 +84,12 @@ def _run(
     _close_output()
     try:
         events.send(last)
-    except FramingError as error:
-        failed: status_pb2.Status = status_of_exception(error, redact)
+    except FramingError:
+        too_complex = RejectedModelError(
+            "The model has more inputs, outputs or operators, or longer names, than this server takes.",
+            finding="TOO_COMPLEX",
+        )
+        failed: status_pb2.Status = status_of_exception(too_complex, redact)
         events.send(worker_pb2.WorkerEvent(failed=failed))
 
 
