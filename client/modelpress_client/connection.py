@@ -118,7 +118,7 @@ class Connection:
     async def _cause(self) -> tuple[str, bool]:
         """Why no connection comes about, as gRPC says of a call on such a channel; whether TLS may be the reason."""
         try:
-            await self._check_health(self.settings.retry.starting_s)
+            await self._check_health(self.settings.retry.connect_timeout_s)
         except grpc.aio.AioRpcError as error:
             for said, cause in _CAUSES.items():
                 if said in (error.details() or ""):
