@@ -181,6 +181,7 @@ _BY_REASON: dict[str, tuple[type[ModelpressError], bool]] = {
     "REQUEST_ID_REUSED": (UsageError, False),
     "ETAG_MISMATCH": (UsageError, False),
     "DRAINING": (ServerUnreachableError, True),
+    "SERVER_BUSY": (ServerUnreachableError, True),
     "EVENTS_COMPACTED": (TransferError, False),
     "UNSUPPORTED_OPERATOR": (UnusableInputError, False),
     "INVALID_FIELDS": (UsageError, False),

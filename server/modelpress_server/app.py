@@ -20,7 +20,9 @@ from modelpress_protos.v1 import (
 
 from modelpress_server.clock import Clock
 from modelpress_server.config import MAX_MESSAGE_BYTES, TOKENS_NAME, Settings, SettingsError
+from modelpress_server.connections import connection_options
 from modelpress_server.executors.base import Executor
+from modelpress_server.host import Host
 from modelpress_server.identity.audit import AuditLog
 from modelpress_server.identity.authenticator import Authenticator
 from modelpress_server.identity.certificates import server_credentials
@@ -34,6 +36,7 @@ from modelpress_server.services.job_service import JobService
 from modelpress_server.services.model_service import ModelService
 from modelpress_server.services.server_service import ServerService
 from modelpress_server.services.upload_service import UploadService
+from modelpress_server.space import Space
 from modelpress_server.stores.database import Database
 from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.sql_blobs import SqlBlobIndex
@@ -50,7 +53,9 @@ SERVICES = (
     "modelpress.v1.ServerService",
 )
 # What the data folder holds besides work/, where workers have their folders.
-PRIVATE_NAMES = ("blobs", "uploads", "tmp", "modelpress.db", TOKENS_NAME)
+PRIVATE_NAMES = ("blobs", "uploads", "tmp", "quarantine", "modelpress.db", TOKENS_NAME)
+# What is served also while this host can start no workers.
+WITHOUT_WORKERS = ("modelpress.v1.UploadService", "modelpress.v1.ServerService")
 # How long streams get to store what they have once the server closes them.
 CLOSE_GRACE_S = 1.0
 OPTIONS = (
@@ -117,13 +122,14 @@ class Server:
             self._build(authenticator)
             self._bind(credentials)
             await self._executor.start()
-            await self._scheduler.start()
+            await self._scheduler.start(machine_restarted=self._lock.machine_restarted)
+            self._lock.note_boot()
             await self._grpc.start()
         except BaseException:
             self._lock.release()
             raise
         self._janitor.start()
-        await self._set_serving()
+        await self._set_serving(True)
         self._lock.announce(self.address)
 
     async def stop(self) -> None:
@@ -145,7 +151,7 @@ class Server:
     async def _open_stores(self) -> None:
         data_dir = self._settings.data_dir
         await asyncio.to_thread(clear_work_folders, data_dir / "work")
-        self._blobs = FileBlobStore(data_dir, self._settings.reserve_bytes)
+        self._blobs = FileBlobStore(data_dir)
         await asyncio.to_thread(self._blobs.open)
         self._database = await asyncio.to_thread(Database.open, data_dir / "modelpress.db")
 
@@ -153,11 +159,14 @@ class Server:
         settings, database = self._settings, self._database
         models, jobs, index = SqlModelStore(database), SqlJobStore(database), SqlBlobIndex(database)
         self._executor = self._make_executor(settings)
-        resources = RunResources(settings, self._executor, self._blobs, settings.data_dir / "work")
-        self._scheduler = Scheduler(resources, self._projects, models, jobs, self._notifier, self._clock)
+        space = Space(settings.data_dir, settings.reserve_bytes, index)
+        resources = RunResources(settings, self._executor, self._blobs, space, settings.data_dir / "work")
+        host = Host(self._executor, self._clock, self._set_serving)
+        self._scheduler = Scheduler(resources, self._projects, models, jobs, self._notifier, host, self._clock)
         self._gate = Gate(authenticator, self._projects, self._audit, self._clock)
-        self._grpc = grpc.aio.server(interceptors=[self._gate], options=OPTIONS)
-        self._uploads = UploadService(settings, self._blobs, index, self._clock)
+        options = (*OPTIONS, *connection_options(settings))
+        self._grpc = grpc.aio.server(interceptors=[self._gate], options=options)
+        self._uploads = UploadService(settings, self._blobs, index, space, self._clock)
         self._janitor = Janitor(settings, self._blobs, index, self._uploads.sessions, self._clock)
         upload_service_pb2_grpc.add_UploadServiceServicer_to_server(self._uploads, self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
@@ -187,6 +196,9 @@ class Server:
             raise SettingsError(f"listen: cannot bind {listen}; is the port taken? Choose another, or port 0.")
         self.address = f"{host}:{port}"
 
-    async def _set_serving(self) -> None:
+    async def _set_serving(self, able: bool) -> None:
+        """`able`: whether workers can be started; uploads and downloads are served without them."""
+        status = health_pb2.HealthCheckResponse
         for service in ("", *SERVICES):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+            serves = able or service in WITHOUT_WORKERS
+            await self._health.set(service, status.SERVING if serves else status.NOT_SERVING)

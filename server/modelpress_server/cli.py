@@ -111,7 +111,9 @@ command.add_command(token)
 
 async def _serve(settings: Settings) -> None:
     from modelpress_server.app import Server
+    from modelpress_server.connections import raise_descriptor_limit
 
+    raise_descriptor_limit()
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)

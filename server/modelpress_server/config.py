@@ -127,6 +127,16 @@ class Settings:
     )
     reserve_bytes: int = _setting(256 * MIB, "Disk space that uploads leave free.", kind="bytes")
 
+    max_connections: int = _setting(
+        1000, "Most connections at a time; at most half of the descriptors that the process may have."
+    )
+    handshake_timeout_s: float = _setting(
+        10.0, "A connection that has not said what it wants within so long is closed.", kind="seconds"
+    )
+    connection_idle_s: float = _setting(
+        600.0, "A connection without a call for so long is closed; clients connect again by themselves.", kind="seconds"
+    )
+
     upload_idle_timeout_s: float = _setting(
         60.0, "An upload stream without bytes for so long is closed.", kind="seconds"
     )
@@ -160,7 +170,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._require(0 <= self.worker_uid < 2**31, "worker_uid", "a user id or 0")
-        for name in ("workers", "max_queued_jobs", "max_open_uploads", "max_blob_bytes", "ack_interval_bytes"):
+        for name in ("workers", "max_connections", "max_queued_jobs", "max_open_uploads"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("max_blob_bytes", "ack_interval_bytes"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_running_jobs", "max_models", "max_pending_models", "requests_per_s"):
             self._require(getattr(self, name) >= 0, name, "at least 0")
@@ -169,6 +181,8 @@ class Settings:
         for name in ("spare_workers", "worker_memory_bytes", "reserve_bytes", "drain_grace_s", "upload_takeover_s"):
             self._require(getattr(self, name) >= 0, name, "at least 0")
         for name in ("run_time_limit_s", "inspect_time_limit_s", "upload_idle_timeout_s", "upload_ttl_s", "blob_ttl_s"):
+            self._require(getattr(self, name) > 0, name, "more than 0")
+        for name in ("handshake_timeout_s", "connection_idle_s"):
             self._require(getattr(self, name) > 0, name, "more than 0")
         for name in ("event_ttl_s", "janitor_interval_s", "heartbeat_s"):
             self._require(getattr(self, name) > 0, name, "more than 0")

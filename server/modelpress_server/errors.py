@@ -9,6 +9,7 @@
     ├── ResourceNotFoundError       NOT_FOUND            RESOURCE_NOT_FOUND
     ├── UploadExpiredError          NOT_FOUND            UPLOAD_EXPIRED
     ├── BlobMissingError            FAILED_PRECONDITION  BLOB_MISSING
+    ├── BlobDamagedError            FAILED_PRECONDITION  BLOB_MISSING
     ├── ModelRejectedError          FAILED_PRECONDITION  MODEL_REJECTED
     ├── WrongStateError             FAILED_PRECONDITION  WRONG_STATE
     ├── ChunkChecksumError          ABORTED              CHUNK_CHECKSUM_MISMATCH
@@ -21,8 +22,10 @@
     ├── QueueFullError              RESOURCE_EXHAUSTED   QUEUE_FULL
     ├── StorageFullError            RESOURCE_EXHAUSTED   STORAGE_FULL
     ├── TooManyAttemptsError        RESOURCE_EXHAUSTED   TOO_MANY_ATTEMPTS
+    ├── DiskTooSmallError           RESOURCE_EXHAUSTED   STORAGE_FULL
     ├── UploadIdleError             DEADLINE_EXCEEDED    UPLOAD_IDLE
     ├── DrainingError               UNAVAILABLE          DRAINING
+    ├── ServerBusyError             UNAVAILABLE          SERVER_BUSY
     └── InternalError               INTERNAL             INTERNAL, with an incident id
 
 `status_of` is the only place that turns an exception into a `google.rpc.Status`.
@@ -110,6 +113,10 @@ class BlobMissingError(ServiceError):
     """A blob that the request names is not there."""
 
 
+class BlobDamagedError(ServiceError):
+    """The stored bytes of a blob are no longer what their digest says; they were set aside."""
+
+
 class ModelRejectedError(ServiceError):
     """The model was inspected and refused."""
 
@@ -158,12 +165,20 @@ class StorageFullError(ServiceError):
     """The disk is full."""
 
 
+class DiskTooSmallError(ServiceError):
+    """The disk could not hold it if it were empty: waiting does not help."""
+
+
 class UploadIdleError(ServiceError):
     """No bytes came for too long."""
 
 
 class DrainingError(ServiceError):
     """The server is shutting down."""
+
+
+class ServerBusyError(ServiceError):
+    """The machine is short of descriptors, processes or memory for the moment."""
 
 
 class InternalError(ServiceError):
@@ -190,6 +205,7 @@ STATUS: Mapping[type[ServiceError], tuple[grpc.StatusCode, common_pb2.ErrorReaso
     ResourceNotFoundError: (_CODE.NOT_FOUND, _REASON.ERROR_REASON_RESOURCE_NOT_FOUND),
     UploadExpiredError: (_CODE.NOT_FOUND, _REASON.ERROR_REASON_UPLOAD_EXPIRED),
     BlobMissingError: (_CODE.FAILED_PRECONDITION, _REASON.ERROR_REASON_BLOB_MISSING),
+    BlobDamagedError: (_CODE.FAILED_PRECONDITION, _REASON.ERROR_REASON_BLOB_MISSING),
     ModelRejectedError: (_CODE.FAILED_PRECONDITION, _REASON.ERROR_REASON_MODEL_REJECTED),
     WrongStateError: (_CODE.FAILED_PRECONDITION, _REASON.ERROR_REASON_WRONG_STATE),
     ChunkChecksumError: (_CODE.ABORTED, _REASON.ERROR_REASON_CHUNK_CHECKSUM_MISMATCH),
@@ -201,8 +217,10 @@ STATUS: Mapping[type[ServiceError], tuple[grpc.StatusCode, common_pb2.ErrorReaso
     QuotaExceededError: (_CODE.RESOURCE_EXHAUSTED, _REASON.ERROR_REASON_QUOTA_EXCEEDED),
     QueueFullError: (_CODE.RESOURCE_EXHAUSTED, _REASON.ERROR_REASON_QUEUE_FULL),
     StorageFullError: (_CODE.RESOURCE_EXHAUSTED, _REASON.ERROR_REASON_STORAGE_FULL),
+    DiskTooSmallError: (_CODE.RESOURCE_EXHAUSTED, _REASON.ERROR_REASON_STORAGE_FULL),
     UploadIdleError: (_CODE.DEADLINE_EXCEEDED, _REASON.ERROR_REASON_UPLOAD_IDLE),
     DrainingError: (_CODE.UNAVAILABLE, _REASON.ERROR_REASON_DRAINING),
+    ServerBusyError: (_CODE.UNAVAILABLE, _REASON.ERROR_REASON_SERVER_BUSY),
     InternalError: (_CODE.INTERNAL, _REASON.ERROR_REASON_INTERNAL),
 }
 

@@ -22,6 +22,7 @@ from modelpress_server.identity.authenticator import Authenticator
 from modelpress_server.identity.roles import ANYBODY, Caller, needed_role
 from modelpress_server.identity.throttle import Throttle
 from modelpress_server.projects import Projects
+from modelpress_server.shortage import shortage_of
 
 logger = logging.getLogger(__name__)
 
@@ -228,6 +229,10 @@ def draining() -> errors.DrainingError:
 async def _abort(context: Any, method: str, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError | asyncio.InvalidStateError):
         raise error
+    shortage = shortage_of(error)
+    if shortage is not None:
+        logger.warning("%s: %s", method, error)
+        error = shortage
     if not isinstance(error, errors.ServiceError):
         internal = errors.InternalError()
         logger.error("incident %s in %s", internal.incident, method, exc_info=error)

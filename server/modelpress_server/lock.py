@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 from modelpress_server.config import SettingsError
 
 ADDRESS_FILE = "server.json"
+BOOT_FILE = "server.boot"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class DataDirLock:
@@ -37,6 +40,23 @@ class DataDirLock:
             ) from None
         (self._data_dir / ADDRESS_FILE).unlink(missing_ok=True)
 
+    @property
+    def machine_restarted(self) -> bool:
+        """Whether the machine was restarted since a server last used the folder; where it cannot tell, no."""
+        boot_id = _boot_id()
+        try:
+            earlier = (self._data_dir / BOOT_FILE).read_text("ascii")
+        except (OSError, ValueError):
+            return False
+        return bool(boot_id) and boot_id != earlier
+
+    def note_boot(self) -> None:
+        """Remembers for `machine_restarted` which run of the machine this is."""
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk: the next server counts a restart of the machine as one of its own
+            (self._data_dir / BOOT_FILE).write_text(_boot_id(), "ascii")
+
     def announce(self, address: str) -> None:
         """Writes server.json, so that `compress-client --local` finds this server."""
         path = self._data_dir / ADDRESS_FILE
@@ -62,6 +82,13 @@ def _close_to_others(folder: Path) -> None:
         folder.chmod(0o700)
     except PermissionError:
         raise SettingsError(
-            f"data_dir: {folder} is open to others (mode {mode:o}) and belongs to another user, so it cannot be closed. "
-            f"Make it yours, or name a folder inside it: --data-dir {folder / 'modelpress'}."
+            f"data_dir: {folder} is open to others (mode {mode:o}) and belongs to another user, so it cannot be "
+            f"closed. Make it yours, or name a folder inside it: --data-dir {folder / 'modelpress'}."
         ) from None
+
+
+def _boot_id() -> str:
+    try:
+        return _BOOT_ID.read_text("ascii").strip()
+    except OSError:
+        return ""

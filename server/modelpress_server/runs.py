@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +17,24 @@ from modelpress_protos.v1 import job_service_pb2, model_service_pb2
 
 from modelpress_server import errors
 from modelpress_server.config import Settings
-from modelpress_server.executors.base import Executor, Limits, WorkerLostError
+from modelpress_server.executors.base import Executor, Limits, WorkerLostError, WorkerUnavailableError
+from modelpress_server.executors.sandbox import LEVEL_FILES_AND_NETWORK
 from modelpress_server.recorder import JobRecorder
-from modelpress_server.stores.base import BlobKey, JobRecord, JobStore, LogLine, ModelRecord, ModelStore, Outcome
+from modelpress_server.shortage import shortage_of, storage_full
+from modelpress_server.space import Promise, Space
+from modelpress_server.stores.base import (
+    MAX_EXCUSED_LOSSES,
+    BlobKey,
+    JobRecord,
+    JobStore,
+    LogLine,
+    ModelRecord,
+    ModelStore,
+    Outcome,
+)
 from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.records import now_us, unique
-from modelpress_server.task_folder import task_folder
+from modelpress_server.task_folder import TaskFolder, inspection_need_bytes, job_need_bytes, task_folder
 from modelpress_server.waiting import Notifier
 
 logger = logging.getLogger(__name__)
@@ -30,12 +43,15 @@ SUCCEEDED = job_service_pb2.JOB_STATE_SUCCEEDED
 FAILED = job_service_pb2.JOB_STATE_FAILED
 CANCELLED = job_service_pb2.JOB_STATE_CANCELLED
 CRASHED = "WORKER_CRASHED"
+STORAGE_FULL = "STORAGE_FULL"
+OUT_OF_DISK = "WORKER_OUT_OF_DISK"
 INSPECT_ATTEMPTS = 3
 STORE_RETRY_S = 2.0
 # Larger messages would not fit a page of a list.
 MAX_INSPECTION_BYTES = 128 * 1024
 LOST_CODES = {
     "WORKER_OUT_OF_MEMORY": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    OUT_OF_DISK: grpc.StatusCode.RESOURCE_EXHAUSTED,
     "WORKER_TIMEOUT": grpc.StatusCode.DEADLINE_EXCEEDED,
     CRASHED: grpc.StatusCode.ABORTED,
 }
@@ -50,14 +66,44 @@ class RunResources:
     settings: Settings
     executor: Executor
     blobs: FileBlobStore
+    space: Space
     work: Path
 
 
+class Postpone(enum.Enum):
+    """Why a task is put off: it was not its doing, and costs it nothing."""
+
+    HOST = "no worker could be started"
+    ROOM = "the disk has no room for it"
+    MORE_ROOM = "it needs more room than the disk has now"
+    BUSY = "the server is short of descriptors, processes or memory"
+    DAMAGE = "a file of it was damaged on the server's disk"
+    DRAIN = "the server shut down"
+    LOSS = "its worker was lost"
+
+
+@dataclass(frozen=True)
+class Again:
+    """A job goes back into the queue. `excused`: it was lost, but not by its own doing."""
+
+    why: Postpone
+    count_attempt: bool = False
+    excused: bool = False
+
+
 class JobRun:
-    """One attempt of one job."""
+    """One attempt of one job. `postponed`: it was put off before; `growth`: it needs so many times the usual room."""
 
     def __init__(
-        self, resources: RunResources, record: JobRecord, jobs: JobStore, models: ModelStore, notifier: Notifier
+        self,
+        resources: RunResources,
+        record: JobRecord,
+        jobs: JobStore,
+        models: ModelStore,
+        notifier: Notifier,
+        *,
+        postponed: bool = False,
+        growth: int = 1,
     ) -> None:
         self._resources = resources
         self._record = record
@@ -65,6 +111,9 @@ class JobRun:
         self._models = models
         self._inspected: asyncio.Task[None] | None = None
         self._notifier = notifier
+        self._postponed = postponed
+        self._growth = growth
+        self._outgrown = False  # it wrote more than it was promised
         self._stop: Literal["cancel", "drain"] | None = None
         self._work: asyncio.Task[Outcome] | None = None
 
@@ -74,8 +123,8 @@ class JobRun:
         if self._work is not None:
             self._work.cancel()
 
-    async def run(self) -> None:
-        """Runs the attempt and stores how it ended."""
+    async def run(self) -> Again | None:
+        """Runs the attempt and stores how it ended; returns why the job is queued again, None: it has ended."""
         record = self._record
         recorder = JobRecorder(record.id, self._jobs, self._notifier)
         self._work = asyncio.create_task(self._attempt(recorder))
@@ -84,51 +133,76 @@ class JobRun:
         if current.message.state == job_service_pb2.JOB_STATE_CANCELLING:
             # Cancelled between the claim and now, when there was no run to stop yet.
             self.stop("cancel")
-        try:
-            outcome: Outcome | None = await self._work
-        except asyncio.CancelledError:
-            outcome = Outcome(CANCELLED) if self._stop == "cancel" else None
-        except WorkerLostError as error:
-            outcome = self._lost(error, recorder)
-        except errors.ServiceError as error:
-            outcome = Outcome(FAILED, error=errors.status_of(error))
-        except Exception:  # noqa: BLE001  # whatever it is, the job must end
-            outcome = Outcome(FAILED, error=_incident(f"job {record.id}"))
+        ending = await self._ending(self._work, recorder)
         await recorder.close()
         if self._inspected is not None:
             await asyncio.wait([self._inspected])
-        await self._store(outcome)
+        await self._store(ending)
         self._notifier.notify(record.id)
+        return ending if isinstance(ending, Again) else None
+
+    async def _ending(self, work: asyncio.Task[Outcome], recorder: JobRecorder) -> Outcome | Again:
+        try:
+            return await work
+        except asyncio.CancelledError:
+            return Outcome(CANCELLED) if self._stop == "cancel" else Again(Postpone.DRAIN)
+        except TaskFailedError as error:
+            return Outcome(FAILED, error=error.status)
+        except WorkerLostError as error:
+            return self._lost(error, recorder)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the job must end or be queued again
+            why = postponement_of(error)
+            if why is None:
+                return Outcome(FAILED, error=_status_of(error, f"job {self._record.id}"))
+            if why is Postpone.ROOM and self._outgrown:
+                why = Postpone.MORE_ROOM
+            if not self._postponed:
+                recorder.log("WARNING", f"The job waits: {why.value}. This costs it no attempt.")
+            return Again(why)
 
     async def _attempt(self, recorder: JobRecorder) -> Outcome:
         resources, job = self._resources, self._record.message
-        time_s = resources.settings.run_time_limit_s
-        if job.spec.HasField("run_timeout"):
-            time_s = min(time_s, job.spec.run_timeout.ToMilliseconds() / 1000)
-        limits = Limits(time_s=time_s, memory_bytes=resources.settings.worker_memory_bytes)
         recorder.start()
-        async with task_folder(resources.work, resources.blobs) as folder:
-            request = await folder.compress_request(job, self._record.manifest, time_s)
-
-            def on_event(event: worker_pb2.WorkerEvent) -> None:
-                if event.HasField("loaded"):
-                    self._inspected = asyncio.create_task(self._keep_inspection(event.loaded))
-                else:
-                    recorder.on_event(event)
-
-            event = await resources.executor.run(request, limits=limits, on_event=on_event)
-            if event.WhichOneof("event") == "failed":
-                return Outcome(FAILED, error=errors.sanitized(event.failed))
-            if event.WhichOneof("event") != "compressed":
-                raise WorkerLostError(CRASHED, "The worker ended without a result.")
-            artifacts = await folder.collect(event.compressed.artifacts, resources.settings.max_blob_bytes)
+        need_bytes = self._growth * job_need_bytes(job.spec, self._record.manifest)
+        async with (
+            task_folder(resources.work, resources.blobs, link=_links(resources)) as folder,
+            resources.space.promised(need_bytes, folder.root) as promise,
+        ):
+            try:
+                artifacts, summary = await self._compress(folder, promise, recorder)
+            except Exception:
+                self._outgrown = await promise.outgrown()
+                raise
         files = [entry for artifact in artifacts for entry in artifact.files]
         return Outcome(
             SUCCEEDED,
             artifacts=tuple(artifacts),
-            summary=event.compressed.summary,
+            summary=summary,
             blobs=unique(BlobKey.of(entry.digest) for entry in files),
         )
+
+    async def _compress(
+        self, folder: TaskFolder, promise: Promise, recorder: JobRecorder
+    ) -> tuple[list[job_service_pb2.Artifact], job_service_pb2.ReportSummary]:
+        """Artifacts and summary. Raises TaskFailedError for what the worker says went wrong."""
+        resources, job = self._resources, self._record.message
+        time_s = resources.settings.run_time_limit_s
+        if job.spec.HasField("run_timeout"):
+            time_s = min(time_s, job.spec.run_timeout.ToMilliseconds() / 1000)
+        request = await folder.compress_request(job, self._record.manifest, time_s)
+
+        def on_event(event: worker_pb2.WorkerEvent) -> None:
+            if event.HasField("loaded"):
+                self._inspected = asyncio.create_task(self._keep_inspection(event.loaded))
+            else:
+                recorder.on_event(event)
+
+        limits = Limits(time_s, resources.settings.worker_memory_bytes, promise.limit_bytes)
+        event = await _run_task(resources, request, limits, promise, on_event)
+        if event.WhichOneof("event") != "compressed":
+            raise WorkerLostError(CRASHED, "The worker ended without a result.")
+        artifacts = await folder.collect(event.compressed.artifacts, resources.settings.max_blob_bytes)
+        return artifacts, event.compressed.summary
 
     async def _keep_inspection(self, found: worker_pb2.InspectResult) -> None:
         try:
@@ -136,72 +210,151 @@ class JobRun:
         except Exception:  # the model stays PROCESSING and is inspected by itself when the job has ended
             logger.exception("job %s: the inspection of its model could not be stored", self._record.id)
 
-    def _lost(self, error: WorkerLostError, recorder: JobRecorder) -> Outcome | None:
-        """None: the job is queued again."""
+    def _lost(self, error: WorkerLostError, recorder: JobRecorder) -> Outcome | Again:
         job = self._record.message
+        if not error.own and job.excused_losses < MAX_EXCUSED_LOSSES:
+            recorder.log("WARNING", f"{error} It is tried again; this costs the job no attempt.")
+            return Again(Postpone.LOSS, excused=True)
         if error.reason == CRASHED and job.attempt < job.spec.max_attempts:
             recorder.log("WARNING", f"Attempt {job.attempt} of {job.spec.max_attempts}: {error} It is tried again.")
-            return None
+            return Again(Postpone.LOSS, count_attempt=True)
         recorder.log("ERROR", f"Attempt {job.attempt} of {job.spec.max_attempts}: {error}")
         return Outcome(FAILED, error=_lost_status(error))
 
-    async def _store(self, outcome: Outcome | None) -> None:
+    async def _store(self, ending: Outcome | Again) -> None:
         while True:
             try:
-                await self._store_once(outcome)
+                await self._store_once(ending)
                 return
-            except errors.StorageFullError:
+            except (errors.StorageFullError, errors.ServerBusyError) as error:
                 if self._stop == "drain":
                     return  # still RUNNING on disk: the next server queues it again
-                logger.warning("job %s: its end cannot be stored, the disk is full; trying again", self._record.id)
+                logger.warning("job %s: its end cannot be stored yet: %s", self._record.id, error)
                 await asyncio.sleep(STORE_RETRY_S)
             except Exception:
-                if outcome is not None and outcome.state == FAILED:
+                if isinstance(ending, Outcome) and ending.state == FAILED:
                     raise
                 # Whatever is wrong with this result, the job must not stay RUNNING.
-                outcome = Outcome(FAILED, error=_incident(f"the end of job {self._record.id}"))
+                ending = Outcome(FAILED, error=_incident(f"the end of job {self._record.id}"))
 
-    async def _store_once(self, outcome: Outcome | None) -> None:
-        if outcome is not None:
-            await self._jobs.finish(self._record.id, outcome)
-        elif self._stop == "drain":
-            line = LogLine(now_us(), "WARNING", "The server shut down; the job is queued again.")
-            await self._jobs.requeue(self._record.id, count_attempt=False, log=[line])
-        else:
-            await self._jobs.requeue(self._record.id, count_attempt=True)
+    async def _store_once(self, ending: Outcome | Again) -> None:
+        if isinstance(ending, Outcome):
+            await self._jobs.finish(self._record.id, ending)
+            return
+        log = []
+        if ending.why is Postpone.DRAIN:
+            log = [LogLine(now_us(), "WARNING", "The server shut down; the job is queued again.")]
+        await self._jobs.requeue(self._record.id, count_attempt=ending.count_attempt, excused=ending.excused, log=log)
+
+
+class TaskFailedError(Exception):
+    """The worker says what is wrong with a task, which is the task's own fault."""
+
+    def __init__(self, status: status_pb2.Status) -> None:
+        super().__init__(status.message)
+        self.status = status
+
+
+class PostponedError(Exception):
+    """A model cannot be inspected now, which is not its fault."""
+
+    def __init__(self, why: Postpone) -> None:
+        super().__init__(why.value)
+        self.why = why
+
+
+def postponement_of(error: BaseException) -> Postpone | None:
+    """Why a task that ended with this error is to be put off; None: the error is its own."""
+    if isinstance(error, WorkerUnavailableError):
+        return Postpone.HOST
+    shortage = shortage_of(error)
+    if shortage is not None:
+        return Postpone.ROOM if isinstance(shortage, errors.StorageFullError) else Postpone.BUSY
+    return None
+
+
+def _links(resources: RunResources) -> bool:
+    """Whether workers may be given the stored files themselves: only where they cannot change them."""
+    return resources.executor.sandbox_level >= LEVEL_FILES_AND_NETWORK
 
 
 async def inspect_model(
     resources: RunResources, record: ModelRecord, on_event: Callable[[worker_pb2.WorkerEvent], None]
 ) -> model_service_pb2.Model:
-    """Has a model inspected; state, format, inspection and error of the answer are what was found."""
-    for attempt in range(1, INSPECT_ATTEMPTS + 1):
+    """Has a model inspected; state, format, inspection and error of the answer are what was found.
+
+    Raises PostponedError where that is not possible now.
+    """
+    attempt = 1
+    while True:
         try:
             return await _inspect_once(resources, record, on_event)
         except WorkerLostError as error:
             logger.warning("model %s: inspection %d: %s", record.id, attempt, error)
+            if not error.own:
+                raise PostponedError(Postpone.LOSS) from error
             if error.reason != CRASHED or attempt == INSPECT_ATTEMPTS:
                 return _Model(state=_Model.STATE_REJECTED, error=_lost_status(error))
-        except errors.ServiceError as error:
-            return _Model(state=_Model.STATE_REJECTED, error=errors.status_of(error))
-        except Exception:  # noqa: BLE001  # whatever it is, the model must not stay PROCESSING
-            return _Model(state=_Model.STATE_REJECTED, error=_incident(f"model {record.id}"))
-    raise AssertionError("the last attempt returns")
+            attempt += 1
+        except TaskFailedError as error:
+            return _Model(state=_Model.STATE_REJECTED, error=error.status)
+        except (errors.BlobDamagedError, errors.BlobMissingError) as error:
+            raise PostponedError(Postpone.DAMAGE) from error
+        except Exception as error:  # whatever it is, the model must not stay PROCESSING for ever
+            why = postponement_of(error)
+            if why is not None:
+                raise PostponedError(why) from error
+            return _Model(state=_Model.STATE_REJECTED, error=_status_of(error, f"model {record.id}"))
 
 
 async def _inspect_once(
     resources: RunResources, record: ModelRecord, on_event: Callable[[worker_pb2.WorkerEvent], None]
 ) -> model_service_pb2.Model:
-    limits = Limits(resources.settings.inspect_time_limit_s, resources.settings.worker_memory_bytes)
-    async with task_folder(resources.work, resources.blobs) as folder:
+    need_bytes = inspection_need_bytes(record.message)
+    async with (
+        task_folder(resources.work, resources.blobs, link=_links(resources)) as folder,
+        resources.space.promised(need_bytes, folder.root) as promise,
+    ):
         request = await folder.inspect_request(record.message)
-        event = await resources.executor.run(request, limits=limits, on_event=on_event)
-    kind = event.WhichOneof("event")
-    if kind == "failed":
-        return _Model(state=_Model.STATE_REJECTED, error=errors.sanitized(event.failed))
-    if kind != "inspected":
+        settings = resources.settings
+        limits = Limits(settings.inspect_time_limit_s, settings.worker_memory_bytes, promise.limit_bytes)
+        event = await _run_task(resources, request, limits, promise, on_event)
+    if event.WhichOneof("event") != "inspected":
         raise WorkerLostError(CRASHED, "The worker ended without a result.")
     return _judged(event.inspected)
+
+
+async def _run_task(
+    resources: RunResources,
+    request: worker_pb2.WorkerRequest,
+    limits: Limits,
+    promise: Promise,
+    on_event: Callable[[worker_pb2.WorkerEvent], None],
+) -> worker_pb2.WorkerEvent:
+    """The terminal event of a task that did not fail.
+
+    Raises TaskFailedError, WorkerLostError, and StorageFullError where the disk is to blame for either.
+    """
+    try:
+        event = await resources.executor.run(request, limits=limits, on_event=on_event)
+    except WorkerLostError as error:
+        # Writing to a mapped file on a full disk ends a process with SIGBUS.
+        if await _disk_is_to_blame(resources, promise, error.reason):
+            raise storage_full() from error
+        raise
+    if event.WhichOneof("event") == "failed":
+        status = errors.sanitized(event.failed)
+        if await _disk_is_to_blame(resources, promise, errors.reason_of(status)):
+            raise storage_full()
+        raise TaskFailedError(status)
+    return event
+
+
+async def _disk_is_to_blame(resources: RunResources, promise: Promise, reason: str) -> bool:
+    if reason == STORAGE_FULL or (reason == OUT_OF_DISK and promise.cut):
+        return True
+    # A library whose file was cut short reports anything.
+    return reason in ("INTERNAL", CRASHED) and await resources.space.is_full()
 
 
 def _judged(found: worker_pb2.InspectResult) -> model_service_pb2.Model:
@@ -229,6 +382,10 @@ def _rejected(model_format: int, detail: str, code: str) -> model_service_pb2.Mo
 def _lost_status(error: WorkerLostError) -> status_pb2.Status:
     code = LOST_CODES.get(error.reason, grpc.StatusCode.ABORTED)
     return errors.make_status(code, error.reason, str(error))
+
+
+def _status_of(error: Exception, what: str) -> status_pb2.Status:
+    return errors.status_of(error) if isinstance(error, errors.ServiceError) else _incident(what)
 
 
 def _incident(what: str) -> status_pb2.Status:

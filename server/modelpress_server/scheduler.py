@@ -19,11 +19,12 @@ from modelpress_protos.v1 import model_service_pb2
 from modelpress_server.clock import Clock
 from modelpress_server.executors.base import START_WORKER
 from modelpress_server.fairness import FairShare
+from modelpress_server.host import Host
 from modelpress_server.projects import Projects
-from modelpress_server.runs import JobRun, RunResources, inspect_model
+from modelpress_server.runs import JobRun, Postpone, PostponedError, RunResources, inspect_model
 from modelpress_server.stores.base import JobRecord, JobStore, ModelRecord, ModelStore
 from modelpress_server.stores.records import now_us
-from modelpress_server.waiting import Notifier, wait_until
+from modelpress_server.waiting import Notifier, Waits
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +44,17 @@ class Scheduler:
         models: ModelStore,
         jobs: JobStore,
         notifier: Notifier,
+        host: Host,
         clock: Clock,
     ) -> None:
-        self._clock = clock
         self._job_share = FairShare(
             lambda project: projects.limits(project).weight, lambda project: projects.limits(project).max_running_jobs
         )
         self._inspection_share = FairShare(lambda project: projects.limits(project).weight, lambda _: 0)
         self._resources = resources
+        self._host = host
+        self._clock = clock
+        self._waits = Waits(clock)
         self._models = models
         self._jobs = jobs
         self._notifier = notifier
@@ -61,9 +65,9 @@ class Scheduler:
         self._inspecting: dict[str, model_service_pb2.InspectionStage.ValueType] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self) -> None:
+    async def start(self, *, machine_restarted: bool = False) -> None:
         """Takes up what a dead server left, then begins."""
-        recovered = await self._jobs.recover()
+        recovered = await self._jobs.recover(excused=machine_restarted)
         if recovered:
             logger.info("%d job(s) of the last run are queued again", recovered)
         self._loop = asyncio.create_task(self._serve())
@@ -82,6 +86,7 @@ class Scheduler:
 
     def cancel(self, job_id: str) -> None:
         """Stops the run of a job, if there is one."""
+        self._waits.forget(job_id)
         if job_id in self._runs:
             self._runs[job_id].stop("cancel")
 
@@ -90,7 +95,9 @@ class Scheduler:
         self._draining = True
         self.wake()
         if self._loop is not None:
-            await self._loop
+            if not self._host.able:  # it may be trying to start a worker
+                self._loop.cancel()
+            await asyncio.wait([self._loop])
         jobs = [task for task in self._tasks if task.get_name() in self._runs]
         if jobs and grace_s > 0:
             await asyncio.wait(jobs, timeout=grace_s)
@@ -111,12 +118,20 @@ class Scheduler:
                 pause_s = await self._fill()
             except Exception:  # a full disk or a bug must not end the scheduling
                 logger.exception("the scheduler failed; it goes on in %g s", FAULT_PAUSE_S)
-            await wait_until(self._wake, pause_s)
+            waking = asyncio.ensure_future(self._wake.wait())
+            try:
+                await self._clock.wait({waking}, pause_s)
+            finally:
+                waking.cancel()
 
     async def _fill(self) -> float:
         """Starts what there is room for; returns when to look again, in seconds."""
+        if not self._host.able and (pause_s := await self._host.recover()):
+            await self._expire_overdue()
+            return pause_s
+        pause_s = min(IDLE_S, self._waits.next_s())  # before anything is claimed, lest one comes due unseen
         while len(self._runs) < self._resources.settings.workers and not self._draining:
-            claim = await self._jobs.claim(now_us(), self._job_share.rank)
+            claim = await self._jobs.claim(now_us(), self._job_share.rank, self._waits.names())
             for job_id in claim.ended:
                 self._notifier.notify(job_id)
             if claim.job is None and claim.ended:
@@ -124,7 +139,15 @@ class Scheduler:
             if claim.job is None:
                 break
             self._notifier.notify_all()  # those behind it have another place in the queue
-            run = JobRun(self._resources, claim.job, self._jobs, self._models, self._notifier)
+            run = JobRun(
+                self._resources,
+                claim.job,
+                self._jobs,
+                self._models,
+                self._notifier,
+                postponed=self._waits.knows(claim.job.id),
+                growth=self._waits.growth(claim.job.id),
+            )
             self._runs[claim.job.id] = run
             self._job_share.started(claim.job.project)
             self._spawn(claim.job.id, self._run(run, claim.job))
@@ -134,12 +157,13 @@ class Scheduler:
         await self._begin_inspections()
         deadline_us = await self._jobs.next_queue_deadline_us()
         if deadline_us is None:
-            return IDLE_S
-        return min(max((deadline_us - now_us()) / 1e6, 0.01), IDLE_S)
+            return pause_s
+        return min(max((deadline_us - now_us()) / 1e6, 0.01), pause_s)
 
     async def _begin_inspections(self) -> None:
         while len(self._inspecting) < INSPECTION_SLOTS and not self._draining:
-            model = await self._models.next_processing(tuple(self._inspecting), self._inspection_share.rank)
+            busy = (*self._inspecting, *self._waits.names())
+            model = await self._models.next_processing(busy, self._inspection_share.rank)
             if model is None:
                 break
             self._inspecting[model.id] = model_service_pb2.INSPECTION_STAGE_RUNNING
@@ -158,7 +182,8 @@ class Scheduler:
     async def _run(self, run: JobRun, record: JobRecord) -> None:
         began_s = self._clock.now_s()
         try:
-            await run.run()
+            again = await run.run()
+            await self._note(record.id, again.why if again is not None else None)
         except Exception:  # the record stays RUNNING and is taken up at the next start
             logger.exception("job %s: its end could not be stored", record.id)
         finally:
@@ -180,6 +205,10 @@ class Scheduler:
         try:
             found = await inspect_model(self._resources, record, partial(self._note_stage, record.id))
             await self._models.finish_inspection(record.id, found)
+            await self._note(record.id, None)
+        except PostponedError as error:
+            logger.warning("model %s waits for its inspection: %s", record.id, error)
+            await self._note(record.id, error.why)
         except Exception:  # the model stays PROCESSING and is inspected again
             logger.exception("model %s: its inspection could not be stored", record.id)
             await asyncio.sleep(FAULT_PAUSE_S)
@@ -187,3 +216,12 @@ class Scheduler:
             self._inspecting.pop(record.id, None)
             self._inspection_share.ended(record.project, self._clock.now_s() - began_s)
             self.wake()
+
+    async def _note(self, name: str, why: Postpone | None) -> None:
+        """A job or model has ended its run, or is put off: then it is left alone for a while."""
+        if why is None:
+            self._waits.ended(name)
+        elif why is Postpone.HOST:
+            await self._host.failed()
+        elif why not in (Postpone.DRAIN, Postpone.LOSS):
+            self._waits.put_off(name, grow=why is Postpone.MORE_ROOM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2
 
+from modelpress_server.config import MIB
 from modelpress_server.executors.base import WorkerLostError
 from modelpress_server.names import new_id, path_fault
 from modelpress_server.stores.base import BlobKey
@@ -18,14 +20,40 @@ from modelpress_server.stores.filesystem import ArtifactError, FileBlobStore
 from modelpress_server.waiting import uninterrupted
 
 MAX_ARTIFACT_FILES = 1000
+# What a compression writes, in sizes of its model: candidates, the result, and its copy among the blobs.
+WRITTEN_PER_MODEL_BYTE = 3.4
+# Data is copied and unpacked.
+WRITTEN_PER_DATA_BYTE = 3
+WRITTEN_BESIDES_BYTES = 2 * MIB  # reports, logs, and what else is small
+
+
+def job_need_bytes(spec: job_service_pb2.JobSpec, manifest: model_service_pb2.Model) -> int:
+    """About how much room on the disk a compression needs."""
+    data_bytes = spec.data.size_bytes + spec.eval_data.size_bytes
+    written = WRITTEN_PER_MODEL_BYTE * _model_bytes(manifest) + WRITTEN_PER_DATA_BYTE * data_bytes
+    return round(written) + WRITTEN_BESIDES_BYTES
+
+
+def inspection_need_bytes(model: model_service_pb2.Model) -> int:
+    """About how much room on the disk an inspection needs: a copy, where the files cannot be linked."""
+    return _model_bytes(model) + WRITTEN_BESIDES_BYTES
+
+
+def _model_bytes(model: model_service_pb2.Model) -> int:
+    """A blob that stands under many names is stored once."""
+    return sum(blob.size_bytes for blob in {BlobKey.of(entry.digest) for entry in model.files})
 
 
 @dataclass(frozen=True)
 class TaskFolder:
-    """A folder of its own for each run; removed with everything in it."""
+    """A folder of its own for each run; removed with everything in it.
+
+    `link`: the worker gets the stored files themselves, which it must not be able to change; else copies.
+    """
 
     root: Path
     blobs: FileBlobStore
+    link: bool = False
 
     async def inspect_request(self, model: model_service_pb2.Model) -> worker_pb2.WorkerRequest:
         """Lays the model out for an inspection."""
@@ -81,10 +109,16 @@ class TaskFolder:
 
     async def _lay_out(self, model: model_service_pb2.Model) -> worker_pb2.ModelFiles:
         folder = self.root / "model"
+        placed: dict[BlobKey, Path] = {}
         for entry in model.files:
-            target = folder / entry.path
+            target, blob = folder / entry.path, BlobKey.of(entry.digest)
             await self.blobs.run(target.parent.mkdir, mode=0o700, parents=True, exist_ok=True)
-            await self.blobs.copy_to(BlobKey.of(entry.digest), target)
+            if blob in placed:
+                # Under how many names a blob stands must not cost room.
+                await self.blobs.run(os.link, placed[blob], target)
+            else:
+                await self.blobs.place(blob, target, link=self.link)
+                placed[blob] = target
         files = worker_pb2.ModelFiles(
             directory=str(folder), paths=[entry.path for entry in model.files], input_hints=model.input_hints
         )
@@ -96,16 +130,16 @@ class TaskFolder:
         if digest is None:
             return ""
         target = self.root / name
-        await self.blobs.copy_to(BlobKey.of(digest), target)
+        await self.blobs.place(BlobKey.of(digest), target, link=self.link)
         return str(target)
 
 
 @asynccontextmanager
-async def task_folder(work: Path, blobs: FileBlobStore) -> AsyncIterator[TaskFolder]:
+async def task_folder(work: Path, blobs: FileBlobStore, *, link: bool = False) -> AsyncIterator[TaskFolder]:
     """Makes a folder below `work` and removes it in the end, however the task ends."""
     root = work / new_id()
     await blobs.run(root.mkdir, mode=0o700, parents=True)
     try:
-        yield TaskFolder(root, blobs)
+        yield TaskFolder(root, blobs, link)
     finally:
         await uninterrupted(blobs.run(shutil.rmtree, root, ignore_errors=True))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import defaultdict
 from collections.abc import Coroutine
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
+
+from modelpress_server.clock import Clock
 
 Result = TypeVar("Result")
 
@@ -70,3 +74,57 @@ async def wait_until(event: asyncio.Event, timeout_s: float) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+@dataclass(frozen=True)
+class Wait:
+    """How often something was put off, until when (s), and how many times the usual room it needs."""
+
+    times: int = 0
+    until_s: float = 0.0
+    growth: int = 1
+
+
+class Waits:
+    """Jobs and models that were put off, each for longer than the time before."""
+
+    FIRST_S = 2.0
+    MAX_S = 60.0
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._waits: dict[str, Wait] = {}
+
+    def put_off(self, name: str, *, grow: bool = False) -> None:
+        """Not now. `grow`: what it was given was too little."""
+        before = self._waits.get(name, Wait())
+        pause_s = min(self.FIRST_S * 2**before.times, self.MAX_S)
+        growth = before.growth * 2 if grow else before.growth
+        self._waits[name] = Wait(before.times + 1, self._clock.now_s() + pause_s, growth)
+
+    def ended(self, name: str) -> None:
+        """It has ended and left room: the others may try at once."""
+        self.forget(name)
+        self._waits = {other: replace(wait, until_s=0.0) for other, wait in self._waits.items()}
+
+    def forget(self, name: str) -> None:
+        """It waits no longer."""
+        self._waits.pop(name, None)
+
+    def knows(self, name: str) -> bool:
+        """Whether it was put off before."""
+        return name in self._waits
+
+    def growth(self, name: str) -> int:
+        """How many times the usual room it needs."""
+        return self._waits.get(name, Wait()).growth
+
+    def names(self) -> tuple[str, ...]:
+        """What has to wait still."""
+        now_s = self._clock.now_s()
+        return tuple(name for name, wait in self._waits.items() if wait.until_s > now_s)
+
+    def next_s(self) -> float:
+        """When the next of them may try again, in seconds from now; infinity: none waits."""
+        now_s = self._clock.now_s()
+        return min((wait.until_s - now_s for wait in self._waits.values() if wait.until_s > now_s), default=math.inf)

@@ -12,7 +12,7 @@ from google.rpc import status_pb2
 from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2
 from modelpress_server.errors import make_status
-from modelpress_server.executors.base import START_WORKER, Limits, WorkerLostError
+from modelpress_server.executors.base import START_WORKER, Limits, WorkerLostError, WorkerUnavailableError
 
 
 class ScriptedExecutor:
@@ -25,6 +25,8 @@ class ScriptedExecutor:
         self.started: list[str] = []
         self.killed: list[str] = []
         self.limits: list[Limits] = []
+        self.broken = False  # no worker can be started
+        self.raises: list[Exception] = []  # what the next runs end with
         self.gate = asyncio.Event()  # behaviour "wait" goes on when it is set
         self.running = asyncio.Event()
         self.inspecting: list[dict[str, str]] = []  # what inspections were of, in order
@@ -35,6 +37,10 @@ class ScriptedExecutor:
 
     async def start(self) -> None:
         """Nothing to get ready."""
+
+    async def try_start(self) -> None:
+        if self.broken:
+            raise WorkerUnavailableError("No worker.")
 
     async def close(self) -> None:
         """Nothing to kill."""
@@ -47,12 +53,16 @@ class ScriptedExecutor:
         on_event: Callable[[worker_pb2.WorkerEvent], None],
     ) -> worker_pb2.WorkerEvent:
         self.limits.append(limits)
+        await self.try_start()
         if request.HasField("inspect"):
             self.inspecting.append(script_of(request.inspect.model))
             _tell_stage(on_event, START_WORKER)
             await self.worker_gate.wait()
             _tell_stage(on_event, "load")
             await self.inspection_gate.wait()
+        if self.raises:
+            raise self.raises.pop(0)
+        if request.HasField("inspect"):
             return self._inspect(request.inspect)
         self.started.append(request.compress.job)
         self.running.set()

@@ -116,7 +116,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_WORKER_TIMEOUT: _ErrorReason.ValueType  # 17
     """Job error: the worker ran past its time limit."""
     ERROR_REASON_WORKER_CRASHED: _ErrorReason.ValueType  # 18
-    """Job error: the worker died; counted as an attempt and tried again up to max_attempts."""
+    """Job error: the worker died; counted as an attempt and tried again up to max_attempts. A death that others caused is
+    not counted (Job.excused_losses).
+    """
     ERROR_REASON_QUEUE_TIMEOUT: _ErrorReason.ValueType  # 19
     """Job error: the job waited longer than queue_timeout."""
     ERROR_REASON_INVALID_FIELDS: _ErrorReason.ValueType  # 20
@@ -141,6 +143,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAUTHENTICATED: no token, or none that the server knows."""
     ERROR_REASON_BLOB_MISSING: _ErrorReason.ValueType  # 30
     """FAILED_PRECONDITION: a blob is not there (any more); upload it, then call again."""
+    ERROR_REASON_SERVER_BUSY: _ErrorReason.ValueType  # 31
+    """UNAVAILABLE: the server is short of descriptors, processes or memory for the moment; RetryInfo."""
+    ERROR_REASON_WORKER_OUT_OF_DISK: _ErrorReason.ValueType  # 32
+    """Job error: the worker wrote more to the disk than its model and its data explain."""
     ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 40
     """PERMISSION_DENIED: the caller's role in the project does not allow this call."""
     ERROR_REASON_TOO_MANY_ATTEMPTS: _ErrorReason.ValueType  # 41
@@ -186,7 +192,9 @@ ERROR_REASON_WORKER_OUT_OF_MEMORY: ErrorReason.ValueType  # 16
 ERROR_REASON_WORKER_TIMEOUT: ErrorReason.ValueType  # 17
 """Job error: the worker ran past its time limit."""
 ERROR_REASON_WORKER_CRASHED: ErrorReason.ValueType  # 18
-"""Job error: the worker died; counted as an attempt and tried again up to max_attempts."""
+"""Job error: the worker died; counted as an attempt and tried again up to max_attempts. A death that others caused is
+not counted (Job.excused_losses).
+"""
 ERROR_REASON_QUEUE_TIMEOUT: ErrorReason.ValueType  # 19
 """Job error: the job waited longer than queue_timeout."""
 ERROR_REASON_INVALID_FIELDS: ErrorReason.ValueType  # 20
@@ -211,6 +219,10 @@ ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 29
 """UNAUTHENTICATED: no token, or none that the server knows."""
 ERROR_REASON_BLOB_MISSING: ErrorReason.ValueType  # 30
 """FAILED_PRECONDITION: a blob is not there (any more); upload it, then call again."""
+ERROR_REASON_SERVER_BUSY: ErrorReason.ValueType  # 31
+"""UNAVAILABLE: the server is short of descriptors, processes or memory for the moment; RetryInfo."""
+ERROR_REASON_WORKER_OUT_OF_DISK: ErrorReason.ValueType  # 32
+"""Job error: the worker wrote more to the disk than its model and its data explain."""
 ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 40
 """PERMISSION_DENIED: the caller's role in the project does not allow this call."""
 ERROR_REASON_TOO_MANY_ATTEMPTS: ErrorReason.ValueType  # 41

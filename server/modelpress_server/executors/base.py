@@ -14,21 +14,28 @@ START_WORKER = "start_worker"
 
 @dataclass(frozen=True)
 class Limits:
-    """What one task may use; 0: no limit."""
+    """What one task may use; 0: no limit. `disk_bytes`: in its own folders, besides the files that it was given."""
 
     time_s: float
     memory_bytes: int
+    disk_bytes: int = 0
 
 
 class WorkerLostError(Exception):
     """The worker ended without a terminal event.
 
-    `reason` is the ErrorReason name WORKER_OUT_OF_MEMORY, WORKER_TIMEOUT or WORKER_CRASHED; the message is for people.
+    `reason` is the ErrorReason name WORKER_OUT_OF_MEMORY, WORKER_OUT_OF_DISK, WORKER_TIMEOUT or WORKER_CRASHED; the
+    message is for people. `own`: whether it was the task's doing; False: others brought it down.
     """
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: str, message: str, *, own: bool = True) -> None:
         super().__init__(message)
         self.reason = reason
+        self.own = own
+
+
+class WorkerUnavailableError(Exception):
+    """No worker could be started: the task was not begun, and this host runs none for the moment."""
 
 
 class Executor(Protocol):
@@ -48,6 +55,10 @@ class Executor(Protocol):
         """Gets ready; called once, before the first `run`."""
         ...
 
+    async def try_start(self) -> None:
+        """Has a worker ready for the next task. Raises WorkerUnavailableError."""
+        ...
+
     async def run(
         self,
         request: worker_pb2.WorkerRequest,
@@ -58,8 +69,8 @@ class Executor(Protocol):
         """Runs one task and returns its terminal event: inspected, compressed or failed.
 
         Progress and log events go to `on_event`, called on the event loop; while the task waits for its worker, the
-        stage is START_WORKER. Raises WorkerLostError. Cancelling the
-        awaiting task kills the child's whole process group before CancelledError propagates.
+        stage is START_WORKER. Raises WorkerLostError, WorkerUnavailableError. Cancelling the awaiting task kills the
+        child's whole process group before CancelledError propagates.
         """
         ...
 

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from google.rpc import status_pb2
@@ -23,7 +23,7 @@ from modelpress_protos.v1 import job_service_pb2
 from modelpress_server.clock import Clock, Waited
 from modelpress_server.config import SettingsError
 from modelpress_server.executors import lost
-from modelpress_server.executors.base import START_WORKER, Limits, WorkerLostError
+from modelpress_server.executors.base import START_WORKER, Limits, WorkerLostError, WorkerUnavailableError
 from modelpress_server.executors.child import (
     PREFIX,
     StartError,
@@ -37,6 +37,7 @@ from modelpress_server.executors.sandbox import LEVEL_FILES_AND_NETWORK
 from modelpress_server.executors.spares import SparePool
 from modelpress_server.executors.turns import MeasuringTurns
 from modelpress_server.executors.worker_user import WorkerUser, WorkerUsers, may_change_user
+from modelpress_server.space import folder_bytes
 from modelpress_server.waiting import uninterrupted
 from modelpress_server.worker import DEFAULT_TASKS
 from modelpress_server.worker.failures import take_debug_info
@@ -46,6 +47,7 @@ from modelpress_server.worker.paths import Redactor, task_paths
 logger = logging.getLogger(__name__)
 
 MEMORY_POLL_S = 0.1
+_DISK_POLL_LOOKS = 5  # a look at the disk after so many at the memory
 # The kernel's cap counts memory that was asked for, the watchdog what is used: stacks and arenas are asked for in
 # advance, for each thread, and a library starts threads by the number of processors.
 _CAP_RESERVE_BYTES = 512 * 1024**2 + 32 * 1024**2 * (os.cpu_count() or 1)
@@ -121,6 +123,13 @@ class LocalExecutor:
             logger.warning("workers are confined to level %d only: %s", found.level, found.fault)
         self._spares.open()
 
+    async def try_start(self) -> None:
+        """See `Executor.try_start`."""
+        try:
+            await self._spares.warm()
+        except (StartError, OSError) as error:
+            raise _unavailable(error) from error
+
     async def run(
         self, request: worker_pb2.WorkerRequest, *, limits: Limits, on_event: OnEvent
     ) -> worker_pb2.WorkerEvent:
@@ -131,14 +140,13 @@ class LocalExecutor:
         try:
             worker = await self._spares.take()
         except (StartError, OSError) as error:
-            logger.error("%s", error)
-            raise lost.not_started() from error
+            raise _unavailable(error) from error
         try:
             await self._turns.quiet()
             self._running.add(worker)
             if worker.user is not None:
                 await asyncio.to_thread(worker.user.hand_over, self._root, paths)
-            return await _Run(worker, limits, on_event, self._turns, self._clock).perform(request)
+            return await _Run(worker, limits, on_event, self._turns, self._clock, self._running).perform(request)
         finally:
             worker.kill()
             await uninterrupted(self._end(worker))
@@ -188,8 +196,18 @@ class LocalExecutor:
 class _Run:
     """One task on one worker."""
 
-    def __init__(self, worker: Worker, limits: Limits, on_event: OnEvent, turns: MeasuringTurns, clock: Clock) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        limits: Limits,
+        on_event: OnEvent,
+        turns: MeasuringTurns,
+        clock: Clock,
+        running: Collection[Worker] = (),
+    ) -> None:
         self._worker = worker
+        self._running = running
+        self._memory_bytes = 0  # when it was last looked at
         self._limits = limits
         self._clock = clock
         self._turns = turns
@@ -207,9 +225,10 @@ class _Run:
         limited.CopyFrom(request)
         if self._limits.memory_bytes:
             limited.memory_limit_bytes = self._limits.memory_bytes + _CAP_RESERVE_BYTES
+        limited.file_limit_bytes = self._limits.disk_bytes
         self._worker.send(limited)
         conversation = asyncio.create_task(self._converse())
-        watchdog = asyncio.create_task(self._exceed_memory())
+        watchdog = asyncio.create_task(self._exceed_limits([*writable, self._worker.directory]))
         end = asyncio.create_task(self._worker.wait())
         try:
             done = await self._until_time_is_up({conversation, watchdog, end})
@@ -222,7 +241,7 @@ class _Run:
                 await self._worker.wait_output()
                 return event
             if watchdog in done:
-                raise lost.out_of_memory(self._limits.memory_bytes)
+                raise watchdog.result()
             if conversation in done or end.done():
                 raise await self._lost(end)
             raise lost.too_slow(self._limits.time_s)
@@ -275,12 +294,23 @@ class _Run:
             raise lost.broken_protocol() from error
         return None
 
-    async def _exceed_memory(self) -> None:
-        """Returns when the worker holds more memory than it may."""
+    async def _exceed_limits(self, folders: Sequence[Path]) -> WorkerLostError:
+        """Returns when the worker holds more memory, or has more on the disk, than it may: how it is lost."""
+        looks = 0
         while True:
             await asyncio.sleep(MEMORY_POLL_S)
-            if self._limits.memory_bytes and memory_bytes(self._worker.pid) > self._limits.memory_bytes:
-                return
+            self._memory_bytes = memory_bytes(self._worker.pid) or self._memory_bytes
+            if self._limits.memory_bytes and self._memory_bytes > self._limits.memory_bytes:
+                return lost.out_of_memory(self._limits.memory_bytes)
+            looks += 1
+            if self._limits.disk_bytes and looks % _DISK_POLL_LOOKS == 0:
+                used_bytes = await asyncio.to_thread(lambda: sum(map(folder_bytes, folders)))
+                if used_bytes > self._limits.disk_bytes:
+                    return lost.out_of_disk(self._limits.disk_bytes)
+
+    def _beside_larger(self) -> bool:
+        others = [worker for worker in self._running if worker is not self._worker]
+        return any(memory_bytes(worker.pid) > self._memory_bytes for worker in others)
 
     async def _lost(self, end: asyncio.Task[int]) -> WorkerLostError:
         """It ended, or closed its end of the pipe, without a terminal event."""
@@ -289,7 +319,9 @@ class _Run:
         await self._worker.wait_output()
         if self._memory_was_short:
             return lost.out_of_memory(self._limits.memory_bytes)
-        return lost.crashed(end.result()) if ended else lost.broken_protocol()
+        if not ended:
+            return lost.broken_protocol()
+        return lost.crashed(end.result(), beside_larger=self._beside_larger())
 
     def _take_line(self, line: str) -> None:
         self._memory_was_short |= lost.is_out_of_memory_line(line)
@@ -298,6 +330,11 @@ class _Run:
 
 def _starting_worker(message: str) -> worker_pb2.WorkerEvent:
     return worker_pb2.WorkerEvent(progress=job_service_pb2.Progress(stage=START_WORKER, message=message))
+
+
+def _unavailable(error: Exception) -> WorkerUnavailableError:
+    logger.error("no worker could be started: %s", error)
+    return WorkerUnavailableError("A worker process could not be started; the server's log says why.")
 
 
 def _log_incident(status: status_pb2.Status) -> None:

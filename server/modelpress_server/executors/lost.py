@@ -25,6 +25,15 @@ def out_of_memory(limit_bytes: int) -> WorkerLostError:
     )
 
 
+def out_of_disk(limit_bytes: int) -> WorkerLostError:
+    """It wrote more than it may."""
+    return WorkerLostError(
+        "WORKER_OUT_OF_DISK",
+        f"The task wrote more than {limit_bytes / 2**20:.0f} MiB to the disk, far more than its model and its data "
+        "explain, and was stopped. Send fewer samples, or data that is not compressed so much.",
+    )
+
+
 def too_slow(limit_s: float) -> WorkerLostError:
     """It ran longer than it may."""
     return WorkerLostError(
@@ -34,8 +43,15 @@ def too_slow(limit_s: float) -> WorkerLostError:
     )
 
 
-def crashed(status: int) -> WorkerLostError:
-    """It ended without a terminal event; `status` as of subprocess: negative for a signal."""
+def crashed(status: int, *, beside_larger: bool = False) -> WorkerLostError:
+    """It ended without a terminal event; `status` as of subprocess: negative for a signal.
+
+    `beside_larger`: another worker held more memory. The kernel kills when memory runs out, and this one did not use it
+    up.
+    """
+    if status == -signal.SIGKILL and beside_larger:
+        how = "was killed (SIGKILL) while another one used more memory"
+        return WorkerLostError("WORKER_CRASHED", f"The worker process {how}.", own=False)
     if status == -signal.SIGKILL:
         how = "was killed (SIGKILL), perhaps because the machine ran out of memory"
     elif status < 0:
@@ -50,11 +66,6 @@ def broken_protocol() -> WorkerLostError:
     return WorkerLostError(
         "WORKER_CRASHED", "The worker process sent what is no message of the protocol; it was stopped."
     )
-
-
-def not_started() -> WorkerLostError:
-    """No worker could be started."""
-    return WorkerLostError("WORKER_CRASHED", "A worker process could not be started; the server's log says why.")
 
 
 def _signal_name(number: int) -> str:

@@ -75,6 +75,11 @@ class Sandbox:
             self.fault = _restrict_calls() or self.fault or find_breach(private)
         self.level = LEVEL_ALWAYS if self.fault else LEVEL_FILES_AND_NETWORK
 
+    def limit_file_size(self, limit_bytes: int) -> None:
+        """Caps every file that it writes: a write beyond it fails at once (EFBIG)."""
+        lowest = min(limit_bytes, MAX_FILE_BYTES)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (lowest, lowest))
+
     def limit_memory(self, limit_bytes: int) -> None:
         """Caps the private memory, mapped files not included: a larger allocation fails at once."""
         resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))

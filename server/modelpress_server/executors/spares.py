@@ -54,6 +54,11 @@ class SparePool:
             await worker.end()
         return await self._claim(next(iter(self._starting)) if self._starting else self._launch())
 
+    async def warm(self) -> None:
+        """Has one ready, also in a pool of size 0. Raises StartError, OSError."""
+        if not self.ready:
+            self._ready.append(await self.take())
+
     async def close(self) -> None:
         """Ends all of them."""
         if self._keeper is not None:

@@ -18,6 +18,7 @@ from modelpress_server.listing import wrong_field
 from modelpress_server.names import format_name, new_id, parse_name, parse_project
 from modelpress_server.services.upload_session import UploadSession, UploadSessions
 from modelpress_server.services.upload_writer import UploadWriter, next_message, offset_mismatch
+from modelpress_server.space import Space
 from modelpress_server.stores.base import BlobIndex, BlobKey, UploadRecord
 from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.records import now_us
@@ -31,8 +32,9 @@ _State = upload_service_pb2.Upload
 class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
     """Content-addressed, resumable uploads, and downloads from an offset."""
 
-    def __init__(self, settings: Settings, blobs: FileBlobStore, index: BlobIndex, clock: Clock) -> None:
+    def __init__(self, settings: Settings, blobs: FileBlobStore, index: BlobIndex, space: Space, clock: Clock) -> None:
         self._settings = settings
+        self._space = space
         self._blobs = blobs
         self._index = index
         self._clock = clock
@@ -68,10 +70,11 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
             expire_time_us=now + round(self._settings.upload_ttl_s * 1e6),
         )
         present = blob in await self._present(project, [blob], touch_us=now_us())
-        if not present:
-            await self._blobs.check_space(blob.size_bytes)
-        max_open = self._settings.max_open_uploads
-        return self._to_message(await self._index.create_upload(record, present=present, max_open=max_open))
+        async with self._space.left() as left_bytes:
+            created = await self._index.create_upload(
+                record, present=present, max_open=self._settings.max_open_uploads, left_bytes=left_bytes
+            )
+        return self._to_message(created)
 
     async def GetUpload(  # noqa: N802
         self, request: upload_service_pb2.GetUploadRequest, context: Any

@@ -25,6 +25,9 @@ ENDED_STATES = frozenset(
     }
 )
 
+# So often a job may be lost through no fault of its own. One that takes the machine down comes to an end after these.
+MAX_EXCUSED_LOSSES = 10
+
 
 @dataclass(frozen=True, slots=True)
 class BlobKey:
@@ -260,10 +263,10 @@ class JobStore(Protocol):
         """How many jobs are queued, and how many run."""
         ...
 
-    async def claim(self, now_us: int, rank: Rank) -> Claim:
+    async def claim(self, now_us: int, rank: Rank, waiting: Collection[str] = ()) -> Claim:
         """Takes a queued job of the first ranked project: RUNNING, one attempt more.
 
-        Of a project's jobs, the one with the highest priority, then the oldest.
+        Of a project's jobs, the one with the highest priority, then the oldest; those in `waiting` are passed over.
 
         Queued jobs of a rejected model end as FAILED, overdue ones as EXPIRED.
         """
@@ -291,12 +294,20 @@ class JobStore(Protocol):
         """Ends a job that runs; a CANCELLING one ends as CANCELLED, whatever the outcome."""
         ...
 
-    async def requeue(self, job_id: str, *, count_attempt: bool, log: Sequence[LogLine] = ()) -> None:
-        """Puts a job that runs back into the queue; a CANCELLING one ends as CANCELLED."""
+    async def requeue(
+        self, job_id: str, *, count_attempt: bool, excused: bool = False, log: Sequence[LogLine] = ()
+    ) -> None:
+        """Puts a job that runs back into the queue; a CANCELLING one ends as CANCELLED.
+
+        `excused`: it was lost through no fault of its own, which is counted apart.
+        """
         ...
 
-    async def recover(self) -> int:
-        """Queues again what a dead server left running, or fails what has used up its attempts; returns how many."""
+    async def recover(self, *, excused: bool = False) -> int:
+        """Queues again what a dead server left running, or fails what has used up its attempts; returns how many.
+
+        `excused`: the machine was restarted, which is not the jobs' doing.
+        """
         ...
 
     async def events(self, job_id: str, after_sequence: int, limit: int) -> list[job_service_pb2.WatchJobResponse]:
@@ -315,10 +326,13 @@ class BlobIndex(Protocol):
         """Those of `blobs` that the project has; extends their life from `touch_us` on, unless it is None."""
         ...
 
-    async def create_upload(self, record: UploadRecord, *, present: bool, max_open: int) -> UploadRecord:
+    async def create_upload(
+        self, record: UploadRecord, *, present: bool, max_open: int, left_bytes: int
+    ) -> UploadRecord:
         """Stores an upload, or returns the unfinished or completed one of the same digest.
 
-        `present`: the project has the blob, so that the upload is complete from the start. Raises QuotaExceededError.
+        `present`: the project has the blob, so that the upload is complete from the start. `left_bytes`: room on the
+        disk that is promised to nobody. Raises QuotaExceededError, StorageFullError.
         """
         ...
 
@@ -342,6 +356,10 @@ class BlobIndex(Protocol):
         """Ids of the uploads that take bytes."""
         ...
 
+    async def awaited_bytes(self) -> int:
+        """What the unfinished uploads of all projects still have to send."""
+        ...
+
     async def known(self, blobs: Collection[BlobKey]) -> set[BlobKey]:
         """Those of `blobs` that any project has."""
         ...
@@ -362,8 +380,11 @@ class BlobStore(Protocol):
         """Whether the blob is there."""
         ...
 
-    async def copy_to(self, blob: BlobKey, target: Path) -> None:
-        """Makes a private copy. Raises BlobMissingError, StorageFullError."""
+    async def place(self, blob: BlobKey, target: Path, *, link: bool) -> None:
+        """Gives a blob another name, or copies it, and verifies what lies there then.
+
+        Raises BlobMissingError, BlobDamagedError, StorageFullError.
+        """
         ...
 
     async def ingest(self, folder: Path, path: str, *, max_bytes: int) -> BlobKey:

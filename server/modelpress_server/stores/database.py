@@ -19,12 +19,14 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 
 from modelpress_server.config import SettingsError
-from modelpress_server.errors import StorageFullError
+from modelpress_server.errors import ServiceError
+from modelpress_server.shortage import server_busy, storage_full
 from modelpress_server.stores import migrations
 
 Result = TypeVar("Result")
 BUSY_TIMEOUT_MS = 10_000
 READERS = 4
+_OUT_OF_DESCRIPTORS = ("unable to open database file", "out of memory")
 
 
 class Database:
@@ -66,9 +68,15 @@ class Database:
                 with connection.begin():
                     return function(connection)
             except OperationalError as error:
-                if "full" in str(error.orig):
-                    raise StorageFullError("The server's disk is full; nothing was stored. Free some space.") from error
-                raise
+                raise _shortage(error) or error from error
+
+
+def _shortage(error: OperationalError) -> ServiceError | None:
+    text = str(error.orig)
+    if "full" in text:
+        return storage_full()
+    # SQLite opens its files, and what it sorts in, when it needs them.
+    return server_busy() if any(part in text for part in _OUT_OF_DESCRIPTORS) else None
 
 
 def insert_missing(connection: Connection, table: Table, values: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
     blobs/ab/abcdef...   complete and verified, mode 0444
     uploads/{id}         what came of an upload so far
     tmp/                 artifacts while they are copied and hashed
+    quarantine/          blobs whose bytes are no longer what their name says
 
 A blob appears by `link`, after its bytes are on the disk: it is there whole or not at all. The link is made before the
 record in SQL and the partial file goes after it, so a kill in between leaves an upload that can be finished, never one
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import logging
 import os
 import shutil
 import stat
@@ -24,17 +26,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from modelpress_server.errors import BlobMissingError, StorageFullError
+from modelpress_server.errors import BlobDamagedError, BlobMissingError
 from modelpress_server.names import new_id
+from modelpress_server.shortage import shortage_of
 from modelpress_server.stores.base import BlobKey
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
+logger = logging.getLogger(__name__)
+
 COPY_BYTES = 1024 * 1024
 IO_THREADS = 8
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-MAKE_ROOM = "Delete models and jobs that are no longer needed, or ask the server's operator for space."
 
 
 class ArtifactError(Exception):
@@ -103,12 +106,12 @@ class PartialFile:
 class FileBlobStore:
     """BlobStore in a folder. File work runs in threads of its own, since an fsync may take seconds."""
 
-    def __init__(self, root: Path, reserve_bytes: int = 0) -> None:
+    def __init__(self, root: Path) -> None:
         self._blobs = root / "blobs"
         self._uploads = root / "uploads"
         self._tmp = root / "tmp"
+        self._quarantine = root / "quarantine"
         self._root = root
-        self._reserve_bytes = reserve_bytes
         self._threads = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="blob")
         # A blob that is wanted again must not be removed between the janitor's look at its age and the removal.
         self._naming = threading.Lock()
@@ -116,7 +119,7 @@ class FileBlobStore:
     def open(self) -> None:
         """Makes the folders; what a dead server left in tmp/ goes."""
         shutil.rmtree(self._tmp, ignore_errors=True)
-        for folder in (self._blobs, self._uploads, self._tmp):
+        for folder in (self._blobs, self._uploads, self._tmp, self._quarantine):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     async def close(self) -> None:
@@ -141,14 +144,6 @@ class FileBlobStore:
         """Uploads that have a file."""
         return set(await self.run(os.listdir, self._uploads))
 
-    async def check_space(self, size_bytes: int) -> None:
-        """Raises StorageFullError where a blob of this size would not fit beside the reserve."""
-        free_bytes = (await self.run(shutil.disk_usage, self._root)).free
-        if free_bytes - self._reserve_bytes < size_bytes:
-            raise StorageFullError(
-                f"The server's disk is full: it has no room for {size_bytes / 1e6:,.1f} MB more. {MAKE_ROOM}"
-            )
-
     async def publish(self, partial: PartialFile, blob: BlobKey) -> None:
         """Makes a verified, complete partial file the blob."""
         await self.run(self._publish, partial.path, blob)
@@ -160,8 +155,12 @@ class FileBlobStore:
         """A file descriptor to read a blob with. Raises BlobMissingError."""
         return await self.run(self._open, blob)
 
-    async def copy_to(self, blob: BlobKey, target: Path) -> None:
-        await self.run(self._copy_to, blob, target)
+    async def place(self, blob: BlobKey, target: Path, *, link: bool) -> None:
+        await self.run(self._place, blob, target, link)
+
+    async def quarantine(self, blob: BlobKey) -> None:
+        """Sets a damaged blob aside: from now on it is missing, and uploading it again heals it."""
+        await self.run(self._set_aside, blob)
 
     async def ingest(self, folder: Path, path: str, *, max_bytes: int) -> BlobKey:
         return await self.run(self._ingest, folder, path, max_bytes)
@@ -208,19 +207,26 @@ class FileBlobStore:
                 os.utime(target)
             _sync_folder(target.parent)
 
-    def _copy_to(self, blob: BlobKey, target: Path) -> None:
-        # A copy, not a link: the worker runs a stranger's file and must not reach the store's inode. The kernel copies
-        # (on btrfs and xfs it shares the extents), at the speed of the disk elsewhere.
+    def _place(self, blob: BlobKey, target: Path, link: bool) -> None:
         source_fd = self._open(blob)
         try:
-            target_fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            try:
-                with full_disk_is_told():
-                    _copy_range(source_fd, target_fd, blob.size_bytes)
-            finally:
-                os.close(target_fd)
+            with full_disk_is_told():
+                if not (link and _linked(self._path(blob), target)):
+                    _copy(source_fd, target, blob.size_bytes)
+            # What the worker will read, not what was written once: disks forget.
+            whole = _sha256_of(target) == blob.sha256
         finally:
             os.close(source_fd)
+        if not whole:
+            target.unlink()
+            self._set_aside(blob)
+            raise _damaged(blob)
+
+    def _set_aside(self, blob: BlobKey) -> None:
+        path = self._path(blob)
+        logger.error("blob %s is damaged; it is set aside in %s", path.name, self._quarantine)
+        with self._naming, suppress(FileNotFoundError):
+            path.rename(self._quarantine / path.name)
 
     def _ingest(self, folder: Path, path: str, max_bytes: int) -> BlobKey:
         source_fd = _open_below(folder, path)
@@ -254,20 +260,25 @@ class FileBlobStore:
 
 @contextmanager
 def full_disk_is_told() -> Iterator[None]:
-    """Turns "no space left" into StorageFullError."""
+    """Turns "no space left" into StorageFullError, "too many open files" into ServerBusyError."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            raise StorageFullError(
-                f"The server's disk is full; what was sent last is not stored. {MAKE_ROOM}"
-            ) from error
-        raise
+        raise shortage_of(error) or error from error
 
 
 def _missing(blob: BlobKey) -> BlobMissingError:
     sha256 = blob.sha256.hex()
     return BlobMissingError(f"Blob {sha256} is not there. Upload it, then call again.", metadata={"sha256": sha256})
+
+
+def _damaged(blob: BlobKey) -> BlobDamagedError:
+    sha256 = blob.sha256.hex()
+    return BlobDamagedError(
+        f"The stored copy of blob {sha256} was damaged on the server's disk and has been set aside. Upload the file "
+        "again, which heals it, then create the job again.",
+        metadata={"sha256": sha256},
+    )
 
 
 def _sync_folder(folder: Path) -> None:
@@ -276,6 +287,37 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _linked(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        # Another file system, one without links, or too many of them.
+        if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+            return False
+        raise
+    return True
+
+
+def _copy(source_fd: int, target: Path, size_bytes: int) -> None:
+    # The kernel copies: on btrfs and xfs it shares the extents, elsewhere it goes at the speed of the disk.
+    target_fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        _copy_range(source_fd, target_fd, size_bytes)
+    finally:
+        os.close(target_fd)
+
+
+def _sha256_of(path: Path) -> bytes:
+    """SHA-256 of a file; nothing where the disk cannot read it."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        if error.errno == errno.EIO:
+            return b""
+        raise
 
 
 def _copy_range(source_fd: int, target_fd: int, size_bytes: int) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 from modelpress_protos.v1 import upload_service_pb2
 from sqlalchemy import Connection, Row, delete, exists, func, insert, select, tuple_, update
 
-from modelpress_server.errors import QuotaExceededError, UploadExpiredError
+from modelpress_server.errors import QuotaExceededError, StorageFullError, UploadExpiredError
+from modelpress_server.shortage import MAKE_ROOM
 from modelpress_server.stores import records
 from modelpress_server.stores.base import ENDED_STATES, BlobKey, Sweep, UploadRecord
 from modelpress_server.stores.database import Database
@@ -45,8 +46,12 @@ class SqlBlobIndex:
 
         return await self._database.write(touch)
 
-    async def create_upload(self, record: UploadRecord, *, present: bool, max_open: int) -> UploadRecord:
-        return await self._database.write(lambda connection: _create_upload(connection, record, present, max_open))
+    async def create_upload(
+        self, record: UploadRecord, *, present: bool, max_open: int, left_bytes: int
+    ) -> UploadRecord:
+        return await self._database.write(
+            lambda connection: _create_upload(connection, record, present, max_open, left_bytes)
+        )
 
     async def get_upload(self, project: str, upload_id: str) -> UploadRecord:
         return await self._database.read(lambda connection: _fetch(connection, upload_id, project))
@@ -89,6 +94,13 @@ class SqlBlobIndex:
 
         return await self._database.read(work)
 
+    async def awaited_bytes(self) -> int:
+        def work(connection: Connection) -> int:
+            awaited = func.sum(uploads.c.size_bytes - uploads.c.committed_size)
+            return int(connection.execute(select(awaited).where(uploads.c.state == ACTIVE)).scalar() or 0)
+
+        return await self._database.read(work)
+
     async def known(self, blobs: Collection[BlobKey]) -> set[BlobKey]:
         def work(connection: Connection) -> set[BlobKey]:
             hashes = [blob.sha256 for blob in blobs]
@@ -119,7 +131,9 @@ class SqlBlobIndex:
         )
 
 
-def _create_upload(connection: Connection, record: UploadRecord, present: bool, max_open: int) -> UploadRecord:
+def _create_upload(
+    connection: Connection, record: UploadRecord, present: bool, max_open: int, left_bytes: int
+) -> UploadRecord:
     wanted = COMPLETED if present else ACTIVE
     same = (
         select(uploads)
@@ -143,6 +157,11 @@ def _create_upload(connection: Connection, record: UploadRecord, present: bool, 
             "Finish or cancel some.",
             subject=f"projects/{record.project}",
             retry_after_s=QUOTA_RETRY_S,
+        )
+    if not present and record.blob.size_bytes > left_bytes:
+        raise StorageFullError(
+            "The server's disk is full: besides what it has promised to other uploads and jobs, it has no room for "
+            f"{record.blob.size_bytes / 1e6:,.1f} MB more. {MAKE_ROOM}"
         )
     connection.execute(
         insert(uploads).values(

@@ -12,6 +12,7 @@ from modelpress_server import errors
 from modelpress_server.stores import job_rows, records
 from modelpress_server.stores.base import (
     ENDED_STATES,
+    MAX_EXCUSED_LOSSES,
     BlobKey,
     Claim,
     JobRecord,
@@ -92,8 +93,8 @@ class SqlJobStore:
 
         return await self._database.read(work)
 
-    async def claim(self, now_us: int, rank: Rank) -> Claim:
-        return await self._database.write(lambda connection: _claim(connection, now_us, rank))
+    async def claim(self, now_us: int, rank: Rank, waiting: Collection[str] = ()) -> Claim:
+        return await self._database.write(lambda connection: _claim(connection, now_us, rank, waiting))
 
     async def expire_overdue(self, now_us: int) -> tuple[str, ...]:
         return await self._database.write(lambda connection: tuple(_expire(connection, now_us)))
@@ -139,17 +140,20 @@ class SqlJobStore:
 
         await self._database.write(work)
 
-    async def requeue(self, job_id: str, *, count_attempt: bool, log: Sequence[LogLine] = ()) -> None:
+    async def requeue(
+        self, job_id: str, *, count_attempt: bool, excused: bool = False, log: Sequence[LogLine] = ()
+    ) -> None:
         def work(connection: Connection) -> None:
-            _requeue(connection, job_rows.fetch_job(connection, job_id), count_attempt, log)
+            record = job_rows.fetch_job(connection, job_id)
+            _requeue(connection, record, count_attempt=count_attempt, excused=excused, log=log)
 
         await self._database.write(work)
 
-    async def recover(self) -> int:
+    async def recover(self, *, excused: bool = False) -> int:
         def work(connection: Connection) -> int:
             rows = connection.execute(select(jobs).where(jobs.c.state.in_((RUNNING, CANCELLING)))).all()
             for row in rows:
-                _recover(connection, job_rows.record_of(row))
+                _recover(connection, job_rows.record_of(row), excused)
             return len(rows)
 
         return await self._database.write(work)
@@ -234,29 +238,30 @@ def _take_over_result(connection: Connection, record: JobRecord, cached: JobReco
     job_rows.finish_job(connection, record, outcome)
 
 
-def _claim(connection: Connection, now_us: int, rank: Rank) -> Claim:
+def _claim(connection: Connection, now_us: int, rank: Rank, waiting: Collection[str]) -> Claim:
     ended = _expire(connection, now_us)
-    waiting = select(jobs.c.project).where(jobs.c.state == QUEUED).group_by(jobs.c.project)
-    projects = connection.execute(waiting.order_by(func.min(jobs.c.id))).scalars().all()
+    ready = (jobs.c.state == QUEUED) & jobs.c.id.not_in(waiting)
+    queued = select(jobs.c.project).where(ready).group_by(jobs.c.project)
+    projects = connection.execute(queued.order_by(func.min(jobs.c.id))).scalars().all()
     for project in rank(projects):
-        claim = _claim_of(connection, project)
+        claim = _claim_of(connection, project, waiting)
         ended += claim.ended
         if claim.job is not None:
             return Claim(claim.job, tuple(ended))
     return Claim(None, tuple(ended))
 
 
-def _claim_of(connection: Connection, project: str) -> Claim:
+def _claim_of(connection: Connection, project: str, waiting: Collection[str]) -> Claim:
     """The next job of a project; those of refused models end."""
-    waiting = (
+    queued = (
         select(jobs, models.c.message.label("model_message"))
         .outerjoin(models, models.c.id == jobs.c.model_id)
-        .where(jobs.c.state == QUEUED, jobs.c.project == project)
+        .where(jobs.c.state == QUEUED, jobs.c.project == project, jobs.c.id.not_in(waiting))
         .order_by(*_QUEUE_ORDER)
         .with_for_update(of=jobs, skip_locked=True)
     )
     ended: list[str] = []
-    for row in connection.execute(waiting.limit(100)).all():
+    for row in connection.execute(queued.limit(100)).all():
         record = job_rows.record_of(row)
         if row.model_message is not None:
             model = model_service_pb2.Model.FromString(row.model_message)
@@ -296,20 +301,24 @@ def _expired() -> Outcome:
     return Outcome(job_service_pb2.JOB_STATE_EXPIRED, error=status)
 
 
-def _recover(connection: Connection, record: JobRecord) -> None:
+def _recover(connection: Connection, record: JobRecord, excused: bool) -> None:
     """A server that was killed did not say why: a job that takes it down each time must come to an end."""
     job = record.message
-    if job.state == RUNNING and job.attempt >= job.spec.max_attempts:
+    excused = excused and job.excused_losses < MAX_EXCUSED_LOSSES
+    if job.state == RUNNING and job.attempt >= job.spec.max_attempts and not excused:
         text = f"The server was lost {job.attempt} times while this job ran; it is not tried again."
         status = errors.make_status(grpc.StatusCode.ABORTED, "WORKER_CRASHED", text)
         line = LogLine(records.now_us(), "ERROR", text)
         job_rows.finish_job(connection, record, Outcome(job_service_pb2.JOB_STATE_FAILED, error=status, log=(line,)))
         return
-    line = LogLine(records.now_us(), "WARNING", "The server was restarted; the job is queued again.")
-    _requeue(connection, record, True, [line])
+    what = "machine" if excused else "server"
+    line = LogLine(records.now_us(), "WARNING", f"The {what} was restarted; the job is queued again.")
+    _requeue(connection, record, count_attempt=not excused, excused=excused, log=[line])
 
 
-def _requeue(connection: Connection, record: JobRecord, count_attempt: bool, log: Sequence[LogLine]) -> None:
+def _requeue(
+    connection: Connection, record: JobRecord, *, count_attempt: bool, excused: bool, log: Sequence[LogLine]
+) -> None:
     if record.message.state in ENDED_STATES or record.message.state == QUEUED:
         return
     job_rows.append_log(connection, record.id, log)
@@ -318,5 +327,7 @@ def _requeue(connection: Connection, record: JobRecord, count_attempt: bool, log
         return
     if not count_attempt:
         record.message.attempt -= 1
+    if excused:
+        record.message.excused_losses += 1
     record.message.ClearField("progress")
     job_rows.move(connection, record, QUEUED)

@@ -76,6 +76,8 @@ def _run(
     try:
         if request.memory_limit_bytes:
             sandbox.limit_memory(request.memory_limit_bytes)
+        if request.file_limit_bytes:
+            sandbox.limit_file_size(request.file_limit_bytes)
         sandbox.narrow(readable, [*writable, arguments.directory])
         clock = OwnClock(arguments.directory)
         last = tasks.run(request, TaskContext(events, sandbox, arguments.directory, pipes.requests, clock))

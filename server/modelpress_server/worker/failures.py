@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import secrets
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from modelpress_server.errors import make_status
+from modelpress_server.shortage import FULL
 from modelpress_server.worker.paths import Redactor
 
 _CODE = grpc.StatusCode
@@ -29,6 +30,7 @@ _CODES: Mapping[str, grpc.StatusCode] = {
     "UNSUPPORTED_OPERATOR": _CODE.UNIMPLEMENTED,
     "WORKER_TIMEOUT": _CODE.DEADLINE_EXCEEDED,
     "WORKER_OUT_OF_MEMORY": _CODE.RESOURCE_EXHAUSTED,
+    "WORKER_OUT_OF_DISK": _CODE.RESOURCE_EXHAUSTED,
     "STORAGE_FULL": _CODE.RESOURCE_EXHAUSTED,
 }
 MAX_TRACEBACK_CHARS = 32 * 1024
@@ -37,8 +39,14 @@ _OUT_OF_MEMORY = (
     "The task needs more memory than a worker may use. Take a smaller model, smaller batch sizes or fewer samples, or "
     "raise the server's worker memory limit."
 )
+# The server tries the job again: a user sees this only when that is given up.
 _DISK_FULL = "The server's disk is full; free some space there, then submit the job again."
-# torch, onnxruntime and the C++ library have no exception class of their own for this.
+_TOO_MUCH_WRITTEN = (
+    "The task wants to write a larger file than its model and its data explain. Send fewer samples, or data that is "
+    "not compressed so much."
+)
+# torch, onnxruntime and the C++ library have no exception class of their own for these.
+_DISK_TEXTS = ("no space left on device",)
 _MEMORY_TEXTS = ("can't allocate memory", "cannot allocate memory", "failed to allocate memory", "bad_alloc")
 
 
@@ -53,9 +61,11 @@ class EngineError(Protocol):
 
 def status_of_exception(error: BaseException, redact: Redactor) -> status_pb2.Status:
     """The status, under 4 KiB but for the DebugInfo of an unexpected error."""
-    if _is_out_of_memory(error):
+    if _is(error, (errno.ENOMEM,), _MEMORY_TEXTS) or any(isinstance(link, MemoryError) for link in _chain(error)):
         return make_status(_CODES["WORKER_OUT_OF_MEMORY"], "WORKER_OUT_OF_MEMORY", _OUT_OF_MEMORY)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if _is(error, (errno.EFBIG,), ()):
+        return make_status(_CODES["WORKER_OUT_OF_DISK"], "WORKER_OUT_OF_DISK", _TOO_MUCH_WRITTEN)
+    if _is(error, FULL, _DISK_TEXTS):
         return make_status(_CODES["STORAGE_FULL"], "STORAGE_FULL", _DISK_FULL)
     if isinstance(error, EngineError):
         metadata = {key: redact(str(value)) for key, value in error.metadata.items()}
@@ -84,11 +94,10 @@ def take_debug_info(status: status_pb2.Status) -> str:
     return found
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def _is(error: BaseException, numbers: Sequence[int], texts: Sequence[str]) -> bool:
+    """Whether it, or what led to it, is an OSError of these numbers or says one of these texts."""
     return any(
-        isinstance(link, MemoryError)
-        or (isinstance(link, OSError) and link.errno == errno.ENOMEM)
-        or any(text in str(link).lower() for text in _MEMORY_TEXTS)
+        (isinstance(link, OSError) and link.errno in numbers) or any(text in str(link).lower() for text in texts)
         for link in _chain(error)
     )
 

@@ -13,7 +13,7 @@ import pytest
 from google.rpc import error_details_pb2
 from manual_clock import ManualClock
 from modelpress_protos.internal.v1 import worker_pb2
-from modelpress_server.executors.base import Limits, WorkerLostError
+from modelpress_server.executors.base import Limits, WorkerLostError, WorkerUnavailableError
 from modelpress_server.executors.output import MAX_LINE_CHARS, MAX_LINES
 from server_harness import until
 
@@ -174,10 +174,12 @@ class TestAWorkerThatIsLost:
         assert not runs(pid)
 
     async def test_a_worker_that_does_not_start(self, start_bench: Any, caplog: pytest.LogCaptureFixture) -> None:
-        """The job hears that no worker could be started; the server's log has the worker's own words."""
+        """The scheduler hears that none could be started; the server's log has the worker's own words."""
         bench = await start_bench(tasks="no_such_module_of_tasks")
-        with pytest.raises(WorkerLostError, match="could not be started"):
+        with pytest.raises(WorkerUnavailableError, match="could not be started"):
             await bench.run("describe")
+        with pytest.raises(WorkerUnavailableError):
+            await bench.executor.try_start()
         assert "no_such_module_of_tasks" in caplog.text
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from modelpress_server.config import SettingsError
 from modelpress_server.executors import sandbox_seccomp
-from modelpress_server.executors.base import WorkerLostError
+from modelpress_server.executors.base import WorkerUnavailableError
 from modelpress_server.executors.child import WorkerCommand
 from modelpress_server.executors.sandbox_landlock import landlock_version
 from modelpress_server.executors.worker_user import WorkerUser, may_change_user
@@ -88,7 +88,7 @@ class TestWhatAWorkerReports:
         bench.executor._spares._start = lambda: bench.executor._start_worker(
             WorkerCommand(bench.root, "require", FAKE_TASKS, (Path("/usr/lib"),))
         )
-        with pytest.raises(WorkerLostError, match="could not be started"):
+        with pytest.raises(WorkerUnavailableError, match="could not be started"):
             await bench.run("describe")
 
     async def test_a_file_that_can_be_read_by_other_ways(self, start_bench: Any) -> None:

@@ -36,13 +36,13 @@ async def test_ingests_and_copies(store: FileBlobStore, folder: Path, tmp_path: 
     blob = await store.ingest(folder, "inner/model.onnx", max_bytes=7)
     assert await store.has(blob)
     target = tmp_path / "copy"
-    await store.copy_to(blob, target)
+    await store.place(blob, target, link=False)
     target.write_bytes(b"changed")
     fd = await store.open_blob(blob)
     assert os.read(fd, 100) == b"content"
     os.close(fd)
     with pytest.raises(FileExistsError):
-        await store.copy_to(blob, target)
+        await store.place(blob, target, link=False)
 
 
 async def test_takes_plain_files_only(store: FileBlobStore, folder: Path) -> None:
@@ -67,7 +67,7 @@ async def test_a_blob_of_another_size_is_not_there(store: FileBlobStore, folder:
     other = BlobKey(blob.sha256, blob.size_bytes + 1)
     assert not await store.has(other)
     with pytest.raises(BlobMissingError):
-        await store.copy_to(other, tmp_path / "x")
+        await store.place(other, tmp_path / "x", link=False)
     with pytest.raises(BlobMissingError):
         await store.open_blob(BlobKey(bytes(32), 1))
 

@@ -37,8 +37,11 @@ class WorkerRequest(_message.Message):
     COMPRESS_FIELD_NUMBER: _builtins.int
     TURN_FIELD_NUMBER: _builtins.int
     MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    FILE_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     memory_limit_bytes: _builtins.int
     """With a task: most private memory in bytes that the worker lets itself have; 0: no limit."""
+    file_limit_bytes: _builtins.int
+    """Longest file that the worker may write, in bytes; 0: no limit of its own. It sets the limit itself."""
     @_builtins.property
     def inspect(self) -> Global___InspectTask:
         """Look at a model."""
@@ -58,10 +61,11 @@ class WorkerRequest(_message.Message):
         compress: Global___CompressTask | None = ...,
         turn: Global___MeasuringTurn | None = ...,
         memory_limit_bytes: _builtins.int = ...,
+        file_limit_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "inspect", b"inspect", "task", b"task", "turn", b"turn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "inspect", b"inspect", "memory_limit_bytes", b"memory_limit_bytes", "task", b"task", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compress", b"compress", "file_limit_bytes", b"file_limit_bytes", "inspect", b"inspect", "memory_limit_bytes", b"memory_limit_bytes", "task", b"task", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_task: _TypeAlias = _typing.Literal["inspect", "compress", "turn"]  # noqa: Y015
     _WhichOneofArgType_task: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015

@@ -1,0 +1,114 @@
+"""Room on the disk: what is promised to uploads and to running tasks is not promised again.
+
+What uploads still have to send stands in their records; what tasks may still write stands here, since no task outlives
+the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelpress_server.config import GIB
+from modelpress_server.errors import DiskTooSmallError
+from modelpress_server.shortage import storage_full
+from modelpress_server.stores.base import BlobIndex
+
+# A task may write so many times what it was expected to, and so much more, before that counts as a fault of its own:
+# samples may be compressed well.
+LIMIT_FACTOR = 4
+LIMIT_EXTRA_BYTES = 1 * GIB
+# The disk is full when it has less than this, whatever the reserve is.
+FULL_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Promise:
+    """Room for one task. `limit_bytes`: what it may write at most; `cut`: only because the disk has no more."""
+
+    need_bytes: int
+    folder: Path
+    limit_bytes: int
+    cut: bool
+
+    async def outgrown(self) -> bool:
+        """Whether the task has written more than it was promised."""
+        return await asyncio.to_thread(folder_bytes, self.folder) > self.need_bytes
+
+
+class Space:
+    """The room of the file system that holds `root`. `reserve_bytes`: what nobody is promised."""
+
+    def __init__(self, root: Path, reserve_bytes: int, index: BlobIndex) -> None:
+        self._root = root
+        self._reserve_bytes = reserve_bytes
+        self._index = index
+        self._promises: set[Promise] = set()
+        # Between the look at what is left and the promise nobody else may promise it.
+        self._lock = asyncio.Lock()
+
+    @asynccontextmanager
+    async def left(self) -> AsyncIterator[int]:
+        """Bytes that are neither used nor promised; nobody else promises any meanwhile."""
+        async with self._lock:
+            yield await self._left_bytes()
+
+    @asynccontextmanager
+    async def promised(self, need_bytes: int, folder: Path) -> AsyncIterator[Promise]:
+        """Room for a task that writes below `folder`. Raises StorageFullError, DiskTooSmallError."""
+        total_bytes = (await asyncio.to_thread(shutil.disk_usage, self._root)).total
+        async with self.left() as left_bytes:
+            if need_bytes > total_bytes - self._reserve_bytes:
+                raise _too_small(need_bytes, total_bytes)
+            if need_bytes > left_bytes:
+                raise storage_full()
+            generous_bytes = LIMIT_FACTOR * need_bytes + LIMIT_EXTRA_BYTES
+            limit_bytes = min(generous_bytes, left_bytes)
+            promise = Promise(need_bytes, folder, limit_bytes, limit_bytes < generous_bytes)
+            self._promises.add(promise)
+        try:
+            yield promise
+        finally:
+            self._promises.discard(promise)
+
+    async def is_full(self) -> bool:
+        """Whether there is next to nothing left, whoever used it up."""
+        return (await asyncio.to_thread(shutil.disk_usage, self._root)).free < FULL_BYTES
+
+    async def is_short(self) -> bool:
+        """Whether less is left than shall be."""
+        async with self.left() as left_bytes:
+            return left_bytes <= 0
+
+    async def _left_bytes(self) -> int:
+        uploads_bytes = await self._index.awaited_bytes()
+        return await asyncio.to_thread(self._measure) - uploads_bytes
+
+    def _measure(self) -> int:
+        free_bytes = shutil.disk_usage(self._root).free - self._reserve_bytes
+        unwritten = (max(item.need_bytes - folder_bytes(item.folder), 0) for item in tuple(self._promises))
+        return free_bytes - sum(unwritten)
+
+
+def _too_small(need_bytes: int, total_bytes: int) -> DiskTooSmallError:
+    return DiskTooSmallError(
+        f"This needs about {need_bytes / 2**20:.0f} MiB of disk, and the server's has {total_bytes / 2**20:.0f} MiB in "
+        "all. Use a server with a larger disk, or send less data."
+    )
+
+
+def folder_bytes(folder: Path) -> int:
+    """What a folder takes on the disk, with everything below it; what vanishes meanwhile counts as nothing."""
+    total = 0
+    for parent, folders, files in os.walk(folder, onerror=None):
+        for name in (*folders, *files):
+            try:
+                total += os.lstat(os.path.join(parent, name)).st_blocks * 512  # noqa: PTH118  # walked often
+            except OSError:
+                continue
+    return total
