@@ -14,6 +14,7 @@ import onnxruntime as ort
 from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOperatorError
 from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.model import Model
+from modelpress_compression.parallel import map_in_order
 
 EXECUTION_PROVIDER = "CPUExecutionProvider"
 _UNKNOWN_OPERATOR = re.compile(
@@ -74,8 +75,8 @@ def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, 
 
 
 def run_all(session: ort.InferenceSession, feeds: Iterable[Feeds]) -> Iterator[dict[str, Array]]:
-    """Outputs of one feed after the other."""
-    return (run(session, feed) for feed in feeds)
+    """Outputs of one feed after the other; several run at once (see `parallel`)."""
+    return map_in_order(lambda feed: run(session, feed), feeds)
 
 
 def explain(error: Exception) -> ModelNotRunnableError | UnsupportedOperatorError:
