@@ -60,7 +60,7 @@ def _metric(case: Case, path: Path, models: Path) -> float | None:
 def _fidelity(case: Case, prepared: Prepared, path: Path) -> Figures:
     """Of the first output; `neighbours`: share of samples with the same nearest neighbour, `iou`: of the masks."""
     data = prepared.held_out()
-    compared = compare_outputs(prepared.model, path, data, threads=1)
+    compared = compare_outputs(prepared.model, path, data)
     first = next(iter(compared.outputs.values()))
     figures: Figures = {
         **first.to_dict(),

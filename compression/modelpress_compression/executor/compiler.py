@@ -57,7 +57,11 @@ class Compiler:
         """Whether the value is a constant that is not trained; if so it is in `constants` from now on."""
         if value in self.constants:
             return True
-        tensor = constant_tensor(value) if value not in self.parameters and value not in self.given else None
+        if value in self.parameters or value in self.given:
+            return False
+        tensor = constant_tensor(value)
+        if tensor is None and value.is_initializer():
+            tensor = value.const_value  # a default that callers may override, and here did not
         if tensor is None:
             return False
         keep = tensor.dtype.is_integer() and tensor.size <= _HOST_ELEMENTS

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from modelpress_compression.errors import InvalidDataError
 from modelpress_compression.inputs import Array, EvaluationData
-from modelpress_compression.runtime import open_session, run
+from modelpress_compression.runtime import open_session, run, run_all
 
 Floats = NDArray[np.float64]
 
@@ -62,15 +62,18 @@ def compare_accuracy(
     data: EvaluationData,
     metric: str | None,
     *,
-    threads: int = 2,
     batch_size: int = 1,
 ) -> Accuracy:
     """The metric of both models on all samples. `metric` None: top1 for class indices and one-hot labels, else mse.
 
     Raises InvalidDataError where the labels fit no output, ModelNotRunnableError, UnsupportedOperatorError.
     """
-    before = evaluate(original, data, metric, threads=threads, batch_size=batch_size)
-    after = evaluate(optimized, data, before.metric, threads=threads, batch_size=batch_size)
+    before = evaluate(original, data, metric, batch_size=batch_size)
+    return accuracy_after(before, evaluate(optimized, data, before.metric, batch_size=batch_size))
+
+
+def accuracy_after(before: Evaluation, after: Evaluation) -> Accuracy:
+    """What has become of the original's metric."""
     drop = after.value - before.value if before.metric in LOWER_IS_BETTER else before.value - after.value
     # inf - inf is NaN: neither model gives finite outputs, so there is nothing to lose.
     return Accuracy(before.metric, before.samples, before.value, after.value, 0.0 if math.isnan(drop) else drop)
@@ -85,20 +88,17 @@ class Evaluation:
     samples: int
 
 
-def evaluate(
-    path: Path, data: EvaluationData, metric: str | None = None, *, threads: int = 2, batch_size: int = 1
-) -> Evaluation:
+def evaluate(path: Path, data: EvaluationData, metric: str | None = None, *, batch_size: int = 1) -> Evaluation:
     """The metric of one model on all samples; see `compare_accuracy`."""
     if metric is not None and metric not in METRICS:
         raise InvalidDataError(f"There is no metric {metric!r}; use one of {', '.join(METRICS)}.")
-    session = open_session(path, threads=threads)
+    session = open_session(path)
     labels = data.labels
     size = 1 if data.inputs.whole_feeds else data.inputs.fixed_batch or batch_size
     chosen, output = metric, ""
     total, weight, start = 0.0, 0, 0
-    for feed in data.inputs.feeds(batch_size):
+    for outputs in run_all(session, data.inputs.feeds(batch_size)):
         stop = min(start + size, len(labels))
-        outputs = run(session, feed)
         if not output:
             chosen, output = _fit(outputs, labels, stop - start, metric)
         assert chosen is not None  # noqa: S101  # set with the first output

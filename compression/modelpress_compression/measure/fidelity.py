@@ -37,11 +37,14 @@ from numpy.typing import NDArray
 
 from modelpress_compression.graph.outputs import classification_outputs
 from modelpress_compression.graph.padding import counted_positions, without_padding
-from modelpress_compression.inputs import Array, InputData
+from modelpress_compression.inputs import Array, Feeds, InputData
+from modelpress_compression.parallel import map_in_order
 from modelpress_compression.runtime import open_session, run
 
 MAX_SQNR_DB = 200.0
 DEFAULT_LIMIT = 256
+# Outputs of one model that are kept for the next comparison.
+KNOWN_BYTES = 256 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -107,32 +110,58 @@ class Fidelity:
         }
 
 
+@dataclass
+class KnownOutputs:
+    """Outputs of one model on the feeds of one data, kept for the next comparison while they fit into memory."""
+
+    limit_bytes: int = KNOWN_BYTES
+    _outputs: dict[int, dict[str, Array]] = field(default_factory=dict)
+    _bytes: int = 0
+
+    def get(self, feed: int) -> dict[str, Array] | None:
+        """Those of the feed with this number."""
+        return self._outputs.get(feed)
+
+    def keep(self, feed: int, outputs: dict[str, Array]) -> None:
+        """Unless that would take too much memory."""
+        size = sum(array.nbytes for array in outputs.values())
+        if feed not in self._outputs and self._bytes + size <= self.limit_bytes:
+            self._outputs[feed] = outputs
+            self._bytes += size
+
+
 def compare_outputs(
     original: Path,
     optimized: Path,
     data: InputData,
     *,
-    threads: int = 2,
     limit: int = DEFAULT_LIMIT,
     budget_s: float | None = None,
+    known: KnownOutputs | None = None,
 ) -> Fidelity:
     """Runs both models on at most `limit` samples, one at a time, and compares the outputs.
 
     One at a time, because dynamic quantization chooses its ranges per batch. `budget_s`: stop taking samples after so
-    many seconds; `samples` says how many there were. Raises ModelNotRunnableError, UnsupportedOperatorError.
+    many seconds; `samples` says how many there were. `known`: outputs of the original on this data; those that are
+    found are kept there. Raises ModelNotRunnableError, UnsupportedOperatorError.
     """
-    sessions = [open_session(path, threads=threads) for path in (original, optimized)]
-    names = [[value.name for value in session.get_outputs()] for session in sessions]
-    partners = _partners(*names)
-    sums = {name: _OutputSums() for name in names[0]}
+    known = known if known is not None else KnownOutputs(0)
+    first, second = (open_session(path) for path in (original, optimized))
+    partners = _partners(*([value.name for value in session.get_outputs()] for session in (first, second)))
+    sums = {value.name: _OutputSums() for value in first.get_outputs()}
     classes = classification_outputs(onnx_ir.load(original).graph)
     deadline = math.inf if budget_s is None else time.monotonic() + budget_s
+
+    def answer(numbered: tuple[int, Feeds]) -> tuple[int, Feeds, dict[str, Array], dict[str, Array]]:
+        number, feed = numbered
+        return number, feed, known.get(number) or run(first, feed), run(second, feed)
+
     samples = 0
-    for feed in data.feeds(1, limit):
-        before, after = (run(session, feed) for session in sessions)
+    for number, feed, before, after in map_in_order(answer, enumerate(data.feeds(1, limit))):
+        known.keep(number, before)
         mask = counted_positions(feed)
-        for name in names[0]:
-            sums[name].add(before[name], after.get(partners.get(name, "")), name in classes, mask)
+        for name, total in sums.items():
+            total.add(before[name], after.get(partners.get(name, "")), name in classes, mask)
         samples += data.fixed_batch or 1
         if time.monotonic() > deadline:
             break

@@ -18,15 +18,15 @@ A candidate keeps the answers if all of these hold that apply:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from modelpress_compression.inputs import EvaluationData, InputData
-from modelpress_compression.measure.accuracy import compare_accuracy
-from modelpress_compression.measure.fidelity import Fidelity, compare_outputs
+from modelpress_compression.measure.accuracy import Evaluation, accuracy_after, evaluate
+from modelpress_compression.measure.fidelity import Fidelity, KnownOutputs, compare_outputs
 from modelpress_compression.measure.latency import Speedup, Times, Timings, ratio_interval, time_interleaved
 from modelpress_compression.passes.base import Context
 from modelpress_compression.recipe import Recipe
@@ -84,6 +84,7 @@ class Judge:
     context: Context
     recipe: Recipe
     eval_data: EvaluationData | None
+    known: KnownOutputs = field(default_factory=KnownOutputs)
 
     def answers(self, candidate: Candidate) -> Candidate:
         """The candidate with its fidelity, and with the reason if it does not keep the answers."""
@@ -91,7 +92,7 @@ class Judge:
             undone = candidate.record.warnings
             return replace(candidate, reason=undone[-1] if undone else "there was nothing that it could quantize")
         path = candidate.record.path
-        fidelity = compare_outputs(self.original, path, self.context.data, limit=FIDELITY_SAMPLES)
+        fidelity = compare_outputs(self.original, path, self.context.data, limit=FIDELITY_SAMPLES, known=self.known)
         candidate = replace(candidate, fidelity=fidelity)
         if candidate.cosine < MIN_COSINE:
             return replace(
@@ -110,12 +111,18 @@ class Judge:
         if self.eval_data is None:
             return replace(candidate, reason=self._disagrees(fidelity))
         constraints = self.recipe.limits
-        accuracy = compare_accuracy(self.original, path, self.eval_data, constraints.metric)
+        before = self._original_metric
+        accuracy = accuracy_after(before, evaluate(path, self.eval_data, before.metric))
         allowed = DEFAULT_MAX_DROP if constraints.max_drop is None else constraints.max_drop
         reason = (
             f"{accuracy.metric} falls by {accuracy.drop:.4f}, more than {allowed}" if accuracy.drop > allowed else ""
         )
         return replace(candidate, drop=accuracy.drop, reason=reason)
+
+    @cached_property
+    def _original_metric(self) -> Evaluation:
+        assert self.eval_data is not None  # noqa: S101  # who has no labels does not ask
+        return evaluate(self.original, self.eval_data, self.recipe.limits.metric)
 
     def speed(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates with their speed, and with the reason where one is not surely faster.

@@ -17,7 +17,8 @@ from modelpress_compression.graph.watch import Listener
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.plan import Plan, output_of
 from modelpress_compression.passes.quantize.ranges.observers import METHODS, Histogram
-from modelpress_compression.passes.quantize.ranges.output_error import ErrorProbe, Trial
+from modelpress_compression.passes.quantize.ranges.output_error import Trial
+from modelpress_compression.passes.quantize.ranges.sensitivity import SensitivityProbe
 from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters, activation_parameters
 
 AUTO = "auto"
@@ -88,7 +89,7 @@ def start_ranges(plan: Plan, histograms: Mapping[str, Histogram], config: Quanti
     return Ranges({name: activation_parameters(method(histograms[name]), config.activations) for name in names})
 
 
-def measure_errors(ranges: Ranges, probe: ErrorProbe, done: Listener | None = None) -> Ranges | None:
+def measure_errors(ranges: Ranges, probe: SensitivityProbe, done: Listener | None = None) -> Ranges | None:
     """The ranges with the errors that they and the weights make; None: that would take too long."""
     plan = probe.setup.plan
     activations = [item.value.name or "" for item in plan.activations.values() if item.has_own_range]
@@ -105,7 +106,7 @@ def measure_errors(ranges: Ranges, probe: ErrorProbe, done: Listener | None = No
 
 
 def refine(
-    ranges: Ranges, histograms: Mapping[str, Histogram], probe: ErrorProbe, done: Listener | None = None
+    ranges: Ranges, histograms: Mapping[str, Histogram], probe: SensitivityProbe, done: Listener | None = None
 ) -> Ranges:
     """The ranges with the best that there is for those activations that make most of the error."""
     worst = _worst(ranges.activation_errors)
@@ -136,7 +137,7 @@ def worst_weights(ranges: Ranges) -> list[str]:
     return _worst(ranges.weight_errors, len(ranges.weight_errors))
 
 
-def improved_weights(ranges: Ranges, names: Sequence[str], probe: ErrorProbe) -> dict[str, float]:
+def improved_weights(ranges: Ranges, names: Sequence[str], probe: SensitivityProbe) -> dict[str, float]:
     """The errors of a probe with other weights, where they are smaller than in `ranges`."""
     errors = probe.errors([Trial(name, is_weight=True) for name in names]) or ()
     return {name: error for name, error in zip(names, errors, strict=False) if error < ranges.weight_errors[name]}
@@ -153,7 +154,7 @@ def _worst(errors: Mapping[str, float], most: int = _MOST_TRIED) -> list[str]:
     return chosen
 
 
-def _alternatives(name: str, ranges: Ranges, histogram: Histogram, probe: ErrorProbe) -> Iterator[Trial]:
+def _alternatives(name: str, ranges: Ranges, histogram: Histogram, probe: SensitivityProbe) -> Iterator[Trial]:
     """What the activation may have instead of its range."""
     config, plan = probe.setup.config, probe.setup.plan
     known = [ranges.parameters[name]]

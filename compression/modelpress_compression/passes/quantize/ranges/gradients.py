@@ -30,7 +30,6 @@ from modelpress_compression.graph.padding import counted_among, counted_position
 from modelpress_compression.graph.read import label
 from modelpress_compression.graph.watch import Listener
 from modelpress_compression.inputs import Array, Feeds, InputData
-from modelpress_compression.model import Model
 from modelpress_compression.parallel import map_in_order
 from modelpress_compression.passes.quantize.plan import Activation, Plan
 from modelpress_compression.passes.quantize.ranges.output_error import Trial, counted_outputs, power, without_softmax
@@ -237,7 +236,8 @@ def _directions(outputs: Mapping[str, Array], feed: Feeds, generator: np.random.
         flat = np.zeros((PROJECTIONS, ends[-1]), np.float32)
         flat[:, places] = generator.choice((-1.0, 1.0), (PROJECTIONS, len(places))) / math.sqrt(PROJECTIONS)
     return [
-        [part.reshape(counts.shape) for part, counts in zip(np.split(row, ends[:-1]), counted, strict=True)] for row in flat
+        [part.reshape(counts.shape) for part, counts in zip(np.split(row, ends[:-1]), counted, strict=True)]
+        for row in flat
     ]
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnxruntime as ort
@@ -25,6 +26,7 @@ from modelpress_compression.graph.padding import counted_positions, without_padd
 from modelpress_compression.graph.watch import Listener
 from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import Model
+from modelpress_compression.parallel import map_in_order
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.ranges.switches import NOTHING, Switches, add_switches
 from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters, Range, activation_parameters
@@ -33,7 +35,7 @@ from modelpress_compression.runtime import run, session_of
 
 MAX_SAMPLES = 8
 DISTANCE_SAMPLES = 32
-BUDGET_S = 20.0
+MAX_RUNS = 600
 # Trials that would take longer than this on one sample are not made.
 LIMIT_S = 60.0
 
@@ -70,10 +72,13 @@ def output_distances(original: Model, changed: Model, context: Context) -> Dista
     """How far a changed model's outputs are, feed by feed, on `DISTANCE_SAMPLES` samples."""
     errors, signals = [], []
     models = [without_softmax(model) for model in (original, changed)]
-    with session_of(models[0], threads=2) as first, session_of(models[1], threads=2) as second:
-        for feed in context.data.spread(DISTANCE_SAMPLES).feeds(batch_size=1):
+    with session_of(models[0]) as first, session_of(models[1]) as second:
+
+        def both(feed: Feeds) -> tuple[Outputs, Outputs]:
+            return counted_outputs(run(first, feed), feed), counted_outputs(run(second, feed), feed)
+
+        for before, after in map_in_order(both, context.data.spread(DISTANCE_SAMPLES).feeds(batch_size=1)):
             context.check_time()
-            before, after = (counted_outputs(run(session, feed), feed) for session in (first, second))
             errors.append(squared_distance(before, after))
             signals.append(power(before))
     return Distances(np.asarray(errors), np.asarray(signals))
@@ -100,25 +105,26 @@ class ErrorProbe:
     def errors(self, trials: Sequence[Trial], done: Listener | None = None) -> list[float] | None:
         """The error of each trial, infinite where outputs are not finite; None: that would take too long.
 
-        Takes as many of the samples as `BUDGET_S` allows, one at least. Raises TimeLimitError.
+        Takes as many of the samples as `MAX_RUNS` allows, one at least. Raises TimeLimitError.
         """
-        sums, signal = [0.0] * len(trials), 0.0
-        began = time.monotonic()
-        for index, feed in enumerate(self._samples.feeds(batch_size=1)):
-            started = time.monotonic()
-            # One sample more, if it takes as long as those so far took on average.
-            if index and started - began + (started - began) / index > BUDGET_S:
-                break
+        sums, signal = np.zeros(len(trials)), 0.0
+        samples = max(1, MAX_RUNS // max(len(trials), 1))
+        for index, feed in enumerate(self._samples.feeds(batch_size=1, limit=samples)):
+            began = time.monotonic()
             plain = self._answers(feed)
-            if not index and (time.monotonic() - started) * len(trials) > LIMIT_S:
+            if not index and (time.monotonic() - began) * len(trials) > LIMIT_S:
                 return None
             signal += power(plain.outputs)
-            for number, trial in enumerate(trials):
+            tried = map_in_order(partial(self._distance, feed=feed, plain=plain), trials)
+            for number, distance in enumerate(tried):
                 self.setup.context.check_time()
-                sums[number] += squared_distance(plain.outputs, self._try(trial, feed, plain))
+                sums[number] += distance
                 if done is not None and not index:
                     done((number + 1) / len(trials))
-        return [total / signal if signal else math.inf for total in sums]
+        return [float(total) / signal if signal else math.inf for total in sums]
+
+    def _distance(self, trial: Trial, *, feed: Feeds, plain: _Answers) -> float:
+        return squared_distance(plain.outputs, self._try(trial, feed, plain))
 
     def _try(self, trial: Trial, feed: Feeds, plain: _Answers) -> Outputs:
         """The outputs with one thing in 8 bits; `plain`: what the same sample gives without."""
@@ -156,7 +162,7 @@ def open_probe(setup: QuantizationSetup, samples: InputData | None = None) -> It
     """
     copy = without_softmax(setup.model)
     switches = add_switches(setup.plan.on(copy.graph), setup.weight_store(Editor(copy)))
-    with session_of(copy, threads=2) as session:
+    with session_of(copy) as session:
         yield ErrorProbe(setup, session, switches, samples or setup.context.data.spread(MAX_SAMPLES))
 
 

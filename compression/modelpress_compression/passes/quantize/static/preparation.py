@@ -39,9 +39,9 @@ from modelpress_compression.passes.quantize.ranges.output_error import (
     DISTANCE_SAMPLES,
     MAX_SAMPLES,
     Distances,
-    open_probe,
     output_distances,
 )
+from modelpress_compression.passes.quantize.ranges.sensitivity import SensitivityProbe
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.gptq import make_rounder
 from modelpress_compression.passes.quantize.rounding.rounder import RememberingRounder
@@ -56,6 +56,8 @@ from modelpress_compression.passes.quantize.static.quantizer import StaticQuanti
 FLOOR_DB = 15.0
 # The errors of the parts are measured on few samples: too few, if the whole errs by more than this times their sum.
 _ADDS_UP = 1.5
+# Far beyond that the gradients did not see what 8 bits do to this model.
+_MISLED = 10.0
 # Shares of the pass's time until smoothing, calibration, sensitivity and better ranges are done.
 _SMOOTHED, _CALIBRATED, _MEASURED, _REFINED = 0.1, 0.45, 0.7, 0.9
 # Names in the changes, besides those of operators.
@@ -152,14 +154,14 @@ def _is_broken(layer: onnx_ir.Node, broken: set[str], histograms: Histograms, fi
 def _with_better_ranges(quantizer: StaticQuantizer, histograms: Histograms) -> StaticQuantizer:
     """Sensitivity, the error of each activation and each weight; and better ranges for the worst activations."""
     context = quantizer.setup.context
-    with open_probe(quantizer.setup) as probe:
-        measuring = _part(context, _CALIBRATED, _MEASURED, "measuring the sensitivity of each layer")
-        measured = measure_errors(quantizer.ranges, probe, measuring)
-        if measured is None:
-            slow = "The sensitivity of single layers was not measured: runs of this model take too long."
-            return replace(quantizer, findings=quantizer.findings.plus(Findings(warnings=[slow])))
-        refining = _part(context, _MEASURED, _REFINED, "trying other ranges")
-        return replace(quantizer, ranges=refine(measured, histograms, probe, refining))
+    probe = SensitivityProbe(quantizer.setup)
+    measuring = _part(context, _CALIBRATED, _MEASURED, "measuring the sensitivity of each layer")
+    measured = measure_errors(quantizer.ranges, probe, measuring)
+    if measured is None:
+        slow = "The sensitivity of single layers was not measured: runs of this model take too long."
+        return replace(quantizer, findings=quantizer.findings.plus(Findings(warnings=[slow])))
+    refining = _part(context, _MEASURED, _REFINED, "trying other ranges")
+    return replace(quantizer, ranges=refine(measured, histograms, probe, refining))
 
 
 def _with_better_rounding(quantizer: StaticQuantizer) -> StaticQuantizer:
@@ -172,8 +174,7 @@ def _with_better_rounding(quantizer: StaticQuantizer) -> StaticQuantizer:
     setup.context.progress(_REFINED, f"rounding the weights of {len(chosen)} layers by GPTQ")
     weights = {required(layer, 1).name or "" for layer in chosen}
     rounder = RememberingRounder(make_rounder(setup.model, setup.config, setup.context, findings, weights), chosen)
-    with open_probe(replace(setup, rounder=rounder)) as probe:
-        better = improved_weights(ranges, names, probe)
+    better = improved_weights(ranges, names, SensitivityProbe(replace(setup, rounder=rounder)))
     kept = [layer for layer in chosen if layer.outputs[0].name in better]
     if kept:
         findings.changes[_GPTQ] = len(kept)
@@ -208,11 +209,11 @@ def _for_the_hardest_samples(quantizer: StaticQuantizer, histograms: Histograms)
     # Among usual ones, or ranges would be chosen for peaks alone.
     usual = np.arange(0, len(distances.errors), -(-len(distances.errors) // MAX_SAMPLES))
     samples = context.data.spread(DISTANCE_SAMPLES).only(sorted({*worst.tolist(), *usual.tolist()}))
-    with open_probe(quantizer.setup, samples) as probe:
-        measured = measure_errors(quantizer.ranges, probe)
-        if measured is None:
-            return quantizer, distances
-        again = replace(quantizer, ranges=refine(measured, histograms, probe))
+    probe = SensitivityProbe(quantizer.setup, samples, by_trial=distances.error > _MISLED * predicted)
+    measured = measure_errors(quantizer.ranges, probe)
+    if measured is None:
+        return quantizer, distances
+    again = replace(quantizer, ranges=refine(measured, histograms, probe))
     closer = _distances(again)
     if closer.error >= distances.error:
         return quantizer, distances

@@ -38,7 +38,7 @@ from modelpress_compression.passes.quantize.rounding.rounder import NearestRound
 from modelpress_compression.passes.quantize.weight_only.store import STORED, storable_weights
 from modelpress_compression.passes.quantize.weight_only.writer import WeightWriter, rounded_to_8_bits
 from modelpress_compression.passes.quantize.weights import why_not_float16
-from modelpress_compression.runtime import run, session_of
+from modelpress_compression.runtime import run, run_all, session_of
 
 IN_FLOAT16 = "float16_weights"  # in the changes
 # Feeds on which the error of single weights is measured: it varies little from one to the next.
@@ -115,12 +115,12 @@ def _errors_of_weights(model: Model, config: QuantizeConfig, context: Context) -
     probe.graph.inputs.extend(probe.graph.initializers[name] for name in rounded)
     errors = dict.fromkeys(rounded, 0.0)
     signal = 0.0
-    with session_of(probe, threads=2) as session:
+    with session_of(probe) as session:
         for feed in context.data.spread(PROBE_SAMPLES).feeds(batch_size=1):
             exact = counted_outputs(run(session, feed), feed)
             signal += power(exact)
-            for name, array in rounded.items():
+            runs = run_all(session, (feed | {name: array} for name, array in rounded.items()))
+            for name, changed in zip(rounded, runs, strict=True):
                 context.check_time()
-                changed = counted_outputs(run(session, feed | {name: array}), feed)
-                errors[name] += squared_distance(exact, changed)
+                errors[name] += squared_distance(exact, counted_outputs(changed, feed))
     return {name: error / signal if signal else 0.0 for name, error in errors.items()}

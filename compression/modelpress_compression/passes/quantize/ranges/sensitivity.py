@@ -1,0 +1,35 @@
+"""The error at the outputs of single activations and weights: from gradients where there are any, else by trials."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from modelpress_compression.graph.watch import Listener
+from modelpress_compression.inputs import InputData
+from modelpress_compression.passes.quantize.ranges.gradients import GradientProbe, gradient_probe
+from modelpress_compression.passes.quantize.ranges.output_error import Trial, open_probe
+from modelpress_compression.passes.quantize.setup import QuantizationSetup
+
+
+class SensitivityProbe:
+    """Of one model, that of `setup`. `samples`: a few of the setup's data where None.
+
+    `by_trial`: each is tried out, which takes as many runs as there are trials for each sample.
+    """
+
+    def __init__(self, setup: QuantizationSetup, samples: InputData | None = None, *, by_trial: bool = False) -> None:
+        self.setup = setup
+        self._samples, self._by_trial = samples, by_trial
+
+    def errors(self, trials: Sequence[Trial], done: Listener | None = None) -> list[float] | None:
+        """The error of each trial; None: that would take too long. Raises ModelNotRunnableError, TimeLimitError."""
+        found = self._gradients.errors(trials, done) if self._gradients is not None else None
+        if found is None:
+            with open_probe(self.setup, self._samples) as probe:
+                found = probe.errors(trials, done)
+        return found
+
+    @cached_property
+    def _gradients(self) -> GradientProbe | None:
+        return None if self._by_trial else gradient_probe(self.setup, self._samples)
