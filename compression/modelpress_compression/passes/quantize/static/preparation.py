@@ -4,7 +4,7 @@
 2. Even out weights, move outliers from activations into weights                          equalize, smooth_quant
 3. Observe the activations on the data; layers that meet infinite or NaN values fall out  observers
 4. Measure the error that each activation and each weight makes at the outputs, give the
-   worst activations better ranges and the worst weights better rounding                  output_error, choice, gptq
+   worst activations better ranges and the worst weights better rounding                  sensitivity, choice, gptq
 5. Leave what alone would be a catastrophe in float32; measure once more on hard samples;
    find the shifts of means                                                               bias_correction
 

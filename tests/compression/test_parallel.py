@@ -1,0 +1,54 @@
+"""Work on several cores at once, in order."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from modelpress_compression import parallel
+from modelpress_compression.parallel import map_in_order
+
+
+@pytest.fixture(params=[1, 3])
+def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    count = int(request.param)
+    monkeypatch.setattr(parallel, "available_cores", lambda: count)
+    return count
+
+
+def test_results_come_in_the_order_of_the_items(cores: int) -> None:
+    """The first item ends last of those that run at once: it waits for the second where there are several cores."""
+    second = threading.Event()
+
+    def work(item: int) -> int:
+        if item == 0 and cores > 1:
+            assert second.wait(60)
+        if item == 1:
+            second.set()
+        return item * item
+
+    assert list(map_in_order(work, range(20))) == [item * item for item in range(20)]
+
+
+def test_few_items_are_looked_ahead(cores: int) -> None:
+    """However many there are, no more than one for each core and one more are taken before a result is handed out."""
+    items = iter(range(1000))
+    results = map_in_order(lambda item: item, items)
+    assert next(results) == 0
+    assert next(items) <= cores + 1
+    results.close()
+
+
+def test_an_error_ends_the_work_and_is_the_callers(cores: int) -> None:
+    """The items behind it are not worked on, but for those that run already."""
+    worked = []
+
+    def work(item: int) -> int:
+        worked.append(item)
+        if item == 2:
+            raise ValueError("two")
+        return item
+
+    with pytest.raises(ValueError, match="two"):
+        list(map_in_order(work, range(1000)))
+    assert len(worked) <= 3 + 2 * cores + 2
