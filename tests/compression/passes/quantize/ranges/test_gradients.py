@@ -109,7 +109,8 @@ def test_what_nothing_differentiable_precedes_has_an_error_too(model_from_text: 
 
 def test_trials_take_over_where_gradients_are_not_finite(model_from_text: Build, tmp_path: Path) -> None:
     """The root of what is zero has an infinite gradient; the error is measured all the same."""
-    setup, trials = setup_of(layers(model_from_text, "p = Sub(h, h)\n  q = Sqrt(p)\n  z = Add(h, q)", outputs=16), vectors(), tmp_path)
+    rooted = layers(model_from_text, "p = Sub(h, h)\n  q = Sqrt(p)\n  z = Add(h, q)", outputs=16)
+    setup, trials = setup_of(rooted, vectors(), tmp_path)
     probe = gradient_probe(setup)
     assert probe is not None
     assert probe.errors(trials) is None
