@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -20,8 +19,8 @@ from modelpress_server.stores.filesystem import ArtifactError, FileBlobStore
 from modelpress_server.waiting import uninterrupted
 
 MAX_ARTIFACT_FILES = 1000
-# What a compression writes, in sizes of its model: candidates, the result, and its copy among the blobs.
-WRITTEN_PER_MODEL_BYTE = 3.4
+# What a compression writes besides the copy of its model, in sizes of the model: candidates, and the result twice.
+WRITTEN_PER_MODEL_BYTE = 2.4
 # Data is copied and unpacked.
 WRITTEN_PER_DATA_BYTE = 3
 WRITTEN_BESIDES_BYTES = 2 * MIB  # reports, logs, and what else is small
@@ -29,26 +28,23 @@ WRITTEN_BESIDES_BYTES = 2 * MIB  # reports, logs, and what else is small
 
 def job_need_bytes(spec: job_service_pb2.JobSpec, manifest: model_service_pb2.Model) -> int:
     """About how much room on the disk a compression needs."""
+    model_bytes = sum(blob.size_bytes for blob in {BlobKey.of(entry.digest) for entry in manifest.files})
     data_bytes = spec.data.size_bytes + spec.eval_data.size_bytes
-    written = WRITTEN_PER_MODEL_BYTE * _model_bytes(manifest) + WRITTEN_PER_DATA_BYTE * data_bytes
-    return round(written) + WRITTEN_BESIDES_BYTES
+    written = WRITTEN_PER_MODEL_BYTE * model_bytes + WRITTEN_PER_DATA_BYTE * data_bytes
+    return round(written) + inspection_need_bytes(manifest)
 
 
 def inspection_need_bytes(model: model_service_pb2.Model) -> int:
-    """About how much room on the disk an inspection needs: a copy, where the files cannot be linked."""
-    return _model_bytes(model) + WRITTEN_BESIDES_BYTES
-
-
-def _model_bytes(model: model_service_pb2.Model) -> int:
-    """A blob that stands under many names is stored once."""
-    return sum(blob.size_bytes for blob in {BlobKey.of(entry.digest) for entry in model.files})
+    """About how much room on the disk an inspection needs: a blob that stands under many names is copied for each."""
+    return sum(entry.digest.size_bytes for entry in model.files) + WRITTEN_BESIDES_BYTES
 
 
 @dataclass(frozen=True)
 class TaskFolder:
     """A folder of its own for each run; removed with everything in it.
 
-    `link`: the worker gets the stored files themselves, which it must not be able to change; else copies.
+    `link`: where that is possible the worker gets the stored files themselves, which it must not be able to change;
+    else copies.
     """
 
     root: Path
@@ -109,16 +105,11 @@ class TaskFolder:
 
     async def _lay_out(self, model: model_service_pb2.Model) -> worker_pb2.ModelFiles:
         folder = self.root / "model"
-        placed: dict[BlobKey, Path] = {}
-        for entry in model.files:
-            target, blob = folder / entry.path, BlobKey.of(entry.digest)
+        for index, entry in enumerate(model.files):
+            target = folder / entry.path
             await self.blobs.run(target.parent.mkdir, mode=0o700, parents=True, exist_ok=True)
-            if blob in placed:
-                # Under how many names a blob stands must not cost room.
-                await self.blobs.run(os.link, placed[blob], target)
-            else:
-                await self.blobs.place(blob, target, link=self.link)
-                placed[blob] = target
+            # onnx refuses external data that has more than one name: it might be another's file.
+            await self.blobs.place(BlobKey.of(entry.digest), target, link=self.link and index == 0)
         files = worker_pb2.ModelFiles(
             directory=str(folder), paths=[entry.path for entry in model.files], input_hints=model.input_hints
         )
