@@ -16,6 +16,7 @@ from modelpress_protos.recipe import to_dict
 from modelpress_protos.v1 import job_service_pb2 as jobs_pb
 from modelpress_protos.v1 import model_service_pb2 as models_pb
 from modelpress_protos.v1 import server_service_pb2 as server_pb
+from modelpress_protos.v1 import upload_service_pb2 as uploads_pb
 from modelpress_protos.v1.common_pb2 import FileEntry, TensorSpec
 from modelpress_protos.v1.recipe_pb2 import Recipe
 
@@ -269,6 +270,27 @@ class AsyncClient:
             await self._connection.call(self._connection.jobs.DeleteJob, jobs_pb.DeleteJobRequest(name=full))
         else:
             await self._connection.call(self._connection.models.DeleteModel, models_pb.DeleteModelRequest(name=full))
+
+    async def usage(self) -> server_pb.Usage:
+        """What the project has, has used so far, and may have."""
+        request = server_pb.GetUsageRequest(parent=self.settings.parent)
+        return await self._connection.call(self._connection.server.GetUsage, request)
+
+    async def uploads(self) -> list[uploads_pb.Upload]:
+        """Unfinished uploads of the project, newest first."""
+        found: list[uploads_pb.Upload] = []
+        request = uploads_pb.ListUploadsRequest(parent=self.settings.parent)
+        while True:
+            page = await self._connection.call(self._connection.uploads.ListUploads, request)
+            found += page.uploads
+            request.page_token = page.next_page_token
+            if not page.next_page_token:
+                return found
+
+    async def cancel_upload(self, name: str) -> None:
+        """Drops an unfinished upload and frees its space."""
+        full = name if "/" in name else f"{self.settings.parent}/uploads/{name}"
+        await self._connection.call(self._connection.uploads.CancelUpload, uploads_pb.CancelUploadRequest(name=full))
 
     async def server_info(self) -> server_pb.ServerInfo:
         """Version, limits, formats, techniques, presets, devices."""

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from modelpress_protos.v1.job_service_pb2 import Job as JobMessage
     from modelpress_protos.v1.job_service_pb2 import StreamJobLogsResponse
     from modelpress_protos.v1.recipe_pb2 import Recipe
-    from modelpress_protos.v1.server_service_pb2 import ServerInfo
+    from modelpress_protos.v1.server_service_pb2 import ServerInfo, Usage
+    from modelpress_protos.v1.upload_service_pb2 import Upload
 
 ResultT = TypeVar("ResultT")
 ItemT = TypeVar("ItemT")
@@ -312,6 +313,18 @@ class Client:
     def delete(self, name: str) -> None:
         """Deletes a model or a job that has ended, by its full name or `models/M`, `jobs/J`."""
         self._thread.run(self._client.delete(name))
+
+    def usage(self) -> Usage:
+        """What the project has, has used so far, and may have."""
+        return self._thread.run(self._client.usage())
+
+    def uploads(self) -> list[Upload]:
+        """Unfinished uploads of the project, newest first."""
+        return self._thread.run(self._client.uploads())
+
+    def cancel_upload(self, name: str) -> None:
+        """Drops an unfinished upload and frees its space."""
+        self._thread.run(self._client.cancel_upload(name))
 
     def server_info(self) -> ServerInfo:
         """Version, limits, formats, techniques, presets, devices."""

@@ -42,6 +42,7 @@ from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.sql_blobs import SqlBlobIndex
 from modelpress_server.stores.sql_jobs import SqlJobStore
 from modelpress_server.stores.sql_models import SqlModelStore
+from modelpress_server.stores.sql_usage import SqlUsage
 from modelpress_server.waiting import Notifier
 
 logger = logging.getLogger(__name__)
@@ -158,16 +159,19 @@ class Server:
     def _build(self, authenticator: Authenticator) -> None:
         settings, database = self._settings, self._database
         models, jobs, index = SqlModelStore(database), SqlJobStore(database), SqlBlobIndex(database)
+        usage = SqlUsage(database)
         self._executor = self._make_executor(settings)
         space = Space(settings.data_dir, settings.reserve_bytes, index)
-        resources = RunResources(settings, self._executor, self._blobs, space, settings.data_dir / "work")
+        resources = RunResources(settings, self._executor, self._blobs, space, usage, settings.data_dir / "work")
         host = Host(self._executor, self._clock, self._set_serving)
         self._scheduler = Scheduler(resources, self._projects, models, jobs, self._notifier, host, self._clock)
         self._gate = Gate(authenticator, self._projects, self._audit, self._clock)
         options = (*OPTIONS, *connection_options(settings))
         self._grpc = grpc.aio.server(interceptors=[self._gate], options=options)
         self._uploads = UploadService(settings, self._blobs, index, space, self._clock)
-        self._janitor = Janitor(settings, self._blobs, index, self._uploads.sessions, self._clock)
+        self._janitor = Janitor(
+            settings, self._projects, self._blobs, index, usage, self._uploads.sessions, self._clock
+        )
         upload_service_pb2_grpc.add_UploadServiceServicer_to_server(self._uploads, self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelService(settings, self._projects, models, self._scheduler), self._grpc
@@ -177,7 +181,7 @@ class Server:
             self._grpc,
         )
         server_service_pb2_grpc.add_ServerServiceServicer_to_server(
-            ServerService(settings, jobs, self._executor), self._grpc
+            ServerService(settings, self._projects, jobs, usage, self._executor), self._grpc
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs know the synchronous one
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)

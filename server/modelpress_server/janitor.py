@@ -10,8 +10,9 @@ from pathlib import Path
 from modelpress_server.clock import Clock
 from modelpress_server.config import Settings
 from modelpress_server.errors import ServiceError
+from modelpress_server.projects import Projects
 from modelpress_server.services.upload_session import UploadSessions
-from modelpress_server.stores.base import BlobIndex
+from modelpress_server.stores.base import BlobIndex, Retention
 from modelpress_server.stores.filesystem import FileBlobStore
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,17 @@ class Janitor:
     """Sweeps every `settings.janitor_interval_s`."""
 
     def __init__(
-        self, settings: Settings, blobs: FileBlobStore, index: BlobIndex, sessions: UploadSessions, clock: Clock
+        self,
+        settings: Settings,
+        projects: Projects,
+        blobs: FileBlobStore,
+        index: BlobIndex,
+        retention: Retention,
+        sessions: UploadSessions,
+        clock: Clock,
     ) -> None:
+        self._projects = projects
+        self._retention = retention
         self._settings = settings
         self._blobs = blobs
         self._index = index
@@ -79,6 +89,7 @@ class Janitor:
 
     async def sweep(self, now: int) -> None:
         """One pass at the time `now`, in microseconds. Records go first, then files that no record names any more."""
+        await self._expire(now)
         swept = await self._index.sweep(
             blobs_before_us=now - round(self._settings.blob_ttl_s * 1e6),
             events_before_us=now - round(self._settings.event_ttl_s * 1e6),
@@ -94,6 +105,17 @@ class Janitor:
             logger.info(
                 "cleaned up: %d blobs, %d uploads, events of %d jobs", removed, len(swept.uploads), swept.jobs_compacted
             )
+
+    async def _expire(self, now: int) -> None:
+        """Jobs and models that have had their time; their blobs go with the sweep, once nothing else uses them."""
+        for project in await self._retention.projects():
+            limits, jobs, models = self._projects.limits(project), 0, 0
+            if limits.job_ttl_s:
+                jobs = await self._retention.expire_jobs(project, now - round(limits.job_ttl_s * 1e6))
+            if limits.model_ttl_s:
+                models = await self._retention.expire_models(project, now - round(limits.model_ttl_s * 1e6))
+            if jobs or models:
+                logger.info("project %s: %d jobs and %d models have had their time", project, jobs, models)
 
     async def _remove_unknown_files(self, now_s: float) -> int:
         before_s = now_s - min(self._settings.blob_ttl_s, MIN_BLOB_AGE_S)

@@ -43,6 +43,12 @@ class IdGenerator:
 new_id = IdGenerator()
 
 
+def first_id_at(time_us: int) -> str:
+    """The smallest id that could be made at a time: what was made before has a smaller one."""
+    value = time_us // 1000 << 80
+    return "".join(_ALPHABET[value >> shift & 31] for shift in range(125, -1, -5))
+
+
 def is_project(text: str) -> bool:
     """Whether a text can be the name of a project."""
     return _PROJECT.fullmatch(text) is not None

@@ -31,6 +31,7 @@ from modelpress_server.stores.base import (
     ModelRecord,
     ModelStore,
     Outcome,
+    UsageStore,
 )
 from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.records import now_us, unique
@@ -67,6 +68,7 @@ class RunResources:
     executor: Executor
     blobs: FileBlobStore
     space: Space
+    usage: UsageStore
     work: Path
 
 
@@ -115,6 +117,7 @@ class JobRun:
         self._growth = growth
         self._outgrown = False  # it wrote more than it was promised
         self._stop: Literal["cancel", "drain"] | None = None
+        self._used = worker_pb2.Used()
         self._work: asyncio.Task[Outcome] | None = None
 
     def stop(self, why: Literal["cancel", "drain"]) -> None:
@@ -137,6 +140,7 @@ class JobRun:
         await recorder.close()
         if self._inspected is not None:
             await asyncio.wait([self._inspected])
+        await charge(self._resources.usage, record.project, self._used, runs=int(self._used.run_seconds > 0))
         await self._store(ending)
         self._notifier.notify(record.id)
         return ending if isinstance(ending, Again) else None
@@ -192,7 +196,9 @@ class JobRun:
         request = await folder.compress_request(job, self._record.manifest, time_s)
 
         def on_event(event: worker_pb2.WorkerEvent) -> None:
-            if event.HasField("loaded"):
+            if event.HasField("used"):
+                self._used = event.used
+            elif event.HasField("loaded"):
                 self._inspected = asyncio.create_task(self._keep_inspection(event.loaded))
             else:
                 recorder.on_event(event)
@@ -276,6 +282,14 @@ def postponement_of(error: BaseException) -> Postpone | None:
 def _links(resources: RunResources) -> bool:
     """Whether workers may be given the stored files themselves: only where they cannot change them."""
     return resources.executor.sandbox_level >= LEVEL_FILES_AND_NETWORK
+
+
+async def charge(usage: UsageStore, project: str, used: worker_pb2.Used, *, runs: int) -> None:
+    """Notes what a task took; a full disk costs the note, not the task's result."""
+    try:
+        await usage.add(project, runs=runs, cpu_s=used.cpu_seconds, run_s=used.run_seconds)
+    except Exception as error:  # noqa: BLE001  # as the docstring says
+        logger.warning("project %s: what a task took could not be noted: %s", project, error)
 
 
 async def inspect_model(

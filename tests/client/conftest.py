@@ -413,6 +413,25 @@ class FakeServer(
             info.techniques.add(name=technique.name, summary=technique.help)
         return info
 
+    async def GetUsage(self, request: Any, context: Any) -> server_pb.Usage:
+        await self.enter("GetUsage", context)
+        return server_pb.Usage(
+            parent=request.parent, stored_bytes=2_000_000, blobs=3, models=1, max_models=10, runs=4, cpu_seconds=90.0,
+            job_ttl_seconds=3600.0, max_requests_per_second=5.0,
+        )  # fmt: skip
+
+    async def ListUploads(self, request: Any, context: Any) -> uploads.ListUploadsResponse:
+        await self.enter(f"ListUploads {request.page_token}", context)
+        names = {"": ("u2", "1"), "1": ("u1", "")}
+        name, token = names[request.page_token]
+        upload = uploads.Upload(name=f"{request.parent}/uploads/{name}", committed_size=5)
+        upload.digest.size_bytes = 10
+        return uploads.ListUploadsResponse(uploads=[upload], next_page_token=token)
+
+    async def CancelUpload(self, request: Any, context: Any) -> uploads.Upload:
+        await self.enter(f"CancelUpload {request.name}", context)
+        return uploads.Upload(name=request.name)
+
     async def check_health(self, request: bytes, context: Any) -> bytes:
         return bytes([0x08, self.script.serving])
 

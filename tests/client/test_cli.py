@@ -268,6 +268,20 @@ def test_lists(run_cli: RunCli, fake_server: Any, model_file: Path) -> None:
     assert "net.onnx" in run_cli("models", *at).out
 
 
+def test_usage_and_uploads(run_cli: RunCli, fake_server: Any) -> None:
+    """What a project has, and its unfinished uploads, which can be cancelled one by one or all."""
+    at = ("--server", fake_server.address)
+    shown = run_cli("usage", *at).out
+    assert "2 MB in 3 files" in shown
+    assert "1 of 10, kept" in shown
+    assert run_cli("usage", "--json", *at).document["models"] == 1
+    assert [line.split()[0] for line in run_cli("uploads", *at).out.splitlines()[1:]] == ["u2", "u1"]
+    run_cli("uploads", "--cancel", "u1", *at)
+    assert fake_server.seen[-1] == "CancelUpload projects/default/uploads/u1"
+    run_cli("uploads", "--cancel", "all", *at)
+    assert fake_server.seen[-2:] == [f"CancelUpload projects/default/uploads/u{number}" for number in (2, 1)]
+
+
 def test_one_job(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path) -> None:
     """job, watch, logs, report, download, cancel, delete take the last part of a name."""
     at = ("--server", fake_server.address)

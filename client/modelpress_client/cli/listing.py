@@ -1,4 +1,4 @@
-"""Commands on models and jobs: `inspect`, `models`, `jobs`, `job`, `watch`, `logs`, `cancel`, `delete`."""
+"""Commands on models and jobs: and what a project uses."""
 
 from __future__ import annotations
 
@@ -167,6 +167,47 @@ def cancel(job_name: str) -> None:
     run(body)
 
 
+@click.command(cls=SharedHelp, short_help="What the project has and uses, and its limits.")
+def usage() -> None:
+    """Show what the project has stored, what its jobs have used so far, and what it may have."""
+
+    async def body(session: Session) -> None:
+        from modelpress_client.cli.tables import print_usage
+        from modelpress_client.jsonable import to_json
+
+        found = await session.client.usage()
+        session.out.document(to_json(found))
+        session.out.show(lambda console: print_usage(console, found))
+
+    run(body)
+
+
+@click.command(cls=SharedHelp, short_help="List unfinished uploads, or cancel them.")
+@click.option("--cancel", "cancelled", multiple=True, metavar="UPLOAD|all", help="Drop this one, or all. Repeatable.")
+def uploads(cancelled: tuple[str, ...]) -> None:
+    """List unfinished uploads, newest first. Each counts against the project's limit until it ends or is cancelled."""
+
+    async def body(session: Session) -> None:
+        from modelpress_client.cli.tables import print_uploads
+        from modelpress_client.jsonable import to_json
+
+        found = await session.client.uploads()
+        names = [upload.name for upload in found] if "all" in cancelled else list(cancelled)
+        for name in names:
+            await session.client.cancel_upload(name)
+            session.out.data(f"Cancelled {name}")
+        if cancelled:
+            session.out.document({"cancelled": names})
+            return
+        session.out.document({"uploads": [to_json(upload) for upload in found]})
+        if found:
+            session.out.show(lambda console: print_uploads(console, found))
+        else:
+            session.out.hint(f"No unfinished uploads in project {session.shared.project}.")
+
+    run(body)
+
+
 @click.command(cls=SharedHelp, short_help="Delete a model, or a job that has ended.")
 @click.argument("name", metavar="NAME")
 def delete(name: str) -> None:
@@ -202,4 +243,4 @@ async def _resolved(session: Session, name: str) -> str:
         ) from error
 
 
-COMMANDS = (inspect, jobs, models, job, watch, logs, cancel, delete)
+COMMANDS = (inspect, jobs, models, job, watch, logs, cancel, delete, usage, uploads)

@@ -23,6 +23,7 @@ from modelpress_client.resources import Model, job_event, job_state
 if TYPE_CHECKING:
     from modelpress_protos.v1 import job_service_pb2 as jobs_pb
     from modelpress_protos.v1 import server_service_pb2 as server_pb
+    from modelpress_protos.v1 import upload_service_pb2 as uploads_pb
 
 _COLORS = {
     "SUCCEEDED": "green",
@@ -75,6 +76,45 @@ def print_models(console: Console, found: Sequence[Model]) -> None:
             units.size(model.size_bytes),
             _time(model.message.create_time, _MINUTE),
             Text(model.display_name),
+        )
+    console.print(table)
+
+
+def print_usage(console: Console, found: server_pb.Usage) -> None:
+    """What there is, what was used, and the limits beside it."""
+
+    def of(count: int, most: int) -> str:
+        return f"{count} of {most}" if most else str(count)
+
+    def after(ttl_s: float) -> str:
+        return f"deleted after {units.seconds(ttl_s)}, unless labelled pin" if ttl_s else "kept"
+
+    per_s = found.max_requests_per_second
+    facts(
+        console,
+        [
+            ("Stored", f"{units.size(found.stored_bytes)} in {found.blobs} files"),
+            ("Models", f"{of(found.models, found.max_models)}, {after(found.model_ttl_seconds)}"),
+            ("Jobs waiting", of(found.queued_jobs, found.max_queued_jobs)),
+            ("Jobs running", of(found.running_jobs, found.max_running_jobs)),
+            ("Jobs ended", f"{found.ended_jobs}, {after(found.job_ttl_seconds)}"),
+            ("Open uploads", of(found.open_uploads, found.max_open_uploads)),
+            ("Used so far", f"{units.seconds(found.cpu_seconds)} of processors in {found.runs} runs"),
+            ("Requests", f"{per_s:g} a second at most" if per_s else "no limit"),
+        ],
+    )
+
+
+def print_uploads(console: Console, found: Sequence[uploads_pb.Upload]) -> None:
+    """One line an upload."""
+    table = plain_table("Upload", "Received", "Of", _CREATED, "Expires UTC", right=(1, 2))
+    for upload in found:
+        table.add_row(
+            short_name(upload.name),
+            units.size(upload.committed_size),
+            units.size(upload.digest.size_bytes),
+            _time(upload.create_time, _MINUTE),
+            _time(upload.expire_time, _MINUTE),
         )
     console.print(table)
 

@@ -61,6 +61,11 @@ class JobServiceStub(object):
                 request_serializer=modelpress__protos_dot_v1_dot_job__service__pb2.WaitJobRequest.SerializeToString,
                 response_deserializer=modelpress__protos_dot_v1_dot_job__service__pb2.Job.FromString,
                 _registered_method=True)
+        self.UpdateJob = channel.unary_unary(
+                '/modelpress.v1.JobService/UpdateJob',
+                request_serializer=modelpress__protos_dot_v1_dot_job__service__pb2.UpdateJobRequest.SerializeToString,
+                response_deserializer=modelpress__protos_dot_v1_dot_job__service__pb2.Job.FromString,
+                _registered_method=True)
         self.CancelJob = channel.unary_unary(
                 '/modelpress.v1.JobService/CancelJob',
                 request_serializer=modelpress__protos_dot_v1_dot_job__service__pb2.CancelJobRequest.SerializeToString,
@@ -119,6 +124,13 @@ class JobServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateJob(self, request, context):
+        """Changes labels. ABORTED: etag given and not the current one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CancelJob(self, request, context):
         """Asks for cancellation; idempotent; an ended job is returned unchanged.
         """
@@ -166,6 +178,11 @@ def add_JobServiceServicer_to_server(servicer, server):
             'WaitJob': grpc.unary_unary_rpc_method_handler(
                     servicer.WaitJob,
                     request_deserializer=modelpress__protos_dot_v1_dot_job__service__pb2.WaitJobRequest.FromString,
+                    response_serializer=modelpress__protos_dot_v1_dot_job__service__pb2.Job.SerializeToString,
+            ),
+            'UpdateJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateJob,
+                    request_deserializer=modelpress__protos_dot_v1_dot_job__service__pb2.UpdateJobRequest.FromString,
                     response_serializer=modelpress__protos_dot_v1_dot_job__service__pb2.Job.SerializeToString,
             ),
             'CancelJob': grpc.unary_unary_rpc_method_handler(
@@ -319,6 +336,33 @@ class JobService(object):
             target,
             '/modelpress.v1.JobService/WaitJob',
             modelpress__protos_dot_v1_dot_job__service__pb2.WaitJobRequest.SerializeToString,
+            modelpress__protos_dot_v1_dot_job__service__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modelpress.v1.JobService/UpdateJob',
+            modelpress__protos_dot_v1_dot_job__service__pb2.UpdateJobRequest.SerializeToString,
             modelpress__protos_dot_v1_dot_job__service__pb2.Job.FromString,
             options,
             channel_credentials,

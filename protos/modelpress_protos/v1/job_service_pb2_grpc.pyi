@@ -48,6 +48,8 @@ class JobServiceStub:
     """
     WaitJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.WaitJobRequest, _job_service_pb2.Job]
     """Waits up to timeout for the end and returns the job as it then is; for clients without streams."""
+    UpdateJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.UpdateJobRequest, _job_service_pb2.Job]
+    """Changes labels. ABORTED: etag given and not the current one."""
     CancelJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.CancelJobRequest, _job_service_pb2.Job]
     """Asks for cancellation; idempotent; an ended job is returned unchanged."""
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _empty_pb2.Empty]
@@ -74,6 +76,8 @@ class JobServiceAsyncStub(JobServiceStub):
     """
     WaitJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.WaitJobRequest, _job_service_pb2.Job]  # type: ignore[assignment]
     """Waits up to timeout for the end and returns the job as it then is; for clients without streams."""
+    UpdateJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.UpdateJobRequest, _job_service_pb2.Job]  # type: ignore[assignment]
+    """Changes labels. ABORTED: etag given and not the current one."""
     CancelJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.CancelJobRequest, _job_service_pb2.Job]  # type: ignore[assignment]
     """Asks for cancellation; idempotent; an ended job is returned unchanged."""
     DeleteJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _empty_pb2.Empty]  # type: ignore[assignment]
@@ -127,6 +131,14 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.Job, _abc.Awaitable[_job_service_pb2.Job]]:
         """Waits up to timeout for the end and returns the job as it then is; for clients without streams."""
+
+    @_abc_1.abstractmethod
+    def UpdateJob(
+        self,
+        request: _job_service_pb2.UpdateJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_service_pb2.Job, _abc.Awaitable[_job_service_pb2.Job]]:
+        """Changes labels. ABORTED: etag given and not the current one."""
 
     @_abc_1.abstractmethod
     def CancelJob(

@@ -26,7 +26,7 @@ from modelpress_protos.v1 import common_pb2 as modelpress__protos_dot_v1_dot_com
 from modelpress_protos.v1 import recipe_pb2 as modelpress__protos_dot_v1_dot_recipe__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)modelpress_protos/v1/server_service.proto\x12\rmodelpress.v1\x1a!modelpress_protos/v1/common.proto\x1a!modelpress_protos/v1/recipe.proto\"\x16\n\x14GetServerInfoRequest\"\xa8\x04\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0c\x61pi_versions\x18\x02 \x03(\t\x12\x16\n\x0emax_blob_bytes\x18\x03 \x01(\x03\x12\x17\n\x0fmax_chunk_bytes\x18\x04 \x01(\x03\x12\x17\n\x0fmax_queued_jobs\x18\x05 \x01(\x05\x12\x17\n\x0fmax_run_seconds\x18\x06 \x01(\x01\x12\x1b\n\x13worker_memory_bytes\x18\x07 \x01(\x03\x12+\n\x07\x66ormats\x18\x08 \x03(\x0e\x32\x1a.modelpress.v1.ModelFormat\x12,\n\ntechniques\x18\t \x03(\x0b\x32\x18.modelpress.v1.Technique\x12&\n\x07presets\x18\n \x03(\x0b\x32\x15.modelpress.v1.Preset\x12\x0f\n\x07\x64\x65vices\x18\x0b \x03(\t\x12\x15\n\rsandbox_level\x18\x0c \x01(\x05\x12;\n\ttoolchain\x18\r \x03(\x0b\x32(.modelpress.v1.ServerInfo.ToolchainEntry\x12\x13\n\x0bqueued_jobs\x18\x0e \x01(\x05\x12\x14\n\x0crunning_jobs\x18\x0f \x01(\x05\x12\x0f\n\x07workers\x18\x10 \x01(\x05\x12\x1d\n\x15separate_worker_users\x18\x14 \x01(\x08\x1a\x30\n\x0eToolchainEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"R\n\tTechnique\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12&\n\x07options\x18\x03 \x03(\x0b\x32\x15.modelpress.v1.Option\"p\n\x06Option\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x15\n\rdefault_value\x18\x03 \x01(\t\x12\x0f\n\x07\x61llowed\x18\x04 \x03(\t\x12\r\n\x05range\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x06 \x01(\t\"N\n\x06Preset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12%\n\x06recipe\x18\x03 \x01(\x0b\x32\x15.modelpress.v1.Recipe2`\n\rServerService\x12O\n\rGetServerInfo\x12#.modelpress.v1.GetServerInfoRequest\x1a\x19.modelpress.v1.ServerInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)modelpress_protos/v1/server_service.proto\x12\rmodelpress.v1\x1a!modelpress_protos/v1/common.proto\x1a!modelpress_protos/v1/recipe.proto\"\x16\n\x14GetServerInfoRequest\"\xa8\x04\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0c\x61pi_versions\x18\x02 \x03(\t\x12\x16\n\x0emax_blob_bytes\x18\x03 \x01(\x03\x12\x17\n\x0fmax_chunk_bytes\x18\x04 \x01(\x03\x12\x17\n\x0fmax_queued_jobs\x18\x05 \x01(\x05\x12\x17\n\x0fmax_run_seconds\x18\x06 \x01(\x01\x12\x1b\n\x13worker_memory_bytes\x18\x07 \x01(\x03\x12+\n\x07\x66ormats\x18\x08 \x03(\x0e\x32\x1a.modelpress.v1.ModelFormat\x12,\n\ntechniques\x18\t \x03(\x0b\x32\x18.modelpress.v1.Technique\x12&\n\x07presets\x18\n \x03(\x0b\x32\x15.modelpress.v1.Preset\x12\x0f\n\x07\x64\x65vices\x18\x0b \x03(\t\x12\x15\n\rsandbox_level\x18\x0c \x01(\x05\x12;\n\ttoolchain\x18\r \x03(\x0b\x32(.modelpress.v1.ServerInfo.ToolchainEntry\x12\x13\n\x0bqueued_jobs\x18\x0e \x01(\x05\x12\x14\n\x0crunning_jobs\x18\x0f \x01(\x05\x12\x0f\n\x07workers\x18\x10 \x01(\x05\x12\x1d\n\x15separate_worker_users\x18\x14 \x01(\x08\x1a\x30\n\x0eToolchainEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"!\n\x0fGetUsageRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\"\x9f\x03\n\x05Usage\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x14\n\x0cstored_bytes\x18\x02 \x01(\x03\x12\r\n\x05\x62lobs\x18\x03 \x01(\x03\x12\x0e\n\x06models\x18\x04 \x01(\x03\x12\x14\n\x0copen_uploads\x18\x05 \x01(\x03\x12\x13\n\x0bqueued_jobs\x18\x06 \x01(\x03\x12\x14\n\x0crunning_jobs\x18\x07 \x01(\x03\x12\x12\n\nended_jobs\x18\x08 \x01(\x03\x12\x0c\n\x04runs\x18\t \x01(\x03\x12\x13\n\x0b\x63pu_seconds\x18\n \x01(\x01\x12\x13\n\x0brun_seconds\x18\x0b \x01(\x01\x12\x0e\n\x06weight\x18\x0c \x01(\x01\x12\x12\n\nmax_models\x18\r \x01(\x03\x12\x17\n\x0fmax_queued_jobs\x18\x0e \x01(\x03\x12\x18\n\x10max_running_jobs\x18\x0f \x01(\x03\x12\x18\n\x10max_open_uploads\x18\x10 \x01(\x03\x12\x1f\n\x17max_requests_per_second\x18\x11 \x01(\x01\x12\x17\n\x0fjob_ttl_seconds\x18\x12 \x01(\x01\x12\x19\n\x11model_ttl_seconds\x18\x13 \x01(\x01\"R\n\tTechnique\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12&\n\x07options\x18\x03 \x03(\x0b\x32\x15.modelpress.v1.Option\"p\n\x06Option\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x15\n\rdefault_value\x18\x03 \x01(\t\x12\x0f\n\x07\x61llowed\x18\x04 \x03(\t\x12\r\n\x05range\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x06 \x01(\t\"N\n\x06Preset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12%\n\x06recipe\x18\x03 \x01(\x0b\x32\x15.modelpress.v1.Recipe2\xa2\x01\n\rServerService\x12O\n\rGetServerInfo\x12#.modelpress.v1.GetServerInfoRequest\x1a\x19.modelpress.v1.ServerInfo\x12@\n\x08GetUsage\x12\x1e.modelpress.v1.GetUsageRequest\x1a\x14.modelpress.v1.Usageb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,12 +41,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SERVERINFO']._serialized_end=707
   _globals['_SERVERINFO_TOOLCHAINENTRY']._serialized_start=659
   _globals['_SERVERINFO_TOOLCHAINENTRY']._serialized_end=707
-  _globals['_TECHNIQUE']._serialized_start=709
-  _globals['_TECHNIQUE']._serialized_end=791
-  _globals['_OPTION']._serialized_start=793
-  _globals['_OPTION']._serialized_end=905
-  _globals['_PRESET']._serialized_start=907
-  _globals['_PRESET']._serialized_end=985
-  _globals['_SERVERSERVICE']._serialized_start=987
-  _globals['_SERVERSERVICE']._serialized_end=1083
+  _globals['_GETUSAGEREQUEST']._serialized_start=709
+  _globals['_GETUSAGEREQUEST']._serialized_end=742
+  _globals['_USAGE']._serialized_start=745
+  _globals['_USAGE']._serialized_end=1160
+  _globals['_TECHNIQUE']._serialized_start=1162
+  _globals['_TECHNIQUE']._serialized_end=1244
+  _globals['_OPTION']._serialized_start=1246
+  _globals['_OPTION']._serialized_end=1358
+  _globals['_PRESET']._serialized_start=1360
+  _globals['_PRESET']._serialized_end=1438
+  _globals['_SERVERSERVICE']._serialized_start=1441
+  _globals['_SERVERSERVICE']._serialized_end=1603
 # @@protoc_insertion_point(module_scope)

@@ -156,6 +156,122 @@ class ServerInfo(_message.Message):
 Global___ServerInfo: _TypeAlias = ServerInfo  # noqa: Y015
 
 @_typing.final
+class GetUsageRequest(_message.Message):
+    """Asks what a project uses."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """projects/{project}."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetUsageRequest: _TypeAlias = GetUsageRequest  # noqa: Y015
+
+@_typing.final
+class Usage(_message.Message):
+    """What a project has, has used so far, and may have. Limits of 0: none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    STORED_BYTES_FIELD_NUMBER: _builtins.int
+    BLOBS_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    OPEN_UPLOADS_FIELD_NUMBER: _builtins.int
+    QUEUED_JOBS_FIELD_NUMBER: _builtins.int
+    RUNNING_JOBS_FIELD_NUMBER: _builtins.int
+    ENDED_JOBS_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    CPU_SECONDS_FIELD_NUMBER: _builtins.int
+    RUN_SECONDS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    MAX_MODELS_FIELD_NUMBER: _builtins.int
+    MAX_QUEUED_JOBS_FIELD_NUMBER: _builtins.int
+    MAX_RUNNING_JOBS_FIELD_NUMBER: _builtins.int
+    MAX_OPEN_UPLOADS_FIELD_NUMBER: _builtins.int
+    MAX_REQUESTS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    JOB_TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    MODEL_TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """projects/{project}."""
+    stored_bytes: _builtins.int
+    """Bytes of its files: models, data, results."""
+    blobs: _builtins.int
+    """How many files these are."""
+    models: _builtins.int
+    """Models that it has."""
+    open_uploads: _builtins.int
+    """Uploads that are unfinished."""
+    queued_jobs: _builtins.int
+    """Jobs that wait."""
+    running_jobs: _builtins.int
+    """Jobs that run."""
+    ended_jobs: _builtins.int
+    """Jobs that have ended and were not deleted."""
+    runs: _builtins.int
+    """Runs of jobs that have ended so far, of deleted jobs and repeated attempts too."""
+    cpu_seconds: _builtins.float
+    """Seconds of processors that its workers have used so far, for inspections too."""
+    run_seconds: _builtins.float
+    """Seconds that they have run."""
+    weight: _builtins.float
+    """Its share, where several projects have work: twice the weight is twice the time."""
+    max_models: _builtins.int
+    """Most models."""
+    max_queued_jobs: _builtins.int
+    """Most queued jobs."""
+    max_running_jobs: _builtins.int
+    """Most jobs that run at the same time."""
+    max_open_uploads: _builtins.int
+    """Most unfinished uploads."""
+    max_requests_per_second: _builtins.float
+    """Most requests a second."""
+    job_ttl_seconds: _builtins.float
+    """An ended job is deleted so long after its end, unless it has the label "pin"."""
+    model_ttl_seconds: _builtins.float
+    """A model is deleted so long after its last change or job, unless it has the label "pin"."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        stored_bytes: _builtins.int = ...,
+        blobs: _builtins.int = ...,
+        models: _builtins.int = ...,
+        open_uploads: _builtins.int = ...,
+        queued_jobs: _builtins.int = ...,
+        running_jobs: _builtins.int = ...,
+        ended_jobs: _builtins.int = ...,
+        runs: _builtins.int = ...,
+        cpu_seconds: _builtins.float = ...,
+        run_seconds: _builtins.float = ...,
+        weight: _builtins.float = ...,
+        max_models: _builtins.int = ...,
+        max_queued_jobs: _builtins.int = ...,
+        max_running_jobs: _builtins.int = ...,
+        max_open_uploads: _builtins.int = ...,
+        max_requests_per_second: _builtins.float = ...,
+        job_ttl_seconds: _builtins.float = ...,
+        model_ttl_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "cpu_seconds", b"cpu_seconds", "ended_jobs", b"ended_jobs", "job_ttl_seconds", b"job_ttl_seconds", "max_models", b"max_models", "max_open_uploads", b"max_open_uploads", "max_queued_jobs", b"max_queued_jobs", "max_requests_per_second", b"max_requests_per_second", "max_running_jobs", b"max_running_jobs", "model_ttl_seconds", b"model_ttl_seconds", "models", b"models", "open_uploads", b"open_uploads", "parent", b"parent", "queued_jobs", b"queued_jobs", "run_seconds", b"run_seconds", "running_jobs", b"running_jobs", "runs", b"runs", "stored_bytes", b"stored_bytes", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
 class Technique(_message.Message):
     """One technique."""
 

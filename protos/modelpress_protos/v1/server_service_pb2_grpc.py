@@ -40,6 +40,11 @@ class ServerServiceStub(object):
                 request_serializer=modelpress__protos_dot_v1_dot_server__service__pb2.GetServerInfoRequest.SerializeToString,
                 response_deserializer=modelpress__protos_dot_v1_dot_server__service__pb2.ServerInfo.FromString,
                 _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/modelpress.v1.ServerService/GetUsage',
+                request_serializer=modelpress__protos_dot_v1_dot_server__service__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=modelpress__protos_dot_v1_dot_server__service__pb2.Usage.FromString,
+                _registered_method=True)
 
 
 class ServerServiceServicer(object):
@@ -53,6 +58,13 @@ class ServerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUsage(self, request, context):
+        """What a project has and has used, and its limits.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ServerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_ServerServiceServicer_to_server(servicer, server):
                     servicer.GetServerInfo,
                     request_deserializer=modelpress__protos_dot_v1_dot_server__service__pb2.GetServerInfoRequest.FromString,
                     response_serializer=modelpress__protos_dot_v1_dot_server__service__pb2.ServerInfo.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=modelpress__protos_dot_v1_dot_server__service__pb2.GetUsageRequest.FromString,
+                    response_serializer=modelpress__protos_dot_v1_dot_server__service__pb2.Usage.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +107,33 @@ class ServerService(object):
             '/modelpress.v1.ServerService/GetServerInfo',
             modelpress__protos_dot_v1_dot_server__service__pb2.GetServerInfoRequest.SerializeToString,
             modelpress__protos_dot_v1_dot_server__service__pb2.ServerInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modelpress.v1.ServerService/GetUsage',
+            modelpress__protos_dot_v1_dot_server__service__pb2.GetUsageRequest.SerializeToString,
+            modelpress__protos_dot_v1_dot_server__service__pb2.Usage.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,8 @@ class ServerServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ServerServiceAsyncStub: ...
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_server_service_pb2.GetServerInfoRequest, _server_service_pb2.ServerInfo]
     """Versions, limits, formats, techniques with their options, presets, devices and the sandbox level."""
+    GetUsage: _grpc.UnaryUnaryMultiCallable[_server_service_pb2.GetUsageRequest, _server_service_pb2.Usage]
+    """What a project has and has used, and its limits."""
 
 @_typing.type_check_only
 class ServerServiceAsyncStub(ServerServiceStub):
@@ -43,6 +45,8 @@ class ServerServiceAsyncStub(ServerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_server_service_pb2.GetServerInfoRequest, _server_service_pb2.ServerInfo]  # type: ignore[assignment]
     """Versions, limits, formats, techniques with their options, presets, devices and the sandbox level."""
+    GetUsage: _aio.UnaryUnaryMultiCallable[_server_service_pb2.GetUsageRequest, _server_service_pb2.Usage]  # type: ignore[assignment]
+    """What a project has and has used, and its limits."""
 
 class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
     """What this server is and allows."""
@@ -54,5 +58,13 @@ class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_server_service_pb2.ServerInfo, _abc.Awaitable[_server_service_pb2.ServerInfo]]:
         """Versions, limits, formats, techniques with their options, presets, devices and the sandbox level."""
+
+    @_abc_1.abstractmethod
+    def GetUsage(
+        self,
+        request: _server_service_pb2.GetUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_server_service_pb2.Usage, _abc.Awaitable[_server_service_pb2.Usage]]:
+        """What a project has and has used, and its limits."""
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from modelpress_protos.v1 import common_pb2 as modelpress__protos_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)modelpress_protos/v1/upload_service.proto\x12\rmodelpress.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!modelpress_protos/v1/common.proto\"\xf4\x02\n\x06Upload\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x15.modelpress.v1.Digest\x12\x16\n\x0e\x63ommitted_size\x18\x03 \x01(\x03\x12*\n\x05state\x18\x04 \x01(\x0e\x32\x1b.modelpress.v1.Upload.State\x12\x17\n\x0fmax_chunk_bytes\x18\x05 \x01(\x03\x12\x1a\n\x12\x61\x63k_interval_bytes\x18\x06 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"Z\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_ACTIVE\x10\x01\x12\x13\n\x0fSTATE_COMPLETED\x10\x02\x12\x13\n\x0fSTATE_CANCELLED\x10\x03\"Q\n\x17\x46indMissingBlobsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12&\n\x07\x64igests\x18\x02 \x03(\x0b\x32\x15.modelpress.v1.Digest\"B\n\x18\x46indMissingBlobsResponse\x12&\n\x07missing\x18\x01 \x03(\x0b\x32\x15.modelpress.v1.Digest\"L\n\x13\x43reateUploadRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12%\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x15.modelpress.v1.Digest\" \n\x10GetUploadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"#\n\x13\x43\x61ncelUploadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"l\n\x12WriteUploadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cwrite_offset\x18\x02 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07\x12\x14\n\x0c\x66inish_write\x18\x04 \x01(\x08\x12\x0c\n\x04\x64\x61ta\x18\n \x01(\x0c\"T\n\x13WriteUploadResponse\x12\x16\n\x0e\x63ommitted_size\x18\x01 \x01(\x03\x12%\n\x06upload\x18\x02 \x01(\x0b\x32\x15.modelpress.v1.Upload\"]\n\x0fReadBlobRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12%\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x15.modelpress.v1.Digest\x12\x13\n\x0bread_offset\x18\x03 \x01(\x03\"@\n\x10ReadBlobResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x02 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\n \x01(\x0c\x32\xf8\x03\n\rUploadService\x12\x63\n\x10\x46indMissingBlobs\x12&.modelpress.v1.FindMissingBlobsRequest\x1a\'.modelpress.v1.FindMissingBlobsResponse\x12I\n\x0c\x43reateUpload\x12\".modelpress.v1.CreateUploadRequest\x1a\x15.modelpress.v1.Upload\x12\x43\n\tGetUpload\x12\x1f.modelpress.v1.GetUploadRequest\x1a\x15.modelpress.v1.Upload\x12X\n\x0bWriteUpload\x12!.modelpress.v1.WriteUploadRequest\x1a\".modelpress.v1.WriteUploadResponse(\x01\x30\x01\x12I\n\x0c\x43\x61ncelUpload\x12\".modelpress.v1.CancelUploadRequest\x1a\x15.modelpress.v1.Upload\x12M\n\x08ReadBlob\x12\x1e.modelpress.v1.ReadBlobRequest\x1a\x1f.modelpress.v1.ReadBlobResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)modelpress_protos/v1/upload_service.proto\x12\rmodelpress.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!modelpress_protos/v1/common.proto\"\xf4\x02\n\x06Upload\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x15.modelpress.v1.Digest\x12\x16\n\x0e\x63ommitted_size\x18\x03 \x01(\x03\x12*\n\x05state\x18\x04 \x01(\x0e\x32\x1b.modelpress.v1.Upload.State\x12\x17\n\x0fmax_chunk_bytes\x18\x05 \x01(\x03\x12\x1a\n\x12\x61\x63k_interval_bytes\x18\x06 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"Z\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_ACTIVE\x10\x01\x12\x13\n\x0fSTATE_COMPLETED\x10\x02\x12\x13\n\x0fSTATE_CANCELLED\x10\x03\"Q\n\x17\x46indMissingBlobsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12&\n\x07\x64igests\x18\x02 \x03(\x0b\x32\x15.modelpress.v1.Digest\"B\n\x18\x46indMissingBlobsResponse\x12&\n\x07missing\x18\x01 \x03(\x0b\x32\x15.modelpress.v1.Digest\"L\n\x13\x43reateUploadRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12%\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x15.modelpress.v1.Digest\" \n\x10GetUploadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"K\n\x12ListUploadsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"V\n\x13ListUploadsResponse\x12&\n\x07uploads\x18\x01 \x03(\x0b\x32\x15.modelpress.v1.Upload\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"#\n\x13\x43\x61ncelUploadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"l\n\x12WriteUploadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cwrite_offset\x18\x02 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07\x12\x14\n\x0c\x66inish_write\x18\x04 \x01(\x08\x12\x0c\n\x04\x64\x61ta\x18\n \x01(\x0c\"T\n\x13WriteUploadResponse\x12\x16\n\x0e\x63ommitted_size\x18\x01 \x01(\x03\x12%\n\x06upload\x18\x02 \x01(\x0b\x32\x15.modelpress.v1.Upload\"]\n\x0fReadBlobRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12%\n\x06\x64igest\x18\x02 \x01(\x0b\x32\x15.modelpress.v1.Digest\x12\x13\n\x0bread_offset\x18\x03 \x01(\x03\"@\n\x10ReadBlobResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x02 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\n \x01(\x0c\x32\xce\x04\n\rUploadService\x12\x63\n\x10\x46indMissingBlobs\x12&.modelpress.v1.FindMissingBlobsRequest\x1a\'.modelpress.v1.FindMissingBlobsResponse\x12I\n\x0c\x43reateUpload\x12\".modelpress.v1.CreateUploadRequest\x1a\x15.modelpress.v1.Upload\x12\x43\n\tGetUpload\x12\x1f.modelpress.v1.GetUploadRequest\x1a\x15.modelpress.v1.Upload\x12T\n\x0bListUploads\x12!.modelpress.v1.ListUploadsRequest\x1a\".modelpress.v1.ListUploadsResponse\x12X\n\x0bWriteUpload\x12!.modelpress.v1.WriteUploadRequest\x1a\".modelpress.v1.WriteUploadResponse(\x01\x30\x01\x12I\n\x0c\x43\x61ncelUpload\x12\".modelpress.v1.CancelUploadRequest\x1a\x15.modelpress.v1.Upload\x12M\n\x08ReadBlob\x12\x1e.modelpress.v1.ReadBlobRequest\x1a\x1f.modelpress.v1.ReadBlobResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,16 +45,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEUPLOADREQUEST']._serialized_end=730
   _globals['_GETUPLOADREQUEST']._serialized_start=732
   _globals['_GETUPLOADREQUEST']._serialized_end=764
-  _globals['_CANCELUPLOADREQUEST']._serialized_start=766
-  _globals['_CANCELUPLOADREQUEST']._serialized_end=801
-  _globals['_WRITEUPLOADREQUEST']._serialized_start=803
-  _globals['_WRITEUPLOADREQUEST']._serialized_end=911
-  _globals['_WRITEUPLOADRESPONSE']._serialized_start=913
-  _globals['_WRITEUPLOADRESPONSE']._serialized_end=997
-  _globals['_READBLOBREQUEST']._serialized_start=999
-  _globals['_READBLOBREQUEST']._serialized_end=1092
-  _globals['_READBLOBRESPONSE']._serialized_start=1094
-  _globals['_READBLOBRESPONSE']._serialized_end=1158
-  _globals['_UPLOADSERVICE']._serialized_start=1161
-  _globals['_UPLOADSERVICE']._serialized_end=1665
+  _globals['_LISTUPLOADSREQUEST']._serialized_start=766
+  _globals['_LISTUPLOADSREQUEST']._serialized_end=841
+  _globals['_LISTUPLOADSRESPONSE']._serialized_start=843
+  _globals['_LISTUPLOADSRESPONSE']._serialized_end=929
+  _globals['_CANCELUPLOADREQUEST']._serialized_start=931
+  _globals['_CANCELUPLOADREQUEST']._serialized_end=966
+  _globals['_WRITEUPLOADREQUEST']._serialized_start=968
+  _globals['_WRITEUPLOADREQUEST']._serialized_end=1076
+  _globals['_WRITEUPLOADRESPONSE']._serialized_start=1078
+  _globals['_WRITEUPLOADRESPONSE']._serialized_end=1162
+  _globals['_READBLOBREQUEST']._serialized_start=1164
+  _globals['_READBLOBREQUEST']._serialized_end=1257
+  _globals['_READBLOBRESPONSE']._serialized_start=1259
+  _globals['_READBLOBRESPONSE']._serialized_end=1323
+  _globals['_UPLOADSERVICE']._serialized_start=1326
+  _globals['_UPLOADSERVICE']._serialized_end=1916
 # @@protoc_insertion_point(module_scope)

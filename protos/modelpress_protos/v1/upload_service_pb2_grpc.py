@@ -50,6 +50,11 @@ class UploadServiceStub(object):
                 request_serializer=modelpress__protos_dot_v1_dot_upload__service__pb2.GetUploadRequest.SerializeToString,
                 response_deserializer=modelpress__protos_dot_v1_dot_upload__service__pb2.Upload.FromString,
                 _registered_method=True)
+        self.ListUploads = channel.unary_unary(
+                '/modelpress.v1.UploadService/ListUploads',
+                request_serializer=modelpress__protos_dot_v1_dot_upload__service__pb2.ListUploadsRequest.SerializeToString,
+                response_deserializer=modelpress__protos_dot_v1_dot_upload__service__pb2.ListUploadsResponse.FromString,
+                _registered_method=True)
         self.WriteUpload = channel.stream_stream(
                 '/modelpress.v1.UploadService/WriteUpload',
                 request_serializer=modelpress__protos_dot_v1_dot_upload__service__pb2.WriteUploadRequest.SerializeToString,
@@ -81,7 +86,8 @@ class UploadServiceServicer(object):
 
     def CreateUpload(self, request, context):
         """Starts the upload of one blob, or returns the unfinished or completed one of the same digest.
-        RESOURCE_EXHAUSTED: too large, too many open uploads (RetryInfo), or no space: free some, then call again.
+        RESOURCE_EXHAUSTED: too large, too many open uploads (RetryInfo), or no space: free some, then call again. Where a
+        project has too many, those without a byte for ten minutes are dropped first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,6 +96,13 @@ class UploadServiceServicer(object):
     def GetUpload(self, request, context):
         """Reads an upload; committed_size is durable, never falls, and is the offset to resume from.
         NOT_FOUND: expired or cancelled; create it again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListUploads(self, request, context):
+        """Lists the unfinished uploads of a project, newest first: what CancelUpload can drop.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,6 +148,11 @@ def add_UploadServiceServicer_to_server(servicer, server):
                     servicer.GetUpload,
                     request_deserializer=modelpress__protos_dot_v1_dot_upload__service__pb2.GetUploadRequest.FromString,
                     response_serializer=modelpress__protos_dot_v1_dot_upload__service__pb2.Upload.SerializeToString,
+            ),
+            'ListUploads': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListUploads,
+                    request_deserializer=modelpress__protos_dot_v1_dot_upload__service__pb2.ListUploadsRequest.FromString,
+                    response_serializer=modelpress__protos_dot_v1_dot_upload__service__pb2.ListUploadsResponse.SerializeToString,
             ),
             'WriteUpload': grpc.stream_stream_rpc_method_handler(
                     servicer.WriteUpload,
@@ -234,6 +252,33 @@ class UploadService(object):
             '/modelpress.v1.UploadService/GetUpload',
             modelpress__protos_dot_v1_dot_upload__service__pb2.GetUploadRequest.SerializeToString,
             modelpress__protos_dot_v1_dot_upload__service__pb2.Upload.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListUploads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modelpress.v1.UploadService/ListUploads',
+            modelpress__protos_dot_v1_dot_upload__service__pb2.ListUploadsRequest.SerializeToString,
+            modelpress__protos_dot_v1_dot_upload__service__pb2.ListUploadsResponse.FromString,
             options,
             channel_credentials,
             insecure,

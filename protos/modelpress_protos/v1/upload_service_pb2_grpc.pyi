@@ -39,12 +39,15 @@ class UploadServiceStub:
     """
     CreateUpload: _grpc.UnaryUnaryMultiCallable[_upload_service_pb2.CreateUploadRequest, _upload_service_pb2.Upload]
     """Starts the upload of one blob, or returns the unfinished or completed one of the same digest.
-    RESOURCE_EXHAUSTED: too large, too many open uploads (RetryInfo), or no space: free some, then call again.
+    RESOURCE_EXHAUSTED: too large, too many open uploads (RetryInfo), or no space: free some, then call again. Where a
+    project has too many, those without a byte for ten minutes are dropped first.
     """
     GetUpload: _grpc.UnaryUnaryMultiCallable[_upload_service_pb2.GetUploadRequest, _upload_service_pb2.Upload]
     """Reads an upload; committed_size is durable, never falls, and is the offset to resume from.
     NOT_FOUND: expired or cancelled; create it again.
     """
+    ListUploads: _grpc.UnaryUnaryMultiCallable[_upload_service_pb2.ListUploadsRequest, _upload_service_pb2.ListUploadsResponse]
+    """Lists the unfinished uploads of a project, newest first: what CancelUpload can drop."""
     WriteUpload: _grpc.StreamStreamMultiCallable[_upload_service_pb2.WriteUploadRequest, _upload_service_pb2.WriteUploadResponse]
     """Sends bytes. The server answers with the durable committed_size at every acknowledgement interval and at the end.
     ABORTED: chunk checksum wrong or a second writer; resume. OUT_OF_RANGE: wrong offset, metadata.committed_size has
@@ -66,12 +69,15 @@ class UploadServiceAsyncStub(UploadServiceStub):
     """
     CreateUpload: _aio.UnaryUnaryMultiCallable[_upload_service_pb2.CreateUploadRequest, _upload_service_pb2.Upload]  # type: ignore[assignment]
     """Starts the upload of one blob, or returns the unfinished or completed one of the same digest.
-    RESOURCE_EXHAUSTED: too large, too many open uploads (RetryInfo), or no space: free some, then call again.
+    RESOURCE_EXHAUSTED: too large, too many open uploads (RetryInfo), or no space: free some, then call again. Where a
+    project has too many, those without a byte for ten minutes are dropped first.
     """
     GetUpload: _aio.UnaryUnaryMultiCallable[_upload_service_pb2.GetUploadRequest, _upload_service_pb2.Upload]  # type: ignore[assignment]
     """Reads an upload; committed_size is durable, never falls, and is the offset to resume from.
     NOT_FOUND: expired or cancelled; create it again.
     """
+    ListUploads: _aio.UnaryUnaryMultiCallable[_upload_service_pb2.ListUploadsRequest, _upload_service_pb2.ListUploadsResponse]  # type: ignore[assignment]
+    """Lists the unfinished uploads of a project, newest first: what CancelUpload can drop."""
     WriteUpload: _aio.StreamStreamMultiCallable[_upload_service_pb2.WriteUploadRequest, _upload_service_pb2.WriteUploadResponse]  # type: ignore[assignment]
     """Sends bytes. The server answers with the durable committed_size at every acknowledgement interval and at the end.
     ABORTED: chunk checksum wrong or a second writer; resume. OUT_OF_RANGE: wrong offset, metadata.committed_size has
@@ -102,7 +108,8 @@ class UploadServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_upload_service_pb2.Upload, _abc.Awaitable[_upload_service_pb2.Upload]]:
         """Starts the upload of one blob, or returns the unfinished or completed one of the same digest.
-        RESOURCE_EXHAUSTED: too large, too many open uploads (RetryInfo), or no space: free some, then call again.
+        RESOURCE_EXHAUSTED: too large, too many open uploads (RetryInfo), or no space: free some, then call again. Where a
+        project has too many, those without a byte for ten minutes are dropped first.
         """
 
     @_abc_1.abstractmethod
@@ -114,6 +121,14 @@ class UploadServiceServicer(metaclass=_abc_1.ABCMeta):
         """Reads an upload; committed_size is durable, never falls, and is the offset to resume from.
         NOT_FOUND: expired or cancelled; create it again.
         """
+
+    @_abc_1.abstractmethod
+    def ListUploads(
+        self,
+        request: _upload_service_pb2.ListUploadsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_upload_service_pb2.ListUploadsResponse, _abc.Awaitable[_upload_service_pb2.ListUploadsResponse]]:
+        """Lists the unfinished uploads of a project, newest first: what CancelUpload can drop."""
 
     @_abc_1.abstractmethod
     def WriteUpload(

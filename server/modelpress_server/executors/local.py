@@ -32,7 +32,7 @@ from modelpress_server.executors.child import (
 )
 from modelpress_server.executors.output import EventFilter
 from modelpress_server.executors.probing import Probe, run_probe
-from modelpress_server.executors.process_tree import memory_bytes
+from modelpress_server.executors.process_tree import CpuMeter, memory_bytes
 from modelpress_server.executors.sandbox import LEVEL_FILES_AND_NETWORK
 from modelpress_server.executors.spares import SparePool
 from modelpress_server.executors.turns import MeasuringTurns
@@ -213,6 +213,8 @@ class _Run:
         self._turns = turns
         self._waited_s = 0.0  # for turns, in which the worker stood still by itself
         self._events = EventFilter(on_event)
+        self._on_event = on_event
+        self._cpu = CpuMeter(worker.pid)
         self._memory_was_short = False
         self._redact: Callable[[str], str] = str
 
@@ -227,6 +229,7 @@ class _Run:
             limited.memory_limit_bytes = self._limits.memory_bytes + _CAP_RESERVE_BYTES
         limited.file_limit_bytes = self._limits.disk_bytes
         self._worker.send(limited)
+        began_s = self._clock.now_s()
         conversation = asyncio.create_task(self._converse())
         watchdog = asyncio.create_task(self._exceed_limits([*writable, self._worker.directory]))
         end = asyncio.create_task(self._worker.wait())
@@ -236,6 +239,7 @@ class _Run:
                 # What it sent last may lie in the pipe still; a process that it started may hold that open for ever.
                 done, _ = await asyncio.wait({conversation}, timeout=_LAST_WORDS_S)
             event = conversation.result() if conversation in done else None
+            self._cpu.sample()
             if event is not None:
                 self._worker.kill()
                 await self._worker.wait_output()
@@ -246,6 +250,8 @@ class _Run:
                 raise await self._lost(end)
             raise lost.too_slow(self._limits.time_s)
         finally:
+            used = worker_pb2.Used(cpu_seconds=self._cpu.used_s, run_seconds=self._clock.now_s() - began_s)
+            self._on_event(worker_pb2.WorkerEvent(used=used))
             for task in (conversation, watchdog, end):
                 task.cancel()
 
@@ -299,6 +305,7 @@ class _Run:
         looks = 0
         while True:
             await asyncio.sleep(MEMORY_POLL_S)
+            self._cpu.sample()
             self._memory_bytes = memory_bytes(self._worker.pid) or self._memory_bytes
             if self._limits.memory_bytes and self._memory_bytes > self._limits.memory_bytes:
                 return lost.out_of_memory(self._limits.memory_bytes)

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 _PROC = Path("/proc")
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 # Memory that only ending the process frees. Pages of mapped files are left out: the kernel drops them when it must.
 _OWN_MEMORY = ("RssAnon:", "RssShmem:", "VmSwap:")
 
@@ -23,6 +24,23 @@ def descendants(pid: int) -> list[int]:
 def memory_bytes(pid: int) -> int:
     """What the process and all below it hold; 0 when they have ended."""
     return sum(_own_memory_bytes(process) for process in descendants(pid))
+
+
+class CpuMeter:
+    """Seconds of processors that a process and all below it take from now on, as long as it can be looked at."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._began_s = self._last_s = _cpu_s(pid)
+
+    def sample(self) -> None:
+        """Looks again; after the end of the process the last look counts."""
+        self._last_s = max(self._last_s, _cpu_s(self._pid))
+
+    @property
+    def used_s(self) -> float:
+        """As of the last look."""
+        return self._last_s - self._began_s
 
 
 def kill_tree(pid: int) -> None:
@@ -45,6 +63,17 @@ def _children(pid: int) -> list[int]:
             with contextlib.suppress(OSError):
                 found += map(int, (task / "children").read_text("ascii").split())
     return found
+
+
+def _cpu_s(pid: int) -> float:
+    """Of the process, of what it has waited for, and of what still runs below it."""
+    total = 0
+    for process in descendants(pid):
+        with contextlib.suppress(OSError):
+            # Behind the name, which may hold anything: utime, stime, cutime, cstime are the fields 14 to 17.
+            fields = (_PROC / str(process) / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+            total += sum(map(int, fields[11:15]))
+    return total / _TICKS_PER_S
 
 
 def _own_memory_bytes(pid: int) -> int:

@@ -21,6 +21,7 @@ from modelpress_server.services.job_requests import blobs_of, check_job, new_job
 from modelpress_server.stores.base import BlobIndex, JobRecord, JobStore, ModelStore
 from modelpress_server.stores.records import now_us
 from modelpress_server.stores.sql_jobs import refuse_rejected
+from modelpress_server.validation import Checks
 from modelpress_server.waiting import Notifier, wait_until
 
 STATES = {
@@ -159,6 +160,17 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
                     news.cancel()
         finally:
             self._notifier.drop(record.id, ticket)
+
+    async def UpdateJob(  # noqa: N802
+        self, request: job_service_pb2.UpdateJobRequest, context: Any
+    ) -> job_service_pb2.Job:
+        project, job_id = parse_name(request.job.name, "jobs", "job.name")
+        checks = Checks()
+        checks.labels("job.labels", request.job.labels)
+        checks.finish()
+        labels = dict(request.job.labels)
+        record = await self._jobs.set_labels(check_project(project), job_id, request.job.etag, labels)
+        return await self._message(record)
 
     async def CancelJob(  # noqa: N802
         self, request: job_service_pb2.CancelJobRequest, context: Any

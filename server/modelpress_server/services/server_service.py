@@ -7,23 +7,31 @@ from typing import Any
 from modelpress_compression.options import schema_of
 from modelpress_compression.techniques import TECHNIQUES
 from modelpress_protos.formats import FORMATS
-from modelpress_protos.v1 import common_pb2, server_service_pb2, server_service_pb2_grpc
+from modelpress_protos.v1 import common_pb2, job_service_pb2, server_service_pb2, server_service_pb2_grpc
 
 from modelpress_server.config import Settings
 from modelpress_server.executors.base import Executor
 from modelpress_server.executors.sandbox import LEVEL_FILES_AND_NETWORK
+from modelpress_server.interceptors import check_project
+from modelpress_server.names import parse_project
+from modelpress_server.projects import Projects
 from modelpress_server.recipes import preset_messages
-from modelpress_server.stores.base import JobStore
+from modelpress_server.stores.base import ENDED_STATES, JobStore, UsageStore
 from modelpress_server.toolchain import toolchain
 
 API_VERSIONS = ("modelpress.v1",)
 DEVICES = ("cpu",)
+_AT_WORK = (job_service_pb2.JOB_STATE_RUNNING, job_service_pb2.JOB_STATE_CANCELLING)
 
 
 class ServerService(server_service_pb2_grpc.ServerServiceServicer):
     """Versions, limits, techniques, presets, load."""
 
-    def __init__(self, settings: Settings, jobs: JobStore, executor: Executor) -> None:
+    def __init__(
+        self, settings: Settings, projects: Projects, jobs: JobStore, usage: UsageStore, executor: Executor
+    ) -> None:
+        self._projects = projects
+        self._usage = usage
         self._settings = settings
         self._jobs = jobs
         self._executor = executor
@@ -52,6 +60,33 @@ class ServerService(server_service_pb2_grpc.ServerServiceServicer):
             queued_jobs=queued,
             running_jobs=running,
             workers=settings.workers,
+        )
+
+    async def GetUsage(  # noqa: N802
+        self, request: server_service_pb2.GetUsageRequest, context: Any
+    ) -> server_service_pb2.Usage:
+        project = check_project(parse_project(request.parent))
+        found, limits = await self._usage.of(project), self._projects.limits(project)
+        return server_service_pb2.Usage(
+            parent=request.parent,
+            stored_bytes=found.stored_bytes,
+            blobs=found.blobs,
+            models=found.models,
+            open_uploads=found.uploads,
+            queued_jobs=found.jobs.get(job_service_pb2.JOB_STATE_QUEUED, 0),
+            running_jobs=sum(found.jobs.get(state, 0) for state in _AT_WORK),
+            ended_jobs=sum(found.jobs.get(state, 0) for state in ENDED_STATES),
+            runs=found.runs,
+            cpu_seconds=found.cpu_s,
+            run_seconds=found.run_s,
+            weight=limits.weight,
+            max_models=limits.max_models,
+            max_queued_jobs=limits.max_queued_jobs,
+            max_running_jobs=limits.max_running_jobs,
+            max_open_uploads=self._settings.max_open_uploads,
+            max_requests_per_second=limits.requests_per_s,
+            job_ttl_seconds=limits.job_ttl_s,
+            model_ttl_seconds=limits.model_ttl_s,
         )
 
 

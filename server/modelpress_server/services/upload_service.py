@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import google_crc32c
@@ -14,7 +15,7 @@ from modelpress_server import errors
 from modelpress_server.clock import Clock
 from modelpress_server.config import MIB, Settings
 from modelpress_server.interceptors import check_project
-from modelpress_server.listing import wrong_field
+from modelpress_server.listing import list_query, page_token, wrong_field
 from modelpress_server.names import format_name, new_id, parse_name, parse_project
 from modelpress_server.services.upload_session import UploadSession, UploadSessions
 from modelpress_server.services.upload_writer import UploadWriter, next_message, offset_mismatch
@@ -26,6 +27,8 @@ from modelpress_server.validation import check_digest, check_digests
 from modelpress_server.waiting import uninterrupted
 
 READ_CHUNK_BYTES = MIB
+# Where a project has too many uploads, one without a byte for so long gives way to a new one.
+MIN_IDLE_S = 600.0
 _State = upload_service_pb2.Upload
 
 
@@ -70,16 +73,43 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
             expire_time_us=now + round(self._settings.upload_ttl_s * 1e6),
         )
         present = blob in await self._present(project, [blob], touch_us=now_us())
+        try:
+            return self._to_message(await self._create(record, present=present))
+        except errors.QuotaExceededError:
+            if not await self._drop_idle(project, now):
+                raise
+        return self._to_message(await self._create(record, present=present))
+
+    async def _create(self, record: UploadRecord, *, present: bool) -> UploadRecord:
         async with self._space.left() as left_bytes:
-            created = await self._index.create_upload(
+            return await self._index.create_upload(
                 record, present=present, max_open=self._settings.max_open_uploads, left_bytes=left_bytes
             )
-        return self._to_message(created)
+
+    async def _drop_idle(self, project: str, now: int) -> bool:
+        """Whether an upload could be dropped that nobody seems to send any more: the one that is idle longest."""
+        ttl_s = self._settings.upload_ttl_s
+        idle = await self._index.idle_uploads(project, now + round((ttl_s - MIN_IDLE_S) * 1e6))
+        if not idle:
+            return False
+        await self._index.cancel_upload(project, idle[0])
+        await self.sessions.discard(idle[0])
+        return True
 
     async def GetUpload(  # noqa: N802
         self, request: upload_service_pb2.GetUploadRequest, context: Any
     ) -> upload_service_pb2.Upload:
         return self._to_message(await self._get(request.name))
+
+    async def ListUploads(  # noqa: N802
+        self, request: upload_service_pb2.ListUploadsRequest, context: Any
+    ) -> upload_service_pb2.ListUploadsResponse:
+        project = check_project(parse_project(request.parent))
+        asked = list_query(project, request.page_size, request.page_token, "", {}, by_model=False)
+        page = await self._index.list_uploads(replace(asked, state=_State.STATE_ACTIVE))
+        token = page_token(asked, "", page.items[-1].id) if page.has_more else ""
+        uploads = [self._to_message(record) for record in page.items]
+        return upload_service_pb2.ListUploadsResponse(uploads=uploads, next_page_token=token)
 
     async def CancelUpload(  # noqa: N802
         self, request: upload_service_pb2.CancelUploadRequest, context: Any

@@ -6,7 +6,7 @@ the protobuf message of its resource; treat it as read-only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -164,6 +164,20 @@ class Sweep:
 
 
 @dataclass(frozen=True, slots=True)
+class UsageRecord:
+    """What a project has now (`jobs` by state), and has used so far: runs of jobs, and the time of its workers."""
+
+    stored_bytes: int
+    blobs: int
+    models: int
+    uploads: int
+    jobs: Mapping[int, int]
+    runs: int
+    cpu_s: float
+    run_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """What came of asking for the next job: one to run, and jobs that ended without running."""
 
@@ -286,6 +300,10 @@ class JobStore(Protocol):
         """Appends events and log lines; the last progress event becomes the job's progress."""
         ...
 
+    async def set_labels(self, project: str, job_id: str, etag: str, labels: Mapping[str, str]) -> JobRecord:
+        """Replaces the labels. Raises ResourceNotFoundError, EtagMismatchError."""
+        ...
+
     async def request_cancel(self, project: str, job_id: str) -> JobRecord:
         """QUEUED -> CANCELLED, RUNNING -> CANCELLING; others unchanged. Raises ResourceNotFoundError."""
         ...
@@ -336,6 +354,14 @@ class BlobIndex(Protocol):
         """
         ...
 
+    async def list_uploads(self, query: ListQuery) -> Page[UploadRecord]:
+        """One page, newest first."""
+        ...
+
+    async def idle_uploads(self, project: str, expire_before_us: int) -> list[str]:
+        """Ids of the unfinished uploads of a project that expire before, those that have been idle longest first."""
+        ...
+
     async def get_upload(self, project: str, upload_id: str) -> UploadRecord:
         """Raises UploadExpiredError."""
         ...
@@ -370,6 +396,34 @@ class BlobIndex(Protocol):
 
     async def sweep(self, *, blobs_before_us: int, events_before_us: int, now_us: int) -> Sweep:
         """Forgets unused blobs, expired uploads, the events of old jobs and old request ids."""
+        ...
+
+
+class UsageStore(Protocol):
+    """What projects have used."""
+
+    async def add(self, project: str, *, runs: int, cpu_s: float, run_s: float) -> None:
+        """Adds to what a project has used."""
+        ...
+
+    async def of(self, project: str) -> UsageRecord:
+        """What a project has and has used; nothing for one that was never seen."""
+        ...
+
+
+class Retention(Protocol):
+    """Deletes what has had its time, some at once, but nothing that is labelled `pin`. Returns how many."""
+
+    async def projects(self) -> list[str]:
+        """Those that have jobs or models."""
+        ...
+
+    async def expire_jobs(self, project: str, ended_before_us: int) -> int:
+        """Jobs that ended before."""
+        ...
+
+    async def expire_models(self, project: str, unused_since_us: int) -> int:
+        """Models that neither changed nor had a job since then."""
         ...
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, delete, exists, func, insert, select, tu
 from modelpress_server.errors import QuotaExceededError, StorageFullError, UploadExpiredError
 from modelpress_server.shortage import MAKE_ROOM
 from modelpress_server.stores import records
-from modelpress_server.stores.base import ENDED_STATES, BlobKey, Sweep, UploadRecord
+from modelpress_server.stores.base import ENDED_STATES, BlobKey, ListQuery, Page, Sweep, UploadRecord
 from modelpress_server.stores.database import Database
 from modelpress_server.stores.tables import blob_references, job_events, jobs, project_blobs, request_ids, uploads
 
@@ -52,6 +52,23 @@ class SqlBlobIndex:
         return await self._database.write(
             lambda connection: _create_upload(connection, record, present, max_open, left_bytes)
         )
+
+    async def list_uploads(self, query: ListQuery) -> Page[UploadRecord]:
+        def work(connection: Connection) -> Page[UploadRecord]:
+            rows, has_more = records.page_of(connection, uploads, query)
+            return Page(tuple(_record(row) for row in rows), has_more)
+
+        return await self._database.read(work)
+
+    async def idle_uploads(self, project: str, expire_before_us: int) -> list[str]:
+        def work(connection: Connection) -> list[str]:
+            # An upload expires a fixed time after its last byte: the order of the one is that of the other.
+            idle = select(uploads.c.id).where(
+                uploads.c.project == project, uploads.c.state == ACTIVE, uploads.c.expire_time_us < expire_before_us
+            )
+            return list(connection.execute(idle.order_by(uploads.c.expire_time_us)).scalars())
+
+        return await self._database.read(work)
 
     async def get_upload(self, project: str, upload_id: str) -> UploadRecord:
         return await self._database.read(lambda connection: _fetch(connection, upload_id, project))
@@ -154,7 +171,7 @@ def _create_upload(
     if not present and count >= max_open:
         raise QuotaExceededError(
             f"Project {record.project} has {count} unfinished uploads, the most that this server allows. "
-            "Finish or cancel some.",
+            "Finish or cancel some: ListUploads and CancelUpload, or `compress-client uploads --cancel ID`.",
             subject=f"projects/{record.project}",
             retry_after_s=QUOTA_RETRY_S,
         )

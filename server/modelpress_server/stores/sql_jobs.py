@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import grpc
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2
@@ -118,6 +118,18 @@ class SqlJobStore:
             job_rows.append_log(connection, job_id, log)
 
         await self._database.write(work)
+
+    async def set_labels(self, project: str, job_id: str, etag: str, labels: Mapping[str, str]) -> JobRecord:
+        def work(connection: Connection) -> JobRecord:
+            record = job_rows.fetch_job(connection, job_id, project)
+            records.check_etag(etag, record.version)
+            record.message.labels.clear()
+            record.message.labels.update(labels)
+            job_rows.write(connection, record)
+            records.set_labels(connection, job_id, labels)
+            return job_rows.fetch_job(connection, job_id, project)
+
+        return await self._database.write(work)
 
     async def request_cancel(self, project: str, job_id: str) -> JobRecord:
         def work(connection: Connection) -> JobRecord:

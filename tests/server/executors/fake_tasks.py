@@ -207,6 +207,13 @@ def _stat(context: TaskContext, output: Path, argument: str) -> Any:
         return {"uid": os.getuid(), "found": type(error).__name__}
 
 
+def _burn(context: TaskContext, output: Path, argument: str) -> Any:
+    """Uses so many seconds of a processor."""
+    until_s = time.process_time() + float(argument)
+    while time.process_time() < until_s:
+        pass
+
+
 def _raise_limit() -> None:
     import resource
 
@@ -270,6 +277,7 @@ _BEHAVIOURS = {
     "flood-events": _flood_events,
     "large-event": _large_event,
     "bug": _bug,
+    "burn": _burn,
     "break-out": _break_out,
     "stat": _stat,
 }

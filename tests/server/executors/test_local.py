@@ -290,3 +290,16 @@ class TestStarting:
         (tmp_path / "work-0" / "task-of-someone").mkdir()
         bench = await start_bench()
         assert [path.name for path in bench.root.iterdir()] == ["task-of-someone"]
+
+
+class TestWhatItTook:
+    async def test_processor_time_is_told(self, start_bench: Any) -> None:
+        """Once for each task, whatever its end; what it used before the task does not count."""
+        bench = await start_bench()
+        await bench.run("burn:0.3")
+        (used,) = [event.used for event in bench.events if event.HasField("used")]
+        assert used.cpu_seconds >= 0.25
+        bench.events.clear()
+        with pytest.raises(WorkerLostError):
+            await bench.run("crash:SIGSEGV")
+        assert [event.HasField("used") for event in bench.events].count(True) == 1

@@ -231,6 +231,7 @@ class WorkerEvent(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     LOADED_FIELD_NUMBER: _builtins.int
     TURN_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ready(self) -> Global___Ready:
         """Imports are done; a task may come."""
@@ -263,6 +264,10 @@ class WorkerEvent(_message.Message):
     def turn(self) -> Global___MeasuringTurn:
         """In a CompressTask: the worker is about to measure latency, or has ended."""
 
+    @_builtins.property
+    def used(self) -> Global___Used:
+        """Of the executor, not of a worker: the task has ended, and this is what it took."""
+
     def __init__(
         self,
         *,
@@ -274,16 +279,43 @@ class WorkerEvent(_message.Message):
         failed: _status_pb2.Status | None = ...,
         loaded: Global___InspectResult | None = ...,
         turn: Global___MeasuringTurn | None = ...,
+        used: Global___Used | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "event", b"event", "failed", b"failed", "inspected", b"inspected", "loaded", b"loaded", "log", b"log", "progress", b"progress", "ready", b"ready", "turn", b"turn"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "event", b"event", "failed", b"failed", "inspected", b"inspected", "loaded", b"loaded", "log", b"log", "progress", b"progress", "ready", b"ready", "turn", b"turn", "used", b"used"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "event", b"event", "failed", b"failed", "inspected", b"inspected", "loaded", b"loaded", "log", b"log", "progress", b"progress", "ready", b"ready", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "event", b"event", "failed", b"failed", "inspected", b"inspected", "loaded", b"loaded", "log", b"log", "progress", b"progress", "ready", b"ready", "turn", b"turn", "used", b"used"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["ready", "progress", "log", "inspected", "compressed", "failed", "loaded", "turn"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["ready", "progress", "log", "inspected", "compressed", "failed", "loaded", "turn", "used"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WorkerEvent: _TypeAlias = WorkerEvent  # noqa: Y015
+
+@_typing.final
+class Used(_message.Message):
+    """What a task took."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CPU_SECONDS_FIELD_NUMBER: _builtins.int
+    RUN_SECONDS_FIELD_NUMBER: _builtins.int
+    cpu_seconds: _builtins.float
+    """Seconds of processors, of the worker and what it started."""
+    run_seconds: _builtins.float
+    """Seconds that it ran."""
+    def __init__(
+        self,
+        *,
+        cpu_seconds: _builtins.float = ...,
+        run_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_seconds", b"cpu_seconds", "run_seconds", b"run_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Used: _TypeAlias = Used  # noqa: Y015
 
 @_typing.final
 class Ready(_message.Message):
