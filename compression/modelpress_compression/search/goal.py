@@ -61,7 +61,7 @@ def pursue(
     recipe: Recipe, goal: Goal, model: Model, path: Path, context: Context, eval_data: EvaluationData | None
 ) -> Pursuit:
     """Builds, measures and chooses. `path`: the file of the original `model`. Raises what passes raise."""
-    search = _GoalSearch(recipe, goal, model, path, context, Judge(path, path, context, recipe, eval_data))
+    search = GoalSearch(recipe, goal, model, path, context, Judge(path, path, context, recipe, eval_data))
     search.build()
     return search.choose()
 
@@ -82,7 +82,12 @@ class _Entry:
 
 
 @dataclass
-class _GoalSearch:
+class GoalSearch:
+    """`build` makes all candidates, `choose` times them and takes one; it may be asked again.
+
+    `path`: file of the original `model`.
+    """
+
     recipe: Recipe
     goal: Goal
     model: Model
