@@ -18,6 +18,7 @@ from modelpress_protos.v1 import (
     upload_service_pb2_grpc,
 )
 
+from modelpress_server.ballast import Ballast
 from modelpress_server.clock import Clock
 from modelpress_server.config import MAX_MESSAGE_BYTES, TOKENS_NAME, Settings, SettingsError
 from modelpress_server.connections import connection_options
@@ -123,6 +124,7 @@ class Server:
             self._build(authenticator)
             self._bind(credentials)
             await self._executor.start()
+            await self._set_serving(True)
             await self._scheduler.start(machine_restarted=self._lock.machine_restarted)
             self._lock.note_boot()
             await self._grpc.start()
@@ -130,7 +132,6 @@ class Server:
             self._lock.release()
             raise
         self._janitor.start()
-        await self._set_serving(True)
         self._lock.announce(self.address)
 
     async def stop(self) -> None:
@@ -154,7 +155,10 @@ class Server:
         await asyncio.to_thread(clear_work_folders, data_dir / "work")
         self._blobs = FileBlobStore(data_dir)
         await asyncio.to_thread(self._blobs.open)
-        self._database = await asyncio.to_thread(Database.open, data_dir / "modelpress.db")
+        self._ballast = Ballast(data_dir / "ballast")
+        self._ballast.ease()
+        self._database = await asyncio.to_thread(Database.open, data_dir / "modelpress.db", self._ballast)
+        await asyncio.to_thread(self._ballast.take_on)
 
     def _build(self, authenticator: Authenticator) -> None:
         settings, database = self._settings, self._database
@@ -170,14 +174,17 @@ class Server:
         self._grpc = grpc.aio.server(interceptors=[self._gate], options=options)
         self._uploads = UploadService(settings, self._blobs, index, space, self._clock)
         self._janitor = Janitor(
-            settings, self._projects, self._blobs, index, usage, self._uploads.sessions, self._clock
+            settings, self._projects, self._blobs, index, usage, self._uploads.sessions, self._ballast, self._clock
         )
+        space.on_short = self._janitor.hurry
         upload_service_pb2_grpc.add_UploadServiceServicer_to_server(self._uploads, self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelService(settings, self._projects, models, self._scheduler), self._grpc
         )
         job_service_pb2_grpc.add_JobServiceServicer_to_server(
-            JobService(settings, self._projects, jobs, models, index, self._scheduler, self._notifier, self._clock),
+            JobService(
+                settings, self._projects, jobs, models, index, self._blobs, self._scheduler, self._notifier, self._clock
+            ),
             self._grpc,
         )
         server_service_pb2_grpc.add_ServerServiceServicer_to_server(

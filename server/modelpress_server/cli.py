@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from modelpress_server import logs
+from modelpress_server.check_command import check
 from modelpress_server.config import GIB, KIB, MIB, Settings, SettingsError
 from modelpress_server.token_commands import token
 
@@ -107,6 +108,7 @@ def command(ctx: click.Context, /, **values: Any) -> None:
 
 
 command.add_command(token)
+command.add_command(check)
 
 
 async def _serve(settings: Settings) -> None:

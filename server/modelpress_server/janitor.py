@@ -7,6 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from modelpress_server.ballast import Ballast
 from modelpress_server.clock import Clock
 from modelpress_server.config import Settings
 from modelpress_server.errors import ServiceError
@@ -14,6 +15,7 @@ from modelpress_server.projects import Projects
 from modelpress_server.services.upload_session import UploadSessions
 from modelpress_server.stores.base import BlobIndex, Retention
 from modelpress_server.stores.filesystem import FileBlobStore
+from modelpress_server.waiting import wait_until
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,11 @@ MIN_BLOB_AGE_S = 3600.0
 MAX_CLOCK_DRIFT_US = 30_000_000
 # After a start nothing expires for so long: the server was away, or the clock was set meanwhile.
 START_GRACE_S = 3600.0
+# When room is short, unused blobs go so soon after their last use, and the janitor comes so soon.
+SHORT_BLOB_TTL_S = 3600.0
+SHORT_INTERVAL_S = 10.0
+# Files of blobs that were let go may be wanted again by an upload that ends just now.
+SETTLED_S = 60.0
 BATCH = 500
 
 
@@ -37,6 +44,7 @@ class Janitor:
         index: BlobIndex,
         retention: Retention,
         sessions: UploadSessions,
+        ballast: Ballast,
         clock: Clock,
     ) -> None:
         self._projects = projects
@@ -45,7 +53,9 @@ class Janitor:
         self._blobs = blobs
         self._index = index
         self._sessions = sessions
+        self._ballast = ballast
         self._clock = clock
+        self._room_is_short = asyncio.Event()
         self._ahead_us = self._wall_ahead_us()
         self._has_given_grace = False
         self._task: asyncio.Task[None] | None = None
@@ -53,6 +63,10 @@ class Janitor:
     def start(self) -> None:
         """Begins."""
         self._task = asyncio.create_task(self._sweep_regularly())
+
+    def hurry(self) -> None:
+        """Somebody was refused room: the next pass comes soon, and frees what it can."""
+        self._room_is_short.set()
 
     async def close(self) -> None:
         """Stops; what was begun may be finished by the next server."""
@@ -90,8 +104,13 @@ class Janitor:
     async def sweep(self, now: int) -> None:
         """One pass at the time `now`, in microseconds. Records go first, then files that no record names any more."""
         await self._expire(now)
+        short, blob_ttl_s = self._room_is_short.is_set(), self._settings.blob_ttl_s
+        self._room_is_short.clear()
+        if short:
+            blob_ttl_s = min(blob_ttl_s, SHORT_BLOB_TTL_S)
+        await self._blobs.empty_quarantine(now / 1e6 - (0.0 if short else self._settings.event_ttl_s))
         swept = await self._index.sweep(
-            blobs_before_us=now - round(self._settings.blob_ttl_s * 1e6),
+            blobs_before_us=now - round(blob_ttl_s * 1e6),
             events_before_us=now - round(self._settings.event_ttl_s * 1e6),
             now_us=now,
         )
@@ -100,7 +119,10 @@ class Janitor:
         active = await self._index.active_uploads()
         for upload_id in await self._blobs.partial_ids() - active:
             await self._sessions.discard(upload_id)
+        for blob in set(swept.blobs) - await self._index.known(swept.blobs):
+            await self._blobs.remove_older_than(blob, now / 1e6 - SETTLED_S)
         removed = await self._remove_unknown_files(now / 1e6)
+        await self._blobs.run(self._ballast.take_on)
         if removed or swept.uploads or swept.jobs_compacted:
             logger.info(
                 "cleaned up: %d blobs, %d uploads, events of %d jobs", removed, len(swept.uploads), swept.jobs_compacted
@@ -135,7 +157,9 @@ class Janitor:
                 logger.warning("cleaning up failed: %s", error)
             except Exception:  # a bug here must not leave the disk to fill up for good
                 logger.exception("cleaning up failed")
-            await asyncio.sleep(self._settings.janitor_interval_s)
+            await wait_until(self._room_is_short, self._settings.janitor_interval_s)
+            if self._room_is_short.is_set():
+                await self._clock.sleep(SHORT_INTERVAL_S)
 
 
 def clear_work_folders(work: Path) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 from pathlib import Path
 
 from modelpress_server.config import SettingsError
+from modelpress_server.shortage import shortage_of
+
+logger = logging.getLogger(__name__)
 
 ADDRESS_FILE = "server.json"
 BOOT_FILE = "server.boot"
@@ -61,9 +65,14 @@ class DataDirLock:
         """Writes server.json, so that `compress-client --local` finds this server."""
         path = self._data_dir / ADDRESS_FILE
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"address": address, "pid": os.getpid()}) + "\n", "utf-8")
-        temporary.chmod(0o600)
-        temporary.replace(path)
+        try:
+            temporary.write_text(json.dumps({"address": address, "pid": os.getpid()}) + "\n", "utf-8")
+            temporary.chmod(0o600)
+            temporary.replace(path)
+        except OSError as error:
+            if shortage_of(error) is None:
+                raise
+            logger.warning("%s could not be written: %s", path, error)
 
     def release(self) -> None:
         """Takes server.json away and lets go."""

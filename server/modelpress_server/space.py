@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from modelpress_server.config import GIB
-from modelpress_server.errors import DiskTooSmallError
+from modelpress_server.errors import DiskTooSmallError, StorageFullError
 from modelpress_server.shortage import storage_full
 from modelpress_server.stores.base import BlobIndex
 
@@ -49,6 +49,8 @@ class Space:
         self._reserve_bytes = reserve_bytes
         self._index = index
         self._promises: set[Promise] = set()
+        # Called when somebody was refused room.
+        self.on_short: Callable[[], None] = lambda: None
         # Between the look at what is left and the promise nobody else may promise it.
         self._lock = asyncio.Lock()
 
@@ -56,7 +58,11 @@ class Space:
     async def left(self) -> AsyncIterator[int]:
         """Bytes that are neither used nor promised; nobody else promises any meanwhile."""
         async with self._lock:
-            yield await self._left_bytes()
+            try:
+                yield await self._left_bytes()
+            except StorageFullError:
+                self.on_short()
+                raise
 
     @asynccontextmanager
     async def promised(self, need_bytes: int, folder: Path) -> AsyncIterator[Promise]:
@@ -79,11 +85,6 @@ class Space:
     async def is_full(self) -> bool:
         """Whether there is next to nothing left, whoever used it up."""
         return (await asyncio.to_thread(shutil.disk_usage, self._root)).free < FULL_BYTES
-
-    async def is_short(self) -> bool:
-        """Whether less is left than shall be."""
-        async with self.left() as left_bytes:
-            return left_bytes <= 0
 
     async def _left_bytes(self) -> int:
         uploads_bytes = await self._index.awaited_bytes()

@@ -19,6 +19,7 @@ from modelpress_server.projects import Projects
 from modelpress_server.scheduler import Scheduler
 from modelpress_server.services.job_requests import blobs_of, check_job, new_job
 from modelpress_server.stores.base import BlobIndex, JobRecord, JobStore, ModelStore
+from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.records import now_us
 from modelpress_server.stores.sql_jobs import refuse_rejected
 from modelpress_server.validation import Checks
@@ -44,6 +45,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         jobs: JobStore,
         models: ModelStore,
         index: BlobIndex,
+        blobs: FileBlobStore,
         scheduler: Scheduler,
         notifier: Notifier,
         clock: Clock,
@@ -53,6 +55,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         self._jobs = jobs
         self._models = models
         self._index = index
+        self._blobs = blobs
         self._scheduler = scheduler
         self._notifier = notifier
         self._clock = clock
@@ -74,7 +77,10 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
             return record.to_message()
         references = {*blobs.values(), *blobs_of(model.message).values()}
         max_queued = self._projects.limits(project).max_queued_jobs
-        created = await self._jobs.create(record, references, request_id, max_queued=max_queued)
+        await self._blobs.require(references)
+        created = await self._jobs.create(
+            record, references, request_id, max_queued=max_queued, is_there=self._blobs.is_there
+        )
         self._scheduler.wake()
         return await self._message(created)
 

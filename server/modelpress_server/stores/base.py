@@ -248,11 +248,18 @@ class JobStore(Protocol):
     """Jobs of all projects, with their events and logs."""
 
     async def create(
-        self, record: JobRecord, blobs: Collection[BlobKey], request: RequestKey | None, *, max_queued: int
+        self,
+        record: JobRecord,
+        blobs: Collection[BlobKey],
+        request: RequestKey | None,
+        *,
+        max_queued: int,
+        is_there: Callable[[BlobKey], bool],
     ) -> JobRecord:
         """Stores a job, or returns the one that the request id made before.
 
-        Ends it at once with the result of an earlier identical job, unless it says skip_cache. Raises BlobMissingError,
+        Ends it at once with the result of an earlier identical job, unless it says skip_cache or `is_there` misses a
+        part of that result. Raises BlobMissingError,
         RequestIdReusedError, QueueFullError, ResourceNotFoundError, ModelRejectedError.
         """
         ...

@@ -8,20 +8,25 @@ power cut; progress is written in batches, so that the fsync of each commit cost
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, inspect
+from modelpress_protos.v1 import upload_service_pb2
+from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError, OperationalError
 
+from modelpress_server.ballast import Ballast
 from modelpress_server.config import SettingsError
-from modelpress_server.errors import ServiceError
+from modelpress_server.errors import ServiceError, StorageFullError
 from modelpress_server.shortage import server_busy, storage_full
 from modelpress_server.stores import migrations
+from modelpress_server.stores.tables import project_blobs, uploads
 
 Result = TypeVar("Result")
 BUSY_TIMEOUT_MS = 10_000
@@ -32,35 +37,49 @@ _OUT_OF_DESCRIPTORS = ("unable to open database file", "out of memory")
 class Database:
     """Runs functions of a connection as transactions, off the event loop."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, ballast: Ballast) -> None:
         self._engine = engine
+        self._ballast = ballast
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sql-write")
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="sql-read")
 
     @classmethod
-    def open(cls, path: Path) -> Database:
-        """Opens or creates the SQLite file and brings its schema up to date."""
+    def open(cls, path: Path, ballast: Ballast | None = None) -> Database:
+        """Opens or creates the SQLite file and brings its schema up to date; `ballast` is one on the same disk."""
         path.touch(mode=0o600)
         path.chmod(0o600)  # SQLite gives its other files the mode of this one
         engine = create_engine(URL.create("sqlite", database=str(path)), pool_size=READERS + 1)
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         _migrate(engine)
-        return cls(engine)
+        return cls(engine, ballast or Ballast(path.with_name("ballast")))
 
     async def read(self, function: Callable[[Connection], Result]) -> Result:
         """Runs `function` in a transaction that only reads."""
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._run, function, False)
 
-    async def write(self, function: Callable[[Connection], Result]) -> Result:
-        """Runs `function` in a transaction and commits it. Raises StorageFullError."""
-        return await asyncio.get_running_loop().run_in_executor(self._writer, self._run, function, True)
+    async def write(self, function: Callable[[Connection], Result], *, must: bool = False) -> Result:
+        """Runs `function` in a transaction and commits it. Raises StorageFullError.
+
+        `must`: it lets go of something or ends something, and is to succeed on a full disk as well.
+        """
+        run = self._run_anyhow if must else self._run
+        return await asyncio.get_running_loop().run_in_executor(self._writer, run, function, True)
 
     async def close(self) -> None:
         """Waits for what runs, then closes."""
         for pool in (self._readers, self._writer):
             await asyncio.to_thread(partial(pool.shutdown, wait=True))
         self._engine.dispose()
+
+    def _run_anyhow(self, function: Callable[[Connection], Result], writes: bool) -> Result:
+        try:
+            return self._run(function, writes)
+        except StorageFullError:
+            with self._ballast.lent() as there_was_some:
+                if not there_was_some:
+                    raise
+                return self._run(function, writes)
 
     def _run(self, function: Callable[[Connection], Result], writes: bool) -> Result:
         with self._engine.connect().execution_options(modelpress_writes=writes) as connection:
@@ -69,6 +88,37 @@ class Database:
                     return function(connection)
             except OperationalError as error:
                 raise _shortage(error) or error from error
+
+
+@dataclass(frozen=True)
+class Records:
+    """What the database says that there is: sizes of blobs by the hexadecimal of their SHA-256, durable bytes of
+    uploads by their id. `faults`: what is wrong with the database itself.
+    """
+
+    blobs: Mapping[str, int]
+    uploads: Mapping[str, int]
+    faults: Sequence[str]
+
+
+def read_records(path: Path) -> Records:
+    """Reads a database that a server may be using, and has SQLite check it."""
+    engine = create_engine(f"sqlite:///file:{quote(str(path))}?mode=ro&uri=true")
+    try:
+        with engine.connect() as connection:
+            answers = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check")]
+            blobs = connection.execute(select(project_blobs.c.sha256, project_blobs.c.size_bytes)).all()
+            active = uploads.c.state == upload_service_pb2.Upload.STATE_ACTIVE
+            open_uploads = connection.execute(select(uploads.c.id, uploads.c.committed_size).where(active)).all()
+    except DatabaseError as error:
+        return Records({}, {}, [f"the database: {error.orig}"])
+    finally:
+        engine.dispose()
+    return Records(
+        {row.sha256.hex(): row.size_bytes for row in blobs},
+        {row.id: row.committed_size for row in open_uploads},
+        [f"the database: {answer}" for answer in answers if answer != "ok"],
+    )
 
 
 def _shortage(error: OperationalError) -> ServiceError | None:

@@ -20,7 +20,8 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -151,6 +152,16 @@ class FileBlobStore:
     async def has(self, blob: BlobKey) -> bool:
         return await self.run(self._has, blob)
 
+    def is_there(self, blob: BlobKey) -> bool:
+        """`has` for a thread that may wait for the disk."""
+        return self._has(blob)
+
+    async def require(self, blobs: Collection[BlobKey]) -> None:
+        """Raises BlobMissingError where one of them is not there: it was damaged and set aside, or is lost."""
+        missing = await self.run(lambda: [blob for blob in blobs if not self._has(blob)])
+        if missing:
+            raise _missing(missing[0])
+
     async def open_blob(self, blob: BlobKey) -> int:
         """A file descriptor to read a blob with. Raises BlobMissingError."""
         return await self.run(self._open, blob)
@@ -168,6 +179,10 @@ class FileBlobStore:
     async def remove_older_than(self, blob: BlobKey, time_s: float) -> None:
         """Removes a blob unless it was published since `time_s`."""
         await self.run(self._remove_older_than, blob, time_s)
+
+    async def empty_quarantine(self, time_s: float) -> None:
+        """Removes what was set aside before `time_s`."""
+        await self.run(self._empty_quarantine, time_s)
 
     async def older_than(self, time_s: float) -> list[BlobKey]:
         """Blobs whose file was made before `time_s`."""
@@ -204,7 +219,8 @@ class FileBlobStore:
                 with suppress(FileExistsError):
                     os.link(source, target)
                 # The janitor goes by this time; a blob that was there already is wanted again.
-                os.utime(target)
+                now_ns = time.time_ns()
+                os.utime(target, ns=(now_ns, now_ns))
             _sync_folder(target.parent)
 
     def _place(self, blob: BlobKey, target: Path, link: bool) -> None:
@@ -249,6 +265,11 @@ class FileBlobStore:
         with self._naming, suppress(FileNotFoundError):
             if path.lstat().st_mtime < time_s:
                 path.unlink()
+
+    def _empty_quarantine(self, time_s: float) -> None:
+        for entry in os.scandir(self._quarantine):
+            if entry.stat(follow_symlinks=False).st_ctime < time_s:
+                Path(entry.path).unlink(missing_ok=True)
 
     def _older_than(self, time_s: float) -> Iterator[BlobKey]:
         for shard in os.scandir(self._blobs):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from modelpress_server.errors import ResourceNotFoundError
 from modelpress_server.stores import records
@@ -152,6 +152,11 @@ def cached_result(connection: Connection, project: str, cache_key: bytes) -> Job
         .where(result_cache.c.project == project, result_cache.c.cache_key == cache_key)
     ).first()
     return record_of(row) if row is not None else None
+
+
+def forget_result(connection: Connection, job: JobRecord) -> None:
+    """Its result serves no other jobs any more: some of it was lost."""
+    connection.execute(delete(result_cache).where(result_cache.c.job_id == job.id))
 
 
 def queued_count(connection: Connection, project: str) -> int:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, Table, delete, exists, insert, select
+from sqlalchemy import Connection, Row, Select, Table, delete, exists, insert, select, update
 
 from modelpress_server.errors import BlobMissingError, EtagMismatchError, RequestIdReusedError
 from modelpress_server.stores.base import BlobKey, ListQuery, RequestKey, etag
@@ -16,6 +16,9 @@ from modelpress_server.stores.tables import blob_references, labels, project_blo
 
 # SQLite allows 32,766 bound values in a statement; a manifest has at most 1,000 files.
 _CHUNK = 500
+# `used_us` of a blob that somebody deleted.
+LET_GO_US = 0
+JUST_USED_US = 60 * 1_000_000
 
 
 def now_us() -> int:
@@ -104,9 +107,25 @@ def set_labels(connection: Connection, owner: str, values: Mapping[str, str]) ->
 
 
 def forget_owner(connection: Connection, owner: str) -> None:
-    """Removes what hangs on a deleted model or job."""
+    """Removes what hangs on a deleted model or job; blobs that nothing else of the project uses may go at once."""
     connection.execute(delete(labels).where(labels.c.owner == owner))
+    held = connection.execute(select(blob_references).where(blob_references.c.owner == owner)).all()
     connection.execute(delete(blob_references).where(blob_references.c.owner == owner))
+    for row in held:
+        others = exists().where(
+            blob_references.c.project == project_blobs.c.project, blob_references.c.sha256 == project_blobs.c.sha256
+        )
+        connection.execute(
+            update(project_blobs)
+            .where(
+                project_blobs.c.project == row.project,
+                project_blobs.c.sha256 == row.sha256,
+                # Whoever asked for it a moment ago is about to use it.
+                project_blobs.c.used_us < now_us() - JUST_USED_US,
+                ~others,
+            )
+            .values(used_us=LET_GO_US)
+        )
 
 
 def check_etag(given: str, version: int) -> None:

@@ -81,7 +81,7 @@ class SqlBlobIndex:
                 .values(committed_size=committed_size, expire_time_us=expire_time_us)
             )
 
-        await self._database.write(work)
+        await self._database.write(work, must=True)
 
     async def complete_upload(self, upload_id: str, now_us: int) -> UploadRecord:
         def work(connection: Connection) -> UploadRecord:
@@ -94,7 +94,7 @@ class SqlBlobIndex:
             )
             return _fetch(connection, upload_id)
 
-        return await self._database.write(work)
+        return await self._database.write(work, must=True)
 
     async def cancel_upload(self, project: str, upload_id: str) -> UploadRecord:
         def work(connection: Connection) -> UploadRecord:
@@ -103,7 +103,7 @@ class SqlBlobIndex:
                 connection.execute(update(uploads).where(uploads.c.id == upload_id).values(state=CANCELLED))
             return _record(_row(connection, upload_id, project))
 
-        return await self._database.write(work)
+        return await self._database.write(work, must=True)
 
     async def active_uploads(self) -> set[str]:
         def work(connection: Connection) -> set[str]:
@@ -134,9 +134,10 @@ class SqlBlobIndex:
                 (project_blobs.c.used_us, used_us),
                 (request_ids.c.create_time_us, used_us),
             ):
-                connection.execute(update(column.table).where(column < least_us).values({column: least_us}))
+                older = (column < least_us) & (column != records.LET_GO_US)
+                connection.execute(update(column.table).where(older).values({column: least_us}))
 
-        await self._database.write(work)
+        await self._database.write(work, must=True)
 
     async def sweep(self, *, blobs_before_us: int, events_before_us: int, now_us: int) -> Sweep:
         return await self._database.write(
@@ -144,7 +145,8 @@ class SqlBlobIndex:
                 blobs=_sweep_blobs(connection, blobs_before_us),
                 uploads=_sweep_uploads(connection, now_us),
                 jobs_compacted=_sweep_events(connection, events_before_us, now_us),
-            )
+            ),
+            must=True,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import grpc
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2
@@ -43,9 +43,17 @@ class SqlJobStore:
         self._database = database
 
     async def create(
-        self, record: JobRecord, blobs: Collection[BlobKey], request: RequestKey | None, *, max_queued: int
+        self,
+        record: JobRecord,
+        blobs: Collection[BlobKey],
+        request: RequestKey | None,
+        *,
+        max_queued: int,
+        is_there: Callable[[BlobKey], bool],
     ) -> JobRecord:
-        return await self._database.write(lambda connection: _create(connection, record, blobs, request, max_queued))
+        return await self._database.write(
+            lambda connection: _create(connection, record, blobs, request, max_queued, is_there)
+        )
 
     async def get(self, project: str, job_id: str) -> JobRecord:
         return await self._database.read(lambda connection: job_rows.fetch_job(connection, job_id, project))
@@ -70,7 +78,7 @@ class SqlJobStore:
             connection.execute(delete(jobs).where(jobs.c.id == job_id))
             records.forget_owner(connection, job_id)
 
-        await self._database.write(work)
+        await self._database.write(work, must=True)
 
     async def queue_positions(self) -> dict[str, int]:
         def work(connection: Connection) -> dict[str, int]:
@@ -97,7 +105,7 @@ class SqlJobStore:
         return await self._database.write(lambda connection: _claim(connection, now_us, rank, waiting))
 
     async def expire_overdue(self, now_us: int) -> tuple[str, ...]:
-        return await self._database.write(lambda connection: tuple(_expire(connection, now_us)))
+        return await self._database.write(lambda connection: tuple(_expire(connection, now_us)), must=True)
 
     async def next_queue_deadline_us(self) -> int | None:
         def work(connection: Connection) -> int | None:
@@ -140,7 +148,7 @@ class SqlJobStore:
                 job_rows.move(connection, record, CANCELLING)
             return job_rows.fetch_job(connection, job_id, project)
 
-        return await self._database.write(work)
+        return await self._database.write(work, must=True)
 
     async def finish(self, job_id: str, outcome: Outcome) -> None:
         def work(connection: Connection) -> None:
@@ -150,7 +158,7 @@ class SqlJobStore:
             elif record.message.state == RUNNING:
                 job_rows.finish_job(connection, record, outcome)
 
-        await self._database.write(work)
+        await self._database.write(work, must=True)
 
     async def requeue(
         self, job_id: str, *, count_attempt: bool, excused: bool = False, log: Sequence[LogLine] = ()
@@ -159,7 +167,7 @@ class SqlJobStore:
             record = job_rows.fetch_job(connection, job_id)
             _requeue(connection, record, count_attempt=count_attempt, excused=excused, log=log)
 
-        await self._database.write(work)
+        await self._database.write(work, must=True)
 
     async def recover(self, *, excused: bool = False) -> int:
         def work(connection: Connection) -> int:
@@ -168,7 +176,7 @@ class SqlJobStore:
                 _recover(connection, job_rows.record_of(row), excused)
             return len(rows)
 
-        return await self._database.write(work)
+        return await self._database.write(work, must=True)
 
     async def events(self, job_id: str, after_sequence: int, limit: int) -> list[job_service_pb2.WatchJobResponse]:
         def work(connection: Connection) -> Sequence[bytes]:
@@ -202,6 +210,7 @@ def _create(
     blobs: Collection[BlobKey],
     request: RequestKey | None,
     max_queued: int,
+    is_there: Callable[[BlobKey], bool],
 ) -> JobRecord:
     project = record.project
     earlier = records.earlier_request(connection, project, _KIND, request)
@@ -212,6 +221,9 @@ def _create(
     refuse_rejected(model.message)
     spec = record.message.spec
     cached = None if spec.skip_cache else job_rows.cached_result(connection, project, record.cache_key)
+    if cached is not None and not all(is_there(blob) for blob in _result_blobs(cached)):
+        job_rows.forget_result(connection, cached)
+        cached = None
     if cached is None and job_rows.queued_count(connection, project) >= max_queued:
         raise errors.QueueFullError(
             f"Project {project} has {max_queued} queued jobs, the most that this server allows. Wait or cancel some.",
@@ -235,14 +247,17 @@ def refuse_rejected(model: model_service_pb2.Model) -> None:
         )
 
 
+def _result_blobs(job: JobRecord) -> tuple[BlobKey, ...]:
+    return records.unique(BlobKey.of(entry.digest) for artifact in job.message.artifacts for entry in artifact.files)
+
+
 def _take_over_result(connection: Connection, record: JobRecord, cached: JobRecord) -> None:
-    files = [entry for artifact in cached.message.artifacts for entry in artifact.files]
     record.message.from_cache = True
     outcome = Outcome(
         job_service_pb2.JOB_STATE_SUCCEEDED,
         artifacts=tuple(cached.message.artifacts),
         summary=cached.message.summary,
-        blobs=records.unique(BlobKey.of(entry.digest) for entry in files),
+        blobs=_result_blobs(cached),
         log=(
             LogLine(records.now_us(), "INFO", f"The result of {cached.message.name} was taken: nothing has changed."),
         ),

@@ -84,7 +84,7 @@ class SqlModelStore:
             connection.execute(delete(models).where(models.c.id == model_id))
             records.forget_owner(connection, model_id)
 
-        await self._database.write(work)
+        await self._database.write(work, must=True)
 
     async def next_processing(self, busy: Collection[str], rank: Rank) -> ModelRecord | None:
         waits = and_(
@@ -122,7 +122,7 @@ class SqlModelStore:
             _copy_inspection(found, record.message)
             _write(connection, record)
 
-        await self._database.write(work)
+        await self._database.write(work, must=True)
 
 
 def fetch_model(connection: Connection, project: str, model_id: str) -> ModelRecord:

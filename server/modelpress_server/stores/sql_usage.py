@@ -74,7 +74,7 @@ class SqlUsage:
             ids = connection.execute(old.order_by(jobs.c.id).limit(BATCH)).scalars().all()
             return _delete(connection, jobs, ids)
 
-        return await self._database.write(work)
+        return await self._database.write(work, must=True)
 
     async def expire_models(self, project: str, unused_since_us: int) -> int:
         def work(connection: Connection) -> int:
@@ -96,7 +96,7 @@ class SqlUsage:
             ]
             return _delete(connection, models, ids)
 
-        return await self._database.write(work)
+        return await self._database.write(work, must=True)
 
 
 def _pinned(table: Table) -> ColumnElement[bool]:
