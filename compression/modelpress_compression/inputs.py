@@ -313,8 +313,9 @@ def _map(path: Path, name: str) -> Array:
     """An array file in memory; nothing in it is executed, and its header cannot claim more than the file has."""
     try:
         array: Array = npy_format.open_memmap(path, mode="r")
-    # The header is a Python literal, which may be anything of any size.
-    except (ValueError, TypeError, OverflowError, SyntaxError, OSError, EOFError, RecursionError, MemoryError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # the header is a Python literal of any kind: numpy raises whatever its parsers do
         raise InvalidDataError(
             f"The data file: {name[:80]!r} is no readable array of numbers ({' '.join(str(error).split())[:200]}); "
             f"write it with numpy.savez."

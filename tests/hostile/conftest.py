@@ -5,5 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# The generators beside this file; in importlib mode pytest does not put the folder on the path.
-sys.path.insert(0, str(Path(__file__).parent))
+# The generators beside this file, and what speaks to a server; in importlib mode pytest puts neither on the path.
+for folder in ("hostile", "server"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / folder))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,64 +13,22 @@ import pytest
 import torch
 from modelpress_compression.errors import CompressionError, RejectedModelError
 from modelpress_compression.loaders import load
+from torch_files import Net, ReadsFile, Touch, make_program, make_script, renamed, with_payload, with_samples, zip_of
 from zip_writer import Member, Zip, swapped
 
 INPUTS = ["x:float32[batch,4]"]
 
 
-class Net(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x)
-
-
-class ReadsFile(Net):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x) + torch.from_file("/etc/passwd", False, 64, dtype=torch.uint8).sum()
-
-
-class Touch:
-    """Unpickling it creates a file: proof that a pickle was executed."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.marker,)
-
-
-def zip_of(data: bytes) -> Zip:
-    """The members of an archive that torch wrote."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return Zip([Member(info.filename.encode(), archive.read(info)) for info in archive.infolist()])
-
-
-def renamed(archive: Zip, change: Callable[[bytes], bytes]) -> Zip:
-    return Zip([Member(change(member.name), member.data) for member in archive.members])
-
-
 @pytest.fixture(scope="module")
 def program() -> Zip:
     """An exported program."""
-    buffer = io.BytesIO()
-    torch.export.save(torch.export.export(Net().eval(), (torch.ones(2, 4),)), buffer)
-    return zip_of(buffer.getvalue())
+    return make_program()
 
 
 @pytest.fixture(scope="module")
 def scripts() -> dict[str, Zip]:
     """TorchScript that computes, and TorchScript that reads a file of this machine."""
-    made = {}
-    for name, module in (("good", Net()), ("evil", ReadsFile())):
-        buffer = io.BytesIO()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`torch.jit")
-            torch.jit.save(torch.jit.script(module.eval()), buffer)
-        made[name] = zip_of(buffer.getvalue())
-    return made
+    return {"good": make_script(Net()), "evil": make_script(ReadsFile())}
 
 
 @pytest.fixture
@@ -80,18 +37,6 @@ def marker(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "executed"
     yield path
     assert not path.exists()
-
-
-def with_payload(program: Zip, marker: Path) -> Zip:
-    """The program with sample inputs that execute code when they are unpickled."""
-    buffer = io.BytesIO()
-    torch.save(Touch(marker), buffer)
-    return with_samples(program, buffer.getvalue())
-
-
-def with_samples(program: Zip, data: bytes) -> Zip:
-    """The program with other sample inputs."""
-    return Zip([Member(item.name, data if b"sample_inputs" in item.name else item.data) for item in program.members])
 
 
 def refused(path: Path, data: bytes, finding: str) -> CompressionError:

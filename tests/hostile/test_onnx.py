@@ -1,0 +1,151 @@
+"""ONNX files that lie, explode, or point elsewhere: each is refused by name, before anything follows it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from modelpress_compression.errors import CompressionError
+from modelpress_compression.loaders import load
+from onnx import TensorProto, helper, numpy_helper
+
+
+def value(name: str, shape: list[Any] | None, dtype: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, dtype, shape)
+
+
+def model_of(nodes: list[onnx.NodeProto], **parts: Any) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        nodes, "g", parts.get("inputs", [value("x", [2, 4])]), [value("y", None)], parts.get("weights", [])
+    )
+    opsets = [helper.make_opsetid("", 17), *(helper.make_opsetid(name, 1) for name in parts.get("domains", ()))]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=parts.get("functions", ()))
+
+
+def relu(**parts: Any) -> onnx.ModelProto:
+    return model_of([helper.make_node("Relu", ["x"], ["y"])], **parts)
+
+
+def weighted(weight: onnx.TensorProto) -> onnx.ModelProto:
+    return model_of([helper.make_node("Add", ["x", "w"], ["y"])], weights=[weight])
+
+
+def external(*entries: tuple[str, str], dims: tuple[int, ...] = (4,)) -> onnx.ModelProto:
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=dims, data_location=TensorProto.EXTERNAL)
+    for key, text in entries:
+        tensor.external_data.add(key=key, value=text)
+    return weighted(tensor)
+
+
+def claiming(*dims: int) -> onnx.ModelProto:
+    weight = numpy_helper.from_array(np.zeros(4, np.float32), "w")
+    del weight.dims[:]
+    weight.dims.extend(dims)
+    return weighted(weight)
+
+
+def functions(count: int, *, closed: bool) -> onnx.ModelProto:
+    """Each calls the one before twice; `closed`: and the first calls the last."""
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("f", 1)]
+    made = []
+    for index in range(count):
+        inner = f"f{index - 1}" if index or closed else "Relu"
+        inner = f"f{count - 1}" if closed and not index else inner
+        domain = "" if inner == "Relu" else "f"
+        nodes = [helper.make_node(inner, [source], [target], domain=domain) for source, target in ("ab", "bc")]
+        made.append(helper.make_function("f", f"f{index}", ["a"], ["c"], nodes, opsets))
+    call = helper.make_node(f"f{count - 1}", ["x"], ["y"], domain="f")
+    return model_of([call], functions=made, domains=["f"])
+
+
+def nested(depth: int) -> bytes:
+    """Graphs within attributes of nodes within graphs, in wire format: no library would write so many."""
+
+    def field(number: int, data: bytes) -> bytes:
+        size, out = len(data), bytes([number << 3 | 2])
+        while size > 127:
+            out, size = out + bytes([size & 127 | 128]), size >> 7
+        return out + bytes([size]) + data
+
+    data = b""
+    for _ in range(depth):
+        data = field(1, field(5, field(6, data)))
+    return b"\x08\x08" + field(7, data)
+
+
+OK = (("location", "w.bin"), ("offset", "0"), ("length", "16"))
+ROWS: dict[str, tuple[Callable[[], onnx.ModelProto | bytes], str]] = {
+    "recursive function": (lambda: functions(3, closed=True), "RECURSIVE_FUNCTION"),
+    "exploding functions": (lambda: functions(26, closed=False), "FUNCTION_BOMB"),
+    "deep nesting": (lambda: nested(10_000), "UNSUPPORTED_FORMAT"),
+    "unknown domain": (
+        lambda: model_of([helper.make_node("Evil", ["x"], ["y"], domain="evil.lib")], domains=["evil.lib"]),
+        "UNSUPPORTED_OPERATOR",
+    ),
+    "a name of megabytes": (lambda: relu(inputs=[value("x" * 5_000_000, [2, 4])]), "NAME_TOO_LONG"),
+    "an input of terabytes": (lambda: relu(inputs=[value("x", [1 << 40, 4])]), "INVALID_INPUTS"),
+    "an input that overflows": (lambda: relu(inputs=[value("x", [(1 << 63) - 1] * 2)]), "INVALID_INPUTS"),
+    "a weight that claims more": (lambda: claiming(1 << 40, 1 << 40), ""),
+    "a weight of negative size": (lambda: claiming(-4), ""),
+    "data above the folder": (lambda: external(("location", "../w.bin")), "EXTERNAL_PATH"),
+    "data at an absolute path": (lambda: external(("location", "/etc/passwd")), "EXTERNAL_PATH"),
+    "data through a link": (lambda: external(("location", "link.bin")), "EXTERNAL_PATH"),
+    "data through a hard link": (lambda: external(("location", "hard.bin")), "EXTERNAL_PATH"),
+    "data with a NUL in its name": (lambda: external(("location", "w.bin\0")), "EXTERNAL_PATH"),
+    "data at an address in memory": (lambda: external(("location", "*/_ORT_MEM_ADDR_/*")), "UNSUPPORTED_FORMAT"),
+    "data that is nowhere": (lambda: external(("location", "no.bin")), "UNSUPPORTED_FORMAT"),
+    "data beyond the end": (lambda: external(*OK[:1], ("offset", "999999999999")), "UNSUPPORTED_FORMAT"),
+    "data before the start": (lambda: external(*OK[:1], ("offset", "-16")), "EXTERNAL_DATA"),
+    "data longer than the weight": (lambda: external(*OK[:1], ("length", "99999")), "EXTERNAL_DATA"),
+    "data at no number": (lambda: external(*OK[:1], ("offset", "abc")), "EXTERNAL_DATA"),
+    "data of more than there is": (lambda: external(*OK[:1], dims=(1 << 40, 1 << 22)), "UNSUPPORTED_FORMAT"),
+    "a location given twice": (lambda: external(*OK, ("location", "../w.bin")), "EXTERNAL_PATH"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model's folder with data, a link and a hard link out of it."""
+    made = tmp_path / "model"
+    made.mkdir()
+    (made / "w.bin").write_bytes(np.arange(4, dtype=np.float32).tobytes())
+    (tmp_path / "w.bin").write_bytes(bytes(16))
+    (made / "link.bin").symlink_to("../w.bin")
+    os.link(tmp_path / "w.bin", made / "hard.bin")
+    return made
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_it_is_refused_by_name(folder: Path, row: str) -> None:
+    """With the reason or finding of the table; an empty one: any that is ours."""
+    make, expected = ROWS[row]
+    made = make()
+    (folder / "m.onnx").write_bytes(made if isinstance(made, bytes) else made.SerializeToString())
+    with pytest.raises(CompressionError) as caught:
+        load(folder / "m.onnx")
+    assert caught.value.reason != "INTERNAL"
+    assert expected in ("", caught.value.reason, caught.value.metadata.get("finding"))
+    assert len(caught.value.message) < 1000
+
+
+def test_what_is_honest_is_loaded(folder: Path) -> None:
+    """Data in the folder, named once, with the numbers that its weight has."""
+    (folder / "m.onnx").write_bytes(external(*OK).SerializeToString())
+    (weight,) = load(folder / "m.onnx").graph.initializers.values()
+    assert weight.const_value is not None
+    np.testing.assert_array_equal(weight.const_value.numpy(), np.arange(4, dtype=np.float32))
+
+
+def test_data_beside_external_data(folder: Path) -> None:
+    """A weight that is in the model and in a file is the file's, for whoever reads it."""
+    model = external(*OK)
+    model.graph.initializer[0].raw_data = bytes(16)
+    (folder / "m.onnx").write_bytes(model.SerializeToString())
+    (weight,) = load(folder / "m.onnx").graph.initializers.values()
+    assert weight.const_value is not None
+    np.testing.assert_array_equal(weight.const_value.numpy(), np.arange(4, dtype=np.float32))
