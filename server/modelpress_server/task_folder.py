@@ -35,8 +35,13 @@ def job_need_bytes(spec: job_service_pb2.JobSpec, manifest: model_service_pb2.Mo
 
 
 def inspection_need_bytes(model: model_service_pb2.Model) -> int:
-    """About how much room on the disk an inspection needs: a blob that stands under many names is copied for each."""
-    return sum(entry.digest.size_bytes for entry in model.files) + WRITTEN_BESIDES_BYTES
+    """About how much room on the disk an inspection needs.
+
+    A blob that stands under many names is copied for each; of an archive, torch is given a copy of its checked members.
+    """
+    file_bytes = sum(entry.digest.size_bytes for entry in model.files)
+    copied_bytes = model.files[0].digest.size_bytes if len(model.files) == 1 else 0
+    return file_bytes + copied_bytes + WRITTEN_BESIDES_BYTES
 
 
 @dataclass(frozen=True)

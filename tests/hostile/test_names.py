@@ -7,11 +7,8 @@ import json
 import logging
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
 from google.rpc import error_details_pb2
 from modelpress_client.cli.output import Output, json_text
@@ -24,32 +21,13 @@ from modelpress_compression.errors import RejectedModelError
 from modelpress_server.logs import PrintableFormatter
 from modelpress_server.worker.failures import status_of_exception
 from modelpress_server.worker.paths import Redactor
-from onnx import TensorProto, helper, numpy_helper
+from onnx_files import EVIL, hostile_names
 
-EVIL = '\x1b[31mRED\x1b]0;title\x07\x9b2J<script>alert(1)</script>"><img src=x onerror=alert(2)>\u202e\r\n'
 LAYOUT = "\n\t\u00a0"
 
 
 def is_safe(text: str) -> bool:
     return all(char.isprintable() or char in LAYOUT for char in text)
-
-
-def hostile_model(path: Path) -> Path:
-    """Every name, and whatever else is text, is hostile."""
-    rng = np.random.default_rng(0)
-    weights = [numpy_helper.from_array(rng.standard_normal((16, 16)).astype(np.float32), EVIL + n) for n in ("w", "v")]
-    nodes = [
-        helper.make_node("MatMul", [EVIL + "x", EVIL + "w"], [EVIL + "a"], name=EVIL + "1"),
-        helper.make_node("Relu", [EVIL + "a"], [EVIL + "b"], name=EVIL + "2"),
-        helper.make_node("MatMul", [EVIL + "b", EVIL + "v"], [EVIL + "y"], name=EVIL + "3"),
-    ]
-    x = helper.make_tensor_value_info(EVIL + "x", TensorProto.FLOAT, [EVIL + "batch", 16])
-    y = helper.make_tensor_value_info(EVIL + "y", TensorProto.FLOAT, None)
-    graph = helper.make_graph(nodes, EVIL, [x], [y], weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name=EVIL)
-    model.metadata_props.add(key=EVIL, value=EVIL)
-    onnx.save(model, path)
-    return path
 
 
 @dataclass(frozen=True)
@@ -65,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The default goal, which names layers in its steps, candidates and advice."""
     folder = tmp_path_factory.mktemp("names")
     recipe = Recipe.from_dict({"version": 1, "goal": {"objective": "balanced"}, "benchmark": {"rounds": 5}})
-    result = compress(load(hostile_model(folder / "m.onnx")), recipe)
+    result = compress(load(hostile_names(folder / "m.onnx")), recipe)
     result.write(folder)
     (html,) = folder.glob("*.html")
     assert any(name.startswith(EVIL) for name in result.report["fidelity"]["outputs"])

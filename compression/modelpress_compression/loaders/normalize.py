@@ -41,7 +41,7 @@ def normalize(model: Model) -> Model:
             _inline(ir)
             _forget_false_names(ir)
             _tidy(ir)
-    except (onnx_ir.passes.PassError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (onnx_ir.passes.PassError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
         cause = error.__cause__ or error
         raise RejectedModelError(
             f"The ONNX graph is not valid: {' '.join(str(cause).split())[:300]}", finding="INVALID_GRAPH"
