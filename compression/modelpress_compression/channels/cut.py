@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from modelpress_compression.channels.find import Trace, trace
 from modelpress_compression.channels.fixes import (
-    Bounds,
     Count,
     Extents,
     Fix,
     Parts,
     Places,
     Positions,
+    SliceBounds,
     labels_of,
 )
 from modelpress_compression.channels.groups import Indices
@@ -122,7 +122,7 @@ class _Cut:
             self._target(fix)
         elif isinstance(fix, Parts):
             self._parts(fix)
-        elif isinstance(fix, Bounds):
+        elif isinstance(fix, SliceBounds):
             self._bounds(fix)
         elif isinstance(fix, Places):
             self._places(fix)
@@ -147,7 +147,7 @@ class _Cut:
         fix.node.attributes.pop("num_outputs", None)
         set_input(fix.node, 1, self._constant(f"{label(fix.node)}_sizes", sizes))
 
-    def _bounds(self, fix: Bounds) -> None:
+    def _bounds(self, fix: SliceBounds) -> None:
         starts, ends = (np.array(self._tracer.known(fix.node.inputs[position])) for position in (1, 2))
         for number, (whole, start, end) in fix.slices.items():
             starts[number] = self.left(whole[:start])

@@ -41,7 +41,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Bounds:
+class SliceBounds:
     """The node slices axes with step 1: number in its list of axes -> (labels of the whole axis, start, end)."""
 
     node: onnx_ir.Node
@@ -66,7 +66,7 @@ class Places:
     axes: ValueLabels
 
 
-Fix = Count | Extents | Parts | Bounds | Positions | Places
+Fix = Count | Extents | Parts | SliceBounds | Positions | Places
 
 
 def labels_of(fix: Fix) -> tuple[AxisLabels, ...]:
@@ -77,6 +77,6 @@ def labels_of(fix: Fix) -> tuple[AxisLabels, ...]:
         return fix.axes
     if isinstance(fix, Parts):
         return fix.parts
-    if isinstance(fix, Bounds):
+    if isinstance(fix, SliceBounds):
         return tuple(whole for whole, _, _ in fix.slices.values())
     return (fix.whole, fix.picked)

@@ -42,10 +42,10 @@ from modelpress_compression.model import Model
 
 FUSED = "MatMulIntegerToFloat"
 # Values, scale and zero point, as DynamicQuantizeLinear makes them.
-Activation = tuple[onnx_ir.Value, onnx_ir.Value, onnx_ir.Value]
+QuantizedInput = tuple[onnx_ir.Value, onnx_ir.Value, onnx_ir.Value]
 
 
-def write_input(editor: Editor, node: onnx_ir.Node, source: onnx_ir.Value) -> Activation:
+def write_input(editor: Editor, node: onnx_ir.Node, source: onnx_ir.Value) -> QuantizedInput:
     """An activation by the range that it has in each run, before a node."""
     outputs = ("", "_scale", "_zero_point")
     values, scale, zero_point = editor.emit(
@@ -55,7 +55,7 @@ def write_input(editor: Editor, node: onnx_ir.Node, source: onnx_ir.Value) -> Ac
 
 
 def write(
-    editor: Editor, node: onnx_ir.Node, x: Activation, weight: StoredWeight, bias: onnx_ir.Value | None = None
+    editor: Editor, node: onnx_ir.Node, x: QuantizedInput, weight: StoredWeight, bias: onnx_ir.Value | None = None
 ) -> onnx_ir.Value:
     """The dynamic product before a node, under its name."""
     spot, (values, scale, zero_point) = Spot(editor, node, label(node)), x

@@ -19,7 +19,7 @@ from modelpress_compression.loaders.exporters import ExportRequest
 from modelpress_compression.loaders.normalize import infer_shapes
 from modelpress_compression.loaders.onnx_file import from_exporter
 from modelpress_compression.loaders.quiet import quiet
-from modelpress_compression.loaders.trials import Trial, Trials, first_line
+from modelpress_compression.loaders.trials import TrialRun, TrialRuns, first_line
 from modelpress_compression.loaders.verify import Disagreement, check_outputs
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.runtime import run, session_of
@@ -36,7 +36,7 @@ def export_checked(
     exporters: Sequence[Exporter],
     module: Callable[[], Any],
     specs: Sequence[TensorSpec],
-    trials: Trials,
+    trials: TrialRuns,
     provenance: Provenance,
 ) -> Model:
     """The first exporter's result that repeats `trials`. `module()`: a fresh module that takes `specs` in order.
@@ -74,7 +74,7 @@ def _failed(failures: Sequence[tuple[str, str]]) -> CompressionError:
     return ModelNotRunnableError(message)
 
 
-def _finished(path: Path, provenance: Provenance, specs: Sequence[TensorSpec], trials: Trials) -> Model:
+def _finished(path: Path, provenance: Provenance, specs: Sequence[TensorSpec], trials: TrialRuns) -> Model:
     """The exporter's graph with inputs named and shaped as `specs` say, in that order; it repeats all `trials`.
 
     Raises Disagreement where it gives other numbers, CompressionError where it does not load or run.
@@ -110,7 +110,7 @@ def _shape_inputs(model: Model, specs: Sequence[TensorSpec]) -> None:
         model.graph.inputs.append(value)
 
 
-def _shape_outputs(model: Model, trials: Sequence[Trial], observed: Sequence[Sequence[Array]]) -> None:
+def _shape_outputs(model: Model, trials: Sequence[TrialRun], observed: Sequence[Sequence[Array]]) -> None:
     """Output shapes as they were seen: a dimension that always had a dynamic dimension's extent is that dimension."""
     for position, value in enumerate(model.graph.outputs):
         shapes = [outputs[position].shape for outputs in observed]
@@ -127,7 +127,7 @@ def _shape_outputs(model: Model, trials: Sequence[Trial], observed: Sequence[Seq
         value.shape = onnx_ir.Shape(dims)
 
 
-def _dim(extents: Sequence[int], trials: Sequence[Trial]) -> int | str | None:
+def _dim(extents: Sequence[int], trials: Sequence[TrialRun]) -> int | str | None:
     for symbol in trials[0].sizes:
         sizes = [trial.sizes[symbol] for trial in trials]
         if sizes == list(extents) and len(set(sizes)) > 1:

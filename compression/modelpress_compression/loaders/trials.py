@@ -82,7 +82,7 @@ def _extent(dim: int | str | None, unknown: int, sizes: Mapping[str, int]) -> in
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialRun:
     """One run of the original: extents of the dynamic dimensions, what went in, what came out."""
 
     sizes: Mapping[str, int]
@@ -91,14 +91,14 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Trials:
+class TrialRuns:
     """`runs[0]` is the one to trace with. `warnings` say which dimensions turned out not to be dynamic."""
 
-    runs: tuple[Trial, ...]
+    runs: tuple[TrialRun, ...]
     warnings: tuple[str, ...] = ()
 
 
-def find_trials(run: Run, specs: Sequence[TensorSpec], refusals: tuple[type[Exception], ...]) -> Trials:
+def find_trials(run: Run, specs: Sequence[TensorSpec], refusals: tuple[type[Exception], ...]) -> TrialRuns:
     """Runs of the original at several sizes. `run` raises one of `refusals` where the original does not take an input.
 
     Raises InvalidInputsError, with what the original said, where it takes none, or only one batch size.
@@ -123,10 +123,10 @@ def find_trials(run: Run, specs: Sequence[TensorSpec], refusals: tuple[type[Exce
                 f"give the number instead of the word if it is fixed."
             )
     everything = search.attempt(_merged(runs), scalar, seed=7)
-    return Trials((*runs, everything) if everything else tuple(runs), tuple(warnings))
+    return TrialRuns((*runs, everything) if everything else tuple(runs), tuple(warnings))
 
 
-def _merged(runs: Sequence[Trial]) -> dict[str, int]:
+def _merged(runs: Sequence[TrialRun]) -> dict[str, int]:
     """Every dimension at a size of its own that is not the first run's."""
     sizes = dict(runs[0].sizes)
     for trial in runs[1:]:
@@ -139,7 +139,7 @@ class _Search:
         self._run, self._specs, self._refusals = run, specs, refusals
         self.said = ""
 
-    def first(self) -> tuple[Trial, int | None]:
+    def first(self) -> tuple[TrialRun, int | None]:
         """The first size at which the original runs, and the value of its scalars."""
         batches = batch_symbols(self._specs)
         others = [name for name in symbols_of(self._specs) if name not in batches]
@@ -159,7 +159,7 @@ class _Search:
         listed = ", ".join(map(str, self._specs))
         raise InvalidInputsError(f"The model does not run with {listed}: {said}. Check shapes, types and their order.")
 
-    def other(self, first: Trial, symbol: str, scalar: int | None) -> Trial | None:
+    def other(self, first: TrialRun, symbol: str, scalar: int | None) -> TrialRun | None:
         """A run with another extent of one dimension."""
         here = first.sizes[symbol]
         is_batch = symbol in batch_symbols(self._specs)
@@ -181,14 +181,14 @@ class _Search:
             if any(isinstance(dim, str) for dim in spec.shape)
         )
 
-    def attempt(self, sizes: Mapping[str, int], scalar: int | None, seed: int = 0) -> Trial | None:
+    def attempt(self, sizes: Mapping[str, int], scalar: int | None, seed: int = 0) -> TrialRun | None:
         feeds = example_feeds(self._specs, sizes, seed=seed)
         if scalar is not None:
             for spec in self._specs:
                 if _is_scalar(spec):
                     feeds[spec.name][...] = scalar
         try:
-            return Trial(dict(sizes), feeds, self._run(dict(feeds)))
+            return TrialRun(dict(sizes), feeds, self._run(dict(feeds)))
         except self._refusals as error:
             self.said = first_line(error)
             return None

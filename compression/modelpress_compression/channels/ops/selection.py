@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir
 
-from modelpress_compression.channels.fixes import Bounds, Parts, Positions
+from modelpress_compression.channels.fixes import Parts, Positions, SliceBounds
 from modelpress_compression.channels.integers import slice_of
 from modelpress_compression.channels.labels import AxisLabels, Ints, ValueLabels
 from modelpress_compression.channels.ops.layout import axis_of
@@ -73,7 +73,7 @@ def slice_(node: onnx_ir.Node, tracer: Tracer) -> str | None:
         output[axis] = labels[part]
     tracer.set(node.outputs[0], tuple(output))
     if slices:
-        tracer.fixes.append(Bounds(node, slices))
+        tracer.fixes.append(SliceBounds(node, slices))
     else:
         # No fix will look after bounds that are computed from extents, so those must stay.
         for value in node.inputs[1:3]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from modelpress_compression.executor.registry import Function, operator
 from modelpress_compression.executor.site import Site
 
-Activation = Callable[[Tensor], Tensor]
+ActivationFunction = Callable[[Tensor], Tensor]
 State = tuple[Tensor, ...]
 
 
@@ -24,7 +24,7 @@ State = tuple[Tensor, ...]
 class _Cell:
     """One direction's arithmetic. `activations`: f, g, h in the order of the ONNX specification."""
 
-    activations: tuple[Activation, ...]
+    activations: tuple[ActivationFunction, ...]
     clip: float | None
     hidden: int
     input_forget: bool = False
@@ -34,13 +34,13 @@ class _Cell:
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
 
-def _activation(name: str, alpha: float | None, beta: float | None) -> Activation:
+def _activation(name: str, alpha: float | None, beta: float | None) -> ActivationFunction:
     """An activation by its name in ONNX, case ignored, with that operator's defaults."""
 
     def or_default(value: float | None, default: float) -> float:
         return default if value is None else value
 
-    table: dict[str, Activation] = {
+    table: dict[str, ActivationFunction] = {
         "sigmoid": torch.sigmoid,
         "tanh": torch.tanh,
         "relu": torch.relu,

@@ -19,7 +19,7 @@ from modelpress_compression.graph.read import constant_array, is_op, label
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult
 from modelpress_compression.passes.integers.products import Summation, of_matrix, of_node, output_axis
-from modelpress_compression.passes.integers.saturation import Bounds, bounds, within_limit
+from modelpress_compression.passes.integers.saturation import SumBounds, bounds, within_limit
 from modelpress_compression.target import Target
 
 # Key in `Value.meta` of a quantized weight: how many of its scales were raised, or pairs moved, against saturation.
@@ -124,7 +124,7 @@ class _Product:
         reduced = int(self.stored.values.meta.get(REDUCED, 0))
         return Certificate(label(self.node), self.node.op_type, channels, reduced, reach, certified, reason)
 
-    def _flaw(self, found: Bounds) -> str:
+    def _flaw(self, found: SumBounds) -> str:
         """What can go wrong; empty: nothing."""
         bias = constant_array(self.bias)
         offset = 0 if bias is None else int(np.abs(bias.astype(np.int64)).max(initial=0))

@@ -32,7 +32,7 @@ PAIR_LIMIT = 128
 
 
 @dataclass(frozen=True)
-class Bounds:
+class SumBounds:
     """The most that products of these weights with any activations can reach: [slices, outputs of a slice].
 
     `low`, `high`: sums of one pair. `total`: magnitude of the 32-bit sum, its correction for the zero point included.
@@ -49,7 +49,7 @@ class Bounds:
         return np.asarray((self.low < limits.min) | (self.high > limits.max))
 
 
-def bounds(levels: NDArray[np.int8], summation: Summation) -> Bounds:
+def bounds(levels: NDArray[np.int8], summation: Summation) -> SumBounds:
     """The bounds of int8 weights. `low` and `high` are attained by some activations."""
     low, high, total = [], [], []
     for _, index in summation.chunks(levels.shape):
@@ -59,7 +59,7 @@ def bounds(levels: NDArray[np.int8], summation: Summation) -> Bounds:
         high.append(np.maximum(pairs, 0).sum(axis=3).max(axis=2, initial=0))
         # x * w, and zero_point * sum(w)
         total.append(2 * np.abs(pairs).sum(axis=(2, 3), dtype=np.int64))
-    return Bounds(*(LARGEST_ACTIVATION * np.concatenate(parts).astype(np.int64) for parts in (low, high, total)))
+    return SumBounds(*(LARGEST_ACTIVATION * np.concatenate(parts).astype(np.int64) for parts in (low, high, total)))
 
 
 def least_squares_scale(weight: NDArray[np.float32], summation: Summation) -> NDArray[np.float64]:

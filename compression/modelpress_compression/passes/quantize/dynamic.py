@@ -107,7 +107,7 @@ class DynamicRewriter:
 
     editor: Editor
     store: WeightStore
-    _inputs: dict[tuple[onnx_ir.Value, onnx_ir.Graph], products.Activation] = field(default_factory=dict)
+    _inputs: dict[tuple[onnx_ir.Value, onnx_ir.Graph], products.QuantizedInput] = field(default_factory=dict)
     _tables: dict[tuple[onnx_ir.Value, onnx_ir.Graph], StoredWeight] = field(default_factory=dict)
 
     def rewrite(self, node: onnx_ir.Node) -> None:
@@ -189,7 +189,7 @@ class DynamicRewriter:
             self._tables[key] = folded.store_rows(self.editor, graph_of(node), rows, table.name or "table")
         self.editor.hand_over(node.outputs[0], folded.write_rows(self.editor, node, self._tables[key]))
 
-    def _quantized(self, node: onnx_ir.Node) -> products.Activation:
+    def _quantized(self, node: onnx_ir.Node) -> products.QuantizedInput:
         """Values, scale and zero point of the node's first input."""
         source = required(node, 0)
         key = (source, graph_of(node))

@@ -38,7 +38,7 @@ class _Source:
     axis: int
 
 
-class Activation:
+class ActivationMagnitude:
     """Judges by weights and the data's activations."""
 
     needs_data = True

@@ -11,7 +11,7 @@ from modelpress_compression.errors import InvalidDataError
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.prune.channel import report
-from modelpress_compression.passes.prune.channel.activation import Activation
+from modelpress_compression.passes.prune.channel.activation import ActivationMagnitude
 from modelpress_compression.passes.prune.channel.costs import COSTS
 from modelpress_compression.passes.prune.channel.criteria import Criterion, Magnitude, Random
 from modelpress_compression.passes.prune.channel.limits import Limits, permitted
@@ -30,7 +30,7 @@ CRITERIA: Mapping[str, Callable[[PruneConfig], Criterion]] = MappingProxyType(
     {
         "l1": lambda config: Magnitude(1),
         "l2": lambda config: Magnitude(2),
-        "activation": lambda config: Activation(),
+        "activation": lambda config: ActivationMagnitude(),
         "taylor": _taylor,
         "random": lambda config: Random(config.seed),
     }
