@@ -9,6 +9,8 @@
     ├── InvalidRecipeError          the recipe breaks its rules; all violations at once
     ├── UnsupportedOperatorError    an operator that cannot be converted or run
     ├── ModelNotRunnableError       the model does not load or run in onnxruntime
+    ├── MemoryLimitError            a job needs more memory than it may use
+    ├── DiskSpaceError              a job needs more space than its work folder has
     └── TimeLimitError              the time given to a job ran out
 
 Each message is one short paragraph for a person: what happened, where, what to do. `reason` is for machines and is the
@@ -79,6 +81,18 @@ class ModelNotRunnableError(CompressionError):
     """The model does not load or run in onnxruntime."""
 
     reason = "MODEL_NOT_RUNNABLE"
+
+
+class MemoryLimitError(CompressionError):
+    """A job needs more memory than it may use."""
+
+    reason = "WORKER_OUT_OF_MEMORY"
+
+
+class DiskSpaceError(CompressionError):
+    """A job needs more space than its work folder has."""
+
+    reason = "STORAGE_FULL"
 
 
 class TimeLimitError(CompressionError):

@@ -193,7 +193,8 @@ class JobRun:
         time_s = resources.settings.run_time_limit_s
         if job.spec.HasField("run_timeout"):
             time_s = min(time_s, job.spec.run_timeout.ToMilliseconds() / 1000)
-        request = await folder.compress_request(job, self._record.manifest, time_s)
+        limits = Limits(time_s, resources.settings.worker_memory_bytes, promise.limit_bytes)
+        request = await folder.compress_request(job, self._record.manifest, limits)
 
         def on_event(event: worker_pb2.WorkerEvent) -> None:
             if event.HasField("used"):
@@ -203,7 +204,6 @@ class JobRun:
             else:
                 recorder.on_event(event)
 
-        limits = Limits(time_s, resources.settings.worker_memory_bytes, promise.limit_bytes)
         event = await _run_task(resources, request, limits, promise, on_event)
         if event.WhichOneof("event") != "compressed":
             raise WorkerLostError(CRASHED, "The worker ended without a result.")

@@ -12,7 +12,7 @@ from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2
 
 from modelpress_server.config import MIB
-from modelpress_server.executors.base import WorkerLostError
+from modelpress_server.executors.base import Limits, WorkerLostError
 from modelpress_server.names import new_id, path_fault
 from modelpress_server.stores.base import BlobKey
 from modelpress_server.stores.filesystem import ArtifactError, FileBlobStore
@@ -61,7 +61,7 @@ class TaskFolder:
         return worker_pb2.WorkerRequest(inspect=worker_pb2.InspectTask(model=await self._lay_out(model)))
 
     async def compress_request(
-        self, job: job_service_pb2.Job, manifest: model_service_pb2.Model, time_limit_s: float
+        self, job: job_service_pb2.Job, manifest: model_service_pb2.Model, limits: Limits
     ) -> worker_pb2.WorkerRequest:
         """Lays model and data out for a compression."""
         output = self.root / "output"
@@ -74,7 +74,8 @@ class TaskFolder:
             data_path=await self._data_file("data.npz", spec.data if spec.HasField("data") else None),
             eval_path=await self._data_file("eval.npz", spec.eval_data if spec.HasField("eval_data") else None),
             output_directory=str(output),
-            time_limit_s=time_limit_s,
+            time_limit_s=limits.time_s,
+            memory_limit_bytes=limits.memory_bytes,
         )
         return worker_pb2.WorkerRequest(compress=task)
 

@@ -21,6 +21,7 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.pipeline.data_check import data_warnings
 from modelpress_compression.pipeline.measuring import Measured, measure, not_better, verdict
+from modelpress_compression.pipeline.preflight import check_room, needs
 from modelpress_compression.pipeline.progress import Progress, ProgressListener, stages_of
 from modelpress_compression.recipe import Recipe
 from modelpress_compression.report.build import ReportInputs, StepRow, build_report
@@ -70,6 +71,7 @@ def compress(
     work_directory: Path | None = None,
     clock: Callable[[], float] = time.monotonic,
     alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+    memory_limit_bytes: int | None = None,
 ) -> Result:
     """Runs the recipe's steps in order and measures the result against the model as it was given.
 
@@ -79,7 +81,10 @@ def compress(
     `clock`: what `time_limit_s` is held against, in seconds. `alone`: within it nothing else of the caller's runs on
     this machine; latency is measured there.
 
-    Raises InvalidDataError, ModelNotRunnableError, UnsupportedOperatorError, TimeLimitError. A step that breaks the
+    `memory_limit_bytes`: what this process may hold; None: what the machine has.
+
+    Raises InvalidDataError, ModelNotRunnableError, UnsupportedOperatorError, TimeLimitError, and before the long work
+    MemoryLimitError and DiskSpaceError where the job cannot fit. A step that breaks the
     model is undone and reported; a result that is slower and not smaller is replaced by the model as it was given.
     """
     deadline = None if time_limit_s is None else clock() + time_limit_s
@@ -96,6 +101,7 @@ def compress(
             original=model,
         )
         run = _prepare(model, recipe, _evaluation_data(model, eval_data), context, on_progress)
+        run = _with_room(run, memory_limit_bytes)
         for warning in run.warnings:
             log("WARNING", warning)
         made = _make(run)
@@ -152,6 +158,15 @@ def _prepare(
     warnings = data_warnings(model, path, context.data, evaluation, recipe.limits.metric)
     prepared = replace(context, progress=progress.update)
     return _Run(model, path, recipe, evaluation, prepared, progress, tuple(warnings))
+
+
+def _with_room(run: _Run, memory_limit_bytes: int | None) -> _Run:
+    """Says what the job will take. Raises MemoryLimitError, DiskSpaceError where it cannot fit."""
+    expected = needs(run.recipe, run.path, run.context.data)
+    run.context.log(f"expected: {expected}")
+    run.progress.update(1.0, f"expected: {expected}")
+    found = check_room(expected, run.context.work_directory, memory_limit_bytes)
+    return replace(run, warnings=(*run.warnings, *found))
 
 
 def _make(run: _Run) -> Pursuit:

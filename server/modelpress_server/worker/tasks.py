@@ -92,6 +92,7 @@ def _compress(task: worker_pb2.CompressTask, context: TaskContext) -> worker_pb2
         work_directory=context.directory,
         clock=context.clock,
         alone=context.alone,
+        memory_limit_bytes=task.memory_limit_bytes or None,
     )
     return worker_pb2.WorkerEvent(compressed=_write(result, Path(task.output_directory)))
 

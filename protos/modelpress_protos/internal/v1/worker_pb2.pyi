@@ -180,6 +180,7 @@ class CompressTask(_message.Message):
     EVAL_PATH_FIELD_NUMBER: _builtins.int
     OUTPUT_DIRECTORY_FIELD_NUMBER: _builtins.int
     TIME_LIMIT_S_FIELD_NUMBER: _builtins.int
+    MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Name of the job, for the report."""
     data_path: _builtins.str
@@ -190,6 +191,8 @@ class CompressTask(_message.Message):
     """Folder for the artifacts."""
     time_limit_s: _builtins.float
     """Seconds that the task may take."""
+    memory_limit_bytes: _builtins.int
+    """Bytes of memory that the worker may hold; 0: no limit."""
     @_builtins.property
     def model(self) -> Global___ModelFiles:
         """The model."""
@@ -208,10 +211,11 @@ class CompressTask(_message.Message):
         eval_path: _builtins.str = ...,
         output_directory: _builtins.str = ...,
         time_limit_s: _builtins.float = ...,
+        memory_limit_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "recipe", b"recipe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_path", b"data_path", "eval_path", b"eval_path", "job", b"job", "model", b"model", "output_directory", b"output_directory", "recipe", b"recipe", "time_limit_s", b"time_limit_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_path", b"data_path", "eval_path", b"eval_path", "job", b"job", "memory_limit_bytes", b"memory_limit_bytes", "model", b"model", "output_directory", b"output_directory", "recipe", b"recipe", "time_limit_s", b"time_limit_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

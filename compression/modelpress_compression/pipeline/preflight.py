@@ -1,0 +1,159 @@
+"""What a job will take, told before the long work: from one run of the model, its size and the plan.
+
+    time      runs of the model that the plan makes * (the time of one run + what each run costs besides)
+    memory    what the process holds + copies of the weights + what a run works in
+    disk      copies of the model in the work folder
+
+How many runs and copies a plan makes was found by `benchmarks/preflight.py`, which prints estimates beside what was
+taken. Times are CPU seconds: a machine that does other work takes longer. What cannot fit is refused; what may not is
+said.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelpress_compression.errors import DiskSpaceError, MemoryLimitError
+from modelpress_compression.inputs import InputData
+from modelpress_compression.recipe import Recipe, Step
+from modelpress_compression.report.formats import size
+from modelpress_compression.runtime import open_session, run
+from modelpress_compression.search.steps import file_size_bytes
+
+# Samples beyond these are not looked at by the passes and the judge.
+MOST_SAMPLES = 128
+OVERHEAD_S = 0.00025  # of one run, beside the model's own time
+RUNS_TIMED = 3
+SESSIONS_BYTES = 40 * 1024**2  # of onnxruntime and this process, whatever the model
+# The estimates err by less than this factor, either way.
+UNCERTAINTY = 2.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a step or a goal: `runs` of the model and `runs_per_sample`; copies of the weights in `memory` and on `disk`.
+
+    Runs are those of the float model that take as long: an unoptimized or instrumented model counts for several.
+    """
+
+    runs: float
+    runs_per_sample: float
+    memory: float
+    disk: float
+
+
+GOAL = Cost(200, 106, 6.0, 3.0)
+MEASURING = Cost(300, 4, 4.0, 0.0)
+_LIGHT = Cost(20, 1, 4.0, 1.0)
+_STEPS = {
+    "quantize auto": Cost(400, 70, 6.0, 4.0),
+    "quantize static": Cost(100, 40, 6.0, 2.0),
+    "prune channel": Cost(100, 30, 6.0, 2.0),
+}
+# Of training, for each sample of each epoch: the teacher's answer, the student's, and its gradients.
+TRAINING_RUNS = 12.0
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a job will take. `memory_bytes`: of the whole process at its peak."""
+
+    time_s: float
+    memory_bytes: int
+    disk_bytes: int
+
+    def __str__(self) -> str:
+        """'about 2 min, 1.20 GB of memory, 400 MB of disk'."""
+        return f"about {_duration(self.time_s)}, {size(self.memory_bytes)} of memory, {size(self.disk_bytes)} of disk"
+
+
+def needs(recipe: Recipe, path: Path, data: InputData) -> Needs:
+    """The estimate for the model in `path`, whose cost is measured in a few runs. Raises ModelNotRunnableError."""
+    run_s, working_bytes = _one_run(path, data)
+    samples = min(MOST_SAMPLES, len(data))
+    costs = list(_costs(recipe))
+    runs = sum(cost.runs + cost.runs_per_sample * samples for cost in costs)
+    runs += sum(TRAINING_RUNS * step.config.epochs * len(data) for step in recipe.steps if step.technique == "distill")
+    model_bytes = file_size_bytes(path)
+    memory_bytes = held_bytes() + SESSIONS_BYTES + max(cost.memory for cost in costs) * (model_bytes + working_bytes)
+    disk_bytes = model_bytes * (1 + sum(cost.disk for cost in costs))
+    return Needs(runs * (run_s + OVERHEAD_S), round(memory_bytes), round(disk_bytes))
+
+
+def check_room(needs: Needs, work_directory: Path, memory_limit_bytes: int | None) -> list[str]:
+    """Sentences on what may not suffice. `memory_limit_bytes` None: what the machine has free.
+
+    Raises MemoryLimitError, DiskSpaceError where the job cannot fit.
+    """
+    memory = _available_memory_bytes() if memory_limit_bytes is None else memory_limit_bytes
+    disk = shutil.disk_usage(work_directory).free
+    found = []
+    for what, needed, there, error in (
+        ("memory", needs.memory_bytes, memory, MemoryLimitError),
+        ("disk space", needs.disk_bytes, disk, DiskSpaceError),
+    ):
+        text = f"about {size(needed)} of {what}, and {size(there)} are there"
+        if needed > UNCERTAINTY * there:
+            raise error(f"The job would need {text}. Take a smaller model or fewer techniques, or give it more room.")
+        if needed > there:
+            found.append(f"The job may need {text}: it may not be able to end.")
+    return found
+
+
+def _costs(recipe: Recipe) -> Iterator[Cost]:
+    yield MEASURING
+    if recipe.goal is not None and not recipe.steps:
+        yield GOAL
+    for step in recipe.steps:
+        yield _STEPS.get(_kind(step), _LIGHT)
+
+
+def _kind(step: Step) -> str:
+    detail = getattr(step.config, "scheme", None) or getattr(step.config, "structure", "")
+    return f"{step.technique} {detail}"
+
+
+def _one_run(path: Path, data: InputData) -> tuple[float, int]:
+    """CPU seconds of one run for one sample, and bytes that it works in."""
+    session = open_session(path)
+    before = held_bytes()
+    times_s = []
+    for feed in list(data.feeds(1, limit=RUNS_TIMED * (data.fixed_batch or 1))) * RUNS_TIMED:
+        began = time.thread_time()
+        run(session, feed)
+        times_s.append(time.thread_time() - began)
+        if sum(times_s) > 5.0:
+            break
+    return min(times_s) / (data.fixed_batch or 1), max(0, held_bytes() - before)
+
+
+def held_bytes() -> int:
+    """What this process holds in memory now, mapped files not included."""
+    try:
+        _, resident, mapped = map(int, Path("/proc/self/statm").read_text("ascii").split()[:3])
+        return (resident - mapped) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _available_memory_bytes() -> int:
+    """Of the machine, with what this process holds already."""
+    pages = os.sysconf("SC_AVPHYS_PAGES")
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        free = pages * os.sysconf("SC_PAGE_SIZE")
+    return free + held_bytes()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,87 @@
+"""What a job will take, and what is refused before it begins."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from modelpress_compression import InputData, Model, Recipe, compress
+from modelpress_compression.errors import DiskSpaceError, MemoryLimitError
+from modelpress_compression.pipeline.preflight import Needs, check_room, needs
+
+GB = 10**9
+
+
+@pytest.fixture
+def path(digits: Model, tmp_path: Path) -> Path:
+    """The classifier's file."""
+    digits.save(tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def steps(*entries: dict[str, object]) -> Recipe:
+    return Recipe.from_dict({"version": 1, "steps": list(entries)})
+
+
+def test_more_work_takes_more(path: Path, samples: InputData) -> None:
+    """A goal over one light step, training over both; disk by the copies that each makes."""
+    light = needs(steps({"fuse": {}}), path, samples)
+    goal = needs(Recipe.preset("default"), path, samples)
+    trained = needs(steps({"fuse": {}}, {"distill": {"epochs": 1000}}), path, samples)
+    assert light.time_s < goal.time_s < trained.time_s
+    assert path.stat().st_size < light.disk_bytes < goal.disk_bytes
+    assert light.memory_bytes > path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.2, "about 1 s, "), (42.4, "about 42 s, "), (130, "about 2 min, "), (9000, "about 2.5 h, ")]
+)
+def test_needs_read_well(seconds: float, said: str) -> None:
+    """In units of people."""
+    text = str(Needs(seconds, 1_234_000_000, 400_000_000)).replace("\u00a0", " ")
+    assert text == f"{said}1.23 GB of memory, 400 MB of disk"
+
+
+def test_what_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an error of its own, which says how much there is."""
+    with pytest.raises(MemoryLimitError, match="memory") as memory:
+        check_room(Needs(1.0, 5 * GB, 1), tmp_path, 2 * GB)
+    assert memory.value.reason == "WORKER_OUT_OF_MEMORY"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * GB))
+    with pytest.raises(DiskSpaceError, match="disk space") as disk:
+        check_room(Needs(1.0, 1, 5 * GB), tmp_path, 2 * GB)
+    assert disk.value.reason == "STORAGE_FULL"
+
+
+def test_what_may_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The estimates may err by a factor of two; without doubt there is nothing to say."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * GB))
+    memory, disk = check_room(Needs(1.0, 3 * GB, 3 * GB), tmp_path, 2 * GB)
+    assert "of memory" in memory
+    assert "of disk space" in disk
+    assert check_room(Needs(1.0, 1 * GB, 1 * GB), tmp_path, 2 * GB) == []
+
+
+def test_without_a_limit_the_machine_counts(tmp_path: Path) -> None:
+    """A petabyte fits nowhere."""
+    with pytest.raises(MemoryLimitError):
+        check_room(Needs(1.0, 10**15, 1), tmp_path, None)
+
+
+def test_a_job_is_refused_before_the_work(digits: Model, samples: InputData) -> None:
+    """The estimate is told, then the refusal comes; no step has begun."""
+    stages: list[str] = []
+    logged: list[str] = []
+    with pytest.raises(MemoryLimitError):
+        compress(
+            digits,
+            steps({"quantize": {"scheme": "dynamic"}}),
+            data=samples,
+            memory_limit_bytes=1000,
+            on_progress=lambda stage, index, count, fraction, message: stages.append(stage),
+            on_log=lambda severity, text: logged.append(text),
+        )
+    assert set(stages) == {"load"}
+    assert any(text.startswith("expected: about ") for text in logged)
