@@ -156,8 +156,9 @@ class Campaign:
             verifying = asyncio.create_task(self._verify_regularly())
             while self.outcome.kills < kills:
                 await asyncio.sleep(self._random.random() * self._pause_s)
+                before = self.outcome.kills
                 await self._fault()
-                if self.outcome.kills and self.outcome.kills % 50 == 0:
+                if self.outcome.kills // 50 > before // 50:
                     print(f"{time.strftime('%H:%M:%S')} {self.outcome}", file=sys.stderr, flush=True)
             self._undo()
             for client in self._clients:
