@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ class Call:
     """A call as far as it is known: for the checks inside the services, and for the audit log."""
 
     path: str  # /modelpress.v1.JobService/CreateJob
+    peer: str = ""  # ipv4:127.0.0.1:50000
     caller: Caller = ANYBODY
     project: str = ""
     take_request: Callable[[str], None] = lambda project: None
@@ -133,7 +135,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
     async def _enter(self, call: Call, authorization: str, context: Any) -> None:
         _call.set(call)
         if not call.path.startswith(HEALTH_PREFIX):
-            call.caller = await self._authenticator.caller(authorization, context.peer(), _certificate_name(context))
+            call.caller = await self._authenticator.caller(authorization, call.peer, _certificate_name(context))
         call.take_request = self._take_request
         if self._draining and call.method in NEW_WORK:
             raise draining()
@@ -152,12 +154,12 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
             )
         self._requests.take(project, now_s, burst, per_s)
 
-    def _note(self, call: Call, context: Any, outcome: str, *messages: Any) -> None:
+    def _note(self, call: Call, outcome: str, *messages: Any) -> None:
         if not call.path.startswith(API_PREFIX):
             return
         self._audit.write(
             caller=call.caller.name,
-            peer=context.peer(),
+            peer=call.peer,
             method=call.method,
             project=call.project,
             resource=resource_of(*messages),
@@ -166,9 +168,11 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
 
     def _wrap(self, handler: Any, method: str, authorization: str) -> Handler:
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        if inspect.isasyncgenfunction(behaviour):
+            behaviour = _writing(behaviour)
 
         async def call(request: Any, context: Any) -> Any:
-            state, outcome, result = Call(method), "CANCELLED", None
+            state, outcome, result = Call(method, context.peer()), "CANCELLED", None
             try:
                 await self._enter(state, authorization, context)
                 check_readable(request)
@@ -177,27 +181,14 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
                     result = await result
                 outcome = "OK"
                 return result
+            except grpc.aio.BaseError:  # gRPC's own: the call has its answer, or nobody is left to read one
+                raise
             except Exception as error:  # noqa: BLE001  # every error of a call becomes a status here
                 outcome = _outcome(error)
                 await _abort(context, method, error)
             finally:
-                self._note(state, context, outcome, result, request)
+                self._note(state, outcome, result, request)
 
-        async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-            state, outcome = Call(method), "CANCELLED"
-            try:
-                await self._enter(state, authorization, context)
-                check_readable(request)
-                async for response in behaviour(request, context):
-                    yield response
-                outcome = "OK"
-            except Exception as error:  # noqa: BLE001  # as above
-                outcome = _outcome(error)
-                await _abort(context, method, error)
-            finally:
-                self._note(state, context, outcome, request)
-
-        wrapped = stream if inspect.isasyncgenfunction(behaviour) else call
         kinds = {
             (False, False): grpc.unary_unary_rpc_method_handler,
             (False, True): grpc.unary_stream_rpc_method_handler,
@@ -205,8 +196,23 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
             (True, True): grpc.stream_stream_rpc_method_handler,
         }
         make: Any = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
-        made: Handler = make(wrapped, _readable(handler.request_deserializer), handler.response_serializer)
+        made: Handler = make(call, _readable(handler.request_deserializer), handler.response_serializer)
         return made
+
+
+def _writing(behaviour: Callable[[Any, Any], AsyncGenerator[Any, None]]) -> Callable[[Any, Any], Awaitable[None]]:
+    """A generator of responses as a coroutine that writes them.
+
+    gRPC leaves a generator whose call was cancelled to the garbage collector, which closes it after the call is freed:
+    what its clean-up asks of the context then ends the process. A coroutine cleans up while the call is there.
+    """
+
+    async def write(request: Any, context: Any) -> None:
+        async with aclosing(behaviour(request, context)) as responses:
+            async for response in responses:
+                await context.write(response)
+
+    return write
 
 
 def _outcome(error: Exception) -> str:
@@ -227,7 +233,7 @@ def draining() -> errors.DrainingError:
 
 
 async def _abort(context: Any, method: str, error: Exception) -> None:
-    if isinstance(error, grpc.aio.AbortError | asyncio.InvalidStateError):
+    if isinstance(error, asyncio.InvalidStateError):
         raise error
     shortage = shortage_of(error)
     if shortage is not None:

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,42 +11,7 @@ import pytest
 from click.testing import CliRunner
 from modelpress_server.cli import command
 from modelpress_server.config import GIB, MIB, Settings, SettingsError
-
-# Stands in for the real executor, so that the test is about the server process alone.
-LAUNCH = """
-import sys
-sys.path.insert(0, {tests!r})
-from modelpress_server import app, cli
-from scripted_executor import ScriptedExecutor
-app.Server.__init__.__defaults__ = (lambda _: ScriptedExecutor(), None)
-cli.main()
-"""
-REPORT = """
-import atexit, json
-def report():
-    heavy = [name for name in ("torch", "onnx", "onnxruntime", "numpy", "alembic") if name in sys.modules]
-    rss = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS"))
-    print(json.dumps({"heavy": heavy, "rss_kib": int(rss)}), flush=True)
-atexit.register(report)
-"""
-
-
-@contextmanager
-def launched(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
-    """`compress-server` with the scripted executor; reports what it imported when it exits."""
-    code = LAUNCH.format(tests=str(Path(__file__).parent)).replace("cli.main()", REPORT + "cli.main()")
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "--listen", "127.0.0.1:0", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **(environment or {})},
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+from server_process import launched
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
