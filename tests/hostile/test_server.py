@@ -77,7 +77,7 @@ async def test_a_day_of_hostile_models(client: Client, tmp_path: Path) -> None:
         ("many inputs", relu(inputs=many_inputs).SerializeToString(), "MODEL_REJECTED"),
         ("a script that prints", make_script(Loud()).build(), "ACTIVE"),
         ("names of escapes", hostile_names(tmp_path / "names.onnx").read_bytes(), "ACTIVE"),
-        ("an honest program", program.build(), "ACTIVE"),
+        ("an honest script", good.build(), "ACTIVE"),
     ]
     for what, content, expected in rows:
         model = await inspected(client, content)
