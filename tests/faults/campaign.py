@@ -111,7 +111,8 @@ class Process:
 
     async def kill(self) -> None:
         """SIGKILL, and its end."""
-        assert self._process is not None
+        if self._process is None:
+            return
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         await self._process.wait()
@@ -148,6 +149,13 @@ class Campaign:
 
     async def run(self, kills: int) -> Outcome:
         """Runs until so many processes were killed, then lets all come to rest and checks."""
+        try:
+            return await self._run(kills)
+        finally:
+            for process in (self._server, *self._clients):
+                await process.kill()
+
+    async def _run(self, kills: int) -> Outcome:
         await self._start_server()
         for client in self._clients:
             await self._start_client(client)
