@@ -6,7 +6,8 @@ Kills (SIGKILL) a server, its workers and its clients at random moments, while t
 the clock is set by days and back, and workers cannot start. Then it takes all faults away and checks:
 
 - every model and job that was acknowledged is there; every job has SUCCEEDED with the right result, once
-- nothing failed, except jobs whose model rotted; those succeed when the file has been uploaded again
+- nothing failed, except jobs whose model rotted, which succeed when the file has been uploaded again, and jobs that
+  were killed at each of their ten attempts, which are counted
 - the database and all blobs are sound, besides those that were made to rot; no process and no folder is left
 
 Root may give the data folder a small file system of its own; without, disks do not fill up.
@@ -36,8 +37,9 @@ import grpc.aio
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fault_client import content_of
+from fault_client import MAX_ATTEMPTS, content_of
 from fault_tasks import BROKEN, result_of
+from google.rpc import error_details_pb2
 from modelpress_client import AsyncClient
 from modelpress_client.errors import ModelpressError
 from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2, upload_service_pb2
@@ -374,7 +376,9 @@ class Campaign:
         self.outcome.seen[f"attempts {found.attempt}"] += 1
         model_sha256 = hashlib.sha256(content_of(job.seed)).hexdigest()
         if found.state != S.JOB_STATE_SUCCEEDED:
-            if model_sha256 not in self._rotten:
+            if found.attempt >= MAX_ATTEMPTS and _was_killed(found):
+                self.outcome.seen["killed at every attempt"] += 1
+            elif model_sha256 not in self._rotten:
                 self._violated(f"{job.name} is {state}: {found.error.message}")
             return
         results = [item for item in found.artifacts if item.kind == S.Artifact.KIND_OPTIMIZED_MODEL]
@@ -433,6 +437,11 @@ class Campaign:
         left = list((self._data_dir / "work").iterdir())
         if left:
             self._violated(f"{len(left)} working folders are left")
+
+
+def _was_killed(job: S.Job) -> bool:
+    info = error_details_pb2.ErrorInfo()
+    return any(detail.Unpack(info) and info.reason == "WORKER_CRASHED" for detail in job.error.details)
 
 
 def _is_worker(process: psutil.Process) -> bool:

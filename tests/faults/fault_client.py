@@ -14,6 +14,7 @@ from pathlib import Path
 from modelpress_client import Client
 from modelpress_client.errors import ModelpressError
 
+MAX_ATTEMPTS = 10  # the most that there can be
 MAX_PAUSE_S = 3.0  # so that the workers keep up
 
 
@@ -33,7 +34,7 @@ def main(address: str, folder: Path, seed: int) -> None:
             try:
                 model = client.upload(path)
                 print(json.dumps({"seed": seed, "model": model.name}), flush=True)
-                job = client.compress(model, labels={"seed": str(seed)}, max_attempts=10)
+                job = client.compress(model, labels={"seed": str(seed)}, max_attempts=MAX_ATTEMPTS)
                 print(json.dumps({"seed": seed, "model": model.name, "job": job.name}), flush=True)
             except ModelpressError as error:
                 print(json.dumps({"seed": seed, "error": f"{error.reason}: {error}"}), flush=True)
