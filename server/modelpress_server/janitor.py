@@ -58,6 +58,7 @@ class Janitor:
         self._room_is_short = asyncio.Event()
         self._ahead_us = self._wall_ahead_us()
         self._has_given_grace = False
+        self._sweeping = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -80,18 +81,23 @@ class Janitor:
         Nobody had the time that a clock skips: what would expire in it gets its whole time again. Nor did anybody while
         the server was away: the first pass gives a grace.
         """
-        now, step_us = self._clock.wall_us(), self._wall_ahead_us() - self._ahead_us
-        self._ahead_us += step_us
-        if not self._has_given_grace:
-            await self._renew(
-                now, min(START_GRACE_S, self._settings.blob_ttl_s), min(START_GRACE_S, self._settings.upload_ttl_s)
-            )
-            self._has_given_grace = True
-        if step_us <= MAX_CLOCK_DRIFT_US:
-            await self.sweep(now)
-            return
-        logger.warning("the clock was set forward by %d s; what would have expired is kept", step_us // 1_000_000)
-        await self._renew(now, self._settings.blob_ttl_s, self._settings.upload_ttl_s)
+        async with self._sweeping:  # a pass must not go by a time of day that another has corrected
+            now, step_us = self._clock.wall_us(), self._wall_ahead_us() - self._ahead_us
+            self._ahead_us += step_us
+            if step_us < -MAX_CLOCK_DRIFT_US or not self._has_given_grace:
+                # What was used while the clock was ahead would stay until the clock is there again.
+                await self._index.undo_future(now, upload_expire_us=now + round(self._settings.upload_ttl_s * 1e6))
+                await self._blobs.undo_future(now / 1e6)
+            if not self._has_given_grace:
+                await self._renew(
+                    now, min(START_GRACE_S, self._settings.blob_ttl_s), min(START_GRACE_S, self._settings.upload_ttl_s)
+                )
+                self._has_given_grace = True
+            if step_us <= MAX_CLOCK_DRIFT_US:
+                await self.sweep(now)
+                return
+            logger.warning("the clock was set forward by %d s; what would have expired is kept", step_us // 1_000_000)
+            await self._renew(now, self._settings.blob_ttl_s, self._settings.upload_ttl_s)
 
     async def _renew(self, now: int, blob_s: float, upload_s: float) -> None:
         """Unused blobs and unfinished uploads are kept for so long at least."""

@@ -15,7 +15,7 @@ from modelpress_client import Client
 from modelpress_client.errors import ModelpressError
 
 MAX_ATTEMPTS = 10  # the most that there can be
-MAX_PAUSE_S = 3.0  # so that the workers keep up
+MAX_PAUSE_S = 8.0  # so that the workers keep up
 
 
 def content_of(seed: int) -> bytes:

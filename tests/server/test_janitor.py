@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import grpc
@@ -125,6 +126,29 @@ async def test_a_clock_that_is_set_back_drops_nothing(serve: Serve) -> None:
             clock.advance(86400)
             await janitor.sweep_now()
         assert (await failing(running.client.uploads.GetUpload(get(name=upload.name)))).reason == "UPLOAD_EXPIRED"
+
+
+async def test_what_was_used_while_the_clock_was_ahead_does_not_stay(serve: Serve) -> None:
+    """Once the clock is right again, a blob has its usual time, from the present on."""
+    clock = ManualClock()
+    async with serve(clock=clock) as running:
+        janitor = running.server._janitor
+        clock.set_forward_s = 30 * 86400.0
+        await janitor.sweep_now()
+        loose = await running.client.upload(b"nobody uses this")
+
+        def use_in_future(connection: Any) -> None:
+            connection.exec_driver_sql("UPDATE project_blobs SET used_us = ?", (clock.wall_us(),))
+
+        await running.server._database.write(use_in_future)
+        (path,) = (running.settings.data_dir / "blobs").glob("??/*")
+        os.utime(path, (clock.wall_us() / 1e6, clock.wall_us() / 1e6))
+        clock.set_forward_s = 0.0
+        await janitor.sweep_now()
+        assert await running.client.read(loose) == b"nobody uses this"
+        clock.advance(running.settings.blob_ttl_s + MIN_BLOB_AGE_S)
+        await janitor.sweep_now()
+        assert blob_names(running) == set()
 
 
 async def test_uploads_outlive_a_server_that_was_away(serve: Serve) -> None:

@@ -401,6 +401,10 @@ class BlobIndex(Protocol):
         """Unused blobs and request ids count as used then, uploads expire then, where that is later than before."""
         ...
 
+    async def undo_future(self, now_us: int, *, upload_expire_us: int) -> None:
+        """Nothing was used later than `now_us`, and no upload lives longer than `upload_expire_us`: clocks err."""
+        ...
+
     async def sweep(self, *, blobs_before_us: int, events_before_us: int, now_us: int) -> Sweep:
         """Forgets unused blobs, expired uploads, the events of old jobs and old request ids."""
         ...

@@ -139,6 +139,17 @@ class SqlBlobIndex:
 
         await self._database.write(work, must=True)
 
+    async def undo_future(self, now_us: int, *, upload_expire_us: int) -> None:
+        def work(connection: Connection) -> None:
+            for column, most_us in (
+                (uploads.c.expire_time_us, upload_expire_us),
+                (project_blobs.c.used_us, now_us),
+                (request_ids.c.create_time_us, now_us),
+            ):
+                connection.execute(update(column.table).where(column > most_us).values({column: most_us}))
+
+        await self._database.write(work, must=True)
+
     async def sweep(self, *, blobs_before_us: int, events_before_us: int, now_us: int) -> Sweep:
         return await self._database.write(
             lambda connection: Sweep(
