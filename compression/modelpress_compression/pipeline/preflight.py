@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ MOST_SAMPLES = 128
 OVERHEAD_S = 0.00025  # of one run, beside the model's own time
 RUNS_TIMED = 3
 SESSIONS_BYTES = 40 * 1024**2  # of onnxruntime and this process, whatever the model
+# Of torch, where it is not loaded yet: sensitivities and training need it. Workers have it from the start.
+TORCH_BYTES, TORCH_S = 130 * 1024**2, 2.0
 # The estimates err by less than this factor, either way.
 UNCERTAINTY = 2.0
 
@@ -48,12 +51,12 @@ class Cost:
     disk: float
 
 
-GOAL = Cost(200, 106, 6.0, 3.0)
+GOAL = Cost(100, 60, 10.0, 3.0)
 MEASURING = Cost(300, 4, 4.0, 0.0)
 _LIGHT = Cost(20, 1, 4.0, 1.0)
 _STEPS = {
-    "quantize auto": Cost(400, 70, 6.0, 4.0),
-    "quantize static": Cost(100, 40, 6.0, 2.0),
+    "quantize auto": Cost(100, 45, 10.0, 4.0),
+    "quantize static": Cost(100, 25, 10.0, 2.0),
     "prune channel": Cost(100, 30, 6.0, 2.0),
 }
 # Of training, for each sample of each epoch: the teacher's answer, the student's, and its gradients.
@@ -81,9 +84,11 @@ def needs(recipe: Recipe, path: Path, data: InputData) -> Needs:
     runs = sum(cost.runs + cost.runs_per_sample * samples for cost in costs)
     runs += sum(TRAINING_RUNS * step.config.epochs * len(data) for step in recipe.steps if step.technique == "distill")
     model_bytes = file_size_bytes(path)
-    memory_bytes = held_bytes() + SESSIONS_BYTES + max(cost.memory for cost in costs) * (model_bytes + working_bytes)
+    torch = "torch" not in sys.modules
+    fixed_bytes = SESSIONS_BYTES + torch * TORCH_BYTES
+    memory_bytes = held_bytes() + fixed_bytes + max(cost.memory for cost in costs) * (model_bytes + working_bytes)
     disk_bytes = model_bytes * (1 + sum(cost.disk for cost in costs))
-    return Needs(runs * (run_s + OVERHEAD_S), round(memory_bytes), round(disk_bytes))
+    return Needs(torch * TORCH_S + runs * (run_s + OVERHEAD_S), round(memory_bytes), round(disk_bytes))
 
 
 def check_room(needs: Needs, work_directory: Path, memory_limit_bytes: int | None) -> list[str]:
