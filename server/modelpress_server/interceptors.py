@@ -181,7 +181,9 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
                     result = await result
                 outcome = "OK"
                 return result
-            except grpc.aio.BaseError:  # gRPC's own: the call has its answer, or nobody is left to read one
+            except grpc.aio.InternalError:  # the client went while an answer was written: no error of the server's
+                raise asyncio.CancelledError from None
+            except grpc.aio.BaseError:  # the call has its answer, or the server has stopped
                 raise
             except Exception as error:  # noqa: BLE001  # every error of a call becomes a status here
                 outcome = _outcome(error)

@@ -13,7 +13,8 @@ from typing import Any
 import grpc.aio
 import pytest
 from modelpress_protos.v1 import server_service_pb2, upload_service_pb2
-from server_harness import PROJECT, Client, until
+from modelpress_server.interceptors import Gate
+from server_harness import PROJECT, Client, Serve, digest_of, until
 from server_process import launched
 
 # More than the buffers on the way take, so that the server is in the middle of sending when the client leaves.
@@ -67,3 +68,26 @@ async def test_a_download_that_is_left(process: subprocess.Popen[str], audit_log
     _, stderr = await asyncio.to_thread(process.communicate)
     assert process.returncode == 0, stderr
     assert "Traceback" not in stderr
+
+
+async def test_a_client_that_leaves_while_an_answer_is_written(
+    serve: Serve, audit_log: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What gRPC raises then is a call that was cancelled: noted as such, and no error in the log."""
+    entered = asyncio.Event()
+
+    async def fail_when_left(*_: object) -> None:
+        entered.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise grpc.aio.InternalError("a batch failed") from None
+
+    monkeypatch.setattr(Gate, "_enter", fail_when_left)
+    async with serve(audit_log=audit_log) as running:
+        request = upload_service_pb2.ReadBlobRequest(parent=PROJECT, digest=digest_of(b"x"))
+        download = running.client.uploads.ReadBlob(request)
+        await entered.wait()
+        download.cancel()
+        assert await until(lambda: cancelled_downloads(audit_log))
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
