@@ -91,7 +91,9 @@ def built(case: Case, models: Path, work: Path) -> Built:
     if recipe.goal is None:
         raise SystemExit("the preset `default` is no goal")
     context = Context(data, work, original=model)
-    search = GoalSearch(recipe, recipe.goal, model, path, context, Judge(path, path, context, recipe, None))
+    search = GoalSearch(
+        recipe, recipe.goal, model, path, context, Judge(path, path, context, recipe, None, screens=True)
+    )
     search.build()
     return Built(case.name, search, data)
 

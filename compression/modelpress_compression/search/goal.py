@@ -61,17 +61,18 @@ def pursue(
     recipe: Recipe, goal: Goal, model: Model, path: Path, context: Context, eval_data: EvaluationData | None
 ) -> Pursuit:
     """Builds, measures and chooses. `path`: the file of the original `model`. Raises what passes raise."""
-    search = GoalSearch(recipe, goal, model, path, context, Judge(path, path, context, recipe, eval_data))
+    search = GoalSearch(recipe, goal, model, path, context, Judge(path, path, context, recipe, eval_data, screens=True))
     search.build()
     return search.choose()
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A candidate, and the steps before its own."""
+    """A candidate, and the steps before its own. `confirmed`: its answers were judged on all samples."""
 
     candidate: Candidate
     before: tuple[StepRecord, ...] = ()
+    confirmed: bool = False
 
     @property
     def name(self) -> str:
@@ -190,7 +191,7 @@ class GoalSearch:
         original = Figures("the original", file_size_bytes(self.path), times_s[0], 0.0)
         figures = [original, *(_figures(entry, one) for entry, one in zip(racers, times_s[1:], strict=True))]
         figures = [original, *(self._refused(one, original) for one in figures[1:])]
-        choice = choose(figures, 0, self.goal.objective, _limits(self.recipe.limits))
+        choice = self._confirmed_choice(racers, figures)
         if choice.taken:
             self._tell_taken(racers[choice.taken - 1], figures[0], figures[choice.taken])
         shown = self._shown(racers, figures, choice)
@@ -198,6 +199,24 @@ class GoalSearch:
             self.context.log(f"{row['name']}: {row['reason'] or 'taken'}")
         records = () if choice.taken == 0 else _steps(racers[choice.taken - 1], tuple(shown))
         return Pursuit(records, tuple(shown), tuple(self._advice(figures, choice, racers)))
+
+    def _confirmed_choice(self, racers: list[_Entry], figures: list[Figures]) -> Choice:
+        """The best of those that keep the answers on all samples; the lists get what is found out on the way.
+
+        Few samples cleared the candidates of doubt; only what is taken must run on all of them.
+        """
+        while True:
+            choice = choose(figures, 0, self.goal.objective, _limits(self.recipe.limits))
+            if choice.taken == 0 or racers[choice.taken - 1].confirmed:
+                return choice
+            entry = racers[choice.taken - 1]
+            self.context.check_time()
+            judged = self._proven(self.judge.confirmed(entry.candidate))
+            confirmed = replace(entry, candidate=judged, confirmed=True)
+            self.entries[next(place for place, other in enumerate(self.entries) if other is entry)] = confirmed
+            racers[choice.taken - 1] = confirmed
+            if judged.reason:
+                figures[choice.taken] = replace(figures[choice.taken], refusal=judged.reason)
 
     def _tell_taken(self, entry: _Entry, original: Figures, taken: Figures) -> None:
         number = 1 + next(place for place, other in enumerate(self.entries) if other is entry)

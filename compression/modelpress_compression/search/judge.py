@@ -17,6 +17,7 @@ A candidate keeps the answers if all of these hold that apply:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -47,6 +48,9 @@ VALUES_FLOOR_DB = 20.0
 # What stored weights keep, whose error is the same on real inputs and on synthetic ones, or less.
 FLOAT_FLOOR_DB = 20.0
 FIDELITY_SAMPLES = 128
+# Few samples leave no doubt where half of what is permitted, or twice as much, would decide the same.
+SCREENING_SAMPLES = 32
+_STRICT, _LOOSE = 0.5, 2.0
 LATENCY_ROUNDS, MORE_ROUNDS = 30, 240
 LATENCY_BUDGET_S = 15.0
 # Candidates that do not keep the answers are timed too, so that the report shows what a looser bound would give.
@@ -77,47 +81,72 @@ class RaceTimings:
 
 @dataclass(frozen=True)
 class Judge:
-    """`original`: file of the model as it was uploaded; `float_path`: of the model before this step."""
+    """`original`: file of the model as it was uploaded; `float_path`: of the model before this step. `screens`: see
+    `answers`. `known`, `known_few`: the original's outputs on all of the data, and on a few samples."""
 
     original: Path
     float_path: Path
     context: Context
     recipe: Recipe
     eval_data: EvaluationData | None
+    screens: bool = False
     known: KnownOutputs = field(default_factory=KnownOutputs)
+    known_few: KnownOutputs = field(default_factory=KnownOutputs)
 
     def answers(self, candidate: Candidate) -> Candidate:
-        """The candidate with its fidelity, and with the reason if it does not keep the answers."""
+        """The candidate with its fidelity, and with the reason if it does not keep the answers.
+
+        Where `screens` and a few samples leave no doubt, they suffice: what is taken must then be `confirmed`.
+        """
         if not candidate.record.changes:
             undone = candidate.record.warnings
             return replace(candidate, reason=undone[-1] if undone else "there was nothing that it could quantize")
+        if self.screens and self.eval_data is None and len(self.context.data) > 2 * SCREENING_SAMPLES:
+            few = self.context.data.spread(SCREENING_SAMPLES)
+            rough = self._compared(candidate, few, self.known_few)
+            if self._differs(rough, _LOOSE) or not self._differs(rough, _STRICT):
+                return replace(rough, reason=self._differs(rough))
+        return self.confirmed(candidate)
+
+    def confirmed(self, candidate: Candidate) -> Candidate:
+        """The same on all samples, and by the labels where there are any."""
+        candidate = self._compared(candidate, self.context.data, self.known)
+        reason = self._differs(candidate)
+        if reason or self.eval_data is None:
+            return replace(candidate, reason=reason)
+        before, constraints = self._original_metric, self.recipe.limits
+        accuracy = accuracy_after(before, evaluate(candidate.record.path, self.eval_data, before.metric))
+        allowed = DEFAULT_MAX_DROP if constraints.max_drop is None else constraints.max_drop
+        if accuracy.drop > allowed:
+            reason = f"{accuracy.metric} falls by {accuracy.drop:.4f}, more than {allowed}"
+        return replace(candidate, drop=accuracy.drop, reason=reason)
+
+    def _compared(self, candidate: Candidate, data: InputData, known: KnownOutputs) -> Candidate:
         path = candidate.record.path
-        fidelity = compare_outputs(self.original, path, self.context.data, limit=FIDELITY_SAMPLES, known=self.known)
-        candidate = replace(candidate, fidelity=fidelity)
-        if candidate.cosine < MIN_COSINE:
-            return replace(
-                candidate,
-                reason=f"its outputs differ too much from the original's (cosine {candidate.cosine:.4f}, at least "
-                f"{MIN_COSINE} is kept)",
+        return replace(
+            candidate, fidelity=compare_outputs(self.original, path, data, limit=FIDELITY_SAMPLES, known=known)
+        )
+
+    def _differs(self, candidate: Candidate, slack: float = 1.0) -> str:
+        """Why the candidate, whose outputs were compared, does not keep the answers, as far as outputs tell; empty: it
+        does. `slack`: how many times what is permitted of any error is."""
+        fidelity = candidate.fidelity
+        if fidelity is None:
+            raise ValueError("the outputs were not compared")
+        if 1 - candidate.cosine > slack * (1 - MIN_COSINE):
+            return (
+                f"its outputs differ too much from the original's (cosine {candidate.cosine:.4f}, at least "
+                f"{MIN_COSINE} is kept)"
             )
-        if not self.context.data.vouches and candidate.computes_in_8_bits and fidelity.sqnr_db < SYNTHETIC_FLOOR_DB:
-            return replace(
-                candidate,
-                reason=f"on synthetic inputs its outputs keep {fidelity.sqnr_db:.1f} dB; at least "
-                f"{SYNTHETIC_FLOOR_DB:g} dB have never cost an answer",
+        floor_db = SYNTHETIC_FLOOR_DB - 10 * math.log10(slack)
+        if not self.context.data.vouches and candidate.computes_in_8_bits and fidelity.sqnr_db < floor_db:
+            return (
+                f"on synthetic inputs its outputs keep {fidelity.sqnr_db:.1f} dB; at least {SYNTHETIC_FLOOR_DB:g} dB "
+                "have never cost an answer"
             )
         if candidate.size_bytes >= file_size_bytes(self.float_path) and candidate.technique != "fuse":
-            return replace(candidate, reason="its file would not be smaller than in float32")
-        if self.eval_data is None:
-            return replace(candidate, reason=self._disagrees(fidelity))
-        constraints = self.recipe.limits
-        before = self._original_metric
-        accuracy = accuracy_after(before, evaluate(path, self.eval_data, before.metric))
-        allowed = DEFAULT_MAX_DROP if constraints.max_drop is None else constraints.max_drop
-        reason = (
-            f"{accuracy.metric} falls by {accuracy.drop:.4f}, more than {allowed}" if accuracy.drop > allowed else ""
-        )
-        return replace(candidate, drop=accuracy.drop, reason=reason)
+            return "its file would not be smaller than in float32"
+        return "" if self.eval_data is not None else self._disagrees(fidelity, slack)
 
     @cached_property
     def _original_metric(self) -> Evaluation:
@@ -190,28 +219,28 @@ class Judge:
             timings.setdefault(one.batch_size, one)
         return RaceTimings(tuple(timings.values()))
 
-    def _disagrees(self, fidelity: Fidelity) -> str:
+    def _disagrees(self, fidelity: Fidelity, slack: float = 1.0) -> str:
         """Why the answers have changed too much, without labels; empty where they have not."""
         metric, allowed = self.recipe.limits.metric, self.recipe.limits.max_drop
         name, share = fidelity.kept(metric)
         if allowed is None and name == metric:
             allowed = DEFAULT_MAX_DROP
         if allowed is not None:
-            least = 1.0 - allowed
-            return "" if share >= least else f"its {name} with the original is {share:.4f}, less than {least:g}"
+            kept = 1.0 - share <= slack * allowed
+            return "" if kept else f"its {name} with the original is {share:.4f}, less than {1.0 - allowed:g}"
         expected, drop = fidelity.expected_top1, fidelity.expected_drop
         # The classes of synthetic inputs say nothing.
         if not self.context.data.vouches:
             return ""
         if expected is None or drop is None:
-            far = fidelity.sqnr_db < VALUES_FLOOR_DB
+            far = fidelity.sqnr_db < VALUES_FLOOR_DB - 10 * math.log10(slack)
             return f"its outputs keep {fidelity.sqnr_db:.1f} dB, less than {VALUES_FLOOR_DB:g} dB" if far else ""
-        if drop > MAX_EXPECTED_DROP:
+        if drop > slack * MAX_EXPECTED_DROP:
             return (
                 f"by its own probabilities the original would lose {100 * drop:.1f} points of accuracy, more than "
                 f"{100 * MAX_EXPECTED_DROP:g}"
             )
-        if expected < MIN_EXPECTED_TOP1 and fidelity.cosine < MIN_COSINE_OF_SCORES:
+        if expected < MIN_EXPECTED_TOP1 and 1 - fidelity.cosine > slack * (1 - MIN_COSINE_OF_SCORES):
             return (
                 f"its scores differ too much (cosine {fidelity.cosine:.4f}, at least {MIN_COSINE_OF_SCORES} is kept) "
                 f"from those of an original that hardly tells its classes apart"
