@@ -194,6 +194,7 @@ class Standing:
     """A worker that has stood still for all of its time."""
 
     clock: Clock
+    pid: int = 0
 
     @property
     def paused_s(self) -> float:
