@@ -231,7 +231,7 @@ def test_notes_of_a_step_are_shown(fake_server: Any) -> None:
 
 def test_every_reason_has_an_exception() -> None:
     """A reason that the contract gains must be decided on here."""
-    of_jobs_only = {"WORKER_OUT_OF_MEMORY", "WORKER_TIMEOUT", "WORKER_CRASHED", "QUEUE_TIMEOUT"}
+    of_jobs_only = {"WORKER_OUT_OF_MEMORY", "WORKER_OUT_OF_DISK", "WORKER_TIMEOUT", "WORKER_CRASHED", "QUEUE_TIMEOUT"}
     by_retry_info = {"QUOTA_EXCEEDED", "QUEUE_FULL"}  # RESOURCE_EXHAUSTED says what they are
     all_names = common_pb2.ErrorReason.DESCRIPTOR.values_by_name
     reasons = {name.removeprefix("ERROR_REASON_") for name in all_names}

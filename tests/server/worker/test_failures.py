@@ -34,6 +34,8 @@ ENGINE_ERRORS = [
     engine.UnsupportedOperatorError("operator", op_type="Foo", node="n1"),
     engine.ModelNotRunnableError("does not run"),
     engine.TimeLimitError("too late"),
+    engine.MemoryLimitError("too large"),
+    engine.DiskSpaceError("too full"),
 ]
 
 
