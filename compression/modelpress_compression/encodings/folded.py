@@ -2,6 +2,7 @@
 
     16 bits  W = Cast(H)                                               half precision
     8 bits   W = Cast(Q) * scale                                       a scale a channel
+    blocks   W = Reshape(Cast(Q) * scale)                              Q [rows, blocks, size], scale [rows, blocks, 1]
     rows     W = Cast(Gather(Q, index)) * Gather(scale, index)         rows of a table, a scale each
     4 bits   F = Cast(P);  high = floor(F / 16);  low = F - 16 high    P [rows, blocks, size / 2]: two levels a byte
              V = (Concat(low, high) - zero_point) * scale              both [rows, blocks, 1]
@@ -42,11 +43,15 @@ def write_16_bits(editor: Editor, graph: onnx_ir.Graph, array: NDArray[np.float3
     return head.real(head.constant(array.astype(np.float16), "float16"))
 
 
-def write_8_bits(editor: Editor, graph: onnx_ir.Graph, weight: QuantizedWeight, name: str) -> onnx_ir.Value:
-    """A value that stands for the weight, whose zero point is 0 and whose scale is of its rank."""
+def write_8_bits(
+    editor: Editor, graph: onnx_ir.Graph, weight: QuantizedWeight, name: str, shape: Sequence[int] | None = None
+) -> onnx_ir.Value:
+    """A value that stands for the weight, whose zero point is 0 and whose scale is of its rank; in another `shape`
+    where that is given."""
     head = Spot(editor, graph[0], name)
     real = head.real(head.constant(weight.levels, "quantized"))
-    return head.emit("Mul", real, head.constant(weight.scale, "scale"))
+    product = head.emit("Mul", real, head.constant(weight.scale, "scale"))
+    return product if shape is None else head.emit("Reshape", product, head.constant(np.asarray(shape), "shape"))
 
 
 def write_4_bits(

@@ -23,7 +23,7 @@ from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 
-MAX_SAMPLES = 256
+MAX_SAMPLES = 64
 MAX_SUMS_BYTES = 512 * 1024**2  # 512 MiB: of one batch
 # Factorizing takes some four copies more, so that the largest stays within 1 GiB.
 MAX_BYTES = 200 * 1024**2  # 200 MiB: of one H, 5120 inputs

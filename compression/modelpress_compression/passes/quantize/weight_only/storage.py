@@ -1,12 +1,18 @@
 """All weights in fewer bits, computing in float32 as before: what a model gets where nothing faster keeps its answers.
 
-Each weight is stored in 8 bits with a scale a channel, depthwise convolutions and stems included. Where the outputs
-would err by more than permitted, the weights that make most of the error are stored in float16 instead:
+Each weight is stored in one of three forms, depthwise convolutions and stems included:
 
-    error of one weight   squared distance of the outputs with that weight alone in 8 bits, over the outputs' power
-    order                 the largest error first, until the errors of those left in 8 bits add up to no more than is
+    channels   8 bits with a scale a channel             1 byte a weight
+    blocks     8 bits with a scale for 32 weights        1.125 bytes, for weights of uneven rows
+    float16    half precision                            2 bytes
+
+All begin in the first. Where the outputs err by more than permitted, weights move on to the next form:
+
+    error of one weight   squared distance of the outputs with that weight alone in a form, over the outputs' power
+    order                 the weight of the largest error first, until the errors of all add up to no more than is
                           permitted (roundings of different weights are independent, so that their errors add)
-    proof                 the model so made is compared with the original; while it errs too much, a quarter more go
+    proof                 the model so made is compared with the original; while it errs too much, as many again as a
+                          quarter of those that moved move on
 
 Errors of single weights are measured in one session, whose weights are inputs with defaults: a run is given one of them
 rounded. Only models that need it pay for it: most keep 35 to 50 dB with all weights in 8 bits.
@@ -14,8 +20,9 @@ rounded. Only models that need it pay for it: most keep 35 to 50 dB with all wei
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -36,14 +43,23 @@ from modelpress_compression.passes.quantize.ranges.output_error import (
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder
 from modelpress_compression.passes.quantize.weight_only.store import STORED, storable_weights
-from modelpress_compression.passes.quantize.weight_only.writer import WeightWriter, rounded_to_8_bits
+from modelpress_compression.passes.quantize.weight_only.writer import (
+    WeightWriter,
+    rounded_in_blocks,
+    rounded_to_8_bits,
+)
 from modelpress_compression.passes.quantize.weights import why_not_float16
 from modelpress_compression.runtime import run, run_all, session_of
 
-IN_FLOAT16 = "float16_weights"  # in the changes
+# In the changes, besides STORED, which counts those of both forms in 8 bits.
+IN_BLOCKS, IN_FLOAT16 = "weights_in_blocks", "float16_weights"
 # Feeds on which the error of single weights is measured: it varies little from one to the next.
 PROBE_SAMPLES = 4
-_GROWTH = 1.25
+_GROWTH = 0.25
+_CHANNELS, _BLOCKS, _HALF = range(3)
+
+# By its name, how far on a weight is; those that are not named are in the first form.
+Forms = Mapping[str, int]
 
 
 def store_all(model: Model, config: QuantizeConfig, context: Context, floor_db: float) -> PassResult:
@@ -53,38 +69,72 @@ def store_all(model: Model, config: QuantizeConfig, context: Context, floor_db: 
     TimeLimitError.
     """
     permitted = 10 ** (-floor_db / 10)
-    halves: set[str] = set()
-    result = _stored(model, config, halves)
+    result = _stored(model, config, {})
     error = _error(model, result, context)
-    order: list[str] = []
-    while error > permitted:
+    if error <= permitted:
+        return result
+    ladder = _Ladder(_errors_of_weights(model, config, context))
+    ladder.climb_until(permitted)
+    while True:
         context.check_time()
-        if not order:
-            errors = _errors_of_weights(model, config, context)
-            order = sorted(errors, key=lambda name: -errors[name])
-            count = _fewest(order, errors, permitted)
-        elif len(halves) == len(order):
+        result = _stored(model, config, ladder.forms)
+        error = _error(model, result, context)
+        if error <= permitted:
+            return result
+        if not ladder.climb(1 + math.ceil(_GROWTH * len(ladder.moved))):
             reason = f"stored in float16 its outputs keep {-10 * math.log10(error):.1f} dB alone"
             return PassResult(model, warnings=(f"Weights stay in float32: {reason}.",))
-        else:
-            count = min(math.ceil(_GROWTH * len(halves)) + 1, len(order))
-        halves = set(order[:count])
-        result = _stored(model, config, halves)
-        error = _error(model, result, context)
-    return result
 
 
-def _stored(model: Model, config: QuantizeConfig, halves: Collection[str]) -> PassResult:
-    """All weights that can be are stored, those of the names `halves` in float16."""
+class _Ladder:
+    """The form of each weight. `errors`: by its name, the error in each of the forms."""
+
+    def __init__(self, errors: Mapping[str, Sequence[float]]) -> None:
+        self._errors = errors
+        self.forms = dict.fromkeys(errors, _CHANNELS)
+
+    @property
+    def moved(self) -> list[str]:
+        """The weights that are not in the first form."""
+        return [name for name, form in self.forms.items() if form != _CHANNELS]
+
+    def climb(self, steps: int) -> bool:
+        """So many steps of the weights that err most; False where all are at the end."""
+        waiting = [(-self._errors[name][form], name) for name, form in self.forms.items() if form != _HALF]
+        heapq.heapify(waiting)
+        climbed = bool(waiting)
+        for _ in range(steps):
+            if not waiting:
+                break
+            _, name = heapq.heappop(waiting)
+            self.forms[name] += 1
+            if self.forms[name] != _HALF:
+                heapq.heappush(waiting, (-self._errors[name][self.forms[name]], name))
+        return climbed
+
+    def climb_until(self, permitted: float) -> None:
+        """One step at least, and as many as it takes until the errors add up to what is permitted."""
+        while self.climb(1) and sum(self._errors[name][form] for name, form in self.forms.items()) > permitted:
+            pass
+
+
+def _stored(model: Model, config: QuantizeConfig, forms: Forms) -> PassResult:
+    """All weights that can be are stored, each in its form."""
     work, findings = model.clone(), Findings()
     writer = WeightWriter(Editor(work), replace(config, weights="int8"), NearestRounder(), folded=True)
     for graph, weight in list(storable_weights(work, config)):
-        if weight.name not in halves:
+        form = forms.get(weight.name or "", _CHANNELS)
+        if form == _HALF:
+            if why_not_float16(np.asarray(constant_array(weight), np.float32)) is None:
+                writer.store_half(graph, weight)
+                findings.changes[IN_FLOAT16] += 1
+            continue
+        findings.changes[STORED] += 1
+        if form == _BLOCKS:
+            writer.store_blocks(graph, weight)
+            findings.changes[IN_BLOCKS] += 1
+        else:
             writer.store(graph, weight)
-            findings.changes[STORED] += 1
-        elif why_not_float16(np.asarray(constant_array(weight), np.float32)) is None:
-            writer.store_half(graph, weight)
-            findings.changes[IN_FLOAT16] += 1
     clean(work)
     return findings.result(work)
 
@@ -94,33 +144,30 @@ def _error(model: Model, result: PassResult, context: Context) -> float:
     return output_distances(model, result.model, context).error if result.changed else 0.0
 
 
-def _fewest(order: list[str], errors: Mapping[str, float], permitted: float) -> int:
-    """How many of the first must go, so that the errors of the rest add up to what is permitted; one at least."""
-    left = sum(errors.values())
-    for count, name in enumerate(order, start=1):
-        left -= errors[name]
-        if left <= permitted:
-            return count
-    return len(order)
+def _errors_of_weights(model: Model, config: QuantizeConfig, context: Context) -> dict[str, tuple[float, float, float]]:
+    """By the name of each weight of the main graph: the error at the outputs with it alone in each form.
 
-
-def _errors_of_weights(model: Model, config: QuantizeConfig, context: Context) -> dict[str, float]:
-    """By the name of each weight of the main graph: the error at the outputs with it alone in 8 bits."""
+    That of float16, a ten-thousandth of 8 bits' or less, counts as none. A weight whose rows have no blocks errs in
+    them as it does by channels, and so moves on to float16.
+    """
     probe = without_softmax(model)
-    rounded: dict[str, NDArray[np.float32]] = {}
+    rounded: dict[tuple[str, int], NDArray[np.float32]] = {}
     for graph, weight in storable_weights(probe, config):
         if graph is probe.graph and weight.is_initializer() and weight.name:
-            rounded[weight.name] = rounded_to_8_bits(weight, config)
+            rounded[weight.name, _CHANNELS] = rounded_to_8_bits(weight, config)
+            rounded[weight.name, _BLOCKS] = rounded_in_blocks(weight, config)
+    names = list(dict.fromkeys(name for name, _ in rounded))
     # Inputs with default values, of which a run is given one; as inputs they are no constants, so only now.
-    probe.graph.inputs.extend(probe.graph.initializers[name] for name in rounded)
+    probe.graph.inputs.extend(probe.graph.initializers[name] for name in names)
     errors = dict.fromkeys(rounded, 0.0)
     signal = 0.0
     with session_of(probe) as session:
         for feed in context.data.spread(PROBE_SAMPLES).feeds(batch_size=1):
             exact = counted_outputs(run(session, feed), feed)
             signal += power(exact)
-            runs = run_all(session, (feed | {name: array} for name, array in rounded.items()))
-            for name, changed in zip(rounded, runs, strict=True):
+            runs = run_all(session, (feed | {name: array} for (name, _), array in rounded.items()))
+            for key, changed in zip(rounded, runs, strict=True):
                 context.check_time()
-                errors[name] += squared_distance(exact, counted_outputs(changed, feed))
-    return {name: error / signal if signal else 0.0 for name, error in errors.items()}
+                errors[key] += squared_distance(exact, counted_outputs(changed, feed))
+    scale = 1 / signal if signal else 0.0
+    return {name: (scale * errors[name, _CHANNELS], scale * errors[name, _BLOCKS], 0.0) for name in names}

@@ -31,6 +31,8 @@ from modelpress_compression.passes.quantize.weights import WeightStore, is_embed
 
 # Shorter rows are those of depthwise convolutions and stems: few weights, on which much depends.
 MIN_4_BIT_COLUMNS = 64
+# Weights that share a scale where one for a channel is too coarse.
+STORED_BLOCK = 32
 # Inputs of a product from which on integers in blocks are no slower than float32, however many rows there are.
 MIN_BLOCKED_INPUTS = 256
 # Exporters write the gates of an LSTM in another order by such operators, inside an If even.
@@ -72,6 +74,17 @@ class WeightWriter:
     def store_half(self, graph: onnx_ir.Graph, weight: onnx_ir.Value) -> None:
         """One weight in float16, for all who use it."""
         real = folded.write_16_bits(self.editor, graph, WeightStore.array(weight), weight.name or "weight")
+        real.type, real.shape = weight.type, weight.shape
+        onnx_ir.convenience.replace_all_uses_with(weight, real)
+
+    def store_blocks(self, graph: onnx_ir.Graph, weight: onnx_ir.Value) -> None:
+        """One weight in 8 bits with a scale for `STORED_BLOCK` weights, for all who use it; as `store` where its rows
+        do not divide into such blocks."""
+        array = WeightStore.array(weight)
+        if (blocks := _in_blocks(array)) is None:
+            self.store(graph, weight)
+            return
+        real = folded.write_8_bits(self.editor, graph, blocks, weight.name or "weight", array.shape)
         real.type, real.shape = weight.type, weight.shape
         onnx_ir.convenience.replace_all_uses_with(weight, real)
 
@@ -149,6 +162,21 @@ def rounded_to_8_bits(weight: onnx_ir.Value, config: QuantizeConfig) -> NDArray[
     """The numbers that a weight has once it is stored in 8 bits."""
     axes = _scaled_axes(_direct_use(weight)) if config.per_channel else ()
     return _in_8_bits(WeightStore.array(weight), axes, nearest).dequantize()
+
+
+def rounded_in_blocks(weight: onnx_ir.Value, config: QuantizeConfig) -> NDArray[np.float32]:
+    """The numbers that a weight has once `store_blocks` has stored it."""
+    array = WeightStore.array(weight)
+    blocks = _in_blocks(array)
+    return rounded_to_8_bits(weight, config) if blocks is None else blocks.dequantize().reshape(array.shape)
+
+
+def _in_blocks(weight: NDArray[np.float32]) -> QuantizedWeight | None:
+    """[rows, blocks, `STORED_BLOCK`] with a scale for each block; None: rows do not divide into more than one."""
+    columns = _columns(weight.shape, (0,))
+    if columns <= STORED_BLOCK or columns % STORED_BLOCK:
+        return None
+    return _in_8_bits(weight.reshape(len(weight), -1, STORED_BLOCK), (0, 1), nearest)
 
 
 def _direct_use(weight: onnx_ir.Value) -> tuple[onnx_ir.Node, int] | None:

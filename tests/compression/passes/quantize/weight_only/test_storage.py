@@ -12,22 +12,27 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.ranges.output_error import output_distances
-from modelpress_compression.passes.quantize.weight_only.storage import IN_FLOAT16, store_all
+from modelpress_compression.passes.quantize.weight_only.storage import IN_BLOCKS, IN_FLOAT16, store_all
 from modelpress_compression.passes.quantize.weight_only.store import STORED
 from onnx import helper
 
 CONFIG = QuantizeConfig(scheme="weight_only")
 
 
-@pytest.fixture
-def uneven(channel_model: Callable[..., Model]) -> Model:
-    """Two products in a row; in the rows of the second one weight is 300 times as large as the others."""
+def two_products(build: Callable[..., Model], width: int) -> Model:
+    """In a row; in the rows of the second one weight is 300 times as large as the others."""
     rng = np.random.default_rng(3)
-    first, second = rng.normal(size=(32, 48)), rng.normal(size=(48, 24))
+    first, second = rng.normal(size=(32, 2 * width)), rng.normal(size=(2 * width, width))
     second[0] *= 300
     nodes = [helper.make_node("MatMul", ["x", "a"], ["h"]), helper.make_node("MatMul", ["r", "b"], ["y"])]
     nodes.insert(1, helper.make_node("Relu", ["h"], ["r"]))
-    return channel_model(nodes, {"a": first, "b": second}, ["batch", 32], ["batch", 24])
+    return build(nodes, {"a": first, "b": second}, ["batch", 32], ["batch", width])
+
+
+@pytest.fixture
+def uneven(channel_model: Callable[..., Model]) -> Model:
+    """Rows of 24 weights have no blocks."""
+    return two_products(channel_model, 24)
 
 
 def context_of(model: Model, folder: Path) -> Context:
@@ -51,6 +56,22 @@ def test_only_as_many_as_must_go_to_float16(uneven: Model, tmp_path: Path) -> No
     context = context_of(uneven, tmp_path)
     assert IN_FLOAT16 not in store_all(uneven, CONFIG, context, 10.0).changes
     assert store_all(uneven, CONFIG, context, 55.0).changes[IN_FLOAT16] >= 1
+
+
+def test_uneven_rows_go_into_blocks_before_they_go_to_float16(
+    channel_model: Callable[..., Model], tmp_path: Path
+) -> None:
+    """A floor 3 dB over what channels keep is held by blocks, without float16; two weights are in 8 bits still."""
+    model = two_products(channel_model, 64)
+    context = context_of(model, tmp_path)
+    by_channel = output_distances(model, store_all(model, CONFIG, context, 0.0).model, context).error
+    floor_db = -10 * np.log10(by_channel) + 3
+    result = store_all(model, CONFIG, context, floor_db)
+    assert result.changes[IN_BLOCKS] == 1
+    assert IN_FLOAT16 not in result.changes
+    assert result.changes[STORED] == 2
+    assert output_distances(model, result.model, context).error <= 10 ** (-floor_db / 10)
+    assert result.model.weight_bytes() < 0.3 * model.weight_bytes()
 
 
 def test_a_floor_beyond_float16_leaves_the_model_alone(uneven: Model, tmp_path: Path) -> None:
