@@ -18,8 +18,8 @@ from modelpress_protos.v1 import job_service_pb2, model_service_pb2
 from modelpress_server import errors
 from modelpress_server.config import Settings
 from modelpress_server.executors.base import Executor, Limits, WorkerLostError, WorkerUnavailableError
-from modelpress_server.executors.sandbox import LEVEL_FILES_AND_NETWORK
 from modelpress_server.recorder import JobRecorder
+from modelpress_server.sandbox.confinement import LEVEL_FILES_AND_NETWORK
 from modelpress_server.shortage import shortage_of, storage_full
 from modelpress_server.space import Promise, Space
 from modelpress_server.stores.base import (

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from modelpress_server.executors.sandbox_landlock import landlock_version
+from modelpress_server.sandbox.landlock import landlock_version
 
 pytestmark = pytest.mark.skipif(landlock_version() == 0, reason="this kernel has no Landlock")
 

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
 
+from modelpress_client.cli.units import LAYOUT
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 PIPED_WIDTH = 120  # columns of tables that do not go to a terminal
 MAX_WIDTH = 120
-KEPT = "\n\t\u00a0"  # of what is not printable: layout, and the space before a unit
 
 
 class Output:
@@ -78,7 +79,7 @@ def write(stream: TextIO, text: str) -> None:
     """Lines of text; whatever of them a server or a model brought, it stays text."""
     from modelpress_protos.printable import printable
 
-    text = printable(text, keep=KEPT)
+    text = printable(text, keep=LAYOUT)
     # A name on the server may have characters that this terminal cannot show.
     encoding = getattr(stream, "encoding", None) or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)

@@ -8,7 +8,7 @@ from modelpress_protos.printable import printable
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from modelpress_client.cli.output import KEPT
+from modelpress_client.cli.units import LAYOUT
 
 
 class SafeConsole(Console):
@@ -18,4 +18,4 @@ class SafeConsole(Console):
         """Segments of safe text."""
         for segment in super().render(renderable, options):
             text, style, control = segment
-            yield segment if control else Segment(printable(text, keep=KEPT), style)
+            yield segment if control else Segment(printable(text, keep=LAYOUT), style)

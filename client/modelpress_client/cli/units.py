@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 NOT_MEASURED = "–"
+LAYOUT = "\n\t\u00a0"  # what is not printable and stays: line ends, tabs, and the space before a unit
 
 
 def size(size_bytes: float | None) -> str:

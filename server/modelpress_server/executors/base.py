@@ -43,7 +43,7 @@ class Executor(Protocol):
 
     @property
     def sandbox_level(self) -> int:
-        """What confines the workers, as they have reported it: see `executors.sandbox`."""
+        """What confines the workers, as they have reported it: see `sandbox.confinement`."""
         ...
 
     @property

@@ -19,7 +19,7 @@ from modelpress_protos.internal.v1 import worker_pb2
 
 from modelpress_server.executors.output import LineSplitter
 from modelpress_server.executors.process_tree import kill_tree
-from modelpress_server.executors.worker_user import WorkerUser
+from modelpress_server.sandbox.worker_user import WorkerUser
 from modelpress_server.worker.framing import MAX_FRAME_BYTES, FramingError, encode_frame, read_frame_async
 from modelpress_server.worker.own_time import write_paused_s
 

@@ -33,10 +33,10 @@ from modelpress_server.executors.child import (
 from modelpress_server.executors.output import EventFilter
 from modelpress_server.executors.probing import Probe, run_probe
 from modelpress_server.executors.process_tree import CpuMeter, memory_bytes
-from modelpress_server.executors.sandbox import LEVEL_FILES_AND_NETWORK
 from modelpress_server.executors.spares import SparePool
 from modelpress_server.executors.turns import MeasuringTurns
-from modelpress_server.executors.worker_user import WorkerUser, WorkerUsers, may_change_user
+from modelpress_server.sandbox.confinement import LEVEL_FILES_AND_NETWORK
+from modelpress_server.sandbox.worker_user import WorkerUser, WorkerUsers, may_change_user
 from modelpress_server.space import folder_bytes
 from modelpress_server.waiting import uninterrupted
 from modelpress_server.worker import DEFAULT_TASKS

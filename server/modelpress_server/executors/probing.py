@@ -1,4 +1,4 @@
-"""Runs `sandbox_probe` in a process of its own and reads what it found."""
+"""Runs `sandbox.probe` in a process of its own and reads what it found."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelpress_server.executors.child import child_environment, python_command
-from modelpress_server.executors.sandbox import LEVEL_ALWAYS
-from modelpress_server.executors.worker_user import WorkerUser
+from modelpress_server.sandbox.confinement import LEVEL_ALWAYS
+from modelpress_server.sandbox.worker_user import WorkerUser
 
 PROBE_TIMEOUT_S = 30.0
 
@@ -29,7 +29,7 @@ class Probe:
 async def run_probe(mode: str, directory: Path, private: Iterable[Path], user: WorkerUser | None) -> Probe:
     """Has the sandbox tried in `directory`, an empty folder of `user`."""
     arguments = [mode, str(user or ""), str(os.getpid()), str(directory), *map(str, private)]
-    command = [*python_command("modelpress_server.executors.sandbox_probe"), *arguments]
+    command = [*python_command("modelpress_server.sandbox.probe"), *arguments]
     try:
         process = await asyncio.create_subprocess_exec(
             *command,

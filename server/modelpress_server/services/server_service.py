@@ -11,11 +11,11 @@ from modelpress_protos.v1 import common_pb2, job_service_pb2, server_service_pb2
 
 from modelpress_server.config import Settings
 from modelpress_server.executors.base import Executor
-from modelpress_server.executors.sandbox import LEVEL_FILES_AND_NETWORK
 from modelpress_server.interceptors import check_project
 from modelpress_server.names import parse_project
 from modelpress_server.projects import Projects
 from modelpress_server.recipes import preset_messages
+from modelpress_server.sandbox.confinement import LEVEL_FILES_AND_NETWORK
 from modelpress_server.stores.base import ENDED_STATES, JobStore, UsageStore
 from modelpress_server.toolchain import toolchain
 

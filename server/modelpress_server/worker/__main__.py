@@ -19,8 +19,8 @@ from google.rpc import status_pb2
 from modelpress_compression.errors import RejectedModelError
 from modelpress_protos.internal.v1 import worker_pb2
 
-from modelpress_server.executors.sandbox import Sandbox
-from modelpress_server.executors.worker_user import WorkerUser
+from modelpress_server.sandbox.confinement import Sandbox
+from modelpress_server.sandbox.worker_user import WorkerUser
 from modelpress_server.worker import DEFAULT_TASKS
 from modelpress_server.worker.context import TaskContext
 from modelpress_server.worker.events import Events

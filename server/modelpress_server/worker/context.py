@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from modelpress_protos.internal.v1 import worker_pb2
 
-from modelpress_server.executors.sandbox import Sandbox
+from modelpress_server.sandbox.confinement import Sandbox
 from modelpress_server.worker.events import Events
 from modelpress_server.worker.framing import read_frame
 from modelpress_server.worker.own_time import OwnClock

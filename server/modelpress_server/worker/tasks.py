@@ -19,7 +19,7 @@ from modelpress_compression.pipeline import Result, compress, stages_of
 from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_protos.v1 import model_service_pb2
 
-from modelpress_server.executors.sandbox import LEVEL_FILES_AND_NETWORK
+from modelpress_server.sandbox.confinement import LEVEL_FILES_AND_NETWORK
 from modelpress_server.worker import messages
 from modelpress_server.worker.context import TaskContext
 

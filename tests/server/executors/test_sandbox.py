@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 from modelpress_server.config import SettingsError
-from modelpress_server.executors import sandbox_seccomp
 from modelpress_server.executors.base import WorkerUnavailableError
 from modelpress_server.executors.child import WorkerCommand
-from modelpress_server.executors.sandbox_landlock import landlock_version
-from modelpress_server.executors.worker_user import WorkerUser, may_change_user
+from modelpress_server.sandbox import seccomp
+from modelpress_server.sandbox.landlock import landlock_version
+from modelpress_server.sandbox.worker_user import WorkerUser, may_change_user
 
 FAKE_TASKS = str(Path(__file__).with_name("fake_tasks.py"))
 needs_level_2 = pytest.mark.skipif(
-    landlock_version() == 0 or not sandbox_seccomp.seccomp_supported(),
+    landlock_version() == 0 or not seccomp.seccomp_supported(),
     reason="this kernel has no Landlock, or this machine no seccomp table here",
 )
 
@@ -165,7 +165,7 @@ class TestLevel1:
         script = (
             "import os, sys, time\n"
             "from pathlib import Path\n"
-            "from modelpress_server.executors.sandbox import Sandbox\n"
+            "from modelpress_server.sandbox.confinement import Sandbox\n"
             "Sandbox('off').enter(int(sys.argv[1]), [])\n"
             "print(os.getpid(), flush=True)\n"
             "time.sleep(600)\n"
@@ -189,7 +189,7 @@ class TestTheFilter:
     @pytest.mark.parametrize("machine", [0, 1])
     def test_every_jump_stays_inside(self, machine: int) -> None:
         """On both machines the program is well-formed: jumps land inside, the last instruction returns."""
-        program = sandbox_seccomp.filter_program(machine, pid=4711)
+        program = seccomp.filter_program(machine, pid=4711)
         assert len(program) < 4096
         for index, (code, if_true, if_false, constant) in enumerate(program):
             struct.pack("=HBBI", code, if_true, if_false, constant)

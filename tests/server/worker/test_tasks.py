@@ -123,7 +123,7 @@ async def test_code_without_a_sandbox_is_refused_where_one_is_required(
 ) -> None:
     """`require` on a kernel without Landlock refuses TorchScript, and still reads ONNX."""
     from modelpress_compression.errors import RejectedModelError
-    from modelpress_server.executors.sandbox import Sandbox
+    from modelpress_server.sandbox.confinement import Sandbox
     from modelpress_server.worker.context import TaskContext
     from modelpress_server.worker.events import Events
     from modelpress_server.worker.own_time import OwnClock

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from modelpress_server.executors.sandbox_linux import syscall
+from modelpress_server.sandbox.linux import syscall
 
 # The same numbers on every machine.
 _SYS_CREATE_RULESET = 444

@@ -1,6 +1,6 @@
 """What confinement this machine gives a worker: confines itself as a worker would, and tries to break out.
 
-    python -m modelpress_server.executors.sandbox_probe MODE USER PARENT_PID DIRECTORY [PRIVATE ...]
+    python -m modelpress_server.sandbox.probe MODE USER PARENT_PID DIRECTORY [PRIVATE ...]
 
 USER is UID:GID, or empty for the server's own. DIRECTORY is an empty folder of the user; the caller removes it.
 PRIVATE: what no worker may read. Prints {"level": ..., "fault": why it is not higher, "unreadable": parts of the Python
@@ -14,8 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-from modelpress_server.executors.sandbox import LEVEL_ALWAYS, LEVEL_FILES_AND_NETWORK, Sandbox, can_read
-from modelpress_server.executors.worker_user import WorkerUser
+from modelpress_server.sandbox.confinement import LEVEL_ALWAYS, LEVEL_FILES_AND_NETWORK, Sandbox, can_read
+from modelpress_server.sandbox.worker_user import WorkerUser
 
 
 def probe(sandbox: Sandbox, parent_pid: int, directory: Path, private: list[Path]) -> tuple[int, str]:

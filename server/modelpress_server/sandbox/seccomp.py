@@ -12,7 +12,7 @@ import errno
 import os
 import struct
 
-from modelpress_server.executors.sandbox_linux import syscall
+from modelpress_server.sandbox.linux import syscall
 
 # Denied whatever the arguments: name -> number on x86_64, on aarch64 (None: it does not have this call).
 _DENIED: dict[str, tuple[int, int | None]] = {

@@ -17,10 +17,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelpress_server.executors import sandbox_linux as linux
-from modelpress_server.executors.sandbox_landlock import READ, READ_AND_EXECUTE, WRITE, landlock_version, restrict_files
-from modelpress_server.executors.sandbox_seccomp import restrict_calls, seccomp_supported
-from modelpress_server.executors.worker_user import WorkerUser
+from modelpress_server.sandbox import linux
+from modelpress_server.sandbox.landlock import READ, READ_AND_EXECUTE, WRITE, landlock_version, restrict_files
+from modelpress_server.sandbox.seccomp import restrict_calls, seccomp_supported
+from modelpress_server.sandbox.worker_user import WorkerUser
 
 LEVEL_ALWAYS = 1
 LEVEL_FILES_AND_NETWORK = 2
