@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from modelpress_compression import InputData, Model, Recipe, compress
 from modelpress_compression.inputs import EvaluationData
+from modelpress_compression.measure.fidelity import Fidelity, OutputFidelity
 from modelpress_compression.recipe import OBJECTIVES
 from modelpress_compression.report.build import report_schema
+from modelpress_compression.search import judge
+from modelpress_compression.search.judge import SCREENING_SAMPLES
+
+
+@pytest.fixture
+def many_samples(samples: InputData) -> InputData:
+    """More than few of them."""
+    arrays = {name: np.concatenate([array] * 20)[:100] for name, array in samples.arrays.items()}
+    return InputData(samples.specs, arrays)
 
 
 def goal(**options: Any) -> Recipe:
@@ -51,6 +63,38 @@ def test_channels_go_only_where_labels_judge(digits: Model, samples: InputData, 
     assert any("prune" in row["name"] for row in report["candidates"])
     assert report["accuracy"]["drop"] <= 0.02
     assert report["size_ratio"] > 3
+
+
+@pytest.mark.usefixtures("timed_by_size")
+def test_accurate_stores_weights_so_that_nobody_could_tell(digits: Model) -> None:
+    """Half the size at least, and an error under -40 dB."""
+    report = compress(digits, goal(objective="accurate")).report
+    assert report["size_ratio"] > 1.9
+    assert min(output["sqnr_db"] for output in report["fidelity"]["outputs"].values()) > 40
+
+
+@pytest.mark.usefixtures("timed_by_size")
+def test_what_is_taken_is_judged_on_all_samples(
+    digits: Model, many_samples: InputData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few samples that see nothing wrong let candidates into the race; all of them must agree with what wins it.
+
+    Here all samples find every candidate wrong but the fused one: so that is what comes back.
+    """
+    asked: list[tuple[str, int]] = []
+
+    def blind(original: Path, optimized: Path, data: InputData, **options: Any) -> Fidelity:
+        asked.append((optimized.parent.name, len(data)))
+        good = len(data) <= SCREENING_SAMPLES or "fuse" in str(optimized)
+        output = OutputFidelity(1.0 if good else 0.5, 60.0 if good else 0.0, 0.0)
+        return Fidelity("provided", len(data), {"logits": output}, 1.0, 1.0)
+
+    monkeypatch.setattr(judge, "compare_outputs", blind)
+    report = compress(digits, goal(), data=many_samples).report
+    assert report["size_ratio"] < 1.2
+    refused = [row for row in report["candidates"] if "cosine 0.5000" in row["reason"]]
+    assert refused
+    assert len({count for _, count in asked}) == 2
 
 
 @pytest.mark.usefixtures("timed_by_size")
