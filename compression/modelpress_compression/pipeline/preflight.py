@@ -42,6 +42,8 @@ UNCERTAINTY = 2.0
 class Cost:
     """Of a step or a goal: `runs` of the model and `runs_per_sample`; copies of the weights in `memory` and on `disk`.
 
+    `activations`: how many times as much as one run works in is held besides, as gradients hold activations.
+
     Runs are those of the float model that take as long: an unoptimized or instrumented model counts for several.
     """
 
@@ -49,15 +51,16 @@ class Cost:
     runs_per_sample: float
     memory: float
     disk: float
+    activations: float = 4.0
 
 
-GOAL = Cost(100, 60, 10.0, 3.0)
+GOAL = Cost(100, 60, 10.0, 3.0, 35.0)
 MEASURING = Cost(300, 4, 4.0, 0.0)
 _LIGHT = Cost(20, 1, 4.0, 1.0)
 _STEPS = {
-    "quantize auto": Cost(100, 45, 10.0, 4.0),
-    "quantize static": Cost(100, 25, 10.0, 2.0),
-    "prune channel": Cost(100, 30, 6.0, 2.0),
+    "quantize auto": Cost(100, 45, 10.0, 4.0, 35.0),
+    "quantize static": Cost(100, 25, 10.0, 2.0, 35.0),
+    "prune channel": Cost(100, 30, 6.0, 2.0, 6.0),
 }
 # Of training, for each sample of each epoch: the teacher's answer, the student's, and its gradients.
 TRAINING_RUNS = 12.0
@@ -86,7 +89,8 @@ def needs(recipe: Recipe, path: Path, data: InputData) -> Needs:
     model_bytes = file_size_bytes(path)
     torch = "torch" not in sys.modules
     fixed_bytes = SESSIONS_BYTES + torch * TORCH_BYTES
-    memory_bytes = held_bytes() + fixed_bytes + max(cost.memory for cost in costs) * (model_bytes + working_bytes)
+    copies_bytes = max(cost.memory * model_bytes + cost.activations * working_bytes for cost in costs)
+    memory_bytes = held_bytes() + fixed_bytes + copies_bytes
     disk_bytes = model_bytes * (1 + sum(cost.disk for cost in costs))
     return Needs(torch * TORCH_S + runs * (run_s + OVERHEAD_S), round(memory_bytes), round(disk_bytes))
 
