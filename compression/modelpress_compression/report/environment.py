@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from modelpress_compression.parallel import available_cores
 
 # The instructions that decide how fast, and on some CPUs how exactly, eight-bit arithmetic runs.
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
@@ -20,7 +21,7 @@ def environment() -> dict[str, Any]:
     flags = set(re.findall(r"[\w]+", _field(processors, "flags") or _field(processors, "Features")))
     return {
         "cpu": _field(processors, "model name") or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": available_cores(),
         "instructions": [name for name in _INSTRUCTIONS if name in flags],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

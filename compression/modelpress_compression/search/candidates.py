@@ -24,7 +24,7 @@ WORTH = 0.05
 class Candidate:
     """`reason`: why it was not taken, empty while it may be. `variant`: how it differs from the plain scheme, if it
     does. `times_s`: [rounds], measured in turn with the other candidates. `unproven`: only data that vouches for its
-    ranges is missing."""
+    ranges is missing. `screened`: its answers were judged on a few samples alone."""
 
     scheme: str
     record: StepRecord
@@ -37,6 +37,7 @@ class Candidate:
     reason: str = ""
     technique: str = "quantize"
     unproven: bool = False
+    screened: bool = False
 
     @property
     def name(self) -> str:

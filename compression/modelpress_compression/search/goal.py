@@ -71,11 +71,10 @@ def pursue(
 
 @dataclass(frozen=True)
 class _Entry:
-    """A candidate, and the steps before its own. `confirmed`: its answers were judged on all samples."""
+    """A candidate, and the steps before its own."""
 
     candidate: Candidate
     before: tuple[StepRecord, ...] = ()
-    confirmed: bool = False
 
     @property
     def name(self) -> str:
@@ -212,22 +211,23 @@ class GoalSearch:
         """
         while True:
             choice = choose(figures, 0, self.goal.objective, _limits(self.recipe.limits))
-            if choice.taken == 0 or racers[choice.taken - 1].confirmed:
+            if choice.taken == 0 or not racers[choice.taken - 1].candidate.screened:
                 return choice
             entry = racers[choice.taken - 1]
             self.context.check_time()
             judged = self._proven(self.judge.confirmed(entry.candidate))
-            confirmed = replace(entry, candidate=judged, confirmed=True)
-            self.entries[next(place for place, other in enumerate(self.entries) if other is entry)] = confirmed
-            racers[choice.taken - 1] = confirmed
+            racers[choice.taken - 1] = self.entries[self._place(entry)] = replace(entry, candidate=judged)
             if judged.reason:
                 figures[choice.taken] = replace(figures[choice.taken], refusal=judged.reason)
 
     def _tell_taken(self, entry: _Entry, original: Figures, taken: Figures) -> None:
-        number = 1 + next(place for place, other in enumerate(self.entries) if other is entry)
+        number = 1 + self._place(entry)
         size = _change(taken.size_bytes, original.size_bytes)
         speed = f"{original.time_s / taken.time_s:.2f}x"
         self.context.progress(0.99, f"candidate {number} of {len(self.entries)}: {size}, {speed}; taken")
+
+    def _place(self, entry: _Entry) -> int:
+        return next(place for place, other in enumerate(self.entries) if other is entry)
 
     def _times_s(self, paths: Sequence[Path]) -> Times:
         """[1 + candidates, rounds], the original first."""

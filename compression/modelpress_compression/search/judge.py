@@ -105,12 +105,12 @@ class Judge:
             few = self.context.data.spread(SCREENING_SAMPLES)
             rough = self._compared(candidate, few, self.known_few)
             if self._differs(rough, _LOOSE) or not self._differs(rough, _STRICT):
-                return replace(rough, reason=self._differs(rough))
+                return replace(rough, reason=self._differs(rough), screened=True)
         return self.confirmed(candidate)
 
     def confirmed(self, candidate: Candidate) -> Candidate:
         """The same on all samples, and by the labels where there are any."""
-        candidate = self._compared(candidate, self.context.data, self.known)
+        candidate = self._compared(replace(candidate, screened=False), self.context.data, self.known)
         reason = self._differs(candidate)
         if reason or self.eval_data is None:
             return replace(candidate, reason=reason)
