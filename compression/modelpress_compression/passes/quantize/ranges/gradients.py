@@ -111,6 +111,7 @@ class GradientProbe:
             for number, trial in enumerate(trials):
                 gradient = gradients.get(_key(trial))
                 if gradient is not None:
+                    # Made anew for each direction: kept, the changes of all trials would be many times the activations.
                     change = self._change(trial, sources[_key(trial)].detach())
                     squares[number] += float(torch.sum(gradient * change)) ** 2
         return squares
