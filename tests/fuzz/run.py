@@ -70,7 +70,8 @@ def main() -> int:
                     crashes[name] = crash
                     print(f"{name}:\n{crash}", file=sys.stderr)
     for name in names:
-        print(f"{name}: {executions[name]} executions, {'a crash' if name in crashes else 'no crash'}")
+        outcome = f"a crash: {crashes[name].strip().splitlines()[-1]}" if name in crashes else "no crash"
+        print(f"{name}: {executions[name]} executions, {outcome}")
     print(f"{executions.total()} executions, {len(crashes)} crashes")
     if upload_server.cache_info().currsize:
         upload_server().close()

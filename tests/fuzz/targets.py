@@ -133,7 +133,7 @@ _OPCODES = st.one_of(
     st.sampled_from(["os", "system", "torch", "Size", "collections", "OrderedDict"]).map(
         lambda text: b"\x8c" + bytes([len(text)]) + text.encode()
     ),
-    st.sampled_from([b"cos\nsystem\n", b"ctorch\nSize\n", b"ios\nsystem\n", b"\x82\x01"]),
+    st.sampled_from([b"cos\nsystem\n", b"ctorch\nSize\n", b"ios\nsystem\n", b"\x82\x01", b"S'\\d'\n", b"V\\ud800\n"]),
     st.binary(max_size=6),
 )
 

@@ -63,3 +63,8 @@ def test_damaged(data: bytes) -> None:
     """Cut short, of another kind, or claiming more bytes than there are."""
     with pytest.raises(UnsupportedFormatError, match="no readable pickle"):
         scan_pickle(data, "it")
+
+
+def test_unknown_escapes_are_read_in_silence() -> None:
+    """Python warns of them; a warning is an error in these tests, and noise in a server's log."""
+    assert not scan_pickle(b"\x80\x04S'\\d'\n.", "it").globals
