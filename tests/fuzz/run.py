@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import HypothesisWarning
 
 for folder in ("fuzz", "hostile", "server"):
     sys.path.insert(0, str(Path(__file__).parents[1] / folder))
@@ -58,6 +59,7 @@ def main() -> int:
     parser.add_argument("--target", choices=sorted(TARGETS), action="append")
     options = parser.parse_args()
     warnings.simplefilter("error")
+    warnings.simplefilter("ignore", HypothesisWarning)  # of its own pains with printing large examples
     names, deadline_s = options.target or list(TARGETS), time.monotonic() + options.seconds
     executions: Counter[str] = Counter()
     crashes: dict[str, str] = {}
