@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -65,6 +66,13 @@ class PickleScan:
 
 def scan_pickle(data: bytes, what: str) -> PickleScan:
     """Names that one pickle may import. Raises UnsupportedFormatError, RejectedModelError (PICKLE_GLOBAL)."""
+    with warnings.catch_warnings():
+        # Python warns of escapes that it does not know in the strings of protocol 0, and reads them all the same.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return _scan(data, what)
+
+
+def _scan(data: bytes, what: str) -> PickleScan:
     found: set[str] = set()
     memo: dict[int, str | None] = {}
     strings: list[str | None] = []  # what the last opcodes pushed, None for anything but a string
