@@ -107,15 +107,25 @@ class AsyncJob:
         """`report.json` or `report.html` as bytes."""
         return await read_blob_into_memory(self._connection, self._artifact(artifact).files[0].digest)
 
+    @property
+    def candidates(self) -> list[str]:
+        """The ids of the candidates whose models can be downloaded; `report` has the figures of all."""
+        return [item.candidate for item in self.message.artifacts if item.kind == pb.Artifact.KIND_CANDIDATE_MODEL]
+
     async def download(
-        self, path: str | Path, *, artifact: str = "model", on_progress: OnProgress | None = None
+        self,
+        path: str | Path,
+        *,
+        artifact: str = "model",
+        candidate: str | None = None,
+        on_progress: OnProgress | None = None,
     ) -> list[Path]:
-        """Writes an artifact (`model`, `report.json`, `report.html`) to `path`.
+        """Writes an artifact (`model`, `report.json`, `report.html`) to `path`; or the model of a candidate, by its id.
 
         An ONNX model with external data is several files: the main one goes to `path`, its data files beside it under
         their own names. Returns the paths written, `path` first.
         """
-        files = self._artifact(artifact).files
+        files = (self._artifact(artifact) if candidate is None else self._candidate(candidate)).files
         return await download_files(self._connection, files, Path(path), on_progress)
 
     async def cancel(self) -> None:
@@ -135,3 +145,15 @@ class AsyncJob:
             if item.kind == ARTIFACTS[artifact] and item.files:
                 return item
         raise NotFoundError(f"{self.name} has no {artifact}.", details={"job": self.name})
+
+    def _candidate(self, candidate: str) -> pb.Artifact:
+        self.raise_unless_succeeded()
+        for item in self.message.artifacts:
+            if item.candidate == candidate and item.kind == pb.Artifact.KIND_CANDIDATE_MODEL and item.files:
+                return item
+        known = ", ".join(self.candidates)
+        raise NotFoundError(
+            f"{self.name} has no candidate '{candidate}' to download; "
+            + (f"there are {known}." if known else "recipes with a goal have them, and this one has none."),
+            details={"job": self.name, "candidates": self.candidates},
+        )

@@ -140,11 +140,23 @@ class Job:
         """`report.json` or `report.html` as bytes."""
         return self._thread.run(self._job.read_artifact(artifact))
 
+    @property
+    def candidates(self) -> list[str]:
+        """The ids of the candidates whose models can be downloaded; `report` has the figures of all."""
+        return self._job.candidates
+
     def download(
-        self, path: str | Path, *, artifact: str = "model", on_progress: OnProgress | None = None
+        self,
+        path: str | Path,
+        *,
+        artifact: str = "model",
+        candidate: str | None = None,
+        on_progress: OnProgress | None = None,
     ) -> list[Path]:
-        """Writes an artifact to `path`, data files beside it. Returns the paths written, `path` first."""
-        return self._thread.run(self._job.download(path, artifact=artifact, on_progress=on_progress))
+        """Writes an artifact, or a candidate's model, to `path`, data files beside it. Returns the paths written."""
+        return self._thread.run(
+            self._job.download(path, artifact=artifact, candidate=candidate, on_progress=on_progress)
+        )
 
     def cancel(self) -> None:
         """Asks for cancellation; a job that has ended stays as it is."""

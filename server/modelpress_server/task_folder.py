@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -19,11 +20,13 @@ from modelpress_server.stores.filesystem import ArtifactError, FileBlobStore
 from modelpress_server.waiting import uninterrupted
 
 MAX_ARTIFACT_FILES = 1000
-# What a compression writes besides the copy of its model, in sizes of the model: candidates, and the result twice.
-WRITTEN_PER_MODEL_BYTE = 2.4
+# What a compression writes besides the copy of its model, in sizes of the model: candidates, the result twice, and the
+# candidates that can be downloaded (at most 2.5 times the model).
+WRITTEN_PER_MODEL_BYTE = 4.9
 # Data is copied and unpacked.
 WRITTEN_PER_DATA_BYTE = 3
 WRITTEN_BESIDES_BYTES = 2 * MIB  # reports, logs, and what else is small
+_CANDIDATE = re.compile("[a-z0-9]{0,16}")
 
 
 def job_need_bytes(spec: job_service_pb2.JobSpec, manifest: model_service_pb2.Model) -> int:
@@ -99,7 +102,9 @@ class TaskFolder:
             raise ArtifactError(f"the worker left more than {MAX_ARTIFACT_FILES} files")
         artifacts = []
         for item in produced:
-            artifact = job_service_pb2.Artifact(kind=item.kind)
+            if not _CANDIDATE.fullmatch(item.candidate):
+                raise ArtifactError("the worker names a candidate in a way that none of ours has")
+            artifact = job_service_pb2.Artifact(kind=item.kind, candidate=item.candidate)
             for path in item.paths:
                 fault = path_fault(path)
                 if fault is not None:

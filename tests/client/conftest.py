@@ -335,6 +335,10 @@ class FakeServer(
         if self.script.data_file:
             files.append(common.FileEntry(path=self.script.data_file, digest=self.add_blob(b"weights" * 1000)))
         job.artifacts.add(kind=jobs.Artifact.KIND_OPTIMIZED_MODEL, files=files)
+        for row in self.report["candidates"]:
+            entry = common.FileEntry(path="model.onnx", digest=self.add_blob(row["id"].encode()))
+            kind = jobs.Artifact.KIND_CANDIDATE_MODEL
+            job.artifacts.add(kind=kind, files=[entry], candidate=row["id"])
         for kind, path, content in (
             (jobs.Artifact.KIND_REPORT_JSON, "report.json", json.dumps(self.report)),
             (jobs.Artifact.KIND_REPORT_HTML, "report.html", "<html></html>"),

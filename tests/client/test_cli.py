@@ -400,3 +400,39 @@ def test_imports_are_light() -> None:
     assert not imported_by("from modelpress_client import Client, AsyncClient, Report") & heavy
     help_text = "from modelpress_client.cli import main\ntry: main(['upload', '--help'])\nexcept SystemExit: pass"
     assert not imported_by(help_text) & {*heavy, "grpc", "google", "rich", "yaml", "modelpress_protos"}
+
+
+def test_the_family_of_a_model(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path) -> None:
+    """candidates lists, plots and compares; download takes one of them, or all."""
+    at = ("--server", fake_server.address)
+    speed = {"low": 0.9, "high": 2.2}
+    fake_server.report["candidates"] = [
+        {"id": "c1", "name": "fuse", "size_bytes": 9000, "speedup": speed | {"median": 1.0}, "chosen": False,
+         "pareto": True, "reason": "another is better", "downloadable": True},
+        {"id": "c2", "name": "static", "size_bytes": 3000, "speedup": speed | {"median": 2.0}, "chosen": True,
+         "pareto": True, "reason": "", "downloadable": True, "drop": 0.001},
+    ]  # fmt: skip
+    run_cli("upload", model_file, *at)
+    ran = run_cli("candidates", "j2", *at)
+    lines = ran.out.splitlines()
+    # The plot: the larger and slower one at the top right, the other at a third of the height and half of the width.
+    first = next(number for number, line in enumerate(lines) if "│" in line and line.rstrip().endswith("1"))
+    second = next(number for number, line in enumerate(lines) if "│" in line and line.rstrip().endswith("2"))
+    assert first < second
+    assert lines[second].index("2") < lines[first].rindex("1")
+    assert "static (chosen)" in ran.out
+    assert "another is better" in ran.out
+    assert [row["id"] for row in run_cli("candidates", "j2", "--json", *at).document["candidates"]] == ["c1", "c2"]
+    compared = run_cli("candidates", "j2", "--compare", "c1", "c2", *at).out
+    assert "1.00x [0.90, 2.20]" in compared
+    assert run_cli("candidates", "j2", "--compare", "c1", "c9", *at).code == 2
+    assert run_cli("download", "j2", "--candidate", "all", "-o", "family/", *at).code == 0
+    assert {path.name: path.read_text() for path in (tmp_path / "family").iterdir()} == {
+        "net.c1.onnx": "c1",
+        "net.c2.onnx": "c2",
+    }
+    assert run_cli("download", "j2", "--candidate", "c2", "-o", "one.onnx", *at).code == 0
+    assert (tmp_path / "one.onnx").read_text() == "c2"
+    ran = run_cli("download", "j2", "--candidate", "c7", *at)
+    assert (ran.code, "there are c1, c2" in ran.err) == (2, True)
+    assert run_cli("download", "j2", "--candidate", "c1", "--artifact", "all", *at).code == 2

@@ -30,21 +30,33 @@ ALL = ("model", "report.json", "report.html")
 @click.option(
     "--artifact", type=click.Choice([*ALL, "all"]), default="model", show_default=True, help="What to download."
 )
-def download(job_name: str, output: Path | None, artifact: str) -> None:
+@click.option(
+    "--candidate",
+    metavar="ID|all",
+    help="A candidate's model instead, by its id in 'candidates JOB'; all: each in a file of its own.",
+)
+def download(job_name: str, output: Path | None, artifact: str, candidate: str | None) -> None:
     """Download the results of JOB."""
+    if candidate is not None and artifact != "model":
+        raise UsageError("--candidate fetches models; leave --artifact out.")
 
     async def body(session: Session) -> None:
         from modelpress_client.cli.progress import display
 
         job = await session.client.job(job_name)
         job.raise_unless_succeeded()
-        wanted = ALL if artifact == "all" else (artifact,)
+        wanted: tuple[str, ...] = ALL if artifact == "all" else (artifact,)
+        if candidate is not None:
+            wanted = tuple(job.candidates) if candidate == "all" else (candidate,)
+        if not wanted:
+            raise NotFoundError(f"{job.name} has no candidates to download; recipes with a goal have them.")
         stem = await _stem(session, job)
         targets = _targets(stem, wanted, output)
         written: list[Path] = []
         with display(quiet=session.shared.quiet) as shown:
             for item, target in targets.items():
-                written += await job.download(target, artifact=item, on_progress=shown.transfer)
+                which = {"artifact": item} if candidate is None else {"candidate": item}
+                written += await job.download(target, **which, on_progress=shown.transfer)
         session.out.document({"job": job.name, "files": [str(path) for path in written]})
         for path in written:
             session.out.data(str(path))
@@ -87,7 +99,32 @@ def report(job_name: str, report_format: str) -> None:
     run(body)
 
 
-COMMANDS = (download, report)
+@click.command(cls=SharedHelp, short_help="What a goal tried: the family of a model.")
+@click.argument("job_name", metavar="JOB")
+@click.option("--compare", nargs=2, metavar="ID ID", help="Set these two side by side.")
+def candidates(job_name: str, compare: tuple[str, str] | None) -> None:
+    """List what JOB tried, with size, speed and answers; 'download JOB --candidate ID' fetches those with a star."""
+
+    async def body(session: Session) -> None:
+        from modelpress_client.cli.family import print_comparison, print_family
+
+        job = await session.client.job(job_name)
+        found = (await job.report()).candidates
+        if compare is None:
+            session.out.document({"job": job.name, "candidates": list(found)})
+            session.out.show(lambda console: print_family(console, found))
+            return
+        by_id = {str(row.get("id")): row for row in found}
+        if unknown := [item for item in compare if item not in by_id]:
+            raise NotFoundError(f"{job.name} has no candidate '{unknown[0]}'; there are {', '.join(by_id)}.")
+        first, second = (by_id[item] for item in compare)
+        session.out.document({"job": job.name, "candidates": [first, second]})
+        session.out.show(lambda console: print_comparison(console, first, second))
+
+    run(body)
+
+
+COMMANDS = (download, report, candidates)
 
 
 async def _stem(session: Session, job: AsyncJob) -> str:
@@ -106,4 +143,8 @@ def _targets(stem: str, wanted: tuple[str, ...], output: Path | None) -> dict[st
     if output is not None and output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file; for several artifacts it must be a folder.")
     folder = output or Path()
-    return {item: folder / f"{stem}.{'optimized.onnx' if item == 'model' else item}" for item in wanted}
+    return {item: folder / f"{stem}.{_suffix(item)}" for item in wanted}
+
+
+def _suffix(item: str) -> str:
+    return "optimized.onnx" if item == "model" else item if item in ALL else f"{item}.onnx"

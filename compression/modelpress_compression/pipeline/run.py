@@ -25,6 +25,7 @@ from modelpress_compression.pipeline.preflight import check_room, needs
 from modelpress_compression.pipeline.progress import Progress, ProgressListener, stages_of
 from modelpress_compression.recipe import Recipe
 from modelpress_compression.report.build import ReportInputs, StepRow, build_report
+from modelpress_compression.search.family import FamilyMember, family
 from modelpress_compression.search.goal import Pursuit, pursue
 from modelpress_compression.search.steps import StepRecord, apply_step, broken, file_size_bytes, save
 from modelpress_compression.techniques import TECHNIQUES
@@ -34,20 +35,27 @@ LogListener = Callable[[str, str], None]  # severity (INFO, WARNING, ERROR), tex
 
 
 @dataclass(frozen=True)
+class Artifact:
+    """What was written: its `kind`, and its files, the main one first. `candidate`: the id of a candidate's model."""
+
+    kind: str
+    files: list[Path]
+    candidate: str = ""
+
+
+@dataclass(frozen=True)
 class Result:
-    """The optimized model, and the report (the content of report.json)."""
+    """The optimized model, and the report (the content of report.json).
+
+    `candidates`: all that was tried, with the figures that decided; those of a goal that are worth having have a model.
+    """
 
     model: Model
     report: dict[str, Any]
+    candidates: tuple[FamilyMember, ...] = ()
 
-    @property
-    def candidates(self) -> list[dict[str, Any]]:
-        """The rows of all that `auto` tried, with the figures that decided."""
-        rows: list[dict[str, Any]] = self.report["candidates"]
-        return rows
-
-    def write(self, directory: Path) -> list[tuple[str, list[Path]]]:
-        """Writes model.onnx (and model.onnx.data), report.json and report.html; returns kind and files of each."""
+    def write(self, directory: Path) -> list[Artifact]:
+        """Writes model.onnx (and model.onnx.data), report.json, report.html, and model.ID.onnx of each candidate."""
         from modelpress_compression.report.html import render_html
 
         directory.mkdir(parents=True, exist_ok=True)
@@ -55,7 +63,16 @@ class Result:
         json_path, html_path = directory / "report.json", directory / "report.html"
         json_path.write_text(json.dumps(self.report, indent=1, allow_nan=False), "utf-8")
         html_path.write_text(render_html(self.report), "utf-8")
-        return [("model", model), ("report.json", [json_path]), ("report.html", [html_path])]
+        return [
+            Artifact("model", model),
+            Artifact("report.json", [json_path]),
+            Artifact("report.html", [html_path]),
+            *(
+                Artifact("candidate", member.model.save(directory / f"model.{member.id}.onnx"), member.id)
+                for member in self.candidates
+                if member.model is not None
+            ),
+        ]
 
 
 def compress(
@@ -111,7 +128,7 @@ def compress(
                 log("WARNING", warning)
         report = _report(job, run, made, outcome)
         run.progress.update(1.0, "done")
-        return Result(outcome.model, report)
+        return Result(outcome.model, report, made.candidates)
 
 
 @dataclass(frozen=True)
@@ -174,7 +191,8 @@ def _make(run: _Run) -> Pursuit:
     goal = run.recipe.goal
     if goal is None or run.recipe.steps:
         records = _run_steps(run)
-        return Pursuit(tuple(records), tuple(row for record in records for row in record.candidates))
+        rows = [row for record in records for row in record.candidates]
+        return Pursuit(tuple(records), family(rows, [None] * len(rows), 0))
     run.progress.enter_next(f"looking for the {goal.objective} model")
     return pursue(run.recipe, goal, run.model, run.path, run.context, run.evaluation)
 
@@ -232,7 +250,7 @@ def _report(job: str, run: _Run, made: Pursuit, outcome: _Outcome) -> dict[str, 
             fidelity=outcome.measured.fidelity,
             accuracy=outcome.measured.accuracy,
             steps=[_step_row(record) for record in made.records],
-            candidates=made.rows,
+            candidates=[dict(member) for member in made.candidates],
             warnings=outcome.warnings,
             violations=outcome.measured.violations,
             measurement=outcome.measured.conditions(),

@@ -24,6 +24,7 @@ _OPEN_LAYERS = 12
 _ROLES = ("original", "optimized")
 # Less than 100, so that the last mark is not cut off.
 _SCALE_PERCENT = 98.0
+_FAMILY_HEIGHT = 240
 _LAST_TICK = 0.93  # of the scale: the text of a later tick ends at it
 _WHOLE = re.compile(r"\.0+(?!\d)")
 
@@ -47,6 +48,49 @@ def layer_picture(rows: Sequence[Mapping[str, Any]]) -> str:
     rest = tag("div", "".join(drawn[_OPEN_LAYERS:]), class_="layers")
     more = f"{len(drawn) - _OPEN_LAYERS} more rows"
     return first + (tag("details", tag("summary", more) + rest) if len(drawn) > _OPEN_LAYERS else "")
+
+
+def family_picture(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Candidates by time and size, both against the original and from zero: lower left is better.
+
+    Empty for fewer than two that were timed. A mark leads to its row, and shows its figures while it is pointed at.
+    """
+    timed = [row for row in rows if row.get("speedup") and row.get("size_bytes")]
+    if len(timed) < 2:
+        return ""
+    slowest = max(1.0, *(1 / row["speedup"]["median"] for row in timed))
+    largest = max(row["size_bytes"] for row in timed)
+    # What was chosen is drawn last, over the others.
+    timed.sort(key=lambda row: (bool(row.get("chosen")), bool(row.get("pareto"))))
+    marks = "".join(_family_mark(row, slowest, largest) for row in timed)
+    rails = "".join(
+        f'<line x1="0" x2="100%" y1="{y}" y2="{y}" class="axis"/>'
+        f'<text x="0" y="{y - 3}" class="rail">{size(value)}</text>'
+        for value, y in ((largest, _family_y(1.0)), (largest / 2, _family_y(0.5)), (0, _family_y(0.0)))
+    )
+    picture = f'<svg width="100%" height="{_FAMILY_HEIGHT + 12}">{rails}{marks}</svg>'
+    axis = _axis(slowest, lambda share: f"{share:.2f}")
+    words = tag("p", "Size upwards, time as a share of the original's to the right.", class_="quiet")
+    return tag("div", picture + axis + words, class_="family")
+
+
+def _family_y(share: float) -> float:
+    return 12 + (_FAMILY_HEIGHT - 12) * (1 - share)
+
+
+def _family_mark(row: Mapping[str, Any], slowest: float, largest: float) -> str:
+    time = 1 / row["speedup"]["median"]
+    x, y = _SCALE_PERCENT * time / slowest, _family_y(row["size_bytes"] / largest)
+    kind = "chosen" if row.get("chosen") else "front" if row.get("pareto") else "beaten"
+    right = x > 50
+    place = f'x="{x:.2f}%" dx="{-11 if right else 11}" y="{y + 4:.1f}" text-anchor="{"end" if right else "start"}"'
+    label, name = escape(row.get("id", "")), escape(row.get("name", ""))
+    figures = f"{name}: {size(row['size_bytes'])}, {escape(speed_words(row['speedup']))}"
+    return (
+        f'<a href="#{label}" class="{kind}"><title>{figures}</title>'
+        f'<circle cx="{x:.2f}%" cy="{y:.1f}" r="6"/><text {place} class="id">{label}</text>'
+        f'<text {place} class="more">{label} {figures}</text></a>'
+    )
 
 
 def size_bar(share: float) -> str:

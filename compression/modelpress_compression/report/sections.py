@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modelpress_compression.measure.damage import DAMAGE_COSINE, DAMAGE_DROP
+from modelpress_compression.report.figures import family_picture
 from modelpress_compression.report.formats import (
     NOT_MEASURED,
     change,
@@ -123,13 +124,20 @@ def _config(config: Mapping[str, Any]) -> str:
 
 def candidates(rows: Sequence[Mapping[str, Any]]) -> str:
     """All candidates, with the figures that decided."""
-    headers = ("Candidate", "Size", "Speed", "Cosine", "Agreement", "Expected drop", "Drop")
-    return table(headers, [_candidate(row) for row in rows], numeric=(1, 3, 4, 5, 6)) if rows else ""
+    if not rows:
+        return ""
+    headers = ("", "Candidate", "Size", "Speed", "Cosine", "Agreement", "Expected drop", "Drop")
+    switch = tag("label", '<input type="checkbox" class="only"> Compare: show the ticked rows alone', class_="quiet")
+    listed = table(headers, [_candidate(row) for row in rows], numeric=(2, 4, 5, 6, 7))
+    fetched = any(row.get("downloadable") for row in rows)
+    hint = tag("p", f"↓ {tag('code', 'compress-client download JOB --candidate ID')}", class_="note") if fetched else ""
+    return family_picture(rows) + (switch if len(rows) > 1 else "") + listed + hint
 
 
 def _candidate(row: Mapping[str, Any]) -> list[str]:
     cosine, drop, expected = row.get("cosine"), row.get("drop"), row.get("expected_drop")
     return [
+        _candidate_tick(row),
         _candidate_name(row),
         size(row.get("size_bytes")),
         _candidate_speed(row.get("speedup")),
@@ -140,12 +148,19 @@ def _candidate(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _candidate_tick(row: Mapping[str, Any]) -> str:
+    label = escape(row.get("id", ""))
+    return f'<label class="pick" id="{label}"><input type="checkbox"> {label}</label>'
+
+
 def _candidate_name(row: Mapping[str, Any]) -> str:
     name = escape(row.get("name", ""))
     if row.get("chosen"):
         name += " " + tag("b", "chosen", class_="chosen")
     elif row.get("pareto"):
         name += " " + tag("small", "on the Pareto front")
+    if row.get("downloadable"):
+        name += " " + tag("small", "↓", title="can be downloaded")
     return name + (tag("p", escape(row["reason"]), class_="quiet") if row.get("reason") else "")
 
 

@@ -33,6 +33,7 @@ from modelpress_compression.passes.quantize.weight_only.storage import store_all
 from modelpress_compression.recipe import ACCURATE, BALANCED, FASTEST, SMALLEST, Constraints, Goal, Recipe, Step
 from modelpress_compression.search.candidates import Candidate, pareto_set
 from modelpress_compression.search.choice import Choice, Figures, Limits, choose
+from modelpress_compression.search.family import FamilyMember, family
 from modelpress_compression.search.judge import FLOAT_FLOOR_DB, Judge
 from modelpress_compression.search.quantization import SchemeSearch
 from modelpress_compression.search.steps import StepRecord, apply_step, file_size_bytes, scaled
@@ -52,11 +53,12 @@ _BUILT = 0.8  # share of the progress when all candidates are built and judged
 class Pursuit:
     """What came of a goal. `records`: the steps that made the result, none where the original is the best.
 
-    `rows`: of the report's `candidates`. `advice`: what would have been better, each with `text` and `command`.
+    `candidates`: all that were tried, with those models that can be had. `advice`: what would have been better, each
+    with `text` and `command`.
     """
 
     records: tuple[StepRecord, ...]
-    rows: tuple[dict[str, Any], ...]
+    candidates: tuple[FamilyMember, ...]
     advice: tuple[dict[str, str], ...] = ()
 
 
@@ -202,7 +204,9 @@ class GoalSearch:
         for row in shown:
             self.context.log(f"{row['name']}: {row['reason'] or 'taken'}")
         records = () if choice.taken == 0 else _steps(racers[choice.taken - 1], tuple(shown))
-        return Pursuit(records, tuple(shown), tuple(self._advice(figures, choice, racers)))
+        models = [entry.candidate.record.model for entry in self.entries]
+        members = family(shown, models, file_size_bytes(self.path))
+        return Pursuit(records, members, tuple(self._advice(figures, choice, racers)))
 
     def _confirmed_choice(self, racers: list[_Entry], figures: list[Figures]) -> Choice:
         """The best of those that keep the answers on all samples; the lists get what is found out on the way.

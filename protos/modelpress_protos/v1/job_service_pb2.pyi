@@ -352,6 +352,8 @@ class Artifact(_message.Message):
         """report.json."""
         KIND_REPORT_HTML: Artifact._Kind.ValueType  # 3
         """report.html, self-contained."""
+        KIND_CANDIDATE_MODEL: Artifact._Kind.ValueType  # 4
+        """The ONNX model of a candidate of a goal, chosen or not."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
         """What it is."""
@@ -364,11 +366,16 @@ class Artifact(_message.Message):
     """report.json."""
     KIND_REPORT_HTML: Artifact.Kind.ValueType  # 3
     """report.html, self-contained."""
+    KIND_CANDIDATE_MODEL: Artifact.Kind.ValueType  # 4
+    """The ONNX model of a candidate of a goal, chosen or not."""
 
     KIND_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    CANDIDATE_FIELD_NUMBER: _builtins.int
     kind: Global___Artifact.Kind.ValueType
     """What it is."""
+    candidate: _builtins.str
+    """Which candidate it is: its `id` in report.json; set for KIND_CANDIDATE_MODEL alone."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.FileEntry]:
         """One file, or several (ONNX with external data); the first is the main one."""
@@ -378,10 +385,11 @@ class Artifact(_message.Message):
         *,
         kind: Global___Artifact.Kind.ValueType = ...,
         files: _abc.Iterable[_common_pb2.FileEntry] | None = ...,
+        candidate: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate", b"candidate", "files", b"files", "kind", b"kind"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,6 +17,7 @@ _KINDS: Mapping[str, job_service_pb2.Artifact.Kind.ValueType] = {
     "model": _Kind.KIND_OPTIMIZED_MODEL,
     "report.json": _Kind.KIND_REPORT_JSON,
     "report.html": _Kind.KIND_REPORT_HTML,
+    "candidate": _Kind.KIND_CANDIDATE_MODEL,
 }
 _VERDICTS: Mapping[str, job_service_pb2.SpeedVerdict.ValueType] = {
     "": job_service_pb2.SPEED_VERDICT_UNSPECIFIED,

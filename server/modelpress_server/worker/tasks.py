@@ -105,9 +105,9 @@ def _refuse_blocking(inspection: model_service_pb2.Inspection) -> None:
 
 def _write(result: Result, directory: Path) -> worker_pb2.CompressResult:
     message = worker_pb2.CompressResult(summary=messages.summary_from_report(result.report))
-    for kind, paths in result.write(directory):
-        names = [path.relative_to(directory).as_posix() for path in paths]
-        message.artifacts.add(kind=messages.kind_to_proto(kind), paths=names)
+    for artifact in result.write(directory):
+        names = [path.relative_to(directory).as_posix() for path in artifact.files]
+        message.artifacts.add(kind=messages.kind_to_proto(artifact.kind), paths=names, candidate=artifact.candidate)
     return message
 
 

@@ -77,8 +77,16 @@ def inputs(bare_inputs: ReportInputs) -> ReportInputs:
             StepRow("quantize", {"scheme": "auto"}, {"static": 12}, skipped, 1_000_000, 30.0),
         ],
         candidates=[
-            {"name": "quantize dynamic", "size_bytes": 1_100_000, "chosen": False, "reason": "slower than in float32"},
             {
+                "id": "c1",
+                "name": "quantize dynamic",
+                "size_bytes": 1_100_000,
+                "chosen": False,
+                "reason": "slower than in float32",
+                "downloadable": False,
+            },
+            {
+                "id": "c2",
                 "name": "quantize static",
                 "size_bytes": 1_000_000,
                 "speedup": {"median": 2.0, "low": 1.9, "high": 2.1},
@@ -86,6 +94,7 @@ def inputs(bare_inputs: ReportInputs) -> ReportInputs:
                 "drop": None,
                 "chosen": True,
                 "reason": "",
+                "downloadable": True,
             },
         ],
         warnings=["calibrated on synthetic inputs", "calibrated on synthetic inputs"],

@@ -13,7 +13,7 @@ from modelpress_compression.report.build import ReportInputs, StepRow, build_rep
 from modelpress_compression.report.formats import change, count, milliseconds, percent, size
 from modelpress_compression.report.html import headline, render_html
 
-_VOID = {"meta"}
+_VOID = {"meta", "input"}
 
 
 class Page(HTMLParser):
@@ -212,3 +212,18 @@ def test_candidates_show_interval_and_verdict(inputs: ReportInputs) -> None:
     for words in ("1.50× faster 95 %: 1.40 to 1.60", "2.00× slower 95 %: 0.40 to 0.60", "no clear difference (1.00×)"):
         assert words in shown
     assert '<b class="damaged">0.4000</b>' in text
+
+
+def test_candidates_are_plotted_by_time_and_size(inputs: ReportInputs) -> None:
+    """A mark for each that was timed, leading to its row; one alone is no picture."""
+    report = build_report(inputs)
+    assert 'class="family"' not in render_html(report)
+    report["candidates"][0]["speedup"] = {"median": 0.5, "low": 0.4, "high": 0.6}
+    text = render_html(report)
+    # Twice the original's time lies at the right end, half of it at a quarter; the larger file lies at the top.
+    assert '<a href="#c1" class="beaten">' in text
+    assert '<circle cx="98.00%" cy="12.0" r="6"/>' in text
+    assert '<a href="#c2" class="chosen">' in text
+    assert '<circle cx="24.50%"' in text
+    assert 'id="c1"' in text
+    assert 'id="c2"' in text

@@ -439,8 +439,11 @@ class ProducedArtifact(_message.Message):
 
     KIND_FIELD_NUMBER: _builtins.int
     PATHS_FIELD_NUMBER: _builtins.int
+    CANDIDATE_FIELD_NUMBER: _builtins.int
     kind: _job_service_pb2.Artifact.Kind.ValueType
     """What it is."""
+    candidate: _builtins.str
+    """Of a candidate's model: its id."""
     @_builtins.property
     def paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Paths within output_directory; the first is the main one."""
@@ -450,10 +453,11 @@ class ProducedArtifact(_message.Message):
         *,
         kind: _job_service_pb2.Artifact.Kind.ValueType = ...,
         paths: _abc.Iterable[_builtins.str] | None = ...,
+        candidate: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "paths", b"paths"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate", b"candidate", "kind", b"kind", "paths", b"paths"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
