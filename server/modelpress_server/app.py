@@ -18,6 +18,7 @@ from modelpress_protos.v1 import (
     upload_service_pb2_grpc,
 )
 
+from modelpress_server.background_scrub import BackgroundScrub
 from modelpress_server.ballast import Ballast
 from modelpress_server.clock import Clock
 from modelpress_server.config import MAX_MESSAGE_BYTES, TOKENS_NAME, Settings, SettingsError
@@ -132,6 +133,7 @@ class Server:
             self._lock.release()
             raise
         self._janitor.start()
+        self._scrub.start()
         self._lock.announce(self.address)
 
     async def stop(self) -> None:
@@ -144,6 +146,7 @@ class Server:
         await self._grpc.stop(CLOSE_GRACE_S)
         await self._uploads.sessions.close()
         await self._janitor.close()
+        await self._scrub.close()
         await self._executor.close()
         await self._blobs.close()
         await self._database.close()
@@ -172,10 +175,11 @@ class Server:
         self._gate = Gate(authenticator, self._projects, self._audit, self._clock)
         options = (*OPTIONS, *connection_options(settings))
         self._grpc = grpc.aio.server(interceptors=[self._gate], options=options)
-        self._uploads = UploadService(settings, self._blobs, index, space, self._clock)
+        self._uploads = UploadService(settings, self._projects, self._blobs, index, space, self._clock)
         self._janitor = Janitor(
             settings, self._projects, self._blobs, index, usage, self._uploads.sessions, self._ballast, self._clock
         )
+        self._scrub = BackgroundScrub(settings, self._blobs, self._clock)
         space.on_short = self._janitor.hurry
         upload_service_pb2_grpc.add_UploadServiceServicer_to_server(self._uploads, self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(

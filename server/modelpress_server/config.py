@@ -83,10 +83,12 @@ class Settings:
         kind="path",
     )
     jwt_issuer: str | None = _setting(
-        None, "Take web tokens (OpenID Connect) of this issuer, as their claim iss spells it; with the next two."
+        None, "Take web tokens (OpenID Connect) of this issuer, as their claim iss spells it; with the next."
     )
     jwt_audience: str | None = _setting(None, "What the web tokens' claim aud must hold.")
-    jwt_keys: str | None = _setting(None, "The issuer's public keys (JWKS): a file, or an https URL.")
+    jwt_keys: str | None = _setting(
+        None, "The issuer's public keys (JWKS): a file, or an https URL; not set: where the issuer says (discovery)."
+    )
     jwt_claim: str = _setting("modelpress", "Claim of the web tokens that grants roles: {PROJECT: ROLE}.")
     audit_log: Path | None = _setting(
         None, "File for a line of JSON on each call that changes something; not set: the log.", kind="path"
@@ -121,6 +123,9 @@ class Settings:
         0.0, "Most requests of one project a second, on average over ten seconds; 0: no limit."
     )
     max_open_uploads: int = _setting(32, "Most unfinished uploads of one project.")
+    max_stored_bytes: int = _setting(
+        0, "Most bytes that one project has stored, unfinished uploads included; 0: no limit.", kind="bytes"
+    )
     max_chunk_bytes: int = _setting(2 * MIB, "Largest chunk of an upload.", kind="bytes")
     ack_interval_bytes: int = _setting(
         16 * MIB, "Uploaded bytes are made durable and acknowledged so often.", kind="bytes"
@@ -161,6 +166,10 @@ class Settings:
         30 * 24 * 3600.0, "Events of a job are dropped so long after its end; its log stays.", kind="seconds"
     )
     janitor_interval_s: float = _setting(300.0, "How often the server cleans up.", kind="seconds")
+    scrub_interval_s: float = _setting(
+        7 * 24 * 3600.0, "How often each stored file is read again, to find damage.", kind="seconds"
+    )
+    scrub_bytes_per_s: int = _setting(4 * MIB, "At how many bytes a second at most; 0: never.", kind="bytes")
 
     heartbeat_s: float = _setting(15.0, "An idle watch stream carries a heartbeat so often.", kind="seconds")
     drain_grace_s: float = _setting(
@@ -174,7 +183,14 @@ class Settings:
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_blob_bytes", "ack_interval_bytes"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("max_running_jobs", "max_models", "max_pending_models", "requests_per_s"):
+        for name in (
+            "max_running_jobs",
+            "max_models",
+            "max_pending_models",
+            "max_stored_bytes",
+            "requests_per_s",
+            "scrub_bytes_per_s",
+        ):
             self._require(getattr(self, name) >= 0, name, "at least 0")
         for name in ("job_ttl_s", "model_ttl_s"):
             self._require(getattr(self, name) >= 0, name, "at least 0")
@@ -184,7 +200,7 @@ class Settings:
             self._require(getattr(self, name) > 0, name, "more than 0")
         for name in ("handshake_timeout_s", "connection_idle_s"):
             self._require(getattr(self, name) > 0, name, "more than 0")
-        for name in ("event_ttl_s", "janitor_interval_s", "heartbeat_s"):
+        for name in ("event_ttl_s", "janitor_interval_s", "scrub_interval_s", "heartbeat_s"):
             self._require(getattr(self, name) > 0, name, "more than 0")
         self._require(
             1024 <= self.max_chunk_bytes <= MAX_MESSAGE_BYTES - 64 * KIB, "max_chunk_bytes", "1 KiB to 3.9 MiB"
@@ -228,9 +244,10 @@ class Settings:
         self._require(bool(host) and port.isdecimal() and int(port) < 65536, "listen", "HOST:PORT")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingsError("tls_cert and tls_key go together; set both or none.")
-        jwt = (self.jwt_issuer, self.jwt_audience, self.jwt_keys)
-        if any(jwt) and not all(jwt):
-            raise SettingsError("jwt_issuer, jwt_audience and jwt_keys go together; set all or none.")
+        if (self.jwt_issuer is None) != (self.jwt_audience is None):
+            raise SettingsError("jwt_issuer and jwt_audience go together; set both or none.")
+        if self.jwt_keys is not None and self.jwt_issuer is None:
+            raise SettingsError("jwt_keys goes with jwt_issuer and jwt_audience; set all or none.")
         if self.tls_client_ca is not None and not self.tls:
             raise SettingsError("tls_client_ca needs tls_cert and tls_key.")
         protected = self.tls and self.authenticates

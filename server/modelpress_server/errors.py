@@ -20,6 +20,7 @@
     ├── UploadTooLargeError         RESOURCE_EXHAUSTED   UPLOAD_TOO_LARGE
     ├── QuotaExceededError          RESOURCE_EXHAUSTED   QUOTA_EXCEEDED
     ├── QueueFullError              RESOURCE_EXHAUSTED   QUEUE_FULL
+    ├── StoredQuotaError            RESOURCE_EXHAUSTED   QUOTA_EXCEEDED
     ├── StorageFullError            RESOURCE_EXHAUSTED   STORAGE_FULL
     ├── TooManyAttemptsError        RESOURCE_EXHAUSTED   TOO_MANY_ATTEMPTS
     ├── DiskTooSmallError           RESOURCE_EXHAUSTED   STORAGE_FULL
@@ -161,6 +162,10 @@ class QueueFullError(QuotaExceededError):
     """Too many queued jobs."""
 
 
+class StoredQuotaError(QuotaExceededError):
+    """The project has stored as much as it may."""
+
+
 class StorageFullError(ServiceError):
     """The disk is full."""
 
@@ -215,6 +220,7 @@ STATUS: Mapping[type[ServiceError], tuple[grpc.StatusCode, common_pb2.ErrorReaso
     EventsCompactedError: (_CODE.OUT_OF_RANGE, _REASON.ERROR_REASON_EVENTS_COMPACTED),
     UploadTooLargeError: (_CODE.RESOURCE_EXHAUSTED, _REASON.ERROR_REASON_UPLOAD_TOO_LARGE),
     QuotaExceededError: (_CODE.RESOURCE_EXHAUSTED, _REASON.ERROR_REASON_QUOTA_EXCEEDED),
+    StoredQuotaError: (_CODE.RESOURCE_EXHAUSTED, _REASON.ERROR_REASON_QUOTA_EXCEEDED),
     QueueFullError: (_CODE.RESOURCE_EXHAUSTED, _REASON.ERROR_REASON_QUEUE_FULL),
     StorageFullError: (_CODE.RESOURCE_EXHAUSTED, _REASON.ERROR_REASON_STORAGE_FULL),
     DiskTooSmallError: (_CODE.RESOURCE_EXHAUSTED, _REASON.ERROR_REASON_STORAGE_FULL),

@@ -32,6 +32,8 @@ HEALTH_PREFIX = "/grpc.health."
 API_PREFIX = "/modelpress."
 DRAIN_RETRY_S = 2.0
 RATE_WINDOW_S = 10.0
+# A stream whose caller may no longer do what it does ends within so long, and one look at the tokens.
+RECHECK_S = 10.0
 # Calls that bring new work; the others go on while running jobs get their grace.
 NEW_WORK = ("CreateUpload", "WriteUpload", "CreateModel", "CreateJob")
 
@@ -47,6 +49,7 @@ class Call:
     peer: str = ""  # ipv4:127.0.0.1:50000
     caller: Caller = ANYBODY
     project: str = ""
+    resource: str = ""  # where neither request nor answer names it
     take_request: Callable[[str], None] = lambda project: None
 
     @property
@@ -64,19 +67,28 @@ def check_project(project: str) -> str:
     Raises ResourceNotFoundError, as for one that does not exist, PermissionDeniedError, QuotaExceededError.
     """
     call = _call.get()
-    role = call.caller.role(project)
+    call.project = project
+    _check_role(call, project)
+    call.take_request(project)
+    return project
+
+
+def note_resource(name: str) -> None:
+    """What this call is about, for the audit log: a stream of requests cannot be read twice."""
+    _call.get().resource = name
+
+
+def _check_role(call: Call, project: str) -> None:
+    """Raises ResourceNotFoundError, PermissionDeniedError."""
+    role, needed = call.caller.role(project), needed_role(call.method)
     if role is None:
         raise errors.ResourceNotFoundError(f"There is no project {project}.")
-    call.project = project
-    needed = needed_role(call.method)
     if role < needed:
         raise errors.PermissionDeniedError(
             f"{call.method} needs the role {needed.name.lower()} in project {project}; this token has "
             f"{role.name.lower()}. Ask the server's operator for another token.",
             metadata={"role": role.name.lower(), "needed": needed.name.lower()},
         )
-    call.take_request(project)
-    return project
 
 
 class Malformed:
@@ -162,14 +174,33 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
             peer=call.peer,
             method=call.method,
             project=call.project,
-            resource=resource_of(*messages),
+            resource=call.resource or resource_of(*messages),
             outcome=outcome,
         )
+
+    async def _check_again(self, call: Call, authorization: str, context: Any) -> None:
+        """Raises UnauthenticatedError, ResourceNotFoundError, PermissionDeniedError where a token holds no longer."""
+        call.caller = await self._authenticator.caller(authorization, call.peer, _certificate_name(context), known=True)
+        if call.project:
+            _check_role(call, call.project)
+
+    async def _guard(self, stream: Awaitable[Any], call: Call, authorization: str, context: Any) -> Any:
+        """Runs a stream to its end, or until its caller may no longer do what it does."""
+        running = asyncio.ensure_future(stream)
+        try:
+            while not await self._clock.wait({running}, RECHECK_S):
+                await self._check_again(call, authorization, context)
+            return await running
+        finally:
+            if not running.done():
+                running.cancel()
+                await asyncio.wait([running])
 
     def _wrap(self, handler: Any, method: str, authorization: str) -> Handler:
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         if inspect.isasyncgenfunction(behaviour):
             behaviour = _writing(behaviour)
+        streams = (handler.request_streaming or handler.response_streaming) and method.startswith(API_PREFIX)
 
         async def call(request: Any, context: Any) -> Any:
             state, outcome, result = Call(method, context.peer()), "CANCELLED", None
@@ -177,6 +208,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
                 await self._enter(state, authorization, context)
                 check_readable(request)
                 result = behaviour(request, context)
+                if streams:
+                    result = self._guard(result, state, authorization, context)
                 if inspect.isawaitable(result):
                     result = await result
                 outcome = "OK"

@@ -31,6 +31,7 @@ SHORT_INTERVAL_S = 10.0
 # Files of blobs that were let go may be wanted again by an upload that ends just now.
 SETTLED_S = 60.0
 BATCH = 500
+MAX_STEPS = 100  # of the clock, that are remembered
 
 
 class Janitor:
@@ -57,6 +58,8 @@ class Janitor:
         self._clock = clock
         self._room_is_short = asyncio.Event()
         self._ahead_us = self._wall_ahead_us()
+        self._steps: list[tuple[int, int]] = []  # time of day after a step forward, and its length, in microseconds
+        self._began_s = clock.now_s()
         self._has_given_grace = False
         self._sweeping = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
@@ -94,10 +97,21 @@ class Janitor:
                 )
                 self._has_given_grace = True
             if step_us <= MAX_CLOCK_DRIFT_US:
-                await self.sweep(now)
+                settled = self._clock.now_s() - self._began_s >= START_GRACE_S
+                await self.sweep(now, expire=settled)
                 return
             logger.warning("the clock was set forward by %d s; what would have expired is kept", step_us // 1_000_000)
+            self._steps = [*self._steps[1 - MAX_STEPS :], (now, step_us)]
             await self._renew(now, self._settings.blob_ttl_s, self._settings.upload_ttl_s)
+
+    def _before_us(self, now: int, ttl_s: float) -> int:
+        """What ended before this has had its time. A time that a clock skipped was nobody's."""
+        before_us = now - round(ttl_s * 1e6)
+        for stepped_at_us, step_us in reversed(self._steps):
+            if before_us >= stepped_at_us:
+                break
+            before_us -= step_us
+        return before_us
 
     async def _renew(self, now: int, blob_s: float, upload_s: float) -> None:
         """Unused blobs and unfinished uploads are kept for so long at least."""
@@ -107,17 +121,22 @@ class Janitor:
     def _wall_ahead_us(self) -> int:
         return self._clock.wall_us() - round(self._clock.now_s() * 1e6)
 
-    async def sweep(self, now: int) -> None:
-        """One pass at the time `now`, in microseconds. Records go first, then files that no record names any more."""
-        await self._expire(now)
+    async def sweep(self, now: int, *, expire: bool = True) -> None:
+        """One pass at the time `now`, in microseconds. Records go first, then files that no record names any more.
+
+        `expire`: jobs, models and events that have had their time go; soon after a start the clock may be wrong.
+        """
+        if expire:
+            await self._expire(now)
         short, blob_ttl_s = self._room_is_short.is_set(), self._settings.blob_ttl_s
         self._room_is_short.clear()
         if short:
             blob_ttl_s = min(blob_ttl_s, SHORT_BLOB_TTL_S)
-        await self._blobs.empty_quarantine(now / 1e6 - (0.0 if short else self._settings.event_ttl_s))
+        forgotten_us = self._before_us(now, self._settings.event_ttl_s)
+        await self._blobs.empty_quarantine((now if short else forgotten_us) / 1e6)
         swept = await self._index.sweep(
             blobs_before_us=now - round(blob_ttl_s * 1e6),
-            events_before_us=now - round(self._settings.event_ttl_s * 1e6),
+            events_before_us=forgotten_us if expire else 0,
             now_us=now,
         )
         for upload_id in swept.uploads:
@@ -139,9 +158,9 @@ class Janitor:
         for project in await self._retention.projects():
             limits, jobs, models = self._projects.limits(project), 0, 0
             if limits.job_ttl_s:
-                jobs = await self._retention.expire_jobs(project, now - round(limits.job_ttl_s * 1e6))
+                jobs = await self._retention.expire_jobs(project, self._before_us(now, limits.job_ttl_s))
             if limits.model_ttl_s:
-                models = await self._retention.expire_models(project, now - round(limits.model_ttl_s * 1e6))
+                models = await self._retention.expire_models(project, self._before_us(now, limits.model_ttl_s))
             if jobs or models:
                 logger.info("project %s: %d jobs and %d models have had their time", project, jobs, models)
 

@@ -33,6 +33,8 @@ class ProjectLimits:
     max_running_jobs: int = 0
     max_models: int = 0
     max_pending_models: int = 0
+    max_open_uploads: int = 0
+    max_stored_bytes: int = 0
     requests_per_s: float = 0.0
     job_ttl_s: float = 0.0
     model_ttl_s: float = 0.0

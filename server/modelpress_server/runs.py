@@ -18,6 +18,7 @@ from modelpress_protos.v1 import job_service_pb2, model_service_pb2
 from modelpress_server import errors
 from modelpress_server.config import Settings
 from modelpress_server.executors.base import Executor, Limits, WorkerLostError, WorkerUnavailableError
+from modelpress_server.executors.lost import CRASHED
 from modelpress_server.recorder import JobRecorder
 from modelpress_server.sandbox.confinement import LEVEL_FILES_AND_NETWORK
 from modelpress_server.shortage import shortage_of, storage_full
@@ -36,18 +37,19 @@ from modelpress_server.stores.base import (
 from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.records import now_us, unique
 from modelpress_server.task_folder import TaskFolder, inspection_need_bytes, job_need_bytes, task_folder
-from modelpress_server.waiting import Notifier
+from modelpress_server.waiting import Notifier, uninterrupted
 
 logger = logging.getLogger(__name__)
 
 SUCCEEDED = job_service_pb2.JOB_STATE_SUCCEEDED
 FAILED = job_service_pb2.JOB_STATE_FAILED
 CANCELLED = job_service_pb2.JOB_STATE_CANCELLED
-CRASHED = "WORKER_CRASHED"
 STORAGE_FULL = "STORAGE_FULL"
 OUT_OF_DISK = "WORKER_OUT_OF_DISK"
 INSPECT_ATTEMPTS = 3
 STORE_RETRY_S = 2.0
+# What a run has used is stored so often, so that it counts although the server is killed.
+CHARGE_INTERVAL_S = 10.0
 # Larger messages would not fit a page of a list.
 MAX_INSPECTION_BYTES = 128 * 1024
 LOST_CODES = {
@@ -117,7 +119,7 @@ class JobRun:
         self._growth = growth
         self._outgrown = False  # it wrote more than it was promised
         self._stop: Literal["cancel", "drain"] | None = None
-        self._used = worker_pb2.Used()
+        self._bill = Bill(resources.usage, record.project, count_run=True)
         self._work: asyncio.Task[Outcome] | None = None
 
     def stop(self, why: Literal["cancel", "drain"]) -> None:
@@ -136,11 +138,11 @@ class JobRun:
         if current.message.state == job_service_pb2.JOB_STATE_CANCELLING:
             # Cancelled between the claim and now, when there was no run to stop yet.
             self.stop("cancel")
-        ending = await self._ending(self._work, recorder)
+        async with self._bill:
+            ending = await self._ending(self._work, recorder)
         await recorder.close()
         if self._inspected is not None:
             await asyncio.wait([self._inspected])
-        await charge(self._resources.usage, record.project, self._used, runs=int(self._used.run_seconds > 0))
         await self._store(ending)
         self._notifier.notify(record.id)
         return ending if isinstance(ending, Again) else None
@@ -198,7 +200,7 @@ class JobRun:
 
         def on_event(event: worker_pb2.WorkerEvent) -> None:
             if event.HasField("used"):
-                self._used = event.used
+                self._bill.add(event.used)
             elif event.HasField("loaded"):
                 self._inspected = asyncio.create_task(self._keep_inspection(event.loaded))
             else:
@@ -284,25 +286,67 @@ def _links(resources: RunResources) -> bool:
     return resources.executor.sandbox_level >= LEVEL_FILES_AND_NETWORK
 
 
-async def charge(usage: UsageStore, project: str, used: worker_pb2.Used, *, runs: int) -> None:
-    """Notes what a task took; a full disk costs the note, not the task's result."""
-    try:
-        await usage.add(project, runs=runs, cpu_s=used.cpu_seconds, run_s=used.run_seconds)
-    except Exception as error:  # noqa: BLE001  # as the docstring says
-        logger.warning("project %s: what a task took could not be noted: %s", project, error)
+class Bill:
+    """What one task takes, noted for its project while it runs: `async with` around the task.
+
+    `count_run`: the task is a run of a job, and counts as one when it has used anything.
+    """
+
+    def __init__(self, usage: UsageStore, project: str, *, count_run: bool) -> None:
+        self._usage = usage
+        self._project = project
+        self._run_to_count = count_run
+        self._unpaid = worker_pb2.Used()
+        self._paying: asyncio.Task[None]
+
+    def add(self, used: worker_pb2.Used) -> None:
+        """It took so much more."""
+        self._unpaid.cpu_seconds += used.cpu_seconds
+        self._unpaid.run_seconds += used.run_seconds
+
+    async def __aenter__(self) -> Bill:
+        self._paying = asyncio.create_task(self._pay_regularly())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._paying.cancel()
+        await asyncio.wait([self._paying])
+        await self._pay()
+
+    async def _pay_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(CHARGE_INTERVAL_S)
+            await uninterrupted(self._pay())
+
+    async def _pay(self) -> None:
+        """A full disk costs the note, not the task's result."""
+        if self._unpaid.run_seconds <= 0:
+            return
+        unpaid, runs = self._unpaid, int(self._run_to_count)
+        self._unpaid, self._run_to_count = worker_pb2.Used(), False
+        try:
+            await self._usage.add(self._project, runs=runs, cpu_s=unpaid.cpu_seconds, run_s=unpaid.run_seconds)
+        except Exception as error:  # noqa: BLE001  # as the docstring says
+            logger.warning("project %s: what a task took could not be noted: %s", self._project, error)
 
 
 async def inspect_model(
-    resources: RunResources, record: ModelRecord, on_event: Callable[[worker_pb2.WorkerEvent], None]
+    resources: RunResources,
+    record: ModelRecord,
+    on_event: Callable[[worker_pb2.WorkerEvent], None],
+    *,
+    growth: int = 1,
 ) -> model_service_pb2.Model:
     """Has a model inspected; state, format, inspection and error of the answer are what was found.
+
+    `growth`: it needs so many times the usual room.
 
     Raises PostponedError where that is not possible now.
     """
     attempt = 1
     while True:
         try:
-            return await _inspect_once(resources, record, on_event)
+            return await _inspect_once(resources, record, on_event, growth)
         except WorkerLostError as error:
             logger.warning("model %s: inspection %d: %s", record.id, attempt, error)
             if not error.own:
@@ -312,6 +356,8 @@ async def inspect_model(
             attempt += 1
         except TaskFailedError as error:
             return _Model(state=_Model.STATE_REJECTED, error=error.status)
+        except PostponedError:
+            raise
         except (errors.BlobDamagedError, errors.BlobMissingError) as error:
             raise PostponedError(Postpone.DAMAGE) from error
         except Exception as error:  # whatever it is, the model must not stay PROCESSING for ever
@@ -322,9 +368,9 @@ async def inspect_model(
 
 
 async def _inspect_once(
-    resources: RunResources, record: ModelRecord, on_event: Callable[[worker_pb2.WorkerEvent], None]
+    resources: RunResources, record: ModelRecord, on_event: Callable[[worker_pb2.WorkerEvent], None], growth: int
 ) -> model_service_pb2.Model:
-    need_bytes = inspection_need_bytes(record.message)
+    need_bytes = growth * inspection_need_bytes(record.message)
     async with (
         task_folder(resources.work, resources.blobs, link=_links(resources)) as folder,
         resources.space.promised(need_bytes, folder.root) as promise,
@@ -332,7 +378,11 @@ async def _inspect_once(
         request = await folder.inspect_request(record.message)
         settings = resources.settings
         limits = Limits(settings.inspect_time_limit_s, settings.worker_memory_bytes, promise.limit_bytes)
-        event = await _run_task(resources, request, limits, promise, on_event)
+        try:
+            event = await _run_task(resources, request, limits, promise, on_event)
+        except errors.StorageFullError as error:
+            # One that fills the disk itself is given more and more, until it is more than there is.
+            raise PostponedError(Postpone.MORE_ROOM if await promise.outgrown() else Postpone.ROOM) from error
     if event.WhichOneof("event") != "inspected":
         raise WorkerLostError(CRASHED, "The worker ended without a result.")
     return _judged(event.inspected)

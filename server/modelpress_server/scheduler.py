@@ -21,7 +21,7 @@ from modelpress_server.executors.base import START_WORKER
 from modelpress_server.fairness import FairShare
 from modelpress_server.host import Host
 from modelpress_server.projects import Projects
-from modelpress_server.runs import JobRun, Postpone, PostponedError, RunResources, charge, inspect_model
+from modelpress_server.runs import Bill, JobRun, Postpone, PostponedError, RunResources, inspect_model
 from modelpress_server.stores.base import JobRecord, JobStore, ModelRecord, ModelStore
 from modelpress_server.stores.records import now_us
 from modelpress_server.waiting import Notifier, Waits
@@ -191,10 +191,9 @@ class Scheduler:
             self._job_share.ended(record.project, self._clock.now_s() - began_s)
             self.wake()
 
-    def _note_stage(self, model_id: str, used: worker_pb2.Used, event: worker_pb2.WorkerEvent) -> None:
+    def _note_stage(self, model_id: str, bill: Bill, event: worker_pb2.WorkerEvent) -> None:
         if event.HasField("used"):
-            used.cpu_seconds += event.used.cpu_seconds
-            used.run_seconds += event.used.run_seconds
+            bill.add(event.used)
         if event.HasField("progress"):
             starts = event.progress.stage == START_WORKER
             self._inspecting[model_id] = (
@@ -204,11 +203,11 @@ class Scheduler:
             )
 
     async def _inspect(self, record: ModelRecord) -> None:
-        used = worker_pb2.Used()
         began_s = self._clock.now_s()
         try:
-            found = await inspect_model(self._resources, record, partial(self._note_stage, record.id, used))
-            await charge(self._resources.usage, record.project, used, runs=0)
+            async with Bill(self._resources.usage, record.project, count_run=False) as bill:
+                note, growth = partial(self._note_stage, record.id, bill), self._waits.growth(record.id)
+                found = await inspect_model(self._resources, record, note, growth=growth)
             await self._models.finish_inspection(record.id, found)
             await self._note(record.id, None)
         except PostponedError as error:

@@ -70,7 +70,7 @@ class Space:
         total_bytes = (await asyncio.to_thread(shutil.disk_usage, self._root)).total
         async with self.left() as left_bytes:
             if need_bytes > total_bytes - self._reserve_bytes:
-                raise _too_small(need_bytes, total_bytes)
+                raise _too_small(need_bytes, total_bytes, self._reserve_bytes)
             if need_bytes > left_bytes:
                 raise storage_full()
             generous_bytes = LIMIT_FACTOR * need_bytes + LIMIT_EXTRA_BYTES
@@ -84,7 +84,7 @@ class Space:
 
     async def is_full(self) -> bool:
         """Whether there is next to nothing left, whoever used it up."""
-        return (await asyncio.to_thread(shutil.disk_usage, self._root)).free < FULL_BYTES
+        return await asyncio.to_thread(disk_is_full, self._root)
 
     async def _left_bytes(self) -> int:
         uploads_bytes = await self._index.awaited_bytes()
@@ -96,10 +96,15 @@ class Space:
         return free_bytes - sum(unwritten)
 
 
-def _too_small(need_bytes: int, total_bytes: int) -> DiskTooSmallError:
+def disk_is_full(folder: Path) -> bool:
+    """Whether the disk that holds a folder has next to nothing left."""
+    return shutil.disk_usage(folder).free < FULL_BYTES
+
+
+def _too_small(need_bytes: int, total_bytes: int, reserve_bytes: int) -> DiskTooSmallError:
     return DiskTooSmallError(
         f"This needs about {need_bytes / 2**20:.0f} MiB of disk, and the server's has {total_bytes / 2**20:.0f} MiB in "
-        "all. Use a server with a larger disk, or send less data."
+        f"all, {reserve_bytes / 2**20:.0f} MiB of them kept free. Use a server with a larger disk, or send less data."
     )
 
 

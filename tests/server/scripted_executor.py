@@ -100,6 +100,7 @@ class ScriptedExecutor:
         progress = job_service_pb2.Progress(stage="quantize", stage_index=1, stage_count=2, fraction=0.25)
         on_event(worker_pb2.WorkerEvent(progress=progress))
         if behaviour == "wait":
+            on_event(worker_pb2.WorkerEvent(used=worker_pb2.Used(cpu_seconds=1.0, run_seconds=1.0)))
             await self.gate.wait()
         elif behaviour == "crash" or (behaviour == "crash_once" and len(self.started) == 1):
             raise WorkerLostError("WORKER_CRASHED", "The worker was killed by signal 11.")

@@ -144,6 +144,22 @@ async def test_a_bug_is_an_incident_without_details(
     assert "/secret/path" in caplog.text
 
 
+@pytest.mark.parametrize("method", ["JobService/ListJobs", "JobService/WatchJob", "UploadService/WriteUpload"])
+async def test_bytes_that_are_no_message_are_told(running: Running, method: str) -> None:
+    """INVALID_ARGUMENT for each kind of call, where gRPC by itself says UNKNOWN."""
+    channel, path = running.client.channel, f"/modelpress.v1.{method}"
+    garbage = b"\xff" * 20
+    if method.endswith("ListJobs"):
+        failure = await failing(channel.unary_unary(path)(garbage))
+    elif method.endswith("WatchJob"):
+        failure = await failing(channel.unary_stream(path)(garbage).read())
+    else:
+        call = channel.stream_stream(path)()
+        await call.write(garbage)
+        failure = await failing(call.read())
+    assert (failure.code, failure.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELDS")
+
+
 async def test_too_large_a_message_is_refused(running: Running) -> None:
     """gRPC itself refuses what is over 4 MiB, also when it was compressed on the way."""
     for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip):

@@ -18,9 +18,11 @@ from click.testing import CliRunner
 from manual_clock import ManualClock
 from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2, upload_service_pb2
 from modelpress_server import ballast
+from modelpress_server.background_scrub import FIRST_AFTER_S
 from modelpress_server.cli import command
 from modelpress_server.config import MIB
 from modelpress_server.errors import StorageFullError
+from modelpress_server.shortage import storage_full
 from modelpress_server.space import Space
 from modelpress_server.stores.database import Database
 from modelpress_server.stores.records import JUST_USED_US, now_us
@@ -93,6 +95,42 @@ class TestBitRot:
             assert await state(Model.STATE_PROCESSING)
             await running.client.upload(content)
             await until(lambda: state(Model.STATE_ACTIVE))
+
+    async def test_a_rotten_blob_is_not_handed_out_whole(self, running: Running) -> None:
+        """A download ends with an error before its last chunk, and the blob is set aside."""
+        content = os.urandom(3 * MIB)
+        digest = await running.client.upload(content)
+        flip_a_bit(blob_path(running, digest.sha256))
+        call = running.client.uploads.ReadBlob(U.ReadBlobRequest(parent=PROJECT, digest=digest))
+        received = [await call.read(), await call.read()]
+        assert sum(len(chunk.data) for chunk in received) == 2 * MIB
+        failure = await failing(call.read())
+        assert (failure.code, failure.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "BLOB_MISSING")
+        assert await missing(running.client, digest)
+        await running.client.upload(content)
+        assert await running.client.read(digest) == content
+
+    async def test_stored_files_are_read_again(self, serve: Serve, clock: ManualClock) -> None:
+        """Without anybody asking for them, no faster than at the rate; damage is set aside, the rest stays."""
+        async with serve(clock, scrub_bytes_per_s=MIB) as running:
+            whole, rotten = [await running.client.upload(bytes([fill]) * 2 * MIB) for fill in (1, 2)]
+            flip_a_bit(blob_path(running, rotten.sha256))
+            began_s = clock.now_s()
+            clock.advance(FIRST_AFTER_S)
+            aside = running.settings.data_dir / "quarantine" / rotten.sha256.hex()
+            steps = 0
+            while not aside.exists() or steps < 4:
+                await until(lambda: clock.now_s() + 1.0 in clock.sleeping or aside.exists())
+                clock.advance(1.0)
+                steps += 1
+            assert clock.now_s() - began_s >= FIRST_AFTER_S + 2
+            assert blob_path(running, whole.sha256).exists()
+            assert await missing(running.client, rotten)
+
+    async def test_reading_again_can_be_turned_off(self, serve: Serve, clock: ManualClock) -> None:
+        """With a rate of 0."""
+        async with serve(clock, scrub_bytes_per_s=0):
+            assert FIRST_AFTER_S not in clock.sleeping
 
     async def test_a_rotten_result_is_made_again(self, running: Running) -> None:
         """A result of which a part is gone serves no identical job."""
@@ -197,6 +235,22 @@ class TestRoom:
             return found if found.state == Model.STATE_REJECTED else None
 
         assert "about 202 MiB of disk" in (await until(refused)).error.message
+
+    async def test_a_model_that_meets_a_full_disk_is_inspected_later(self, serve: Serve, clock: ManualClock) -> None:
+        """It is PROCESSING as long as there is no room, and never refused for that."""
+        async with serve(clock) as running:
+            running.executor.raises = [storage_full() for _ in range(3)]
+            model = await running.client.model()
+
+            async def state(wanted: int) -> bool:
+                clock.advance(Waits.MAX_S)
+                request = model_service_pb2.GetModelRequest(name=model.name)
+                return (await running.client.models.GetModel(request)).state == wanted
+
+            await until(lambda: len(running.executor.raises) < 3)
+            assert await state(Model.STATE_PROCESSING)
+            await until(lambda: state(Model.STATE_ACTIVE))
+            assert running.executor.raises == []
 
     async def test_deleting_lets_go_at_once(self, running: Running) -> None:
         """What only a deleted model used goes with the next pass of the janitor, not a day later."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import stat
@@ -22,7 +23,8 @@ from modelpress_server.config import Settings, SettingsError
 from modelpress_server.identity.roles import Role, needed_role, parse_grant
 from modelpress_server.identity.throttle import MAX_KEYS, Throttle
 from modelpress_server.identity.tokens import TokenKeeper, Tokens, digest
-from server_harness import PROJECT, Client, Failure, Serve, digest_of, failing
+from modelpress_server.interceptors import RECHECK_S
+from server_harness import PROJECT, Client, Failure, Serve, chunks, digest_of, failing, failure_of, until
 
 Info = server_service_pb2.GetServerInfoRequest
 List = job_service_pb2.ListJobsRequest(parent=PROJECT)
@@ -108,6 +110,37 @@ class TestKeptTokens:
             await jobs.ListJobs(List, metadata=bearer(token))
             self.run(data, "revoke", "ci")
             assert (await failing(jobs.ListJobs(List, metadata=bearer(token)))).reason == "UNAUTHENTICATED"
+
+    async def test_a_revoked_one_ends_what_it_began(self, serve: Serve, clock: ManualClock, tmp_path: Path) -> None:
+        """Watching, following a log and uploading end soon, with a status; what came is kept, and others go on."""
+        data = tmp_path / "data"
+        async with serve(clock, data_dir=data) as running:
+            client = running.client
+            job = await client.job(await client.model(compress="wait"))
+            upload = await client.start_upload(b"0123456789")
+            token = self.run(data, "add", "ci", "--grant", "default:submitter").strip()
+            other = self.run(data, "add", "other", "--grant", "default:reader").strip()
+            watch = job_service_pb2.WatchJobRequest(name=job.name)
+            logs = job_service_pb2.StreamJobLogsRequest(name=job.name, follow=True)
+            watching = client.jobs.WatchJob(watch, metadata=bearer(token))
+            others = client.jobs.WatchJob(watch, metadata=bearer(other))
+            following = client.jobs.StreamJobLogs(logs, metadata=bearer(token))
+            writing = client.uploads.WriteUpload(metadata=bearer(token))
+            await writing.write(chunks(upload.name, b"01234", finish=False)[0])
+            await running.received(upload, 5)
+            assert (await watching.read()).snapshot.name == job.name
+            assert (await following.read()).text
+            clock.advance(RECHECK_S)
+            self.run(data, "revoke", "ci")
+            for call in (watching, following, writing):
+                reading = asyncio.ensure_future(ends_with(call))
+                await until(lambda reading=reading: clock.advance(RECHECK_S / 2) or reading.done())
+                assert await reading == "UNAUTHENTICATED"
+            get = upload_service_pb2.GetUploadRequest(name=upload.name)
+            assert (await client.uploads.GetUpload(get, metadata=bearer(other))).committed_size == 5
+            assert (await others.read()).snapshot.name == job.name
+            others.cancel()
+            running.executor.gate.set()
 
     def test_nothing_of_a_token_is_kept(self, tmp_path: Path) -> None:
         """The file has its hash alone, and nobody else may read it; the list shows names and grants."""
@@ -213,6 +246,15 @@ class TestThrottle:
             await jobs.ListJobs(List)
 
 
+async def ends_with(call: Any) -> str:
+    """The reason that a stream ends with."""
+    while True:
+        try:
+            assert await call.read() is not grpc.aio.EOF
+        except grpc.aio.AioRpcError as error:
+            return failure_of(error).reason
+
+
 async def test_the_audit_log(serve: Serve, tmp_path: Path) -> None:
     """A line for each change and each refusal: who, what, how it ended; none for reading. It follows a log rotation."""
     log, data = tmp_path / "audit.log", tmp_path / "data"
@@ -222,6 +264,10 @@ async def test_the_audit_log(serve: Serve, tmp_path: Path) -> None:
         client = running.client
         upload = upload_service_pb2.CreateUploadRequest(parent=PROJECT, digest=digest_of(b"x"))
         made = await client.uploads.CreateUpload(upload, metadata=bearer(ann))
+        call = client.uploads.WriteUpload(metadata=bearer(ann))
+        await call.write(chunks(made.name, b"x")[0])
+        await call.done_writing()
+        assert [answer.upload.name async for answer in call] == [made.name]
         await client.jobs.ListJobs(List, metadata=bearer(ann))
         await failing(client.jobs.ListJobs(List, metadata=bearer("wrong")))
         log.rename(tmp_path / "audit.log.1")
@@ -231,10 +277,12 @@ async def test_the_audit_log(serve: Serve, tmp_path: Path) -> None:
     (last,) = [json.loads(line) for line in log.read_text().splitlines()]
     assert [(line["caller"], line["method"], line["outcome"]) for line in (*first, last)] == [
         ("token:ann", "CreateUpload", "OK"),
+        ("token:ann", "WriteUpload", "OK"),
         ("anonymous", "ListJobs", "UNAUTHENTICATED"),
         ("token:ann", "DeleteJob", "PERMISSION_DENIED"),
     ]
-    assert (first[0]["project"], first[0]["resource"]) == ("default", made.name)
+    for line in first[:2]:
+        assert (line["project"], line["resource"]) == ("default", made.name)
     assert first[0]["peer"].startswith("ipv4:127.0.0.1")
     assert stat.S_IMODE((tmp_path / "audit.log.1").stat().st_mode) == 0o600
 

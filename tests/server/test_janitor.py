@@ -10,7 +10,7 @@ from manual_clock import ManualClock
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2, upload_service_pb2
 from modelpress_server.janitor import MIN_BLOB_AGE_S, START_GRACE_S
 from modelpress_server.stores.records import now_us
-from server_harness import Running, Serve, chunks, digest_of, failing
+from server_harness import PROJECT, Running, Serve, chunks, digest_of, failing
 
 S = job_service_pb2
 
@@ -109,6 +109,50 @@ async def test_a_clock_that_is_set_forward_drops_nothing(serve: Serve) -> None:
             await janitor.sweep_now()
         assert (await failing(running.client.uploads.GetUpload(get(name=upload.name)))).reason == "UPLOAD_EXPIRED"
         assert (await failing(running.client.read(loose))).code == grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_clock_that_is_set_forward_ends_nothing_early(serve: Serve) -> None:
+    """A job and its model have their whole time, whatever the clock skips; those after the step have theirs as well."""
+    clock, day = ManualClock(), 86400.0
+    async with serve(clock=clock, job_ttl_s=3 * day, model_ttl_s=3 * day) as running:
+        janitor, client = running.server._janitor, running.client
+
+        async def left() -> int:
+            return len((await client.jobs.ListJobs(S.ListJobsRequest(parent=PROJECT))).jobs)
+
+        clock.advance(START_GRACE_S)
+        await client.wait(await client.job(await client.model()))
+        for _ in range(2):
+            clock.set_forward_s += 10 * day
+            await janitor.sweep_now()
+        clock.advance(3 * day - START_GRACE_S - 60)  # jobs end by the real clock
+        await janitor.sweep_now()
+        assert await left() == 1
+        clock.advance(120)
+        await janitor.sweep_now()
+        assert await left() == 0
+
+
+async def test_a_clock_that_is_wrong_at_the_start_ends_nothing(serve: Serve) -> None:
+    """A machine whose clock is a year ahead until the network has set it."""
+    clock, year = ManualClock(), 365 * 86400.0
+    async with serve(clock=clock, job_ttl_s=86400.0) as running:
+        await running.client.wait(await running.client.job(await running.client.model()))
+    clock.set_forward_s = year
+    async with serve(clock=clock, job_ttl_s=86400.0) as running:
+        janitor, listing = running.server._janitor, S.ListJobsRequest(parent=PROJECT)
+        await janitor.sweep_now()
+        clock.set_forward_s = 0.0
+        clock.advance(60)
+        await janitor.sweep_now()
+        clock.advance(START_GRACE_S)
+        await janitor.sweep_now()
+        (job,) = (await running.client.jobs.ListJobs(listing)).jobs
+        found = S.WatchJobRequest(name=job.name, after_sequence=1)
+        assert [event async for event in running.client.jobs.WatchJob(found)]
+        clock.advance(86400)
+        await janitor.sweep_now()
+        assert (await running.client.jobs.ListJobs(listing)).jobs == []
 
 
 async def test_a_clock_that_is_set_back_drops_nothing(serve: Serve) -> None:

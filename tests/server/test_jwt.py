@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import time
@@ -15,11 +16,13 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from manual_clock import ManualClock
-from modelpress_protos.v1 import job_service_pb2
+from modelpress_protos.v1 import job_service_pb2, upload_service_pb2
 from modelpress_server.config import Settings, SettingsError
+from modelpress_server.identity import jwt as jwt_module
 from modelpress_server.identity.jwt import REFETCH_S, JwtVerifier, KeySource
 from modelpress_server.identity.roles import Role
-from server_harness import PROJECT, Serve, failing
+from modelpress_server.interceptors import RECHECK_S
+from server_harness import PROJECT, Client, Serve, chunks, digest_of, failing, until
 
 ISSUER, AUDIENCE = "https://id.example", "modelpress"
 
@@ -64,7 +67,7 @@ def signed_with_a_secret(claims: dict[str, Any], secret: bytes) -> str:
     return (text + b"." + jwt.utils.base64url_encode(signature)).decode()
 
 
-def settings(keys: str) -> Settings:
+def settings(keys: str | None) -> Settings:
     return Settings(jwt_issuer=ISSUER, jwt_audience=AUDIENCE, jwt_keys=keys)
 
 
@@ -72,7 +75,7 @@ def settings(keys: str) -> Settings:
 def verifier(provider: Provider, tmp_path: Path) -> JwtVerifier:
     file = tmp_path / "jwks.json"
     file.write_text(provider.document("one"))
-    return JwtVerifier(settings(str(file)), KeySource(str(file), ManualClock()))
+    return JwtVerifier(settings(str(file)), KeySource(str(file), ISSUER, ManualClock()))
 
 
 async def test_a_good_one(verifier: JwtVerifier, provider: Provider) -> None:
@@ -115,7 +118,7 @@ async def test_signatures_that_anybody_can_make(verifier: JwtVerifier, provider:
     file.write_text(
         json.dumps({"keys": [{"kty": "oct", "k": "c2VjcmV0" * 8, "kid": "one"}, *json.loads(secret)["keys"]]})
     )
-    shared = JwtVerifier(settings(str(file)), KeySource(str(file), ManualClock()))
+    shared = JwtVerifier(settings(str(file)), KeySource(str(file), ISSUER, ManualClock()))
     known = jwt.utils.base64url_decode("c2VjcmV0" * 8)
     assert await shared.verify(signed_with_a_secret(claims, known)) is None
 
@@ -133,15 +136,15 @@ async def test_keys_in_a_file_change(provider: Provider, tmp_path: Path) -> None
     """A key that the file names from now on is known, one that it names no longer is not."""
     file = tmp_path / "jwks.json"
     file.write_text(provider.document("one"))
-    verifier = JwtVerifier(settings(str(file)), KeySource(str(file), ManualClock()))
+    verifier = JwtVerifier(settings(str(file)), KeySource(str(file), ISSUER, ManualClock()))
     file.write_text(provider.document("two"))
     assert await verifier.verify(provider.token("two")) is not None
     assert await verifier.verify(provider.token("one")) is None
     (tmp_path / "wrong").write_text("[]")
     with pytest.raises(SettingsError, match="no set of keys"):
-        KeySource(str(tmp_path / "wrong"), ManualClock())
+        KeySource(str(tmp_path / "wrong"), ISSUER, ManualClock())
     with pytest.raises(SettingsError, match="over https only"):
-        KeySource("http://id.example/keys", ManualClock())
+        KeySource("http://id.example/keys", ISSUER, ManualClock())
 
 
 class KeyServer:
@@ -149,14 +152,16 @@ class KeyServer:
 
     def __init__(self) -> None:
         self.document, self.asked = "", 0
+        self.documents: dict[str, str] = {}  # by path; others are `document`
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 outer.asked += 1
-                self.send_response(200 if outer.document else 500)
+                document = outer.documents.get(self.path, outer.document)
+                self.send_response(200 if document else 500)
                 self.end_headers()
-                self.wfile.write(outer.document.encode())
+                self.wfile.write(document.encode())
 
             def log_message(self, *_: Any) -> None: ...
 
@@ -176,7 +181,7 @@ def key_server() -> Iterator[KeyServer]:
 async def test_keys_of_an_url_rotate(provider: Provider, key_server: KeyServer, clock: ManualClock) -> None:
     """An unknown key is looked up, but not for every token; a provider that is away leaves the known keys valid."""
     key_server.document = provider.document("one")
-    verifier = JwtVerifier(settings(key_server.url), KeySource(key_server.url, clock))
+    verifier = JwtVerifier(settings(key_server.url), KeySource(key_server.url, ISSUER, clock))
     assert await verifier.verify(provider.token("one")) is not None
     for _ in range(5):
         assert await verifier.verify(provider.token("two")) is None
@@ -189,6 +194,33 @@ async def test_keys_of_an_url_rotate(provider: Provider, key_server: KeyServer, 
     clock.advance(1000.0)
     assert await verifier.verify(provider.token("one")) is not None
     assert key_server.asked == 3
+
+
+async def test_keys_are_found_where_the_provider_says(
+    provider: Provider, key_server: KeyServer, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The document of the issuer names the keys; one that describes another issuer, or no keys, is not used."""
+    issuer = key_server.url.removesuffix("/keys")
+
+    def described(**changes: Any) -> KeySource:
+        key_server.documents = {
+            "/.well-known/openid-configuration": json.dumps({"issuer": issuer, "jwks_uri": key_server.url, **changes}),
+            "/keys": provider.document("one"),
+        }
+        return KeySource(None, issuer, clock)
+
+    assert await described().key("one") is not None
+    for wrong, said in (
+        ({"issuer": "https://evil.example"}, "describes 'https://evil.example'"),
+        ({"jwks_uri": "http://id.example/keys"}, "over https only"),
+        ({"jwks_uri": "file:///etc/passwd"}, "over https only"),
+        ({"jwks_uri": f"{issuer}/nowhere"}, "cannot be read"),
+    ):
+        caplog.clear()
+        assert await described(**wrong).key("one") is None
+        assert said in caplog.text
+    with pytest.raises(SettingsError, match="over https only"):
+        KeySource(None, "http://id.example", clock)
 
 
 async def test_in_a_real_server(serve: Serve, provider: Provider, tmp_path: Path) -> None:
@@ -212,7 +244,37 @@ async def test_in_a_real_server(serve: Serve, provider: Provider, tmp_path: Path
         assert failure.reason == "UNAUTHENTICATED"
 
 
+async def test_an_expired_one_ends_what_it_began(
+    serve: Serve, clock: ManualClock, provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream goes on while its token is valid, and ends within RECHECK_S after that."""
+    monkeypatch.setattr(jwt_module, "LEEWAY_S", 0.0)
+    file = tmp_path / "jwks.json"
+    file.write_text(provider.document("one"))
+    async with serve(clock, jwt_issuer=ISSUER, jwt_audience=AUDIENCE, jwt_keys=str(file), token="static") as running:
+        client = Client(running.client.channel)
+        static = (("authorization", "Bearer static"),)
+        digest = digest_of(b"{}")
+        upload = upload_service_pb2.CreateUploadRequest(parent=PROJECT, digest=digest)
+        made = await client.uploads.CreateUpload(upload, metadata=static)
+        call = client.uploads.WriteUpload(metadata=(("authorization", f"Bearer {expiring(provider)}"),))
+        await call.write(chunks(made.name, b"{", finish=False)[0])
+        await running.received(made, 1)
+        clock.advance(RECHECK_S)
+        await asyncio.sleep(1.1)
+        reading = asyncio.ensure_future(call.read())
+        await until(lambda: clock.advance(RECHECK_S / 2) or reading.done())
+        assert (await failing(reading)).reason == "UNAUTHENTICATED"
+
+
+def expiring(provider: Provider) -> str:
+    """A token for a second."""
+    return provider.token("one", exp=time.time() + 1.0, modelpress={"default": "submitter"})
+
+
 def test_settings_go_together() -> None:
-    """An issuer without keys, or keys without an issuer, are a mistake."""
+    """An issuer without an audience, or keys without an issuer, are a mistake."""
+    with pytest.raises(SettingsError, match="jwt_keys goes with"):
+        Settings(jwt_keys="keys.json")
     with pytest.raises(SettingsError, match="go together"):
         Settings(jwt_issuer=ISSUER)

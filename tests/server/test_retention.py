@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import error_details_pb2
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2, server_service_pb2, upload_service_pb2
+from modelpress_server import runs
 from modelpress_server.names import first_id_at, new_id
 from modelpress_server.services.upload_service import MIN_IDLE_S
-from modelpress_server.stores.records import now_us
+from modelpress_server.stores.records import JUST_USED_US, now_us
 from modelpress_server.stores.tables import uploads
-from server_harness import PROJECT, Running, Serve, failing
+from server_harness import PROJECT, Running, Serve, failing, until
 from sqlalchemy import update
 
 HOUR = 3600.0
@@ -104,6 +107,70 @@ async def test_usage(serve: Serve) -> None:
         assert (usage.ended_jobs, usage.runs, usage.cpu_seconds) == (0, 1, 2.5)
         other = await client.info.GetUsage(server_service_pb2.GetUsageRequest(parent="projects/b"))
         assert (other.stored_bytes, other.runs, other.cpu_seconds) == (0, 0, 0.0)
+
+
+async def test_usage_is_noted_while_a_job_runs(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is killed now has noted what the attempt has taken so far."""
+    monkeypatch.setattr(runs, "CHARGE_INTERVAL_S", 0.05)
+    request = server_service_pb2.GetUsageRequest(parent=PROJECT)
+    async with serve() as running:
+        client = running.client
+        job = await client.job(await client.model(compress="wait"))
+
+        async def noted() -> bool:
+            return (await client.info.GetUsage(request)).run_seconds > 0
+
+        await until(noted)
+        usage = await client.info.GetUsage(request)
+        assert (usage.running_jobs, usage.runs, usage.cpu_seconds) == (1, 1, 1.0)
+        running.executor.gate.set()
+        await client.wait(job)
+        usage = await client.info.GetUsage(request)
+        assert (usage.runs, usage.cpu_seconds, usage.run_seconds) == (1, 3.5, 2.5)
+
+
+class TestLimitsOfAProject:
+    @pytest.fixture
+    def projects(self, tmp_path: Path) -> Path:
+        """A project that may have less than others."""
+        path = tmp_path / "projects.toml"
+        path.write_text("[small]\nmax_stored_bytes = 100\nmax_open_uploads = 2\n")
+        return path
+
+    async def test_bytes(self, serve: Serve, projects: Path) -> None:
+        """Stored and announced bytes count together; what is deleted makes room at once; other projects have theirs."""
+        async with serve(projects_file=projects) as running:
+            client, small = running.client, "projects/small"
+            announced = await client.start_upload(bytes(60), small)
+            failure = await failing(client.start_upload(bytes(41), small))
+            assert (failure.code, failure.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED")
+            assert "Delete jobs and models" in failure.message
+            assert failure.detail(error_details_pb2.QuotaFailure).violations[0].subject == small
+            await client.start_upload(bytes(41))
+            await client.uploads.CancelUpload(upload_service_pb2.CancelUploadRequest(name=announced.name))
+            model = await client.model(small)
+            await client.upload(bytes(98), small)
+            refused = await failing(client.job(model))
+            assert refused.reason == "QUOTA_EXCEEDED"
+            usage = await client.info.GetUsage(server_service_pb2.GetUsageRequest(parent=small))
+            assert (usage.stored_bytes, usage.max_stored_bytes, usage.max_open_uploads) == (100, 100, 2)
+
+            def age(connection: Any) -> None:
+                connection.exec_driver_sql("UPDATE project_blobs SET used_us = used_us - ?", (2 * JUST_USED_US,))
+
+            await running.server._database.write(age)
+            await client.models.DeleteModel(model_service_pb2.DeleteModelRequest(name=model.name))
+            usage = await client.info.GetUsage(server_service_pb2.GetUsageRequest(parent=small))
+            assert usage.stored_bytes == 98
+            await client.start_upload(bytes(2), small)
+
+    async def test_open_uploads(self, serve: Serve, projects: Path) -> None:
+        """The file's number holds for its project, the setting's for others."""
+        async with serve(projects_file=projects, max_open_uploads=3) as running:
+            for parent, most in (("projects/small", 2), (PROJECT, 3)):
+                for number in range(most):
+                    await running.client.start_upload(bytes([number]), parent)
+                assert (await failing(running.client.start_upload(b"more", parent))).reason == "QUOTA_EXCEEDED"
 
 
 class TestLostUploads:

@@ -69,8 +69,9 @@ class Executor(Protocol):
         """Runs one task and returns its terminal event: inspected, compressed or failed.
 
         Progress and log events go to `on_event`, called on the event loop; while the task waits for its worker, the
-        stage is START_WORKER. Raises WorkerLostError, WorkerUnavailableError. Cancelling the awaiting task kills the
-        child's whole process group before CancelledError propagates.
+        stage is START_WORKER. Raises WorkerLostError, WorkerUnavailableError, and StorageFullError where the task
+        failed on a full disk. Cancelling the awaiting task kills the child's whole process group before CancelledError
+        propagates.
         """
         ...
 

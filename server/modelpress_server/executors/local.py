@@ -36,8 +36,9 @@ from modelpress_server.executors.process_tree import CpuMeter, memory_bytes
 from modelpress_server.executors.spares import SparePool
 from modelpress_server.executors.turns import MeasuringTurns
 from modelpress_server.sandbox.confinement import LEVEL_FILES_AND_NETWORK
-from modelpress_server.sandbox.worker_user import WorkerUser, WorkerUsers, may_change_user
-from modelpress_server.space import folder_bytes
+from modelpress_server.sandbox.worker_user import WorkerUser, WorkerUsers, barrier, may_change_user
+from modelpress_server.shortage import storage_full
+from modelpress_server.space import disk_is_full, folder_bytes
 from modelpress_server.waiting import uninterrupted
 from modelpress_server.worker import DEFAULT_TASKS
 from modelpress_server.worker.failures import take_debug_info
@@ -48,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 MEMORY_POLL_S = 0.1
 _DISK_POLL_LOOKS = 5  # a look at the disk after so many at the memory
+# What a task has used is told so often: a server that is killed loses no more of it.
+_USED_INTERVAL_S = 5.0
 # The kernel's cap counts memory that was asked for, the watchdog what is used: stacks and arenas are asked for in
 # advance, for each thread, and a library starts threads by the number of processors.
 _CAP_RESERVE_BYTES = 512 * 1024**2 + 32 * 1024**2 * (os.cpu_count() or 1)
@@ -111,8 +114,10 @@ class LocalExecutor:
             await asyncio.to_thread(shutil.rmtree, left, ignore_errors=True)
         if self._users is not None:
             self._users.open(self._root)
-            if fault := (await self._probe(self._users.next())).user_fault:
-                logger.warning("workers run as the server's own user: %s", fault)
+            user = self._users.next()
+            if fault := (await self._probe(user)).user_fault:
+                # Python itself says strange things where it cannot read its own library.
+                logger.warning("workers run as the server's own user: %s", barrier(user, self._root) or fault)
                 self._users.close(self._root)
                 self._users = None
         found = await self._probe(self._users.next() if self._users else None)
@@ -146,10 +151,24 @@ class LocalExecutor:
             self._running.add(worker)
             if worker.user is not None:
                 await asyncio.to_thread(worker.user.hand_over, self._root, paths)
-            return await _Run(worker, limits, on_event, self._turns, self._clock, self._running).perform(request)
+            task = _Run(worker, limits, on_event, self._turns, self._clock, self._running)
+            return await self._perform(task, request)
         finally:
             worker.kill()
             await uninterrupted(self._end(worker))
+
+    async def _perform(self, task: _Run, request: worker_pb2.WorkerRequest) -> worker_pb2.WorkerEvent:
+        """As `run`. Looks at the disk before the worker's own folder is gone, which may be what fills it."""
+        try:
+            event = await task.perform(request)
+        except WorkerLostError as error:
+            if error.reason == lost.CRASHED and await asyncio.to_thread(disk_is_full, self._root):
+                raise storage_full() from error
+            raise
+        # Whatever it says of its model: a library whose file was cut short says anything.
+        if event.HasField("failed") and await asyncio.to_thread(disk_is_full, self._root):
+            raise storage_full()
+        return event
 
     async def close(self) -> None:
         """Kills whatever runs, and the spares; their tasks end with WorkerLostError."""
@@ -215,6 +234,8 @@ class _Run:
         self._events = EventFilter(on_event)
         self._on_event = on_event
         self._cpu = CpuMeter(worker.pid)
+        self._told_s = clock.now_s()
+        self._told_cpu_s = 0.0
         self._memory_was_short = False
         self._redact: Callable[[str], str] = str
 
@@ -229,7 +250,7 @@ class _Run:
             limited.memory_limit_bytes = self._limits.memory_bytes + _CAP_RESERVE_BYTES
         limited.file_limit_bytes = self._limits.disk_bytes
         self._worker.send(limited)
-        began_s = self._clock.now_s()
+        self._told_s = self._clock.now_s()
         conversation = asyncio.create_task(self._converse())
         watchdog = asyncio.create_task(self._exceed_limits([*writable, self._worker.directory]))
         end = asyncio.create_task(self._worker.wait())
@@ -250,10 +271,16 @@ class _Run:
                 raise await self._lost(end)
             raise lost.too_slow(self._limits.time_s)
         finally:
-            used = worker_pb2.Used(cpu_seconds=self._cpu.used_s, run_seconds=self._clock.now_s() - began_s)
-            self._on_event(worker_pb2.WorkerEvent(used=used))
+            self._tell_used()
             for task in (conversation, watchdog, end):
                 task.cancel()
+
+    def _tell_used(self) -> None:
+        """What was used since the last time."""
+        now_s, cpu_s = self._clock.now_s(), self._cpu.used_s
+        used = worker_pb2.Used(cpu_seconds=cpu_s - self._told_cpu_s, run_seconds=now_s - self._told_s)
+        self._told_s, self._told_cpu_s = now_s, cpu_s
+        self._on_event(worker_pb2.WorkerEvent(used=used))
 
     async def _until_time_is_up(self, tasks: Waited) -> Waited:
         """Those that are done first; none when the task has had its time. Standing still for others costs none."""
@@ -306,6 +333,8 @@ class _Run:
         while True:
             await asyncio.sleep(MEMORY_POLL_S)
             self._cpu.sample()
+            if self._clock.now_s() - self._told_s >= _USED_INTERVAL_S:
+                self._tell_used()
             self._memory_bytes = memory_bytes(self._worker.pid) or self._memory_bytes
             if self._limits.memory_bytes and self._memory_bytes > self._limits.memory_bytes:
                 return lost.out_of_memory(self._limits.memory_bytes)

@@ -6,6 +6,7 @@ import signal
 
 from modelpress_server.executors.base import WorkerLostError
 
+CRASHED = "WORKER_CRASHED"
 # A C++ library that runs out of memory ends the process with this on its lips.
 _OUT_OF_MEMORY_LINES = ("bad_alloc", "cannot allocate memory", "out of memory", "MemoryError")
 
@@ -51,21 +52,19 @@ def crashed(status: int, *, beside_larger: bool = False) -> WorkerLostError:
     """
     if status == -signal.SIGKILL and beside_larger:
         how = "was killed (SIGKILL) while another one used more memory"
-        return WorkerLostError("WORKER_CRASHED", f"The worker process {how}.", own=False)
+        return WorkerLostError(CRASHED, f"The worker process {how}.", own=False)
     if status == -signal.SIGKILL:
         how = "was killed (SIGKILL), perhaps because the machine ran out of memory"
     elif status < 0:
         how = f"was ended by {_signal_name(-status)}"
     else:
         how = f"ended early with status {status}"
-    return WorkerLostError("WORKER_CRASHED", f"The worker process {how}.")
+    return WorkerLostError(CRASHED, f"The worker process {how}.")
 
 
 def broken_protocol() -> WorkerLostError:
     """What it sent is not the protocol."""
-    return WorkerLostError(
-        "WORKER_CRASHED", "The worker process sent what is no message of the protocol; it was stopped."
-    )
+    return WorkerLostError(CRASHED, "The worker process sent what is no message of the protocol; it was stopped.")
 
 
 def _signal_name(number: int) -> str:

@@ -29,10 +29,12 @@ class Authenticator:
         if settings.jwt_issuer is not None:
             from modelpress_server.identity.jwt import JwtVerifier, KeySource
 
-            self._jwt = JwtVerifier(settings, KeySource(str(settings.jwt_keys), clock))
+            self._jwt = JwtVerifier(settings, KeySource(settings.jwt_keys, settings.jwt_issuer, clock))
 
-    async def caller(self, authorization: str, peer: str, certificate_name: str = "") -> Caller:
+    async def caller(self, authorization: str, peer: str, certificate_name: str = "", *, known: bool = False) -> Caller:
         """Who calls from the address `peer`. Raises UnauthenticatedError, TooManyAttemptsError.
+
+        `known`: it was right when the call began: one that is right no longer is no guess, and is not counted as one.
 
         Where the server asks for no token, whoever has got so far may do everything: TLS has checked the certificate.
         """
@@ -41,16 +43,16 @@ class Authenticator:
             return Caller(name, {ALL_PROJECTS: Role.ADMIN})
         scheme, _, token = authorization.partition(" ")
         token = token.strip() if scheme.lower() == "bearer" else ""
-        found = await self._find(token, peer) if token else None
+        found = await self._find(token, peer, known) if token else None
         if found is None:
-            if token:
+            if token and not known:
                 self._wrong.take(_host(peer), self._clock.now_s(), WRONG_BURST, WRONG_PER_S)
             raise errors.UnauthenticatedError(
                 "This server asks for a token, and none that it knows was sent. Set --token or COMPRESS_TOKEN."
             )
         return found
 
-    async def _find(self, token: str, peer: str) -> Caller | None:
+    async def _find(self, token: str, peer: str, known: bool) -> Caller | None:
         now_s = time.time()
         # What costs a hash alone is always answered: nobody can shut out those who share his address.
         found = self._tokens.find(token, now_s)
@@ -59,7 +61,7 @@ class Authenticator:
         if found is not None:
             return found
         wait_s = self._wrong.wait_s(_host(peer), self._clock.now_s(), WRONG_BURST, WRONG_PER_S)
-        if wait_s > 0:
+        if wait_s > 0 and not known:
             raise errors.TooManyAttemptsError(
                 "Too many wrong tokens came from this address. Wait, then send the right one.", retry_after_s=wait_s
             )

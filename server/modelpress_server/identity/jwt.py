@@ -1,7 +1,8 @@
 """JSON web tokens of an OpenID provider: RFC 7519, keys as of RFC 7517.
 
 Signature, issuer, audience and time are checked by PyJWT; only signatures with key pairs are taken, so that nobody who
-can read the keys can sign. The keys come from a file or an URL and are looked up again when a token names a new one.
+can read the keys can sign. The keys come from a file, an URL, or where the provider's discovery document says, and are
+looked up again when a token names a new one.
 
     "modelpress": {"team-a": "submitter"}           the claim that holds the grants (--jwt-claim), as a table
     "modelpress": ["team-a:submitter", "team-b"]    or as a list, as of --grant
@@ -17,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import jwt
 
@@ -34,6 +36,7 @@ KEYS_FRESH_S = 300.0
 # A token may name any key: for an unknown one the provider is asked no more often than this.
 REFETCH_S = 30.0
 FETCH_TIMEOUT_S = 5.0
+DISCOVERY_PATH = "/.well-known/openid-configuration"
 MAX_KEYS_BYTES = 1024 * 1024
 MAX_TOKEN_CHARS = 16 * 1024
 CACHED = 1000
@@ -42,19 +45,23 @@ Keys = Mapping[str | None, jwt.PyJWK]
 
 
 class KeySource:
-    """The provider's keys by id: of a file, or of an URL."""
+    """The provider's keys by id: of a file, of an URL, or where the provider's own document says that they are.
 
-    def __init__(self, location: str, clock: Clock) -> None:
+    `location`: file or URL; None: as of OpenID Connect Discovery 1.0, section 4.
+    """
+
+    def __init__(self, location: str | None, issuer: str, clock: Clock) -> None:
         """Raises SettingsError for a file that cannot be read and for an URL without TLS."""
         self._clock = clock
-        self._url = location if "://" in location else ""
+        self._issuer = issuer
+        self._url = location if location is not None and "://" in location else ""
         self._file: WatchedFile[Keys] | None = None
-        if not self._url:
+        if location is None:
+            _require_tls("jwt_issuer", issuer)
+        elif self._url:
+            _require_tls("jwt_keys", self._url)
+        else:
             self._file = WatchedFile(Path(location), lambda path: _parse(path.read_bytes()), "jwt_keys")
-        elif urllib.request.urlparse(location).scheme != "https" and (  # type: ignore[attr-defined]  # not in the stubs
-            urllib.request.urlparse(location).hostname not in LOOPBACK_HOSTS  # type: ignore[attr-defined]
-        ):
-            raise SettingsError(f"jwt_keys: {location}: keys are fetched over https only.")
         self._fetched: Keys = {}
         self._fetched_at_s = float("-inf")
         self._tried_at_s = float("-inf")
@@ -74,10 +81,15 @@ class KeySource:
 
     async def _fetch(self) -> None:
         try:
-            self._fetched = _parse(await asyncio.to_thread(_download, self._url))
+            self._fetched = _parse(await asyncio.to_thread(self._download_keys))
             self._fetched_at_s = self._clock.now_s()
         except (OSError, SettingsError) as error:
-            logger.error("jwt_keys: %s cannot be read; the keys that are known hold: %s", self._url, error)
+            where = self._url or self._issuer
+            logger.error("jwt_keys: %s cannot be read; the keys that are known hold: %s", where, error)
+
+    def _download_keys(self) -> bytes:
+        # Asked for each time: the provider may move its keys.
+        return _download(self._url or _keys_url(self._issuer))
 
 
 class JwtVerifier:
@@ -133,6 +145,27 @@ def _grants(claim: Any) -> Mapping[str, Role]:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("the claim with the grants is neither a table nor a list of texts")
     return dict(map(parse_grant, texts))
+
+
+def _require_tls(setting: str, url: str) -> None:
+    """Raises SettingsError where somebody between could exchange what is fetched."""
+    parsed = urlparse(url)
+    if parsed.scheme != "https" and (parsed.scheme != "http" or parsed.hostname not in LOOPBACK_HOSTS):
+        raise SettingsError(f"{setting}: {url}: keys are fetched over https only.")
+
+
+def _keys_url(issuer: str) -> str:
+    """Where a provider says that its keys are. Raises SettingsError, OSError."""
+    url = issuer.rstrip("/") + DISCOVERY_PATH
+    try:
+        document = json.loads(_download(url))
+        named, keys = document["issuer"], str(document["jwks_uri"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise SettingsError(f"jwt_issuer: {url} is no description of an OpenID provider: {error!r}.") from error
+    if named != issuer:
+        raise SettingsError(f"jwt_issuer: {url} describes {named!r}, not {issuer!r}; spell it as the provider does.")
+    _require_tls("jwt_issuer", keys)
+    return keys
 
 
 def _parse(document: bytes) -> Keys:

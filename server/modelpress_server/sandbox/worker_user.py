@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,31 @@ def may_change_user() -> bool:
     status = Path("/proc/self/status").read_text("utf-8", "replace").splitlines()
     effective = next((int(line.split()[1], 16) for line in status if line.startswith("CapEff:")), 0)
     return os.geteuid() == 0 and all(effective >> capability & 1 for capability in _NEEDED)
+
+
+def barrier(user: WorkerUser, data: Path) -> str:
+    """What keeps a user from running this Python, or from reaching the data folder; empty: no folder's mode does."""
+    installation = [Path(path) for path in (sys.executable, sys.base_prefix, os.__file__, *sys.path)]
+    for path in (*installation, data):
+        for folder in reversed(path.resolve().parents):
+            if not _may(user, folder, 0o1):
+                lies = "the data folder lies" if path == data else f"Python needs {path}, which lies"
+                mode = f"{folder.stat().st_mode & 0o7777:04o}"
+                return (
+                    f"others may not pass through {folder} (mode {mode}), and {lies} below it. For workers with users "
+                    "of their own put it elsewhere, such as below /opt or /var/lib"
+                )
+    return ""
+
+
+def _may(user: WorkerUser, path: Path, right: int) -> bool:
+    """Whether the mode of a path gives a right, 1 to pass through it; a path that is not there does."""
+    try:
+        found = path.stat()
+    except OSError:
+        return True
+    shift = 6 if found.st_uid == user.uid else 3 if found.st_gid == user.gid else 0
+    return bool(found.st_mode >> shift & right)
 
 
 def let_through(folder: Path, gid: int) -> None:

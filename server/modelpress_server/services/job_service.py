@@ -76,10 +76,15 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         if request.validate_only:
             return record.to_message()
         references = {*blobs.values(), *blobs_of(model.message).values()}
-        max_queued = self._projects.limits(project).max_queued_jobs
+        limits = self._projects.limits(project)
         await self._blobs.require(references)
         created = await self._jobs.create(
-            record, references, request_id, max_queued=max_queued, is_there=self._blobs.is_there
+            record,
+            references,
+            request_id,
+            max_queued=limits.max_queued_jobs,
+            max_stored_bytes=limits.max_stored_bytes,
+            is_there=self._blobs.is_there,
         )
         self._scheduler.wake()
         return await self._message(created)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -14,14 +15,15 @@ from modelpress_protos.v1 import upload_service_pb2, upload_service_pb2_grpc
 from modelpress_server import errors
 from modelpress_server.clock import Clock
 from modelpress_server.config import MIB, Settings
-from modelpress_server.interceptors import check_project
+from modelpress_server.interceptors import check_project, note_resource
 from modelpress_server.listing import list_query, page_token, wrong_field
 from modelpress_server.names import format_name, new_id, parse_name, parse_project
+from modelpress_server.projects import Projects
 from modelpress_server.services.upload_session import UploadSession, UploadSessions
 from modelpress_server.services.upload_writer import UploadWriter, next_message, offset_mismatch
 from modelpress_server.space import Space
-from modelpress_server.stores.base import BlobIndex, BlobKey, UploadRecord
-from modelpress_server.stores.filesystem import FileBlobStore
+from modelpress_server.stores.base import BlobIndex, BlobKey, StorageQuota, UploadRecord
+from modelpress_server.stores.filesystem import FileBlobStore, damaged
 from modelpress_server.stores.records import now_us
 from modelpress_server.validation import check_digest, check_digests
 from modelpress_server.waiting import uninterrupted
@@ -35,8 +37,17 @@ _State = upload_service_pb2.Upload
 class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
     """Content-addressed, resumable uploads, and downloads from an offset."""
 
-    def __init__(self, settings: Settings, blobs: FileBlobStore, index: BlobIndex, space: Space, clock: Clock) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        projects: Projects,
+        blobs: FileBlobStore,
+        index: BlobIndex,
+        space: Space,
+        clock: Clock,
+    ) -> None:
         self._settings = settings
+        self._projects = projects
         self._space = space
         self._blobs = blobs
         self._index = index
@@ -75,16 +86,18 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
         present = blob in await self._present(project, [blob], touch_us=now_us())
         try:
             return self._to_message(await self._create(record, present=present))
+        except errors.StoredQuotaError:
+            raise
         except errors.QuotaExceededError:
             if not await self._drop_idle(project, now):
                 raise
         return self._to_message(await self._create(record, present=present))
 
     async def _create(self, record: UploadRecord, *, present: bool) -> UploadRecord:
+        limits = self._projects.limits(record.project)
+        most = StorageQuota(limits.max_open_uploads, limits.max_stored_bytes)
         async with self._space.left() as left_bytes:
-            return await self._index.create_upload(
-                record, present=present, max_open=self._settings.max_open_uploads, left_bytes=left_bytes
-            )
+            return await self._index.create_upload(record, present=present, most=most, left_bytes=left_bytes)
 
     async def _drop_idle(self, project: str, now: int) -> bool:
         """Whether an upload could be dropped that nobody seems to send any more: the one that is idle longest."""
@@ -125,6 +138,7 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
         first = await next_message(context, None, self._settings.upload_idle_timeout_s, self._clock)
         if first is None:
             raise wrong_field("name", "the stream ended before its first message")
+        note_resource(first.name)
         record = await self._get(first.name)
         if record.state == _State.STATE_COMPLETED:
             await context.write(self._completed(record))
@@ -164,16 +178,24 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
             )
         fd = await self._blobs.open_blob(blob)
         reading: asyncio.Task[upload_service_pb2.ReadBlobResponse] | None = None
+        # A read from the start is verified on its way. A resumed one is not: hashing all that comes before would let
+        # one small request cost the reading of a whole file. The client hashes what it has in either case.
+        sha256 = hashlib.sha256() if request.read_offset == 0 else None
         try:
             offset = request.read_offset
-            reading = asyncio.create_task(self._blobs.run(_read_chunk, fd, offset))
+            reading = asyncio.create_task(self._blobs.run(_read_chunk, fd, offset, sha256))
             while offset < blob.size_bytes:
                 response = await reading
                 offset += len(response.data)
                 if not response.data:
                     raise OSError(f"blob {blob.sha256.hex()} ends at {offset}, before its {blob.size_bytes} bytes")
-                # The next chunk is read while this one is sent.
-                reading = asyncio.create_task(self._blobs.run(_read_chunk, fd, offset))
+                if offset < blob.size_bytes:
+                    # The next chunk is read while this one is sent.
+                    reading = asyncio.create_task(self._blobs.run(_read_chunk, fd, offset, sha256))
+                elif sha256 is not None and sha256.digest() != blob.sha256:
+                    # Before the last chunk goes out: nobody gets a damaged file whole.
+                    await self._blobs.quarantine(blob)
+                    raise damaged(blob)
                 yield response
         finally:
             if reading is not None:
@@ -228,8 +250,10 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
         return message
 
 
-def _read_chunk(fd: int, offset: int) -> upload_service_pb2.ReadBlobResponse:
+def _read_chunk(fd: int, offset: int, sha256: hashlib._Hash | None) -> upload_service_pb2.ReadBlobResponse:
     data = os.pread(fd, READ_CHUNK_BYTES, offset)
+    if sha256 is not None:
+        sha256.update(data)
     return upload_service_pb2.ReadBlobResponse(offset=offset, crc32c=google_crc32c.value(data), data=data)
 
 

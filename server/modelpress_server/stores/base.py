@@ -197,6 +197,14 @@ class ModelQuota:
     pending: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class StorageQuota:
+    """Most unfinished uploads of a project, and most bytes that it has stored; 0: no limit."""
+
+    uploads: int = 0
+    size_bytes: int = 0
+
+
 class ModelStore(Protocol):
     """Models of all projects."""
 
@@ -254,13 +262,14 @@ class JobStore(Protocol):
         request: RequestKey | None,
         *,
         max_queued: int,
+        max_stored_bytes: int,
         is_there: Callable[[BlobKey], bool],
     ) -> JobRecord:
         """Stores a job, or returns the one that the request id made before.
 
         Ends it at once with the result of an earlier identical job, unless it says skip_cache or `is_there` misses a
-        part of that result. Raises BlobMissingError,
-        RequestIdReusedError, QueueFullError, ResourceNotFoundError, ModelRejectedError.
+        part of that result. Raises BlobMissingError, RequestIdReusedError, QueueFullError, StoredQuotaError,
+        ResourceNotFoundError, ModelRejectedError.
         """
         ...
 
@@ -352,7 +361,7 @@ class BlobIndex(Protocol):
         ...
 
     async def create_upload(
-        self, record: UploadRecord, *, present: bool, max_open: int, left_bytes: int
+        self, record: UploadRecord, *, present: bool, most: StorageQuota, left_bytes: int
     ) -> UploadRecord:
         """Stores an upload, or returns the unfinished or completed one of the same digest.
 

@@ -21,7 +21,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -173,6 +173,31 @@ class FileBlobStore:
         """Sets a damaged blob aside: from now on it is missing, and uploading it again heals it."""
         await self.run(self._set_aside, blob)
 
+    async def check(self, blob: BlobKey, pace: Callable[[int], Awaitable[None]]) -> bool | None:
+        """Whether a blob is what it was; if not, it is set aside. None: it is gone.
+
+        After each block `pace` is told its bytes, and may take its time.
+        """
+        try:
+            fd = await self.open_blob(blob)
+        except BlobMissingError:
+            return None
+        sha256, offset = hashlib.sha256(), 0
+        try:
+            while size_bytes := await self.run(_hash_block, fd, offset, sha256):
+                offset += size_bytes
+                await pace(size_bytes)
+            whole = sha256.digest() == blob.sha256
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            whole = False
+        finally:
+            os.close(fd)
+        if not whole:
+            await self.quarantine(blob)
+        return whole
+
     async def ingest(self, folder: Path, path: str, *, max_bytes: int) -> BlobKey:
         return await self.run(self._ingest, folder, path, max_bytes)
 
@@ -240,7 +265,7 @@ class FileBlobStore:
         if not whole:
             target.unlink()
             self._set_aside(blob)
-            raise _damaged(blob)
+            raise damaged(blob)
 
     def _set_aside(self, blob: BlobKey) -> None:
         path = self._path(blob)
@@ -303,11 +328,12 @@ def _missing(blob: BlobKey) -> BlobMissingError:
     return BlobMissingError(f"Blob {sha256} is not there. Upload it, then call again.", metadata={"sha256": sha256})
 
 
-def _damaged(blob: BlobKey) -> BlobDamagedError:
+def damaged(blob: BlobKey) -> BlobDamagedError:
+    """What those are told who wanted a blob that was set aside."""
     sha256 = blob.sha256.hex()
     return BlobDamagedError(
         f"The stored copy of blob {sha256} was damaged on the server's disk and has been set aside. Upload the file "
-        "again, which heals it, then create the job again.",
+        "again, which heals it; if it was a result, run its job again with skip_cache.",
         metadata={"sha256": sha256},
     )
 
@@ -349,6 +375,14 @@ def _sha256_of(path: Path) -> bytes:
         if error.errno == errno.EIO:
             return b""
         raise
+
+
+def _hash_block(fd: int, offset: int, sha256: hashlib._Hash) -> int:
+    """Bytes hashed. From the disk, where the kernel does as it is asked, and without keeping them in memory."""
+    data = os.pread(fd, COPY_BYTES, offset)
+    sha256.update(data)
+    os.posix_fadvise(fd, offset, len(data), os.POSIX_FADV_DONTNEED)
+    return len(data)
 
 
 def _copy_range(source_fd: int, target_fd: int, size_bytes: int) -> None:

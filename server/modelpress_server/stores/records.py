@@ -7,18 +7,20 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, Table, delete, exists, insert, select, update
+from modelpress_protos.v1 import upload_service_pb2
+from sqlalchemy import Connection, Row, Select, Table, delete, exists, func, insert, select, update
 
-from modelpress_server.errors import BlobMissingError, EtagMismatchError, RequestIdReusedError
+from modelpress_server.errors import BlobMissingError, EtagMismatchError, RequestIdReusedError, StoredQuotaError
 from modelpress_server.stores.base import BlobKey, ListQuery, RequestKey, etag
 from modelpress_server.stores.database import insert_missing
-from modelpress_server.stores.tables import blob_references, labels, project_blobs, request_ids
+from modelpress_server.stores.tables import blob_references, labels, project_blobs, request_ids, uploads
 
 # SQLite allows 32,766 bound values in a statement; a manifest has at most 1,000 files.
 _CHUNK = 500
 # `used_us` of a blob that somebody deleted.
 LET_GO_US = 0
 JUST_USED_US = 60 * 1_000_000
+STORED_RETRY_S = 300.0  # about when the janitor has been there
 
 
 def now_us() -> int:
@@ -45,6 +47,30 @@ def add_project_blob(connection: Connection, project: str, blob: BlobKey) -> Non
     """Makes a stored blob visible to a project."""
     values = {"project": project, "sha256": blob.sha256, "size_bytes": blob.size_bytes, "used_us": now_us()}
     insert_missing(connection, project_blobs, values)
+
+
+def stored(connection: Connection, project: str) -> tuple[int, int]:
+    """How many blobs a project has, and their bytes; what it has let go of counts no longer."""
+    sizes = select(func.count(), func.coalesce(func.sum(project_blobs.c.size_bytes), 0))
+    held = (project_blobs.c.project == project) & (project_blobs.c.used_us != LET_GO_US)
+    blobs, size_bytes = connection.execute(sizes.where(held)).one()
+    return int(blobs), int(size_bytes)
+
+
+def check_stored(connection: Connection, project: str, more_bytes: int, most_bytes: int) -> None:
+    """Raises StoredQuotaError where so many bytes more, besides what is announced, are too many; 0: no limit."""
+    if not most_bytes:
+        return
+    active = uploads.c.state == upload_service_pb2.Upload.STATE_ACTIVE
+    announced = select(func.coalesce(func.sum(uploads.c.size_bytes), 0)).where(uploads.c.project == project, active)
+    used_bytes = stored(connection, project)[1] + int(connection.execute(announced).scalar_one())
+    if used_bytes + more_bytes > most_bytes:
+        raise StoredQuotaError(
+            f"Project {project} has {used_bytes / 1e6:,.1f} MB of the {most_bytes / 1e6:,.1f} MB that it may have "
+            "stored, unfinished uploads included. Delete jobs and models that are no longer needed.",
+            subject=f"projects/{project}",
+            retry_after_s=STORED_RETRY_S,
+        )
 
 
 def refer(connection: Connection, project: str, owner: str, blobs: Collection[BlobKey]) -> None:

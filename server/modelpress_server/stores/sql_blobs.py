@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, delete, exists, func, insert, select, tu
 from modelpress_server.errors import QuotaExceededError, StorageFullError, UploadExpiredError
 from modelpress_server.shortage import MAKE_ROOM
 from modelpress_server.stores import records
-from modelpress_server.stores.base import ENDED_STATES, BlobKey, ListQuery, Page, Sweep, UploadRecord
+from modelpress_server.stores.base import ENDED_STATES, BlobKey, ListQuery, Page, StorageQuota, Sweep, UploadRecord
 from modelpress_server.stores.database import Database
 from modelpress_server.stores.tables import blob_references, job_events, jobs, project_blobs, request_ids, uploads
 
@@ -47,10 +47,10 @@ class SqlBlobIndex:
         return await self._database.write(touch)
 
     async def create_upload(
-        self, record: UploadRecord, *, present: bool, max_open: int, left_bytes: int
+        self, record: UploadRecord, *, present: bool, most: StorageQuota, left_bytes: int
     ) -> UploadRecord:
         return await self._database.write(
-            lambda connection: _create_upload(connection, record, present, max_open, left_bytes)
+            lambda connection: _create_upload(connection, record, present, most, left_bytes)
         )
 
     async def list_uploads(self, query: ListQuery) -> Page[UploadRecord]:
@@ -162,7 +162,7 @@ class SqlBlobIndex:
 
 
 def _create_upload(
-    connection: Connection, record: UploadRecord, present: bool, max_open: int, left_bytes: int
+    connection: Connection, record: UploadRecord, present: bool, most: StorageQuota, left_bytes: int
 ) -> UploadRecord:
     wanted = COMPLETED if present else ACTIVE
     same = (
@@ -179,20 +179,8 @@ def _create_upload(
     earlier = connection.execute(same).first()
     if earlier is not None:
         return _record(earlier)
-    condition = (uploads.c.project == record.project) & (uploads.c.state == ACTIVE)
-    count = connection.execute(select(func.count()).select_from(uploads).where(condition)).scalar_one()
-    if not present and count >= max_open:
-        raise QuotaExceededError(
-            f"Project {record.project} has {count} unfinished uploads, the most that this server allows. "
-            "Finish or cancel some: ListUploads and CancelUpload, or `compress-client uploads --cancel ID`.",
-            subject=f"projects/{record.project}",
-            retry_after_s=QUOTA_RETRY_S,
-        )
-    if not present and record.blob.size_bytes > left_bytes:
-        raise StorageFullError(
-            "The server's disk is full: besides what it has promised to other uploads and jobs, it has no room for "
-            f"{record.blob.size_bytes / 1e6:,.1f} MB more. {MAKE_ROOM}"
-        )
+    if not present:
+        _check_room(connection, record, most, left_bytes)
     connection.execute(
         insert(uploads).values(
             id=record.id,
@@ -206,6 +194,25 @@ def _create_upload(
         )
     )
     return _fetch(connection, record.id)
+
+
+def _check_room(connection: Connection, record: UploadRecord, most: StorageQuota, left_bytes: int) -> None:
+    """Raises QuotaExceededError, StorageFullError."""
+    condition = (uploads.c.project == record.project) & (uploads.c.state == ACTIVE)
+    count = connection.execute(select(func.count()).select_from(uploads).where(condition)).scalar_one()
+    if most.uploads and count >= most.uploads:
+        raise QuotaExceededError(
+            f"Project {record.project} has {count} unfinished uploads, the most that this server allows. "
+            "Finish or cancel some: ListUploads and CancelUpload, or `compress-client uploads --cancel ID`.",
+            subject=f"projects/{record.project}",
+            retry_after_s=QUOTA_RETRY_S,
+        )
+    records.check_stored(connection, record.project, record.blob.size_bytes, most.size_bytes)
+    if record.blob.size_bytes > left_bytes:
+        raise StorageFullError(
+            "The server's disk is full: besides what it has promised to other uploads and jobs, it has no room for "
+            f"{record.blob.size_bytes / 1e6:,.1f} MB more. {MAKE_ROOM}"
+        )
 
 
 def _row(connection: Connection, upload_id: str, project: str | None = None) -> Row[Any]:

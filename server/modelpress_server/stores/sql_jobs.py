@@ -49,10 +49,11 @@ class SqlJobStore:
         request: RequestKey | None,
         *,
         max_queued: int,
+        max_stored_bytes: int,
         is_there: Callable[[BlobKey], bool],
     ) -> JobRecord:
         return await self._database.write(
-            lambda connection: _create(connection, record, blobs, request, max_queued, is_there)
+            lambda connection: _create(connection, record, blobs, request, max_queued, max_stored_bytes, is_there)
         )
 
     async def get(self, project: str, job_id: str) -> JobRecord:
@@ -210,6 +211,7 @@ def _create(
     blobs: Collection[BlobKey],
     request: RequestKey | None,
     max_queued: int,
+    max_stored_bytes: int,
     is_there: Callable[[BlobKey], bool],
 ) -> JobRecord:
     project = record.project
@@ -230,6 +232,8 @@ def _create(
             subject=f"projects/{project}",
             retry_after_s=QUEUE_FULL_RETRY_S,
         )
+    if cached is None:  # a result needs room as well
+        records.check_stored(connection, project, 1, max_stored_bytes)
     records.refer(connection, project, record.id, blobs)
     records.remember_request(connection, project, _KIND, request, record.id)
     job_rows.insert_job(connection, record)

@@ -12,7 +12,7 @@ from modelpress_server.names import first_id_at
 from modelpress_server.stores import records
 from modelpress_server.stores.base import ENDED_STATES, UsageRecord
 from modelpress_server.stores.database import Database, insert_missing
-from modelpress_server.stores.tables import jobs, labels, models, project_blobs, uploads, usage
+from modelpress_server.stores.tables import jobs, labels, models, uploads, usage
 
 # So labelled, a job or a model stays; unless the label says "false".
 PIN = "pin"
@@ -39,13 +39,12 @@ class SqlUsage:
     async def of(self, project: str) -> UsageRecord:
         def work(connection: Connection) -> UsageRecord:
             used = connection.execute(select(usage).where(usage.c.project == project)).first()
-            stored = select(func.count(), func.coalesce(func.sum(project_blobs.c.size_bytes), 0))
-            blobs, stored_bytes = connection.execute(stored.where(project_blobs.c.project == project)).one()
+            blobs, stored_bytes = records.stored(connection, project)
             by_state = select(jobs.c.state, func.count()).where(jobs.c.project == project).group_by(jobs.c.state)
             active = uploads.c.state == upload_service_pb2.Upload.STATE_ACTIVE
             return UsageRecord(
-                stored_bytes=int(stored_bytes),
-                blobs=int(blobs),
+                stored_bytes=stored_bytes,
+                blobs=blobs,
                 models=_count(connection, models, models.c.project == project),
                 uploads=_count(connection, uploads, (uploads.c.project == project) & active),
                 jobs={int(state): int(count) for state, count in connection.execute(by_state)},

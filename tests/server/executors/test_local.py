@@ -13,6 +13,8 @@ import pytest
 from google.rpc import error_details_pb2
 from manual_clock import ManualClock
 from modelpress_protos.internal.v1 import worker_pb2
+from modelpress_server.errors import StorageFullError
+from modelpress_server.executors import local
 from modelpress_server.executors.base import Limits, WorkerLostError, WorkerUnavailableError
 from modelpress_server.executors.output import MAX_LINE_CHARS, MAX_LINES
 from server_harness import until
@@ -290,6 +292,18 @@ class TestStarting:
         (tmp_path / "work-0" / "task-of-someone").mkdir()
         bench = await start_bench()
         assert [path.name for path in bench.root.iterdir()] == ["task-of-someone"]
+
+
+class TestAFullDisk:
+    @pytest.mark.parametrize("job", ["crash:SIGBUS", "bug"])
+    async def test_it_is_blamed_for_what_fails_on_it(
+        self, start_bench: Any, monkeypatch: pytest.MonkeyPatch, job: str
+    ) -> None:
+        """Whatever the task says: a file that was cut short looks like a bad one. With room, it is the task's fault."""
+        bench = await start_bench()
+        monkeypatch.setattr(local, "disk_is_full", lambda folder: folder == bench.root)
+        with pytest.raises(StorageFullError):
+            await bench.run(job)
 
 
 class TestWhatItTook:

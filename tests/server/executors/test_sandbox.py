@@ -20,7 +20,7 @@ from modelpress_server.executors.base import WorkerUnavailableError
 from modelpress_server.executors.child import WorkerCommand
 from modelpress_server.sandbox import seccomp
 from modelpress_server.sandbox.landlock import landlock_version
-from modelpress_server.sandbox.worker_user import WorkerUser, may_change_user
+from modelpress_server.sandbox.worker_user import WorkerUser, barrier, may_change_user
 
 FAKE_TASKS = str(Path(__file__).with_name("fake_tasks.py"))
 needs_level_2 = pytest.mark.skipif(
@@ -110,6 +110,7 @@ class TestUsers:
         bench = await start_bench(sandbox="auto", first_uid=60_600)
         assert not bench.executor.separate_users
         assert "workers run as the server's own user" in caplog.text
+        assert "others may not pass through " in caplog.text
         assert (await bench.answer(f"stat:{bench.root}"))["uid"] == os.getuid()
 
     @needs_level_2
@@ -149,6 +150,28 @@ class TestUsers:
         assert ((model / "a.bin").stat().st_uid, stat.S_IMODE((model / "a.bin").stat().st_mode)) == (0, 0o444)
         above = (tmp_path / "task").stat()
         assert (above.st_uid, above.st_gid, stat.S_IMODE(above.st_mode)) == (0, 60_600, 0o710)
+
+
+class TestWhatStandsInAUsersWay:
+    def test_a_folder_on_the_way_to_python(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The folder and its mode are named, and what lies below it; its owner may pass."""
+        for folder in tmp_path.parents:
+            if not folder.stat().st_mode & 0o1:
+                pytest.skip(f"others may not pass through {folder}")
+        tmp_path.chmod(0o755)
+        closed = tmp_path / "closed"
+        site = closed / "site"
+        site.mkdir(parents=True)
+        closed.chmod(0o700)
+        monkeypatch.setattr(sys, "path", [str(site)])
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+        monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
+        monkeypatch.setattr(os, "__file__", str(tmp_path / "os.py"))
+        found = barrier(WorkerUser(60_601, 60_600), tmp_path)
+        assert found.startswith(f"others may not pass through {closed} (mode 0700), and Python needs {site}")
+        assert barrier(WorkerUser(os.getuid(), 60_600), tmp_path) == ""
+        monkeypatch.setattr(sys, "path", [])
+        assert "the data folder lies below it" in barrier(WorkerUser(60_601, 60_600), site)
 
 
 class TestLevel1:

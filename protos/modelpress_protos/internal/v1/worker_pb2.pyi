@@ -270,7 +270,7 @@ class WorkerEvent(_message.Message):
 
     @_builtins.property
     def used(self) -> Global___Used:
-        """Of the executor, not of a worker: the task has ended, and this is what it took."""
+        """Of the executor, not of a worker: what the task took since the last such event; every few seconds, and at its end."""
 
     def __init__(
         self,
@@ -297,7 +297,7 @@ Global___WorkerEvent: _TypeAlias = WorkerEvent  # noqa: Y015
 
 @_typing.final
 class Used(_message.Message):
-    """What a task took."""
+    """What a task took, in a part of its time."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
