@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import uuid
 import zipfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
 from modelpress_protos.recipe import to_dict
 from modelpress_protos.v1 import job_service_pb2 as jobs_pb
 from modelpress_protos.v1 import model_service_pb2 as models_pb
@@ -24,7 +25,7 @@ from modelpress_client import names, recipes
 from modelpress_client.async_job import AsyncJob
 from modelpress_client.connection import Connection
 from modelpress_client.convert import Conversion
-from modelpress_client.errors import TimedOutError, TransferError, UnusableInputError, from_job_status
+from modelpress_client.errors import TimedOutError, TransferError, UnusableInputError, UsageError, from_job_status
 from modelpress_client.inputs import parse_inputs
 from modelpress_client.report import Report
 from modelpress_client.resources import Model
@@ -36,6 +37,7 @@ from modelpress_client.uploads import upload_blobs
 POLL_INTERVAL_S = 0.1  # of a model that is being inspected; doubles up to
 MAX_POLL_INTERVAL_S = 2.0
 PAGE_SIZE = 100
+LABEL_TRIES = 10
 
 ResultT = TypeVar("ResultT")
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
@@ -191,6 +193,7 @@ class AsyncClient:
         queue_timeout_s: float | None = None,
         run_timeout_s: float | None = None,
         max_attempts: int = 0,
+        priority: int = 0,
         skip_cache: bool = False,
         on_progress: OnProgress | None = None,
     ) -> AsyncJob:
@@ -198,12 +201,15 @@ class AsyncClient:
 
         recipe: a preset's name, a YAML file, a mapping or a message. overrides: `path=value` as in --set. data: .npz of
         representative inputs; eval: .npz of inputs and `labels`. metric and max_drop set the recipe's constraints.
+        priority: -100 to 100; the highest of a project's queued jobs is next.
 
         Raises InvalidRecipeError with all violations before anything is sent.
         """
         message = await self.resolve_recipe(recipe, overrides=overrides, metric=metric, max_drop=max_drop)
         name = names.full_name(model, "models", self.settings.project) if isinstance(model, str) else model.name
-        spec = jobs_pb.JobSpec(model=name, recipe=message, max_attempts=max_attempts, skip_cache=skip_cache)
+        spec = jobs_pb.JobSpec(
+            model=name, recipe=message, max_attempts=max_attempts, priority=priority, skip_cache=skip_cache
+        )
         blobs = []
         for path, digest in ((data, spec.data), (eval, spec.eval_data)):
             if path is not None:
@@ -271,6 +277,35 @@ class AsyncClient:
         else:
             await self._connection.call(self._connection.models.DeleteModel, models_pb.DeleteModelRequest(name=full))
 
+    async def label(self, name: str, labels: Mapping[str, str], *, remove: Collection[str] = ()) -> dict[str, str]:
+        """Gives a model or a job labels, and takes others away; returns all that it has then.
+
+        `pin` keeps it from being deleted after its time. name: as of `delete`. Raises UsageError for a wrong label.
+        """
+        full = names.full_name(name, None, self.settings.project)
+        names.parse_labels(f"{key}={value}" for key, value in labels.items())
+        tries = LABEL_TRIES
+        while True:
+            try:
+                return await self._label(full, labels, remove)
+            except UsageError as error:
+                tries -= 1
+                # A job that runs changes with each step that it makes.
+                if error.reason != "ETAG_MISMATCH" or not tries:
+                    raise
+
+    async def _label(self, full: str, labels: Mapping[str, str], remove: Collection[str]) -> dict[str, str]:
+        connection = self._connection
+        if "/jobs/" in full:
+            job = await connection.call(connection.jobs.GetJob, jobs_pb.GetJobRequest(name=full))
+            changed = jobs_pb.Job(name=full, etag=job.etag, labels=_labelled(job.labels, labels, remove))
+            job = await connection.call(connection.jobs.UpdateJob, jobs_pb.UpdateJobRequest(job=changed))
+            return dict(job.labels)
+        model = await connection.call(connection.models.GetModel, models_pb.GetModelRequest(name=full))
+        wanted = models_pb.Model(name=full, etag=model.etag, labels=_labelled(model.labels, labels, remove))
+        request = models_pb.UpdateModelRequest(model=wanted, update_mask=FieldMask(paths=["labels"]))
+        return dict((await connection.call(connection.models.UpdateModel, request)).labels)
+
     async def usage(self) -> server_pb.Usage:
         """What the project has, has used so far, and may have."""
         request = server_pb.GetUsageRequest(parent=self.settings.parent)
@@ -313,6 +348,10 @@ class AsyncClient:
                 raise
         await upload_blobs(self._connection, blobs, on_progress)
         return await create()
+
+
+def _labelled(present: Mapping[str, str], labels: Mapping[str, str], remove: Collection[str]) -> dict[str, str]:
+    return {key: value for key, value in {**present, **labels}.items() if key not in remove}
 
 
 async def _data_blob(path: Path, on_progress: OnProgress | None) -> LocalBlob:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -271,6 +271,7 @@ class Client:
         queue_timeout_s: float | None = None,
         run_timeout_s: float | None = None,
         max_attempts: int = 0,
+        priority: int = 0,
         skip_cache: bool = False,
         on_progress: OnProgress | None = None,
     ) -> Job:
@@ -288,6 +289,7 @@ class Client:
                 queue_timeout_s=queue_timeout_s,
                 run_timeout_s=run_timeout_s,
                 max_attempts=max_attempts,
+                priority=priority,
                 skip_cache=skip_cache,
                 on_progress=on_progress,
             )
@@ -325,6 +327,10 @@ class Client:
     def delete(self, name: str) -> None:
         """Deletes a model or a job that has ended, by its full name or `models/M`, `jobs/J`."""
         self._thread.run(self._client.delete(name))
+
+    def label(self, name: str, labels: Mapping[str, str], *, remove: Collection[str] = ()) -> dict[str, str]:
+        """Gives a model or a job labels, and takes others away; returns all that it has then."""
+        return self._thread.run(self._client.label(name, labels, remove=remove))
 
     def usage(self) -> Usage:
         """What the project has, has used so far, and may have."""

@@ -118,6 +118,7 @@ class Script:
     constraints_met: bool = True
     data_file: str | None = None
     serving: int = 1
+    changes_meanwhile: int = 0
 
 
 def status(code: int, reason: str, message: str, **metadata: str) -> status_pb2.Status:
@@ -297,6 +298,25 @@ class FakeServer(
         size = min(request.page_size, 2)  # small pages, so that clients must ask again
         token = str(start + size) if start + size < len(found) else ""
         return models.ListModelsResponse(models=found[start : start + size], next_page_token=token)
+
+    async def UpdateModel(self, request: Any, context: Any) -> models.Model:
+        await self.enter("UpdateModel", context)
+        assert request.update_mask.paths == ["labels"]
+        return await self._labelled(self.models[request.model.name], request.model, context)
+
+    async def UpdateJob(self, request: Any, context: Any) -> jobs.Job:
+        await self.enter("UpdateJob", context)
+        return await self._labelled(self.jobs[request.job.name], request.job, context)
+
+    async def _labelled(self, stored: Any, given: Any, context: Any) -> Any:
+        if self.script.changes_meanwhile:
+            self.script.changes_meanwhile -= 1
+            stored.etag += "+"
+        if given.etag != stored.etag:
+            await fail(context, status(code_pb2.ABORTED, "ETAG_MISMATCH", "It has changed."))
+        stored.labels.clear()
+        stored.labels.update(given.labels)
+        return stored
 
     async def DeleteModel(self, request: Any, context: Any) -> empty_pb2.Empty:
         await self.enter("DeleteModel", context)

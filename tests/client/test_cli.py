@@ -282,6 +282,28 @@ def test_usage_and_uploads(run_cli: RunCli, fake_server: Any) -> None:
     assert fake_server.seen[-2:] == [f"CancelUpload projects/default/uploads/u{number}" for number in (2, 1)]
 
 
+def test_labels(run_cli: RunCli, fake_server: Any, model_file: Path) -> None:
+    """Jobs and models get labels and lose them, also while they change; pin is one of them; --priority is sent."""
+    at = ("--server", fake_server.address)
+    run_cli("upload", model_file, "--detach", "--label", "team=a", "--priority", "-5", *at)
+    job = fake_server.jobs["projects/default/jobs/j2"]
+    assert job.spec.priority == -5
+    fake_server.script.changes_meanwhile = 3
+    assert run_cli("label", "j2", "kind=test", "team=b", *at).out == "kind=test\nteam=b\n"
+    assert run_cli("label", "j2", "--remove", "kind", "--json", *at).document == {
+        "name": "projects/default/jobs/j2",
+        "labels": {"team": "b"},
+    }
+    assert run_cli("pin", "m1", *at).out == "pin=yes\nteam=a\n"
+    assert fake_server.models["projects/default/models/m1"].labels["pin"] == "yes"
+    assert run_cli("pin", "m1", "--undo", *at).out == "team=a\n"
+    fake_server.script.changes_meanwhile = 1000
+    ran = run_cli("label", "j2", "a=b", *at)
+    assert (ran.code, "It has changed" in ran.err) == (2, True)
+    assert run_cli("label", "j2", "no label", *at).code == 2
+    assert run_cli("upload", model_file, "--priority", "101", *at).code == 2
+
+
 def test_one_job(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path) -> None:
     """job, watch, logs, report, download, cancel, delete take the last part of a name."""
     at = ("--server", fake_server.address)

@@ -47,6 +47,7 @@ class Wanted:
     output: Path | None
     report_dir: Path | None
     labels: tuple[str, ...]
+    priority: int
     skip_cache: bool
     no_compress: bool
     detach: bool
@@ -231,6 +232,7 @@ async def _submit(session: Session, model: Model, recipe: Any, wanted: Wanted, d
         data=wanted.data,
         eval=wanted.eval_data,
         labels=parse_labels(wanted.labels),
+        priority=wanted.priority,
         skip_cache=wanted.skip_cache,
         on_progress=display.transfer,
     )

@@ -225,6 +225,42 @@ def delete(name: str) -> None:
     run(body)
 
 
+@click.command(cls=SharedHelp, short_help="Show or change the labels of a model or a job.")
+@click.argument("name", metavar="NAME")
+@click.argument("labels", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--remove", multiple=True, metavar="KEY", help="Take this label away. Repeatable.")
+def label(name: str, labels: tuple[str, ...], remove: tuple[str, ...]) -> None:
+    """Give a model or a job labels, or take them away, and show all that it has.
+
+    NAME is as in 'delete'. The label pin keeps it from being deleted after its time (see 'usage').
+    """
+    _label(name, labels, remove)
+
+
+@click.command(cls=SharedHelp, short_help="Keep a model or a job from being deleted after its time.")
+@click.argument("name", metavar="NAME")
+@click.option("--undo", is_flag=True, help="From now on it is deleted after its time.")
+def pin(name: str, undo: bool) -> None:
+    """Give a model or a job the label pin, with which it stays; the same as 'label NAME pin=yes'."""
+    _label(name, () if undo else ("pin=yes",), ("pin",) if undo else ())
+
+
+def _label(name: str, labels: tuple[str, ...], remove: tuple[str, ...]) -> None:
+    async def body(session: Session) -> None:
+        from modelpress_client.names import parse_labels
+
+        wanted = parse_labels(labels)
+        full = await _resolved(session, name)
+        found = await session.client.label(full, wanted, remove=remove)
+        session.out.document({"name": full, "labels": found})
+        for key, value in sorted(found.items()):
+            session.out.data(f"{key}={value}")
+        if not found:
+            session.out.hint(f"{full} has no labels.")
+
+    run(body)
+
+
 async def _resolved(session: Session, name: str) -> str:
     """The full name; the last part alone may be a job's or a model's."""
     from modelpress_client.names import full_name
@@ -243,4 +279,4 @@ async def _resolved(session: Session, name: str) -> str:
         ) from error
 
 
-COMMANDS = (inspect, jobs, models, job, watch, logs, cancel, delete, usage, uploads)
+COMMANDS = (inspect, jobs, models, job, watch, logs, cancel, delete, label, pin, usage, uploads)

@@ -234,6 +234,13 @@ def compression_options(function: FunctionT) -> FunctionT:
             help="Where STEM.report.json and STEM.report.html go.  [default: beside the output]",
         ),
         label_option("A label of the model and the job. Repeatable."),
+        click.option(
+            "--priority",
+            type=click.IntRange(-100, 100),
+            default=0,
+            show_default=True,
+            help="The highest of the project's queued jobs is next, the oldest among equals.",
+        ),
         click.option("--skip-cache", is_flag=True, help="Run even if an identical job has succeeded before."),
         click.option("--no-compress", is_flag=True, help="Store only, and print the model's name."),
         click.option("--detach", is_flag=True, help="Print the job's name and do not wait."),

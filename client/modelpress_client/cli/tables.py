@@ -90,10 +90,13 @@ def print_usage(console: Console, found: server_pb.Usage) -> None:
         return f"deleted after {units.seconds(ttl_s)}, unless labelled pin" if ttl_s else "kept"
 
     per_s = found.max_requests_per_second
+    stored = units.size(found.stored_bytes)
+    if found.max_stored_bytes:
+        stored = f"{stored} of {units.size(found.max_stored_bytes)}"
     facts(
         console,
         [
-            ("Stored", f"{units.size(found.stored_bytes)} in {found.blobs} files"),
+            ("Stored", f"{stored} in {found.blobs} files"),
             ("Models", f"{of(found.models, found.max_models)}, {after(found.model_ttl_seconds)}"),
             ("Jobs waiting", of(found.queued_jobs, found.max_queued_jobs)),
             ("Jobs running", of(found.running_jobs, found.max_running_jobs)),
