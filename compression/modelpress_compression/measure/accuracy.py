@@ -40,10 +40,11 @@ class Accuracy:
     """
 
     metric: str
-    samples: int
+    samples: int | None
     original: float
     optimized: float
     drop: float
+    lower_is_better: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The report's `accuracy`."""
@@ -53,43 +54,34 @@ class Accuracy:
             "original": _finite(self.original),
             "optimized": _finite(self.optimized),
             "drop": _finite(self.drop),
+            "lower_is_better": self.lower_is_better,
         }
-
-
-def compare_accuracy(
-    original: Path,
-    optimized: Path,
-    data: EvaluationData,
-    metric: str | None,
-    *,
-    batch_size: int = 1,
-) -> Accuracy:
-    """The metric of both models on all samples. `metric` None: top1 for class indices and one-hot labels, else mse.
-
-    Raises InvalidDataError where the labels fit no output, ModelNotRunnableError, UnsupportedOperatorError.
-    """
-    before = evaluate(original, data, metric, batch_size=batch_size)
-    return accuracy_after(before, evaluate(optimized, data, before.metric, batch_size=batch_size))
 
 
 def accuracy_after(before: Evaluation, after: Evaluation) -> Accuracy:
     """What has become of the original's metric."""
-    drop = after.value - before.value if before.metric in LOWER_IS_BETTER else before.value - after.value
+    lower = before.lower_is_better
+    drop = after.value - before.value if lower else before.value - after.value
     # inf - inf is NaN: neither model gives finite outputs, so there is nothing to lose.
-    return Accuracy(before.metric, before.samples, before.value, after.value, 0.0 if math.isnan(drop) else drop)
+    lost = 0.0 if math.isnan(drop) else drop
+    return Accuracy(before.metric, before.samples, before.value, after.value, lost, lower)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metric of one model."""
+    """The metric of one model. `samples`: how many were looked at; None: who measured did not say."""
 
     metric: str
     value: float
-    samples: int
+    samples: int | None
+    lower_is_better: bool = False
 
 
 def evaluate(path: Path, data: EvaluationData, metric: str | None = None, *, batch_size: int = 1) -> Evaluation:
-    """The metric of one model on all samples; see `compare_accuracy`."""
+    """The metric of one model on all samples. `metric` None: top1 for class indices and one-hot labels, else mse.
+
+    Raises InvalidDataError where the labels fit no output, ModelNotRunnableError, UnsupportedOperatorError.
+    """
     if metric is not None and metric not in METRICS:
         raise InvalidDataError(f"There is no metric {metric!r}; use one of {', '.join(METRICS)}.")
     session = open_session(path)
@@ -106,7 +98,7 @@ def evaluate(path: Path, data: EvaluationData, metric: str | None = None, *, bat
         total, weight, start = total + added, weight + count, stop
     if chosen is None or not weight:
         raise InvalidDataError("The evaluation data: no sample has a usable label; class indices start at 0.")
-    return Evaluation(chosen, total / weight, start)
+    return Evaluation(chosen, total / weight, start, chosen in LOWER_IS_BETTER)
 
 
 def labels_note(path: Path, data: EvaluationData, metric: str | None) -> str:

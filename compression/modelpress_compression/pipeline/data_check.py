@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from modelpress_compression.inputs import Array, EvaluationData, InputData
+from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.measure.accuracy import labels_note
 from modelpress_compression.measure.input_scale import scale_warnings
+from modelpress_compression.measure.task import Labelled
 from modelpress_compression.model import Model
 from modelpress_compression.runtime import open_session, run_all
 
@@ -19,17 +20,15 @@ ANSWERS = 4
 HARDLY_DIFFERENT = 0.002
 
 
-def data_warnings(
-    model: Model, path: Path, data: InputData, evaluation: EvaluationData | None, metric: str | None
-) -> list[str]:
+def data_warnings(model: Model, path: Path, data: InputData, labelled: Labelled | None) -> list[str]:
     """Sentences on what looks wrong. `path`: the file of `model`.
 
     Raises InvalidDataError where labels fit no output, ModelNotRunnableError.
     """
     found = list(_oddities(model, path, data, "The data"))
-    if evaluation is not None:
-        found += _oddities(model, path, evaluation.inputs, "The evaluation data")
-        if note := labels_note(path, evaluation, metric):
+    if labelled is not None:
+        found += _oddities(model, path, labelled.data.inputs, "The evaluation data")
+        if note := labels_note(path, labelled.data, labelled.metric):
             found.append(note)
     return found
 

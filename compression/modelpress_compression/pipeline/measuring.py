@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from modelpress_compression.inputs import EvaluationData
-from modelpress_compression.measure.accuracy import Accuracy, compare_accuracy
+from modelpress_compression.measure.accuracy import Accuracy
 from modelpress_compression.measure.damage import damage_of
 from modelpress_compression.measure.fidelity import Fidelity, compare_outputs
 from modelpress_compression.measure.latency import BUSY, LatencyRow, Speedup, compare_latency
+from modelpress_compression.measure.task import Task, compare_on_task
 from modelpress_compression.passes.base import Context
 from modelpress_compression.recipe import Constraints, Recipe
 from modelpress_compression.search.steps import file_size_bytes
@@ -62,17 +62,15 @@ class Measured:
         return [f"{seen}; the figures on several threads are not to be relied on."]
 
 
-def measure(
-    original: Path, optimized: Path, eval_data: EvaluationData | None, recipe: Recipe, context: Context
-) -> Measured:
-    """Fidelity on the context's data, the task metric on `eval_data`, and one latency row for each of threads x batch
+def measure(original: Path, optimized: Path, task: Task | None, recipe: Recipe, context: Context) -> Measured:
+    """Fidelity on the context's data, the metric of the `task`, and one latency row for each of threads x batch
     sizes."""
     context.progress(0.0, "comparing the outputs")
     fidelity = compare_outputs(original, optimized, context.data)
     accuracy = None
-    if eval_data is not None:
+    if task is not None:
         context.progress(0.2, "evaluating the task metric")
-        accuracy = compare_accuracy(original, optimized, eval_data, recipe.limits.metric)
+        accuracy = compare_on_task(task, original, optimized)
     rows: list[LatencyRow] = []
     settings = list(product(recipe.benchmark.threads, recipe.benchmark.batch_sizes))
     for index, (threads, batch_size) in enumerate(settings):

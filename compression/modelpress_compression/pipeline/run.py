@@ -17,6 +17,7 @@ from modelpress_compression.graph.shapes import sample_shapes
 from modelpress_compression.graph.synthetic import synthetic_inputs
 from modelpress_compression.inputs import Array, EvaluationData, InputData
 from modelpress_compression.measure.stats import model_stats
+from modelpress_compression.measure.task import Labelled, MetricFunction, OwnMetric, Task
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.pipeline.data_check import data_warnings
@@ -81,6 +82,7 @@ def compress(
     *,
     data: InputData | Mapping[str, Array] | None = None,
     eval_data: EvaluationData | Mapping[str, Array] | None = None,
+    metric: OwnMetric | MetricFunction | None = None,
     on_progress: ProgressListener | None = None,
     on_log: LogListener | None = None,
     job: str = "",
@@ -94,15 +96,18 @@ def compress(
 
     `data`: representative inputs, one array for each input of the model with the samples along its first axis, and
     `labels` if there are any; None: synthetic inputs are made.
-    `eval_data`: inputs with `labels`. `work_directory`: for temporary files; None: the system's own.
+    `eval_data`: inputs with `labels`; with a `metric` whatever arrays that needs.
+    `metric`: a function of the path of an ONNX file and `eval_data`, which returns a number; higher is better unless
+    its attribute `lower_is_better` says otherwise. It decides then, in place of labels.
+    `work_directory`: for temporary files; None: the system's own.
     `clock`: what `time_limit_s` is held against, in seconds. `alone`: within it nothing else of the caller's runs on
     this machine; latency is measured there.
 
     `memory_limit_bytes`: what this process may hold; None: what the machine has.
 
-    Raises InvalidDataError, ModelNotRunnableError, UnsupportedOperatorError, TimeLimitError, and before the long work
-    MemoryLimitError and DiskSpaceError where the job cannot fit. A step that breaks the
-    model is undone and reported; a result that is slower and not smaller is replaced by the model as it was given.
+    Raises InvalidDataError, MetricError, ModelNotRunnableError, UnsupportedOperatorError, TimeLimitError, and before
+    the long work MemoryLimitError and DiskSpaceError where the job cannot fit. A step that breaks the model is undone
+    and reported; a result that is slower and not smaller is replaced by the model as it was given.
     """
     deadline = None if time_limit_s is None else clock() + time_limit_s
     log = on_log or (lambda severity, text: None)
@@ -117,7 +122,7 @@ def compress(
             log=lambda text: log("INFO", text),
             original=model,
         )
-        run = _prepare(model, recipe, _evaluation_data(model, eval_data), context, on_progress)
+        run = _prepare(model, recipe, _task(model, recipe, eval_data, metric), context, on_progress)
         run = _with_room(run, memory_limit_bytes)
         for warning in run.warnings:
             log("WARNING", warning)
@@ -139,14 +144,14 @@ class _Run:
     model: Model
     path: Path
     recipe: Recipe
-    evaluation: EvaluationData | None
+    task: Task | None
     context: Context
     progress: Progress
     warnings: tuple[str, ...]
 
     def measured(self, path: Path) -> Measured:
         """The figures of the model in `path` against the original."""
-        return measure(self.path, path, self.evaluation, self.recipe, self.context)
+        return measure(self.path, path, self.task, self.recipe, self.context)
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ class _Outcome:
 def _prepare(
     model: Model,
     recipe: Recipe,
-    evaluation: EvaluationData | None,
+    task: Task | None,
     context: Context,
     on_progress: ProgressListener | None,
 ) -> _Run:
@@ -172,9 +177,13 @@ def _prepare(
     save(model, path)
     if (problem := broken(path, context.data, path)) is not None:
         raise ModelNotRunnableError(problem)
-    warnings = data_warnings(model, path, context.data, evaluation, recipe.limits.metric)
+    labelled = task if isinstance(task, Labelled) else None
+    warnings = data_warnings(model, path, context.data, labelled)
+    if task is not None and labelled is None:
+        progress.update(0.0, "scoring the original with your metric")
+        task.evaluate(path)  # a metric that cannot score the original is refused before the long work
     prepared = replace(context, progress=progress.update)
-    return _Run(model, path, recipe, evaluation, prepared, progress, tuple(warnings))
+    return _Run(model, path, recipe, task, prepared, progress, tuple(warnings))
 
 
 def _with_room(run: _Run, memory_limit_bytes: int | None) -> _Run:
@@ -194,7 +203,7 @@ def _make(run: _Run) -> Pursuit:
         rows = [row for record in records for row in record.candidates]
         return Pursuit(tuple(records), family(rows, [None] * len(rows), 0))
     run.progress.enter_next(f"looking for the {goal.objective} model")
-    return pursue(run.recipe, goal, run.model, run.path, run.context, run.evaluation)
+    return pursue(run.recipe, goal, run.model, run.path, run.context, run.task)
 
 
 def _run_steps(run: _Run) -> list[StepRecord]:
@@ -209,9 +218,7 @@ def _run_steps(run: _Run) -> list[StepRecord]:
         if choose is None:
             record = apply_step(step, model, path, context, target)
         else:
-            record = choose(
-                step, model, path, context, target, recipe=run.recipe, original=run.path, eval_data=run.evaluation
-            )
+            record = choose(step, model, path, context, target, recipe=run.recipe, original=run.path, task=run.task)
         context.log(f"{step.technique}: {record.changes or 'nothing changed'} in {record.duration_s:.1f} s")
         records.append(record)
         model, path = record.model, record.path
@@ -285,7 +292,18 @@ def _input_data(model: Model, data: InputData | Mapping[str, Array] | None) -> I
     return data if isinstance(data, InputData) else InputData.from_arrays(data, model.inputs)
 
 
-def _evaluation_data(model: Model, data: EvaluationData | Mapping[str, Array] | None) -> EvaluationData | None:
-    if data is None or isinstance(data, EvaluationData):
-        return data
-    return EvaluationData.from_arrays(data, model.inputs)
+def _task(
+    model: Model,
+    recipe: Recipe,
+    data: EvaluationData | Mapping[str, Array] | None,
+    metric: OwnMetric | MetricFunction | None,
+) -> Task | None:
+    if isinstance(metric, OwnMetric):
+        return metric
+    if metric is not None:
+        arrays = {**data.inputs.arrays, "labels": data.labels} if isinstance(data, EvaluationData) else data
+        return OwnMetric.of(metric, arrays)
+    if data is None:
+        return None
+    read = data if isinstance(data, EvaluationData) else EvaluationData.from_arrays(data, model.inputs)
+    return Labelled(read, recipe.limits.metric)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from modelpress_compression.measure.accuracy import LOWER_IS_BETTER, SHARES
+from modelpress_compression.measure.accuracy import SHARES
 from modelpress_compression.report import sections
 from modelpress_compression.report.figures import latency_picture, layer_picture, legend, size_bar
 from modelpress_compression.report.formats import (
@@ -190,8 +190,9 @@ def _latency_card(latency: Any) -> str:
 def _quality_card(report: Mapping[str, Any]) -> str:
     accuracy, fidelity = report["accuracy"], report["fidelity"]
     if accuracy is not None:
-        better = "lower is better" if accuracy["metric"] in LOWER_IS_BETTER else "higher is better"
-        note = f"{accuracy['samples']:,} labelled samples, {better}"
+        better = "lower is better" if accuracy["lower_is_better"] else "higher is better"
+        source = "your metric" if accuracy["samples"] is None else f"{accuracy['samples']:,} labelled samples"
+        note = f"{source}, {better}"
         before, after = _metric(accuracy, "original"), _metric(accuracy, "optimized")
         return _card(f"Accuracy, {accuracy['metric']}", before, after, note, worse=bool(report.get("damage")))
     if fidelity is None:

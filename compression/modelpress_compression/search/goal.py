@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from modelpress_compression.inputs import EvaluationData
 from modelpress_compression.measure.latency import Times, ratio_interval
+from modelpress_compression.measure.task import OwnMetric, Task
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, Skip
 from modelpress_compression.passes.fuse.config import FuseConfig
@@ -62,11 +62,9 @@ class Pursuit:
     advice: tuple[dict[str, str], ...] = ()
 
 
-def pursue(
-    recipe: Recipe, goal: Goal, model: Model, path: Path, context: Context, eval_data: EvaluationData | None
-) -> Pursuit:
+def pursue(recipe: Recipe, goal: Goal, model: Model, path: Path, context: Context, task: Task | None) -> Pursuit:
     """Builds, measures and chooses. `path`: the file of the original `model`. Raises what passes raise."""
-    search = GoalSearch(recipe, goal, model, path, context, Judge(path, path, context, recipe, eval_data, screens=True))
+    search = GoalSearch(recipe, goal, model, path, context, Judge(path, path, context, recipe, task, screens=True))
     search.build()
     return search.choose()
 
@@ -120,8 +118,8 @@ class GoalSearch:
         The samples that repair fits say nothing of others: judged by them, a net for pictures of clothes kept 97 % of
         its classes with a quarter of its channels gone, and lost 3.2 points on 10,000 other pictures.
         """
-        labelled = self.judge.eval_data is not None
-        return labelled and "prune" in self.goal.techniques and self.context.data.vouches
+        judged = self.judge.task is not None
+        return judged and "prune" in self.goal.techniques and self.context.data.vouches
 
     @property
     def _has_time(self) -> bool:
@@ -299,7 +297,9 @@ class GoalSearch:
 
     def _proven(self, candidate: Candidate) -> Candidate:
         """Ranges of static quantization come from the data; made-up data can vouch for none."""
-        if candidate.reason or candidate.scheme != "static" or self.context.data.vouches:
+        # A metric of the user's own runs the model on inputs of theirs.
+        vouched = self.context.data.vouches or isinstance(self.judge.task, OwnMetric)
+        if candidate.reason or candidate.scheme != "static" or vouched:
             return candidate
         reason = "its ranges come from inputs that cannot vouch for real ones; give representative ones with --data"
         return replace(candidate, reason=reason, unproven=True)

@@ -3,7 +3,7 @@
 A candidate keeps the answers if all of these hold that apply:
 
 1. No output's cosine with the original's falls below 0.95 (10 dB).
-2. With labels: the task metric falls by at most `max_drop` (0.01 if it is not set).
+2. With labels, or with a metric of the user's own: it falls by at most `max_drop` (0.01 if it is not set).
 3. Without labels, `max_drop` set: agreement with the original is at least `1 - max_drop`. With the metric cosine, the
    cosine takes the place of agreement, and `max_drop` is 0.01 if it is not set.
 4. Without either, where outputs hold classes and the data is real: the expected drop is at most one point of accuracy,
@@ -25,10 +25,12 @@ from pathlib import Path
 
 import numpy as np
 
-from modelpress_compression.inputs import EvaluationData, InputData
-from modelpress_compression.measure.accuracy import Evaluation, accuracy_after, evaluate
+from modelpress_compression.errors import MetricError
+from modelpress_compression.inputs import InputData
+from modelpress_compression.measure.accuracy import Evaluation, accuracy_after
 from modelpress_compression.measure.fidelity import Fidelity, KnownOutputs, compare_outputs
 from modelpress_compression.measure.latency import Speedup, Times, Timings, ratio_interval, time_interleaved
+from modelpress_compression.measure.task import Task
 from modelpress_compression.passes.base import Context
 from modelpress_compression.recipe import Recipe
 from modelpress_compression.search.candidates import Candidate
@@ -81,14 +83,15 @@ class RaceTimings:
 
 @dataclass(frozen=True)
 class Judge:
-    """`original`: file of the model as it was uploaded; `float_path`: of the model before this step. `screens`: see
-    `answers`. `known`, `known_few`: the original's outputs on all of the data, and on a few samples."""
+    """`original`: file of the model as it was uploaded; `float_path`: of the model before this step. `task`: what
+    decides where there is one. `screens`: see `answers`. `known`, `known_few`: the original's outputs on all of the
+    data, and on a few samples."""
 
     original: Path
     float_path: Path
     context: Context
     recipe: Recipe
-    eval_data: EvaluationData | None
+    task: Task | None
     screens: bool = False
     known: KnownOutputs = field(default_factory=KnownOutputs)
     known_few: KnownOutputs = field(default_factory=KnownOutputs)
@@ -101,7 +104,7 @@ class Judge:
         if not candidate.record.changes:
             undone = candidate.record.warnings
             return replace(candidate, reason=undone[-1] if undone else "there was nothing that it could quantize")
-        if self.screens and self.eval_data is None and len(self.context.data) > 2 * SCREENING_SAMPLES:
+        if self.screens and self.task is None and len(self.context.data) > 2 * SCREENING_SAMPLES:
             few = self.context.data.spread(SCREENING_SAMPLES)
             rough = self._compared(candidate, few, self.known_few)
             if self._differs(rough, _LOOSE) or not self._differs(rough, _STRICT):
@@ -112,10 +115,14 @@ class Judge:
         """The same on all samples, and by the labels where there are any."""
         candidate = self._compared(replace(candidate, screened=False), self.context.data, self.known)
         reason = self._differs(candidate)
-        if reason or self.eval_data is None:
+        if reason or self.task is None:
             return replace(candidate, reason=reason)
         before, constraints = self._original_metric, self.recipe.limits
-        accuracy = accuracy_after(before, evaluate(candidate.record.path, self.eval_data, before.metric))
+        try:
+            accuracy = accuracy_after(before, self.task.evaluate(candidate.record.path))
+        except MetricError as error:
+            # It could score the original: what it makes of a candidate says something of the candidate.
+            return replace(candidate, reason=error.message)
         allowed = DEFAULT_MAX_DROP if constraints.max_drop is None else constraints.max_drop
         if accuracy.drop > allowed:
             reason = f"{accuracy.metric} falls by {accuracy.drop:.4f}, more than {allowed}"
@@ -146,12 +153,12 @@ class Judge:
             )
         if candidate.size_bytes >= file_size_bytes(self.float_path) and candidate.technique != "fuse":
             return "its file would not be smaller than in float32"
-        return "" if self.eval_data is not None else self._disagrees(fidelity, slack)
+        return "" if self.task is not None else self._disagrees(fidelity, slack)
 
     @cached_property
     def _original_metric(self) -> Evaluation:
-        assert self.eval_data is not None  # noqa: S101  # who has no labels does not ask
-        return evaluate(self.original, self.eval_data, self.recipe.limits.metric)
+        assert self.task is not None  # noqa: S101  # who has none does not ask
+        return self.task.evaluate(self.original)
 
     def speed(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates with their speed, and with the reason where one is not surely faster.

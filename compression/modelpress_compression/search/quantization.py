@@ -23,7 +23,7 @@ from functools import cached_property
 from glob import escape
 from pathlib import Path
 
-from modelpress_compression.inputs import EvaluationData
+from modelpress_compression.measure.task import Task
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip
 from modelpress_compression.passes.quantize.config import QuantizeConfig
@@ -49,14 +49,14 @@ def choose_quantization(
     *,
     recipe: Recipe,
     original: Path,
-    eval_data: EvaluationData | None,
+    task: Task | None,
 ) -> StepRecord:
     """Builds and measures the candidates; returns the record of the best, or of the float model when none is better.
 
     `original`: file of the model as it was uploaded, which agreement and drop are measured against.
     """
     began = time.monotonic()
-    search = SchemeSearch(step, model, path, context, target, Judge(original, path, context, recipe, eval_data))
+    search = SchemeSearch(step, model, path, context, target, Judge(original, path, context, recipe, task))
     search.dynamic()
     search.static()
     search.smaller()
@@ -79,7 +79,7 @@ class SchemeSearch:
     @cached_property
     def heads(self) -> dict[str, int]:
         """Class heads that stay in float32; none if there are labels, which show every loss."""
-        if self.judge.eval_data is not None:
+        if self.judge.task is not None:
             return {}
         return unvouched_heads(self.model, len(self.context.data))
 

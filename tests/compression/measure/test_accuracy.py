@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from modelpress_compression.errors import InvalidDataError
 from modelpress_compression.inputs import EvaluationData
-from modelpress_compression.measure.accuracy import compare_accuracy, evaluate, labels_note
+from modelpress_compression.measure.accuracy import evaluate, labels_note
+from modelpress_compression.measure.task import Labelled, compare_on_task
 from modelpress_compression.specs import parse_specs
 
 IDENTITY = "g (float[batch,6] x) => (float[batch,6] y) { y = Identity(x) }"
@@ -122,9 +123,9 @@ def test_whole_feeds(save_model: Save) -> None:
 def test_drop_is_over_zero_where_it_got_worse(save_model: Save, metric: str, labels: np.ndarray) -> None:
     """Whichever way the metric points; the other way round the drop is negative."""
     good, bad = save_model(IDENTITY), save_model(NEGATED, name="bad")
-    worse = compare_accuracy(good, bad, labelled(labels), metric)
+    worse = compare_on_task(Labelled(labelled(labels), metric), good, bad)
     assert worse.drop > 0
-    assert compare_accuracy(bad, good, labelled(labels), metric).drop == pytest.approx(-worse.drop)
+    assert compare_on_task(Labelled(labelled(labels), metric), bad, good).drop == pytest.approx(-worse.drop)
     assert worse.samples == 40
     assert worse.to_dict()["metric"] == metric
 
@@ -136,7 +137,7 @@ def test_outputs_that_are_not_finite(save_model: Save) -> None:
         save_model("g (float[batch,6] x) => (float[batch,6] y) { y = Log(x) }", name="b"),
     )
     assert evaluate(broken, labelled(BEST)).value == (SCORES > 0).all(1).mean()
-    found = compare_accuracy(path, broken, labelled(SCORES), "mse")
+    found = compare_on_task(Labelled(labelled(SCORES), "mse"), path, broken)
     assert math.isinf(found.drop)
     assert found.to_dict()["optimized"] is None
     assert found.to_dict()["drop"] is None

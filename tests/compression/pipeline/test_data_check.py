@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from modelpress_compression import EvaluationData, InputData, Model
 from modelpress_compression.errors import InvalidDataError
+from modelpress_compression.measure.task import Labelled
 from modelpress_compression.pipeline.data_check import data_warnings
 
 
@@ -24,13 +25,13 @@ def scaled(data: InputData, factor: float) -> InputData:
 
 def test_good_data_raises_no_alarm(digits: Model, path: Path, samples: InputData, labelled: EvaluationData) -> None:
     """Real samples with class indices: nothing to say."""
-    assert data_warnings(digits, path, samples, labelled, None) == []
+    assert data_warnings(digits, path, samples, Labelled(labelled)) == []
 
 
 @pytest.mark.parametrize(("factor", "says"), [(1000.0, "far too large"), (1e-4, "nearly the same answers")])
 def test_a_wrong_scale_is_seen(digits: Model, path: Path, samples: InputData, factor: float, says: str) -> None:
     """By the first layer, or by answers that no longer depend on the sample."""
-    (text,) = data_warnings(digits, path, scaled(samples, factor), None, None)
+    (text,) = data_warnings(digits, path, scaled(samples, factor), None)
     assert text.startswith("The data: ")
     assert says in text
 
@@ -40,7 +41,7 @@ def test_evaluation_data_is_looked_at_too(
 ) -> None:
     """Its scale, and one-hot labels, which are read as classes."""
     data = EvaluationData(scaled(labelled.inputs, 1000.0), np.eye(10)[labelled.labels])
-    scale, labels = data_warnings(digits, path, samples, data, None)
+    scale, labels = data_warnings(digits, path, samples, Labelled(data))
     assert scale.startswith("The evaluation data: ")
     assert "one-hot" in labels
 
@@ -51,4 +52,4 @@ def test_labels_that_fit_nothing_are_refused_at_once(
     """Before any candidate is built."""
     data = EvaluationData(labelled.inputs, np.zeros((len(labelled.labels), 3)))
     with pytest.raises(InvalidDataError, match="fit no output"):
-        data_warnings(digits, path, samples, data, None)
+        data_warnings(digits, path, samples, Labelled(data))

@@ -15,6 +15,7 @@ from modelpress_compression import InputData, Model, Recipe, compress
 from modelpress_compression.inputs import EvaluationData
 from modelpress_compression.measure.fidelity import Fidelity, OutputFidelity
 from modelpress_compression.measure.latency import Speedup, Timings
+from modelpress_compression.measure.task import Labelled
 from modelpress_compression.model import Provenance
 from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.quantize.config import QuantizeConfig
@@ -248,8 +249,8 @@ def test_such_a_head_stays_in_float_under_dynamic(reader: Model, loud: InputData
     recipe = Recipe.from_dict({"version": 1, "steps": [{"quantize": {"scheme": "auto"}}]})
     context = Context(loud, tmp_path)
     labelled = EvaluationData(loud, np.zeros((24, 64), np.int64))
-    for eval_data, kept in ((None, True), (labelled, False)):
-        judge = quantization.Judge(path, path, context, recipe, eval_data)
+    for task, kept in ((None, True), (Labelled(labelled), False)):
+        judge = quantization.Judge(path, path, context, recipe, task)
         search = quantization.SchemeSearch(
             recipe.steps[0], reader, path, context, tmp_path / str(kept) / "model.onnx", judge
         )

@@ -1,0 +1,81 @@
+"""What tells how good a model is at its task: labelled data with one of our metrics, or a metric of the user's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modelpress_compression.errors import MetricError
+from modelpress_compression.inputs import Array, EvaluationData
+from modelpress_compression.measure.accuracy import Accuracy, Evaluation, accuracy_after, evaluate
+
+# The path of an ONNX file and the evaluation data, to a number; `lower_is_better` may be an attribute of it.
+MetricFunction = Callable[[str, Mapping[str, Array] | None], float]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One of `accuracy.METRICS` on labelled data; None: the one that suits the labels."""
+
+    data: EvaluationData
+    metric: str | None = None
+
+    def evaluate(self, path: Path) -> Evaluation:
+        """The figure of the model in `path`. Raises as `accuracy.evaluate`."""
+        return evaluate(path, self.data, self.metric)
+
+
+@dataclass(frozen=True)
+class OwnMetric:
+    """A metric that somebody else computes. `score`: from the path of an ONNX file to a number.
+
+    A model is scored once: `known` has the scores by file.
+    """
+
+    name: str
+    score: Callable[[Path], float]
+    lower_is_better: bool = False
+    known: dict[tuple[str, int, int], float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, function: MetricFunction, evaluation: Mapping[str, Array] | None) -> OwnMetric:
+        """From a function as the documentation describes it."""
+        name = str(getattr(function, "__name__", type(function).__name__))
+        lower = bool(getattr(function, "lower_is_better", False))
+        return cls(name, lambda path: function(str(path), evaluation), lower)
+
+    def evaluate(self, path: Path) -> Evaluation:
+        """The figure of the model in `path`. Raises MetricError where the metric fails or gives no finite number."""
+        status = path.stat()
+        key = (str(path), status.st_mtime_ns, status.st_size)
+        if key not in self.known:
+            self.known[key] = self._scored(path)
+        return Evaluation(self.name, self.known[key], None, self.lower_is_better)
+
+    def _scored(self, path: Path) -> float:
+        try:
+            value: Any = self.score(path)
+        except MetricError:
+            raise
+        except Exception as error:  # code of the user's: whatever it raises
+            raise MetricError(f"The metric {self.name} raised {type(error).__name__}: {error}") from error
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise MetricError(
+                f"The metric {self.name} returned {value!r:.80}, a {type(value).__name__}; it must return a number."
+            ) from None
+        if not math.isfinite(number):
+            raise MetricError(f"The metric {self.name} returned {number}; it must return a finite number.")
+        return number
+
+
+Task = Labelled | OwnMetric
+
+
+def compare_on_task(task: Task, original: Path, optimized: Path) -> Accuracy:
+    """The figures of both models. Raises as `evaluate` of the task."""
+    return accuracy_after(task.evaluate(original), task.evaluate(optimized))
