@@ -190,7 +190,7 @@ def _latency_card(latency: Any) -> str:
 def _quality_card(report: Mapping[str, Any]) -> str:
     accuracy, fidelity = report["accuracy"], report["fidelity"]
     if accuracy is not None:
-        better = "lower is better" if accuracy["lower_is_better"] else "higher is better"
+        better = "lower is better" if accuracy.get("lower_is_better") else "higher is better"
         source = "your metric" if accuracy["samples"] is None else f"{accuracy['samples']:,} labelled samples"
         note = f"{source}, {better}"
         before, after = _metric(accuracy, "original"), _metric(accuracy, "optimized")

@@ -43,7 +43,7 @@ def test_the_whole_way(digits: Model, samples: InputData, labelled: EvaluationDa
     (chosen,) = [candidate for candidate in result.candidates if candidate["chosen"]]
     assert chosen["name"].startswith("quantize ")
     assert report["size_ratio"] > 1.5
-    written = dict(result.write(tmp_path))
+    written = {artifact.kind: artifact.files for artifact in result.write(tmp_path)}
     assert json.loads(written["report.json"][0].read_text()) == report
     content = written["model"][0].read_bytes()
     assert report["optimized"]["sha256"] == sha256(content).hexdigest()

@@ -48,9 +48,10 @@ def test_derived_figures(inputs: ReportInputs) -> None:
 
 def test_what_is_not_finite_is_null(inputs: ReportInputs) -> None:
     """JSON has no infinity: such figures were not measured."""
-    accuracy = Accuracy("mse", 3, 0.1, float("inf"), float("inf"))
+    accuracy = Accuracy("mse", 3, 0.1, float("inf"), float("inf"), lower_is_better=True)
     report = build_report(replace(inputs, accuracy=accuracy, candidates=[{"name": "c", "drop": float("nan")}]))
-    assert report["accuracy"] == {"metric": "mse", "samples": 3, "original": 0.1, "optimized": None, "drop": None}
+    figures = {"metric": "mse", "samples": 3, "original": 0.1, "optimized": None, "drop": None}
+    assert report["accuracy"] == figures | {"lower_is_better": True}
     assert report["candidates"] == [{"name": "c", "drop": None}]
 
 
