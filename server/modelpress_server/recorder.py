@@ -13,7 +13,7 @@ from modelpress_protos.v1 import job_service_pb2
 from modelpress_server.errors import clip
 from modelpress_server.stores.base import JobStore, LogLine
 from modelpress_server.stores.records import now_us
-from modelpress_server.waiting import Notifier
+from modelpress_server.waiting import Notifier, uninterrupted
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class JobRecorder:
     async def _flush_regularly(self) -> None:
         while True:
             await self._news.wait()
-            await self._flush()
+            await uninterrupted(self._flush())  # what `close` interrupts would be lost
             await asyncio.sleep(FLUSH_INTERVAL_S)
 
     async def _flush(self) -> None:
