@@ -99,29 +99,37 @@ class AsyncClient:
         inputs: Sequence[str | TensorSpec] = (),
         architecture: str | None = None,
         trust_pickle: bool = False,
+        state_dict_key: str | None = None,
+        ignore_weights: Sequence[str] = (),
         labels: Mapping[str, str] | None = None,
         display_name: str | None = None,
         on_progress: OnProgress | None = None,
+        on_note: Callable[[str], None] | None = None,
     ) -> Model:
         """Brings a model to the server; what it already has is not sent again.
 
         inputs: `NAME:DTYPE[DIM,...]`, for formats that do not record them. architecture: `package.module:factory` for
-        weights alone (state dict, safetensors). trust_pickle: read a pickled module, on this machine, running its code.
+        weights alone (state dict, safetensors, a folder of them), or `transformers:auto` for a folder with config.json.
+        state_dict_key: where in the file the weights lie, as `params_ema`. ignore_weights: patterns of names of weights
+        that are left out. trust_pickle: read a pickled module, on this machine, running its code. on_note: gets what
+        was chosen or left out where weights were converted.
 
         Raises UsageError for wrong arguments, UnusableInputError for a file that no server would take, and what the
         transfer raises. The server inspects the model after this returns: see `inspect`.
         """
         specs = parse_inputs(inputs)
-        wanted = Conversion(architecture, trust_pickle, tuple(specs))
+        wanted = Conversion(architecture, trust_pickle, tuple(specs), state_dict_key, tuple(ignore_weights))
         source = await asyncio.to_thread(check_source, Path(path), wanted)
-        async with prepared(source, wanted) as (files, origin):
+        async with prepared(source, wanted) as (files, converted):
+            for note in converted.notes if converted and on_note else ():
+                on_note(note)
             await self._connection.reach()
             blobs = {name: await hash_file(file, on_progress) for name, file in files.items()}
             model = models_pb.Model(
                 display_name=display_name or source.path.name,
                 files=[FileEntry(path=name, digest=blob.digest) for name, blob in blobs.items()],
                 input_hints=specs,
-                source=origin,
+                source=converted.source if converted else None,
                 labels=labels or {},
             )
             request = models_pb.CreateModelRequest(

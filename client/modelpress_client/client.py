@@ -217,9 +217,12 @@ class Client:
         inputs: Sequence[str | TensorSpec] = (),
         architecture: str | None = None,
         trust_pickle: bool = False,
+        state_dict_key: str | None = None,
+        ignore_weights: Sequence[str] = (),
         labels: Mapping[str, str] | None = None,
         display_name: str | None = None,
         on_progress: OnProgress | None = None,
+        on_note: Callable[[str], None] | None = None,
     ) -> Model:
         """Brings a model to the server; what it already has is not sent again."""
         return self._thread.run(
@@ -228,9 +231,12 @@ class Client:
                 inputs=inputs,
                 architecture=architecture,
                 trust_pickle=trust_pickle,
+                state_dict_key=state_dict_key,
+                ignore_weights=ignore_weights,
                 labels=labels,
                 display_name=display_name,
                 on_progress=on_progress,
+                on_note=on_note,
             )
         )
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelpress_protos.formats import ARCHITECTURE, FORMATS, TRUST_PICKLE, Format
+from modelpress_protos.formats import FORMATS, TRUST_PICKLE, Format
 from modelpress_protos.v1.common_pb2 import Digest, ModelFormat, TensorSpec
 from modelpress_protos.v1.model_service_pb2 import SourceFile
 
@@ -29,31 +29,44 @@ MAX_SHOWN_CHARS = 2000  # of what a conversion that broke has printed
 
 @dataclass(frozen=True)
 class Conversion:
-    """What the user said about a file that needs code to be read."""
+    """What the user said about a file that needs code to be read.
+
+    state_dict_key: where in the file the weights lie. ignore_weights: patterns of names that are left out.
+    """
 
     architecture: str | None = None
     trust_pickle: bool = False
     inputs: tuple[TensorSpec, ...] = ()
+    state_dict_key: str | None = None
+    ignore_weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What the source was, and what the user should know of how it was read."""
+
+    source: SourceFile
+    notes: tuple[str, ...]
 
 
 def needs_conversion(path: Path, found: Format | None, wanted: Conversion) -> bool:
     """Whether the file is converted here before it is sent. Raises UsageError when the options do not fit the file."""
     way_out = found.way_out if found else None
     noun = found.noun if found else "of no known format"
-    if way_out is ARCHITECTURE and wanted.architecture:
+    if (wanted.state_dict_key or wanted.ignore_weights) and not wanted.architecture:
+        raise UsageError("--state-dict-key and --ignore-weights say how weights are read; give --architecture, too.")
+    if way_out and wanted.architecture:
         return True
-    if way_out is TRUST_PICKLE and (wanted.trust_pickle or wanted.architecture):
-        if not wanted.trust_pickle:
-            raise UsageError(f"{path} is {noun}: reading it runs the code in it. Pass --trust-pickle if you trust it.")
+    if way_out is TRUST_PICKLE and wanted.trust_pickle:
         return True
     if wanted.architecture:
-        weights = " or ".join(row.noun for row in FORMATS if row.way_out is ARCHITECTURE)
+        weights = " or ".join(row.noun for row in FORMATS if row.way_out)
         raise UsageError(f"{path} is {noun}; --architecture is for weights alone ({weights}).")
     return False
 
 
-async def convert(path: Path, target: Path, wanted: Conversion) -> SourceFile:
-    """Writes `target` (ONNX) and says what the source was.
+async def convert(path: Path, target: Path, wanted: Conversion) -> Converted:
+    """Writes `target` (ONNX) and says what the source was, and how it was read.
 
     Raises MissingExtraError without the engine, and UnusableInputError when the conversion does not succeed.
     """
@@ -67,9 +80,14 @@ async def convert(path: Path, target: Path, wanted: Conversion) -> SourceFile:
         arguments += ["--input", format_input(spec)]
     if wanted.architecture:
         arguments += ["--architecture", wanted.architecture]
+    if wanted.state_dict_key:
+        arguments += ["--state-dict-key", wanted.state_dict_key]
+    for pattern in wanted.ignore_weights:
+        arguments += ["--ignore-weights", pattern]
     if wanted.trust_pickle:
         arguments.append("--trust-pickle")
-    return _source_file(path, await _run(path, arguments))
+    document = await _run(path, arguments)
+    return Converted(_source_file(path, document), tuple(map(str, document.get("warnings") or ())))
 
 
 async def _run(path: Path, arguments: Sequence[str]) -> dict[str, Any]:

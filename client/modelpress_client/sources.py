@@ -11,16 +11,19 @@ from pathlib import Path
 
 from modelpress_protos.errors import CompressionError
 from modelpress_protos.formats import Format, detect
-from modelpress_protos.v1.model_service_pb2 import SourceFile
+from modelpress_protos.formats.weight_files import weight_files
 
-from modelpress_client.convert import Conversion, convert, needs_conversion
+from modelpress_client.convert import Conversion, Converted, convert, needs_conversion
 from modelpress_client.errors import UnusableInputError, UsageError
 from modelpress_client.onnx_files import model_files
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model on this machine, looked at. `format`: None where it is none that the client knows."""
+    """A model on this machine, looked at. `format`: None where it is none that the client knows.
+
+    `path`: a file; of weights that are converted also their folder, or the index of their shards.
+    """
 
     path: Path
     format: Format | None
@@ -35,7 +38,7 @@ def check_source(path: Path, wanted: Conversion) -> Source:
     """
     path = _model_path(path)
     try:
-        found = format_of(path)
+        found = format_of(_looked_at(path))
     except OSError as error:
         raise UsageError(f"Cannot read {path}: {error.strerror}.") from error
     converts = needs_conversion(path, found, wanted)
@@ -61,14 +64,14 @@ def format_of(path: Path) -> Format | None:
 
 
 @asynccontextmanager
-async def prepared(source: Source, wanted: Conversion) -> AsyncIterator[tuple[dict[str, Path], SourceFile | None]]:
+async def prepared(source: Source, wanted: Conversion) -> AsyncIterator[tuple[dict[str, Path], Converted | None]]:
     """The files to send by their path in the manifest, and where they came from when they were converted."""
     path = source.path
     if source.convert:
         with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
-            target = Path(folder) / f"{path.stem}.onnx"
-            origin = await convert(path, target, wanted)
-            yield await asyncio.to_thread(model_files, target), origin
+            target = Path(folder) / f"{stem_of(path)}.onnx"
+            converted = await convert(path, target, wanted)
+            yield await asyncio.to_thread(model_files, target), converted
     elif source.format is not None and source.format.name == "onnx":
         yield await asyncio.to_thread(model_files, path), None
     else:
@@ -76,12 +79,25 @@ async def prepared(source: Source, wanted: Conversion) -> AsyncIterator[tuple[di
 
 
 def _model_path(path: Path) -> Path:
-    """The file of a model; a folder stands for the one .onnx file in it."""
+    """The file of a model; a folder stands for the one .onnx file in it, or for the weights in it."""
     if not path.is_dir():
         if not path.exists():
             raise UsageError(f"There is no file {path}.", details={"path": str(path)})
         return path
     candidates = sorted(path.glob("*.onnx"))
-    if len(candidates) != 1:
+    if len(candidates) > 1:
         raise UsageError(f"{path} is a folder with {len(candidates)} .onnx files; name the file.")
-    return candidates[0]
+    return candidates[0] if candidates else path
+
+
+def _looked_at(path: Path) -> Path:
+    """The file whose content tells the format; of weights in several files the first."""
+    try:
+        return weight_files(path).files[0]
+    except CompressionError as error:
+        raise UnusableInputError(error.message, details={"path": str(path)}) from error
+
+
+def stem_of(path: Path) -> str:
+    """What files made of a model are called after: a file's name without its ending, or the folder's name."""
+    return path.resolve().name if path.is_dir() else path.stem

@@ -15,27 +15,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from modelpress_compression.errors import (
-    CompressionError,
-    InvalidInputsError,
-    RejectedModelError,
-    UnsupportedFormatError,
-)
+from modelpress_compression.errors import CompressionError, InvalidInputsError, UnsupportedFormatError
 from modelpress_compression.loaders import refusal
-from modelpress_compression.loaders.checked_copy import checked_file
-from modelpress_compression.loaders.formats import TRUST_PICKLE, Format, detect
+from modelpress_compression.loaders.formats import TRUST_PICKLE, detect
+from modelpress_compression.loaders.formats.weight_files import weight_files
 from modelpress_compression.loaders.source import Source
 from modelpress_compression.specs import parse_specs
 
 if TYPE_CHECKING:
-    import torch
-
     from modelpress_compression.model import Model
 
 EXIT_USAGE = 2
@@ -59,98 +51,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def convert(
-    path: Path, inputs: Sequence[str] = (), *, architecture: str | None = None, trust_pickle: bool = False
+    path: Path,
+    inputs: Sequence[str] = (),
+    *,
+    architecture: str | None = None,
+    trust_pickle: bool = False,
+    state_dict_key: str | None = None,
+    ignore_weights: Sequence[str] = (),
 ) -> Model:
-    """A checked model from a state dict, safetensors or a pickled module; its provenance is the source file's.
+    """A checked model from a state dict, safetensors or a pickled module; its provenance is the source's.
 
-    `architecture`: `package.module:factory`, imported and called here. `trust_pickle`: whether the file may execute
-    whatever it contains. Raises CompressionError.
+    `path`: a file, a folder with weights, or an index of shards. `architecture`: `package.module:factory`, imported and
+    called here, or `transformers:auto`. `trust_pickle`: whether the file may execute whatever it contains.
+    `state_dict_key`: where in the file the weights lie. `ignore_weights`: patterns of names that are left out. What was
+    chosen or left out stands in the model's warnings. Raises CompressionError.
     """
     from modelpress_compression.loaders.live_module import convert_module
+    from modelpress_compression.loaders.weight_loading import Wanted, pickled_module, with_weights
 
-    source = Source.of(path)
     specs = parse_specs(inputs)
-    row = detect(path)
+    files = weight_files(path)
+    source = Source.of(files.files)
+    row = detect(source.main)
     if row.loader:
         raise UnsupportedFormatError(f"The file is {row.noun}, which needs no conversion; upload it as it is.")
-    module, model_format = _module(path, row, architecture, trust_pickle=trust_pickle)
-    return convert_module(module, specs, source.provenance(model_format))
+    if architecture is None:
+        if row.way_out is not TRUST_PICKLE or not trust_pickle:
+            raise refusal(row)
+        return convert_module(pickled_module(source.main), specs, source.provenance(row.name))
+    wanted = Wanted(architecture, trust_pickle, state_dict_key, tuple(ignore_weights))
+    loaded = with_weights(files, row, wanted)
+    provenance = Source.of(loaded.files).provenance("safetensors" if row.name == "safetensors" else "state_dict")
+    return convert_module(loaded.module, specs, provenance).with_warnings(*loaded.notes)
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     current = str(Path.cwd())
     if current not in sys.path:
         sys.path.insert(0, current)
-    model = convert(options.path, options.input, architecture=options.architecture, trust_pickle=options.trust_pickle)
+    model = convert(
+        options.path,
+        options.input,
+        architecture=options.architecture,
+        trust_pickle=options.trust_pickle,
+        state_dict_key=options.state_dict_key,
+        ignore_weights=options.ignore_weights,
+    )
     for warning in model.warnings:
         print(warning, file=sys.stderr)
     model.save(options.output)
     source = model.provenance
-    return {"format": source.format, "sha256": source.sha256, "size_bytes": source.size_bytes}
-
-
-def _module(path: Path, row: Format, architecture: str | None, *, trust_pickle: bool) -> tuple[torch.nn.Module, str]:
-    """The live module, and the format that the file turned out to have."""
-    import torch
-
-    from modelpress_compression.loaders.architecture import Architecture, find_weights, load_weights
-
-    factory = Architecture.parse(architecture) if architecture else None
-    if factory is None and not (row.way_out is TRUST_PICKLE and trust_pickle):
-        raise refusal(row)
-    content = _read(path, row, trust_pickle=trust_pickle)
-    pickled = _pickled_module(content)
-    if factory is None:
-        if pickled is None:
-            raise InvalidInputsError(
-                f"The file holds a {type(content).__name__}, not a module; give --architecture package.module:factory."
-            )
-        return pickled, "pickled_module"
-    module = factory.build()
-    load_weights(module, pickled.state_dict() if isinstance(pickled, torch.nn.Module) else find_weights(content))
-    return module, "safetensors" if row.name == "safetensors" else "state_dict"
-
-
-def _read(path: Path, row: Format, *, trust_pickle: bool) -> Any:
-    import torch
-
-    if row.name == "safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise UnsupportedFormatError(f"The safetensors file is damaged: {error}") from error
-    try:
-        if trust_pickle or row.name != "state_dict":
-            return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
-        with checked_file(path, "The PyTorch archive") as checked:
-            return torch.load(checked, map_location="cpu", weights_only=True)
-    except CompressionError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise RejectedModelError(
-            "The file holds more than tensors, so that loading it would execute code. If you trust whoever wrote it, "
-            "add --trust-pickle.",
-            finding="PICKLE_GLOBAL",
-        ) from error
-    except Exception as error:  # unpickling runs the file's own code and imports
-        raise InvalidInputsError(
-            f"Loading the file failed ({type(error).__name__}: {str(error)[:300]}). The packages that it was saved "
-            f"with must be importable here; the current folder is searched."
-        ) from error
-
-
-def _pickled_module(content: Any) -> torch.nn.Module | None:
-    """The module itself, or the one that a training script put into its checkpoint; averaged weights go first."""
-    import torch
-
-    candidates = [content]
-    if isinstance(content, dict):
-        candidates += [content.get("ema"), content.get("model")]
-    found = next((item for item in candidates if isinstance(item, torch.nn.Module)), None)
-    return found.float() if found is not None else None
+    return {
+        "format": source.format,
+        "sha256": source.sha256,
+        "size_bytes": source.size_bytes,
+        "warnings": list(model.warnings),
+    }
 
 
 class _Parser(argparse.ArgumentParser):
@@ -164,10 +120,16 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m modelpress_compression.convert",
         description="Converts a state dict, safetensors or a pickled module to ONNX, where its Python code lives.",
     )
-    parser.add_argument("path", type=Path, metavar="PATH", help="the weights or the pickled module")
+    parser.add_argument("path", type=Path, metavar="PATH", help="weights (a file, folder or index) or a module")
     parser.add_argument("--output", type=Path, required=True, metavar="OUT.onnx", help="where to write the ONNX model")
     parser.add_argument("--input", action="append", default=[], metavar="SPEC", help="NAME:DTYPE[DIM,...]; repeatable")
-    parser.add_argument("--architecture", metavar="MODULE:FACTORY", help="what builds the module, e.g. train:Net")
+    parser.add_argument(
+        "--architecture", metavar="MODULE:FACTORY", help="what builds the module: train:Net, transformers:auto"
+    )
+    parser.add_argument("--state-dict-key", metavar="KEY", help="where in the file the weights lie, e.g. params_ema")
+    parser.add_argument(
+        "--ignore-weights", action="append", default=[], metavar="PATTERN", help="names to leave out; repeatable"
+    )
     parser.add_argument("--trust-pickle", action="store_true", help="let the file execute whatever it contains")
     parser.add_argument("--json", action="store_true", help="accepted for symmetry: the output is always JSON")
     return parser

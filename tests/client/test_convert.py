@@ -58,15 +58,18 @@ async def test_without_the_engine(fake_server: Any, weights: Path, monkeypatch: 
 
 
 def test_options_must_fit_the_file() -> None:
-    """--architecture is for weights alone, and a pickled module needs --trust-pickle as well."""
+    """--architecture is for files with weights, and what says how weights are read goes with it."""
     path, specs = Path("m"), tuple(parse_inputs(INPUTS))
     named = {row.name: row for row in FORMATS}
     assert needs_conversion(path, named["state_dict"], Conversion("a:b", False, specs))
     assert needs_conversion(path, named["pickled_module"], Conversion(None, True, specs))
     assert not needs_conversion(path, named["onnx"], Conversion(None, True, specs))
-    for found in (named["onnx"], named["pickled_module"], None):
+    assert needs_conversion(path, named["pickled_module"], Conversion("a:b", False, specs))  # its weights alone
+    for found in (named["onnx"], None):
         with pytest.raises(UsageError):
             needs_conversion(path, found, Conversion("a:b", False, specs))
+    with pytest.raises(UsageError, match="give --architecture"):
+        needs_conversion(path, named["state_dict"], Conversion(None, False, specs, state_dict_key="ema"))
 
 
 @pytest.mark.parametrize(

@@ -75,40 +75,65 @@ class Wanted:
 @click.option(
     "--architecture",
     metavar="MODULE:FACTORY",
-    help="Code that builds the network, for weights alone (state dict, safetensors); needs modelpress[engine].",
+    help="Code that builds the network, for weights alone (state dict, safetensors, a folder of them), or "
+    "transformers:auto where the folder has a config.json; needs modelpress[engine].",
+)
+@click.option(
+    "--state-dict-key",
+    metavar="KEY",
+    help="Where in the file the weights lie, as params_ema or models.generator. [default: where they fit, averaged "
+    "ones (EMA) first]",
+)
+@click.option(
+    "--ignore-weights",
+    metavar="PATTERN",
+    multiple=True,
+    help="Weights of the file that the network does without, as 'decoder.*'. Repeatable.",
 )
 @click.option(
     "--trust-pickle",
     is_flag=True,
     help="Read a pickled module on this machine, running the code in it; needs modelpress[engine].",
 )
-def upload(path: Path, architecture: str | None, trust_pickle: bool, **options: Any) -> None:
+def upload(
+    path: Path,
+    architecture: str | None,
+    state_dict_key: str | None,
+    ignore_weights: tuple[str, ...],
+    trust_pickle: bool,
+    **options: Any,
+) -> None:
     """Upload the model at PATH, compress it, download the result, print the report.
 
     The upload resumes where an interrupted one stopped, and skips what the server has. PATH is ONNX (external data
-    beside it is found), TorchScript or torch.export; a folder stands for the one .onnx file in it.
+    beside it is found), TorchScript or torch.export; a folder stands for the one .onnx file in it. Weights alone are
+    converted with --architecture: a file, the index of their shards, or the folder that they lie in.
     """
     wanted = Wanted(**options)
 
     async def body(session: Session) -> int | None:
-        files = _result_files(wanted, path.stem, source=path)
-        async with _display(session) as display:
-            from modelpress_client.convert import Conversion
-            from modelpress_client.inputs import parse_inputs
-            from modelpress_client.names import parse_labels
-            from modelpress_client.sources import check_source
+        from modelpress_client.convert import Conversion
+        from modelpress_client.inputs import parse_inputs
+        from modelpress_client.names import parse_labels
+        from modelpress_client.sources import check_source, stem_of
 
+        files = _result_files(wanted, stem_of(path), source=path)
+        async with _display(session) as display:
             # All that can be wrong is checked before anything is sent, the local things before the server is asked.
             labels, specs = parse_labels(wanted.labels), parse_inputs(wanted.inputs)
-            await asyncio.to_thread(check_source, path, Conversion(architecture, trust_pickle, tuple(specs)))
+            conversion = Conversion(architecture, trust_pickle, tuple(specs), state_dict_key, ignore_weights)
+            await asyncio.to_thread(check_source, path, conversion)
             recipe = None if wanted.no_compress else await _recipe(session, wanted)
             model = await session.client.upload(
                 path,
                 inputs=specs,
                 architecture=architecture,
                 trust_pickle=trust_pickle,
+                state_dict_key=state_dict_key,
+                ignore_weights=ignore_weights,
                 labels=labels,
                 on_progress=display.transfer,
+                on_note=session.out.hint,
             )
             if recipe is None:
                 _stored(session, model)

@@ -12,7 +12,7 @@ import torch
 from modelpress_compression.errors import InvalidInputsError
 from modelpress_compression.loaders.exporters import ExportRequest, export_plain, export_program
 from modelpress_compression.loaders.exporting import export_checked
-from modelpress_compression.loaders.torch_run import REFUSALS, runner
+from modelpress_compression.loaders.torch_run import REFUSALS, runner, tensors_of
 from modelpress_compression.loaders.trials import find_trials, symbols_of
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.specs import TensorSpec
@@ -25,10 +25,12 @@ class _Positional(torch.nn.Module):
         super().__init__()
         self.inner, self._names = inner, names
 
-    def forward(self, *tensors: torch.Tensor) -> Any:
-        if self._names is None:
-            return self.inner(*tensors)
-        return self.inner(**dict(zip(self._names, tensors, strict=True)))
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = (
+            self.inner(*tensors) if self._names is None else self.inner(**dict(zip(self._names, tensors, strict=True)))
+        )
+        # Exporters know tuples of tensors; of the types that a library returns they know some.
+        return tuple(tensors_of(outputs))
 
 
 def convert_module(module: torch.nn.Module, specs: Sequence[TensorSpec], provenance: Provenance) -> Model:

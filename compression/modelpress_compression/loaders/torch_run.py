@@ -34,18 +34,35 @@ def _to_tensor(array: Array) -> torch.Tensor:
     return torch.from_numpy(np.array(array, copy=True))
 
 
-def flatten(outputs: Any) -> list[Array]:
-    """All tensors in a nest of tuples, lists, dicts and dataclass-like outputs, in order; None is left out."""
+def tensors_of(outputs: Any) -> list[torch.Tensor]:
+    """All tensors in a nest of tuples, lists, dicts and dataclass-like outputs, in order; None is left out.
+
+    A cache of keys and values (transformers' `DynamicCache`) is read by its structure: layer by layer, both of them.
+    """
     if isinstance(outputs, torch.Tensor):
-        tensor = outputs.detach().cpu()
-        return [tensor.float().numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy().copy()]
+        return [outputs]
     if isinstance(outputs, Mapping):
-        return [array for value in outputs.values() for array in flatten(value)]
+        return [tensor for value in outputs.values() for tensor in tensors_of(value)]
     if isinstance(outputs, Sequence) and not isinstance(outputs, str):
-        return [array for value in outputs for array in flatten(value)]
+        return [tensor for value in outputs for tensor in tensors_of(value)]
     if isinstance(outputs, bool | int | float):
-        return [np.asarray(outputs)]
-    return []
+        return [torch.tensor(outputs)]
+    return [tensor for part in _cache_parts(outputs) for tensor in tensors_of(part)]
+
+
+def _cache_parts(outputs: Any) -> list[Any]:
+    if "self_attention_cache" in vars(outputs) if hasattr(outputs, "__dict__") else False:
+        return [outputs.self_attention_cache, outputs.cross_attention_cache]
+    layers = getattr(outputs, "layers", None)
+    if not isinstance(layers, list):
+        return []
+    return [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+
+
+def flatten(outputs: Any) -> list[Array]:
+    """`tensors_of`, as arrays; bfloat16 comes as float32."""
+    tensors = (tensor.detach().cpu() for tensor in tensors_of(outputs))
+    return [tensor.float().numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy().copy() for tensor in tensors]
 
 
 def runner(module: Callable[..., Any]) -> Callable[[Feeds], list[Array]]:

@@ -42,8 +42,8 @@ class _ModelFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelForm
     MODEL_FORMAT_SAFETENSORS: _ModelFormat.ValueType  # 5
     """safetensors: weights alone. Refused by servers; converted on the client's machine with --architecture."""
     MODEL_FORMAT_PICKLED_MODULE: _ModelFormat.ValueType  # 6
-    """A whole pickled module (`torch.save`); reading it runs the code in it. Refused by servers; converted on the
-    client's machine with --trust-pickle.
+    """A whole pickled module, or a checkpoint with other objects beside its tensors (`torch.save`). Refused by servers;
+    converted on the client's machine with --trust-pickle.
     """
 
 class ModelFormat(_ModelFormat, metaclass=_ModelFormatEnumTypeWrapper):
@@ -68,8 +68,8 @@ machine with --architecture.
 MODEL_FORMAT_SAFETENSORS: ModelFormat.ValueType  # 5
 """safetensors: weights alone. Refused by servers; converted on the client's machine with --architecture."""
 MODEL_FORMAT_PICKLED_MODULE: ModelFormat.ValueType  # 6
-"""A whole pickled module (`torch.save`); reading it runs the code in it. Refused by servers; converted on the
-client's machine with --trust-pickle.
+"""A whole pickled module, or a checkpoint with other objects beside its tensors (`torch.save`). Refused by servers;
+converted on the client's machine with --trust-pickle.
 """
 Global___ModelFormat: _TypeAlias = ModelFormat  # noqa: Y015
 

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 from modelpress_compression.convert import main
-from modelpress_compression.errors import InvalidInputsError, UnsupportedFormatError
 from modelpress_compression.loaders import load
-from modelpress_compression.loaders.architecture import Architecture, find_weights, load_weights
+from modelpress_compression.loaders.architecture import Architecture
 from oracles.plain_run import run_onnx
 from safetensors.torch import save_file
 
@@ -103,6 +102,7 @@ def test_weights_with_their_architecture(
         "format": wanted_format,
         "sha256": hashlib.sha256(raw).hexdigest(),
         "size_bytes": len(raw),
+        "warnings": [],
     }
     x = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
     model = load("out.onnx")
@@ -185,15 +185,58 @@ def test_formats_that_need_no_conversion(exported: Path, capsys: pytest.CaptureF
     assert "needs no conversion" in error_of(capsys, str(exported), "--output", str(tmp_path / "o.onnx"))[1]
 
 
-def test_checkpoints_without_weights() -> None:
-    """The error names what was found instead."""
-    with pytest.raises(UnsupportedFormatError, match="found epoch, loss"):
-        find_weights({"epoch": 1, "loss": 0.5})
+def test_what_was_chosen_is_in_the_document(project: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Averaged weights go first and that is said; --state-dict-key and --ignore-weights are obeyed."""
+    _, code = project
+    weights = net().state_dict()
+    torch.save({"params": weights, "params_ema": {name: value * 0.5 for name, value in weights.items()}}, "w.pth")
+    options = ["--output", "o.onnx", "--architecture", f"{code}:Net", "--input", SPEC]
+    _, document = outcome(capsys, "w.pth", *options)
+    assert "Took the averaged weights (EMA) in 'params_ema'" in str(document["warnings"])
+    _, document = outcome(capsys, "w.pth", *options, "--state-dict-key", "params")
+    assert document["warnings"] == []
+    torch.save({**weights, "norm.weight": torch.ones(3)}, "w.pth")
+    assert "--ignore-weights 'norm*'" in error_of(capsys, "w.pth", *options)[1]
+    assert outcome(capsys, "w.pth", *options, "--ignore-weights", "norm.*")[0] == 0
 
 
-def test_prefixes_are_kept_where_they_belong() -> None:
-    """A module whose own names start with `model.` is not robbed of them."""
-    module = torch.nn.ModuleDict({"model": torch.nn.Linear(2, 2)})
-    load_weights(module, module.state_dict())
-    with pytest.raises(InvalidInputsError, match=r"2 missing in the file"):
-        load_weights(module, {"other": torch.zeros(1)})
+def test_no_code_of_a_checkpoint_runs(project: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """With --architecture the weights of a whole module, and of one inside a checkpoint, are read without its code."""
+    folder, code = project
+    user_code = importlib.import_module(code)
+    torch.save({"model": user_code.Net().eval(), "settings": Settings()}, "m.pt")
+    (folder / "other_code.py").write_text(CODE)  # the code of the module in the file is another, and must not be asked
+    sys.modules.pop(code)
+    (folder / f"{code}.py").write_text("raise AssertionError('the code of the file ran')")
+    capsys.readouterr()
+    result, document = outcome(
+        capsys, "m.pt", "--output", "out.onnx", "--architecture", "other_code:Net", "--input", SPEC
+    )
+    assert (result, document["format"]) == (0, "state_dict")
+
+
+class Settings:
+    """What checkpoints carry beside their weights."""
+
+    def __init__(self) -> None:
+        self.learning_rate = 0.1
+
+
+def test_folders_and_indexes(project: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Shards are put together, whichever of folder, index and shard is named; the digest is of all files."""
+    folder, code = project
+    weights = net().state_dict()
+    names = list(weights)
+    shards = {f"model-0000{index}-of-00002.safetensors": names[index - 1 :: 2] for index in (1, 2)}
+    for shard, part in shards.items():
+        save_file({name: weights[name] for name in part}, folder / shard)
+    weight_map = {name: shard for shard, part in shards.items() for name in part}
+    index = "model.safetensors.index.json"
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    documents = [
+        outcome(capsys, named, "--output", "o.onnx", "--architecture", f"{code}:Net", "--input", SPEC)[1]
+        for named in (".", index, next(iter(shards)))
+    ]
+    assert [document["format"] for document in documents] == ["safetensors"] * 3
+    assert len({document["sha256"] for document in documents}) == 1
+    assert documents[0]["size_bytes"] == sum((folder / name).stat().st_size for name in (index, *shards))

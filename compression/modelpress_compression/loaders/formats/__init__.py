@@ -36,17 +36,19 @@ class WayOut:
 
 
 _OR_EXPORT = "Or export the model with torch.onnx.export, torch.export.save or torch.jit.save."
+_CODE = "--architecture package.module:factory --input NAME:DTYPE[DIM,...] (in Python: architecture=, inputs=)"
 ARCHITECTURE = WayOut(
     "--architecture",
-    "weights without the network they belong to. Name the code that builds it with "
-    "--architecture package.module:factory and --input NAME:DTYPE[DIM,...] (in Python: architecture=, inputs=); the "
-    f"file is then converted on your own machine, which needs torch and that code. {_OR_EXPORT}",
+    f"weights without the network they belong to. Name the code that builds it with {_CODE}, or, for a folder that "
+    "save_pretrained of transformers wrote, --architecture transformers:auto; the weights are then converted on your "
+    f"own machine, which needs torch and that code. {_OR_EXPORT}",
 )
 TRUST_PICKLE = WayOut(
     "--trust-pickle",
-    "reading it runs the code in it, so no server does. If you trust the file, pass --trust-pickle and "
-    "--input NAME:DTYPE[DIM,...] (in Python: trust_pickle=True, inputs=); it is then converted on your own machine, "
-    f"which needs torch and the module's code. {_OR_EXPORT}",
+    "reading all of it runs the code in it, so no server does. A checkpoint's weights are read, without running any of "
+    f"its code, with {_CODE}. A whole module is read with --trust-pickle --input NAME:DTYPE[DIM,...] (in Python: "
+    "trust_pickle=True), if you trust the file. Either is done on your own machine, which needs torch and the "
+    f"network's code. {_OR_EXPORT}",
 )
 
 
@@ -189,8 +191,8 @@ FORMATS = (
     Format(
         number=6,
         name="pickled_module",
-        noun="a pickled PyTorch module",
-        summary="A whole pickled module (`torch.save`); reading it runs the code in it.",
+        noun="a PyTorch file with more than tensors in it",
+        summary="A whole pickled module, or a checkpoint with other objects beside its tensors (`torch.save`).",
         sniff=_is_pickled_module,
         carries_code=True,
         way_out=TRUST_PICKLE,

@@ -1,0 +1,96 @@
+"""Networks of the library transformers: built from a folder's config.json, and filled by the library's own loader.
+
+The loader knows what each release of the library called its weights, and which of them a file leaves out. It reports
+what it did not find and fills that with random numbers; here the report decides.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modelpress_compression.errors import InvalidInputsError, UnsupportedFormatError
+from modelpress_compression.loaders.formats.weight_files import read_json
+from modelpress_compression.loaders.quiet import quiet
+from modelpress_compression.loaders.weight_fit import Fit, fit_report
+from modelpress_compression.loaders.weight_names import Weights
+
+AUTO = "transformers:auto"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network with weights in it. `fit`: what the library found and did not find."""
+
+    module: torch.nn.Module
+    fit: Fit
+
+
+def build_auto(config: Path | None) -> torch.nn.Module:
+    """The class that config.json names under `architectures`, in float32. Raises InvalidInputsError."""
+    if config is None:
+        raise InvalidInputsError(
+            f"--architecture {AUTO} needs the config.json of the model beside its weights; give the folder that "
+            "save_pretrained wrote."
+        )
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on this machine
+    try:
+        import transformers
+    except ImportError as error:
+        raise InvalidInputsError(
+            f"--architecture {AUTO} needs the library of that name on this machine. Run: pip install transformers"
+        ) from error
+    settings = read_json(config)
+    names = settings.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else "AutoModel"
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        custom = (
+            " It comes with code of its own (auto_map in config.json), which is not run."
+            if "auto_map" in settings
+            else ""
+        )
+        raise UnsupportedFormatError(
+            f"config.json names the class {name[:80]!r}, which transformers {transformers.__version__} does not have."
+            f"{custom} Name the code that builds the network with --architecture package.module:factory, or install "
+            "the release of transformers that has it."
+        )
+    try:
+        with quiet():
+            found = transformers.AutoConfig.from_pretrained(str(config.parent), local_files_only=True)
+            build = model_class.from_config if name == "AutoModel" else model_class._from_config
+            module: torch.nn.Module = build(found, dtype=torch.float32)
+    except Exception as error:  # the library raises whatever a config makes it run into
+        raise InvalidInputsError(
+            f"transformers {transformers.__version__} cannot build {name} from config.json "
+            f"({type(error).__name__}: {str(error)[:300]})."
+        ) from error
+    return module.float()
+
+
+def fit_by_library(module: torch.nn.Module, weights: Weights, ignored: Sequence[str] = ()) -> Loaded | None:
+    """The network filled by transformers' loader; None where it is no network of that library, or the loader fails."""
+    transformers: Any = sys.modules.get("transformers")
+    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
+        return None
+    try:
+        with quiet():
+            loaded, report = type(module).from_pretrained(
+                None,
+                config=module.config,
+                state_dict=dict(weights),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,
+            )
+    except Exception:  # noqa: BLE001  then what does not fit is said in our own words
+        return None
+    shapes = [str(item[0]) if isinstance(item, tuple) else str(item) for item in report["mismatched_keys"]]
+    fit = fit_report(loaded, weights, report["missing_keys"], report["unexpected_keys"], shapes, ignored)
+    return Loaded(loaded, fit)
