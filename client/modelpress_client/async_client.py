@@ -121,8 +121,9 @@ class AsyncClient:
         wanted = Conversion(architecture, trust_pickle, tuple(specs), state_dict_key, tuple(ignore_weights))
         source = await asyncio.to_thread(check_source, Path(path), wanted)
         async with prepared(source, wanted) as (files, converted):
-            for note in converted.notes if converted and on_note else ():
-                on_note(note)
+            if converted and on_note:
+                for note in converted.notes:
+                    on_note(note)
             await self._connection.reach()
             blobs = {name: await hash_file(file, on_progress) for name, file in files.items()}
             model = models_pb.Model(

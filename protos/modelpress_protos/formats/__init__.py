@@ -46,10 +46,10 @@ ARCHITECTURE = WayOut(
 )
 TRUST_PICKLE = WayOut(
     "--trust-pickle",
-    "reading all of it runs the code in it, so no server does. A checkpoint's weights alone are read, without running "
-    f"any of its code, with {_CODE}. A whole module is read with --trust-pickle --input NAME:DTYPE[DIM,...] (in Python: "
-    "trust_pickle=True), if you trust the file. Either is done on your own machine, which needs torch and the network's "
-    f"code. {_OR_EXPORT}",
+    "reading all of it runs the code in it, so no server does. A checkpoint's weights are read, without running any of "
+    f"its code, with {_CODE}. A whole module is read with --trust-pickle --input NAME:DTYPE[DIM,...] (in Python: "
+    "trust_pickle=True), if you trust the file. Either is done on your own machine, which needs torch and the "
+    f"network's code. {_OR_EXPORT}",
 )
 
 
