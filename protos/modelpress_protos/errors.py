@@ -6,6 +6,7 @@
     ├── RejectedModelError          readable, but refused: pickles, path tricks, bombs
     ├── InvalidInputsError          the inputs are not known, or do not fit the model
     ├── InvalidDataError            a data file is unreadable or does not fit the model's inputs
+    ├── MetricError                 the user's own metric failed, or gave no number
     ├── InvalidRecipeError          the recipe breaks its rules; all violations at once
     ├── UnsupportedOperatorError    an operator that cannot be converted or run
     ├── ModelNotRunnableError       the model does not load or run in onnxruntime
@@ -59,6 +60,12 @@ class InvalidDataError(CompressionError):
     """A data file is unreadable, or its arrays do not fit the model's inputs."""
 
     reason = "INVALID_DATA"
+
+
+class MetricError(CompressionError):
+    """The user's own metric failed, or gave no finite number."""
+
+    reason = "METRIC_FAILED"
 
 
 class InvalidRecipeError(CompressionError):
