@@ -120,8 +120,7 @@ class InputData:
             return {spec.name: self._take(spec, slice(index, index + 1)) for spec in self.specs}
         rows = np.asarray(indices, np.int64)
         return {
-            spec.name: np.ascontiguousarray(self.arrays[spec.name][rows], dtype=np.dtype(spec.dtype))
-            for spec in self.specs
+            spec.name: np.ascontiguousarray(self.arrays[spec.name][rows], dtype=spec.array_dtype) for spec in self.specs
         }
 
     def only(self, feeds: Sequence[int]) -> InputData:
@@ -136,7 +135,7 @@ class InputData:
     def _take(self, spec: TensorSpec, samples: slice) -> Array:
         array = self.arrays[spec.name]
         taken = array[samples.start] if array.ndim == len(spec.shape) + 1 else array[samples]
-        return np.asarray(taken, dtype=np.dtype(spec.dtype), order="C")
+        return np.asarray(taken, dtype=spec.array_dtype, order="C")
 
     @classmethod
     def from_arrays(
@@ -232,7 +231,9 @@ def _check_array(spec: TensorSpec, array: Array, where: str) -> None:
             raise InvalidDataError(
                 f"{where}: array {spec.name!r} has shape {array.shape}, which does not fit the input {spec}."
             )
-    if not np.can_cast(array.dtype, np.dtype(spec.dtype), "same_kind"):
+    # NumPy would write any number as a word.
+    words = spec.array_dtype.kind == "U"
+    if words != (array.dtype.kind == "U") or not (words or np.can_cast(array.dtype, spec.array_dtype, "same_kind")):
         raise InvalidDataError(f"{where}: array {spec.name!r} is {array.dtype}, the input {spec} cannot take that.")
     if array.dtype.kind == "f" and not _all_finite(array):
         raise InvalidDataError(f"{where}: array {spec.name!r} holds NaN or infinite values.")
@@ -241,7 +242,7 @@ def _check_array(spec: TensorSpec, array: Array, where: str) -> None:
 def _integers_for_floats(spec: TensorSpec, array: Array) -> str:
     """What to know of integers that become the floats of an input as they are; empty where they are 0 and 1, or none
     are."""
-    if array.dtype.kind not in "iu" or np.dtype(spec.dtype).kind != "f":
+    if array.dtype.kind not in "iu" or spec.array_dtype.kind != "f":
         return ""
     low, high = _extremes(array)
     if low >= 0 and high <= 1:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import onnx
 import onnx_ir
 
 from modelpress_compression.specs import TensorSpec
@@ -100,14 +101,91 @@ class Model:
         """
         path = Path(path)
         if self.weight_bytes() <= EXTERNAL_DATA_THRESHOLD_BYTES:
-            onnx_ir.save(onnx_ir.external_data.load_to_model(self.ir.clone()), path, format="protobuf")
+            onnx_ir.save(_in_one_file(self.ir.clone()), path, format="protobuf")
+            _write_map_types(path, self.graph)
             return [path]
         data = path.with_name(path.name + ".data")
         onnx_ir.save(self.ir.clone(), path, format="protobuf", external_data=data.name)
+        _write_map_types(path, self.graph)
         return [path, data]
 
 
+def _in_one_file(ir: onnx_ir.Model) -> onnx_ir.Model:
+    """Weights that lie in files are written with the graph. The files stay mapped, for others may be reading them."""
+    for graph in (ir.graph, *ir.graph.subgraphs()):
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, onnx_ir.ExternalTensor):
+                value.const_value = onnx_ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+    return ir
+
+
+def read_graph(path: Path) -> onnx_ir.Graph:
+    """The main graph of a file that `Model.save` wrote; weights in files of their own are not read."""
+    proto = onnx.load(path, load_external_data=False)
+    forget_maps(proto)
+    ir = onnx_ir.from_proto(proto)
+    onnx_ir.external_data.set_base_dir(ir.graph, path.parent)
+    return ir.graph
+
+
+def forget_maps(proto: onnx.ModelProto) -> None:
+    """Takes the types of maps away, which onnx_ir does not know; `Model.save` writes them anew."""
+    for value in (*proto.graph.output, *proto.graph.value_info):
+        if holds_map(value.type):
+            value.ClearField("type")
+
+
+def holds_map(value_type: onnx.TypeProto) -> bool:
+    """Whether the type is a map, or a sequence or optional of maps."""
+    kind = value_type.WhichOneof("value")
+    while kind in ("sequence_type", "optional_type"):
+        value_type = (value_type.sequence_type if kind == "sequence_type" else value_type.optional_type).elem_type
+        kind = value_type.WhichOneof("value")
+    return bool(kind == "map_type")
+
+
+def map_keys(value: onnx_ir.Value) -> str | None:
+    """`int64` or `string` for the keys of what ZipMap makes, a sequence of maps to float32; None for anything else.
+
+    onnx_ir has no type for maps, so that such a value has none at all.
+    """
+    producer = value.producer()
+    if producer is None or producer.op_type != "ZipMap" or producer.domain != "ai.onnx.ml":
+        return None
+    return "string" if "classlabels_strings" in producer.attributes else "int64"
+
+
+def _write_map_types(path: Path, graph: onnx_ir.Graph) -> None:
+    """Into a file of ours whose outputs are maps: readers may want to know."""
+    keys = {value.name: key for value in graph.outputs if value.type is None and (key := map_keys(value))}
+    if not keys:
+        return
+    proto = onnx.load(path, load_external_data=False)
+    for output in proto.graph.output:
+        if output.name in keys:
+            map_type = output.type.sequence_type.elem_type.map_type
+            map_type.key_type = onnx.TensorProto.STRING if keys[output.name] == "string" else onnx.TensorProto.INT64
+            map_type.value_type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+            map_type.value_type.tensor_type.shape.SetInParent()
+    path.write_bytes(proto.SerializeToString())
+
+
 def _spec(value: onnx_ir.Value) -> TensorSpec:
-    dtype = value.dtype.numpy().name if value.dtype is not None and value.dtype != onnx_ir.DataType.STRING else "string"
+    dtype = _type_name(value.type) if value.type is not None else _untyped_name(value)
     dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape) if value.shape is not None else ()
     return TensorSpec(value.name or "", dtype, dims)
+
+
+def _type_name(value_type: onnx_ir.TypeProtocol) -> str:
+    """`float32` of a tensor, `seq(float32)` and `optional(float32)` of what holds tensors."""
+    if isinstance(value_type, onnx_ir.SequenceType | onnx_ir.OptionalType):
+        kind = "seq" if isinstance(value_type, onnx_ir.SequenceType) else "optional"
+        return f"{kind}({_type_name(value_type.elem_type)})"
+    dtype = value_type.dtype
+    return "string" if dtype == onnx_ir.DataType.STRING else dtype.numpy().name
+
+
+def _untyped_name(value: onnx_ir.Value) -> str:
+    keys = map_keys(value)
+    return "unknown" if keys is None else f"seq(map({keys},float32))"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -65,13 +66,35 @@ def session_of(model: Model, *, threads: int = 1, optimize: bool = True) -> Iter
 
 
 def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """All outputs by name; feeds that the graph does not take (any more) are left out. Raises ModelNotRunnableError."""
+    """All outputs by name; feeds that the graph does not take (any more) are left out. Raises ModelNotRunnableError.
+
+    What is no tensor comes as one array; see `as_array`.
+    """
     names = {value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())}
     try:
-        values = session.run(None, {name: array for name, array in feeds.items() if name in names})
+        # An array without axes may have decayed to a number, which onnxruntime does not take.
+        values = session.run(None, {name: np.asarray(array) for name, array in feeds.items() if name in names})
     except Exception as error:  # see open_session
         raise explain(error) from error
-    return {output.name: np.asarray(value) for output, value in zip(session.get_outputs(), values, strict=True)}
+    return {output.name: as_array(value) for output, value in zip(session.get_outputs(), values, strict=True)}
+
+
+def as_array(value: Any) -> Array:
+    """What onnxruntime gives for an output, as one array to compare with another model's.
+
+    A sequence of tensors of one shape is stacked, one of several shapes is strung together; maps are their values in
+    the order of their keys; an optional that holds nothing is empty.
+    """
+    if value is None:
+        return np.zeros(0, np.float32)
+    if isinstance(value, Mapping):
+        return np.asarray([value[key] for key in sorted(value)])
+    if not isinstance(value, list):
+        return np.asarray(value)
+    items = [as_array(item) for item in value]
+    if len({item.shape for item in items}) <= 1:
+        return np.stack(items) if items else np.zeros(0, np.float32)
+    return np.concatenate([item.reshape(-1) for item in items])
 
 
 def run_all(session: ort.InferenceSession, feeds: Iterable[Feeds]) -> Iterator[dict[str, Array]]:

@@ -7,12 +7,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from modelpress_compression.errors import InvalidInputsError
 
 # NumPy spelling; the types that ONNX tensors can have and onnxruntime takes as inputs.
 DTYPES = (
     "float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64",
-    "uint8", "uint16", "uint32", "uint64", "bool",
+    "uint8", "uint16", "uint32", "uint64", "bool", "string",
 )  # fmt: skip
 
 _SPEC = re.compile(r"(?P<name>[^:\[\]]+):(?P<dtype>\w+)\[(?P<shape>[^\[\]]*)\]")
@@ -46,6 +48,11 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{self.name}:{self.dtype}[{','.join('?' if dim is None else str(dim) for dim in self.shape)}]"
+
+    @property
+    def array_dtype(self) -> np.dtype[np.generic]:
+        """What an array of such values has in NumPy; strings are Unicode of any length."""
+        return np.dtype(np.str_ if self.dtype == "string" else self.dtype)
 
     def concrete_shape(self, dynamic: int = 1) -> tuple[int, ...]:
         """The shape with every dynamic dimension at `dynamic`."""

@@ -20,7 +20,7 @@ from modelpress_compression.graph.read import int_attribute, ints_attribute, str
 from modelpress_compression.graph.values import plausible_values
 from modelpress_compression.graph.watch.shapes import observe_shapes
 from modelpress_compression.inputs import Feeds, InputData
-from modelpress_compression.model import Model
+from modelpress_compression.model import Model, forget_maps
 
 Shape = tuple[int, ...]
 # Shape inference reads the values of small tensors only: axes, pads, target shapes.
@@ -34,7 +34,7 @@ MAX_RUN_BYTES = 4 * 1024**3  # 4 GiB
 _SAME_SHAPE = frozenset((
     "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization", "FastGelu",
     "BiasGelu", "QuickGelu", "Gelu", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax", "QuantizeLinear",
-    "DequantizeLinear", "RotaryEmbedding", "GroupNorm", "SkipGroupNorm", "BiasAdd",
+    "DequantizeLinear", "RotaryEmbedding", "LayerNormalization", "GroupNorm", "SkipGroupNorm", "BiasAdd",
 ))  # fmt: skip
 _MATRIX_PRODUCTS = frozenset((
     "FusedMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "TransposeMatMul", "FusedMatMulActivation",
@@ -56,6 +56,39 @@ def static_shapes(model: Model, input_shapes: Mapping[str, Shape] | None = None)
     if any(not _is_known(value) for node in ir.graph.all_nodes() for value in node.outputs):
         _observe(ir, model, bound)
     return ir
+
+
+def infer_shapes(ir: onnx_ir.Model) -> None:
+    """Shapes and types in place, symbolic ones included, as far as ONNX can tell.
+
+    A known shape is never replaced by a vaguer one, nor a sequence by the tensors that it holds. Operators that ONNX
+    does not know leave gaps.
+    """
+    inferred = inferred_copy(without_weights(ir))
+    if inferred is None:
+        return
+    for value, found in zip(values_of(ir), values_of(inferred), strict=True):
+        before, now = value.shape, found.shape
+        value.type = found.type or value.type
+        if before is None or now is None or len(now) != len(before):
+            value.shape = now or before
+        else:
+            value.shape = onnx_ir.Shape([_sharper(old, new) for old, new in zip(before, now, strict=True)])
+
+
+def _sharper(old: int | onnx_ir.SymbolicDim, new: int | onnx_ir.SymbolicDim) -> int | onnx_ir.SymbolicDim:
+    if isinstance(new, int):
+        return new
+    return old if isinstance(old, int) or old.value is not None else new
+
+
+def values_of(ir: onnx_ir.Model) -> list[onnx_ir.Value]:
+    """Inputs and nodes' outputs, graph by graph."""
+    return [
+        value
+        for graph in _graphs(ir)
+        for value in (*graph.inputs, *(output for node in graph for output in node.outputs))
+    ]
 
 
 def bind_inputs(model: Model, input_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -107,22 +140,36 @@ def _forget_shapes(ir: onnx_ir.Model, bound: Mapping[str, Shape]) -> None:
 
 def _infer(ir: onnx_ir.Model) -> None:
     """Inference, then own rules, until neither finds more."""
-    light = _without_weights(ir)
+    light = without_weights(ir)
     for _ in range(MAX_INFERENCE_ROUNDS):
-        try:
-            with_shapes = onnx.shape_inference.infer_shapes(onnx_ir.to_proto(light), data_prop=True)
-        except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
-            return  # a graph that inference refuses may still run
-        inferred = onnx_ir.from_proto(with_shapes)
+        inferred = inferred_copy(light)
+        if inferred is None:
+            return
         _take_shapes(inferred, light)
         _take_shapes(inferred, ir)
         if not (_apply_rules(light) and _apply_rules(ir)):
             return
 
 
-def _without_weights(ir: onnx_ir.Model) -> onnx_ir.Model:
-    """A copy whose large tensors are references to a file that nobody reads: protobuf holds no 2 GiB."""
+def inferred_copy(light: onnx_ir.Model) -> onnx_ir.Model | None:
+    """The same graph with the shapes and types that ONNX infers; None where inference refuses it: it may still run."""
+    try:
+        proto = onnx.shape_inference.infer_shapes(onnx_ir.to_proto(light), data_prop=True)
+        forget_maps(proto)
+        return onnx_ir.from_proto(proto)
+    except (onnx.shape_inference.InferenceError, onnx_ir.serde.SerdeError, ValueError, RuntimeError):
+        return None
+
+
+def without_weights(ir: onnx_ir.Model) -> onnx_ir.Model:
+    """A copy whose large tensors are references to a file that nobody reads: protobuf holds no 2 GiB.
+
+    Defaults of inputs are left out, since inference takes them for constants.
+    """
     light = ir.clone()
+    for value in light.graph.inputs:
+        light.graph.initializers.pop(value.name or "", None)
+        value.const_value = None
     for graph in _graphs(light):
         for value in graph.initializers.values():
             if value.const_value is not None and value.const_value.nbytes > SMALL_TENSOR_BYTES:
@@ -160,7 +207,7 @@ def _apply_rules(ir: onnx_ir.Model) -> bool:
     found = False
     for node in ir.graph.all_nodes():
         output = node.outputs[0] if node.outputs else None
-        if output is None or output.shape is not None or not node.domain:
+        if output is None or output.shape is not None or not (node.domain or node.op_type in _SAME_SHAPE):
             continue
         shape = _rule(node)
         if shape is not None:
@@ -249,7 +296,5 @@ def _plausible_feeds(model: Model, bound: Mapping[str, Shape]) -> Feeds | None:
     feeds: Feeds = {}
     for spec in model.inputs:
         value = next(value for value in model.graph.inputs if value.name == spec.name)
-        if spec.dtype == "string":
-            return None
         feeds[spec.name] = plausible_values(value, spec, bound[spec.name], np.random.default_rng(0))
     return feeds

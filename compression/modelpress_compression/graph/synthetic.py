@@ -1,8 +1,8 @@
 """Inputs for a model that came without data: shapes by trying until it runs, values by what the graph does with them.
 
 Extents of dynamic dimensions are looked for in a fixed order, equal names having equal extents: what the first Conv or
-matrix product demands; what a name suggests (seq: 128, height: 224); what its place suggests; what failures name. See
-`values` for the rest.
+matrix product demands; what a name suggests (seq: 32, height: 64); what its place suggests; what failures name. Small
+ones come first, since every figure of a job costs many runs. See `values` for the rest.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import onnx_ir
 
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.graph.read import extent, input_of, int_attribute
+from modelpress_compression.graph.shapes import sample_shapes
 from modelpress_compression.graph.values import ATTEMPTS, is_certain, plausible_values
 from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.model import Model
@@ -31,14 +32,18 @@ MAX_TRIES = 200
 # How many failures, and numbers in each, are read for sizes that the graph insists on.
 _READ_PROBLEMS = 3
 _READ_NUMBERS = 8
-TIME_LIMIT_S = 90.0
+_LISTED_SIZES = 12
+TIME_LIMIT_S = 20.0
+# A run that takes longer makes every figure slow: smaller extents are looked for, and there are fewer samples.
+SLOW_RUN_S = 1.0
+MIN_SAMPLES = 4
 
-_SPATIAL = (224, 64, 48, 32, 128, 256, 320, 640, 28, 299, 512, 16, 8, 1)
-_TOKENS = (128, 32, 64, 16, 256, 512, 8, 1)
-_SIGNAL = (512, 576, 16_000, 1_024, 256, 4_096, 80, 128, 64, 48_000, 1)
+_SPATIAL = (64, 32, 48, 224, 128, 256, 28, 16, 320, 299, 512, 640, 8, 1)
+_TOKENS = (32, 16, 64, 128, 8, 256, 512, 1)
+_SIGNAL = (512, 576, 1_024, 256, 4_096, 16_000, 80, 128, 64, 48_000, 1)
 _PAST = (16, 1, 0)
 _CHANNELS = (3, 1, 4, 64)
-_OTHER = (64, 32, 16, 128, 8, 4, 2, 1)
+_OTHER = (32, 64, 16, 128, 8, 4, 2, 1)
 _BATCH = re.compile(r"batch|^n$|^b$|^bs$", re.IGNORECASE)
 _WORDS = (
     (re.compile(r"past|cache", re.IGNORECASE), _PAST),
@@ -62,20 +67,24 @@ def synthetic_inputs(model: Model, samples: int = DEFAULT_SAMPLES, seed: int = 0
     """`samples` samples for every input, on which the model runs; `provided` is False.
 
     Samples lie along the batch axis; where inputs have none in common, every sample is a feed of its own. There are
-    fewer samples where they would take more than 256 MiB. Raises ModelNotRunnableError, saying what was tried.
+    fewer samples where they would take more than 256 MiB, or a run more than a second. Raises ModelNotRunnableError,
+    saying what was tried.
     """
     values = {value.name: value for value in model.graph.inputs}
     if not model.inputs:
         raise ModelNotRunnableError("The model takes no inputs, so there is nothing to measure; it is a constant.")
     plan = _plan(model)
-    binding, attempt = _find_extents(model, plan, seed)
+    found = _find_extents(model, plan, seed)
+    binding, attempt = found.binding, found.attempt
     rng = np.random.default_rng(seed)
     arrays: dict[str, Array] = {}
     shapes = {spec.name: _bind(spec, binding) for spec in model.inputs}
     bytes_each = sum(
-        math.prod(shape) * np.dtype(spec.dtype).itemsize for spec in model.inputs for shape in [shapes[spec.name]]
+        math.prod(shape) * spec.array_dtype.itemsize for spec in model.inputs for shape in [shapes[spec.name]]
     )
     count = max(1, min(samples, MAX_BYTES // max(1, bytes_each)))
+    if found.seconds > SLOW_RUN_S:
+        count = min(count, max(MIN_SAMPLES, int(samples * SLOW_RUN_S / found.seconds)))
     for spec in model.inputs:
         shape = shapes[spec.name]
         # A fixed batch takes whole batches only.
@@ -114,17 +123,26 @@ def _key(spec: TensorSpec, axis: int) -> str:
 
 
 def _candidates(spec: TensorSpec, axis: int, value: onnx_ir.Value) -> tuple[int, ...]:
-    name = spec.shape[axis] if isinstance(spec.shape[axis], str) else ""
+    name = str(spec.shape[axis] or "")
     rank = len(spec.shape)
-    known_word = next((extents for words, extents in _WORDS if words.search(str(name))), None)
-    if _BATCH.search(str(name)) or (axis == 0 and known_word is None):
-        return (1,)
     demanded = _demanded(value, axis, rank)
     if demanded is not None:
         return (demanded,)
-    if known_word is not None:
-        # Numbers, not tokens: a signal is longer than a sentence.
-        return _SIGNAL if known_word is _TOKENS and spec.dtype.startswith("float") and rank == 2 else known_word
+    known_word = next((extents for words, extents in _WORDS if words.search(name)), None)
+    if _BATCH.search(name) or (axis == 0 and known_word is None):
+        return (1,)
+    usual = _usual(spec, axis)
+    if known_word is None:
+        return usual
+    # Numbers, not tokens: a signal is longer than a sentence.
+    likely = _SIGNAL if known_word is _TOKENS and spec.dtype.startswith("float") and rank == 2 else known_word
+    # A letter such as c may mean something else than channels.
+    return tuple(dict.fromkeys((*likely, *usual)))
+
+
+def _usual(spec: TensorSpec, axis: int) -> tuple[int, ...]:
+    """What an axis in this place may have, whatever its name."""
+    rank = len(spec.shape)
     if rank >= 4:
         channel_axis = rank - 1 if spec.shape[-1] in (1, 3, 4) else 1
         return _CHANNELS if axis == channel_axis else _SPATIAL
@@ -199,12 +217,22 @@ def _bind(spec: TensorSpec, binding: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(dim if isinstance(dim, int) else binding[_key(spec, axis)] for axis, dim in enumerate(spec.shape))
 
 
-def _find_extents(model: Model, plan: _Plan, seed: int) -> tuple[dict[str, int], int]:
-    """The first extents, and attempt at the values, on which the model runs with finite outputs, or runs at all."""
+@dataclass(frozen=True)
+class _Found:
+    """Extents, and attempt at the values, on which the model ran, and how long that took."""
+
+    binding: Mapping[str, int]
+    attempt: int
+    seconds: float
+
+
+def _find_extents(model: Model, plan: _Plan, seed: int) -> _Found:
+    """The first on which the model runs with finite outputs, or runs at all; of slow ones the fastest."""
     values = {value.name: value for value in model.graph.inputs}
     certain = all(is_certain(values[spec.name], spec) for spec in model.inputs)
     deadline = time.monotonic() + TIME_LIMIT_S
-    runs_but_not_finite: tuple[dict[str, int], int] | None = None
+    slow: _Found | None = None
+    not_finite: _Found | None = None
     tried: list[str] = []
     problems: list[str] = []
     with session_of(model, threads=2) as session:
@@ -212,6 +240,8 @@ def _find_extents(model: Model, plan: _Plan, seed: int) -> tuple[dict[str, int],
         for binding, attempt in ((binding, attempt) for binding in _bindings(plan, problems) for attempt in attempts):
             if len(tried) >= MAX_TRIES or time.monotonic() > deadline:
                 break
+            if slow is not None and not _is_smaller(binding, slow.binding):
+                continue
             rng = np.random.default_rng(seed)
             shapes = {spec.name: _bind(spec, binding) for spec in model.inputs}
             tried.append(", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()))
@@ -219,17 +249,47 @@ def _find_extents(model: Model, plan: _Plan, seed: int) -> tuple[dict[str, int],
                 spec.name: plausible_values(values[spec.name], spec, shapes[spec.name], rng, attempt)
                 for spec in model.inputs
             }
+            began = time.monotonic()
             try:
                 outputs = run(session, feeds)
             except ModelNotRunnableError as error:
                 problems.append(error.message)
                 continue
-            if all(output.dtype.kind != "f" or bool(np.isfinite(output).all()) for output in outputs.values()):
-                return binding, attempt
-            runs_but_not_finite = runs_but_not_finite or (binding, attempt)
-    if runs_but_not_finite is not None:
-        return runs_but_not_finite
+            found = _Found(binding, attempt, time.monotonic() - began)
+            if not all(output.dtype.kind != "f" or bool(np.isfinite(output).all()) for output in outputs.values()):
+                not_finite = not_finite or found
+            elif found.seconds <= SLOW_RUN_S:
+                return found
+            elif slow is None or found.seconds < slow.seconds:
+                slow = found
+    if (best := slow or not_finite) is not None:
+        return best
     raise ModelNotRunnableError(
         f"The model did not run on any made-up input, {len(tried)} shapes tried, such as {'; '.join(tried[:3])}. "
         f"The first failure: {problems[0] if problems else 'none'} Give inputs that it runs on with --data FILE.npz."
+    )
+
+
+def _is_smaller(binding: Mapping[str, int], than: Mapping[str, int]) -> bool:
+    return binding != than and all(size <= than[key] for key, size in binding.items())
+
+
+def made_up_sizes(data: InputData) -> str:
+    """A sentence on the extents that were chosen for dynamic dimensions other than the batch; empty if there are none.
+
+    `data`: of `synthetic_inputs`.
+    """
+    extents: dict[str, int] = {}
+    for name, shape in sample_shapes(data).items():
+        spec = next(spec for spec in data.specs if spec.name == name)
+        for axis, (dim, size) in enumerate(zip(spec.shape, shape, strict=True)):
+            if not isinstance(dim, int) and (axis > 0 or size > 1):
+                extents.setdefault(_key(spec, axis), size)
+    if not extents:
+        return ""
+    listed = ", ".join(f"{name} = {size}" for name, size in list(extents.items())[:_LISTED_SIZES])
+    more = f" and {len(extents) - _LISTED_SIZES} more" if len(extents) > _LISTED_SIZES else ""
+    return (
+        f"No data was given. Dynamic dimensions are made up: {listed}{more}. Times and agreement are those at these "
+        f"sizes; give --data for the sizes that you use."
     )

@@ -3,6 +3,7 @@
 - bool: True. Masks (by name, or integers that are only compared, cast and multiplied): ones.
 - integers that index an embedding (Gather, OneHot, EmbedLayerNormalization): within its rows.
 - one-element integers: a sample rate where the name says so, else 1.
+- strings: words that LabelEncoder, TfIdfVectorizer and the like know.
 - uint8: 0 to 255, as in images.
 - floats: N(0, 1) after the normalization that the graph begins with (Sub, Div, Mul, Add by constants;
   BatchNormalization), so that an image model that normalizes its own input sees image-like numbers.
@@ -40,7 +41,7 @@ _SAMPLE_RATE = re.compile(r"^sr$|sample_?rate|sampling_?rate|(^|_)sr(_|$)", re.I
 # Through these an index stays an index.
 _INDEX_CARRIERS = frozenset((
     "Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Slice", "Where", "Clip", "Expand",
-    "Max", "Min", "Concat",
+    "Max", "Min", "Concat", "StringNormalizer",
 ))  # fmt: skip
 _MASK_CONSUMERS = frozenset((
     "Equal", "Not", "And", "Or", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Sub", "Mul", "Where", "ReduceSum",
@@ -48,6 +49,8 @@ _MASK_CONSUMERS = frozenset((
 ))  # fmt: skip
 _EMBEDDED_INDICES = {0: 2, 1: 4}  # EmbedLayerNormalization: which input is indexed by input_ids and by segment_ids
 _MAX_HOPS = 12
+_VOCABULARIES = ("keys_strings", "pool_strings", "cats_strings", "classlabels_strings", "string_vocabulary")
+_MAX_WORDS = 1000
 
 
 def plausible_values(
@@ -57,23 +60,36 @@ def plausible_values(
 
     `attempt`, 0 to ATTEMPTS - 1, varies what the graph leaves open.
     """
-    dtype = np.dtype(spec.dtype)
+    dtype = spec.array_dtype
+    if dtype.kind == "U":
+        return np.asarray(rng.choice(_words(value), shape))
     if dtype.kind == "b" or _MASK.search(spec.name):
         return np.ones(shape, dtype)
     if dtype.kind in "iu":
-        return _integers(value, spec, shape, rng, attempt).astype(dtype)
+        return np.asarray(_integers(value, spec, shape, rng, attempt), dtype)
     if _SAMPLE_RATE.search(spec.name) and math.prod(spec.concrete_shape()) == 1:
         return np.full(shape, SAMPLE_RATES_HZ[attempt], dtype)
-    noise = rng.standard_normal(shape)
+    noise = np.asarray(rng.standard_normal(shape))
     scale, offset = _first_normalization(value)
     if _broadcasts(scale, shape) and _broadcasts(offset, shape):
         noise = (noise - offset) / scale
-    return noise.astype(dtype)
+    return np.asarray(noise, dtype)  # without axes, arithmetic gives a number in place of an array
+
+
+def _words(value: onnx_ir.Value) -> list[str]:
+    """Words that the graph knows: what its first encoder of strings maps, else a few of any kind."""
+    for node, _ in _consumers(value):
+        for name in _VOCABULARIES:
+            if name in node.attributes and (words := node.attributes[name].as_strings()):
+                return [str(word) for word in words[:_MAX_WORDS]]
+    return ["a", "b", "the", "model"]
 
 
 def is_certain(value: onnx_ir.Value, spec: TensorSpec) -> bool:
     """Whether further attempts would give the same values, or values of the same kind."""
-    dtype = np.dtype(spec.dtype)
+    dtype = spec.array_dtype
+    if dtype.kind == "U":
+        return True
     if dtype.kind == "f":
         return not _SAMPLE_RATE.search(spec.name)
     return dtype.kind == "b" or bool(_MASK.search(spec.name)) or index_bound(value) is not None

@@ -14,9 +14,9 @@ from typing import Any
 import onnx_ir
 
 from modelpress_compression.errors import CompressionError, ModelNotRunnableError, UnsupportedOperatorError
+from modelpress_compression.graph.shapes import infer_shapes
 from modelpress_compression.inputs import Array
 from modelpress_compression.loaders.exporters import ExportRequest
-from modelpress_compression.loaders.normalize import infer_shapes
 from modelpress_compression.loaders.onnx_file import from_exporter
 from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.loaders.trials import TrialRun, TrialRuns, first_line

@@ -1,7 +1,9 @@
 """One shape for every graph, so that everything downstream may rely on it:
 
 - operator set 13 to 26, IR version at most 13 (what onnxruntime loads);
-- no functions: they are inlined; no initializer is listed as an input;
+- no functions: they are inlined;
+- an initializer that is an input too is a default that callers may override; weights that an exporter listed among the
+  inputs are weights alone;
 - tensors of Constant nodes are initializers, in subgraphs too;
 - every node has a name, and no two values of a graph share one;
 - shapes and types are inferred as far as ONNX can.
@@ -9,16 +11,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx
 import onnx_ir
 from onnx_ir.passes import common
 
 from modelpress_compression.errors import CompressionError, ModelNotRunnableError, RejectedModelError
+from modelpress_compression.graph.shapes import infer_shapes, values_of
 from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.loaders.verify import Disagreement, compare_models
 from modelpress_compression.model import MAX_IR_VERSION, MAX_OPSET, Model
 
 MIN_IR_VERSION = 8  # below 4 initializers had to be inputs, 8 brought functions; nothing that is written needs older
+OVERRIDABLE_IR_VERSION = 4
 MIN_OPSET = 13  # QuantizeLinear with an axis
 # 17 has LayerNormalization; 13 is tried where that fails.
 _TARGETS = (17, MIN_OPSET)
@@ -36,6 +42,7 @@ def normalize(model: Model) -> Model:
             # Some tools append nodes behind their users; onnxruntime takes that, the standard and `clone` do not.
             common.TopologicalSortPass()(model.ir)
             model = model.clone()
+            model = _forget_listed_weights(model)
             ir = model.ir
             ir.ir_version = max(MIN_IR_VERSION, min(ir.ir_version, MAX_IR_VERSION))
             _inline(ir)
@@ -68,17 +75,44 @@ def _forget_false_names(ir: onnx_ir.Model) -> None:
             value.shape = onnx_ir.Shape(
                 None if isinstance(dim, onnx_ir.SymbolicDim) and dim.value in _NO_NAMES else dim for dim in value.shape
             )
-    for value in _values(ir):
+    for value in values_of(ir):
         if value.shape is not None and any(isinstance(dim, int) and dim < 0 for dim in value.shape):
             value.shape = onnx_ir.Shape(None if isinstance(dim, int) and dim < 0 else dim for dim in value.shape)
 
 
+def _forget_listed_weights(model: Model) -> Model:
+    """Exporters of old list every weight among the inputs, which makes none of them a default of the caller's."""
+    graph = model.graph
+    listed = [value for value in graph.inputs if value.name in graph.initializers]
+    if not listed or not (_had_to_list(model) or _lists_all(graph, listed)):
+        return model
+    for value in listed:
+        graph.inputs.remove(value)
+    if _had_to_list(model):
+        return model
+    return model.with_warnings(
+        f"All {len(listed)} constants of the model are listed among its inputs, as defaults that callers may override: "
+        f"they were taken for weights, and are constants from here on. To keep one as an input, list that one alone."
+    )
+
+
+def _had_to_list(model: Model) -> bool:
+    """Before version 4 every initializer was an input, and nobody could override it."""
+    return model.ir.ir_version < OVERRIDABLE_IR_VERSION
+
+
+def _lists_all(graph: onnx_ir.Graph, listed: Sequence[onnx_ir.Value]) -> bool:
+    """Whether these are all that the graph knows, and large enough to be weights."""
+    return len(listed) == len(graph.initializers) and any(
+        value.const_value is not None and len(value.const_value.shape) > 1 for value in listed
+    )
+
+
 def _tidy(ir: onnx_ir.Model) -> None:
-    common.RemoveInitializersFromInputsPass()(ir)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(ir)
     for graph in (ir.graph, *ir.graph.subgraphs()):
         for value in graph.initializers.values():
-            if value.const_value is not None:
+            if value.const_value is not None and not value.is_graph_input():
                 value.shape = onnx_ir.Shape(value.const_value.shape.numpy())
                 value.dtype = value.const_value.dtype
 
@@ -99,35 +133,6 @@ def name_nodes(model: Model) -> None:
             counts[stem] += 1
         node.name = name
         taken.add(name)
-
-
-def infer_shapes(ir: onnx_ir.Model) -> None:
-    """Shapes and types in place, as far as ONNX can tell; weights of size are left out of the serialized copy.
-
-    A known shape is never replaced by a vaguer one.
-    """
-    known = {id(value): value.shape for value in _values(ir)}
-    with quiet():
-        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(ir)
-    for value in _values(ir):
-        before = known.get(id(value))
-        if before is not None and (value.shape is None or len(value.shape) == len(before)):
-            value.shape = onnx_ir.Shape(
-                [_sharper(old, new) for old, new in zip(before, value.shape or before, strict=True)]
-            )
-
-
-def _sharper(old: int | onnx_ir.SymbolicDim, new: int | onnx_ir.SymbolicDim) -> int | onnx_ir.SymbolicDim:
-    if isinstance(new, int):
-        return new
-    return old if isinstance(old, int) or old.value is not None else new
-
-
-def _values(ir: onnx_ir.Model) -> list[onnx_ir.Value]:
-    graphs = (ir.graph, *ir.graph.subgraphs())
-    return [
-        value for graph in graphs for value in (*graph.inputs, *(output for node in graph for output in node.outputs))
-    ]
 
 
 def fit_opset(model: Model) -> Model:

@@ -4,7 +4,8 @@
   nodes in any tool that inlines them; a function that calls itself never ends.
 - The location of external data is a path that the model's author chose. It must stay in the model's folder, by name and
   on the disk.
-- Inputs and outputs must be tensors, and every operator one that onnxruntime has.
+- Inputs must be tensors, and every operator one that onnxruntime has.
+- A sparse tensor of a few bytes may claim any size.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from modelpress_compression.errors import (
     UnsupportedOperatorError,
 )
 from modelpress_compression.loaders.source import Source
+from modelpress_compression.model import holds_map
 from modelpress_compression.specs import DTYPES
 
 # About half a millisecond of a processor for each, for an inspection alone; the largest models in use have 50,000.
@@ -32,6 +34,19 @@ MAX_NAME_CHARS = 4096
 # Domains whose operators onnxruntime has for CPU; everything else must be a function of the model.
 _ONNX_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 _RUNTIME_DOMAINS = ("com.microsoft", "com.microsoft.nchwc", "ai.onnx.contrib")
+
+# Operators that onnxruntime has beside the standard in the standard's own domain; its tools write them there.
+_RUNTIME_OPERATORS = frozenset((
+    "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "LayerNormalization", "Affine", "Crop",
+    "DynamicSlice", "ImageScaler", "MeanVarianceNormalization", "ParametricSoftplus", "ScaledTanh", "ThresholdedRelu",
+    "Scale",
+))  # fmt: skip
+_KINDS = {
+    "sequence_type": "a sequence",
+    "map_type": "a map",
+    "optional_type": "an optional",
+    "sparse_tensor_type": "a sparse tensor",
+}
 
 _Key = tuple[str, str, str]
 _Functions = dict[_Key, onnx.FunctionProto]
@@ -45,23 +60,31 @@ def check_graph(proto: onnx.ModelProto) -> None:
         raise ModelNotRunnableError("The model's graph has no nodes: there is nothing to run or compress.")
     if not proto.graph.output:
         raise ModelNotRunnableError("The model's graph has no outputs.")
-    if proto.graph.sparse_initializer:
-        raise UnsupportedOperatorError(
-            "The model has sparse initializers, which cannot be compressed here; export it with dense weights.",
-            op_type="SparseTensor",
-        )
-    for value in (*proto.graph.input, *proto.graph.output):
-        if value.type.WhichOneof("value") not in ("tensor_type", None):
-            raise UnsupportedFormatError(
-                f"{value.name!r} is a sequence, map or optional; inputs and outputs must be tensors."
-            )
     _check_input_types(proto)
+    _check_map_outputs(proto)
+
+
+def _check_map_outputs(proto: onnx.ModelProto) -> None:
+    zipped = {output for node in proto.graph.node if node.op_type == "ZipMap" for output in node.output}
+    for value in proto.graph.output:
+        if holds_map(value.type) and value.name not in zipped:
+            raise UnsupportedFormatError(
+                f"Output {value.name!r} is a map. Of these only the outputs of ZipMap are kept; end the graph "
+                f"before the map, and give out the tensor that it is made from."
+            )
 
 
 def _check_input_types(proto: onnx.ModelProto) -> None:
     given = {item.name for item in proto.graph.initializer}
     for value in proto.graph.input:
         if value.name in given:
+            continue
+        if (kind := value.type.WhichOneof("value")) not in ("tensor_type", None):
+            raise UnsupportedFormatError(
+                f"Input {value.name!r} is {_KINDS.get(str(kind), 'no tensor')}. Samples are read from arrays, one for "
+                f"each input, so inputs must be tensors; export the model with the tensors themselves as inputs."
+            )
+        if value.type.tensor_type.elem_type == onnx.TensorProto.STRING:
             continue
         try:
             dtype = onnx_ir.DataType(value.type.tensor_type.elem_type).numpy().name
@@ -89,7 +112,7 @@ def check_names(proto: onnx.ModelProto) -> None:
 
 def _names(proto: onnx.ModelProto) -> Iterator[str]:
     yield from (proto.producer_name, proto.producer_version, proto.domain)
-    for graph in _graphs([proto.graph]):
+    for graph in graphs_within([proto.graph]):
         yield graph.name
         for value in (*graph.input, *graph.output, *graph.value_info):
             yield value.name
@@ -106,13 +129,13 @@ def _node_names(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
         yield from (node.name, node.op_type, node.domain, *node.output)
 
 
-def _graphs(graphs: Iterable[onnx.GraphProto]) -> Iterator[onnx.GraphProto]:
+def graphs_within(graphs: Iterable[onnx.GraphProto]) -> Iterator[onnx.GraphProto]:
     """The graphs and those within them."""
     for graph in graphs:
         yield graph
         for node in graph.node:
             for attribute in node.attribute:
-                yield from _graphs((attribute.g, *attribute.graphs))
+                yield from graphs_within((attribute.g, *attribute.graphs))
 
 
 def check_operators(proto: onnx.ModelProto) -> None:
@@ -152,6 +175,8 @@ def _is_known(node: onnx.NodeProto, opsets: dict[str, int]) -> bool:
     if node.domain not in _ONNX_DOMAINS:
         return False
     domain = "" if node.domain == "ai.onnx" else node.domain
+    if domain == "" and node.op_type in _RUNTIME_OPERATORS:
+        return True
     version = min(opsets.get(domain, 1), onnx.defs.onnx_opset_version() if domain == "" else 1000)
     return bool(onnx.defs.has(node.op_type, version, domain))
 

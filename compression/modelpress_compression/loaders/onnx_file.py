@@ -12,13 +12,26 @@ from google.protobuf.message import DecodeError
 
 from modelpress_compression.errors import InvalidInputsError, RejectedModelError, UnsupportedFormatError
 from modelpress_compression.graph.metadata import clear_debug_metadata
-from modelpress_compression.loaders.normalize import infer_shapes, normalize
+from modelpress_compression.graph.shapes import infer_shapes
+from modelpress_compression.loaders.normalize import normalize
 from modelpress_compression.loaders.onnx_check import check_external_data, check_graph, check_operators
+from modelpress_compression.loaders.onnx_old import raise_from_before_7
+from modelpress_compression.loaders.onnx_sparse import write_out_sparse
 from modelpress_compression.loaders.source import Source
-from modelpress_compression.model import Model, Provenance
+from modelpress_compression.model import Model, Provenance, forget_maps
 from modelpress_compression.specs import TensorSpec, check_elements
 
 _MAX_PROTOBUF_BYTES = 2**31 - 1
+
+_UNREADABLE = (
+    onnx_ir.serde.SerdeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    NotImplementedError,
+    RecursionError,
+)
 
 Dim = int | str | None
 
@@ -29,13 +42,23 @@ def load_onnx(source: Source, specs: Sequence[TensorSpec]) -> Model:
 
     proto = _parse(source.main)
     data = check_external_data(proto, source)
+    sparse = write_out_sparse(proto)
     ir = _to_ir(proto, source.main.parent)
     del proto
-    model = normalize(Model(ir, source.provenance("onnx", data)))
+    model = normalize(Model(ir, source.provenance("onnx", data), _sparse_note(sparse)))
     model = apply_specs(model, specs)
     check_elements(model.inputs)
     with session_of(model, optimize=False):  # says what onnxruntime refuses, now rather than in the middle of a job
         return model
+
+
+def _sparse_note(count: int) -> tuple[str, ...]:
+    if not count:
+        return ()
+    return (
+        f"{count} sparse constants of the model are written out as dense ones, as onnxruntime does when it loads them: "
+        f"every figure of the original is that of the dense model, which is larger than the file.",
+    )
 
 
 def from_exporter(path: str | os.PathLike[str], provenance: Provenance) -> Model:
@@ -66,15 +89,25 @@ def _parse(path: Path) -> onnx.ModelProto:
 
 
 def _to_ir(proto: onnx.ModelProto, folder: Path) -> onnx_ir.Model:
+    """The graph. `proto` is changed: onnx_ir knows no maps, and converters know nothing before operator set 7."""
+    raise_from_before_7(proto)
     check_operators(proto)
+    forget_maps(proto)
     try:
         ir = onnx_ir.from_proto(proto)
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise RejectedModelError(
-            f"The ONNX graph is not valid: {' '.join(str(error).split())[:300]}", finding="INVALID_GRAPH"
+            f"The ONNX graph is not valid: {_root_cause(error)}", finding="INVALID_GRAPH"
         ) from error
     onnx_ir.external_data.set_base_dir(ir.graph, folder)
     return ir
+
+
+def _root_cause(error: BaseException) -> str:
+    """What was wrong in the end: the errors around it print whole weights."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300]
 
 
 def apply_specs(model: Model, specs: Sequence[TensorSpec]) -> Model:

@@ -71,7 +71,7 @@ def _array(spec: TensorSpec, sizes: Mapping[str, int], unknown: int, rng: np.ran
         import ml_dtypes
 
         return rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
-    dtype = np.dtype(spec.dtype)
+    dtype = spec.array_dtype
     if dtype.kind == "f":
         return np.asarray(rng.standard_normal(shape), dtype=dtype)
     return np.asarray(rng.integers(0, 2, shape), dtype=dtype)
@@ -104,6 +104,8 @@ def find_trials(run: Run, specs: Sequence[TensorSpec], refusals: tuple[type[Exce
     Raises InvalidInputsError, with what the original said, where it takes none, or only one batch size.
     """
     check_elements(specs)
+    if words := [spec.name for spec in specs if spec.dtype == "string"]:
+        raise InvalidInputsError(f"Input {words[0]!r} holds strings, which torch has no tensors of.")
     search = _Search(run, tuple(specs), refusals)
     first, scalar = search.first()
     runs = [first]

@@ -32,12 +32,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.graph.outputs import classification_outputs
 from modelpress_compression.graph.padding import counted_positions, without_padding
 from modelpress_compression.inputs import Array, Feeds, InputData
+from modelpress_compression.model import read_graph
 from modelpress_compression.parallel import map_in_order
 from modelpress_compression.runtime import open_session, run
 
@@ -149,7 +149,7 @@ def compare_outputs(
     first, second = (open_session(path) for path in (original, optimized))
     partners = _partners(*([value.name for value in session.get_outputs()] for session in (first, second)))
     sums = {value.name: _OutputSums() for value in first.get_outputs()}
-    classes = classification_outputs(onnx_ir.load(original).graph)
+    classes = classification_outputs(read_graph(original))
     deadline = math.inf if budget_s is None else time.monotonic() + budget_s
 
     def answer(numbered: tuple[int, Feeds]) -> tuple[int, Feeds, dict[str, Array], dict[str, Array]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from modelpress_compression.graph.synthetic import made_up_sizes
 from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.measure.accuracy import labels_note
 from modelpress_compression.measure.input_scale import scale_warnings
@@ -26,6 +27,8 @@ def data_warnings(model: Model, path: Path, data: InputData, labelled: Labelled 
     Raises InvalidDataError where labels fit no output, ModelNotRunnableError.
     """
     found = list(_oddities(model, path, data, "The data"))
+    if not data.provided and (text := made_up_sizes(data)):
+        found.append(text)
     if labelled is not None:
         found += _oddities(model, path, labelled.data.inputs, "The evaluation data")
         if note := labels_note(path, labelled.data, labelled.metric):

@@ -48,7 +48,10 @@ def observe_shapes(model: Model, feeds: Feeds) -> bool:
     for mine, outputs, _ in pairs:
         for value, output in zip(mine.outputs, outputs, strict=True):
             if id(output) in found:
-                value.shape = onnx_ir.Shape(found[id(output)].shape)
+                array = found[id(output)]
+                value.shape = onnx_ir.Shape(array.shape)
+                if value.type is None and array.dtype.kind not in "OU":
+                    value.type = onnx_ir.TensorType(onnx_ir.DataType.from_numpy(array.dtype))
     return True
 
 

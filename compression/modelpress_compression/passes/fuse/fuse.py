@@ -26,7 +26,7 @@ attention, and GELU below opset 20.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import onnx_ir
 from onnx_ir.passes import common as ir_passes
@@ -35,6 +35,7 @@ from modelpress_compression.agreement import why_different
 from modelpress_compression.errors import CompressionError
 from modelpress_compression.graph.metadata import clear_debug_metadata
 from modelpress_compression.graph.read import MICROSOFT, label
+from modelpress_compression.graph.shapes import infer_shapes
 from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip
@@ -137,13 +138,13 @@ def _run(group: _Group, model: Model, exclude: tuple[str, ...], check_time: Call
     candidate, tally = model.clone(), Tally()
     for _ in range(_MAX_ROUNDS):
         check_time()
-        candidate = _with_shapes(candidate)
+        infer_shapes(candidate.ir)
         scope, made = Scope(candidate, exclude), Tally()
         if group.clean_up:
             # Folding would take no-ops along, and count them as its own.
             apply([RemoveNoOps()], scope, made)
             _count(made, "constant_folding", fold_constants(scope))
-            candidate = _with_shapes(candidate)
+            infer_shapes(candidate.ir)
             scope = Scope(candidate, exclude)
         changed = apply(group.rewrites, scope, made)
         _count(made, "common_subexpression", merge_common_subexpressions(scope))
@@ -173,13 +174,6 @@ def _still_there(skipped: Sequence[Skip], model: Model, groups: Sequence[_Group]
 def _count(tally: Tally, name: str, number: int) -> None:
     if number > 0:
         tally.fired[name] += number
-
-
-def _with_shapes(model: Model) -> Model:
-    """Shapes as far as they can be inferred; operators that ONNX does not know leave gaps, which rewrites respect."""
-    return replace(
-        model, ir=ir_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model.ir).model
-    )
 
 
 def _drop_unused_opset(ir: onnx_ir.Model) -> None:
