@@ -6,6 +6,9 @@ import re
 
 import onnx_ir
 
+from modelpress_compression.graph.read import required
+from modelpress_compression.model import map_keys
+
 # Through these the meaning of the last axis stays what it was.
 _TRANSPARENT = frozenset((
     "Identity", "Cast", "Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid", "Reshape", "Squeeze", "Unsqueeze",
@@ -46,6 +49,16 @@ def classification_outputs(graph: onnx_ir.Graph) -> frozenset[str]:
     Hidden states, which end in a normalization, and what is named as an embedding have no meaningful largest element.
     """
     return frozenset(value.name for value in graph.outputs if value.name and _is_classifier(value))
+
+
+def tensor_outputs(graph: onnx_ir.Graph) -> list[onnx_ir.Value]:
+    """What the outputs hold, as far as that is a computed tensor; behind ZipMap the tensor that it reads."""
+    found: dict[onnx_ir.Value, None] = {}
+    for output in graph.outputs:
+        value = required(node, 0) if (node := output.producer()) is not None and map_keys(output) else output
+        if isinstance(value.type, onnx_ir.TensorType | None) and value.producer() is not None:
+            found[value] = None
+    return list(found)
 
 
 def score_form(value: onnx_ir.Value) -> str:

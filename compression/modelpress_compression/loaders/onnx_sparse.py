@@ -62,7 +62,9 @@ def _dense(sparse: onnx.SparseTensorProto, limit_bytes: int) -> onnx.TensorProto
         values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
     except (ValueError, TypeError, KeyError) as error:
         raise _refused(name, "its numbers cannot be read") from error
-    if min(dims, default=1) < 0 or math.prod(dims) * values.itemsize > limit_bytes:
+    if min(dims, default=1) < 0:
+        raise _refused(name, f"its shape {list(dims)} has a negative extent")
+    if math.prod(dims) * values.itemsize > limit_bytes:
         raise _refused(name, f"written out, the sparse tensors would have more than {MAX_DENSE_BYTES >> 30} GiB")
     dense = np.zeros(math.prod(dims), values.dtype)
     flat = _flat(indices, dims, name)

@@ -45,7 +45,7 @@ def test_token_indices_stay_within_the_embedding(model_from_text: Callable[..., 
     )
     model = model_from_text(text, {"table": np.ones((7, 4), np.float32), "axis": np.int64([2])})
     data = synthetic_inputs(model, samples=4)
-    assert data.arrays["ids"].shape == data.arrays["attention_mask"].shape == (4, 128)
+    assert data.arrays["ids"].shape == data.arrays["attention_mask"].shape == (4, 32)
     assert data.arrays["ids"].min() >= 0
     assert data.arrays["ids"].max() == 6
     assert (data.arrays["attention_mask"] == 1).all()

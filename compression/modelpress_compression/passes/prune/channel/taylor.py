@@ -32,6 +32,7 @@ from modelpress_compression.graph.outputs import (
     PROBABILITIES,
     classification_outputs,
     score_form,
+    tensor_outputs,
 )
 from modelpress_compression.graph.padding import counted_among, counted_positions
 from modelpress_compression.inputs import Feeds
@@ -72,7 +73,7 @@ class Taylor:
         self, model: Model, groups: Sequence[Group], members: Mapping[str, list[Member]], context: Context
     ) -> dict[str, Scores]:
         names = {member.tensor for found in members.values() for member in found}
-        values = [value for value in model.graph.outputs if value.producer() is not None]
+        values = tensor_outputs(model.graph)
         executor = Executor(
             model,
             trainable=names,

@@ -26,6 +26,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.outputs import tensor_outputs
 from modelpress_compression.graph.padding import counted_among, counted_positions
 from modelpress_compression.graph.read import label
 from modelpress_compression.graph.watch import Listener
@@ -141,7 +142,7 @@ class GradientProbe:
 def gradient_probe(setup: QuantizationSetup, samples: InputData | None = None) -> GradientProbe | None:
     """A probe for the activations and weights of the setup's plan; `samples`: `SAMPLES` of the data where None.
 
-    None: the model has operators without gradients here. Raises ModelNotRunnableError.
+    None: the model has operators, or outputs, without gradients here. Raises ModelNotRunnableError.
     """
     # torch takes a second to import, and only who quantizes statically needs it.
     from modelpress_compression.executor import Executor, NotExecutableError
@@ -152,7 +153,10 @@ def gradient_probe(setup: QuantizationSetup, samples: InputData | None = None) -
     zero = editor.constant(copy.graph, np.zeros((), np.float32), "zero")
     named = {item.value.name or "": item for item in plan.activations.values() if item.has_own_range}
     activations = {name: _read_in_8_bits(item, plan, editor, zero) for name, item in named.items()}
-    outputs = [value.name or "" for value in copy.graph.outputs if value.dtype == onnx_ir.DataType.FLOAT]
+    ends = tensor_outputs(copy.graph)
+    outputs = [value.name for value in ends if value.name and value.dtype == onnx_ir.DataType.FLOAT]
+    if not outputs:
+        return None
     try:
         executor = Executor(
             copy,

@@ -26,6 +26,7 @@ from itertools import groupby
 
 from modelpress_compression.channels import Analysis, Group, Indices
 from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.outputs import tensor_outputs
 from modelpress_compression.graph.read import label
 from modelpress_compression.graph.watch import taps
 from modelpress_compression.inputs import InputData
@@ -61,7 +62,7 @@ def repair(full: Model, pruned: Model, analysis: Analysis, kept: Mapping[str, In
     masks = kept_indices(groups, kept)
     fitted = pruned.clone()
     layers, skipped = _layers(full, fitted, masks, _readers(groups, kept))
-    outputs = [value.name for value in full.graph.outputs if value.name and value.producer() is not None]
+    outputs = [value.name for value in tensor_outputs(full.graph) if value.name]
     # What both are asked for, in all: the outputs once more in the end, where the fits are judged.
     names_full = [*(name for layer in layers for name in layer.names_full), *outputs]
     names_cut = [*(name for layer in layers for name in layer.names_cut), *outputs]
