@@ -1,4 +1,4 @@
-"""Writes the tables of the README, docs/recipes.md, docs/server.md and docs/cli.md from what the code itself says.
+"""Writes the tables of the README, docs/recipes.md, server.md, cli.md and formats.md from what the code itself says.
 
     python docs/generate_reference.py            writes them
     python docs/generate_reference.py --check    fails when they are not up to date
@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 from modelpress_client.cli.app import cli
 from modelpress_compression.loaders.formats import FORMATS
+from modelpress_compression.loaders.formats.refusals import REFUSALS
 from modelpress_compression.options import Config, schema_of
 from modelpress_compression.passes.distill.config import AUGMENTATIONS
 from modelpress_compression.recipe import Benchmark, Constraints, Goal, presets
@@ -26,7 +27,7 @@ from modelpress_compression.techniques import TECHNIQUES
 from modelpress_server.config import GIB, KIB, MIB, Settings
 
 FOLDER = Path(__file__).resolve().parent
-PAGES = ("../README.md", "recipes.md", "server.md", "cli.md")
+PAGES = ("../README.md", "recipes.md", "server.md", "cli.md", "formats.md")
 _BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _MEASURED_ON_THE_MACHINE = {"data_dir": "the user's data directory", "worker_memory_bytes": "4/5 of the machine"}
 
@@ -88,6 +89,18 @@ def formats_reference() -> str:
         for row in sorted(FORMATS, key=lambda row: row.number)
     )
     return table(("file", "how"), rows)
+
+
+def refusals_reference() -> str:
+    """One row a refusal; what a message fills in stands in angle brackets."""
+    rows = (
+        (_filled(f"{row.what} {row.lacks}".strip()), _filled(row.works), code(row.code)) for row in REFUSALS.values()
+    )
+    return table(("what it is, and what is lacking here", "what works", "`finding`"), rows)
+
+
+def _filled(text: str) -> str:
+    return re.sub(r"\{(\w+)(?:!r)?\}", lambda field: f"&lt;{field[1]}&gt;", text)
 
 
 def settings_reference() -> str:
@@ -161,6 +174,7 @@ REFERENCES: dict[str, Callable[[], str]] = {
     "benchmark": lambda: options_reference(Benchmark),
     "presets": presets_reference,
     "formats": formats_reference,
+    "refusals": refusals_reference,
     "settings": settings_reference,
     "commands": commands_reference,
     "client-options": lambda: client_options_reference(""),

@@ -11,13 +11,14 @@ import io
 import tokenize
 
 from modelpress_compression.archive import Archive
-from modelpress_compression.errors import RejectedModelError, UnsupportedFormatError
+from modelpress_compression.errors import UnsupportedFormatError
 from modelpress_compression.loaders.formats.pickle_scan import (
     MAX_PICKLE_BYTES,
     TENSOR_GLOBALS,
     foreign_global,
     scan_pickle,
 )
+from modelpress_compression.loaders.formats.refusals import refused
 from modelpress_compression.loaders.formats.torch_archive import inner_members
 
 MAX_CODE_BYTES = 64 * 1024 * 1024  # 64 MiB, all code files together
@@ -47,7 +48,7 @@ def check_script(archive: Archive) -> None:
             code_bytes += member.size_bytes
             check_code(archive.read(member, MAX_CODE_BYTES), inner)
     if code_bytes > MAX_CODE_BYTES:
-        raise RejectedModelError(f"The archive has {code_bytes} bytes of code.", finding="ARCHIVE")
+        raise refused("CODE_SIZE", bytes=code_bytes, most=MAX_CODE_BYTES)
 
 
 def check_pickle(data: bytes, what: str) -> None:
@@ -72,19 +73,16 @@ def check_code(code: bytes, what: str) -> None:
             if token.type in (tokenize.NAME, tokenize.OP, tokenize.STRING)
         ]
     except (tokenize.TokenError, SyntaxError, UnicodeDecodeError) as error:
-        raise UnsupportedFormatError(f"The archive's {what[:80]} is no readable TorchScript ({error}).") from error
+        raise UnsupportedFormatError(
+            f"The archive's {what[:80]} is no readable TorchScript ({error}); save it again with torch.jit.save."
+        ) from error
     for index, token in enumerate(tokens):
         before = tokens[index - 1].string if index else ""
         name = token.string if token.type == tokenize.NAME and before == "." else ""
         if token.type == tokenize.NAME and token.string == "getattr":
             name = _getattr_name(tokens[index + 1 :])
         if name in _FORBIDDEN:
-            raise RejectedModelError(
-                f"The model's code calls {name!r} ({what[:80]}), which reaches outside of the model; "
-                f"a model may only compute.",
-                finding="SCRIPT_OPERATOR",
-                operator=name,
-            )
+            raise refused("SCRIPT_OPERATOR", operator=name, where=what[:80])
 
 
 def _getattr_name(tokens: list[tokenize.TokenInfo]) -> str:

@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 
 from modelpress_protos.archive import Archive
-from modelpress_protos.errors import UnsupportedFormatError
 from modelpress_protos.formats.pickle_scan import MAX_PICKLE_BYTES, scan_pickle
+from modelpress_protos.formats.refusals import refused
 from modelpress_protos.formats.torch_archive import inner_members
 
 _HEAD_BYTES = 4096
@@ -16,6 +16,9 @@ _ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")
 _PICKLE_MAGICS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 # torch.save before version 1.6: magic number, protocol and system before the object; storage keys and tensors follow.
 _LEGACY_PICKLES = 4
+# What torch.save writes first in its old format, whatever the pickle's protocol: the long 0x1950a86a20f9469cfc6c.
+_LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_LEGACY_MAGIC_WITHIN = 32
 _WHAT = "The file's pickle"
 
 
@@ -44,9 +47,14 @@ class Content:
             _refuse_arrays(archive)
             return frozenset(inner_members(archive))
 
+    @property
+    def of_torch(self) -> bool:
+        """Whether torch.save wrote the pickle."""
+        return self.is_zip or _LEGACY_MAGIC in self.head[:_LEGACY_MAGIC_WITHIN]
+
     @cached_property
     def imports(self) -> frozenset[str] | None:
-        """Every `module name` that the object written by torch.save would import; None where the file holds none."""
+        """Every `module name` that the pickle would import; None where the file holds none."""
         if self.is_zip:
             return self._archived_imports()
         return self._legacy_imports() if self.head.startswith(_PICKLE_MAGICS) else None
@@ -75,4 +83,4 @@ def _refuse_arrays(archive: Archive) -> None:
     """Data instead of a model is a common slip; said before anything is said about what torch would not write."""
     names = [member.name for member in archive.members]
     if names and all(name.endswith(".npy") for name in names):
-        raise UnsupportedFormatError("The file is an .npz of NumPy arrays, not a model; give it as --data or --eval.")
+        raise refused("ARRAYS")

@@ -13,7 +13,8 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from modelpress_protos.errors import RejectedModelError, UnsupportedFormatError
+from modelpress_protos.errors import CompressionError, RejectedModelError, UnsupportedFormatError
+from modelpress_protos.formats.refusals import refused
 
 MAX_OPCODES = 5_000_000
 MAX_PICKLE_BYTES = 256 * 1024 * 1024  # 256 MiB; weights lie beside the pickle, not in it
@@ -80,7 +81,7 @@ def _scan(data: bytes, what: str) -> PickleScan:
     try:
         for count, (opcode, argument, position) in enumerate(pickletools.genops(io.BytesIO(data))):
             if count > MAX_OPCODES:
-                raise RejectedModelError(f"{what} has more than {MAX_OPCODES} opcodes.", finding="PICKLE_SIZE")
+                raise refused("PICKLE_SIZE", subject=what, most=MAX_OPCODES)
             name = opcode.name
             end = (position or 0) + 1
             if name in ("GLOBAL", "INST"):
@@ -90,7 +91,7 @@ def _scan(data: bytes, what: str) -> PickleScan:
                 found.add(_stack_global(strings, what))
                 strings[-2:] = [None]
             elif name in _EXTENSIONS:
-                raise RejectedModelError(f"{what} uses pickle extension codes.", finding="PICKLE_GLOBAL")
+                raise refused("PICKLE_EXTENSION", subject=what)
             elif name in _MEMO_PUTS:
                 memo[len(memo) if name == "MEMOIZE" else int(argument or 0)] = strings[-1] if strings else None
             elif name in _MEMO_GETS:
@@ -109,16 +110,10 @@ def _scan(data: bytes, what: str) -> PickleScan:
 
 def _stack_global(strings: list[str | None], what: str) -> str:
     if len(strings) < 2 or strings[-1] is None or strings[-2] is None:
-        raise RejectedModelError(f"{what} builds the names of what it imports as it runs.", finding="PICKLE_GLOBAL")
+        raise refused("PICKLE_NAMES", subject=what)
     return f"{strings[-2]} {strings[-1]}"
 
 
-def foreign_global(what: str, names: list[str]) -> RejectedModelError:
+def foreign_global(what: str, names: list[str]) -> CompressionError:
     """The refusal of a pickle that imports `names`."""
-    listed = ", ".join(name.replace(" ", ".")[:80] for name in names[:5])
-    return RejectedModelError(
-        f"{what} would import {listed}; only tensors are read from a file, nothing is executed. "
-        f"Export the model with torch.onnx.export where its source is.",
-        finding="PICKLE_GLOBAL",
-        globals=listed,
-    )
+    return refused("PICKLE_GLOBAL", subject=what, globals=", ".join(name.replace(" ", ".")[:80] for name in names[:5]))

@@ -18,10 +18,13 @@ from pathlib import Path
 from modelpress_compression.errors import UnsupportedFormatError
 from modelpress_compression.loaders.formats.content import Content
 from modelpress_compression.loaders.formats.pickle_scan import TENSOR_GLOBALS
+from modelpress_compression.loaders.formats.refusals import STRANGERS, refused
 
 _MAX_SAFETENSORS_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the format's own reader
 # (field number, wire type) of onnx.ModelProto: 0 is a varint, 2 a field with a length.
 _MODEL_PROTO_FIELDS = frozenset([(1, 0), (5, 0), *((field, 2) for field in (2, 3, 4, 6, 7, 8, 14, 20, 25, 26))])
+# A SavedModel begins like an ONNX model: a version, then field 2, which is the whole graph there and a short name here.
+_META_GRAPHS, _HEAD_WITHOUT_GRAPH_BYTES = (2, 2), 1024
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,11 @@ def _is_torchscript(content: Content) -> bool:
 
 
 def _is_state_dict(content: Content) -> bool:
-    return content.imports is not None and content.imports <= TENSOR_GLOBALS
+    return content.of_torch and content.imports is not None and content.imports <= TENSOR_GLOBALS
 
 
 def _is_pickled_module(content: Content) -> bool:
-    return content.imports is not None
+    return content.of_torch and content.imports is not None
 
 
 def _is_safetensors(content: Content) -> bool:
@@ -134,6 +137,8 @@ def _is_onnx(content: Content) -> bool:
         value, position = _varint(head, position)
         if position < 0:
             return False
+        if (field, wire) == _META_GRAPHS and value > _HEAD_WITHOUT_GRAPH_BYTES and head[:1] == b"\x08":
+            raise refused("SAVED_MODEL")
         position += value if wire == 2 else 0
     return True
 
@@ -207,24 +212,6 @@ FORMATS = (
     ),
 )
 
-# First bytes of what people upload by mistake, at an offset; and what to do about it.
-_STRANGERS: tuple[tuple[int, bytes, str], ...] = (
-    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras?); export it to ONNX with tf2onnx or keras.Model.export"),
-    (4, b"TFL3", "a TensorFlow Lite file; convert the original model with tf2onnx"),
-    (0, b"\x93NUMPY", "a NumPy array, not a model"),
-    (0, b"\x1f\x8b", "gzip-compressed; unpack it first"),
-    (0, b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive; unpack it first"),
-    (0, b"BZh", "bzip2-compressed; unpack it first"),
-    (0, b"\xfd7zXZ\x00", "xz-compressed; unpack it first"),
-    (0, b"\x28\xb5\x2f\xfd", "zstd-compressed; unpack it first"),
-    (0, b"GGUF", "a GGUF file of llama.cpp, which holds weights that are quantized already"),
-    (0, b"<!DOCTYPE", "a web page; the download went wrong"),
-    (0, b"<html", "a web page; the download went wrong"),
-    (0, b"<?xml", "an XML file (OpenVINO?); export the original model to ONNX"),
-    (0, b"version https://git-lfs", "a Git LFS pointer; fetch the file itself with 'git lfs pull'"),
-    (257, b"ustar", "a tar archive; unpack it first"),
-)
-
 
 def detect(path: str | os.PathLike[str]) -> Format:
     """The row of a file's format, by its content alone: names lie, `.pt` is four different formats.
@@ -233,25 +220,25 @@ def detect(path: str | os.PathLike[str]) -> Format:
     """
     content = Content(Path(path))
     if not content.head:
-        raise UnsupportedFormatError("The file is empty; write or upload it again.")
-    for offset, magic, what in _STRANGERS:
-        if content.head[offset:].startswith(magic) and not content.is_zip:
-            raise _unsupported(what)
+        raise refused("EMPTY")
+    for stranger in STRANGERS:
+        if content.head[stranger.offset :].startswith(stranger.magic) and not content.is_zip:
+            raise refused(stranger.code)
     for row in FORMATS:
         if row.sniff(content):
             return row
+    if content.imports is not None:
+        raise refused("OTHER_PICKLE", listed=_listed(content.imports))
     if any(name.endswith(("config.json", "model.weights.h5")) for name in content.names):
-        raise _unsupported("a Keras archive; export it to ONNX")
-    raise _unsupported("a zip archive, but not one of torch's" if content.is_zip else "in no known format")
-
-
-def _unsupported(what: str) -> UnsupportedFormatError:
+        raise refused("KERAS")
     rows = sorted(FORMATS, key=lambda row: row.number)
     read = _either(row.noun for row in rows if row.loader)
     converted = _either(row.noun for row in rows if row.way_out)
-    return UnsupportedFormatError(
-        f"The file is {what}. Give {read}; or, to be converted on your own machine, {converted}."
-    )
+    raise refused("OTHER_ZIP" if content.is_zip else "UNKNOWN", read=read, converted=converted)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(name.replace(" ", ".")[:80] for name in sorted(names)[:3]) or "nothing but plain values"
 
 
 def _either(nouns: Iterable[str]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import pickle
 import shutil
 import struct
+from collections import Counter
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from modelpress_compression.errors import CompressionError, RejectedModelError, UnsupportedFormatError
 from modelpress_compression.loaders import load
 from modelpress_compression.loaders.formats import FORMATS, detect
+from modelpress_compression.loaders.formats.refusals import REFUSALS, STRANGERS, refused
 from onnx import helper
 from safetensors.torch import save_file
 
@@ -62,6 +65,10 @@ def test_safetensors_whose_length_looks_like_a_pickle(tmp_path: Path) -> None:
         (gzip.compress(b"x"), "gzip"),
         (b"<!DOCTYPE html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (b"\x1c\0\0\0TFL3" + b"\0" * 20, "tf2onnx.convert --tflite"),
+        (b"\x08\x01\x12\xff\xff\x07" + b"\x0a" * 20, "tf2onnx.convert --saved-model"),
+        (b"tree\nversion=v4\n", "onnxmltools.convert_lightgbm"),
+        (b"GGUF\3\0\0\0", "transformers:auto"),
         (struct.pack("<Q", 2**40) + b'{"a":', "claims"),
         (b"PK\x03\x04" + b"\0" * 40, "damaged"),
     ],
@@ -126,11 +133,15 @@ def test_weights_alone_are_refused_with_the_way_out(small_net: torch.nn.Module, 
 def test_a_pickle_is_never_executed(tmp_path: Path, make: SimpleNamespace) -> None:
     """Neither a bare pickle nor torch.save's archive runs what it contains."""
     marker = tmp_path / "executed"
-    for name, data in (("a.pt", make.touching_torch_save(marker)), ("b.pt", make.touching_pickle(marker))):
+    files = (
+        ("a.pt", make.touching_torch_save(marker), "PICKLED_MODULE"),
+        ("b.pt", make.touching_pickle(marker), "OTHER_PICKLE"),
+    )
+    for name, data, finding in files:
         (tmp_path / name).write_bytes(data)
         with pytest.raises(RejectedModelError) as caught:
             load(tmp_path / name)
-        assert caught.value.metadata["finding"] == "PICKLED_MODULE"
+        assert caught.value.metadata["finding"] == finding
     assert not marker.exists()
 
 
@@ -140,3 +151,32 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         load(tmp_path / "nothing")
     with pytest.raises(UnsupportedFormatError, match="is a folder"):
         load(tmp_path)
+
+
+def test_pickles_of_other_libraries(tmp_path: Path) -> None:
+    """They are not called PyTorch's; what they would import is named, and what to do."""
+    for protocol in range(2, 6):
+        (tmp_path / "m.pkl").write_bytes(pickle.dumps({"counts": Counter(a=1)}, protocol))
+        with pytest.raises(RejectedModelError, match=r"names collections\.Counter.*skl2onnx") as caught:
+            detect(tmp_path / "m.pkl")
+        assert caught.value.metadata["finding"] == "OTHER_PICKLE"
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_the_old_format_of_torch_under_any_protocol(tmp_path: Path, protocol: int) -> None:
+    """It is torch's, whatever the pickle's protocol."""
+    torch.save({"w": torch.ones(2)}, tmp_path / "w.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=False)
+    assert detect(tmp_path / "w.pt").name == "state_dict"
+
+
+def test_every_refusal_says_what_to_do() -> None:
+    """Each names what the file is and what works; each code stands for one kind of error."""
+    for row in (*REFUSALS.values(), *STRANGERS):
+        assert row.what
+        assert row.works
+        assert REFUSALS[row.code].error is row.error
+        assert all(text == "" or text.endswith((".", ")")) for text in (row.what, row.lacks, row.works))
+    for stranger in STRANGERS:
+        error = refused(stranger.code)
+        assert error.metadata == {"finding": stranger.code}
+        assert stranger.works in error.message

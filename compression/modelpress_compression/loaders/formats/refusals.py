@@ -1,0 +1,181 @@
+"""Why an upload is refused: what it is, what is lacking here, and what works. The one place where this is worded.
+
+A refusal is named by its code, which is also what machines read (`metadata["finding"]`): the loaders say which one and
+fill in the braces, docs/formats.md prints the table. What is *damaged* is worded where the bytes are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from modelpress_compression.errors import (
+    CompressionError,
+    RejectedModelError,
+    UnsupportedFormatError,
+    UnsupportedOperatorError,
+)
+
+EXPORT_ONNX = 'Export it where its source is: torch.onnx.export(model, inputs, "model.onnx", dynamo=True).'
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Three sentences for people, about one kind of file. `lacks` may be empty where the first sentence says it all."""
+
+    code: str
+    what: str
+    lacks: str
+    works: str
+    error: type[CompressionError] = field(default=RejectedModelError, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Stranger(Refusal):
+    """A file that is no model of ours, told by `magic` at an offset."""
+
+    offset: int = 0
+    magic: bytes = b""
+    error: type[CompressionError] = field(default=UnsupportedFormatError, kw_only=True)
+
+
+_NO_READER = "There is no reader for it here."
+_PACKED = "Models are read from the file itself, not from an archive."
+_UNPACK = "Unpack it, and give the file in it."
+_FETCH = "Download the file itself, and look at its size before you upload it."
+
+STRANGERS = (
+    Stranger(
+        "HDF5", "The file is HDF5, which Keras wrote its models in.", _NO_READER,
+        'Export it with Keras 3, model.export("model.onnx", format="onnx"), or with '
+        "python -m tf2onnx.convert --keras model.h5 --output model.onnx.", 0, b"\x89HDF\r\n\x1a\n",
+    ),
+    Stranger(
+        "TENSORFLOW_LITE", "The file is a TensorFlow Lite model.", _NO_READER,
+        "Convert it with python -m tf2onnx.convert --tflite model.tflite --output model.onnx.", 4, b"TFL3",
+    ),
+    Stranger(
+        "ONNXRUNTIME_FORMAT", "The file is in onnxruntime's own format (.ort), which is made for one runtime.",
+        "It is not read here.", "Give the ONNX model that it was made of.", 4, b"ORTM",
+    ),
+    Stranger(
+        "EXECUTORCH", "The file is an ExecuTorch program (.pte), lowered for a device.", _NO_READER,
+        "Give the exported program that it was made of, saved with torch.export.save.", 4, b"ET12",
+    ),
+    Stranger(
+        "TENSORRT", "The file is a TensorRT engine, compiled for one kind of GPU.", "It cannot be taken apart.",
+        "Give the ONNX model that it was built from.", 0, b"ftrt",
+    ),
+    Stranger(
+        "GGUF", "The file is GGUF, weights of llama.cpp that are mostly quantized already.",
+        "There is no reader for it here.", "Give the folder of the original model with --architecture "
+        "transformers:auto.", 0, b"GGUF",
+    ),
+    Stranger(
+        "CATBOOST", "The file is a CatBoost model.", _NO_READER,
+        'Save it with model.save_model("model.onnx", format="onnx").', 0, b"CBM1",
+    ),
+    Stranger(
+        "LIGHTGBM", "The file is a LightGBM model.", _NO_READER,
+        "Convert it with onnxmltools.convert_lightgbm, and save what that returns.", 0, b"tree\nversion=",
+    ),
+    Stranger(
+        "XGBOOST", "The file is an XGBoost model.", _NO_READER,
+        "Convert it with onnxmltools.convert_xgboost, and save what that returns.", 0, b'{"learner"',
+    ),
+    Stranger(
+        "NUMPY", "The file is a NumPy array, not a model.", "", "Give data as --data or --eval, in an .npz.", 0,
+        b"\x93NUMPY",
+    ),
+    Stranger("GZIP", "The file is gzip-compressed.", _PACKED, _UNPACK, 0, b"\x1f\x8b"),
+    Stranger("SEVEN_ZIP", "The file is a 7-Zip archive.", _PACKED, _UNPACK, 0, b"7z\xbc\xaf\x27\x1c"),
+    Stranger("BZIP2", "The file is bzip2-compressed.", _PACKED, _UNPACK, 0, b"BZh"),
+    Stranger("XZ", "The file is xz-compressed.", _PACKED, _UNPACK, 0, b"\xfd7zXZ\x00"),
+    Stranger("ZSTD", "The file is zstd-compressed.", _PACKED, _UNPACK, 0, b"\x28\xb5\x2f\xfd"),
+    Stranger("TAR", "The file is a tar archive.", _PACKED, _UNPACK, 257, b"ustar"),
+    Stranger("WEB_PAGE", "The file is a web page: the download went wrong.", "", _FETCH, 0, b"<!DOCTYPE"),
+    Stranger("WEB_PAGE", "The file is a web page: the download went wrong.", "", _FETCH, 0, b"<html"),
+    Stranger(
+        "XML", "The file is XML; OpenVINO keeps its graphs so.", _NO_READER,
+        "Give the ONNX model that it was converted from.", 0, b"<?xml",
+    ),
+    Stranger(
+        "GIT_LFS", "The file is a Git LFS pointer, a line of text in the place of the model.", "",
+        "Fetch the model with git lfs pull.", 0, b"version https://git-lfs",
+    ),
+)  # fmt: skip
+
+_REFUSALS = (
+    Refusal("EMPTY", "The file is empty.", "", "Write or upload it again.", error=UnsupportedFormatError),
+    Refusal(
+        "UNKNOWN", "The file is in no known format.", "It may be damaged, or of a program that is not known here.",
+        "Give {read}; or, to be converted on your own machine, {converted}.", error=UnsupportedFormatError,
+    ),
+    Refusal(
+        "OTHER_ZIP", "The file is a zip archive, but not one of torch's.", _PACKED,
+        "Give {read}; or, to be converted on your own machine, {converted}.", error=UnsupportedFormatError,
+    ),
+    Refusal(
+        "KERAS", "The file is a Keras archive.", _NO_READER,
+        'Export it where it was made: model.export("model.onnx", format="onnx").', error=UnsupportedFormatError,
+    ),
+    Refusal(
+        "SAVED_MODEL", "The file is the graph of a TensorFlow SavedModel.", _NO_READER,
+        "Convert its folder with python -m tf2onnx.convert --saved-model FOLDER --output model.onnx.",
+        error=UnsupportedFormatError,
+    ),
+    Refusal(
+        "ARRAYS", "The file is an .npz of NumPy arrays, not a model.", "", "Give it as --data or --eval.",
+        error=UnsupportedFormatError,
+    ),
+    Refusal(
+        "OTHER_PICKLE", "The file is a pickle that torch.save did not write (it names {listed}).",
+        "Nothing is unpickled here, for that runs the code in the file.",
+        'Convert a model of scikit-learn with skl2onnx.to_onnx(model, X[:1]); save weights of torch with '
+        "torch.save(model.state_dict(), PATH).",
+    ),
+    Refusal(
+        "PICKLE_SIZE", "{subject} has more than {most} opcodes.", "That is more than is looked through.",
+        "Save tensors as tensors (torch.save, safetensors), not as lists of numbers.",
+    ),
+    Refusal(
+        "PICKLE_EXTENSION", "{subject} uses pickle extension codes, which stand for names that are not in the file.",
+        "What they would import cannot be told.", "Save the model again, without copyreg.add_extension.",
+    ),
+    Refusal(
+        "PICKLE_NAMES", "{subject} builds the names of what it imports as it runs.",
+        "What they would be cannot be told without running it.", EXPORT_ONNX,
+    ),
+    Refusal(
+        "PICKLE_GLOBAL", "{subject} would import {globals}.", "Only tensors are read from a file; nothing is executed.",
+        EXPORT_ONNX,
+    ),
+    Refusal(
+        "CODE_SIZE", "The archive has {bytes} bytes of code.", "At most {most} are read.",
+        "Script the model without the parts that are not needed to run it.",
+    ),
+    Refusal(
+        "SCRIPT_OPERATOR", "The model's code calls {operator!r} ({where}), which reaches outside of the model.",
+        "Such code is not run here: a model may only compute.", "Take the call out of forward, and save it again.",
+    ),
+    Refusal(
+        "NATIVE_CODE", "The archive holds native code (AOTInductor).", "Native code is not executed here.",
+        "Save the program itself with torch.export.save.",
+    ),
+    Refusal(
+        "FOREIGN_OPERATOR", "The program uses the operator {op_type!r} of a library that is not part of torch.",
+        "That library is not here, and what its operator computes is not known.",
+        "Export the model with torch's own operators, or to ONNX where the library is.", error=UnsupportedOperatorError,
+    ),
+)  # fmt: skip
+
+REFUSALS = {row.code: row for row in (*_REFUSALS, *STRANGERS)}
+
+
+def refused(code: str, **details: object) -> CompressionError:
+    """The error of a kind of refusal; `details` fill in its braces, and are for machines, too.
+
+    The code is its `metadata["finding"]`, the details lie beside it.
+    """
+    row = REFUSALS[code]
+    message = " ".join(part.format(**details) for part in (row.what, row.lacks, row.works) if part)
+    return row.error(message, finding=code, **{name: str(value) for name, value in details.items()})
