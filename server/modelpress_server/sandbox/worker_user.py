@@ -92,7 +92,7 @@ def barrier(user: WorkerUser, data: Path) -> str:
     for path in (*installation, data):
         for folder in reversed(path.resolve().parents):
             if not _may(user, folder, 0o1):
-                lies = "the data folder lies" if path == data else f"Python needs {path}, which lies"
+                lies = "the data folder lies" if path == data else f"Python needs {path.resolve()}, which lies"
                 mode = f"{folder.stat().st_mode & 0o7777:04o}"
                 return (
                     f"others may not pass through {folder} (mode {mode}), and {lies} below it. For workers with users "
