@@ -83,7 +83,7 @@ class Settings:
         kind="path",
     )
     jwt_issuer: str | None = _setting(
-        None, "Take web tokens (OpenID Connect) of this issuer, as their claim iss spells it; with the next."
+        None, "Take web tokens (OpenID Connect) of this issuer, as their claim iss spells it; needs --jwt-audience."
     )
     jwt_audience: str | None = _setting(None, "What the web tokens' claim aud must hold.")
     jwt_keys: str | None = _setting(

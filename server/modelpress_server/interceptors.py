@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from modelpress_server.identity.roles import ANYBODY, Caller, needed_role
 from modelpress_server.identity.throttle import Throttle
 from modelpress_server.projects import Projects
 from modelpress_server.shortage import shortage_of
+from modelpress_server.waiting import ended
 
 logger = logging.getLogger(__name__)
 
@@ -184,17 +185,16 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
         if call.project:
             _check_role(call, call.project)
 
-    async def _guard(self, stream: Awaitable[Any], call: Call, authorization: str, context: Any) -> Any:
+    async def _guard(self, stream: Coroutine[Any, Any, Any], call: Call, authorization: str, context: Any) -> Any:
         """Runs a stream to its end, or until its caller may no longer do what it does."""
-        running = asyncio.ensure_future(stream)
+        running = asyncio.create_task(stream)
         try:
             while not await self._clock.wait({running}, RECHECK_S):
                 await self._check_again(call, authorization, context)
             return await running
         finally:
-            if not running.done():
-                running.cancel()
-                await asyncio.wait([running])
+            running.cancel()
+            await ended(running)
 
     def _wrap(self, handler: Any, method: str, authorization: str) -> Handler:
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream

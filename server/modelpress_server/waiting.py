@@ -14,15 +14,20 @@ from modelpress_server.clock import Clock
 Result = TypeVar("Result")
 
 
+async def ended(task: asyncio.Task[Any]) -> None:
+    """Returns when the task has ended, however it ended."""
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()  # marks it as seen
+
+
 async def uninterrupted(work: Coroutine[Any, Any, Result]) -> Result:
     """Runs `work` to its end even when the caller is cancelled meanwhile; the cancellation is raised after it."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()  # marks it as seen
+        await ended(task)
         raise
 
 

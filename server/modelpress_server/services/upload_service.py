@@ -26,7 +26,7 @@ from modelpress_server.stores.base import BlobIndex, BlobKey, StorageQuota, Uplo
 from modelpress_server.stores.filesystem import FileBlobStore, damaged
 from modelpress_server.stores.records import now_us
 from modelpress_server.validation import check_digest, check_digests
-from modelpress_server.waiting import uninterrupted
+from modelpress_server.waiting import ended, uninterrupted
 
 READ_CHUNK_BYTES = MIB
 # Where a project has too many uploads, one without a byte for so long gives way to a new one.
@@ -199,7 +199,7 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
                 yield response
         finally:
             if reading is not None:
-                await uninterrupted(_ended(reading))
+                await uninterrupted(ended(reading))
             os.close(fd)
 
     async def _finish(
@@ -255,9 +255,3 @@ def _read_chunk(fd: int, offset: int, sha256: hashlib._Hash | None) -> upload_se
     if sha256 is not None:
         sha256.update(data)
     return upload_service_pb2.ReadBlobResponse(offset=offset, crc32c=google_crc32c.value(data), data=data)
-
-
-async def _ended(task: asyncio.Task[Any]) -> None:
-    await asyncio.wait([task])
-    if not task.cancelled():
-        task.exception()
