@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from modelpress_compression.errors import CompressionError
+from modelpress_compression.model import file_size_bytes
 from modelpress_compression.report.environment import environment
-from modelpress_compression.search.steps import file_size_bytes
 from quantization_cases import Case, Kind, NotInstalledError, Prepared, cases, prepare
 from quantization_contenders import BATCH_SIZES, CONTENDERS
 from quantization_measuring import FLOAT, VERSION, Figures, Timing, latency, quality

@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 import onnx_ir
 
+from modelpress_compression import mapped
 from modelpress_compression.specs import TensorSpec
 
 # The newest that onnxruntime 1.31 loads; nothing newer is ever written.
@@ -96,33 +97,51 @@ class Model:
     def save(self, path: str | os.PathLike[str]) -> list[Path]:
         """Writes the model; returns the files, the main one first.
 
-        Beyond 1.5 GiB of weights they go into `NAME.data` beside it, so that memory stays flat and protobuf's limit of
-        2 GiB is not met. Raises OSError.
+        Beyond 1.5 GiB of weights they go into `NAME.data` beside it, so that protobuf's limit of 2 GiB is not met.
+        Weights are streamed: memory holds no copy of them. Raises OSError.
         """
-        path = Path(path)
+        return self._write(Path(path))[0]
+
+    def saved(self, path: str | os.PathLike[str]) -> Model:
+        """Writes the model as `save` does; the same model, whose weights are read from there where they are large."""
+        _, places = self._write(Path(path))
+        if not mapped.is_large(self.weight_bytes()):
+            return self
+        model = self.clone()
+        mapped.stored_in(model.ir, places)
+        return model
+
+    def _write(self, path: Path) -> tuple[list[Path], mapped.Places]:
         if self.weight_bytes() <= EXTERNAL_DATA_THRESHOLD_BYTES:
-            onnx_ir.save(_in_one_file(self.ir.clone()), path, format="protobuf")
-            _write_map_types(path, self.graph)
-            return [path]
-        data = path.with_name(path.name + ".data")
-        onnx_ir.save(self.ir.clone(), path, format="protobuf", external_data=data.name)
-        _write_map_types(path, self.graph)
-        return [path, data]
+            return [path], mapped.write(self.ir, path, finish=self.write_map_types)
+        data = data_path_of(path)
+        return [path, data], mapped.write(self.ir, path, data, finish=self.write_map_types)
+
+    def write_map_types(self, proto: onnx.ModelProto) -> None:
+        """Into the serialized model, whose outputs may be maps: readers may want to know."""
+        keys = {value.name: key for value in self.graph.outputs if value.type is None and (key := map_keys(value))}
+        for output in proto.graph.output:
+            if output.name in keys:
+                map_type = output.type.sequence_type.elem_type.map_type
+                map_type.key_type = onnx.TensorProto.STRING if keys[output.name] == "string" else onnx.TensorProto.INT64
+                map_type.value_type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+                map_type.value_type.tensor_type.shape.SetInParent()
 
 
-def _in_one_file(ir: onnx_ir.Model) -> onnx_ir.Model:
-    """Weights that lie in files are written with the graph. The files stay mapped, for others may be reading them."""
-    for graph in (ir.graph, *ir.graph.subgraphs()):
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if isinstance(tensor, onnx_ir.ExternalTensor):
-                value.const_value = onnx_ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
-    return ir
+def data_path_of(path: Path) -> Path:
+    """Where the weights of a model in `path` are if they are not in it."""
+    return path.with_name(path.name + ".data")
+
+
+def file_size_bytes(path: Path) -> int:
+    """Size of a saved model, its external data included."""
+    data = data_path_of(path)
+    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
 
 
 def read_graph(path: Path) -> onnx_ir.Graph:
-    """The main graph of a file that `Model.save` wrote; weights in files of their own are not read."""
-    proto = onnx.load(path, load_external_data=False)
+    """The main graph of a file that `Model.save` wrote, to be looked at; the weights of a large one are not read."""
+    proto = mapped.read(path)
     forget_maps(proto)
     ir = onnx_ir.from_proto(proto)
     onnx_ir.external_data.set_base_dir(ir.graph, path.parent)
@@ -154,21 +173,6 @@ def map_keys(value: onnx_ir.Value) -> str | None:
     if producer is None or producer.op_type != "ZipMap" or producer.domain != "ai.onnx.ml":
         return None
     return "string" if "classlabels_strings" in producer.attributes else "int64"
-
-
-def _write_map_types(path: Path, graph: onnx_ir.Graph) -> None:
-    """Into a file of ours whose outputs are maps: readers may want to know."""
-    keys = {value.name: key for value in graph.outputs if value.type is None and (key := map_keys(value))}
-    if not keys:
-        return
-    proto = onnx.load(path, load_external_data=False)
-    for output in proto.graph.output:
-        if output.name in keys:
-            map_type = output.type.sequence_type.elem_type.map_type
-            map_type.key_type = onnx.TensorProto.STRING if keys[output.name] == "string" else onnx.TensorProto.INT64
-            map_type.value_type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-            map_type.value_type.tensor_type.shape.SetInParent()
-    path.write_bytes(proto.SerializeToString())
 
 
 def _spec(value: onnx_ir.Value) -> TensorSpec:

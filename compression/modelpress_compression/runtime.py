@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from google.protobuf.message import DecodeError
 
+from modelpress_compression import mapped
 from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOperatorError
 from modelpress_compression.inputs import Array, Feeds
-from modelpress_compression.model import Model
+from modelpress_compression.model import EXTERNAL_DATA_THRESHOLD_BYTES, Model
 from modelpress_compression.parallel import map_in_order
 
 EXECUTION_PROVIDER = "CPUExecutionProvider"
@@ -31,14 +33,27 @@ def open_session(
     *,
     threads: int = 1,
     optimize: bool = True,
-    outputs: Sequence[str] | None = None,
     profile: Path | None = None,
 ) -> ort.InferenceSession:
     """A session on the file. Raises UnsupportedOperatorError or ModelNotRunnableError.
 
     `optimize=False` runs the graph as it is written, for what must not depend on onnxruntime's own rewriting.
     `profile`: what the name of a profile begins with, which `end_profiling` of the session writes.
+
+    Of a large file onnxruntime holds what it makes of the weights, and no copy of the file.
     """
+    options = _options(threads, optimize, profile)
+    if not mapped.is_large(path.stat().st_size):
+        return _session(str(path), options)
+    path = path.resolve()
+    try:
+        proto = mapped.from_file(path, path.name)
+    except (DecodeError, ValueError) as error:
+        raise explain(error) from error
+    return _session(proto, options, path.parent)
+
+
+def _options(threads: int, optimize: bool, profile: Path | None = None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -50,19 +65,45 @@ def open_session(
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+def _session(model: str | bytes, options: ort.SessionOptions, folder: Path | None = None) -> ort.InferenceSession:
+    """`folder`: where a serialized model finds its external data."""
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
-        return ort.InferenceSession(str(path), options, providers=[EXECUTION_PROVIDER])
+        return ort.InferenceSession(model, options, providers=[EXECUTION_PROVIDER])
     except Exception as error:  # onnxruntime raises a dozen unrelated classes, all mean the same here
         raise explain(error) from error
 
 
 @contextmanager
 def session_of(model: Model, *, threads: int = 1, optimize: bool = True) -> Iterator[ort.InferenceSession]:
-    """A session on a model that lies in memory; its file lives as long as the session."""
-    with TemporaryDirectory(prefix="modelpress-") as folder:
-        path = Path(folder) / "model.onnx"
-        model.save(path)
-        yield open_session(path, threads=threads, optimize=optimize)
+    """A session on a model that lies in memory, or partly in files. Raises as `open_session`.
+
+    A small model gets a file, which lives as long as the session. A large one is not written: onnxruntime reads its
+    weights where they are.
+    """
+    light = None
+    if mapped.is_large(model.weight_bytes()):
+        light = mapped.for_session(model.ir, EXTERNAL_DATA_THRESHOLD_BYTES)
+    if light is None:
+        with TemporaryDirectory(prefix="modelpress-") as folder:
+            path = Path(folder) / "model.onnx"
+            model.save(path)
+            yield open_session(path, threads=threads, optimize=optimize)
+        return
+    options = _options(threads, optimize)
+    if not optimize:
+        # What is looked into rather than timed needs no weights in another order, which are a copy of them all.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    values = {
+        name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array), dtype)
+        for name, (array, dtype) in light.arrays.items()
+    }
+    options.add_external_initializers(list(values), list(values.values()))
+    yield _session(light.proto, options, light.folder)
 
 
 def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:

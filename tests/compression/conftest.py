@@ -17,10 +17,9 @@ import torch
 from modelpress_compression import EvaluationData, InputData, load
 from modelpress_compression.measure import latency
 from modelpress_compression.measure.latency import Timings
-from modelpress_compression.model import Model, Provenance
+from modelpress_compression.model import Model, Provenance, file_size_bytes
 from modelpress_compression.runtime import run, session_of
 from modelpress_compression.search import judge
-from modelpress_compression.search.steps import file_size_bytes
 from onnx import TensorProto, helper, numpy_helper
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "mnist"

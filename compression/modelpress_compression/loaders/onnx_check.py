@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 import onnx
 import onnx_ir
 
+from modelpress_compression import mapped
 from modelpress_compression.errors import (
     ModelNotRunnableError,
     RejectedModelError,
@@ -260,6 +261,9 @@ def check_external_data(proto: onnx.ModelProto, source: Source) -> list[Path]:
             continue
         fields = {entry.key: entry.value for entry in tensor.external_data}
         location = fields.get("location", "")
+        if location == mapped.OWN_FILE:
+            _settle(tensor, location, *_check_range(tensor, fields, source.main))
+            continue
         if location not in found:
             found[location] = _check_location(location, folder)
         _settle(tensor, location, *_check_range(tensor, fields, found[location]))

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir
 from google.protobuf.message import DecodeError
 
+from modelpress_compression import mapped
 from modelpress_compression.errors import InvalidInputsError, RejectedModelError, UnsupportedFormatError
 from modelpress_compression.graph.metadata import clear_debug_metadata
 from modelpress_compression.graph.shapes import infer_shapes
@@ -44,6 +45,7 @@ def load_onnx(source: Source, specs: Sequence[TensorSpec]) -> Model:
     data = check_external_data(proto, source)
     sparse = write_out_sparse(proto)
     ir = _to_ir(proto, source.main.parent)
+    mapped.resolve_own_file(ir, source.main)
     del proto
     model = normalize(Model(ir, source.provenance("onnx", data), _sparse_note(sparse)))
     model = apply_specs(model, specs)
@@ -65,7 +67,9 @@ def from_exporter(path: str | os.PathLike[str], provenance: Provenance) -> Model
     """The file that an exporter of ours wrote; its inputs and outputs are as the exporter named them."""
     path = Path(path)
     # In memory: the exporter's folder is gone before the model is.
-    ir = onnx_ir.external_data.load_to_model(_to_ir(_parse(path), path.parent))
+    ir = _to_ir(_parse(path), path.parent)
+    mapped.resolve_own_file(ir, path)
+    ir = onnx_ir.external_data.load_to_model(ir)
     clear_debug_metadata(ir)  # the exporter's, not the user's
     return normalize(Model(ir, provenance))
 
@@ -77,7 +81,10 @@ def _parse(path: Path) -> onnx.ModelProto:
         )
     try:
         # Without its external data: their paths are not checked yet.
-        proto = onnx.load(path, format="protobuf", load_external_data=False)
+        if mapped.is_large(path.stat().st_size):
+            proto = onnx.ModelProto.FromString(mapped.from_file(path))
+        else:
+            proto = onnx.load(path, format="protobuf", load_external_data=False)
     except (DecodeError, ValueError, RuntimeError) as error:
         raise UnsupportedFormatError(
             "The file is no readable ONNX model: it is damaged, cut short or of another format."

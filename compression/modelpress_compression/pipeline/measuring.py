@@ -11,9 +11,9 @@ from modelpress_compression.measure.damage import damage_of
 from modelpress_compression.measure.fidelity import Fidelity, compare_outputs
 from modelpress_compression.measure.latency import BUSY, LatencyRow, Speedup, compare_latency
 from modelpress_compression.measure.task import Task, compare_on_task
+from modelpress_compression.model import file_size_bytes
 from modelpress_compression.passes.base import Context
 from modelpress_compression.recipe import Constraints, Recipe
-from modelpress_compression.search.steps import file_size_bytes
 
 # Times the original's time: beyond it the first words of a report say so.
 FAR_SLOWER = 1.5

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from modelpress_compression.errors import DiskSpaceError, MemoryLimitError
 from modelpress_compression.inputs import InputData
+from modelpress_compression.model import file_size_bytes
 from modelpress_compression.recipe import Recipe, Step
 from modelpress_compression.report.formats import size
 from modelpress_compression.runtime import open_session, run
-from modelpress_compression.search.steps import file_size_bytes
 
 # Samples beyond these are not looked at by the passes and the judge.
 MOST_SAMPLES = 128

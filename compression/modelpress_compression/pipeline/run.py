@@ -12,13 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from modelpress_compression import mapped
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.graph.shapes import sample_shapes
 from modelpress_compression.graph.synthetic import synthetic_inputs
 from modelpress_compression.inputs import Array, EvaluationData, InputData
 from modelpress_compression.measure.stats import model_stats
 from modelpress_compression.measure.task import Labelled, MetricFunction, OwnMetric, Task
-from modelpress_compression.model import Model
+from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.passes.base import Context
 from modelpress_compression.pipeline.data_check import data_warnings
 from modelpress_compression.pipeline.measuring import Measured, measure, not_better, verdict
@@ -28,7 +29,7 @@ from modelpress_compression.recipe import Recipe
 from modelpress_compression.report.build import ReportInputs, StepRow, build_report
 from modelpress_compression.search.family import FamilyMember, family
 from modelpress_compression.search.goal import Pursuit, pursue
-from modelpress_compression.search.steps import StepRecord, apply_step, broken, file_size_bytes, save
+from modelpress_compression.search.steps import StepRecord, apply_step, broken, save
 from modelpress_compression.techniques import TECHNIQUES
 
 SYNTHETIC_SAMPLES = 32
@@ -133,6 +134,8 @@ def compress(
                 log("WARNING", warning)
         report = _report(job, run, made, outcome)
         run.progress.update(1.0, "done")
+        for kept in (outcome.model, *(member.model for member in made.candidates if member.model is not None)):
+            mapped.keep_mapped(kept.ir)  # the work folder goes
         return Result(outcome.model, report, made.candidates)
 
 
@@ -174,7 +177,7 @@ def _prepare(
     """Writes the original to a file, and proves that it runs: every later comparison needs its outputs."""
     progress = Progress(stages_of(recipe), on_progress)
     path = context.work_directory / "original" / "model.onnx"
-    save(model, path)
+    model = save(model, path)
     if (problem := broken(path, context.data, path)) is not None:
         raise ModelNotRunnableError(problem)
     labelled = task if isinstance(task, Labelled) else None

@@ -23,7 +23,7 @@ import numpy as np
 
 from modelpress_compression.measure.latency import Times, ratio_interval
 from modelpress_compression.measure.task import OwnMetric, Task
-from modelpress_compression.model import Model
+from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.passes.base import Context, Skip
 from modelpress_compression.passes.fuse.config import FuseConfig
 from modelpress_compression.passes.prune.config import PruneConfig
@@ -36,7 +36,7 @@ from modelpress_compression.search.choice import Choice, Figures, Limits, choose
 from modelpress_compression.search.family import FamilyMember, family
 from modelpress_compression.search.judge import FLOAT_FLOOR_DB, Judge
 from modelpress_compression.search.quantization import SchemeSearch
-from modelpress_compression.search.steps import StepRecord, apply_step, file_size_bytes, scaled
+from modelpress_compression.search.steps import StepRecord, apply_step, scaled
 
 # Shares of channels that go, the first that does not keep the answers ends the row.
 PRUNED_SHARES = (0.1, 0.25)

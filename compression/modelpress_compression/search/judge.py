@@ -31,10 +31,10 @@ from modelpress_compression.measure.accuracy import Evaluation, accuracy_after
 from modelpress_compression.measure.fidelity import Fidelity, KnownOutputs, compare_outputs
 from modelpress_compression.measure.latency import Speedup, Times, Timings, ratio_interval, time_interleaved
 from modelpress_compression.measure.task import Task
+from modelpress_compression.model import file_size_bytes
 from modelpress_compression.passes.base import Context
 from modelpress_compression.recipe import Recipe
 from modelpress_compression.search.candidates import Candidate
-from modelpress_compression.search.steps import file_size_bytes
 
 # The largest drop of the task metric, with labels, if `max_drop` is not set.
 DEFAULT_MAX_DROP = 0.01

@@ -24,7 +24,7 @@ from glob import escape
 from pathlib import Path
 
 from modelpress_compression.measure.task import Task
-from modelpress_compression.model import Model
+from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.passes.base import Context, PassResult, Skip
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.quantize import Quantize, prepare_static
@@ -34,7 +34,7 @@ from modelpress_compression.search.candidates import Candidate, fastest, pareto_
 from modelpress_compression.search.heads import unvouched_heads
 from modelpress_compression.search.judge import Judge
 from modelpress_compression.search.mixed import fewest_in_float, order_of
-from modelpress_compression.search.steps import StepRecord, file_size_bytes, keep, scaled
+from modelpress_compression.search.steps import StepRecord, keep, scaled
 
 # Shares of the step's progress when dynamic, static and the mixed candidates are built and judged.
 _DYNAMIC, _STATIC, _MIXED = 0.15, 0.6, 0.85

@@ -55,7 +55,7 @@ def keep(record: StepRecord, result: PassResult, context: Context, target: Path)
     record = replace(record, skipped=result.skipped, warnings=result.warnings)
     if not result.changed:
         return record
-    save(result.model, target)
+    model = save(result.model, target)
     problem = broken(target, context.data, reference=record.path)
     if problem is not None:
         warning = f"{record.step.technique} was undone: {problem}"
@@ -63,7 +63,7 @@ def keep(record: StepRecord, result: PassResult, context: Context, target: Path)
         return replace(record, warnings=(*record.warnings, warning))
     return replace(
         record,
-        model=result.model,
+        model=model,
         path=target,
         changes=dict(result.changes),
         details=result.details,
@@ -71,16 +71,13 @@ def keep(record: StepRecord, result: PassResult, context: Context, target: Path)
     )
 
 
-def save(model: Model, path: Path) -> None:
-    """Writes the model into a folder of its own, so that external data never meets another model's."""
+def save(model: Model, path: Path) -> Model:
+    """Writes the model into a folder of its own, so that external data never meets another model's.
+
+    The same model, which holds large weights in that file rather than in memory.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    model.save(path)
-
-
-def file_size_bytes(path: Path) -> int:
-    """Size of a saved model, its external data included."""
-    data = path.with_name(path.name + ".data")
-    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+    return model.saved(path)
 
 
 def broken(path: Path, data: InputData, reference: Path) -> str | None:

@@ -16,7 +16,7 @@ from modelpress_compression.inputs import EvaluationData
 from modelpress_compression.measure.fidelity import Fidelity, OutputFidelity
 from modelpress_compression.measure.latency import Speedup, Timings
 from modelpress_compression.measure.task import Labelled
-from modelpress_compression.model import Provenance
+from modelpress_compression.model import Provenance, file_size_bytes
 from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.weight_only.store import store_rest
@@ -27,7 +27,7 @@ from modelpress_compression.search.heads import unvouched_heads
 from modelpress_compression.search.judge import Judge, RaceTimings
 from modelpress_compression.search.mixed import fewest_in_float
 from modelpress_compression.search.quantization import SchemeSearch
-from modelpress_compression.search.steps import StepRecord, file_size_bytes
+from modelpress_compression.search.steps import StepRecord
 from onnx import TensorProto, helper, numpy_helper
 
 
