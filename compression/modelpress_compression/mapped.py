@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import onnx
 import onnx_ir
 from numpy.typing import NDArray
 
@@ -52,6 +53,13 @@ def from_file(path: Path, location: str = OWN_FILE) -> bytes:
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return wire.without_weights(data, location, MAPPED_BYTES)
+
+
+def graph_in(path: Path) -> onnx_ir.Graph:
+    """The graph of a file of ours, to be looked at; weights of a large one cannot be read. Raises OSError."""
+    if not is_large(path.stat().st_size):
+        return onnx_ir.load(path).graph
+    return onnx_ir.from_proto(onnx.ModelProto.FromString(from_file(path))).graph
 
 
 def resolve_own_file(ir: onnx_ir.Model, path: Path) -> None:

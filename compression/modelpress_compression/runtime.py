@@ -20,6 +20,8 @@ from modelpress_compression.model import EXTERNAL_DATA_THRESHOLD_BYTES, Model
 from modelpress_compression.parallel import map_in_order
 
 EXECUTION_PROVIDER = "CPUExecutionProvider"
+# Beside 1.5 times the largest model, what sessions may hold that are open at once.
+SPARE_BYTES = 512 * 1024**2  # 512 MiB
 _UNKNOWN_OPERATOR = re.compile(
     r"(?:No Op registered for|Could not find an implementation for) (?P<op>[\w.:]+)(?:\((?P<version>\d+)\))?"
     r"(?: node with name '(?P<node>[^']*)')?"
@@ -104,6 +106,13 @@ def session_of(model: Model, *, threads: int = 1, optimize: bool = True) -> Iter
     }
     options.add_external_initializers(list(values), list(values.values()))
     yield _session(light.proto, options, light.folder)
+
+
+def fit_together(sizes_bytes: Iterable[int]) -> bool:
+    """Whether sessions on models of these sizes may be open at once. Each may hold as much as the largest has, since
+    weights that are stored in fewer bits may be unpacked."""
+    sizes = list(sizes_bytes)
+    return len(sizes) * max(sizes) <= 1.5 * max(sizes) + SPARE_BYTES
 
 
 def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:

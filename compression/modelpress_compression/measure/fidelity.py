@@ -25,10 +25,12 @@ costs a whole answer. Labels are not needed.
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -37,14 +39,16 @@ from numpy.typing import NDArray
 from modelpress_compression.graph.outputs import classification_outputs
 from modelpress_compression.graph.padding import counted_positions, without_padding
 from modelpress_compression.inputs import Array, Feeds, InputData
-from modelpress_compression.model import read_graph
+from modelpress_compression.model import file_size_bytes, read_graph
 from modelpress_compression.parallel import map_in_order
-from modelpress_compression.runtime import open_session, run
+from modelpress_compression.runtime import fit_together, open_session, run
 
 MAX_SQNR_DB = 200.0
 DEFAULT_LIMIT = 256
 # Outputs of one model that are kept for the next comparison.
 KNOWN_BYTES = 256 * 1024**2
+# Outputs of the original that wait on the disk, of models that take turns: beyond these no more samples are taken.
+WAITING_BYTES = 1024**3  # 1 GiB
 
 
 @dataclass(frozen=True)
@@ -145,27 +149,119 @@ def compare_outputs(
     many seconds; `samples` says how many there were. `known`: outputs of the original on this data; those that are
     found are kept there. Raises ModelNotRunnableError, UnsupportedOperatorError.
     """
-    known = known if known is not None else KnownOutputs(0)
-    first, second = (open_session(path) for path in (original, optimized))
-    partners = _partners(*([value.name for value in session.get_outputs()] for session in (first, second)))
-    sums = {value.name: _OutputSums() for value in first.get_outputs()}
+    pair = _Pair(original, optimized, known if known is not None else KnownOutputs(0))
     classes = classification_outputs(read_graph(original))
     deadline = math.inf if budget_s is None else time.monotonic() + budget_s
-
-    def answer(numbered: tuple[int, Feeds]) -> tuple[int, Feeds, dict[str, Array], dict[str, Array]]:
-        number, feed = numbered
-        return number, feed, known.get(number) or run(first, feed), run(second, feed)
-
+    sums: dict[str, _OutputSums] = {}
+    partners: dict[str, str] = {}
     samples = 0
-    for number, feed, before, after in map_in_order(answer, enumerate(data.feeds(1, limit))):
-        known.keep(number, before)
+    for feed, before, after in pair.answers(data.feeds(1, limit), deadline):
+        if not sums:
+            sums = {name: _OutputSums() for name in before}
+            partners = _partners(list(before), list(after))
         mask = counted_positions(feed)
         for name, total in sums.items():
             total.add(before[name], after.get(partners.get(name, "")), name in classes, mask)
         samples += data.fixed_batch or 1
-        if time.monotonic() > deadline:
-            break
     return _summary("provided" if data.provided else "synthetic", samples, sums)
+
+
+Answers = tuple[Feeds, dict[str, Array], dict[str, Array]]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two models that answer the same feeds. Large ones take turns: the original's answers wait in a file."""
+
+    original: Path
+    optimized: Path
+    known: KnownOutputs
+
+    def answers(self, feeds: Iterable[Feeds], deadline: float) -> Iterator[Answers]:
+        """Feed by feed, both models' outputs, until time is up; at least one."""
+        if fit_together(map(file_size_bytes, (self.original, self.optimized))):
+            return self._together(feeds, deadline)
+        return self._in_turn(feeds, deadline)
+
+    def _together(self, feeds: Iterable[Feeds], deadline: float) -> Iterator[Answers]:
+        first, second = (open_session(path) for path in (self.original, self.optimized))
+
+        def answer(numbered: tuple[int, Feeds]) -> tuple[int, Answers]:
+            number, feed = numbered
+            return number, (feed, self.known.get(number) or run(first, feed), run(second, feed))
+
+        for number, answers in map_in_order(answer, enumerate(feeds)):
+            self.known.keep(number, answers[1])
+            yield answers
+            if time.monotonic() > deadline:
+                return
+
+    def _in_turn(self, feeds: Iterable[Feeds], deadline: float) -> Iterator[Answers]:
+        feeds = list(feeds)
+        now = time.monotonic()
+        with WaitingOutputs(self.optimized.parent) as waiting:
+            count = self._ask_original(feeds, now + (deadline - now) / 2, waiting)
+            session = open_session(self.optimized)
+            answers = map_in_order(lambda feed: run(session, feed), feeds[:count])
+            for number, (feed, after) in enumerate(zip(feeds, answers, strict=False)):
+                yield feed, self.known.get(number) or waiting.get(number), after
+                if time.monotonic() > deadline:
+                    return
+
+    def _ask_original(self, feeds: Sequence[Feeds], deadline: float, waiting: WaitingOutputs) -> int:
+        """How many of the feeds there is an answer to."""
+        known = [self.known.get(number) is not None for number in range(len(feeds))]
+        if all(known):
+            return len(feeds)
+        session = open_session(self.original)
+        answers = map_in_order(lambda number: None if known[number] else run(session, feeds[number]), range(len(feeds)))
+        for number, before in enumerate(answers):
+            if before is not None:
+                self.known.keep(number, before)
+                if self.known.get(number) is None:
+                    waiting.put(number, before)
+            if time.monotonic() > deadline or waiting.full:
+                return number + 1
+        return len(feeds)
+
+
+class WaitingOutputs:
+    """Outputs of one model in a file of a folder, until the other model's are there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = TemporaryFile(dir=folder)  # noqa: SIM115  closed by __exit__
+        self._places: dict[int, dict[str, tuple[int, np.dtype[Any], tuple[int, ...]]]] = {}
+        self._strings: dict[int, dict[str, Array]] = {}
+
+    def __enter__(self) -> WaitingOutputs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def full(self) -> bool:
+        """Whether there are so many that no further samples should be taken."""
+        return self._file.tell() > WAITING_BYTES
+
+    def put(self, number: int, outputs: Mapping[str, Array]) -> None:
+        """Those of the feed with this number."""
+        places = self._places.setdefault(number, {})
+        self._strings[number] = {name: array for name, array in outputs.items() if array.dtype.hasobject}
+        for name, array in outputs.items():
+            if array.dtype.hasobject:
+                continue
+            places[name] = (self._file.seek(0, os.SEEK_END), array.dtype, array.shape)
+            self._file.write(array.tobytes())
+
+    def get(self, number: int) -> dict[str, Array]:
+        """The same again."""
+        found = dict(self._strings[number])
+        for name, (place, dtype, shape) in self._places[number].items():
+            self._file.seek(place)
+            data = self._file.read(math.prod(shape) * dtype.itemsize)
+            found[name] = np.frombuffer(data, dtype).reshape(shape)
+        return found
 
 
 def _partners(original: list[str], optimized: list[str]) -> dict[str, str]:

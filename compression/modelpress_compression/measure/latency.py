@@ -11,6 +11,10 @@ the same inputs.
   *duration* for every model, so that all are preempted alike, and rounds in which the process was preempted are left
   out while enough others remain.
 
+Models too large to be in memory at once (`runtime.fit_together`) take turns instead: in each of some blocks, every
+model has a session for as many timings in a row. Round i is made of the i-th timing of each, so that its timings are
+further apart and drifts of the machine weigh more; the interval sees them.
+
 Runs that the clock cannot resolve are repeated, again for the same duration. The speedup is the median over rounds of
 original / optimized: a machine that slows down for a while slows all parts of a round. Its 95 % interval encloses
 two: the exact one for a median, from binomial order statistics, and that of the medians of blocks of successive rounds,
@@ -38,7 +42,8 @@ from numpy.typing import NDArray
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.inputs import Feeds, InputData
 from modelpress_compression.measure.feeds import batches, true_batch_size
-from modelpress_compression.runtime import EXECUTION_PROVIDER, open_session, run
+from modelpress_compression.model import file_size_bytes
+from modelpress_compression.runtime import EXECUTION_PROVIDER, fit_together, open_session, run
 
 Times = NDArray[np.float64]
 
@@ -61,6 +66,8 @@ _T_975 = 2.365  # 97.5 % quantile of Student's t with BLOCKS - 1 degrees of free
 WARM_UP_SHARE = 0.2
 WARM_UP_MAX_S = 3.0
 WARM_UP_MAX_RUNS = 50
+# Blocks in which models that do not fit into memory together take turns, and runs before the first timing of each.
+TURNS, WARM_UP_RUNS = 3, 2
 # Warm-up ends when the last runs lie this close together.
 STABLE_SPREAD = 0.05
 
@@ -206,6 +213,9 @@ def time_interleaved(
     `batch_size` (its batch is fixed, or baked into a Reshape), all are timed with what it takes, and the result says
     so. Raises ModelNotRunnableError, UnsupportedOperatorError.
     """
+    if not fit_together(map(file_size_bytes, models)):
+        plan = _Plan(models, data, threads, batch_size, rounds, budget_s)
+        return _time_in_turn(plan, random.Random(seed))  # noqa: S311  # an order, not a secret
     began = time.perf_counter()
     sessions = [open_session(path, threads=threads) for path in models]
     feeds, size = _accepted_feeds(sessions, data, batch_size)
@@ -213,13 +223,63 @@ def time_interleaved(
         warm_up_s = min(WARM_UP_MAX_S, budget_s * WARM_UP_SHARE / len(sessions))
         once_s = [_warm_up(session, feeds, warm_up_s) for session in sessions]
         runs = _runs_per_round(once_s, alike=threads > 1)
-        round_s = sum(one_s * count for one_s, count in zip(once_s, runs, strict=True))
-        remaining_s = budget_s - (time.perf_counter() - began)
-        count = max(MIN_ROUNDS, min(rounds, int(remaining_s / round_s)))
+        count = _rounds_within(budget_s - (time.perf_counter() - began), once_s, runs, rounds)
         shuffler = random.Random(seed)  # noqa: S311  # an order, not a secret
         timers = [_Timer(session, feeds, times) for session, times in zip(sessions, runs, strict=True)]
         samples = _rounds(timers, count, shuffler=shuffler, deadline=began + budget_s)
     return robust_timings(samples, size, runs, threads)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is asked of `time_interleaved`."""
+
+    models: Sequence[Path]
+    data: InputData
+    threads: int
+    batch_size: int
+    rounds: int
+    budget_s: float
+
+
+def _time_in_turn(plan: _Plan, shuffler: random.Random) -> Timings:
+    """One session at a time. The first look at each model, which says what it takes and how long, is not counted."""
+    began = time.perf_counter()
+    size = plan.batch_size
+    once_s: list[float] = []
+    while len(once_s) < len(plan.models):
+        session = open_session(plan.models[len(once_s)], threads=plan.threads)
+        feeds, taken = _accepted_feeds([session], plan.data, size)
+        if once_s and taken != size:
+            once_s.clear()  # those before were looked at with batches that this one refuses
+        else:
+            limit_s = min(WARM_UP_MAX_S, plan.budget_s * WARM_UP_SHARE / len(plan.models))
+            with _no_garbage_collection():
+                once_s.append(_warm_up(session, feeds, limit_s))
+        size = taken
+        del session  # before the next one is there
+    runs = _runs_per_round(once_s, alike=plan.threads > 1)
+    count = _rounds_within(plan.budget_s - (time.perf_counter() - began), once_s, runs, plan.rounds)
+    feeds = batches(plan.data, size, FEEDS)
+    timed: list[list[_Sample]] = [[] for _ in plan.models]
+    order = list(range(len(plan.models)))
+    for block in range(TURNS):
+        rounds = range(block * count // TURNS, (block + 1) * count // TURNS)
+        shuffler.shuffle(order)
+        for which in order:
+            session = open_session(plan.models[which], threads=plan.threads)
+            with _no_garbage_collection():
+                _warm_up(session, feeds, once_s[which] * WARM_UP_RUNS)
+                timer = _Timer(session, feeds, runs[which])
+                timed[which] += [timer.time(index) for index in rounds]
+            del session, timer
+    return robust_timings(_samples(list(zip(*timed, strict=True))), size, runs, plan.threads)
+
+
+def _rounds_within(budget_s: float, once_s: Sequence[float], runs: Sequence[int], rounds: int) -> int:
+    """As many of the rounds as there is time for, but the fewest that an interval needs."""
+    round_s = sum(one_s * count for one_s, count in zip(once_s, runs, strict=True))
+    return max(MIN_ROUNDS, min(rounds, int(budget_s / round_s)))
 
 
 def _runs_per_round(once_s: Sequence[float], *, alike: bool) -> tuple[int, ...]:
@@ -366,6 +426,11 @@ def _rounds(timers: Sequence[_Timer], count: int, *, shuffler: random.Random, de
         shuffler.shuffle(order)
         timed = {which: timers[which].time(index) for which in order}
         rounds.append([timed[which] for which in range(len(timers))])
+    return _samples(rounds)
+
+
+def _samples(rounds: Sequence[Sequence[_Sample]]) -> Samples:
+    """Those of each round, one for each model."""
     return Samples(
         wall_s=np.asarray([[sample.wall_s for sample in row] for row in rounds]).T,
         cpu_s=np.asarray([[sample.cpu_s for sample in row] for row in rounds]).T,

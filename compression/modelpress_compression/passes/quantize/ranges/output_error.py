@@ -31,7 +31,7 @@ from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.ranges.switches import NOTHING, Switches, add_switches
 from modelpress_compression.passes.quantize.rounding.affine import ActivationParameters, Range, activation_parameters
 from modelpress_compression.passes.quantize.setup import QuantizationSetup
-from modelpress_compression.runtime import run, session_of
+from modelpress_compression.runtime import fit_together, run, session_of
 
 MAX_SAMPLES = 8
 DISTANCE_SAMPLES = 32
@@ -71,17 +71,28 @@ class Distances:
 def output_distances(original: Model, changed: Model, context: Context) -> Distances:
     """How far a changed model's outputs are, feed by feed, on `DISTANCE_SAMPLES` samples."""
     errors, signals = [], []
-    models = [without_softmax(model) for model in (original, changed)]
-    with session_of(models[0]) as first, session_of(models[1]) as second:
-
-        def both(feed: Feeds) -> tuple[Outputs, Outputs]:
-            return counted_outputs(run(first, feed), feed), counted_outputs(run(second, feed), feed)
-
-        for before, after in map_in_order(both, context.data.spread(DISTANCE_SAMPLES).feeds(batch_size=1)):
-            context.check_time()
-            errors.append(squared_distance(before, after))
-            signals.append(power(before))
+    feeds = list(context.data.spread(DISTANCE_SAMPLES).feeds(batch_size=1))
+    for before, after in _answers(without_softmax(original), without_softmax(changed), feeds):
+        context.check_time()
+        errors.append(squared_distance(before, after))
+        signals.append(power(before))
     return Distances(np.asarray(errors), np.asarray(signals))
+
+
+def _answers(first: Model, second: Model, feeds: Sequence[Feeds]) -> Iterator[tuple[Outputs, Outputs]]:
+    """Both models' outputs, feed by feed. Of large models one has a session at a time, and the first's outputs wait."""
+    if not fit_together((first.weight_bytes(), second.weight_bytes())):
+        with session_of(first) as session:
+            waiting = list(_outputs(session, feeds))
+        with session_of(second) as session:
+            yield from zip(waiting, _outputs(session, feeds), strict=True)
+        return
+    with session_of(first) as one, session_of(second) as other:
+        yield from zip(_outputs(one, feeds), _outputs(other, feeds), strict=True)
+
+
+def _outputs(session: ort.InferenceSession, feeds: Sequence[Feeds]) -> Iterator[Outputs]:
+    return map_in_order(lambda feed: counted_outputs(run(session, feed), feed), feeds)
 
 
 def without_softmax(model: Model) -> Model:

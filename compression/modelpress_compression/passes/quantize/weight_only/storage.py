@@ -151,23 +151,28 @@ def _errors_of_weights(model: Model, config: QuantizeConfig, context: Context) -
     them as it does by channels, and so moves on to float16.
     """
     probe = without_softmax(model)
-    rounded: dict[tuple[str, int], NDArray[np.float32]] = {}
-    for graph, weight in storable_weights(probe, config):
-        if graph is probe.graph and weight.is_initializer() and weight.name:
-            rounded[weight.name, _CHANNELS] = rounded_to_8_bits(weight, config)
-            rounded[weight.name, _BLOCKS] = rounded_in_blocks(weight, config)
-    names = list(dict.fromkeys(name for name, _ in rounded))
-    # Inputs with default values, of which a run is given one; as inputs they are no constants, so only now.
-    probe.graph.inputs.extend(probe.graph.initializers[name] for name in names)
-    errors = dict.fromkeys(rounded, 0.0)
-    signal = 0.0
+    weights = {
+        weight.name: weight
+        for graph, weight in storable_weights(model, config)
+        if graph is model.graph and weight.is_initializer() and weight.name
+    }
+    # Inputs with default values, of which a run is given one.
+    probe.graph.inputs.extend(probe.graph.initializers[name] for name in weights)
+    feeds = list(context.data.spread(PROBE_SAMPLES).feeds(batch_size=1))
+    errors = dict.fromkeys(weights, (0.0, 0.0, 0.0))
     with session_of(probe) as session:
-        for feed in context.data.spread(PROBE_SAMPLES).feeds(batch_size=1):
-            exact = counted_outputs(run(session, feed), feed)
-            signal += power(exact)
-            runs = run_all(session, (feed | {name: array} for (name, _), array in rounded.items()))
-            for key, changed in zip(rounded, runs, strict=True):
-                context.check_time()
-                errors[key] += squared_distance(exact, counted_outputs(changed, feed))
-    scale = 1 / signal if signal else 0.0
-    return {name: (scale * errors[name, _CHANNELS], scale * errors[name, _BLOCKS], 0.0) for name in names}
+        exact = [counted_outputs(run(session, feed), feed) for feed in feeds]
+        signal = sum(map(power, exact))
+
+        def error(name: str, rounded: NDArray[np.float32]) -> float:
+            runs = run_all(session, (feed | {name: rounded} for feed in feeds))
+            changed = (counted_outputs(outputs, feed) for outputs, feed in zip(runs, feeds, strict=True))
+            total = sum(squared_distance(*pair) for pair in zip(exact, changed, strict=True))
+            return total / signal if signal else 0.0
+
+        # One weight after the other: all of them rounded are twice a model.
+        for name, weight in weights.items():
+            context.check_time()
+            by_channel = error(name, rounded_to_8_bits(weight, config))
+            errors[name] = (by_channel, error(name, rounded_in_blocks(weight, config)), 0.0)
+    return errors
