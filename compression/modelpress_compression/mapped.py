@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -39,6 +39,7 @@ _PENDING = "\0pending weight"
 _NUMPY_KINDS = "fiub"
 
 Places = Mapping[int, tuple[Path, int]]
+Finish = Callable[[onnx.ModelProto], None]
 
 
 def is_large(size_bytes: int) -> bool:
@@ -55,11 +56,14 @@ def from_file(path: Path, location: str = OWN_FILE) -> bytes:
         return wire.without_weights(data, location, MAPPED_BYTES)
 
 
-def graph_in(path: Path) -> onnx_ir.Graph:
-    """The graph of a file of ours, to be looked at; weights of a large one cannot be read. Raises OSError."""
+def read(path: Path) -> onnx.ModelProto:
+    """The protobuf in a file, external data not read. Of a large file, weights are references to `OWN_FILE`.
+
+    Raises OSError, ValueError, DecodeError.
+    """
     if not is_large(path.stat().st_size):
-        return onnx_ir.load(path).graph
-    return onnx_ir.from_proto(onnx.ModelProto.FromString(from_file(path))).graph
+        return onnx.load(path, format="protobuf", load_external_data=False)
+    return onnx.ModelProto.FromString(from_file(path))
 
 
 def resolve_own_file(ir: onnx_ir.Model, path: Path) -> None:
@@ -70,15 +74,15 @@ def resolve_own_file(ir: onnx_ir.Model, path: Path) -> None:
             holder.put(_mapped(tensor, path, tensor.offset or 0))
 
 
-def write(ir: onnx_ir.Model, path: Path, data_path: Path | None = None) -> Places:
+def write(ir: onnx_ir.Model, path: Path, data_path: Path | None = None, *, finish: Finish) -> Places:
     """Writes the graph; where each of its weights of `STREAMED_BYTES` and more lies then, by the tensor's `id`.
 
-    With a `data_path`, in the same folder, the weights go there. Raises OSError.
+    With a `data_path`, in the same folder, the weights go there. `finish` may change the protobuf. Raises OSError.
     """
     light = ir.clone()
     taken = _take_out(light)
     if data_path is None:
-        return _write_one_file(light, [holder.tensor for holder in taken], path)
+        return _write_one_file(_serialized(light, finish), [holder.tensor for holder in taken], path)
     places: dict[int, tuple[Path, int]] = {}
     with data_path.open("wb") as file:
         for tensor in (holder.tensor for holder in taken):
@@ -90,14 +94,20 @@ def write(ir: onnx_ir.Model, path: Path, data_path: Path | None = None) -> Place
             _copy(tensor, file)
     for holder in taken:
         holder.put(_reference(holder.tensor, data_path.name, places[id(holder.tensor)][1]))
-    path.write_bytes(onnx_ir.to_proto(light).SerializeToString())
+    path.write_bytes(_serialized(light, finish))
     return places
 
 
-def _write_one_file(light: onnx_ir.Model, tensors: list[onnx_ir.TensorProtocol], path: Path) -> Places:
+def _serialized(light: onnx_ir.Model, finish: Finish) -> bytes:
+    proto = onnx_ir.to_proto(light)
+    finish(proto)
+    return proto.SerializeToString()
+
+
+def _write_one_file(serialized: bytes, tensors: list[onnx_ir.TensorProtocol], path: Path) -> Places:
     places: dict[int, tuple[Path, int]] = {}
     with path.open("wb") as file:
-        for piece in wire.with_weights(onnx_ir.to_proto(light).SerializeToString(), _PENDING):
+        for piece in wire.with_weights(serialized, _PENDING):
             if isinstance(piece, bytes):
                 file.write(piece)
             else:
@@ -131,7 +141,7 @@ class SessionModel:
     arrays: Mapping[str, tuple[NDArray[np.generic], int]]
 
 
-def for_session(ir: onnx_ir.Model, most_bytes: int) -> SessionModel | None:
+def for_session(ir: onnx_ir.Model, most_bytes: int, *, finish: Finish) -> SessionModel | None:
     """The graph for a session: what lies in files stays there, what lies in memory is shared.
 
     None: more than `most_bytes` would have to be in the protobuf.
@@ -156,7 +166,7 @@ def for_session(ir: onnx_ir.Model, most_bytes: int) -> SessionModel | None:
     _load_small(light)
     if inside_bytes > most_bytes:
         return None
-    return SessionModel(onnx_ir.to_proto(light).SerializeToString(), folder, arrays)
+    return SessionModel(_serialized(light, finish), folder, arrays)
 
 
 @dataclass(frozen=True)

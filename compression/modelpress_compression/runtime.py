@@ -89,7 +89,7 @@ def session_of(model: Model, *, threads: int = 1, optimize: bool = True) -> Iter
     """
     light = None
     if mapped.is_large(model.weight_bytes()):
-        light = mapped.for_session(model.ir, EXTERNAL_DATA_THRESHOLD_BYTES)
+        light = mapped.for_session(model.ir, EXTERNAL_DATA_THRESHOLD_BYTES, finish=model.write_map_types)
     if light is None:
         with TemporaryDirectory(prefix="modelpress-") as folder:
             path = Path(folder) / "model.onnx"

@@ -81,10 +81,7 @@ def _parse(path: Path) -> onnx.ModelProto:
         )
     try:
         # Without its external data: their paths are not checked yet.
-        if mapped.is_large(path.stat().st_size):
-            proto = onnx.ModelProto.FromString(mapped.from_file(path))
-        else:
-            proto = onnx.load(path, format="protobuf", load_external_data=False)
+        proto = mapped.read(path)
     except (DecodeError, ValueError, RuntimeError) as error:
         raise UnsupportedFormatError(
             "The file is no readable ONNX model: it is damaged, cut short or of another format."
