@@ -59,6 +59,17 @@ class Constraints(Config):
 
 
 @dataclass(frozen=True)
+class ClientMetric(Config):
+    """A metric that the client computes: the server offers candidates, and learns here what they scored."""
+
+    name: str = option("metric", 1, "What reports call it.")
+    lower_is_better: bool = option(False, 2, "Whether a smaller number is better.")
+    scores: tuple[tuple[str, float], ...] = option(
+        (), 3, "What it said so far, by `sha256` of the report's candidates. Others wait to be scored."
+    )
+
+
+@dataclass(frozen=True)
 class Goal(Config):
     """What to aim for, in place of steps: candidates are built and measured, and the best is taken."""
 
@@ -93,6 +104,9 @@ class Goal(Config):
         "Techniques that candidates may use.",
         choices=tuple(TECHNIQUES),
         min_items=1,
+    )
+    client_metric: ClientMetric | None = option(
+        None, 9, "Decides in place of labels. Candidates that it has not scored yet are offered, and not taken."
     )
 
 

@@ -174,3 +174,41 @@ def test_listing_and_reading_again(cli: Cli, example: Path, tmp_path: Path) -> N
     text = cli("report", first["job"].rsplit("/")[-1], "--format", "markdown")
     assert text.exit_code == 0
     assert "|" in text.stdout
+
+
+METRIC = """
+import numpy as np
+import onnxruntime as ort
+from pathlib import Path
+
+def right(path, evaluation):
+    with open(Path(__file__).with_name("calls"), "a") as calls:
+        calls.write("x")
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (scores,) = session.run(None, {"x": evaluation["x"].astype("float32")})
+    return float((np.argmax(scores, axis=-1) == evaluation["labels"]).mean())
+"""
+
+
+@pytest.mark.slow
+def test_a_metric_of_ones_own_decides(cli: Cli, example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs here, on candidates of the server's; asked again, it scores nothing twice, and the answer is the same."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "quality.py").write_text(METRIC)
+    asked = ["upload", example / "model.onnx", "--data", example / "samples.npz", "--eval", example / "eval.npz"]
+    asked += ["--metric", "quality.py:right", "--max-drop", "1%", "--set", "benchmark.rounds=5", "--json"]
+    done = cli(*asked, cwd=tmp_path)
+    assert done.exit_code == 0, done.stderr
+    report = done.document["report"]
+    accuracy = report["accuracy"]
+    assert accuracy["metric"] == "quality.py:right"
+    assert accuracy["drop"] <= 0.01
+    assert report["size_ratio"] > 3
+    with np.load(example / "eval.npz") as arrays:
+        right = (predict(tmp_path / "model.optimized.onnx", arrays["x"].astype(np.float32)) == arrays["labels"]).mean()
+    assert accuracy["optimized"] == pytest.approx(float(right), abs=1e-9)
+    calls = (tmp_path / "calls").stat().st_size
+    assert calls >= 2
+    again = cli(*asked, cwd=tmp_path)
+    assert again.document["report"]["optimized"]["sha256"] == report["optimized"]["sha256"]
+    assert (tmp_path / "calls").stat().st_size == calls

@@ -8,7 +8,7 @@ import os
 import shlex
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,11 @@ from modelpress_client.cli.session import Session, run
 from modelpress_client.errors import EXIT_CONSTRAINT_NOT_MET, NotFoundError, UsageError
 
 if TYPE_CHECKING:
+    from modelpress_protos.v1.recipe_pb2 import Recipe
+
     from modelpress_client.async_job import AsyncJob
     from modelpress_client.cli.progress import Display
+    from modelpress_client.own_metric import OwnMetric
     from modelpress_client.report import Advice, Report
     from modelpress_client.resources import Model
 
@@ -35,6 +38,7 @@ class Wanted:
     data: Path | None
     eval_data: Path | None
     metric: str | None
+    metric_timeout: float | None
     goal: str | None
     max_drop: float | None
     max_size: float | None
@@ -123,6 +127,7 @@ def upload(
             labels, specs = parse_labels(wanted.labels), parse_inputs(wanted.inputs)
             conversion = Conversion(architecture, trust_pickle, tuple(specs), state_dict_key, ignore_weights)
             await asyncio.to_thread(check_source, path, conversion)
+            own = _own_metric(wanted)
             recipe = None if wanted.no_compress else await _recipe(session, wanted)
             model = await session.client.upload(
                 path,
@@ -138,11 +143,15 @@ def upload(
             if recipe is None:
                 _stored(session, model)
                 return None
-            job = await _submit(session, model, recipe, wanted, display)
-            if wanted.detach:
-                _detached(session, job)
-                return None
-            report = await _finish(job, files, display)
+            if own is not None:
+                job, report = await _search(session, model, recipe, own, wanted, display)
+            else:
+                job = await _submit(session, model, recipe, wanted, display)
+                if wanted.detach:
+                    _detached(session, job)
+                    return None
+                report = await _watched(job, display)
+            await _fetch(job, files, display)
         return _print_result(session, job, report, files, str(path))
 
     run(body)
@@ -163,11 +172,16 @@ def compress(model_name: str, **options: Any) -> None:
                 return None
             _check_inputs(model, wanted.inputs)
             files = _result_files(wanted, Path(model.display_name or model_name).stem, source=None)
-            job = await _submit(session, model, await _recipe(session, wanted), wanted, display)
-            if wanted.detach:
-                _detached(session, job)
-                return None
-            report = await _finish(job, files, display)
+            own, recipe = _own_metric(wanted), await _recipe(session, wanted)
+            if own is not None:
+                job, report = await _search(session, model, recipe, own, wanted, display)
+            else:
+                job = await _submit(session, model, recipe, wanted, display)
+                if wanted.detach:
+                    _detached(session, job)
+                    return None
+                report = await _watched(job, display)
+            await _fetch(job, files, display)
         return _print_result(session, job, report, files, model_name)
 
     run(body)
@@ -210,12 +224,18 @@ async def _display(session: Session) -> AsyncIterator[Display]:
         yield shown
 
 
-async def _recipe(session: Session, wanted: Wanted) -> Any:
+async def _recipe(session: Session, wanted: Wanted) -> Recipe:
     if wanted.target not in (None, "cpu"):
         _check_target(wanted.target, (await session.client.server_info()).devices)
-    recipe = await session.client.resolve_recipe(
-        wanted.recipe, overrides=wanted.stated, metric=wanted.metric, max_drop=wanted.max_drop
+    own = wanted.metric is not None and ":" in wanted.metric
+    recipe: Recipe = await session.client.resolve_recipe(
+        wanted.recipe, overrides=wanted.stated, metric=None if own else wanted.metric, max_drop=wanted.max_drop
     )
+    if own and recipe.steps:
+        raise UsageError(
+            f"The recipe {wanted.recipe} has steps, which run as written; a metric of your own chooses among the "
+            "candidates of a goal. Leave --recipe out."
+        )
     if recipe.steps and (wanted.goal is not None or wanted.search_time is not None):
         raise UsageError(
             f"The recipe {wanted.recipe} has steps, which run as written; --goal and --search-time are for recipes "
@@ -265,16 +285,46 @@ async def _submit(session: Session, model: Model, recipe: Any, wanted: Wanted, d
     return job
 
 
-async def _finish(job: AsyncJob, files: ResultFiles, display: Display) -> Report:
+def _own_metric(wanted: Wanted) -> OwnMetric | None:
+    """The function of the user's that `--metric` names; checked, so that a slip costs no upload."""
+    from modelpress_client.own_metric import DEFAULT_TIMEOUT_S, OwnMetric
+
+    if not OwnMetric.names_one(wanted.metric):
+        return None
+    if wanted.detach:
+        raise UsageError("--detach and a metric of your own do not go together: this machine has to score candidates.")
+    own = OwnMetric(wanted.metric or "", wanted.eval_data, wanted.metric_timeout or DEFAULT_TIMEOUT_S)
+    own.check()
+    return own
+
+
+async def _search(
+    session: Session, model: Model, recipe: Recipe, own: OwnMetric, wanted: Wanted, display: Display
+) -> tuple[AsyncJob, Report]:
+    """Rounds of jobs and scores."""
+    from modelpress_client.metric_search import MetricSearch
+
+    async def run_job(asked: Recipe) -> AsyncJob:
+        job = await _submit(session, model, asked, replace(wanted, eval_data=None), display)
+        await _watched(job, display)
+        return job
+
+    return await MetricSearch(own, recipe, run_job, session.out.hint, wanted.search_time).run()
+
+
+async def _watched(job: AsyncJob, display: Display) -> Report:
+    """The report of a job that has ended well."""
     async for event in job.watch():
         display.event(event)
-    report = await job.report()
+    return await job.report()
+
+
+async def _fetch(job: AsyncJob, files: ResultFiles, display: Display) -> None:
     await job.download(files.model, on_progress=display.transfer)
     await job.download(files.report_json, artifact="report.json")
     # A server may keep no HTML; the figures are all in report.json.
     with contextlib.suppress(NotFoundError):
         await job.download(files.report_html, artifact="report.html")
-    return report
 
 
 def _print_result(session: Session, job: AsyncJob, report: Report, files: ResultFiles, source: str) -> int | None:

@@ -189,7 +189,17 @@ def compression_options(function: FunctionT) -> FunctionT:
             help="Representative inputs: one array per input, first axis = samples.",
         ),
         click.option("--eval", "eval_data", type=FILE, metavar="FILE.npz", help="Evaluation inputs plus 'labels'."),
-        click.option("--metric", metavar="NAME", help="Metric of the task: top1, top5, mse, mae, cosine."),
+        click.option(
+            "--metric",
+            metavar="NAME|FILE.py:FUNCTION",
+            help="Metric of the task: top1, top5, mse, mae, cosine; or a function of yours (FILE.py:FUNCTION, "
+            "PACKAGE.MODULE:FUNCTION), which runs on this machine with the path of an ONNX file and what --eval holds.",
+        ),
+        click.option(
+            "--metric-timeout",
+            type=Quantity(parse_duration_s, "DURATION"),
+            help="Longest that a function of yours may take for one model.  [default: 10m]",
+        ),
         click.option(
             "--goal",
             type=click.Choice(["balanced", "smallest", "fastest", "accurate"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -73,9 +74,42 @@ class OwnMetric:
         return number
 
 
-Task = Labelled | OwnMetric
+class NotScoredError(MetricError):
+    """Who computes the metric has not seen this model yet."""
 
 
-def compare_on_task(task: Task, original: Path, optimized: Path) -> Accuracy:
-    """The figures of both models. Raises as `evaluate` of the task."""
-    return accuracy_after(task.evaluate(original), task.evaluate(optimized))
+@dataclass(frozen=True)
+class GivenScores:
+    """A metric that was computed elsewhere. `scores`: by `model_digest`."""
+
+    name: str
+    scores: Mapping[str, float]
+    lower_is_better: bool = False
+
+    def evaluate(self, path: Path) -> Evaluation:
+        """The figure of the model in `path`. Raises NotScoredError."""
+        score = self.scores.get(model_digest(path))
+        if score is None:
+            raise NotScoredError(f"{self.name} has not scored it yet")
+        return Evaluation(self.name, score, None, self.lower_is_better)
+
+
+Task = Labelled | OwnMetric | GivenScores
+
+
+def compare_on_task(task: Task, original: Path, optimized: Path) -> Accuracy | None:
+    """The figures of both models; None where they are not scored yet. Raises as `evaluate` of the task."""
+    try:
+        return accuracy_after(task.evaluate(original), task.evaluate(optimized))
+    except NotScoredError:
+        return None
+
+
+def model_digest(path: Path) -> str:
+    """SHA-256 of a model's file, and of its data file where it has one, in hexadecimal."""
+    digest = hashlib.sha256()
+    for part in (path, path.with_name(path.name + ".data")):
+        if part.exists():
+            with part.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -18,7 +18,7 @@ from modelpress_compression.graph.shapes import sample_shapes
 from modelpress_compression.graph.synthetic import synthetic_inputs
 from modelpress_compression.inputs import Array, EvaluationData, InputData
 from modelpress_compression.measure.stats import model_stats
-from modelpress_compression.measure.task import Labelled, MetricFunction, OwnMetric, Task
+from modelpress_compression.measure.task import GivenScores, Labelled, MetricFunction, OwnMetric, Task
 from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.passes.base import Context
 from modelpress_compression.pipeline.data_check import data_warnings
@@ -182,7 +182,7 @@ def _prepare(
         raise ModelNotRunnableError(problem)
     labelled = task if isinstance(task, Labelled) else None
     warnings = data_warnings(model, path, context.data, labelled)
-    if task is not None and labelled is None:
+    if isinstance(task, OwnMetric):
         progress.update(0.0, "scoring the original with your metric")
         task.evaluate(path)  # a metric that cannot score the original is refused before the long work
     prepared = replace(context, progress=progress.update)
@@ -301,6 +301,8 @@ def _task(
     data: EvaluationData | Mapping[str, Array] | None,
     metric: OwnMetric | MetricFunction | None,
 ) -> Task | None:
+    if recipe.goal is not None and (given := recipe.goal.client_metric) is not None:
+        return GivenScores(given.name, dict(given.scores), given.lower_is_better)
     if isinstance(metric, OwnMetric):
         return metric
     if metric is not None:

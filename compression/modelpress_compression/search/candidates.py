@@ -24,7 +24,8 @@ WORTH = 0.05
 class Candidate:
     """`reason`: why it was not taken, empty while it may be. `variant`: how it differs from the plain scheme, if it
     does. `times_s`: [rounds], measured in turn with the other candidates. `unproven`: only data that vouches for its
-    ranges is missing. `screened`: its answers were judged on a few samples alone."""
+    ranges is missing. `screened`: its answers were judged on a few samples alone. `unscored`: only the score of who
+    computes the metric is missing."""
 
     scheme: str
     record: StepRecord
@@ -38,6 +39,7 @@ class Candidate:
     technique: str = "quantize"
     unproven: bool = False
     screened: bool = False
+    unscored: bool = False
 
     @property
     def name(self) -> str:

@@ -10,6 +10,7 @@ from modelpress_compression.model import Model
 
 # All models of a family together, in sizes of the original. What is left out is still in the report.
 FAMILY_SHARE = 2.5
+ORIGINAL = "original"  # id of the model as it was given, as ONNX
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class FamilyMember(Mapping[str, Any]):
 def family(
     rows: Sequence[Mapping[str, Any]], models: Sequence[Model | None], original_bytes: int
 ) -> tuple[FamilyMember, ...]:
-    """The rows with an `id`, and with the models that are worth having.
+    """The rows with an `id`, those that have none by their place, and with the models that are worth having.
 
-    That is the chosen one, and what no other candidate beats in size, speed and cosine at once: the smallest first,
-    as long as all of them together have at most `FAMILY_SHARE` of `original_bytes`. `models`: None for a candidate
-    that may not be given away.
+    That is the chosen one, those that a client's metric must see, and what no other candidate beats in size, speed and
+    cosine at once: the smallest first, as long as all of them together have at most `FAMILY_SHARE` of `original_bytes`.
+    `models`: None for a candidate that may not be given away.
     """
     offered = _offered(rows, models, original_bytes)
     return tuple(
@@ -56,8 +57,9 @@ def family(
 
 
 def _offered(rows: Sequence[Mapping[str, Any]], models: Sequence[Model | None], original_bytes: int) -> frozenset[int]:
-    places = [place for place, row in enumerate(rows) if models[place] is not None and (row["chosen"] or row["pareto"])]
-    places.sort(key=lambda place: (not rows[place]["chosen"], rows[place]["size_bytes"]))
+    wanted = [row["chosen"] or row.get("leads_further") or row.get("id") == ORIGINAL for row in rows]
+    places = [place for place, row in enumerate(rows) if models[place] is not None and (wanted[place] or row["pareto"])]
+    places.sort(key=lambda place: (not wanted[place], rows[place]["size_bytes"]))
     offered, left_bytes = [], FAMILY_SHARE * original_bytes
     for place in places:
         left_bytes -= rows[place]["size_bytes"]

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from modelpress_compression.measure.latency import Times, ratio_interval
-from modelpress_compression.measure.task import OwnMetric, Task
+from modelpress_compression.measure.task import GivenScores, OwnMetric, Task, model_digest
 from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.passes.base import Context, Skip
 from modelpress_compression.passes.fuse.config import FuseConfig
@@ -33,13 +33,15 @@ from modelpress_compression.passes.quantize.weight_only.storage import store_all
 from modelpress_compression.recipe import ACCURATE, BALANCED, FASTEST, SMALLEST, Constraints, Goal, Recipe, Step
 from modelpress_compression.search.candidates import Candidate, pareto_set
 from modelpress_compression.search.choice import Choice, Figures, Limits, choose
-from modelpress_compression.search.family import FamilyMember, family
+from modelpress_compression.search.family import ORIGINAL, FamilyMember, family
 from modelpress_compression.search.judge import FLOAT_FLOOR_DB, Judge
 from modelpress_compression.search.quantization import SchemeSearch
 from modelpress_compression.search.steps import StepRecord, apply_step, scaled
 
 # Shares of channels that go, the first that does not keep the answers ends the row.
 PRUNED_SHARES = (0.1, 0.25)
+# Where a metric of the client's judges, it is asked before more goes.
+SCORED_SHARES = (0.1, 0.25, 0.4, 0.55)
 ROUNDS = 60
 BUDGET_S = 20.0  # of timing, for each batch size
 # What `accurate` asks of stored weights: more than what counts as no error (choice.NEGLIGIBLE_ERROR), 40 dB.
@@ -171,26 +173,34 @@ class GoalSearch:
 
     def _pruned(self, fused: StepRecord, before: tuple[StepRecord, ...]) -> None:
         kept: StepRecord | None = None
-        for number, share in enumerate(PRUNED_SHARES):
+        shares = SCORED_SHARES if isinstance(self.judge.task, GivenScores) else PRUNED_SHARES
+        for number, share in enumerate(shares):
             if not self._has_time:
                 break
             step = Step("prune", PruneConfig(structure="channel", sparsity=share, criterion="l2"))
-            part = self._part(0.5 + 0.1 * number, 0.6 + 0.1 * number)
+            width = 0.2 / len(shares)
+            part = self._part(0.5 + width * number, 0.5 + width * (number + 1))
             record = apply_step(step, fused.model, fused.path, part, self._folder(f"prune-{number}"))
             if not record.changes:
                 break
             variant = f"{share:.0%} of the channels"
             judged = self.judge.answers(Candidate(variant, record, file_size_bytes(record.path), technique="prune"))
             self._enter([judged], before)
-            if judged.reason:
+            if judged.reason and not judged.unscored:
                 break
             kept = record
+            if judged.unscored:
+                break  # how much more may go is known when this has been scored
         if kept is not None and self._has_time and "quantize" in self.goal.techniques:
             self._quantized(kept.model, kept.path, (*before, kept), self._part(0.7, _BUILT))
 
     def choose(self) -> Pursuit:
         """Times the candidates that keep the answers in the rounds of the original, and decides."""
-        racers = [entry for entry in self.entries if not entry.candidate.reason and entry.candidate.record.changes]
+        racers = [
+            entry
+            for entry in self.entries
+            if entry.candidate.record.changes and (entry.candidate.unscored or not entry.candidate.reason)
+        ]
         times_s = self._times_s([entry.candidate.record.path for entry in racers])
         original = Figures("the original", file_size_bytes(self.path), times_s[0], 0.0)
         figures = [original, *(_figures(entry, one) for entry, one in zip(racers, times_s[1:], strict=True))]
@@ -202,9 +212,35 @@ class GoalSearch:
         for row in shown:
             self.context.log(f"{row['name']}: {row['reason'] or 'taken'}")
         records = () if choice.taken == 0 else _steps(racers[choice.taken - 1], tuple(shown))
-        models = [entry.candidate.record.model for entry in self.entries]
+        models: list[Model | None] = [entry.candidate.record.model for entry in self.entries]
+        if isinstance(self.judge.task, GivenScores):
+            shown, models = self._with_digests(shown), [*models, self.model]
         members = family(shown, models, file_size_bytes(self.path))
         return Pursuit(records, members, tuple(self._advice(figures, choice, racers)))
+
+    def _with_digests(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows with what names each model in the scores of who computes the metric; the original comes last."""
+        original: dict[str, Any] = {
+            "id": ORIGINAL,
+            "name": "the original, as ONNX",
+            "size_bytes": file_size_bytes(self.path),
+            "speedup": {"median": 1.0, "low": 1.0, "high": 1.0},
+            "agreement": 1.0,
+            "expected_drop": None,
+            "cosine": 1.0,
+            "drop": 0.0,
+            "pareto": True,
+            "chosen": all(not row["chosen"] for row in rows),
+            "reason": "",
+            "sha256": model_digest(self.path),
+        }
+        digests = [model_digest(entry.candidate.record.path) for entry in self.entries]
+        leads = [entry.candidate.technique == "prune" for entry in self.entries]
+        named = [
+            {**row, "sha256": digest, "leads_further": further}
+            for row, digest, further in zip(rows, digests, leads, strict=True)
+        ]
+        return [*named, original]
 
     def _confirmed_choice(self, racers: list[_Entry], figures: list[Figures]) -> Choice:
         """The best of those that keep the answers on all samples; the lists get what is found out on the way.
@@ -298,7 +334,7 @@ class GoalSearch:
     def _proven(self, candidate: Candidate) -> Candidate:
         """Ranges of static quantization come from the data; made-up data can vouch for none."""
         # A metric of the user's own runs the model on inputs of theirs.
-        vouched = self.context.data.vouches or isinstance(self.judge.task, OwnMetric)
+        vouched = self.context.data.vouches or isinstance(self.judge.task, OwnMetric | GivenScores)
         if candidate.reason or candidate.scheme != "static" or vouched:
             return candidate
         reason = "its ranges come from inputs that cannot vouch for real ones; give representative ones with --data"

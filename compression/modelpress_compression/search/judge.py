@@ -30,7 +30,7 @@ from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.accuracy import Evaluation, accuracy_after
 from modelpress_compression.measure.fidelity import Fidelity, KnownOutputs, compare_outputs
 from modelpress_compression.measure.latency import Speedup, Times, Timings, ratio_interval, time_interleaved
-from modelpress_compression.measure.task import Task
+from modelpress_compression.measure.task import NotScoredError, Task
 from modelpress_compression.model import file_size_bytes
 from modelpress_compression.passes.base import Context
 from modelpress_compression.recipe import Recipe
@@ -53,6 +53,7 @@ FIDELITY_SAMPLES = 128
 # Few samples leave no doubt where half of what is permitted, or twice as much, would decide the same.
 SCREENING_SAMPLES = 32
 _STRICT, _LOOSE = 0.5, 2.0
+_ROUNDING = 1e-9  # 0.97 - 0.96 is a little more than 0.01
 LATENCY_ROUNDS, MORE_ROUNDS = 30, 240
 LATENCY_BUDGET_S = 15.0
 # Candidates that do not keep the answers are timed too, so that the report shows what a looser bound would give.
@@ -117,14 +118,17 @@ class Judge:
         reason = self._differs(candidate)
         if reason or self.task is None:
             return replace(candidate, reason=reason)
-        before, constraints = self._original_metric, self.recipe.limits
+        constraints = self.recipe.limits
         try:
+            before = self._original_metric
             accuracy = accuracy_after(before, self.task.evaluate(candidate.record.path))
+        except NotScoredError as error:
+            return replace(candidate, reason=error.message, unscored=True)
         except MetricError as error:
             # It could score the original: what it makes of a candidate says something of the candidate.
             return replace(candidate, reason=error.message)
         allowed = DEFAULT_MAX_DROP if constraints.max_drop is None else constraints.max_drop
-        if accuracy.drop > allowed:
+        if accuracy.drop > allowed + _ROUNDING:
             reason = f"{accuracy.metric} falls by {accuracy.drop:.4f}, more than {allowed}"
         return replace(candidate, drop=accuracy.drop, reason=reason)
 

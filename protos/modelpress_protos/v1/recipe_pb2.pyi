@@ -774,6 +774,7 @@ class Goal(_message.Message):
     MIN_SPEEDUP_FIELD_NUMBER: _builtins.int
     SEARCH_TIME_S_FIELD_NUMBER: _builtins.int
     TECHNIQUES_FIELD_NUMBER: _builtins.int
+    CLIENT_METRIC_FIELD_NUMBER: _builtins.int
     objective: _builtins.str
     """balanced: the least product of size and time, never over 5 % slower than the original; smallest; fastest; accurate:
     the least error. Whatever the objective, the answers are kept.
@@ -794,6 +795,10 @@ class Goal(_message.Message):
     def techniques(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Techniques that candidates may use."""
 
+    @_builtins.property
+    def client_metric(self) -> Global___ClientMetric:
+        """Decides in place of labels. Candidates that it has not scored yet are offered, and not taken."""
+
     def __init__(
         self,
         *,
@@ -805,10 +810,11 @@ class Goal(_message.Message):
         min_speedup: _builtins.float | None = ...,
         search_time_s: _builtins.float | None = ...,
         techniques: _abc.Iterable[_builtins.str] | None = ...,
+        client_metric: Global___ClientMetric | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_drop", b"_max_drop", "_max_latency_ms", b"_max_latency_ms", "_max_size_bytes", b"_max_size_bytes", "_min_ratio", b"_min_ratio", "_min_speedup", b"_min_speedup", "_objective", b"_objective", "_search_time_s", b"_search_time_s", "max_drop", b"max_drop", "max_latency_ms", b"max_latency_ms", "max_size_bytes", b"max_size_bytes", "min_ratio", b"min_ratio", "min_speedup", b"min_speedup", "objective", b"objective", "search_time_s", b"search_time_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_drop", b"_max_drop", "_max_latency_ms", b"_max_latency_ms", "_max_size_bytes", b"_max_size_bytes", "_min_ratio", b"_min_ratio", "_min_speedup", b"_min_speedup", "_objective", b"_objective", "_search_time_s", b"_search_time_s", "client_metric", b"client_metric", "max_drop", b"max_drop", "max_latency_ms", b"max_latency_ms", "max_size_bytes", b"max_size_bytes", "min_ratio", b"min_ratio", "min_speedup", b"min_speedup", "objective", b"objective", "search_time_s", b"search_time_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_drop", b"_max_drop", "_max_latency_ms", b"_max_latency_ms", "_max_size_bytes", b"_max_size_bytes", "_min_ratio", b"_min_ratio", "_min_speedup", b"_min_speedup", "_objective", b"_objective", "_search_time_s", b"_search_time_s", "max_drop", b"max_drop", "max_latency_ms", b"max_latency_ms", "max_size_bytes", b"max_size_bytes", "min_ratio", b"min_ratio", "min_speedup", b"min_speedup", "objective", b"objective", "search_time_s", b"search_time_s", "techniques", b"techniques"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_drop", b"_max_drop", "_max_latency_ms", b"_max_latency_ms", "_max_size_bytes", b"_max_size_bytes", "_min_ratio", b"_min_ratio", "_min_speedup", b"_min_speedup", "_objective", b"_objective", "_search_time_s", b"_search_time_s", "client_metric", b"client_metric", "max_drop", b"max_drop", "max_latency_ms", b"max_latency_ms", "max_size_bytes", b"max_size_bytes", "min_ratio", b"min_ratio", "min_speedup", b"min_speedup", "objective", b"objective", "search_time_s", b"search_time_s", "techniques", b"techniques"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_drop: _TypeAlias = _typing.Literal["max_drop"]  # noqa: Y015
     _WhichOneofArgType__max_drop: _TypeAlias = _typing.Literal["_max_drop", b"_max_drop"]  # noqa: Y015
@@ -840,3 +846,62 @@ class Goal(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__search_time_s) -> _WhichOneofReturnType__search_time_s | None: ...
 
 Global___Goal: _TypeAlias = Goal  # noqa: Y015
+
+@_typing.final
+class ClientMetric(_message.Message):
+    """Decides in place of labels. Candidates that it has not scored yet are offered, and not taken."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ScoresEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LOWER_IS_BETTER_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What reports call it."""
+    lower_is_better: _builtins.bool
+    """Whether a smaller number is better."""
+    @_builtins.property
+    def scores(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What it said so far, by `sha256` of the report's candidates. Others wait to be scored."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str | None = ...,
+        lower_is_better: _builtins.bool | None = ...,
+        scores: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lower_is_better", b"_lower_is_better", "_name", b"_name", "lower_is_better", b"lower_is_better", "name", b"name"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lower_is_better", b"_lower_is_better", "_name", b"_name", "lower_is_better", b"lower_is_better", "name", b"name", "scores", b"scores"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__lower_is_better: _TypeAlias = _typing.Literal["lower_is_better"]  # noqa: Y015
+    _WhichOneofArgType__lower_is_better: _TypeAlias = _typing.Literal["_lower_is_better", b"_lower_is_better"]  # noqa: Y015
+    _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
+    _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lower_is_better) -> _WhichOneofReturnType__lower_is_better | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
+
+Global___ClientMetric: _TypeAlias = ClientMetric  # noqa: Y015
