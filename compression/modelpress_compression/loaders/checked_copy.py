@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import tempfile
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
-from modelpress_compression.archive import Archive, Member
+from modelpress_compression.archive import Archive
 from modelpress_compression.loaders.formats.torch_archive import inner_members
 
 _ALIGNMENT = 64  # as torch writes: what is mapped into memory begins there
@@ -23,16 +24,19 @@ _ZIP64_FROM_BYTES = 1 << 30  # beyond 2 GiB sizes need it
 
 
 @contextmanager
-def checked_copy(archive: Archive, nested: Collection[str] = ()) -> Iterator[Path]:
+def checked_copy(
+    archive: Archive, nested: Collection[str] = (), replaced: Mapping[str, bytes] = MappingProxyType({})
+) -> Iterator[Path]:
     """A file with the members of `archive`, until the block ends; those named in `nested` are archives themselves.
 
-    The copy is written in one pass, a piece at a time. Raises RejectedModelError, UnsupportedFormatError, OSError.
+    Members named in `replaced` have that content instead of their own. The copy is written in one pass, a piece at a
+    time. Raises RejectedModelError, UnsupportedFormatError, OSError.
     """
     # torch warns of other names than .pt2 for programs, and takes any for the other formats.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "archive.pt2"
         with path.open("xb") as file:
-            write_copy(archive, file, nested)
+            write_copy(archive, file, nested, replaced)
         yield path
 
 
@@ -49,14 +53,25 @@ def checked_file(path: Path, what: str) -> Iterator[Path]:
             yield copy
 
 
-def write_copy(archive: Archive, target: IO[bytes], nested: Collection[str] = ()) -> None:
+def write_copy(
+    archive: Archive,
+    target: IO[bytes],
+    nested: Collection[str] = (),
+    replaced: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
     """Writes the members, stored and aligned, in their order; folders' own entries are left out."""
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as copy:
         for member in archive.members:
             if member.is_folder:
                 continue
             position = copy.fp.tell() if copy.fp else 0
-            with copy.open(_header(member, position), "w", force_zip64=_is_wide(member)) as sink:
+            ours = replaced.get(member.name)
+            size_bytes = member.size_bytes if ours is None else len(ours)
+            info = _header(member.name, size_bytes, position)
+            with copy.open(info, "w", force_zip64=_is_wide(size_bytes)) as sink:
+                if ours is not None:
+                    sink.write(ours)
+                    continue
                 if member.name in nested and member.size_bytes:
                     write_copy(archive.nested(member, f"{archive.what}'s {member.name[:80]}"), sink)
                     continue
@@ -64,15 +79,15 @@ def write_copy(archive: Archive, target: IO[bytes], nested: Collection[str] = ()
                     sink.write(piece)
 
 
-def _is_wide(member: Member) -> bool:
-    return member.size_bytes >= _ZIP64_FROM_BYTES
+def _is_wide(size_bytes: int) -> bool:
+    return size_bytes >= _ZIP64_FROM_BYTES
 
 
-def _header(member: Member, position: int) -> zipfile.ZipInfo:
-    info = zipfile.ZipInfo(member.name)
-    info.file_size = member.size_bytes
-    name_bytes = len(member.name.encode())
-    data_at = position + _LOCAL_BYTES + name_bytes + _EXTRA_BYTES + (_ZIP64_BYTES if _is_wide(member) else 0)
+def _header(name: str, size_bytes: int, position: int) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.file_size = size_bytes
+    name_bytes = len(name.encode())
+    data_at = position + _LOCAL_BYTES + name_bytes + _EXTRA_BYTES + (_ZIP64_BYTES if _is_wide(size_bytes) else 0)
     padding = -data_at % _ALIGNMENT
     info.extra = _PADDING.to_bytes(2, "little") + padding.to_bytes(2, "little") + bytes(padding)
     return info

@@ -28,6 +28,7 @@ from modelpress_compression.specs import DTYPES, TensorSpec
 Exporter = Callable[[ExportRequest], Path]
 
 _OPERATOR = re.compile(r"(?P<op>(?:aten|prim|quantized|prims|torchvision|[a-z]\w*)::\w+)")
+_SIZE = re.compile(r"\b[su]\d+\b")
 _ONNX_NAMES = {"float32": "FLOAT", "float64": "DOUBLE"}
 _DATA_TYPES = {name: onnx_ir.DataType[_ONNX_NAMES.get(name, name.upper())] for name in DTYPES}
 
@@ -38,14 +39,19 @@ def export_checked(
     specs: Sequence[TensorSpec],
     trials: TrialRuns,
     provenance: Provenance,
+    *,
+    last_outputs: Sequence[str] = (),
 ) -> Model:
     """The first exporter's result that repeats `trials`. `module()`: a fresh module that takes `specs` in order.
+
+    `last_outputs`: names for as many of the last outputs; the others have none of their own.
 
     Raises UnsupportedOperatorError or ModelNotRunnableError with what the exporters said.
     """
     failures: list[tuple[str, str]] = []
     with TemporaryDirectory(prefix="modelpress-") as folder:
-        names = output_names(len(trials.runs[0].expected), specs)
+        count = len(trials.runs[0].expected) - len(last_outputs)
+        names = [*output_names(count, specs), *last_outputs]
         request = ExportRequest(module, trials.runs[0].feeds, tuple(specs), names, Path(folder))
         for exporter in exporters:
             name = exporter.__name__.removeprefix("export_")
@@ -119,12 +125,17 @@ def _shape_outputs(model: Model, trials: Sequence[TrialRun], observed: Sequence[
         dims = [_dim([shape[axis] for shape in shapes], trials) for axis in range(len(shapes[0]))]
         known = value.shape
         if known is not None and len(known) == len(dims):
-            # What varies without being an input's dimension keeps the exporter's name for it.
+            # What varies without being an input's dimension keeps the exporter's name for it; so does what torch.export
+            # calls a size (s53//2), though it came out alike at all sizes that were tried.
             dims = [
-                old.value if new is None and not isinstance(old, int) else new
+                old.value if not isinstance(old, int) and (new is None or _varies(old.value, new)) else new
                 for old, new in zip(known, dims, strict=True)
             ]
         value.shape = onnx_ir.Shape(dims)
+
+
+def _varies(name: str | None, seen: int | str) -> bool:
+    return isinstance(seen, int) and name is not None and _SIZE.search(name) is not None
 
 
 def _dim(extents: Sequence[int], trials: Sequence[TrialRun]) -> int | str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,7 +10,9 @@ from typing import Any
 from modelpress_compression.errors import RejectedModelError, UnsupportedOperatorError
 
 _NAME = re.compile(r"(?:[A-Za-z_][A-Za-z0-9_.]*)?")
-_KEY = re.compile(r"[\w.\- ]{0,200}", re.ASCII)
+# Weights go by any name that a module or a key of a dict may have; torch puts it between quotes.
+_WEIGHT_NAME = re.compile(r"[\w.\- /:+@#()\[\]]{0,1000}")
+_WEIGHT_KEYS = frozenset({"fqn", "parameter_name", "buffer_name", "tensor_constant_name"})
 _MAX_EXPRESSION = 10_000  # characters
 
 _OPERATOR_NAMESPACES = frozenset(
@@ -40,7 +41,6 @@ _PYTHON_OPERATORS = frozenset(
     )
 )  # fmt: skip
 _SYMBOLIC = re.compile(r"torch\.(?:sym_\w+|_sym_\w+)|math\.[a-z]\w*")
-_TREE_TYPES = frozenset({None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"})
 
 _EXPRESSION_CALLS = frozenset(
     {
@@ -69,24 +69,27 @@ def check_program(document: Any) -> None:
                 check_expression(str(item), guard=True)
         elif key == "forward_arg_names":
             _check_names(value or ())
-        elif (key.endswith("_values") or key == "range_constraints") and isinstance(value, dict):
+        elif key == "range_constraints" and isinstance(value, dict):
+            for size in value:
+                check_expression(str(size), guard=False)
+        elif key.endswith("_values") and isinstance(value, dict):
             _check_names(value)
 
 
 def _check_text(key: str, value: str) -> None:
-    if key in ("name", "as_name", "fqn") or key.endswith("_name"):
+    if key in _WEIGHT_KEYS:
+        _check_names([value], _WEIGHT_NAME)
+    elif key in ("name", "as_name") or key.endswith("_name"):
         _check_names([value])
     elif key in ("target", "as_operator"):
         _check_target(value)
     elif key == "expr_str":
         check_expression(value, guard=False)
-    elif key in ("in_spec", "out_spec") and value:
-        _check_tree(value)
 
 
-def _check_names(names: Iterable[object]) -> None:
+def _check_names(names: Iterable[object], allowed: re.Pattern[str] = _NAME) -> None:
     for name in names:
-        if not _NAME.fullmatch(str(name)):
+        if not allowed.fullmatch(str(name)):
             raise _reject(f"the name {str(name)[:80]!r}")
 
 
@@ -128,30 +131,6 @@ def _check_target(target: str) -> None:
         )
 
 
-def _check_tree(text: str) -> None:
-    """A pytree's description: types and contexts name what torch would import."""
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _reject("an unreadable description of its inputs or outputs") from error
-    for key, value in _walk(document):
-        if key == "type" and value not in _TREE_TYPES:
-            raise _reject(
-                f"an input or output of the type {str(value)[:80]!r} (tensors, tuples, lists and dicts are read)"
-            )
-        if key == "context" and isinstance(value, str):
-            context = json.loads(value) if value[:1] in '[n{"0123456789' else None
-            keys = context if isinstance(context, list) else []
-            if context is not None and (not isinstance(context, list) or not all(_is_key(item) for item in keys)):
-                raise _reject("a description of inputs or outputs with foreign content")
-        elif key == "context" and value is not None:
-            raise _reject("a description of inputs or outputs with foreign content")
-
-
-def _is_key(item: object) -> bool:
-    return isinstance(item, int) or (isinstance(item, str) and _KEY.fullmatch(item) is not None)
-
-
 def check_expression(text: str, *, guard: bool) -> None:
     """A symbolic size, or a guard over `L['x'].size()[0]`. Raises RejectedModelError for all but arithmetic."""
     if len(text) > _MAX_EXPRESSION:
@@ -169,8 +148,9 @@ def _is_arithmetic(node: ast.AST, *, guard: bool) -> bool:
     if isinstance(node, _PLAIN):
         return True
     if isinstance(node, ast.Constant):
-        text = node.value
-        return not isinstance(text, bytes) and (not isinstance(text, str) or _NAME.fullmatch(text) is not None)
+        # A text in a guard is the key of a dict that the model takes.
+        text, allowed = node.value, _WEIGHT_NAME if guard else _NAME
+        return not isinstance(text, bytes) and (not isinstance(text, str) or allowed.fullmatch(text) is not None)
     if isinstance(node, ast.Name):
         return not node.id.startswith("__")
     if isinstance(node, ast.Call):

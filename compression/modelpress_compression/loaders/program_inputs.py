@@ -7,8 +7,8 @@ others are called after their axis.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,26 +16,45 @@ import torch
 from modelpress_compression.errors import InvalidInputsError
 from modelpress_compression.specs import DTYPES, TensorSpec
 
-_SYMBOL = re.compile(r"[su]\d+")
+# Numbers that the program takes, by the types that torch has for them.
+_NUMBERS = {torch.SymInt: torch.int64, torch.SymFloat: torch.float32, torch.SymBool: torch.bool}
 
 
-def program_specs(program: torch.export.ExportedProgram) -> tuple[TensorSpec, ...]:
-    """The user's inputs in order. Raises InvalidInputsError for inputs that are no tensors."""
-    names = program.graph_signature.user_inputs
-    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    values: list[tuple[str, Any]] = []
-    for name in names:
-        node = nodes.get(name) if isinstance(name, str) else None
-        value = node.meta.get("val") if node is not None else None
-        if not isinstance(value, torch.Tensor):
-            raise InvalidInputsError(
-                f"The program's input {name!r} is {type(value).__name__}, not a tensor; export it with tensors alone."
-            )
-        values.append((str(name), value))
+def program_specs(
+    program: torch.export.ExportedProgram, labels: Mapping[str, str] = MappingProxyType({})
+) -> tuple[TensorSpec, ...]:
+    """The user's inputs in order; `labels`: names for inputs that shall not be called as their nodes are.
+
+    Raises InvalidInputsError for inputs that are neither tensors nor numbers.
+    """
+    values = [(labels.get(name, name), _as_tensor(name, value)) for name, value in _user_inputs(program)]
     words = _words(values)
     return tuple(
         TensorSpec(name, _dtype(name, value), tuple(words.get(str(dim), _size(dim)) for dim in value.shape))
         for name, value in values
+    )
+
+
+def number_inputs(program: torch.export.ExportedProgram) -> list[bool]:
+    """For each of the user's inputs whether the program takes a number there."""
+    return [not isinstance(value, torch.Tensor) for _, value in _user_inputs(program)]
+
+
+def _user_inputs(program: torch.export.ExportedProgram) -> list[tuple[str, Any]]:
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    names = map(str, program.graph_signature.user_inputs)
+    return [(name, nodes[name].meta.get("val") if name in nodes else None) for name in names]
+
+
+def _as_tensor(name: str, value: Any) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    for kind, dtype in _NUMBERS.items():
+        if isinstance(value, kind):
+            return torch.empty((), dtype=dtype)
+    raise InvalidInputsError(
+        f"The program's input {name!r} is {type(value).__name__}, neither a tensor nor a number; export it with "
+        f"tensors."
     )
 
 
@@ -51,14 +70,12 @@ def _size(dim: Any) -> int | None:
 
 
 def _words(values: Sequence[tuple[str, Any]]) -> dict[str, str]:
-    """Each of torch's symbols -> a word; expressions such as 2*s77 have none."""
+    """Each of torch's sizes -> a word: symbols, and expressions such as 2*s77, which the program takes some of only."""
     words: dict[str, str] = {}
     for name, value in values:
         for axis, dim in enumerate(value.shape):
             symbol = str(dim)
             if isinstance(dim, int) or symbol in words:
-                continue
-            if not _SYMBOL.fullmatch(symbol):
                 continue
             taken = words.values()
             word = "batch" if axis == 0 and "batch" not in taken else f"dim_{axis}"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from modelpress_compression.archive import Archive
 from modelpress_compression.errors import UnsupportedFormatError
@@ -16,7 +15,8 @@ from modelpress_compression.loaders.checked_copy import checked_copy
 from modelpress_compression.loaders.exporters import ExportRequest, export_plain, export_program
 from modelpress_compression.loaders.exporting import export_checked
 from modelpress_compression.loaders.program_check import check_archive
-from modelpress_compression.loaders.program_inputs import match_specs, program_specs
+from modelpress_compression.loaders.program_inputs import match_specs, number_inputs, program_specs
+from modelpress_compression.loaders.program_state import output_name, without_state
 from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.loaders.source import Source
 from modelpress_compression.loaders.torch_run import REFUSALS, flatten, to_tensors
@@ -30,11 +30,10 @@ _TRAINING_ARGUMENTS = ("train", "training", "use_input_stats")
 
 def load_torch_export(source: Source, specs: Sequence[TensorSpec]) -> Model:
     """The program as a `Model`. Raises as `loaders.load`."""
-    with (
-        Archive.open(source.main, "The torch.export archive") as archive,
-        checked_copy(archive, check_archive(archive)) as path,
-    ):
-        return convert_program(_read(path), specs, source.provenance("torch_export"))
+    with Archive.open(source.main, "The torch.export archive") as archive:
+        checked = check_archive(archive)
+        with checked_copy(archive, checked.pickled, checked.replaced) as path:
+            return convert_program(_read(path), specs, source.provenance("torch_export"))
 
 
 def _read(path: Path) -> torch.export.ExportedProgram:
@@ -51,9 +50,14 @@ def _read(path: Path) -> torch.export.ExportedProgram:
 def convert_program(
     program: torch.export.ExportedProgram, specs: Sequence[TensorSpec], provenance: Provenance
 ) -> Model:
-    """A program as a `Model`; `specs`, where given, name the dynamic dimensions. Raises as `loaders.load`."""
+    """A program with flat inputs and outputs as a `Model`. Raises as `loaders.load`.
+
+    `specs`, where given, name the dynamic dimensions, and those buffers that shall be inputs and outputs.
+    """
     warnings = _to_evaluation(program)
-    own = program_specs(program)
+    stateless = without_state(program, [spec.name for spec in specs])
+    program = stateless.program
+    own = program_specs(program, stateless.state)
     specs = match_specs(own, specs) if specs else own
     with quiet():
         run = program_runner(program)
@@ -63,13 +67,14 @@ def convert_program(
         return export_program(program, request, "program.onnx")
 
     exporters = (export_dynamo, export_plain)
-    model = export_checked(exporters, lambda: _flat_module(program), specs, trials, provenance)
-    return model.with_warnings(*warnings)
+    outputs = [output_name(buffer) for buffer in stateless.state.values()]
+    model = export_checked(exporters, lambda: _Flat(program), specs, trials, provenance, last_outputs=outputs)
+    return model.with_warnings(*warnings, *stateless.warnings)
 
 
 def program_runner(program: torch.export.ExportedProgram) -> Run:
     """`feeds -> outputs` of the program; feeds in the order of its user inputs."""
-    module = _flat_module(program)
+    module = _Flat(program)
 
     def run(feeds: Feeds) -> list[Array]:
         with torch.no_grad(), quiet():
@@ -79,19 +84,20 @@ def program_runner(program: torch.export.ExportedProgram) -> Run:
 
 
 class _Flat(torch.nn.Module):
-    """Takes the program's inputs as a flat list of tensors, whatever tree its `forward` wants."""
+    """Takes tensors of no dimensions where the program takes numbers, and has the modes that exporters switch."""
 
-    def __init__(self, inner: torch.nn.Module, spec: pytree.TreeSpec) -> None:
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
         super().__init__()
-        self.inner, self._spec = inner, spec
+        self._numbers = number_inputs(program)
+        self.inner = program.module()
 
     def forward(self, *tensors: torch.Tensor) -> Any:
-        args, kwargs = pytree.tree_unflatten(list(tensors), self._spec)
-        return self.inner(*args, **kwargs)
+        pairs = zip(tensors, self._numbers, strict=True)
+        return self.inner(*(tensor.item() if number else tensor for tensor, number in pairs))
 
-
-def _flat_module(program: torch.export.ExportedProgram) -> torch.nn.Module:
-    return _Flat(program.module(), program.call_spec.in_spec)
+    def train(self, mode: bool = True) -> _Flat:
+        """A program has no modes."""
+        return self
 
 
 def _to_evaluation(program: torch.export.ExportedProgram) -> list[str]:

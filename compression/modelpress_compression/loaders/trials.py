@@ -30,9 +30,10 @@ _MAX_ELEMENTS = 1 << 21  # of all inputs together; larger ones are not needed to
 # Scalars of integer type are options rather than data: a sample rate, a step, a flag.
 _SCALARS = (None, 1, 16000, 8000, 2)
 _TRACE_BATCH = 2  # never 1, which exporters take for a constant
-_OTHER_BATCHES = (3, 1)
+_FIRST_BATCHES = (_TRACE_BATCH, 1, 4, 8)  # the last two: for models that split their batch
+_OTHER_BATCHES = (3, 1, 2, 4, 8, 16)
 # How lines of torch's messages start that tell of its own insides.
-_NOISE = ("File ", "Traceback", "~", "<---", "The following", "at ")
+_NOISE = ("File ", "Traceback", "~", "<---", "The following", "at ", "(Refer to")
 
 
 def symbols_of(specs: Sequence[TensorSpec]) -> list[str]:
@@ -55,7 +56,8 @@ def example_feeds(
 ) -> Feeds:
     """One array per input. `sizes`: extent of each dynamic dimension ("": of unnamed ones); `batch`: of sample axes.
 
-    Floating-point inputs are standard normal. Integers are 0 or 1: ids within any vocabulary, values of any mask.
+    Floating-point inputs are standard normal. Integers are 0 or 1: ids within any vocabulary, values of any mask; a
+    mask of two dimensions begins with ones.
     """
     rng = np.random.default_rng(seed)
     sizes = dict(sizes)
@@ -72,6 +74,10 @@ def _array(spec: TensorSpec, sizes: Mapping[str, int], unknown: int, rng: np.ran
 
         return rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
     dtype = spec.array_dtype
+    if dtype.kind == "i" and len(shape) == 2 and "mask" in spec.name.lower():
+        # As padded on the right: where the first place is masked, a causal model sees nothing, and gives anything.
+        lengths = rng.integers(1, shape[1] + 1, (shape[0], 1)) if shape[1] else np.zeros((shape[0], 1))
+        return np.asarray(np.arange(shape[1]) < lengths, dtype=dtype)
     if dtype.kind == "f":
         return np.asarray(rng.standard_normal(shape), dtype=dtype)
     return np.asarray(rng.integers(0, 2, shape), dtype=dtype)
@@ -147,7 +153,7 @@ class _Search:
         others = [name for name in symbols_of(self._specs) if name not in batches]
         scalars = _SCALARS if any(_is_scalar(spec) for spec in self._specs) else (None,)
         said, deadline = "", time.monotonic() + _SEARCH_S
-        tries = itertools.product((_TRACE_BATCH, 1), _size_choices(len(others)), scalars)
+        tries = itertools.product(_FIRST_BATCHES, _size_choices(len(others)), scalars)
         for batch, extents, scalar in itertools.islice(tries, _TRIES):
             sizes = dict.fromkeys(batches, batch) | dict(zip(others, extents, strict=True))
             if self._elements(sizes) > _MAX_ELEMENTS:
@@ -165,11 +171,8 @@ class _Search:
         """A run with another extent of one dimension."""
         here = first.sizes[symbol]
         is_batch = symbol in batch_symbols(self._specs)
-        choices = (
-            _OTHER_BATCHES if is_batch else (here + 1, here * 2, here + 32, max(1, here // 2), here + 16, here + 8)
-        )
-        if here == 1 and is_batch:
-            choices = (2, 3)
+        others = (here + 1, here * 2, here + 32, max(1, here // 2), here + 16, here + 8)
+        choices = _OTHER_BATCHES if is_batch else others
         taken = {size for name, size in first.sizes.items() if name != symbol}
         for size in sorted(choices, key=lambda extent: extent in taken):
             if size != here and (trial := self.attempt({**first.sizes, symbol: size}, scalar, seed=size)):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +25,7 @@ from modelpress_compression.loaders import load
 from modelpress_compression.loaders.program_check import check_tensors_only
 from modelpress_compression.loaders.program_graph import check_expression
 from oracles.plain_run import run_onnx
+from torch.utils import _pytree as pytree
 
 PROGRAM = "models/model.json"
 
@@ -265,3 +269,200 @@ def test_other_expressions_do_not(text: str) -> None:
     """Anything that could reach an object beyond numbers is refused."""
     with pytest.raises(RejectedModelError):
         check_expression(text, guard=False)
+
+
+class Answer:
+    """An output type of a library: a pytree by a registered name, which whoever reads the file need not know."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+
+
+class Cache:
+    """As transformers' caches: keys and values of each layer."""
+
+    def __init__(self, keys: list[torch.Tensor]) -> None:
+        self.keys = keys
+
+
+@contextmanager
+def library_types() -> Iterator[None]:
+    """Registers the two types above, and forgets them when the block ends."""
+    pytree.register_pytree_node(
+        Answer,
+        lambda answer: (list(answer.values.values()), list(answer.values)),
+        lambda values, names: Answer(**dict(zip(names, values, strict=True))),
+        flatten_with_keys_fn=lambda answer: (
+            [(pytree.MappingKey(name), value) for name, value in answer.values.items()],
+            list(answer.values),
+        ),
+        serialized_type_name="acme.Answer",
+        to_dumpable_context=json.dumps,
+        from_dumpable_context=json.loads,
+    )
+    pytree.register_pytree_node(
+        Cache,
+        lambda cache: (cache.keys, None),
+        lambda keys, _: Cache(list(keys)),
+        flatten_with_keys_fn=lambda cache: ([(pytree.SequenceKey(i), key) for i, key in enumerate(cache.keys)], None),
+        serialized_type_name="acme.Cache",
+        to_dumpable_context=lambda _: "{}",
+        from_dumpable_context=lambda _: None,
+    )
+    yield
+    for known in (Answer, Cache):
+        pytree._deregister_pytree_node(known)
+
+
+def check_same(path: Path, module: torch.nn.Module, runs: Sequence[Sequence[torch.Tensor]]) -> list[str]:
+    """Loads, compares with the module's tensors at each of `runs` (rtol 1e-4), and returns the warnings."""
+    model = load(path)
+    for tensors in runs:
+        with torch.no_grad():
+            wanted = [leaf for leaf in pytree.tree_leaves(module(*tensors)) if isinstance(leaf, torch.Tensor)]
+        feeds = {spec.name: tensor.numpy() for spec, tensor in zip(model.inputs, tensors, strict=True)}
+        got = run_onnx(model, [feeds])[0]
+        assert len(got) == len(wanted)
+        for have, want in zip(got.values(), wanted, strict=True):
+            np.testing.assert_allclose(have, want.numpy(), rtol=1e-4, atol=1e-5)
+    return list(model.warnings)
+
+
+def test_types_of_libraries(tmp_path: Path, make: SimpleNamespace) -> None:
+    """Types that a library registered are read for their tensors alone: nothing of the library is imported."""
+
+    class Uses(torch.nn.Module):
+        def forward(self, x: torch.Tensor, cache: Cache) -> Answer:
+            return Answer(logits=x + cache.keys[0], cache=Cache([x * cache.keys[1]]))
+
+    x, key, value = torch.zeros(3, 2, 3).unbind()
+    with library_types():
+        path = make.save_program(Uses(), (x.clone(), Cache([key.clone(), value.clone()])), tmp_path / "m.pt2")
+    model = load(path)
+    assert [spec.name for spec in model.inputs] == ["x", "cache_0", "cache_1"]
+    feeds = {spec.name: np.full((2, 3), index + 2, np.float32) for index, spec in enumerate(model.inputs)}
+    first, second = run_onnx(model, [feeds])[0].values()
+    np.testing.assert_array_equal(first, np.full((2, 3), 5))
+    np.testing.assert_array_equal(second, np.full((2, 3), 8))
+
+
+def odd_names() -> torch.nn.Module:
+    children = [("c-d", torch.nn.Linear(4, 4)), ("x y", torch.nn.ReLU()), ("a/b", torch.nn.Linear(4, 2))]
+    inner = OrderedDict[str, torch.nn.Module](children)
+    return torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Sequential(inner))
+
+
+@pytest.mark.parametrize("dim", [torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO, torch.export.Dim("n", max=64)])
+def test_roots_and_dimensions(dim: Any, tmp_path: Path, make: SimpleNamespace) -> None:
+    """Modules whose children have numbers or odd words for names; every kind of dynamic dimension."""
+    module = odd_names()
+    path = make.save_program(module.eval(), (torch.randn(4, 6),), tmp_path / "m.pt2", ({0: dim},))
+    assert load(path).inputs[0].shape == ("batch", 6)
+    assert check_same(path, module, [(torch.randn(3, 6),), (torch.randn(7, 6),)]) == []
+
+
+def test_arguments_that_are_constants(tmp_path: Path, make: SimpleNamespace) -> None:
+    """None, flags and numbers are part of the program; they are no inputs and no outputs."""
+
+    class Options(torch.nn.Module):
+        def forward(self, x: torch.Tensor, mask: Any, times: int, *, name: str) -> tuple[Any, ...]:
+            return x * times, mask, name, x.shape[0]
+
+    path = tmp_path / "m.pt2"
+    program = torch.export.export(
+        Options(),
+        (torch.ones(2, 3), None, 3),
+        {"name": "double"},
+        dynamic_shapes={"x": {0: torch.export.Dim("n")}, "mask": None, "times": None, "name": None},
+    )
+    torch.export.save(program, path)
+    model = load(path)
+    assert [str(spec) for spec in (*model.inputs, *model.outputs)] == [
+        "x:float32[batch,3]",
+        "output_0:float32[batch,3]",
+        "output_1:int64[]",
+    ]
+    got = run_onnx(model, [{"x": np.ones((5, 3), np.float32)}])[0]
+    np.testing.assert_array_equal(got["output_0"], np.full((5, 3), 3))
+    assert got["output_1"] == 5
+
+
+class Remembers(torch.nn.Module):
+    """Counts its calls, and writes what it saw into a part of a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("seen", torch.zeros(4, 3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.calls.add_(1.0)
+        self.seen[1:3] = x
+        return x * self.calls, self.seen.sum()
+
+
+def test_state_of_a_program(tmp_path: Path, make: SimpleNamespace) -> None:
+    """Every call starts from the saved state, and the warning says how to get the state in and out."""
+    path = make.save_program(Remembers(), (torch.zeros(2, 3),), tmp_path / "m.pt2")
+    x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
+    model = load(path)
+    (warning,) = model.warnings
+    assert "writes into calls, seen" in warning
+    assert "--input 'calls:float32[1]'" in warning
+    for _ in range(2):
+        first, second = run_onnx(model, [{"x": x}])[0].values()
+        np.testing.assert_allclose(first, x, rtol=1e-6)
+        np.testing.assert_allclose(second, x.sum(), rtol=1e-5)
+
+
+def test_state_as_input_and_output(tmp_path: Path, make: SimpleNamespace) -> None:
+    """A buffer named as an input goes in and comes out; three calls give what the module gives; rtol 1e-5."""
+    path = make.save_program(Remembers(), (torch.zeros(2, 3),), tmp_path / "m.pt2")
+    model = load(path, ["x:float32[2,3]", "calls:float32[1]", "seen:float32[4,3]"])
+    assert model.warnings == ()
+    assert [spec.name for spec in model.inputs] == ["x", "calls", "seen"]
+    assert [spec.name for spec in model.outputs][2:] == ["calls_out", "seen_out"]
+    module, rng = Remembers(), np.random.default_rng(0)
+    state = {"calls": np.zeros(1, np.float32), "seen": np.zeros((4, 3), np.float32)}
+    for _ in range(3):
+        x = rng.standard_normal((2, 3)).astype(np.float32)
+        wanted = [item.numpy().copy() for item in module(torch.from_numpy(x))]
+        got = run_onnx(model, [{"x": x, **state}])[0]
+        state = {name: got[f"{name}_out"] for name in state}
+        for have, want in zip(list(got.values())[:2], wanted, strict=True):
+            np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InvalidInputsError, match="does not fit"):
+        load(path, ["calls:float32[2,2]"])
+
+
+def test_inputs_that_are_written_into(tmp_path: Path, make: SimpleNamespace) -> None:
+    """The outputs are the program's; that the new value is left out is said."""
+
+    class Adds(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x.add_(1.0)
+            return x * 2
+
+    path = make.save_program(Adds(), (torch.zeros(2, 3),), tmp_path / "m.pt2")
+    model = load(path)
+    assert any("writes into its input x" in warning for warning in model.warnings)
+    got = run_onnx(model, [{"x": np.ones((2, 3), np.float32)}])[0]["output"]
+    np.testing.assert_array_equal(got, np.full((2, 3), 4))
+
+
+def test_trees_that_do_not_fit_the_graph(exported: Path, tmp_path: Path, make: SimpleNamespace) -> None:
+    """A description of more inputs than there are is damage, not an input."""
+    leaf: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
+    two = json.dumps([1, {"type": "builtins.tuple", "context": "null", "children_spec": [leaf, leaf]}])
+    with pytest.raises(RejectedModelError, match="describes 2 inputs, and its graph has 1"):
+        load(make.rewrite(exported, tmp_path / "a.pt2", {PROGRAM: edit([*SPEC, "in_spec"], two)}))
+    with pytest.raises(UnsupportedFormatError, match="not complete"):
+        load(make.rewrite(exported, tmp_path / "b.pt2", {PROGRAM: edit([*SPEC, "in_spec"], "7")}))
+
+
+def test_samples_are_not_read(exported: Path, tmp_path: Path, make: SimpleNamespace) -> None:
+    """Classes of a library in the sample inputs keep nobody from reading the program."""
+    sample = io.BytesIO()
+    torch.save(((Cache([torch.zeros(2)]),), {}), sample)
+    changed = make.rewrite(exported, tmp_path / "m.pt2", {"data/sample_inputs/model.pt": sample.getvalue()})
+    assert load(changed).inputs[0].name == "x"
