@@ -19,7 +19,7 @@ from manual_clock import ManualClock
 from modelpress_protos.v1 import job_service_pb2, upload_service_pb2
 from modelpress_server.config import Settings, SettingsError
 from modelpress_server.identity import jwt as jwt_module
-from modelpress_server.identity.jwt import REFETCH_S, JwtVerifier, KeySource
+from modelpress_server.identity.jwt import KEYS_FRESH_S, REFETCH_S, JwtVerifier, KeySource
 from modelpress_server.identity.roles import Role
 from modelpress_server.interceptors import RECHECK_S
 from server_harness import PROJECT, Client, Serve, chunks, digest_of, failing, until
@@ -123,13 +123,17 @@ async def test_signatures_that_anybody_can_make(verifier: JwtVerifier, provider:
     assert await shared.verify(signed_with_a_secret(claims, known)) is None
 
 
-async def test_a_verified_one_is_remembered_until_it_expires(verifier: JwtVerifier, provider: Provider) -> None:
-    """So that it is answered without work."""
+async def test_a_verified_one_is_remembered_for_a_while(verifier: JwtVerifier, provider: Provider) -> None:
+    """So that it is answered without work; no longer than its time, and than keys are kept without a look."""
     token = provider.token("one")
     assert verifier.remembered(token, time.time()) is None
     assert await verifier.verify(token) is not None
     assert verifier.remembered(token, time.time()) is not None
-    assert verifier.remembered(token, time.time() + 601) is None
+    assert verifier.remembered(token, time.time() + KEYS_FRESH_S + 1) is None
+    assert verifier.knows(token)
+    short = provider.token("one", exp=time.time() + 10)
+    assert await verifier.verify(short) is not None
+    assert verifier.remembered(short, time.time() + 11) is None
 
 
 async def test_keys_in_a_file_change(provider: Provider, tmp_path: Path) -> None:

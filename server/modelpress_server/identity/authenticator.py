@@ -58,6 +58,7 @@ class Authenticator:
         found = self._tokens.find(token, now_s)
         if found is None and self._jwt is not None:
             found = self._jwt.remembered(token, now_s)
+            known = known or self._jwt.knows(token)
         if found is not None:
             return found
         wait_s = self._wrong.wait_s(_host(peer), self._clock.now_s(), WRONG_BURST, WRONG_PER_S)

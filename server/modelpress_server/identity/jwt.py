@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 import urllib.request
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -103,9 +104,13 @@ class JwtVerifier:
         self._seen: OrderedDict[bytes, tuple[Caller, float]] = OrderedDict()
 
     def remembered(self, token: str, now_s: float) -> Caller | None:
-        """Whom a token names that was verified before and has not expired."""
-        caller, expires_s = self._seen.get(digest(token), (None, 0.0))
-        return caller if now_s < expires_s else None
+        """Whom a token names that was verified not long ago and has not expired."""
+        caller, until_s = self._seen.get(digest(token), (None, 0.0))
+        return caller if now_s < until_s else None
+
+    def knows(self, token: str) -> bool:
+        """Whether a token was right once: it is no guess."""
+        return digest(token) in self._seen
 
     async def verify(self, token: str) -> Caller | None:
         """Whom it names; None: it is not of this provider, for this server, and valid now."""
@@ -128,11 +133,12 @@ class JwtVerifier:
         except (jwt.InvalidTokenError, ValueError, TypeError, NotImplementedError) as error:
             logger.debug("a web token was refused: %s", error)
             return None
-        self._remember(digest(token), caller, float(claims["exp"]))
+        # Not for longer than keys are: a key that the provider takes back takes its tokens along.
+        self._remember(digest(token), caller, min(float(claims["exp"]), time.time() + KEYS_FRESH_S))
         return caller
 
-    def _remember(self, key: bytes, caller: Caller, expires_s: float) -> None:
-        self._seen[key] = caller, expires_s
+    def _remember(self, key: bytes, caller: Caller, until_s: float) -> None:
+        self._seen[key] = caller, until_s
         while len(self._seen) > CACHED:
             self._seen.popitem(last=False)
 
