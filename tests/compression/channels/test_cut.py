@@ -86,6 +86,26 @@ def test_slices_and_indices_follow(graph: Any, check_cut: Any) -> None:
     check_cut(model, {"x": normal(2, 4)})
 
 
+def test_extents_of_cropping_and_resizing_follow(graph: Any, check_cut: Any) -> None:
+    """Sizes that an operator is given for the channels' axis shrink with them, listed by `axes` or not."""
+    nodes = """h = Conv(x, a) p = CenterCropPad(h, all) q = CenterCropPad<axes=[1, 3]>(p, some)
+               r = Resize<axes=[-3, 3], mode="nearest">(q, , , wider) y = Conv(r, b)"""
+    sizes = {"all": np.array([2, 8, 5, 4]), "some": np.array([8, 6]), "wider": np.array([8, 12])}
+    model = graph("2,3,7,7", "2,2,5,12", nodes, a=normal(8, 3, 1, 1), b=normal(2, 8, 1, 1), **sizes)
+    analysis, _ = check_cut(model, {"x": normal(2, 3, 7, 7)})
+    assert [group.units for group in analysis.groups] == [8]
+
+
+def test_padding_that_shifts_channels_freezes_them(graph: Any) -> None:
+    """Pads of opposite signs leave the extent as it is, and move every channel to another place."""
+    nodes = "h = Conv(x, a) p = Pad(h, pads, , axes) y = Conv(p, b)"
+    constants = {"pads": np.array([1, -1]), "axes": np.array([-3])}
+    model = graph("n,3,5,5", "n,2,5,5", nodes, a=normal(8, 3, 1, 1), b=normal(2, 8, 1, 1), **constants)
+    analysis = find_groups(model)
+    assert not analysis.groups
+    assert "The axis is resized or padded. (p)" in {frozen.reason for frozen in analysis.frozen}
+
+
 def test_depthwise_and_grouped_convolutions(graph: Any, check_cut: Any) -> None:
     """The depthwise one loses groups; the other keeps four groups, or loses whole ones."""
     nodes = """h = Conv(x, a) d = Conv<group=8, pads=[1,1,1,1]>(h, b) g = Conv<group=4>(d, c) y = Conv(g, e)"""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import onnx_ir
 from modelpress_compression.errors import CompressionError
 from modelpress_compression.executor import Executor, NotExecutableError, unsupported_nodes
 from modelpress_compression.model import Model, Provenance
+from onnx import numpy_helper
 
 # Random by definition: only type and shape can be compared.
 _RANDOM = frozenset(
@@ -45,6 +47,42 @@ def cases() -> tuple[Any, ...]:
         from onnx.backend.test import loader
 
         return tuple(sorted(loader.load_model_tests(kind="node"), key=lambda case: case.name))
+
+
+def folder_cases(kind: str) -> Iterator[Any]:
+    """The tests of one kind that the onnx package holds as files, with model and data read."""
+    from onnx.backend.test import loader
+
+    for case in sorted(loader.load_model_tests(kind=kind), key=lambda case: case.name):
+        folder = Path(str(case.model_dir))
+        model = onnx.load(folder / "model.onnx")
+        yield replace(case, model=model, data_sets=[_data_set(model, folder / "test_data_set_0")])
+
+
+def _data_set(model: onnx.ModelProto, folder: Path) -> tuple[list[Any], list[Any]]:
+    """Inputs and outputs of a test that is a folder; inputs with a default come last and have no file."""
+    sides = (("input", model.graph.input), ("output", model.graph.output))
+    inputs, outputs = (
+        [_read(path, value.type) for path, value in _files(folder, side, values)] for side, values in sides
+    )
+    return inputs, outputs
+
+
+def _files(
+    folder: Path, side: str, values: Sequence[onnx.ValueInfoProto]
+) -> Iterator[tuple[Path, onnx.ValueInfoProto]]:
+    paths = (folder / f"{side}_{index}.pb" for index in range(len(values)))
+    return ((path, value) for path, value in zip(paths, values, strict=True) if path.exists())
+
+
+def _read(path: Path, kind: onnx.TypeProto) -> Any:
+    if kind.HasField("sequence_type"):
+        sequence = onnx.SequenceProto()
+        sequence.ParseFromString(path.read_bytes())
+        return numpy_helper.to_list(sequence)
+    tensor = onnx.TensorProto()
+    tensor.ParseFromString(path.read_bytes())
+    return tensor
 
 
 def operator_of(case: Any) -> Key:
@@ -91,7 +129,7 @@ def _compare(case: Any, executor: Executor, inputs: Sequence[Any], expected: Seq
     names = [value.name for value in case.model.graph.input]
     feeds = {name: feed_of(value) for name, value in zip(names, inputs, strict=True)}
     found = list(executor.run(feeds).values())
-    random = any(_is_random(node) for node in case.model.graph.node) and "zero_ratio" not in case.name
+    random = is_random(case)
     _require(len(found) == len(expected), f"{len(found)} outputs instead of {len(expected)}")
     for got, wanted in zip(found, expected, strict=True):
         _same(got, feed_of(wanted), case, values=not random)
@@ -100,6 +138,11 @@ def _compare(case: Any, executor: Executor, inputs: Sequence[Any], expected: Seq
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise AssertionError(message)
+
+
+def is_random(case: Any) -> bool:
+    """Whether only types and shapes of the outputs can be compared."""
+    return any(_is_random(node) for node in case.model.graph.node) and "zero_ratio" not in case.name
 
 
 def _is_random(node: Any) -> bool:

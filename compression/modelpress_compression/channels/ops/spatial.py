@@ -8,8 +8,10 @@ from modelpress_compression.channels.fixes import Extents
 from modelpress_compression.channels.labels import AxisLabels
 from modelpress_compression.channels.ops.registry import rule
 from modelpress_compression.channels.tracer import UNKNOWN_SHAPES, Tracer
-from modelpress_compression.graph.read import input_of
+from modelpress_compression.graph.read import input_of, ints_attribute
 
+# The input with the extents of the result.
+_SIZES = {"Resize": 3, "CenterCropPad": 1}
 _SPACE = "The axis is one of space: windows run over it."
 
 
@@ -41,10 +43,14 @@ def resize(node: onnx_ir.Node, tracer: Tracer) -> str | None:
             tracer.freeze(axis, node, "The axis is resized or padded.")
         output.append(axis if passes else None)
     tracer.set(node.outputs[0], tuple(output))
-    if node.op_type == "Resize" and input_of(node, 3) is not None:
-        if tracer.known(node.inputs[3]) is None or "axes" in node.attributes:
-            return None if all(axis is None for axis in output) else "The sizes of the resizing are not known."
-        tracer.fixes.append(Extents(node, 3, tuple(output)))
+    position = _SIZES.get(node.op_type)
+    if position is None or input_of(node, position) is None:
+        return None
+    named = ints_attribute(node, "axes")
+    sized = output if named is None else [output[axis] for axis in named]
+    if tracer.known(node.inputs[position]) is None:
+        return None if all(axis is None for axis in sized) else "The sizes of the resizing are not known."
+    tracer.fixes.append(Extents(node, position, tuple(sized)))
     return None
 
 
@@ -53,9 +59,15 @@ def _shifts(node: onnx_ir.Node, axis: int, tracer: Tracer) -> bool:
     if len(node.inputs) < 2:
         return False
     pads = tracer.known(node.inputs[1])
-    if pads is None or (input_of(node, 3) is not None):
+    if pads is None:
         return False
-    return bool(pads.reshape(-1)[axis] != 0)
+    begins = pads.reshape(-1)[: pads.size // 2]
+    if input_of(node, 3) is None:
+        return bool(begins[axis] != 0)
+    padded, rank = tracer.known(node.inputs[3]), len(tracer.axes(node.inputs[0]) or ())
+    return padded is None or any(
+        int(begin) != 0 and int(named) % rank == axis for begin, named in zip(begins, padded.reshape(-1), strict=True)
+    )
 
 
 @rule("GridSample")

@@ -150,8 +150,9 @@ def _normalized(writer: Writer, data: onnx_ir.Value, mask: NDArray[np.float32], 
     node = writer.node
     epsilon = writer.constant(np.asarray(float_attribute(node, "epsilon", 1e-5), np.float32))
     constant = writer.constant(mask)
-    count = mask.sum(axis=tuple(axes), keepdims=True)
-    number = writer.constant(np.maximum(count, 1).astype(np.float32))
+    # Over the data's own extents: the mask has 1 where an axis makes no difference.
+    whole = writer("Expand", constant, writer("Shape", data))
+    number = writer("Max", writer.sum(whole, axes), writer.constant(np.ones(1, np.float32)))
     if is_op(node, *_CENTRED):
         mean = writer("Div", writer.sum(writer("Mul", data, constant), axes), number)
         data = writer("Sub", data, mean)

@@ -1,0 +1,62 @@
+"""ONNX's own test models through the engine: what comes back is the same model, and nothing fails within."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from functools import cache
+
+import pytest
+from oracles.node_tests import CUT, TREATMENTS, WRONG, Outcome, Subject, journey, subjects
+
+_GROUPS = 32
+_SAMPLED = 150
+_TREATMENTS = (*TREATMENTS, CUT)
+
+
+@cache
+def _subjects() -> tuple[Subject, ...]:
+    return tuple(subjects())
+
+
+def _number(text: str) -> int:
+    """The same in every run, and without meaning."""
+    return zlib.crc32(text.encode())
+
+
+@cache
+def _sample() -> tuple[Subject, ...]:
+    """One model of each of 150 operators, in one of its forms."""
+    by_operator: dict[str, list[Subject]] = {}
+    for subject in _subjects():
+        by_operator.setdefault("::".join(subject.operator), []).append(subject)
+    operators = sorted(by_operator, key=_number)[:_SAMPLED]
+    return tuple(min(by_operator[operator], key=lambda subject: _number(subject.name)) for operator in operators)
+
+
+def _wrong(outcomes: Iterable[Outcome]) -> list[str]:
+    return [
+        f"{outcome.subject}, {outcome.treatment}: {outcome.status}: {outcome.detail}"
+        for outcome in outcomes
+        if outcome.status in WRONG
+    ]
+
+
+def test_one_model_of_150_operators_by_one_treatment_comes_back_the_same() -> None:
+    """Each model is loaded and goes through one treatment, another one for each; most load."""
+    outcomes = [
+        outcome
+        for number, subject in enumerate(_sample())
+        for outcome in journey(subject, [_TREATMENTS[number % len(_TREATMENTS)]])
+    ]
+    assert not (wrong := _wrong(outcomes)), "\n".join(wrong)
+    loaded = sum((outcome.treatment, outcome.status) == ("load", "equal") for outcome in outcomes)
+    assert loaded >= 0.7 * _SAMPLED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", range(_GROUPS))
+def test_every_model_by_every_treatment_comes_back_the_same(group: int) -> None:
+    """One in 32 of all models a test."""
+    outcomes = [outcome for subject in _subjects()[group::_GROUPS] for outcome in journey(subject)]
+    assert not (wrong := _wrong(outcomes)), "\n".join(wrong)
