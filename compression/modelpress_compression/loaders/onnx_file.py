@@ -11,10 +11,17 @@ import onnx_ir
 from google.protobuf.message import DecodeError
 
 from modelpress_compression import mapped
-from modelpress_compression.errors import InvalidInputsError, RejectedModelError, UnsupportedFormatError
+from modelpress_compression.errors import (
+    InvalidInputsError,
+    ModelNotRunnableError,
+    RejectedModelError,
+    UnsupportedFormatError,
+    UnsupportedOperatorError,
+)
 from modelpress_compression.graph.metadata import clear_debug_metadata
+from modelpress_compression.graph.precision import compute_in_float32, computes_in
 from modelpress_compression.graph.shapes import infer_shapes
-from modelpress_compression.loaders.normalize import normalize
+from modelpress_compression.loaders.normalize import name_nodes, normalize
 from modelpress_compression.loaders.onnx_check import check_external_data, check_graph, check_operators
 from modelpress_compression.loaders.onnx_old import raise_from_before_7
 from modelpress_compression.loaders.onnx_sparse import write_out_sparse
@@ -39,8 +46,6 @@ Dim = int | str | None
 
 def load_onnx(source: Source, specs: Sequence[TensorSpec]) -> Model:
     """An ONNX file with its data files. Raises as `loaders.load`."""
-    from modelpress_compression.runtime import session_of
-
     proto = _parse(source.main)
     data = check_external_data(proto, source)
     sparse = write_out_sparse(proto)
@@ -50,8 +55,41 @@ def load_onnx(source: Source, specs: Sequence[TensorSpec]) -> Model:
     model = normalize(Model(ir, source.provenance("onnx", data), _sparse_note(sparse)))
     model = apply_specs(model, specs)
     check_elements(model.inputs)
-    with session_of(model, optimize=False):  # says what onnxruntime refuses, now rather than in the middle of a job
-        return model
+    model = _runnable(model)
+    _check_bfloat16(model)
+    return model
+
+
+def _runnable(model: Model) -> Model:
+    """Says what onnxruntime refuses, now rather than in the middle of a job; bfloat16 it refuses to compute in."""
+    from modelpress_compression.runtime import session_of
+
+    try:
+        with session_of(model, optimize=False):
+            return model
+    except (UnsupportedOperatorError, ModelNotRunnableError):
+        widened = model.clone()
+        bfloat16 = (onnx_ir.DataType.BFLOAT16,)
+        if not computes_in(model, bfloat16) or not compute_in_float32(widened, bfloat16):
+            raise
+    infer_shapes(widened.ir)
+    name_nodes(widened)
+    with session_of(widened, optimize=False):
+        return widened.with_warnings(
+            "The model computes in bfloat16, in which onnxruntime does not compute on CPU. It computes in float32 here "
+            "and in the result, with the weights as they are: the outputs are those of bfloat16 up to its rounding."
+        )
+
+
+def _check_bfloat16(model: Model) -> None:
+    """Numbers of an input or output must come in and out of onnxruntime as NumPy's, which has no bfloat16."""
+    for what, specs in (("Input", model.inputs), ("Output", model.outputs)):
+        for spec in specs:
+            if spec.dtype == "bfloat16":
+                raise ModelNotRunnableError(
+                    f"{what} {spec.name!r} is bfloat16, which onnxruntime neither takes from Python nor gives back. "
+                    f"Export the model with float32 inputs and outputs; its weights may stay bfloat16."
+                )
 
 
 def _sparse_note(count: int) -> tuple[str, ...]:

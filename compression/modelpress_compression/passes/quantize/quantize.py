@@ -10,12 +10,15 @@ Whether the result runs and is finite is the pipeline's to check, as it does for
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import onnx_ir
 
 from modelpress_compression.encodings.operands import is_quantized
 from modelpress_compression.graph.edit import Editor, clean
+from modelpress_compression.graph.precision import OTHER_FLOATS, compute_in_float32, computes_in
+from modelpress_compression.graph.shapes import infer_shapes
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded
 from modelpress_compression.passes.integers.certificate import certified
@@ -58,6 +61,7 @@ class Quantize:
     def _apply(self, work: Model, context: Context, findings: Findings) -> Model:
         config = self._config
         if config.scheme == "float16":
+            _widen(work, (onnx_ir.DataType.DOUBLE,), findings)
             store_in_float16(work, config.exclude, findings)
             return work
         _expand(work, config, findings)
@@ -91,6 +95,7 @@ def prepare_static(model: Model, config: QuantizeConfig, context: Context) -> St
 
 def _expand(work: Model, config: QuantizeConfig, findings: Findings) -> None:
     """Brings fused nodes into forms that can be in 8 bits, and says of the others why they cannot."""
+    _widen(work, OTHER_FLOATS, findings)
     expand_fused(work, Editor(work))
     for node in work.nodes():
         if is_excluded(node.name, config.exclude) and node.op_type in _WEIGHTED:
@@ -101,6 +106,16 @@ def _expand(work: Model, config: QuantizeConfig, findings: Findings) -> None:
             findings.skip(node, "onnxruntime has no 8-bit kernel for it")
         elif node.op_type == "Conv" and config.scheme == "dynamic":
             findings.skip(node, "dynamic quantization makes it 3 to 10 times slower; scheme static does not")
+
+
+def _widen(work: Model, dtypes: Collection[onnx_ir.DataType], findings: Findings) -> None:
+    """Layers that compute in other floats have no kernels in 8 bits: they compute in float32 from here on."""
+    if not computes_in(work, dtypes):
+        return
+    names = ", ".join(sorted({tensor.dtype.numpy().name for tensor in work.tensors() if tensor.dtype in dtypes}))
+    if compute_in_float32(work, dtypes):
+        infer_shapes(work.ir)
+        findings.warnings.append(f"The model computes in {names}; the result computes in float32 where not in 8 bits.")
 
 
 def _why_not(model: Model) -> str | None:
