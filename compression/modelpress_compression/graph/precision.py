@@ -27,8 +27,8 @@ OTHER_FLOATS = (*NARROW, DataType.DOUBLE)
 _LINEAR = frozenset(("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN", "Attention", "FusedMatMul"))
 # Attributes that name an element type.
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "output_datatype")
-# Smaller ones are not worth a Cast.
-_MIN_ELEMENTS = 16
+# Smaller ones, and vectors (biases, scales), are not worth a Cast: plain numbers they can be folded into their layer.
+_MIN_ELEMENTS = 256
 
 
 def computes_in(model: Model, dtypes: Collection[DataType]) -> bool:
@@ -118,10 +118,14 @@ def _widen(editor: Editor, graph: onnx_ir.Graph, value: onnx_ir.Value) -> None:
 
 def _widen_constant(editor: Editor, graph: onnx_ir.Graph, value: onnx_ir.Value) -> None:
     tensor = value.const_value
-    if tensor is None or value.is_graph_output() or (tensor.dtype in NARROW and tensor.size >= _MIN_ELEMENTS):
+    if tensor is None or value.is_graph_output() or _stays_narrow(tensor):
         _widen(editor, graph, value)
         return
     value.const_value, value.type = _in_float32(tensor), onnx_ir.TensorType(DataType.FLOAT)
+
+
+def _stays_narrow(tensor: onnx_ir.TensorProtocol) -> bool:
+    return tensor.dtype in NARROW and len(tensor.shape) > 1 and tensor.size >= _MIN_ELEMENTS
 
 
 def _narrow_output(editor: Editor, graph: onnx_ir.Graph, value: onnx_ir.Value, dtype: DataType) -> None:
