@@ -7,13 +7,14 @@ external data beyond. Each recipe runs in a process of its own, which loads the 
 result; with `--server`, a `compress-server` and the command `compress-client` do, and each process counts by itself.
 
 Memory is what a process holds of its own (RssAnon and RssShmem of /proc/PID/status) at its peak, polled. Pages of
-mapped files are the kernel's cache and shown apart: it takes them back when others need the room. Demanded: at most 1.5
-times the model plus 1 GB. Models and results are removed afterwards; the folder needs five times the largest model.
+mapped files are the kernel's cache and shown apart: it takes them back when others need the room. Seconds are of the
+wall clock, and of all processors for a run without a server. Demanded: at most 1.5 times the model plus 1 GB. Models and results are removed afterwards; the folder needs five times the largest model.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import shutil
 import subprocess
 import sys
@@ -216,22 +217,28 @@ def recipe_text(name: str) -> str:
     return f"{{version: 1, {asked}, benchmark: {{rounds: 10}}}}"
 
 
-def row(size_bytes: int, what: str, peak: Peak, time_s: float, result: str) -> bool:
+def row(size_bytes: int, what: str, peak: Peak, time_s: str, result: str) -> bool:
     """Prints one row of the table; whether each process kept within the bound."""
     bound = BOUND_FACTOR * size_bytes + BOUND_BYTES
     own = "; ".join(f"{name} {held / GB:.2f}" for name, held in peak.own.items())
     files = "; ".join(f"{held / GB:.2f}" for held in peak.files.values())
     holds = max(peak.own.values(), default=0) <= bound
     verdict = "holds" if holds else "MISSED"
-    cells = (f"{size_bytes / MB:.0f}", what, own, files, f"{bound / GB:.2f}", verdict, f"{time_s:.0f}", result)
+    cells = (f"{size_bytes / MB:.0f}", what, own, files, f"{bound / GB:.2f}", verdict, time_s, result)
     print(f"| {' | '.join(cells)} |", flush=True)
     return holds
+
+
+def children_s() -> float:
+    """Processor time of the processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def compress_alone(path: Path, size_bytes: int, name: str) -> bool:
     """One recipe in a process of its own."""
     folder = path.parent / "result"
-    began = time.monotonic()
+    began, before_s = time.monotonic(), children_s()
     child = subprocess.Popen(
         [sys.executable, __file__, "--child", str(path), name, str(folder)], stdout=subprocess.PIPE, text=True
     )
@@ -239,7 +246,8 @@ def compress_alone(path: Path, size_bytes: int, name: str) -> bool:
         said = child.communicate()[0].strip().splitlines()
     result = said[-1] if child.returncode == 0 and said else f"FAILED ({child.returncode})"
     shutil.rmtree(folder, ignore_errors=True)
-    return row(size_bytes, name, peak, time.monotonic() - began, result) and child.returncode == 0
+    time_s = f"{time.monotonic() - began:.0f} ({children_s() - before_s:.0f})"
+    return row(size_bytes, name, peak, time_s, result) and child.returncode == 0
 
 
 def run_child(path: Path, name: str, folder: Path) -> None:
@@ -271,7 +279,7 @@ def compress_remotely(path: Path, size_bytes: int, name: str) -> bool:
         )
         with Peak({"client": client.pid, "server": server.process.pid}) as peak:
             code = client.wait()
-        time_s = time.monotonic() - began
+        time_s = f"{time.monotonic() - began:.0f}"
     sizes = [file.stat().st_size for file in path.parent.glob("downloaded.onnx*")]
     shutil.rmtree(path.parent / "server")
     for file in path.parent.glob("downloaded*"):
@@ -291,7 +299,7 @@ def main() -> int:
     parser.add_argument("--server", nargs="+", choices=list(RECIPES)[1:], default=[], metavar="RECIPE")
     parser.add_argument("--directory", type=Path)
     asked = parser.parse_args()
-    print("| model, MB | recipe | held, GB | mapped files, GB | bound, GB | | seconds | result |")
+    print("| model, MB | recipe | held, GB | mapped files, GB | bound, GB | | seconds (CPU) | result |")
     print("|---|---|---|---|---|---|---|---|")
     holds = True
     for size_mb in asked.size_mb:

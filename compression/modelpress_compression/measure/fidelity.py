@@ -49,6 +49,8 @@ DEFAULT_LIMIT = 256
 KNOWN_BYTES = 256 * 1024**2
 # Outputs of the original that wait on the disk, of models that take turns: beyond these no more samples are taken.
 WAITING_BYTES = 1024**3  # 1 GiB
+# What such a comparison may take at most: runs of large models are long, and a few samples have many outputs.
+TURNS_BUDGET_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,8 @@ def compare_outputs(
 ) -> Fidelity:
     """Runs both models on at most `limit` samples, one at a time, and compares the outputs.
 
+    Models that do not fit into memory together get two minutes, within which not all samples may be reached.
+
     One at a time, because dynamic quantization chooses its ranges per batch. `budget_s`: stop taking samples after so
     many seconds; `samples` says how many there were. `known`: outputs of the original on this data; those that are
     found are kept there. Raises ModelNotRunnableError, UnsupportedOperatorError.
@@ -199,6 +203,7 @@ class _Pair:
     def _in_turn(self, feeds: Iterable[Feeds], deadline: float) -> Iterator[Answers]:
         feeds = list(feeds)
         now = time.monotonic()
+        deadline = min(deadline, now + TURNS_BUDGET_S)
         with WaitingOutputs(self.optimized.parent) as waiting:
             count = self._ask_original(feeds, now + (deadline - now) / 2, waiting)
             session = open_session(self.optimized)

@@ -1,7 +1,8 @@
 """What a job will take, told before the long work: from one run of the model, its size and the plan.
 
     time      runs of the model that the plan makes * (the time of one run + what each run costs besides)
-    memory    what the process holds + copies of the weights + what a run works in
+    memory    what the process holds + copies of the weights + what a run works in; weights of large models stay on the
+              disk, so that sessions alone hold copies of them (runtime.fit_together)
     disk      copies of the model in the work folder
 
 How many runs and copies a plan makes was found by `benchmarks/preflight.py`, which prints estimates beside what was
@@ -22,10 +23,11 @@ from pathlib import Path
 
 from modelpress_compression.errors import DiskSpaceError, MemoryLimitError
 from modelpress_compression.inputs import InputData
+from modelpress_compression.mapped import is_large
 from modelpress_compression.model import file_size_bytes
 from modelpress_compression.recipe import Recipe, Step
 from modelpress_compression.report.formats import size
-from modelpress_compression.runtime import open_session, run
+from modelpress_compression.runtime import SPARE_BYTES, fit_together, open_session, run
 
 # Samples beyond these are not looked at by the passes and the judge.
 MOST_SAMPLES = 128
@@ -34,6 +36,8 @@ RUNS_TIMED = 3
 SESSIONS_BYTES = 40 * 1024**2  # of onnxruntime and this process, whatever the model
 # Of torch, where it is not loaded yet: sensitivities and training need it. Workers have it from the start.
 TORCH_BYTES, TORCH_S = 130 * 1024**2, 2.0
+# What a pass has made of the weights, before it is in a file.
+NEW_WEIGHTS = 0.3
 # The estimates err by less than this factor, either way.
 UNCERTAINTY = 2.0
 
@@ -41,6 +45,8 @@ UNCERTAINTY = 2.0
 @dataclass(frozen=True)
 class Cost:
     """Of a step or a goal: `runs` of the model and `runs_per_sample`; copies of the weights in `memory` and on `disk`.
+
+    `streams`: of a large model no more copies are held than sessions need.
 
     `activations`: how many times as much as one run works in is held besides, as gradients hold activations.
 
@@ -52,6 +58,7 @@ class Cost:
     memory: float
     disk: float
     activations: float = 4.0
+    streams: bool = True
 
 
 GOAL = Cost(100, 60, 10.0, 3.0, 35.0)
@@ -59,8 +66,8 @@ MEASURING = Cost(300, 4, 4.0, 0.0)
 _LIGHT = Cost(20, 1, 4.0, 1.0)
 _STEPS = {
     "quantize auto": Cost(100, 45, 10.0, 4.0, 35.0),
-    "quantize static": Cost(100, 25, 10.0, 2.0, 35.0),
-    "prune channel": Cost(100, 30, 6.0, 2.0, 6.0),
+    "quantize static": Cost(100, 25, 10.0, 2.0, 35.0, streams=False),
+    "prune channel": Cost(100, 30, 6.0, 2.0, 6.0, streams=False),
 }
 # Of training, for each sample of each epoch: the teacher's answer, the student's, and its gradients.
 TRAINING_RUNS = 12.0
@@ -89,7 +96,7 @@ def needs(recipe: Recipe, path: Path, data: InputData) -> Needs:
     model_bytes = file_size_bytes(path)
     torch = "torch" not in sys.modules
     fixed_bytes = SESSIONS_BYTES + torch * TORCH_BYTES
-    copies_bytes = max(cost.memory * model_bytes + cost.activations * working_bytes for cost in costs)
+    copies_bytes = max(_copies(cost, model_bytes) * model_bytes + cost.activations * working_bytes for cost in costs)
     memory_bytes = held_bytes() + fixed_bytes + copies_bytes
     disk_bytes = model_bytes * (1 + sum(cost.disk for cost in costs))
     return Needs(torch * TORCH_S + runs * (run_s + OVERHEAD_S), round(memory_bytes), round(disk_bytes))
@@ -121,6 +128,14 @@ def _costs(recipe: Recipe) -> Iterator[Cost]:
         yield GOAL
     for step in recipe.steps:
         yield _STEPS.get(_kind(step), _LIGHT)
+
+
+def _copies(cost: Cost, model_bytes: int) -> float:
+    """Of the weights, at the most."""
+    if not cost.streams or not is_large(model_bytes):
+        return cost.memory
+    pairs = fit_together((model_bytes, model_bytes))
+    return min(cost.memory, 1.5 + SPARE_BYTES / model_bytes if pairs else 1.0 + NEW_WEIGHTS)
 
 
 def _kind(step: Step) -> str:
