@@ -8,7 +8,8 @@ result; with `--server`, a `compress-server` and the command `compress-client` d
 
 Memory is what a process holds of its own (RssAnon and RssShmem of /proc/PID/status) at its peak, polled. Pages of
 mapped files are the kernel's cache and shown apart: it takes them back when others need the room. Seconds are of the
-wall clock, and of all processors for a run without a server. Demanded: at most 1.5 times the model plus 1 GB. Models and results are removed afterwards; the folder needs five times the largest model.
+wall clock, and of all processors for a run without a server. Demanded: at most 1.5 times the model plus 1 GB. Models
+and results are removed afterwards; the folder needs five times the largest model.
 """
 
 from __future__ import annotations

@@ -46,9 +46,8 @@ UNCERTAINTY = 2.0
 class Cost:
     """Of a step or a goal: `runs` of the model and `runs_per_sample`; copies of the weights in `memory` and on `disk`.
 
-    `streams`: of a large model no more copies are held than sessions need.
-
-    `activations`: how many times as much as one run works in is held besides, as gradients hold activations.
+    `streams`: of a large model no more copies are held than sessions need. `activations`: how many times as much as one
+    run works in is held besides, as gradients hold activations.
 
     Runs are those of the float model that take as long: an unoptimized or instrumented model counts for several.
     """

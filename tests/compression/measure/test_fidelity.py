@@ -6,10 +6,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+import onnxruntime as ort
 import pytest
-from modelpress_compression.inputs import InputData
-from modelpress_compression.measure.fidelity import MAX_SQNR_DB, compare_outputs
+from modelpress_compression import runtime
+from modelpress_compression.inputs import Array, InputData
+from modelpress_compression.measure import fidelity
+from modelpress_compression.measure.fidelity import MAX_SQNR_DB, KnownOutputs, WaitingOutputs, compare_outputs
+from modelpress_compression.runtime import open_session
 from modelpress_compression.specs import parse_specs
 
 IDENTITY = "g (float[batch,3] x) => (float[batch,3] y) { y = Identity(x) }"
@@ -159,3 +164,43 @@ def test_padding_is_not_compared(save_model: Save) -> None:
     found = compare_outputs(before, after, data)
     assert found.outputs["y"].cosine == pytest.approx(1.0, rel=1e-5)
     assert found.outputs["y"].max_abs_error == 0.0
+
+
+def test_large_models_take_turns(save_model: Save, threes: InputData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same figures as together, outputs of the original being known or not; a full disk file ends it early."""
+    before = save_model(LINEAR, {"w": np.eye(3, dtype=np.float32)})
+    after = save_model(LINEAR, {"w": np.float32(0.9) * np.eye(3, dtype=np.float32)}, "after")
+    together = compare_outputs(before, after, threes)
+    opened: list[Path] = []
+
+    def open_one(path: Path) -> ort.InferenceSession:
+        opened.append(path)
+        return open_session(path)
+
+    monkeypatch.setattr(runtime, "SPARE_BYTES", -(10**9))
+    monkeypatch.setattr(fidelity, "open_session", open_one)
+    assert compare_outputs(before, after, threes) == together
+    known = KnownOutputs()
+    assert compare_outputs(before, after, threes, known=known) == together
+    assert compare_outputs(before, after, threes, known=known) == together
+    assert opened == [before, after, before, after, after]
+    monkeypatch.setattr(fidelity, "WAITING_BYTES", 0)
+    assert compare_outputs(before, after, threes).samples < together.samples
+
+
+def test_outputs_wait_as_they_were(tmp_path: Path) -> None:
+    """Numbers of any shape, bfloat16 and strings."""
+    outputs: dict[str, Array] = {
+        "scalar": np.asarray(np.float32(2)),
+        "empty": np.zeros((0, 3), np.int64),
+        "half": np.ones((2, 2), ml_dtypes.bfloat16),
+        "words": np.asarray(["a", "b"], object),
+    }
+    with WaitingOutputs(tmp_path) as waiting:
+        for number in range(2):
+            waiting.put(number, outputs)
+        found = waiting.get(1)
+    assert list(tmp_path.iterdir()) == []
+    for name, array in outputs.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from modelpress_compression import runtime
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.latency import (
@@ -214,3 +215,19 @@ def test_the_interval_encloses_the_median(values: list[float]) -> None:
     assert all(
         left <= right for left, right in pairwise([min(values), found.low, found.median, found.high, max(values)])
     )
+
+
+def test_models_that_do_not_fit_together_take_turns(
+    save_model: Callable[..., Path], samples: Callable[..., InputData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One session at a time, as many rounds as asked for, and the batch that all of them take."""
+    monkeypatch.setattr(runtime, "SPARE_BYTES", -(10**9))
+    relu = save_model(RELU)
+    baked = save_model("g (float[batch,4] x) => (float[1,4] y) { y = Reshape(x, s) }", {"s": np.int64([1, 4])}, "baked")
+    data = samples("x:float32[batch,4]", np.ones((3, 4), np.float32))
+    timings = time_interleaved([relu, relu, relu], data, threads=1, batch_size=2, rounds=20)
+    assert (timings.rounds, timings.batch_size, timings.times_s.shape) == (20, 2, (3, 20))
+    assert (timings.times_s > 0).all()
+    timings = time_interleaved([relu, baked], data, threads=2, batch_size=2, rounds=6)
+    assert timings.batch_size == 1
+    assert gc.isenabled()

@@ -7,8 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from modelpress_compression import InputData, Model, Recipe, compress
+from modelpress_compression import InputData, Model, Recipe, compress, mapped, runtime
 from modelpress_compression.errors import DiskSpaceError, MemoryLimitError
+from modelpress_compression.pipeline import preflight
 from modelpress_compression.pipeline.preflight import Needs, check_room, needs
 
 GB = 10**9
@@ -33,6 +34,18 @@ def test_more_work_takes_more(path: Path, samples: InputData) -> None:
     assert light.time_s < goal.time_s < trained.time_s
     assert path.stat().st_size < light.disk_bytes < goal.disk_bytes
     assert light.memory_bytes > path.stat().st_size
+
+
+def test_large_models_are_not_held_in_copies(path: Path, samples: InputData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two sessions do not fit, one of the model's size does; static quantization still holds copies."""
+    size = path.stat().st_size
+    monkeypatch.setattr(preflight, "held_bytes", lambda: 0)
+    usual = {name: needs(steps({"quantize": {"scheme": name}}), path, samples) for name in ("dynamic", "static")}
+    monkeypatch.setattr(mapped, "LARGE_BYTES", 0)
+    monkeypatch.setattr(runtime, "SPARE_BYTES", 0)
+    large = {name: needs(steps({"quantize": {"scheme": name}}), path, samples) for name in ("dynamic", "static")}
+    assert usual["dynamic"].memory_bytes - large["dynamic"].memory_bytes == pytest.approx(2.7 * size, abs=2)
+    assert usual["static"].memory_bytes == large["static"].memory_bytes
 
 
 @pytest.mark.parametrize(
