@@ -10,6 +10,10 @@ from modelpress_compression.inputs import InputData
 from modelpress_compression.passes.quantize.ranges.gradients import GradientProbe, gradient_probe
 from modelpress_compression.passes.quantize.ranges.output_error import Trial, open_probe
 from modelpress_compression.passes.quantize.setup import QuantizationSetup
+from modelpress_compression.runtime import fit_together
+
+# Of the weights, in a probe: numbers, gradients, and both forms of a weight.
+COPIES = 5
 
 
 class SensitivityProbe:
@@ -23,12 +27,23 @@ class SensitivityProbe:
         self._samples, self._by_trial = samples, by_trial
 
     def errors(self, trials: Sequence[Trial], done: Listener | None = None) -> list[float] | None:
-        """The error of each trial; None: that would take too long. Raises ModelNotRunnableError, TimeLimitError."""
+        """The error of each trial; None: that would take too long, or too much memory.
+
+        Raises ModelNotRunnableError, TimeLimitError.
+        """
+        if not self._fits:
+            return None
         found = self._gradients.errors(trials, done) if self._gradients is not None else None
         if found is None:
             with open_probe(self.setup, self._samples) as probe:
                 found = probe.errors(trials, done)
         return found
+
+    @cached_property
+    def _fits(self) -> bool:
+        """Whether a probe may be had. Where the data vouches for no ranges, little is lost without one."""
+        copies = 2 if self.setup.context.data.vouches else COPIES
+        return fit_together([self.setup.model.weight_bytes()] * copies)
 
     @cached_property
     def _gradients(self) -> GradientProbe | None:

@@ -158,7 +158,7 @@ def _with_better_ranges(quantizer: StaticQuantizer, histograms: Histograms) -> S
     measuring = _part(context, _CALIBRATED, _MEASURED, "measuring the sensitivity of each layer")
     measured = measure_errors(quantizer.ranges, probe, measuring)
     if measured is None:
-        slow = "The sensitivity of single layers was not measured: runs of this model take too long."
+        slow = "The sensitivity of single layers was not measured: the model is large, or its runs take long."
         return replace(quantizer, findings=quantizer.findings.plus(Findings(warnings=[slow])))
     refining = _part(context, _MEASURED, _REFINED, "trying other ranges")
     return replace(quantizer, ranges=refine(measured, histograms, probe, refining))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from modelpress_compression import runtime
 from modelpress_compression.passes.base import PassResult
 from modelpress_compression.runtime import run, session_of
 from onnx import helper
@@ -89,6 +90,14 @@ def test_a_lone_depthwise_convolution_is_left(build, images, quantize, rng) -> N
 def test_synthetic_data_brings_a_warning(cnn, images, quantize) -> None:  # type: ignore[no-untyped-def]
     """Ranges from made-up inputs are said to be such."""
     assert any("--data" in text for text in quantize(cnn, images, provided=False, scheme="static").warnings)
+
+
+def test_a_large_model_is_quantized_without_a_probe(cnn, images, quantize, sqnr, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Which would hold its weights several times; the report says what was left out."""
+    monkeypatch.setattr(runtime, "SPARE_BYTES", -(10**9))
+    result = quantize(cnn, images, scheme="static")
+    assert any("sensitivity of single layers was not measured" in warning for warning in result.warnings)
+    assert sqnr(cnn, result.model, images) > 15
 
 
 def test_dead_and_tiny_channels_do_no_harm(build, images, quantize, sqnr, rng) -> None:  # type: ignore[no-untyped-def]
