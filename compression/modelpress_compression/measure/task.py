@@ -12,6 +12,7 @@ from typing import Any
 from modelpress_compression.errors import MetricError
 from modelpress_compression.inputs import Array, EvaluationData
 from modelpress_compression.measure.accuracy import Accuracy, Evaluation, accuracy_after, evaluate
+from modelpress_compression.model import data_path_of
 
 # The path of an ONNX file and the evaluation data, to a number; `lower_is_better` may be an attribute of it.
 MetricFunction = Callable[[str, Mapping[str, Array] | None], float]
@@ -108,7 +109,7 @@ def compare_on_task(task: Task, original: Path, optimized: Path) -> Accuracy | N
 def model_digest(path: Path) -> str:
     """SHA-256 of a model's file, and of its data file where it has one, in hexadecimal."""
     digest = hashlib.sha256()
-    for part in (path, path.with_name(path.name + ".data")):
+    for part in (path, data_path_of(path)):
         if part.exists():
             with part.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
