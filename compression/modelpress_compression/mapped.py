@@ -192,11 +192,13 @@ class _Holder:
 
 
 def _holders(ir: onnx_ir.Model) -> Iterator[_Holder]:
-    for graph in (ir.graph, *ir.graph.subgraphs()):
+    """Every tensor of numbers, those of functions included."""
+    bodies: list[onnx_ir.Graph | onnx_ir.Function] = [ir.graph, *ir.functions.values()]
+    for graph in (ir.graph, *(graph for body in bodies for graph in body.subgraphs())):
         for value in list(graph.initializers.values()):
             if value.const_value is not None and not value.const_value.dtype.is_string():
                 yield _Holder(value.const_value, value)
-    for node in ir.graph.all_nodes():
+    for node in (node for body in bodies for node in body.all_nodes()):
         for name, attribute in list(node.attributes.items()):
             if attribute.type == onnx_ir.AttributeType.TENSOR and not attribute.is_ref():
                 tensor = attribute.as_tensor()

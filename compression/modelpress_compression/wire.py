@@ -38,13 +38,13 @@ class _Kind(Enum):
     MODEL, GRAPH, NODE, ATTRIBUTE, FUNCTION, TENSOR = range(6)
 
 
-# The fields that lead to weights.
+# The fields that lead to weights; what no model of size has is left out (lists of tensors, defaults of functions).
 _WITHIN: dict[_Kind, dict[int, _Kind]] = {
     _Kind.MODEL: {7: _Kind.GRAPH, 25: _Kind.FUNCTION},
     _Kind.GRAPH: {1: _Kind.NODE, 5: _Kind.TENSOR},
     _Kind.NODE: {5: _Kind.ATTRIBUTE},
-    _Kind.ATTRIBUTE: {5: _Kind.TENSOR, 6: _Kind.GRAPH, 10: _Kind.TENSOR, 11: _Kind.GRAPH},
-    _Kind.FUNCTION: {7: _Kind.NODE, 11: _Kind.ATTRIBUTE},
+    _Kind.ATTRIBUTE: {5: _Kind.TENSOR, 6: _Kind.GRAPH, 11: _Kind.GRAPH},
+    _Kind.FUNCTION: {7: _Kind.NODE},
 }
 _RAW_DATA = onnx.TensorProto.RAW_DATA_FIELD_NUMBER
 # Fields of TensorProto whose payload, where it is one block, has the bytes of `raw_data`; and the element type.

@@ -178,6 +178,25 @@ def test_weights_in_branches_are_found_too(form: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(run(open_session(tmp_path / "saved.onnx"), {"k": np.asarray(True)})["y"], 2 * weight)
 
 
+def test_weights_in_functions_are_found_too(form: str, tmp_path: Path) -> None:
+    """Newer exporters write modules as functions; they are inlined when a file is loaded."""
+    weight = RNG.normal(size=(WIDTH, WIDTH)).astype(np.float32)
+    body = [
+        helper.make_node("Constant", [], ["w"], value=onnx.numpy_helper.from_array(weight)),
+        helper.make_node("MatMul", ["a", "w"], ["b"]),
+    ]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
+    function = helper.make_function("own", "Layer", ["a"], ["b"], body, opsets[:1])
+    sides = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", WIDTH]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Layer", ["x"], ["y"], domain="own")], "g", sides[:1], sides[1:])
+    proto = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
+    onnx.save(proto, tmp_path / "m.onnx")
+    x = RNG.normal(size=(2, WIDTH)).astype(np.float32)
+    saved = load(tmp_path / "m.onnx").saved(tmp_path / "saved.onnx")
+    with session_of(saved) as session:
+        np.testing.assert_allclose(run(session, {"x": x})["y"], x @ weight, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("steps", ["fuse: {}", "quantize: {scheme: weight_only, weights: int4}"])
 def test_a_large_model_comes_back_as_a_small_one_does(
     form: str, steps: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
