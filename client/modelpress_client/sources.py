@@ -37,8 +37,9 @@ def check_source(path: Path, wanted: Conversion) -> Source:
     server takes.
     """
     path = _model_path(path)
+    looked_at = _looked_at(path)
     try:
-        found = format_of(_looked_at(path))
+        found = format_of(looked_at)
     except OSError as error:
         raise UsageError(f"Cannot read {path}: {error.strerror}.") from error
     converts = needs_conversion(path, found, wanted)
@@ -48,7 +49,7 @@ def check_source(path: Path, wanted: Conversion) -> Source:
             "--input 'x:float32[batch,3,224,224]' (in Python: inputs=[...])."
         )
     if not converts and found is not None and found.way_out is not None:
-        raise UnusableInputError(found.refusal(str(path)), details={"path": str(path)})
+        raise UnusableInputError(found.refusal(str(looked_at)), details={"path": str(path)})
     return Source(path, found, converts)
 
 

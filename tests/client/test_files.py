@@ -153,3 +153,17 @@ def test_refusals_name_the_way_out(tmp_path: Path, name: str, way_out: str) -> N
         check_source(tmp_path / name, Conversion())
     assert str(tmp_path / name) in caught.value.message
     assert "--input" in caught.value.message
+
+
+def test_a_folder_of_weights(tmp_path: Path) -> None:
+    """It stands for the weights in it; without --architecture the file is named, and what works."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(UnusableInputError, match=r"model\.safetensors is a safetensors file.*transformers:auto"):
+        check_source(tmp_path, Conversion())
+    wanted = Conversion("transformers:auto", inputs=tuple(parse_inputs(["x:float32[batch,4]"])))
+    source = check_source(tmp_path, wanted)
+    assert (source.path, source.convert) == (tmp_path, True)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UnusableInputError, match="without a model or weights"):
+        check_source(tmp_path, wanted)

@@ -239,9 +239,12 @@ def advice(fit: Fit) -> str:
             "beside the checkpoint, and give the file that it writes."
         )
     told = "Give the factory (and its arguments) with which the model was trained"
-    if fit.missing or fit.misshapen or fit.untied:
+    roots = {name.partition(".")[0] for name in fit.unexpected}
+    known = {name.partition(".")[0] for name in fit.weights if name not in fit.unexpected}
+    if fit.missing or fit.misshapen or fit.untied or roots & known or not roots:
         return f"{told}."
-    pattern = f"{fit.unexpected[0].partition('.')[0]}*" if fit.unexpected else "NAME*"
+    root, dot, _ = fit.unexpected[0].partition(".")
+    pattern = f"{root}.*" if dot else root
     return (
         f"{told}; or, where the network does without them, leave them out with --ignore-weights '{pattern}' "
         "(in Python: ignore_weights=)."

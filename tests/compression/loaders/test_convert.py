@@ -196,7 +196,7 @@ def test_what_was_chosen_is_in_the_document(project: tuple[Path, str], capsys: p
     _, document = outcome(capsys, "w.pth", *options, "--state-dict-key", "params")
     assert document["warnings"] == []
     torch.save({**weights, "norm.weight": torch.ones(3)}, "w.pth")
-    assert "--ignore-weights 'norm*'" in error_of(capsys, "w.pth", *options)[1]
+    assert "--ignore-weights 'norm.*'" in error_of(capsys, "w.pth", *options)[1]
     assert outcome(capsys, "w.pth", *options, "--ignore-weights", "norm.*")[0] == 0
 
 

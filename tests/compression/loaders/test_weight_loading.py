@@ -187,7 +187,7 @@ def test_heads_that_the_network_was_built_without() -> None:
         (Net(classes=5), A, r"head.weight is \[3, 6\] in the file and \[5, 6\] in the module"),
         (Net(), weights_of(1, head=False), "missing in the file: head.weight, head.bias"),
         (Net(), {n: v for n, v in A.items() if "running_mean" not in n}, "in the file: blocks.0.1.running_mean"),
-        (Net(), {**A, "norm.weight": torch.ones(3)}, r"--ignore-weights 'norm\*'"),
+        (Net(), {**A, "norm.weight": torch.ones(3)}, r"--ignore-weights 'norm\.\*'"),
         (Net(), {**A, "cls_token": torch.ones(3)}, "not in the module: cls_token"),
         (nn.Sequential(nn.Linear(4, 4)), nn.Sequential(*2 * [nn.Linear(4, 4)]).state_dict(), "not in the module: 1.w"),
         (Net(), {**A, "head.weight": torch.ones(3, 6, dtype=torch.int8)}, "head.weight is int8 in the file"),
@@ -204,6 +204,13 @@ def test_misfits(module: nn.Module, weights: Weights, said: str) -> None:
     with pytest.raises(InvalidInputsError, match=said):
         load_checkpoint(module, weights)
     assert same(before, module.state_dict())
+
+
+def test_layers_of_a_stack_are_not_to_be_ignored() -> None:
+    """What would make another network of it is not offered."""
+    with pytest.raises(InvalidInputsError) as caught:
+        load_checkpoint(Net(depth=1), A)
+    assert "--ignore-weights" not in caught.value.message
 
 
 def test_many_misfits_are_counted() -> None:
