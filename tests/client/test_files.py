@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from modelpress_client.convert import Conversion
 from modelpress_client.errors import UnusableInputError, UsageError
+from modelpress_client.inputs import parse_inputs
 from modelpress_client.onnx_files import NotOnnxError, check_location, external_locations, model_files
 from modelpress_client.sources import check_source, format_of
 

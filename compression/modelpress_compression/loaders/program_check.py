@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelpress_compression.archive import Archive, Member
-from modelpress_compression.errors import RejectedModelError, UnsupportedFormatError
+from modelpress_compression.errors import UnsupportedFormatError
 from modelpress_compression.loaders.formats.pickle_scan import (
     MAX_PICKLE_BYTES,
     TENSOR_GLOBALS,
     foreign_global,
     scan_pickle,
 )
+from modelpress_compression.loaders.formats.refusals import refused
 from modelpress_compression.loaders.formats.torch_archive import inner_members
 from modelpress_compression.loaders.program_graph import check_program
 from modelpress_compression.loaders.program_trees import plain_program
@@ -64,11 +65,7 @@ def check_archive(archive: Archive) -> CheckedProgram:
     replaced: dict[str, bytes] = {}
     for name, member in inner.items():
         if name.startswith("data/aotinductor/"):
-            raise RejectedModelError(
-                "The archive holds native code (AOTInductor), which is not executed here; save the program with "
-                "torch.export.save.",
-                finding="NATIVE_CODE",
-            )
+            raise refused("NATIVE_CODE")
         if name.startswith("models/") or name == "serialized_exported_program.json":
             program = _json(archive, member)
             check_program(program)
@@ -105,10 +102,7 @@ def _pickled(config: Any, folder: str) -> set[str]:
     for entry in (entries or {}).values():
         path = str(entry.get("path_name", "")).lower() if isinstance(entry, dict) else ""
         if not path.startswith(("weight_", "tensor_")) or "/" in path or ".." in path:
-            raise RejectedModelError(
-                f"The archive stores something other than tensors ({path[:80]!r}); only tensors are read.",
-                finding="CUSTOM_OBJECT",
-            )
+            raise refused("CUSTOM_OBJECT", path=path[:80])
         if entry.get("use_pickle", True):
             found.add(f"{folder}/{path}")
     return found
@@ -138,12 +132,12 @@ def _pickles(archive: Archive, member: Member) -> Iterator[tuple[bytes, str]]:
     """The pickles within a member that torch.save wrote, and what to call them. Raises RejectedModelError."""
     what = f"The archive's {member.name[:80]}"
     if not next(archive.pieces(member)).startswith(b"PK\x03\x04"):
-        raise RejectedModelError(f"{what} is in torch's old format; save it again.", finding="OLD_PICKLE")
+        raise refused("OLD_PICKLE", subject=what)
     saved = archive.nested(member, what)
     inner = inner_members(saved)
     names = {name.rsplit("/", 1)[-1] for name in inner}
     if "constants.pkl" in names or "data.pkl" not in names:
-        raise RejectedModelError(f"{what} is not what torch.export writes.", finding="PICKLE_GLOBAL")
+        raise refused("CUSTOM_OBJECT", path=what)
     for name, pickled in inner.items():
         if name.endswith(".pkl"):
             yield saved.read(pickled, MAX_PICKLE_BYTES), what

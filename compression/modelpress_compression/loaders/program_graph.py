@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from modelpress_compression.errors import RejectedModelError, UnsupportedOperatorError
+from modelpress_compression.errors import CompressionError
+from modelpress_compression.loaders.formats.refusals import refused
 
 _NAME = re.compile(r"(?:[A-Za-z_][A-Za-z0-9_.]*)?")
 # Weights go by any name that a module or a key of a dict may have; torch puts it between quotes.
@@ -108,12 +109,8 @@ def _walk(document: Any) -> Iterator[tuple[str, Any]]:
             stack.extend(item)
 
 
-def _reject(what: str) -> RejectedModelError:
-    return RejectedModelError(
-        f"The torch.export program contains {what}, of which torch might make code; it is not read here. Export the "
-        f"model with torch.onnx.export where its source is.",
-        finding="PROGRAM",
-    )
+def _reject(what: str) -> CompressionError:
+    return refused("PROGRAM", found=what)
 
 
 def _check_target(target: str) -> None:
@@ -124,11 +121,7 @@ def _check_target(target: str) -> None:
     if not plain or parts[:2] != ["torch", "ops"] or len(parts) not in (4, 5) or parts[3] in _FORBIDDEN_OPERATORS:
         raise _reject(f"a call of {target[:80]!r}")
     if parts[2] not in _OPERATOR_NAMESPACES:
-        raise UnsupportedOperatorError(
-            f"The program uses the operator {'::'.join(parts[2:4])[:80]!r} of a library that is not part of torch; "
-            f"export the model with torch's own operators.",
-            op_type="::".join(parts[2:4])[:80],
-        )
+        raise refused("FOREIGN_OPERATOR", op_type="::".join(parts[2:4])[:80])
 
 
 def check_expression(text: str, *, guard: bool) -> None:

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 
-_LOGGERS = ("torch", "onnxscript", "onnx_ir", "onnx")
+_LOGGERS = ("torch", "onnxscript", "onnx_ir", "onnx", "transformers")
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ def tensors_of(outputs: Any) -> list[torch.Tensor]:
 
 
 def _cache_parts(outputs: Any) -> list[Any]:
-    if "self_attention_cache" in vars(outputs) if hasattr(outputs, "__dict__") else False:
+    if hasattr(outputs, "self_attention_cache"):
         return [outputs.self_attention_cache, outputs.cross_attention_cache]
     layers = getattr(outputs, "layers", None)
     if not isinstance(layers, list):

@@ -163,6 +163,18 @@ _REFUSALS = (
         "Save the program itself with torch.export.save.",
     ),
     Refusal(
+        "CUSTOM_OBJECT", "The archive stores something other than tensors ({path!r}).", "Only tensors are read.",
+        EXPORT_ONNX,
+    ),
+    Refusal(
+        "OLD_PICKLE", "{subject} is in torch's old format.", "Within an archive, that of torch before 1.6 is not read.",
+        "Save it again with this version of torch.",
+    ),
+    Refusal(
+        "PROGRAM", "The torch.export program contains {found}, of which torch might make code.",
+        "Such a program is not read here.", EXPORT_ONNX,
+    ),
+    Refusal(
         "FOREIGN_OPERATOR", "The program uses the operator {op_type!r} of a library that is not part of torch.",
         "That library is not here, and what its operator computes is not known.",
         "Export the model with torch's own operators, or to ONNX where the library is.", error=UnsupportedOperatorError,
