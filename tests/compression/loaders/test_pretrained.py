@@ -92,7 +92,9 @@ def test_classes_that_the_library_does_not_have(transformers: Any, tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "strange.py").write_text("raise AssertionError('code of the folder ran')")
-    with pytest.raises(UnsupportedFormatError, match=r"'Strange'.*code of its own \(auto_map in config\.json\), which is not run"):
+    with pytest.raises(
+        UnsupportedFormatError, match=r"'Strange'.*code of its own \(auto_map in config\.json\), which is not run"
+    ):
         convert(tmp_path, ["x:float32[2]"], architecture="transformers:auto")
 
 
