@@ -54,6 +54,23 @@ def test_one_model_of_150_operators_by_one_treatment_comes_back_the_same() -> No
     assert loaded >= 0.7 * _SAMPLED
 
 
+@pytest.mark.parametrize(
+    ("name", "treatment", "status"),
+    [
+        # Its sizes count channels that are cut.
+        ("test_center_crop_pad_crop (between products)", CUT, "equal"),
+        # onnxruntime infers a false shape for what it gives, which an If with it inside runs into.
+        ("test_stft_with_window (between products)", "static", "close"),
+        # The masked model counts the elements of the batch too.
+        ("test_rms_normalization_4d_axis_negative_4 (between convolutions)", CUT, "equal"),
+    ],
+)
+def test_what_was_wrong_once(name: str, treatment: str, status: str) -> None:
+    """Found by this net."""
+    (subject,) = (subject for subject in _subjects() if subject.name == name)
+    assert [outcome.status for outcome in journey(subject, [treatment])] == ["equal", status]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("group", range(_GROUPS))
 def test_every_model_by_every_treatment_comes_back_the_same(group: int) -> None:

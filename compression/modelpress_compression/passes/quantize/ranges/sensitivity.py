@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
+from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.graph.watch import Listener
 from modelpress_compression.inputs import InputData
 from modelpress_compression.passes.quantize.ranges.gradients import GradientProbe, gradient_probe
@@ -27,17 +28,24 @@ class SensitivityProbe:
         self._samples, self._by_trial = samples, by_trial
 
     def errors(self, trials: Sequence[Trial], done: Listener | None = None) -> list[float] | None:
-        """The error of each trial; None: that would take too long, or too much memory.
+        """The error of each trial; None: that would take too long or too much memory, or cannot be tried.
 
-        Raises ModelNotRunnableError, TimeLimitError.
+        Raises TimeLimitError.
         """
         if not self._fits:
             return None
         found = self._gradients.errors(trials, done) if self._gradients is not None else None
-        if found is None:
+        return self._tried(trials, done) if found is None else found
+
+    def _tried(self, trials: Sequence[Trial], done: Listener | None) -> list[float] | None:
+        try:
             with open_probe(self.setup, self._samples) as probe:
-                found = probe.errors(trials, done)
-        return found
+                return probe.errors(trials, done)
+        except ModelNotRunnableError as error:
+            # onnxruntime makes room for what an If gives by shapes that it infers, and for some operators, such as
+            # STFT, it infers false ones: the model with its switches does not run, though the model does.
+            self.setup.context.log(f"errors at the outputs cannot be tried out: {error.message}")
+            return None
 
     @cached_property
     def _fits(self) -> bool:
