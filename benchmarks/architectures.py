@@ -59,7 +59,7 @@ class Outputs(nn.Module):
 
 
 @functools.cache
-def _declare_operators() -> torch.library.Library:
+def declare_operators() -> torch.library.Library:
     """Wheels of torchvision are built for CUDA: beside torch for CPU it does not import without these.
 
     The declarations last as long as the returned object, which the cache keeps.
@@ -72,7 +72,7 @@ def _declare_operators() -> torch.library.Library:
 
 
 def _torchvision(name: str, **options: Any) -> nn.Module:
-    _declare_operators()
+    declare_operators()
     import torchvision
 
     module: nn.Module = torchvision.models.get_model(name, weights=None, **options)
@@ -80,7 +80,7 @@ def _torchvision(name: str, **options: Any) -> nn.Module:
 
 
 def _timm(name: str, **options: Any) -> nn.Module:
-    _declare_operators()  # timm imports torchvision
+    declare_operators()  # timm imports torchvision
     import timm
 
     module: nn.Module = timm.create_model(name, pretrained=False, exportable=True, **options)
@@ -88,7 +88,7 @@ def _timm(name: str, **options: Any) -> nn.Module:
 
 
 def _transformer(kind: str) -> nn.Module:
-    _declare_operators()  # transformers imports torchvision where it is installed
+    declare_operators()  # transformers imports torchvision where it is installed
     import transformers as t
 
     small = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "attn_implementation": "eager"}
@@ -230,7 +230,7 @@ def exported(architecture: Architecture, exporter: Exporter, folder: Path) -> tu
         module, inputs = make(architecture)
         partial = path.with_suffix(".partial")
         with quiet():
-            _export(module, inputs, architecture, exporter, partial)
+            export(module, inputs, architecture, exporter, partial)
         np.savez(data, **{name: tensor.numpy() for name, tensor in inputs.items()})
         partial.replace(path)
     with np.load(data) as arrays:
@@ -248,19 +248,30 @@ def drawn_samples(architecture: Architecture, count: int, seed: int = 1) -> dict
     return {name: torch.cat(tensors)[:count].numpy() for name, tensors in drawn.items()}
 
 
-def _export(
-    module: nn.Module, inputs: dict[str, Tensor], architecture: Architecture, exporter: Exporter, path: Path
+def dynamic_shapes(architecture: Architecture) -> tuple[dict[int, torch.export.Dim], ...]:
+    """The dynamic dimensions of each input, for `torch.export`; those of one name are one and the same."""
+    symbols = {dim: torch.export.Dim(dim) for dims in architecture.dynamic.values() for dim in dims.values()}
+    named = (architecture.dynamic.get(name, {}) for name in architecture.inputs)
+    return tuple({axis: symbols[dim] for axis, dim in dims.items()} for dims in named)
+
+
+def export(
+    module: nn.Module,
+    inputs: dict[str, Tensor],
+    architecture: Architecture,
+    exporter: Exporter,
+    path: Path,
+    opset: int | None = None,
 ) -> None:
+    """Writes the module as ONNX, its dynamic dimensions named; `opset`: not the exporter's own."""
     arguments, names = tuple(inputs.values()), list(inputs)
     if exporter == "torchscript":
         axes = {name: dict(dims) for name, dims in architecture.dynamic.items()}
+        opset = opset or TORCHSCRIPT_OPSET
         torch.onnx.export(
-            module, arguments, path, dynamo=False, opset_version=TORCHSCRIPT_OPSET, input_names=names, dynamic_axes=axes
+            module, arguments, path, dynamo=False, opset_version=opset, input_names=names, dynamic_axes=axes
         )
         return
-    # Dimensions of one name must be one and the same.
-    symbols = {dim: torch.export.Dim(dim) for dims in architecture.dynamic.values() for dim in dims.values()}
-    shapes = tuple({axis: symbols[dim] for axis, dim in architecture.dynamic[name].items()} for name in names)
     torch.onnx.export(
         module,
         arguments,
@@ -268,8 +279,9 @@ def _export(
         dynamo=True,
         external_data=False,
         input_names=names,
-        dynamic_shapes=shapes,
+        dynamic_shapes=dynamic_shapes(architecture),
         verbose=False,
+        opset_version=opset,
     )
 
 

@@ -96,7 +96,8 @@ def _join(column: list[tuple[AxisLabels, int]], node: onnx_ir.Node, tracer: Trac
 def expand(node: onnx_ir.Node, tracer: Tracer) -> str | None:
     """Axes that are made wider hold one value for all indices: they may be cut with what they meet."""
     axes, shape, result = tracer.axes(node.inputs[0]), tracer.shape(node.inputs[0]), tracer.shape(node.outputs[0])
-    if axes is None or shape is None or result is None or tracer.known(node.inputs[1]) is None:
+    target = tracer.known(node.inputs[1])
+    if axes is None or shape is None or result is None or target is None:
         return UNKNOWN_SHAPES
     added = len(result) - len(shape)
     output: list[AxisLabels] = []
@@ -109,7 +110,8 @@ def expand(node: onnx_ir.Node, tracer: Tracer) -> str | None:
             tracer.freeze(axes[own], node, "The axis of extent 1 is broadcast.")
         output.append(tracer.labels.fresh(extent) if extent > 1 else None)
     tracer.set(node.outputs[0], tuple(output))
-    tracer.fixes.append(Extents(node, 1, tuple(output)))
+    # The target may name the last axes alone.
+    tracer.fixes.append(Extents(node, 1, tuple(output[len(output) - target.size :])))
     return None
 
 
