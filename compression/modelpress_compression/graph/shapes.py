@@ -7,7 +7,7 @@ with all values as outputs. What neither finds stays unknown: nothing is guessed
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 
@@ -67,13 +67,27 @@ def infer_shapes(ir: onnx_ir.Model) -> None:
     inferred = inferred_copy(without_weights(ir))
     if inferred is None:
         return
-    for value, found in zip(values_of(ir), values_of(inferred), strict=True):
+    values = values_of(ir)
+    symbols = {dim.value for value in values for dim in value.shape or () if isinstance(dim, onnx_ir.SymbolicDim)}
+    forgets = any(isinstance(found.type, onnx_ir.SequenceType) for found in values_of(inferred))
+    for value, found in zip(values, values_of(inferred), strict=True):
         before, now = value.shape, found.shape
+        if forgets and now is not None:
+            now = onnx_ir.Shape(_without_invented(now, symbols))
         value.type = found.type or value.type
         if before is None or now is None or len(now) != len(before):
             value.shape = now or before
         else:
             value.shape = onnx_ir.Shape([_sharper(old, new) for old, new in zip(before, now, strict=True)])
+
+
+def _without_invented(
+    shape: onnx_ir.Shape, symbols: Collection[str | None]
+) -> Iterator[int | onnx_ir.SymbolicDim | None]:
+    """Inference gives all tensors of a sequence one shape with names of its own, yet their extents may differ:
+    onnxruntime would take equal names for equal sizes, and put one tensor into the memory of another."""
+    for dim in shape:
+        yield None if isinstance(dim, onnx_ir.SymbolicDim) and dim.value not in symbols else dim
 
 
 def _sharper(old: int | onnx_ir.SymbolicDim, new: int | onnx_ir.SymbolicDim) -> int | onnx_ir.SymbolicDim:

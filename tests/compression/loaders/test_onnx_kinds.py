@@ -76,13 +76,17 @@ def sequences() -> Kind:
         node("MatMul", "x w0", "h"),
         node("SplitToSequence", "h parts", "s", axis=1),
         node("SequenceAt", "s two", "last"),
-        node("SequenceInsert", "s last", "s2"),
+        node("SequenceAt", "s zero", "first"),
+        node("SequenceInsert", "s first", "s2"),
         node("SequenceLength", "s2", "length"),
         node("ConcatFromSequence", "s2", "joined", axis=1),
         node("MatMul", "joined w", "y"),
+        node("MatMul", "last v", "z"),
     ]
-    constants = {"w0": W0, "parts": np.int64([8, 20, 4]), "two": np.int64(2), "w": np.ones((36, 4), np.float32)}
-    return proto_of(nodes, [X], [Y, tensor("length", [], INT64)], **constants), feeds_of_x()
+    constants = {"w0": W0, "parts": np.int64([8, 20, 4]), "two": np.int64(2), "zero": np.int64(0)}
+    constants |= {"w": np.ones((40, 4), np.float32), "v": np.ones((4, 4), np.float32)}
+    outputs = [Y, tensor("z", ["n", 4]), tensor("length", [], INT64)]
+    return proto_of(nodes, [X], outputs, **constants), feeds_of_x()
 
 
 def loop_over_a_sequence() -> Kind:
