@@ -132,6 +132,27 @@ def classifier() -> Kind:
     return proto_of(nodes, [X], [tensor("label", ["n"], INT64), maps("probabilities")], w0=W0, w1=W1), feeds_of_x()
 
 
+def forest() -> Kind:
+    """A tree whose label no inference gives a shape, behind a Cast that does nothing."""
+    tree = {
+        "nodes_treeids": [0] * 3,
+        "nodes_nodeids": [0, 1, 2],
+        "nodes_featureids": [3, 0, 0],
+        "nodes_values": [0.1, 0.0, 0.0],
+        "nodes_modes": ["BRANCH_LEQ", "LEAF", "LEAF"],
+        "nodes_truenodeids": [1, 0, 0],
+        "nodes_falsenodeids": [2, 0, 0],
+        "class_treeids": [0, 0],
+        "class_nodeids": [1, 2],
+        "class_ids": [0, 1],
+        "class_weights": [1.0, 1.0],
+        "classlabels_int64s": [0, 1],
+    }
+    nodes = [node("TreeEnsembleClassifier", "x", "best p", ML, **tree), node("Cast", "best", "label", to=INT64)]
+    nodes.append(node("ZipMap", "p", "probabilities", ML, classlabels_int64s=[0, 1]))
+    return proto_of(nodes, [X], [tensor("label", [None], INT64), maps("probabilities")]), feeds_of_x()
+
+
 def classifier_of_words() -> Kind:
     nodes = [node("MatMul", "x w0", "h"), node("MatMul", "h w1", "p"), node("ArgMax", "p", "best", axis=1, keepdims=0)]
     nodes.append(node("LabelEncoder", "best", "label", ML, keys_int64s=[0, 1, 2, 3], values_strings=list("abcd")))
@@ -202,6 +223,7 @@ KINDS: list[Callable[[], Kind]] = [
     optional_values,
     sequence_output,
     classifier,
+    forest,
     classifier_of_words,
     words,
     scalars,
