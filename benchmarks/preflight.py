@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from modelpress_compression import InputData, Recipe, compress, load
+from modelpress_compression import InputData, Model, Recipe, compress, load
 from modelpress_compression.pipeline import preflight, run
 
 POLL_S = 0.05
@@ -63,8 +63,8 @@ def main() -> None:
     told: list[preflight.Needs] = []
     estimate = preflight.needs
 
-    def needs(recipe: Recipe, path: Path, samples: InputData) -> preflight.Needs:
-        told.append(estimate(recipe, path, samples))
+    def needs(recipe: Recipe, original: Model, path: Path, samples: InputData) -> preflight.Needs:
+        told.append(estimate(recipe, original, path, samples))
         return told[-1]
 
     run.needs = needs

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from modelpress_compression.errors import CompressionError
     from modelpress_compression.inputs import EvaluationData, InputData
     from modelpress_compression.loaders import load
+    from modelpress_compression.memory import Memory
     from modelpress_compression.model import Model
     from modelpress_compression.pipeline import Result, compress
     from modelpress_compression.recipe import Recipe
@@ -28,6 +29,7 @@ __all__ = [
     "CompressionError",
     "EvaluationData",
     "InputData",
+    "Memory",
     "Model",
     "Recipe",
     "Result",
@@ -40,6 +42,7 @@ _HOMES = {
     "CompressionError": "errors",
     "EvaluationData": "inputs",
     "InputData": "inputs",
+    "Memory": "memory",
     "Model": "model",
     "Recipe": "recipe",
     "Result": "pipeline",

@@ -7,6 +7,7 @@ with a state that travels beside it).
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,6 +73,15 @@ class InputData:
                 "Give some dozens that differ as real inputs do."
             )
         return tuple(found)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that makes these samples what they are, in hex."""
+        total = hashlib.sha256(repr((self.specs, self.provided)).encode())
+        labels = {} if self.labels is None else {LABELS: self.labels}
+        for name, array in sorted({**self.arrays, **labels}.items()):
+            _hash_into(total, name, array)
+        return total.hexdigest()
 
     @property
     def whole_feeds(self) -> bool:
@@ -177,6 +187,13 @@ class EvaluationData:
     inputs: InputData
     labels: Array
 
+    @property
+    def digest(self) -> str:
+        """As that of `InputData`, with the labels."""
+        total = hashlib.sha256(self.inputs.digest.encode())
+        _hash_into(total, LABELS, self.labels)
+        return total.hexdigest()
+
     @classmethod
     def from_arrays(
         cls, arrays: Mapping[str, Array], specs: tuple[TensorSpec, ...], where: str = "The evaluation data"
@@ -269,6 +286,13 @@ def _varies(array: Array) -> bool:
 def _all_finite(array: Array) -> bool:
     """Checked piece by piece, since the array may be a file larger than memory."""
     return all(bool(np.isfinite(array[rows]).all()) for rows in _pieces(array))
+
+
+def _hash_into(total: hashlib._Hash, name: str, array: Array) -> None:
+    """Name, type, shape and values, piece by piece as in `_all_finite`."""
+    total.update(repr((name, array.dtype.str, array.shape)).encode())
+    for rows in _pieces(array):
+        total.update(np.ascontiguousarray(array[rows]).tobytes())
 
 
 def _pieces(array: Array) -> Iterator[slice]:

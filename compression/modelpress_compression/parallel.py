@@ -24,13 +24,18 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def worker_count() -> int:
+    """How many items `map_in_order` works on at a time."""
+    return min(available_cores(), MAX_WORKERS)
+
+
 def map_in_order(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Generator[_Result]:
     """`function` of each item, by threads, of which each takes one item at a time.
 
     At most `MAX_WORKERS` items are looked ahead, so that memory does not grow with their number. `function` should
     release the interpreter's lock, as runs of onnxruntime and torch do. Raises what `function` raises.
     """
-    workers = min(available_cores(), MAX_WORKERS)
+    workers = worker_count()
     if workers == 1:
         yield from map(function, items)
         return

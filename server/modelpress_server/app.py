@@ -24,6 +24,7 @@ from modelpress_server.clock import Clock
 from modelpress_server.config import MAX_MESSAGE_BYTES, TOKENS_NAME, Settings, SettingsError
 from modelpress_server.connections import connection_options
 from modelpress_server.executors.base import Executor
+from modelpress_server.findings import Findings
 from modelpress_server.host import Host
 from modelpress_server.identity.audit import AuditLog
 from modelpress_server.identity.authenticator import Authenticator
@@ -169,7 +170,9 @@ class Server:
         usage = SqlUsage(database)
         self._executor = self._make_executor(settings)
         space = Space(settings.data_dir, settings.reserve_bytes, index)
-        resources = RunResources(settings, self._executor, self._blobs, space, usage, settings.data_dir / "work")
+        findings = Findings(settings.data_dir / "findings", self._projects, self._blobs, space)
+        work = settings.data_dir / "work"
+        resources = RunResources(settings, self._executor, self._blobs, space, usage, findings, work)
         host = Host(self._executor, self._clock, self._set_serving)
         self._scheduler = Scheduler(resources, self._projects, models, jobs, self._notifier, host, self._clock)
         self._gate = Gate(authenticator, self._projects, self._audit, self._clock)
@@ -177,13 +180,21 @@ class Server:
         self._grpc = grpc.aio.server(interceptors=[self._gate], options=options)
         self._uploads = UploadService(settings, self._projects, self._blobs, index, space, self._clock)
         self._janitor = Janitor(
-            settings, self._projects, self._blobs, index, usage, self._uploads.sessions, self._ballast, self._clock
+            settings,
+            self._projects,
+            self._blobs,
+            index,
+            usage,
+            self._uploads.sessions,
+            findings,
+            self._ballast,
+            self._clock,
         )
         self._scrub = BackgroundScrub(settings, self._blobs, self._clock)
         space.on_short = self._janitor.hurry
         upload_service_pb2_grpc.add_UploadServiceServicer_to_server(self._uploads, self._grpc)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelService(settings, self._projects, models, self._scheduler), self._grpc
+            ModelService(settings, self._projects, models, self._scheduler, findings), self._grpc
         )
         job_service_pb2_grpc.add_JobServiceServicer_to_server(
             JobService(
@@ -192,7 +203,7 @@ class Server:
             self._grpc,
         )
         server_service_pb2_grpc.add_ServerServiceServicer_to_server(
-            ServerService(settings, self._projects, jobs, usage, self._executor), self._grpc
+            ServerService(settings, self._projects, jobs, usage, findings, self._executor), self._grpc
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs know the synchronous one
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)

@@ -119,6 +119,12 @@ class Settings:
     max_running_jobs: int = _setting(0, "Most jobs of one project that run at the same time; 0: no limit.")
     max_models: int = _setting(10_000, "Most models of one project; 0: no limit.")
     max_pending_models: int = _setting(100, "Most models of one project that wait for inspection; 0: no limit.")
+    findings_bytes: int = _setting(
+        GIB,
+        "Most that is kept of what a project's jobs have found out, so that another question about the same model and "
+        "data is answered soon; 0: nothing.",
+        kind="bytes",
+    )
     requests_per_s: float = _setting(
         0.0, "Most requests of one project a second, on average over ten seconds; 0: no limit."
     )
@@ -190,6 +196,7 @@ class Settings:
             "max_stored_bytes",
             "requests_per_s",
             "scrub_bytes_per_s",
+            "findings_bytes",
         ):
             self._require(getattr(self, name) >= 0, name, "at least 0")
         for name in ("job_ttl_s", "model_ttl_s"):

@@ -11,6 +11,7 @@ from modelpress_server.ballast import Ballast
 from modelpress_server.clock import Clock
 from modelpress_server.config import Settings
 from modelpress_server.errors import ServiceError
+from modelpress_server.findings import Findings
 from modelpress_server.projects import Projects
 from modelpress_server.services.upload_session import UploadSessions
 from modelpress_server.stores.base import BlobIndex, Retention
@@ -45,6 +46,7 @@ class Janitor:
         index: BlobIndex,
         retention: Retention,
         sessions: UploadSessions,
+        findings: Findings,
         ballast: Ballast,
         clock: Clock,
     ) -> None:
@@ -54,6 +56,7 @@ class Janitor:
         self._blobs = blobs
         self._index = index
         self._sessions = sessions
+        self._findings = findings
         self._ballast = ballast
         self._clock = clock
         self._room_is_short = asyncio.Event()
@@ -134,6 +137,7 @@ class Janitor:
             blob_ttl_s = min(blob_ttl_s, SHORT_BLOB_TTL_S)
         forgotten_us = self._before_us(now, self._settings.event_ttl_s)
         await self._blobs.empty_quarantine((now if short else forgotten_us) / 1e6)
+        await self._findings.remove_older_than(now / 1e6 - blob_ttl_s)
         swept = await self._index.sweep(
             blobs_before_us=now - round(blob_ttl_s * 1e6),
             events_before_us=forgotten_us if expire else 0,

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectLimits:
-    """Limits of one project; 0: none, but for `weight`."""
+    """Limits of one project; 0: none, but for `weight`, and `findings_bytes`, of which 0 keeps nothing."""
 
     weight: float = 1.0
     max_queued_jobs: int = 0
@@ -36,6 +36,7 @@ class ProjectLimits:
     max_open_uploads: int = 0
     max_stored_bytes: int = 0
     requests_per_s: float = 0.0
+    findings_bytes: int = 0
     job_ttl_s: float = 0.0
     model_ttl_s: float = 0.0
 

@@ -19,6 +19,7 @@ from modelpress_server import errors
 from modelpress_server.config import Settings
 from modelpress_server.executors.base import Executor, Limits, WorkerLostError, WorkerUnavailableError
 from modelpress_server.executors.lost import CRASHED
+from modelpress_server.findings import Findings
 from modelpress_server.recorder import JobRecorder
 from modelpress_server.sandbox.confinement import LEVEL_FILES_AND_NETWORK
 from modelpress_server.shortage import shortage_of, storage_full
@@ -71,6 +72,7 @@ class RunResources:
     blobs: FileBlobStore
     space: Space
     usage: UsageStore
+    findings: Findings
     work: Path
 
 
@@ -169,7 +171,8 @@ class JobRun:
     async def _attempt(self, recorder: JobRecorder) -> Outcome:
         resources, job = self._resources, self._record.message
         recorder.start()
-        need_bytes = self._growth * job_need_bytes(job.spec, self._record.manifest)
+        findings_bytes = resources.findings.limit_bytes(self._record.project)
+        need_bytes = self._growth * job_need_bytes(job.spec, self._record.manifest, findings_bytes)
         async with (
             task_folder(resources.work, resources.blobs, link=_links(resources)) as folder,
             resources.space.promised(need_bytes, folder.root) as promise,
@@ -196,7 +199,11 @@ class JobRun:
         if job.spec.HasField("run_timeout"):
             time_s = min(time_s, job.spec.run_timeout.ToMilliseconds() / 1000)
         limits = Limits(time_s, resources.settings.worker_memory_bytes, promise.limit_bytes)
-        request = await folder.compress_request(job, self._record.manifest, limits)
+        project, manifest, findings = self._record.project, self._record.manifest, resources.findings
+        findings_bytes = findings.limit_bytes(project)
+        request = await folder.compress_request(job, manifest, limits, findings_bytes)
+        if findings_bytes and not job.spec.skip_cache:
+            await findings.lay_out(project, job.spec, manifest, folder.known, link=_links(resources))
 
         def on_event(event: worker_pb2.WorkerEvent) -> None:
             if event.HasField("used"):
@@ -210,6 +217,8 @@ class JobRun:
         if event.WhichOneof("event") != "compressed":
             raise WorkerLostError(CRASHED, "The worker ended without a result.")
         artifacts = await folder.collect(event.compressed.artifacts, resources.settings.max_blob_bytes)
+        if findings_bytes:
+            await findings.collect(project, job.spec, manifest, folder.found)
         return artifacts, event.compressed.summary
 
     async def _keep_inspection(self, found: worker_pb2.InspectResult) -> None:

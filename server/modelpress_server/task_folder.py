@@ -23,17 +23,20 @@ MAX_ARTIFACT_FILES = 1000
 # What a compression writes besides the copy of its model, in sizes of the model: candidates, the result twice, and the
 # candidates that can be downloaded (at most 2.5 times the model).
 WRITTEN_PER_MODEL_BYTE = 4.9
+# Of what it leaves for later jobs, the candidates are most.
+FOUND_PER_MODEL_BYTE = 3.0
 # Data is copied and unpacked.
 WRITTEN_PER_DATA_BYTE = 3
 WRITTEN_BESIDES_BYTES = 2 * MIB  # reports, logs, and what else is small
 _CANDIDATE = re.compile("[a-z0-9]{0,16}")
 
 
-def job_need_bytes(spec: job_service_pb2.JobSpec, manifest: model_service_pb2.Model) -> int:
-    """About how much room on the disk a compression needs."""
+def job_need_bytes(spec: job_service_pb2.JobSpec, manifest: model_service_pb2.Model, findings_bytes: int = 0) -> int:
+    """About how much room on the disk a compression needs. `findings_bytes`: the most that it leaves for others."""
     model_bytes = sum(blob.size_bytes for blob in {BlobKey.of(entry.digest) for entry in manifest.files})
     data_bytes = spec.data.size_bytes + spec.eval_data.size_bytes
     written = WRITTEN_PER_MODEL_BYTE * model_bytes + WRITTEN_PER_DATA_BYTE * data_bytes
+    written += min(findings_bytes, FOUND_PER_MODEL_BYTE * model_bytes)
     return round(written) + inspection_need_bytes(manifest)
 
 
@@ -59,16 +62,31 @@ class TaskFolder:
     blobs: FileBlobStore
     link: bool = False
 
+    @property
+    def known(self) -> Path:
+        """Folder of what earlier jobs have found out."""
+        return self.root / "known"
+
+    @property
+    def found(self) -> Path:
+        """Folder of what this job finds out."""
+        return self.root / "found"
+
     async def inspect_request(self, model: model_service_pb2.Model) -> worker_pb2.WorkerRequest:
         """Lays the model out for an inspection."""
         return worker_pb2.WorkerRequest(inspect=worker_pb2.InspectTask(model=await self._lay_out(model)))
 
     async def compress_request(
-        self, job: job_service_pb2.Job, manifest: model_service_pb2.Model, limits: Limits
+        self, job: job_service_pb2.Job, manifest: model_service_pb2.Model, limits: Limits, findings_bytes: int = 0
     ) -> worker_pb2.WorkerRequest:
-        """Lays model and data out for a compression."""
+        """Lays model and data out for a compression.
+
+        `findings_bytes`: what it may leave of its findings for later jobs, in the folder `found`; 0: nothing. What is
+        known already is to be put into the folder `known`.
+        """
         output = self.root / "output"
-        await self.blobs.run(output.mkdir, mode=0o700)
+        for folder in (output, self.known, self.found):
+            await self.blobs.run(folder.mkdir, mode=0o700)
         spec = job.spec
         task = worker_pb2.CompressTask(
             job=job.name,
@@ -79,6 +97,9 @@ class TaskFolder:
             output_directory=str(output),
             time_limit_s=limits.time_s,
             memory_limit_bytes=limits.memory_bytes,
+            known_directory=str(self.known),
+            found_directory=str(self.found),
+            findings_bytes=findings_bytes,
         )
         return worker_pb2.WorkerRequest(compress=task)
 

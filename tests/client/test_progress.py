@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from modelpress_client.cli import progress as displays
+from modelpress_client.cli.compressing import _tell_warnings
 from modelpress_client.cli.eta import SHOWN_AFTER_S, Eta, left_text
 from modelpress_client.cli.progress import Bars, Display, Lines, describe, describe_inspection
+from modelpress_client.errors import ModelpressError
 from modelpress_client.resources import JobEvent, Model, job_event
 from modelpress_client.transfers import TransferProgress
 from modelpress_protos.v1 import job_service_pb2 as jobs
@@ -228,3 +230,22 @@ def test_bars_fit_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> N
         assert re.match(r"Search \(2/4\) .* 50 % \d:\d\d:\d\d about 5 s left", lines[0])
     assert lines[-1].strip() == "candidate 4 of 9: 61 % smaller, 1.8x"
     assert "✓ start a worker 5.0 s" in stream.getvalue()
+
+
+# --- warnings ----------------------------------------------------------------------------------------------------
+
+
+class Logged:
+    """A job with a log, whose stream breaks off in the end."""
+
+    async def logs(self, *, follow: bool) -> Any:
+        assert follow
+        for severity, text in (("INFO", "loading"), ("WARNING", "all samples are the same"), ("INFO", "timing")):
+            yield jobs.StreamJobLogsResponse(severity=severity, text=text)
+        raise ModelpressError("The server went away.")
+
+
+async def test_warnings_of_a_job_are_told_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those alone; a log that cannot be read to its end fails nothing."""
+    await _tell_warnings(Logged(), Lines())
+    assert capsys.readouterr().err == "Warning: all samples are the same\n"

@@ -212,3 +212,19 @@ def test_a_metric_of_ones_own_decides(cli: Cli, example: Path, tmp_path: Path, m
     again = cli(*asked, cwd=tmp_path)
     assert again.document["report"]["optimized"]["sha256"] == report["optimized"]["sha256"]
     assert (tmp_path / "calls").stat().st_size == calls
+
+
+@pytest.mark.slow
+def test_another_question_on_the_same_file_is_answered_from_what_is_known(
+    cli: Cli, example: Path, tmp_path: Path
+) -> None:
+    """The second job builds nothing that the first has built; its result is measured and sound all the same."""
+    data = ["--data", example / "samples.npz", "-o", tmp_path / "small.onnx", "--json"]
+    first = cli("upload", example / "model.onnx", "--max-drop", "2%", *data).document["report"]
+    assert first["reused"] == {}
+    second = cli("upload", example / "model.onnx", "--goal", "smallest", *data).document["report"]
+    assert second["reused"]["candidates"] >= len(second["candidates"])
+    assert second["size_ratio"] >= first["size_ratio"]
+    assert second["fidelity"]["top1_agreement"] > 0.95
+    alone = cli("upload", example / "model.onnx", "--goal", "smallest", "--skip-cache", *data).document["report"]
+    assert alone["reused"] == {}

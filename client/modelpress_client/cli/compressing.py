@@ -16,7 +16,7 @@ import click
 
 from modelpress_client.cli.options import SharedHelp, compression_options
 from modelpress_client.cli.session import Session, run
-from modelpress_client.errors import EXIT_CONSTRAINT_NOT_MET, NotFoundError, UsageError
+from modelpress_client.errors import EXIT_CONSTRAINT_NOT_MET, ModelpressError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from modelpress_protos.v1.recipe_pb2 import Recipe
@@ -314,8 +314,13 @@ async def _search(
 
 async def _watched(job: AsyncJob, display: Display) -> Report:
     """The report of a job that has ended well."""
-    async for event in job.watch():
-        display.event(event)
+    warnings = asyncio.create_task(_tell_warnings(job, display))
+    try:
+        async for event in job.watch():
+            display.event(event)
+    finally:
+        warnings.cancel()
+        await asyncio.wait([warnings])
     return await job.report()
 
 
@@ -325,6 +330,15 @@ async def _fetch(job: AsyncJob, files: ResultFiles, display: Display) -> None:
     # A server may keep no HTML; the figures are all in report.json.
     with contextlib.suppress(NotFoundError):
         await job.download(files.report_html, artifact="report.html")
+
+
+async def _tell_warnings(job: AsyncJob, display: Display) -> None:
+    """Warnings of the job's log, as they come: what is odd about the data is known long before the end."""
+    # The report has them all; a log that cannot be read is no reason to give the result up.
+    with contextlib.suppress(ModelpressError):
+        async for line in job.logs(follow=True):
+            if line.severity == "WARNING":
+                display.warning(line.text)
 
 
 def _print_result(session: Session, job: AsyncJob, report: Report, files: ResultFiles, source: str) -> int | None:

@@ -37,6 +37,7 @@ class Display(Protocol):
     def transfer(self, progress: TransferProgress) -> None: ...
     def event(self, event: JobEvent) -> None: ...
     def inspection(self, model: Model) -> None: ...
+    def warning(self, text: str) -> None: ...
 
 
 def display(*, quiet: bool) -> Display:
@@ -93,6 +94,9 @@ class Silent:
     def inspection(self, model: Model) -> None:
         """Says nothing."""
 
+    def warning(self, text: str) -> None:
+        """Says nothing; the report will."""
+
 
 class Etas(defaultdict[str, Eta]):
     """The time left of the job and of each file."""
@@ -148,6 +152,10 @@ class Lines(Silent):
     def inspection(self, model: Model) -> None:
         """`Starting a worker`."""
         self._say(describe_inspection(model), model.inspection_stage, at_once=False)
+
+    def warning(self, text: str) -> None:
+        """`Warning: The data: all samples are the same`."""
+        write(sys.stderr, f"Warning: {text}")
 
     def _say(self, text: str, kind: str, *, at_once: bool) -> None:
         now = self._clock()
@@ -229,6 +237,12 @@ class Bars:
         if self._inspection is None:
             self._inspection = self._progress.add_task("", total=None, eta=None)
         self._progress.update(self._inspection, description=describe_inspection(model))
+
+    def warning(self, text: str) -> None:
+        """A line that stays."""
+        from rich.markup import escape
+
+        self._progress.console.print(f"[yellow]![/yellow] {escape(text)}")
 
     def _end_stage(self, *, succeeded: bool) -> None:
         if self._stage and succeeded:

@@ -97,6 +97,7 @@ def print_usage(console: Console, found: server_pb.Usage) -> None:
         console,
         [
             ("Stored", f"{stored} in {found.blobs} files"),
+            ("Findings", f"{units.size(found.findings_bytes)} of {units.size(found.max_findings_bytes)}"),
             ("Models", f"{of(found.models, found.max_models)}, {after(found.model_ttl_seconds)}"),
             ("Jobs waiting", of(found.queued_jobs, found.max_queued_jobs)),
             ("Jobs running", of(found.running_jobs, found.max_running_jobs)),

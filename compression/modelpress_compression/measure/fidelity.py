@@ -84,6 +84,12 @@ class Fidelity:
     expected_drop: float | None = None
     comparable: bool = True  # every output is there, in its shape
 
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Fidelity:
+        """The inverse of `dataclasses.asdict`, also where it went through JSON."""
+        outputs = {name: OutputFidelity(**output) for name, output in facts["outputs"].items()}
+        return cls(**{**facts, "outputs": outputs, "notes": tuple(facts["notes"])})
+
     @property
     def cosine(self) -> float:
         """That of the worst output, where integers count with their share of equal elements; 0 where outputs could not
@@ -121,14 +127,17 @@ class KnownOutputs:
     """Outputs of one model on the feeds of one data, kept for the next comparison while they fit into memory."""
 
     limit_bytes: int = KNOWN_BYTES
-    _outputs: dict[int, dict[str, Array]] = field(default_factory=dict)
+    _outputs: dict[int, Mapping[str, Array]] = field(default_factory=dict)
     _bytes: int = 0
 
-    def get(self, feed: int) -> dict[str, Array] | None:
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+    def get(self, feed: int) -> Mapping[str, Array] | None:
         """Those of the feed with this number."""
         return self._outputs.get(feed)
 
-    def keep(self, feed: int, outputs: dict[str, Array]) -> None:
+    def keep(self, feed: int, outputs: Mapping[str, Array]) -> None:
         """Unless that would take too much memory."""
         size = sum(array.nbytes for array in outputs.values())
         if feed not in self._outputs and self._bytes + size <= self.limit_bytes:
@@ -170,7 +179,7 @@ def compare_outputs(
     return _summary("provided" if data.provided else "synthetic", samples, sums)
 
 
-Answers = tuple[Feeds, dict[str, Array], dict[str, Array]]
+Answers = tuple[Feeds, Mapping[str, Array], Mapping[str, Array]]
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,19 @@ class Measured:
         return [f"{seen}; the figures on several threads are not to be relied on."]
 
 
-def measure(original: Path, optimized: Path, task: Task | None, recipe: Recipe, context: Context) -> Measured:
+def measure(
+    original: Path,
+    optimized: Path,
+    task: Task | None,
+    recipe: Recipe,
+    context: Context,
+    fidelity: Fidelity | None = None,
+) -> Measured:
     """Fidelity on the context's data, the metric of the `task`, and one latency row for each of threads x batch
-    sizes."""
-    context.progress(0.0, "comparing the outputs")
-    fidelity = compare_outputs(original, optimized, context.data)
+    sizes. `fidelity`: where it has just been measured."""
+    if fidelity is None:
+        context.progress(0.0, "comparing the outputs")
+        fidelity = compare_outputs(original, optimized, context.data)
     accuracy = None
     if task is not None:
         context.progress(0.2, "evaluating the task metric")

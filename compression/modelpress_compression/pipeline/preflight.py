@@ -1,8 +1,9 @@
 """What a job will take, told before the long work: from one run of the model, its size and the plan.
 
     time      runs of the model that the plan makes * (the time of one run + what each run costs besides)
-    memory    what the process holds + copies of the weights + what a run works in; weights of large models stay on the
-              disk, so that sessions alone hold copies of them (runtime.fit_together)
+    memory    what the process holds + copies of the weights + what a run works in + what gradients hold, which is
+              found from the shapes of all values; weights of large models stay on the disk, so that sessions alone hold
+              copies of them (runtime.fit_together)
     disk      copies of the model in the work folder
 
 How many runs and copies a plan makes was found by `benchmarks/preflight.py`, which prints estimates beside what was
@@ -12,6 +13,7 @@ said.
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import shutil
@@ -21,16 +23,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx_ir
+
 from modelpress_compression.errors import DiskSpaceError, MemoryLimitError
+from modelpress_compression.graph.shapes import sample_shapes, shape_of, static_shapes
 from modelpress_compression.inputs import InputData
 from modelpress_compression.mapped import is_large
-from modelpress_compression.model import file_size_bytes
+from modelpress_compression.model import Model, file_size_bytes
+from modelpress_compression.parallel import worker_count
 from modelpress_compression.recipe import Recipe, Step
 from modelpress_compression.report.formats import size
 from modelpress_compression.runtime import SPARE_BYTES, fit_together, open_session, run
 
 # Samples beyond these are not looked at by the passes and the judge.
 MOST_SAMPLES = 128
+_FLOAT_BYTES = 4
 OVERHEAD_S = 0.00025  # of one run, beside the model's own time
 RUNS_TIMED = 3
 SESSIONS_BYTES = 40 * 1024**2  # of onnxruntime and this process, whatever the model
@@ -40,14 +47,18 @@ TORCH_BYTES, TORCH_S = 130 * 1024**2, 2.0
 NEW_WEIGHTS = 0.3
 # The estimates err by less than this factor, either way.
 UNCERTAINTY = 2.0
+# Of what one run works in: so much is held besides, for the runs side by side.
+RUNS_HELD = 4.0
+# Of the bytes of all values of a sample: activations, what is added to them, and their gradients.
+GRADIENT_COPIES = 2.5
 
 
 @dataclass(frozen=True)
 class Cost:
     """Of a step or a goal: `runs` of the model and `runs_per_sample`; copies of the weights in `memory` and on `disk`.
 
-    `streams`: of a large model no more copies are held than sessions need. `activations`: how many times as much as one
-    run works in is held besides, as gradients hold activations.
+    `streams`: of a large model no more copies are held than sessions need. `gradients`: whether it needs gradients of
+    the outputs, for which the activations of whole samples are held.
 
     Runs are those of the float model that take as long: an unoptimized or instrumented model counts for several.
     """
@@ -56,17 +67,17 @@ class Cost:
     runs_per_sample: float
     memory: float
     disk: float
-    activations: float = 4.0
+    gradients: bool = False
     streams: bool = True
 
 
-GOAL = Cost(100, 60, 10.0, 3.0, 35.0)
+GOAL = Cost(100, 60, 10.0, 3.0, gradients=True)
 MEASURING = Cost(300, 4, 4.0, 0.0)
 _LIGHT = Cost(20, 1, 4.0, 1.0)
 _STEPS = {
-    "quantize auto": Cost(100, 45, 10.0, 4.0, 35.0),
-    "quantize static": Cost(100, 25, 10.0, 2.0, 35.0, streams=False),
-    "prune channel": Cost(100, 30, 6.0, 2.0, 6.0, streams=False),
+    "quantize auto": Cost(100, 45, 10.0, 4.0, gradients=True),
+    "quantize static": Cost(100, 25, 10.0, 2.0, gradients=True, streams=False),
+    "prune channel": Cost(100, 30, 6.0, 2.0, streams=False),
 }
 # Of training, for each sample of each epoch: the teacher's answer, the student's, and its gradients.
 TRAINING_RUNS = 12.0
@@ -85,8 +96,11 @@ class Needs:
         return f"about {_duration(self.time_s)}, {size(self.memory_bytes)} of memory, {size(self.disk_bytes)} of disk"
 
 
-def needs(recipe: Recipe, path: Path, data: InputData) -> Needs:
-    """The estimate for the model in `path`, whose cost is measured in a few runs. Raises ModelNotRunnableError."""
+def needs(recipe: Recipe, model: Model, path: Path, data: InputData) -> Needs:
+    """The estimate for the `model` in the file `path`, whose cost is measured in a few runs.
+
+    Raises ModelNotRunnableError.
+    """
     run_s, working_bytes = _one_run(path, data)
     samples = min(MOST_SAMPLES, len(data))
     costs = list(_costs(recipe))
@@ -95,7 +109,9 @@ def needs(recipe: Recipe, path: Path, data: InputData) -> Needs:
     model_bytes = file_size_bytes(path)
     torch = "torch" not in sys.modules
     fixed_bytes = SESSIONS_BYTES + torch * TORCH_BYTES
-    copies_bytes = max(_copies(cost, model_bytes) * model_bytes + cost.activations * working_bytes for cost in costs)
+    copies_bytes = max(_copies(cost, model_bytes) for cost in costs) * model_bytes + RUNS_HELD * working_bytes
+    if any(cost.gradients for cost in costs):
+        copies_bytes += GRADIENT_COPIES * worker_count() * values_bytes(model, data)
     memory_bytes = held_bytes() + fixed_bytes + copies_bytes
     disk_bytes = model_bytes * (1 + sum(cost.disk for cost in costs))
     return Needs(torch * TORCH_S + runs * (run_s + OVERHEAD_S), round(memory_bytes), round(disk_bytes))
@@ -154,6 +170,20 @@ def _one_run(path: Path, data: InputData) -> tuple[float, int]:
         if sum(times_s) > 5.0:
             break
     return min(times_s) / (data.fixed_batch or 1), max(0, held_bytes() - before)
+
+
+def values_bytes(model: Model, data: InputData) -> int:
+    """Bytes of all values that the nodes make of one sample (or a fixed batch), as far as their shapes are known."""
+    made = (value for node in static_shapes(model, sample_shapes(data)).graph.all_nodes() for value in node.outputs)
+    return sum(_value_bytes(value) for value in made)
+
+
+def _value_bytes(value: onnx_ir.Value) -> int:
+    shape = shape_of(value)
+    if shape is None:
+        return 0
+    # Types of less than a byte have a part of one as their size.
+    return math.ceil(math.prod(shape) * (value.dtype.itemsize if value.dtype is not None else _FLOAT_BYTES))
 
 
 def held_bytes() -> int:

@@ -17,8 +17,10 @@ from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.graph.shapes import sample_shapes
 from modelpress_compression.graph.synthetic import synthetic_inputs
 from modelpress_compression.inputs import Array, EvaluationData, InputData
+from modelpress_compression.measure.fidelity import Fidelity
 from modelpress_compression.measure.stats import model_stats
 from modelpress_compression.measure.task import GivenScores, Labelled, MetricFunction, OwnMetric, Task
+from modelpress_compression.memory import Memory
 from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.passes.base import Context
 from modelpress_compression.pipeline.data_check import data_warnings
@@ -92,6 +94,7 @@ def compress(
     clock: Callable[[], float] = time.monotonic,
     alone: Callable[[], AbstractContextManager[None]] = nullcontext,
     memory_limit_bytes: int | None = None,
+    memory: Memory | None = None,
 ) -> Result:
     """Runs the recipe's steps in order and measures the result against the model as it was given.
 
@@ -105,6 +108,8 @@ def compress(
     this machine; latency is measured there.
 
     `memory_limit_bytes`: what this process may hold; None: what the machine has.
+    `memory`: what earlier searches for a goal have found out about the same model and data, and where this one leaves
+    what it finds; None: everything is found anew, and nothing is left.
 
     Raises InvalidDataError, MetricError, ModelNotRunnableError, UnsupportedOperatorError, TimeLimitError, and before
     the long work MemoryLimitError and DiskSpaceError where the job cannot fit. A step that breaks the model is undone
@@ -124,14 +129,20 @@ def compress(
             original=model,
         )
         run = _prepare(model, recipe, _task(model, recipe, eval_data, metric), context, on_progress)
+        told: set[str] = set()
+
+        def tell(warnings: Sequence[str]) -> None:
+            for warning in warnings:
+                if warning not in told:
+                    told.add(warning)
+                    log("WARNING", warning)
+
+        tell(run.warnings)
         run = _with_room(run, memory_limit_bytes)
-        for warning in run.warnings:
-            log("WARNING", warning)
-        made = _make(run)
-        outcome = _decide(run, made.records)
-        for warning in outcome.warnings:
-            if warning not in run.warnings:
-                log("WARNING", warning)
+        tell(run.warnings)
+        made = _make(run, memory)
+        outcome = _decide(run, made)
+        tell(outcome.warnings)
         report = _report(job, run, made, outcome)
         run.progress.update(1.0, "done")
         for kept in (outcome.model, *(member.model for member in made.candidates if member.model is not None)):
@@ -152,9 +163,9 @@ class _Run:
     progress: Progress
     warnings: tuple[str, ...]
 
-    def measured(self, path: Path) -> Measured:
+    def measured(self, path: Path, fidelity: Fidelity | None = None) -> Measured:
         """The figures of the model in `path` against the original."""
-        return measure(self.path, path, self.task, self.recipe, self.context)
+        return measure(self.path, path, self.task, self.recipe, self.context, fidelity)
 
 
 @dataclass(frozen=True)
@@ -191,14 +202,14 @@ def _prepare(
 
 def _with_room(run: _Run, memory_limit_bytes: int | None) -> _Run:
     """Says what the job will take. Raises MemoryLimitError, DiskSpaceError where it cannot fit."""
-    expected = needs(run.recipe, run.path, run.context.data)
+    expected = needs(run.recipe, run.model, run.path, run.context.data)
     run.context.log(f"expected: {expected}")
     run.progress.update(1.0, f"expected: {expected}")
     found = check_room(expected, run.context.work_directory, memory_limit_bytes)
     return replace(run, warnings=(*run.warnings, *found))
 
 
-def _make(run: _Run) -> Pursuit:
+def _make(run: _Run, memory: Memory | None) -> Pursuit:
     """The result of the recipe's steps, or of its goal where it has no steps."""
     goal = run.recipe.goal
     if goal is None or run.recipe.steps:
@@ -206,7 +217,7 @@ def _make(run: _Run) -> Pursuit:
         rows = [row for record in records for row in record.candidates]
         return Pursuit(tuple(records), family(rows, [None] * len(rows), 0))
     run.progress.enter_next(f"looking for the {goal.objective} model")
-    return pursue(run.recipe, goal, run.model, run.path, run.context, run.task)
+    return pursue(run.recipe, goal, run.model, run.path, run.context, run.task, memory)
 
 
 def _run_steps(run: _Run) -> list[StepRecord]:
@@ -228,11 +239,12 @@ def _run_steps(run: _Run) -> list[StepRecord]:
     return records
 
 
-def _decide(run: _Run, records: Sequence[StepRecord]) -> _Outcome:
+def _decide(run: _Run, made: Pursuit) -> _Outcome:
     """The result of the last step, or the original if that result is slower and not smaller."""
+    records = made.records
     model, path = (records[-1].model, records[-1].path) if records else (run.model, run.path)
     run.progress.enter_next("measuring the original and the result")
-    measured = run.measured(path)
+    measured = run.measured(path, made.fidelity)
     warnings = [*run.model.warnings, *run.warnings]
     warnings += [warning for record in records for warning in record.warnings]
     warnings += measured.warnings()
@@ -266,6 +278,7 @@ def _report(job: str, run: _Run, made: Pursuit, outcome: _Outcome) -> dict[str, 
             measurement=outcome.measured.conditions(),
             goal=run.recipe.goal.to_dict() if run.recipe.goal is not None else None,
             advice=made.advice,
+            reused=made.reused,
             verdict=verdict(run.recipe, outcome.measured, file_size_bytes(run.path), file_size_bytes(outcome.path)),
         )
     )

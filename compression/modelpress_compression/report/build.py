@@ -57,6 +57,7 @@ class ReportInputs:
     or None. `violations`: one sentence for each constraint that is not met.
     `measurement`: what disturbed the timing; None: nothing was timed. `goal`: in the shape of the YAML; None:
     there were steps. `advice`: what other options would have brought, each with `text` and `command`.
+    `reused`: how much of each kind came from earlier jobs on the same model and data.
     `verdict`: what was asked and what was got, in one sentence.
     """
 
@@ -78,6 +79,7 @@ class ReportInputs:
     measurement: Mapping[str, Any] | None = None
     goal: Mapping[str, Any] | None = None
     advice: Sequence[Mapping[str, str]] = ()
+    reused: Mapping[str, int] = field(default_factory=dict)
     verdict: str = ""
     environment: Mapping[str, Any] = field(default_factory=environment)
 
@@ -108,6 +110,7 @@ def build_report(inputs: ReportInputs) -> dict[str, Any]:
         "goal": inputs.goal,
         "verdict": inputs.verdict,
         "advice": [dict(item) for item in inputs.advice],
+        "reused": dict(inputs.reused),
         "fidelity": inputs.fidelity.to_dict() if inputs.fidelity is not None else None,
         "accuracy": inputs.accuracy.to_dict() if inputs.accuracy is not None else None,
         "damage": damage_of(inputs.fidelity, inputs.accuracy),

@@ -125,6 +125,9 @@ def _banners(report: Mapping[str, Any]) -> str:
     if advice := report.get("advice"):
         listed = "".join(tag("li", f"{escape(item['text'])} {tag('code', escape(item['command']))}") for item in advice)
         made += tag("div", tag("strong", "What would help") + tag("ul", listed), class_="banner good")
+    if reused := report.get("reused"):
+        counts = ", ".join(f"{count} {kind}" for kind, count in reused.items())
+        made += tag("div", f"Earlier jobs on the same model and data had found out: {escape(counts)}.", class_="banner")
     if report["warnings"]:
         listed = "".join(tag("li", escape(text)) for text in report["warnings"])
         made += tag("div", tag("strong", "Please note") + tag("ul", listed), class_="banner warn")

@@ -24,8 +24,8 @@ WORTH = 0.05
 class Candidate:
     """`reason`: why it was not taken, empty while it may be. `variant`: how it differs from the plain scheme, if it
     does. `times_s`: [rounds], measured in turn with the other candidates. `unproven`: only data that vouches for its
-    ranges is missing. `screened`: its answers were judged on a few samples alone. `unscored`: only the score of who
-    computes the metric is missing."""
+    ranges is missing. `screened`: its answers were judged on a few samples alone; `remembered`: by an earlier job.
+    `unscored`: only the score of who computes the metric is missing."""
 
     scheme: str
     record: StepRecord
@@ -40,6 +40,7 @@ class Candidate:
     unproven: bool = False
     screened: bool = False
     unscored: bool = False
+    remembered: bool = False
 
     @property
     def name(self) -> str:

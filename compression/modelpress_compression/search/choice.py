@@ -37,8 +37,8 @@ NEGLIGIBLE_ERROR = 1e-4
 class Figures:
     """What was measured of one candidate.
 
-    `times_s` [rounds]: of rounds that the original and all other candidates ran too, the geometric mean over batch
-    sizes. `error`: the share of the outputs' power that is error, of the worst output. `drop`: of the task's metric,
+    `times_s` [rounds]: the geometric mean over batch sizes; two that have so many rounds have run the first of them
+    together. `error`: the share of the outputs' power that is error, of the worst output. `drop`: of the task's metric,
     or of the accuracy that the original expects of itself; 0 where it is not known. `refusal`: why its answers cannot
     stand for the original's; empty: they can.
     """
@@ -54,6 +54,11 @@ class Figures:
     def time_s(self) -> float:
         """Its usual time."""
         return float(np.median(self.times_s))
+
+    def times_of(self, other: Figures) -> Speedup:
+        """How many times the other's time it takes, with the interval; in the rounds that both ran."""
+        rounds = min(len(self.times_s), len(other.times_s))
+        return ratio_interval(self.times_s[:rounds] / other.times_s[:rounds])
 
 
 @dataclass(frozen=True)
@@ -94,27 +99,59 @@ def choose(candidates: Sequence[Figures], original: int, objective: str, limits:
 
     Raises ValueError for an unknown objective.
     """
-    if objective not in _DECIDERS:
-        raise ValueError(f"objective {objective!r} is not one of {', '.join(_DECIDERS)}")
     first = candidates[original]
     reasons = {place: one.refusal for place, one in enumerate(candidates)}
     reasons[original] = ""
-    left = [place for place, reason in reasons.items() if not reason]
-    left = _within_limits(left, candidates, first, limits or Limits(), reasons)
-    if objective == BALANCED:
-        left = _not_slower(left, candidates, original, reasons)
-    for what, keep in _DECIDERS[objective]:
-        kept = set(keep([candidates[place] for place in left], first))
-        for place in left:
-            if candidates[place] not in kept:
-                reasons[place] = what
-        left = [place for place in left if candidates[place] in kept]
+    left = _decided(_deciders(objective), candidates, original, objective, limits or Limits(), reasons)
     taken = left[0]
     for place in left[1:]:
         reasons[place] = f"the same as {candidates[taken].name}"
     reasons[taken] = ""
     unmet = (limits or Limits()).excesses(candidates[taken], first)
     return Choice(taken, tuple(reasons[place] for place in range(len(candidates))), unmet)
+
+
+def contenders(candidates: Sequence[Figures], original: int, objective: str, limits: Limits) -> list[int]:
+    """The places that times of more rounds may decide between; one alone: they are enough.
+
+    Under a limit on time those are all that are not refused. Raises ValueError for an unknown objective.
+    """
+    deciders = _deciders(objective)
+    reasons = {place: one.refusal for place, one in enumerate(candidates)}
+    reasons[original] = ""
+    if limits.max_latency_ms is not None or limits.min_speedup is not None:
+        return [place for place, reason in reasons.items() if not reason]
+    last = max(number for number, decider in enumerate(deciders) if decider in (_TIME, _PRODUCT))
+    return _decided(deciders[: last + 1], candidates, original, objective, limits, reasons)
+
+
+def _deciders(objective: str) -> Sequence[tuple[str, _Keep]]:
+    if objective not in _DECIDERS:
+        raise ValueError(f"objective {objective!r} is not one of {', '.join(_DECIDERS)}")
+    return _DECIDERS[objective]
+
+
+def _decided(
+    deciders: Sequence[tuple[str, _Keep]],
+    candidates: Sequence[Figures],
+    original: int,
+    objective: str,
+    limits: Limits,
+    reasons: dict[int, str],
+) -> list[int]:
+    """The places that limits and deciders leave; `reasons` gets why each of the others is not among them."""
+    first = candidates[original]
+    left = [place for place, reason in reasons.items() if not reason]
+    left = _within_limits(left, candidates, first, limits, reasons)
+    if objective == BALANCED:
+        left = _not_slower(left, candidates, original, reasons)
+    for what, keep in deciders:
+        kept = set(keep([candidates[place] for place in left], first))
+        for place in left:
+            if candidates[place] not in kept:
+                reasons[place] = what
+        left = [place for place in left if candidates[place] in kept]
+    return left
 
 
 def _within_limits(
@@ -134,18 +171,13 @@ def _not_slower(places: list[int], candidates: Sequence[Figures], original: int,
     """Without the candidates that take clearly more time than the original."""
     kept = []
     for place in places:
-        slowdown = _ratio(candidates[place], candidates[original])
+        slowdown = candidates[place].times_of(candidates[original])
         if place == original or slowdown.median <= MAX_SLOWDOWN:
             kept.append(place)
         else:
             reasons[place] = f"{slowdown.median:.2f} times the original's time"
     # Where limits left nothing else, a slow candidate is what was asked for.
     return kept or places
-
-
-def _ratio(figures: Figures, other: Figures) -> Speedup:
-    """How many times the other's time the candidate takes, with its interval."""
-    return ratio_interval(figures.times_s / other.times_s)
 
 
 _Keep = Callable[[Sequence[Figures], Figures], Sequence[Figures]]
@@ -158,12 +190,12 @@ def _least_size(candidates: Sequence[Figures], original: Figures) -> Sequence[Fi
 
 def _least_time(candidates: Sequence[Figures], original: Figures) -> Sequence[Figures]:
     best = min(candidates, key=lambda one: one.time_s)
-    return [one for one in candidates if _ratio(one, best).low <= 1 + SAME_TIME]
+    return [one for one in candidates if one.times_of(best).low <= 1 + SAME_TIME]
 
 
 def _least_product(candidates: Sequence[Figures], original: Figures) -> Sequence[Figures]:
     best = min(candidates, key=lambda one: one.size_bytes * one.time_s)
-    return [one for one in candidates if _ratio(one, best).low * one.size_bytes / best.size_bytes <= 1 + SAME_TIME]
+    return [one for one in candidates if one.times_of(best).low * one.size_bytes / best.size_bytes <= 1 + SAME_TIME]
 
 
 def _least_error(candidates: Sequence[Figures], original: Figures) -> Sequence[Figures]:

@@ -14,15 +14,18 @@ Each candidate is judged by its answers (judge.py); those that keep them run in 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from modelpress_compression.measure.latency import Times, ratio_interval
+from modelpress_compression.measure.fidelity import Fidelity
+from modelpress_compression.measure.latency import SESSION_SPREAD, Times
 from modelpress_compression.measure.task import GivenScores, OwnMetric, Task, model_digest
+from modelpress_compression.memory import Memory
 from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.passes.base import Context, Skip
 from modelpress_compression.passes.fuse.config import FuseConfig
@@ -32,17 +35,19 @@ from modelpress_compression.passes.quantize.quantize import Quantize
 from modelpress_compression.passes.quantize.weight_only.storage import store_all
 from modelpress_compression.recipe import ACCURATE, BALANCED, FASTEST, SMALLEST, Constraints, Goal, Recipe, Step
 from modelpress_compression.search.candidates import Candidate, pareto_set
-from modelpress_compression.search.choice import Choice, Figures, Limits, choose
+from modelpress_compression.search.choice import Choice, Figures, Limits, choose, contenders
 from modelpress_compression.search.family import ORIGINAL, FamilyMember, family
 from modelpress_compression.search.judge import FLOAT_FLOOR_DB, Judge
 from modelpress_compression.search.quantization import SchemeSearch
+from modelpress_compression.search.recall import Prices, Recall
 from modelpress_compression.search.steps import StepRecord, apply_step, scaled
 
 # Shares of channels that go, the first that does not keep the answers ends the row.
 PRUNED_SHARES = (0.1, 0.25)
 # Where a metric of the client's judges, it is asked before more goes.
 SCORED_SHARES = (0.1, 0.25, 0.4, 0.55)
-ROUNDS = 60
+ROUNDS, FIRST_ROUNDS = 60, 20
+CHECKED_ROUNDS = 15  # of a winner by remembered times
 BUDGET_S = 20.0  # of timing, for each batch size
 # What `accurate` asks of stored weights: more than what counts as no error (choice.NEGLIGIBLE_ERROR), 40 dB.
 CLOSE_FLOOR_DB = 43.0
@@ -57,16 +62,32 @@ class Pursuit:
 
     `candidates`: all that were tried, with those models that can be had. `advice`: what would have been better, each
     with `text` and `command`.
+    `reused`: how much of each kind earlier jobs had found out. `fidelity`: of the result, as this job has compared it;
+    None: the result is the original.
     """
 
     records: tuple[StepRecord, ...]
     candidates: tuple[FamilyMember, ...]
     advice: tuple[dict[str, str], ...] = ()
+    reused: Mapping[str, int] = field(default_factory=dict)
+    fidelity: Fidelity | None = None
 
 
-def pursue(recipe: Recipe, goal: Goal, model: Model, path: Path, context: Context, task: Task | None) -> Pursuit:
-    """Builds, measures and chooses. `path`: the file of the original `model`. Raises what passes raise."""
-    search = GoalSearch(recipe, goal, model, path, context, Judge(path, path, context, recipe, task, screens=True))
+def pursue(
+    recipe: Recipe,
+    goal: Goal,
+    model: Model,
+    path: Path,
+    context: Context,
+    task: Task | None,
+    memory: Memory | None = None,
+) -> Pursuit:
+    """Builds, measures and chooses. `path`: the file of the original `model`. `memory`: of earlier jobs.
+
+    Raises what passes raise.
+    """
+    judge = Judge(path, path, context, recipe, task, screens=True, recall=Recall.of(memory, path, context))
+    search = GoalSearch(recipe, goal, model, path, context, judge)
     search.build()
     return search.choose()
 
@@ -132,12 +153,20 @@ class GoalSearch:
         step = Step("fuse", FuseConfig())
         if "fuse" not in self.goal.techniques:
             return StepRecord(step, self.model, self.path)
-        return apply_step(step, self.model, self.path, self._part(0.0, 0.1), self._folder("fuse"))
+        before = StepRecord(step, self.model, self.path)
+        return self._applied(before, self._part(0.0, 0.1), self._folder("fuse"))
+
+    def _applied(self, before: StepRecord, context: Context, target: Path) -> StepRecord:
+        """The record of a step on the model of `before`."""
+        return self.judge.recall.step(
+            before, [], target, lambda: apply_step(before.step, before.model, before.path, context, target)
+        )
 
     def _quantized(self, model: Model, path: Path, before: tuple[StepRecord, ...], context: Context) -> None:
         """Every scheme on one float model."""
         target = self._folder(f"quantize-{len(self.entries)}")
-        search = SchemeSearch(Step("quantize", QuantizeConfig()), model, path, context, target, self.judge)
+        step = Step("quantize", QuantizeConfig())
+        search = SchemeSearch(step, model, path, context, target, self.judge, self.judge.recall)
         for candidates in self._schemes(search, sized=not before or before[-1].step.technique == "fuse"):
             self._enter(candidates, before)
             if not self._has_time:
@@ -147,11 +176,12 @@ class GoalSearch:
         """The candidates of one scheme after the other. `sized`: with those for size alone."""
         config = QuantizeConfig(scheme="weight_only")
         search.context.progress(0.0, "storing weights in fewer bits")
-        stored = store_all(search.model, config, search.context, FLOAT_FLOOR_DB)
-        yield [search.add("weight_only", stored, "weights stored in fewer bits, computing in float32")]
+        floors = {"weights stored in fewer bits, computing in float32": FLOAT_FLOOR_DB}
         if self.goal.objective == ACCURATE and sized:
-            close = store_all(search.model, config, search.context, CLOSE_FLOOR_DB)
-            yield [search.add("weight_only", close, "weights stored so that nobody could tell")]
+            floors["weights stored so that nobody could tell"] = CLOSE_FLOOR_DB
+        for variant, floor_db in floors.items():
+            store = partial(store_all, search.model, config, search.context, floor_db)
+            yield [search.add("weight_only", store, variant, asked=[floor_db])]
         count = len(search.candidates)
         search.dynamic()
         yield search.candidates[count:]
@@ -163,8 +193,8 @@ class GoalSearch:
         yield search.candidates[count:]
         if sized and self._wants_size:
             for bits in ("int8", "int4"):
-                result = Quantize(replace(config, weights=bits))(search.model, search.context)
-                yield [search.add("weight_only", result, f"{bits[3:]} bits in blocks")]
+                quantize = partial(Quantize(replace(config, weights=bits)), search.model, search.context)
+                yield [search.add("weight_only", quantize, f"{bits[3:]} bits in blocks")]
 
     @property
     def _wants_size(self) -> bool:
@@ -180,7 +210,8 @@ class GoalSearch:
             step = Step("prune", PruneConfig(structure="channel", sparsity=share, criterion="l2"))
             width = 0.2 / len(shares)
             part = self._part(0.5 + width * number, 0.5 + width * (number + 1))
-            record = apply_step(step, fused.model, fused.path, part, self._folder(f"prune-{number}"))
+            before_it = StepRecord(step, fused.model, fused.path)
+            record = self._applied(before_it, part, self._folder(f"prune-{number}"))
             if not record.changes:
                 break
             variant = f"{share:.0%} of the channels"
@@ -201,11 +232,12 @@ class GoalSearch:
             for entry in self.entries
             if entry.candidate.record.changes and (entry.candidate.unscored or not entry.candidate.reason)
         ]
-        times_s = self._times_s([entry.candidate.record.path for entry in racers])
-        original = Figures("the original", file_size_bytes(self.path), times_s[0], 0.0)
-        figures = [original, *(_figures(entry, one) for entry, one in zip(racers, times_s[1:], strict=True))]
-        figures = [original, *(self._refused(one, original) for one in figures[1:])]
+        figures, remembered = self._priced(racers)
         choice = self._confirmed_choice(racers, figures)
+        if remembered and choice.taken and not self._holds(racers[choice.taken - 1], figures, choice.taken):
+            self.context.log("what was remembered of the times does not hold any more: all are timed again")
+            figures, _ = self._priced(racers, anew=True)
+            choice = self._confirmed_choice(racers, figures)
         if choice.taken:
             self._tell_taken(racers[choice.taken - 1], figures[0], figures[choice.taken])
         shown = self._shown(racers, figures, choice)
@@ -216,7 +248,34 @@ class GoalSearch:
         if isinstance(self.judge.task, GivenScores):
             shown, models = self._with_digests(shown), [*models, self.model]
         members = family(shown, models, file_size_bytes(self.path))
-        return Pursuit(records, members, tuple(self._advice(figures, choice, racers)))
+        advice = tuple(self._advice(figures, choice, racers))
+        fidelity = racers[choice.taken - 1].candidate.fidelity if choice.taken else None
+        return Pursuit(records, members, advice, dict(self.judge.recall.reused), fidelity)
+
+    def _priced(self, racers: list[_Entry], *, anew: bool = False) -> tuple[list[Figures], bool]:
+        """The figures of the original and of all racers, and whether some of the times are remembered.
+
+        A few rounds show which candidates can win. Where those are several, they and the original run on.
+        """
+        first = self._prices(racers, FIRST_ROUNDS, anew=anew)
+        original = Figures("the original", file_size_bytes(self.path), first.times_s[0], 0.0)
+        figures = [_figures(entry, one) for entry, one in zip(racers, first.times_s[1:], strict=True)]
+        figures = [original, *(self._refused(one, original) for one in figures)]
+        left = contenders(figures, 0, self.goal.objective, _limits(self.recipe.limits))
+        if len(left) == 1:
+            return figures, first.remembered
+        places = [place for place in left if place]
+        more = self._prices([racers[place - 1] for place in places], ROUNDS - FIRST_ROUNDS, anew=anew)
+        for place, times_s in zip([0, *places], more.times_s, strict=True):
+            figures[place] = replace(figures[place], times_s=np.concatenate([figures[place].times_s, times_s]))
+        return figures, first.remembered or more.remembered
+
+    def _holds(self, entry: _Entry, figures: Sequence[Figures], place: int) -> bool:
+        """Whether the entry is still as fast, against the original, as its remembered times say."""
+        remembered = figures[0].times_of(figures[place])
+        now = self.judge.timed([entry.candidate.record.path], CHECKED_ROUNDS, BUDGET_S / 4).speedup(1)
+        now, remembered = (one.widened(SESSION_SPREAD) for one in (now, remembered))
+        return now.low <= remembered.high and remembered.low <= now.high
 
     def _with_digests(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows with what names each model in the scores of who computes the metric; the original comes last."""
@@ -245,15 +304,17 @@ class GoalSearch:
     def _confirmed_choice(self, racers: list[_Entry], figures: list[Figures]) -> Choice:
         """The best of those that keep the answers on all samples; the lists get what is found out on the way.
 
-        Few samples cleared the candidates of doubt; only what is taken must run on all of them.
+        Few samples cleared the candidates of doubt, or an earlier job did; what is taken must run on all of them, now.
         """
         while True:
             choice = choose(figures, 0, self.goal.objective, _limits(self.recipe.limits))
-            if choice.taken == 0 or not racers[choice.taken - 1].candidate.screened:
+            if choice.taken == 0:
                 return choice
             entry = racers[choice.taken - 1]
+            if not (entry.candidate.screened or entry.candidate.remembered):
+                return choice
             self.context.check_time()
-            judged = self._proven(self.judge.confirmed(entry.candidate))
+            judged = self._proven(self.judge.confirmed(entry.candidate, anew=True))
             racers[choice.taken - 1] = self.entries[self._place(entry)] = replace(entry, candidate=judged)
             if judged.reason:
                 figures[choice.taken] = replace(figures[choice.taken], refusal=judged.reason)
@@ -267,11 +328,12 @@ class GoalSearch:
     def _place(self, entry: _Entry) -> int:
         return next(place for place, other in enumerate(self.entries) if other is entry)
 
-    def _times_s(self, paths: Sequence[Path]) -> Times:
-        """[1 + candidates, rounds], the original first."""
+    def _prices(self, racers: Sequence[_Entry], rounds: int, *, anew: bool = False) -> Prices:
+        """Times of the original, at place 0, and of all racers."""
         self.context.check_time()
-        self.context.progress(_BUILT, f"timing {len(paths)} candidates")
-        return self.judge.timed(paths, ROUNDS, BUDGET_S).times_s
+        self.context.progress(_BUILT, f"timing {len(racers)} candidates")
+        budget_s = BUDGET_S * rounds / ROUNDS
+        return self.judge.prices([entry.candidate.record.path for entry in racers], rounds, budget_s, anew=anew)
 
     def _refused(self, figures: Figures, original: Figures) -> Figures:
         """A result larger than the original is for those who ask for speed alone."""
@@ -283,7 +345,7 @@ class GoalSearch:
         """The report's rows: those that were timed with their speed, the others with what spoke against them."""
         timed = {
             id(entry): (
-                replace(entry.candidate, speedup=ratio_interval(figures[0].times_s / one.times_s), reason=reason),
+                replace(entry.candidate, speedup=figures[0].times_of(one), reason=reason),
                 choice.taken == place,
             )
             for place, (entry, one, reason) in enumerate(
@@ -325,7 +387,7 @@ class GoalSearch:
         unproven = [entry.candidate for entry in self.entries if entry.candidate.unproven]
         if not unproven:
             return None
-        times_s = self.judge.timed([one.record.path for one in unproven], ROUNDS // 4, BUDGET_S / 4).times_s
+        times_s = self.judge.prices([one.record.path for one in unproven], ROUNDS // 4, BUDGET_S / 4).times_s
         return float(max(np.median(times_s[0] / one) for one in times_s[1:]))
 
     def _enter(self, candidates: Sequence[Candidate], before: tuple[StepRecord, ...] = ()) -> None:

@@ -30,11 +30,12 @@ from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.accuracy import Evaluation, accuracy_after
 from modelpress_compression.measure.fidelity import Fidelity, KnownOutputs, compare_outputs
 from modelpress_compression.measure.latency import Speedup, Times, Timings, ratio_interval, time_interleaved
-from modelpress_compression.measure.task import NotScoredError, Task
+from modelpress_compression.measure.task import NotScoredError, Task, model_digest
 from modelpress_compression.model import file_size_bytes
 from modelpress_compression.passes.base import Context
 from modelpress_compression.recipe import Recipe
 from modelpress_compression.search.candidates import Candidate
+from modelpress_compression.search.recall import Prices, Recall
 
 # The largest drop of the task metric, with labels, if `max_drop` is not set.
 DEFAULT_MAX_DROP = 0.01
@@ -96,6 +97,7 @@ class Judge:
     screens: bool = False
     known: KnownOutputs = field(default_factory=KnownOutputs)
     known_few: KnownOutputs = field(default_factory=KnownOutputs)
+    recall: Recall = field(default_factory=Recall)
 
     def answers(self, candidate: Candidate) -> Candidate:
         """The candidate with its fidelity, and with the reason if it does not keep the answers.
@@ -112,16 +114,16 @@ class Judge:
                 return replace(rough, reason=self._differs(rough), screened=True)
         return self.confirmed(candidate)
 
-    def confirmed(self, candidate: Candidate) -> Candidate:
-        """The same on all samples, and by the labels where there are any."""
-        candidate = self._compared(replace(candidate, screened=False), self.context.data, self.known)
+    def confirmed(self, candidate: Candidate, *, anew: bool = False) -> Candidate:
+        """The same on all samples, and by the labels where there are any. `anew`: whatever is remembered."""
+        candidate = self._compared(replace(candidate, screened=False), self.context.data, self.known, anew=anew)
         reason = self._differs(candidate)
         if reason or self.task is None:
             return replace(candidate, reason=reason)
         constraints = self.recipe.limits
         try:
             before = self._original_metric
-            accuracy = accuracy_after(before, self.task.evaluate(candidate.record.path))
+            accuracy = accuracy_after(before, self.recall.evaluation(self.task, candidate.record.path))
         except NotScoredError as error:
             return replace(candidate, reason=error.message, unscored=True)
         except MetricError as error:
@@ -132,11 +134,16 @@ class Judge:
             reason = f"{accuracy.metric} falls by {accuracy.drop:.4f}, more than {allowed}"
         return replace(candidate, drop=accuracy.drop, reason=reason)
 
-    def _compared(self, candidate: Candidate, data: InputData, known: KnownOutputs) -> Candidate:
+    def _compared(self, candidate: Candidate, data: InputData, known: KnownOutputs, *, anew: bool = False) -> Candidate:
         path = candidate.record.path
-        return replace(
-            candidate, fidelity=compare_outputs(self.original, path, data, limit=FIDELITY_SAMPLES, known=known)
-        )
+
+        def compare() -> Fidelity:
+            return compare_outputs(self.original, path, data, limit=FIDELITY_SAMPLES, known=known)
+
+        if anew:
+            return replace(candidate, fidelity=compare(), remembered=False)
+        fidelity, remembered = self.recall.fidelity(path, [len(data), FIDELITY_SAMPLES], compare)
+        return replace(candidate, fidelity=fidelity, remembered=remembered)
 
     def _differs(self, candidate: Candidate, slack: float = 1.0) -> str:
         """Why the candidate, whose outputs were compared, does not keep the answers, as far as outputs tell; empty: it
@@ -162,7 +169,7 @@ class Judge:
     @cached_property
     def _original_metric(self) -> Evaluation:
         assert self.task is not None  # noqa: S101  # who has none does not ask
-        return self.task.evaluate(self.original)
+        return self.recall.evaluation(self.task, self.original)
 
     def speed(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates with their speed, and with the reason where one is not surely faster.
@@ -212,6 +219,11 @@ class Judge:
         if (worst.high if asked else worst.low) < 1.0:
             return replace(candidate, reason=_not_faster("in float32", worst))
         return candidate
+
+    def prices(self, paths: Sequence[Path], rounds: int, budget_s: float, *, anew: bool = False) -> Prices:
+        """Of the float model, at place 0, and these: [models, rounds]. `anew`: not what was remembered."""
+        parts = [model_digest(self.float_path), self.recipe.benchmark.to_dict(), rounds]
+        return self.recall.prices(paths, parts, lambda some: self.timed(some, rounds, budget_s).times_s, anew=anew)
 
     def timed(self, paths: Sequence[Path], rounds: int, budget_s: float) -> RaceTimings:
         """Of the float model, at place 0, and these."""

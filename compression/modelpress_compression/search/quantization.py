@@ -18,22 +18,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from glob import escape
 from pathlib import Path
+from typing import Any
 
-from modelpress_compression.measure.task import Task
+from modelpress_compression.measure.task import Task, model_digest
 from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.passes.base import Context, PassResult, Skip
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.quantize import Quantize, prepare_static
+from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
 from modelpress_compression.passes.quantize.weight_only.store import store_rest
 from modelpress_compression.recipe import Recipe, Step
 from modelpress_compression.search.candidates import Candidate, fastest, pareto_set
 from modelpress_compression.search.heads import unvouched_heads
 from modelpress_compression.search.judge import Judge
 from modelpress_compression.search.mixed import fewest_in_float, order_of
+from modelpress_compression.search.recall import Recall
 from modelpress_compression.search.steps import StepRecord, keep, scaled
 
 # Shares of the step's progress when dynamic, static and the mixed candidates are built and judged.
@@ -67,14 +71,16 @@ def choose_quantization(
 
 @dataclass
 class SchemeSearch:
+    """`path`: the file of the float `model`. `recall`: of earlier jobs; what they have built is not built again."""
+
     step: Step
     model: Model
     path: Path
     context: Context
     target: Path
     judge: Judge
+    recall: Recall = field(default_factory=Recall)
     candidates: list[Candidate] = field(default_factory=list)
-    results: list[PassResult] = field(default_factory=list)  # of the candidates
 
     @cached_property
     def heads(self) -> dict[str, int]:
@@ -91,41 +97,88 @@ class SchemeSearch:
     def dynamic(self) -> None:
         self.context.progress(0.0, "trying dynamic quantization")
         self.context.check_time()
-        self.add("dynamic", Quantize(self._config("dynamic"))(self.model, self._part(0.0, _DYNAMIC)))
+        config = self._config("dynamic")
+        self.add("dynamic", lambda: Quantize(config)(self.model, self._part(0.0, _DYNAMIC)), asked=config.exclude)
+
+    @cached_property
+    def _quantizer(self) -> StaticQuantizer | None:
+        """Calibrated when it is first needed, for all choices of layers."""
+        return prepare_static(self.model, self._config("static"), self._part(_DYNAMIC, _STATIC))
+
+    def _static(self, choose: Callable[[StaticQuantizer], StaticQuantizer]) -> Callable[[], PassResult]:
+        """Makes the model of a choice of layers."""
+
+        def make() -> PassResult:
+            return PassResult(self.model) if self._quantizer is None else choose(self._quantizer).result()
+
+        return make
 
     def static(self) -> None:
         """Static quantization of all layers, and of fewer where that does not keep the answers."""
         self.context.progress(_DYNAMIC, "trying static quantization")
-        quantizer = prepare_static(self.model, self._config("static"), self._part(_DYNAMIC, _STATIC))
-        if quantizer is None:
+        forms = self._known("static forms", self._static_forms)
+        if not forms["possible"]:
             return
-        tried = [self.add("static", quantizer.result())]
-        full = replace(quantizer, full=True)
-        if len(full.plan.nodes) > len(quantizer.plan.nodes):
-            tried.append(self.add("static", full.result(), "memory-bound layers and sums too"))
+        tried = [self.add("static", self._static(lambda plain: plain))]
+        if forms["fuller"]:
+            full = self._static(lambda plain: replace(plain, full=True))
+            tried.append(self.add("static", full, "memory-bound layers and sums too"))
         if not all(item.reason and item.record.changes for item in tried) or not self.context.data.vouches:
             return
-        order = order_of(quantizer, self.context)
+        order = self._known("orders", self._order)["layers"]
 
         def keeps(count: int) -> bool:
             self.context.check_time()
             self.context.progress(_STATIC, f"trying static quantization with {count} layers in float32")
             variant = f"{count} layer{'s' if count > 1 else ''} in float32"
-            return not self.add("static", quantizer.keeping_in_float(order[:count]).result(), variant).reason
+            kept = order[:count]
+            make = self._static(lambda plain: plain.keeping_in_float(kept))
+            return not self.add("static", make, variant, asked=kept).reason
 
         fewest_in_float(len(order), keeps)
+
+    def _static_forms(self) -> dict[str, bool]:
+        """Whether there is a static form at all, and one with more in 8 bits than pays layer by layer."""
+        if self._quantizer is None:
+            return {"possible": False, "fuller": False}
+        full = replace(self._quantizer, full=True)
+        return {"possible": True, "fuller": len(full.plan.nodes) > len(self._quantizer.plan.nodes)}
+
+    def _order(self) -> dict[str, list[str]]:
+        return {"layers": [] if self._quantizer is None else order_of(self._quantizer, self.context)}
+
+    def _known(self, kind: str, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Facts about the float model under this step's configuration."""
+        return self.recall.facts(kind, [model_digest(self.path), self._config("static").to_dict()], make)
 
     def smaller(self) -> None:
         """Each candidate that keeps the answers with the rest of its weights stored in 8 bits; and, with a limit on the
         size, the float model with all weights stored so."""
-        for candidate, result in list(zip(self.candidates, self.results, strict=True)):
-            stored = None if candidate.reason else store_rest(result, self.step.config, self.context)
-            if stored is not None:
+        for candidate in list(self.candidates):
+            if not candidate.reason:
                 variant = f"{candidate.variant}, all weights stored in 8 bits".removeprefix(", ")
-                self.add(candidate.scheme, stored, variant)
+                self._store_rest(candidate.scheme, candidate.record, variant)
         if self.judge.recipe.limits.max_size_bytes is not None:
             config = replace(self.step.config, scheme="weight_only")
-            self.add("weight_only", Quantize(config)(self.model, self._part(_MIXED, _MIXED)))
+            self.add("weight_only", lambda: Quantize(config)(self.model, self._part(_MIXED, _MIXED)))
+
+    def _store_rest(self, scheme: str, record: StepRecord, variant: str) -> Candidate | None:
+        """A candidate with the weights that the record's model has in float32 stored in 8 bits; None: no gain."""
+        digest = model_digest(record.path)
+        made: list[PassResult | None] = []
+
+        def gains() -> dict[str, bool]:
+            made.append(store_rest(record.result, self.step.config, self.context))
+            return {"gains": made[0] is not None}
+
+        def make() -> PassResult:
+            if not made:
+                gains()
+            return made[0] or record.result
+
+        if not self.recall.facts("rests", [digest, self.step.config.to_dict()], gains)["gains"]:
+            return None
+        return self.add(scheme, make, variant, asked=[digest])
 
     def measure_speed(self) -> None:
         self.context.check_time()
@@ -136,11 +189,10 @@ class SchemeSearch:
         """If nothing is faster in 8 bits: the float model with its weights stored in 8 bits."""
         if self.path == self.judge.original or fastest(self.candidates) is not None:
             return
-        config = replace(self.step.config, scheme="weight_only")
-        stored = store_rest(PassResult(self.model), config, self.context)
-        if stored is not None:
-            self.context.check_time()
-            candidate = self.add("weight_only", stored, "all weights stored in 8 bits, computing in float32")
+        self.context.check_time()
+        variant = "all weights stored in 8 bits, computing in float32"
+        candidate = self._store_rest("weight_only", StepRecord(self.step, self.model, self.path), variant)
+        if candidate is not None:
             self.candidates[-1] = self.judge.speed_in_float(candidate)
 
     def outcome(self) -> StepRecord:
@@ -157,15 +209,24 @@ class SchemeSearch:
         skips = tuple(Skip(candidate.name, candidate.reason) for candidate, _ in rows)
         return StepRecord(self.step, self.model, self.path, skipped=skips, candidates=table)
 
-    def add(self, scheme: str, result: PassResult, variant: str = "") -> Candidate:
-        """Writes, checks and judges what a scheme made; the candidate is the last of `candidates` then."""
-        tried = Step(self.step.technique, replace(self.step.config, scheme=scheme))
-        folder = self.target.parent / f"candidate-{len(self.candidates)}" / self.target.name
-        result = replace(result, skipped=tuple(self._explained(skip) for skip in result.skipped))
-        record = keep(StepRecord(tried, self.model, self.path), result, self.context, folder)
+    def add(
+        self, scheme: str, make: Callable[[], PassResult], variant: str = "", asked: Sequence[object] = ()
+    ) -> Candidate:
+        """Writes, checks and judges what a scheme made; the candidate is the last of `candidates` then.
+
+        `asked`: all that `make` depends on, besides the float model, the configuration, the scheme and the variant.
+        """
+        before = StepRecord(Step(self.step.technique, replace(self.step.config, scheme=scheme)), self.model, self.path)
+        target = self.target.parent / f"candidate-{len(self.candidates)}" / self.target.name
+
+        def build() -> StepRecord:
+            result = make()
+            result = replace(result, skipped=tuple(self._explained(skip) for skip in result.skipped))
+            return keep(before, result, self.context, target)
+
+        record = self.recall.step(before, [variant, list(asked)], target, build)
         candidate = self.judge.answers(Candidate(scheme, record, file_size_bytes(record.path), variant))
         self.candidates.append(candidate)
-        self.results.append(result)
         return candidate
 
     def _explained(self, skip: Skip) -> Skip:

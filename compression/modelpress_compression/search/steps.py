@@ -37,6 +37,11 @@ class StepRecord:
     details: tuple[Mapping[str, str | int | float], ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def result(self) -> PassResult:
+        """What the pass gave, as far as it was kept."""
+        return PassResult(self.model, self.changes, self.skipped, self.warnings, self.details, self.notes)
+
 
 def apply_step(step: Step, model: Model, path: Path, context: Context, target: Path) -> StepRecord:
     """Runs the step's pass on `model`, whose file is `path`; the result's file is `target`.

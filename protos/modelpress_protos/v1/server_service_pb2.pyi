@@ -203,6 +203,8 @@ class Usage(_message.Message):
     JOB_TTL_SECONDS_FIELD_NUMBER: _builtins.int
     MODEL_TTL_SECONDS_FIELD_NUMBER: _builtins.int
     MAX_STORED_BYTES_FIELD_NUMBER: _builtins.int
+    FINDINGS_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_FINDINGS_BYTES_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """projects/{project}."""
     stored_bytes: _builtins.int
@@ -243,6 +245,10 @@ class Usage(_message.Message):
     """A model is deleted so long after its last change or job, unless it has the label "pin"."""
     max_stored_bytes: _builtins.int
     """Most bytes that it has stored, unfinished uploads included."""
+    findings_bytes: _builtins.int
+    """Bytes of what is kept of what its jobs have found out, beside its files."""
+    max_findings_bytes: _builtins.int
+    """Most of them; 0: nothing is kept."""
     def __init__(
         self,
         *,
@@ -266,10 +272,12 @@ class Usage(_message.Message):
         job_ttl_seconds: _builtins.float = ...,
         model_ttl_seconds: _builtins.float = ...,
         max_stored_bytes: _builtins.int = ...,
+        findings_bytes: _builtins.int = ...,
+        max_findings_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "cpu_seconds", b"cpu_seconds", "ended_jobs", b"ended_jobs", "job_ttl_seconds", b"job_ttl_seconds", "max_models", b"max_models", "max_open_uploads", b"max_open_uploads", "max_queued_jobs", b"max_queued_jobs", "max_requests_per_second", b"max_requests_per_second", "max_running_jobs", b"max_running_jobs", "max_stored_bytes", b"max_stored_bytes", "model_ttl_seconds", b"model_ttl_seconds", "models", b"models", "open_uploads", b"open_uploads", "parent", b"parent", "queued_jobs", b"queued_jobs", "run_seconds", b"run_seconds", "running_jobs", b"running_jobs", "runs", b"runs", "stored_bytes", b"stored_bytes", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "cpu_seconds", b"cpu_seconds", "ended_jobs", b"ended_jobs", "findings_bytes", b"findings_bytes", "job_ttl_seconds", b"job_ttl_seconds", "max_findings_bytes", b"max_findings_bytes", "max_models", b"max_models", "max_open_uploads", b"max_open_uploads", "max_queued_jobs", b"max_queued_jobs", "max_requests_per_second", b"max_requests_per_second", "max_running_jobs", b"max_running_jobs", "max_stored_bytes", b"max_stored_bytes", "model_ttl_seconds", b"model_ttl_seconds", "models", b"models", "open_uploads", b"open_uploads", "parent", b"parent", "queued_jobs", b"queued_jobs", "run_seconds", b"run_seconds", "running_jobs", b"running_jobs", "runs", b"runs", "stored_bytes", b"stored_bytes", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -146,6 +146,7 @@ class Worker:
         self._directory = directory
         self._pipes = pipes
         self._on_line: Callable[[str], None] | None = None
+        self._on_pause: Callable[[bool], None] = lambda paused: None
         self._start_output = ""
         self._killed = False
         self._paused_since_s: float | None = None
@@ -217,9 +218,10 @@ class Worker:
         """Its private folder."""
         return self._directory
 
-    def listen(self, on_line: Callable[[str], None]) -> None:
-        """From now on, what the worker prints goes to `on_line`, line by line."""
-        self._on_line = on_line
+    def listen(self, on_line: Callable[[str], None], on_pause: Callable[[bool], None]) -> None:
+        """From now on, what the worker prints goes to `on_line`, line by line; `on_pause` hears when it is stopped
+        where it is, and when it goes on."""
+        self._on_line, self._on_pause = on_line, on_pause
 
     def send(self, request: worker_pb2.WorkerRequest) -> None:
         """Hands over the task; that a worker has ended shows in `receive`. Raises FramingError."""
@@ -248,6 +250,7 @@ class Worker:
         if self._paused_since_s is None:
             self._paused_since_s = time.monotonic()
             self._signal(signal.SIGSTOP)
+            self._on_pause(True)
 
     def resume(self) -> None:
         """Lets it go on, and tells it for how long it stood still (`worker.own_time`)."""
@@ -256,6 +259,7 @@ class Worker:
             with contextlib.suppress(OSError):  # a full disk: its own clock then runs a little fast
                 write_paused_s(self._directory, self._paused_s)
             self._signal(signal.SIGCONT)
+            self._on_pause(False)
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

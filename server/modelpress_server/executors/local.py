@@ -243,7 +243,7 @@ class _Run:
         """The terminal event. Raises WorkerLostError."""
         readable, writable = task_paths(request)
         self._redact = Redactor([*readable, *writable, self._worker.directory, self._worker.directory.parent])
-        self._worker.listen(self._take_line)
+        self._worker.listen(self._take_line, self._take_pause)
         limited = worker_pb2.WorkerRequest()
         limited.CopyFrom(request)
         if self._limits.memory_bytes:
@@ -358,6 +358,12 @@ class _Run:
         if not ended:
             return lost.broken_protocol()
         return lost.crashed(end.result(), beside_larger=self._beside_larger())
+
+    def _take_pause(self, paused: bool) -> None:
+        if paused:
+            self._events.remark(WAITS_FOR_TURN)
+        else:
+            self._events.unremark()
 
     def _take_line(self, line: str) -> None:
         self._memory_was_short |= lost.is_out_of_memory_line(line)

@@ -75,8 +75,14 @@ class EventFilter:
         self._on_event(worker_pb2.WorkerEvent(progress=self._passed))
 
     def remark(self, message: str) -> None:
-        """The server's own word on where the task is."""
-        self._passed.message = message
+        """The server's own word on where the task is, until the worker says something, or `unremark`."""
+        remarked = job_service_pb2.Progress()
+        remarked.CopyFrom(self._passed)
+        remarked.message = message
+        self._on_event(worker_pb2.WorkerEvent(progress=remarked))
+
+    def unremark(self) -> None:
+        """What the worker said last holds again."""
         self._on_event(worker_pb2.WorkerEvent(progress=self._passed))
 
 

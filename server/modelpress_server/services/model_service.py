@@ -8,6 +8,7 @@ from google.protobuf import empty_pb2
 from modelpress_protos.v1 import model_service_pb2, model_service_pb2_grpc
 
 from modelpress_server.config import Settings
+from modelpress_server.findings import Findings
 from modelpress_server.interceptors import check_project
 from modelpress_server.listing import fitted, list_query, page_token
 from modelpress_server.names import format_name, new_id, parse_name, parse_project
@@ -30,11 +31,14 @@ MUTABLE = ("display_name", "labels")
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):
     """Standard methods (AIP-131 to 135)."""
 
-    def __init__(self, settings: Settings, projects: Projects, models: ModelStore, scheduler: Scheduler) -> None:
+    def __init__(
+        self, settings: Settings, projects: Projects, models: ModelStore, scheduler: Scheduler, findings: Findings
+    ) -> None:
         self._projects = projects
         self._settings = settings
         self._models = models
         self._scheduler = scheduler
+        self._findings = findings
 
     async def CreateModel(  # noqa: N802  # the name of the method in the API
         self, request: model_service_pb2.CreateModelRequest, context: Any
@@ -105,7 +109,9 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         self, request: model_service_pb2.DeleteModelRequest, context: Any
     ) -> empty_pb2.Empty:
         project, model_id = parse_name(request.name, "models")
-        await self._models.delete(check_project(project), model_id, request.etag)
+        manifest = (await self._models.get(check_project(project), model_id)).message
+        await self._models.delete(project, model_id, request.etag)
+        await self._findings.forget(project, manifest)
         return empty_pb2.Empty()
 
 

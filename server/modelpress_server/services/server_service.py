@@ -11,6 +11,7 @@ from modelpress_protos.v1 import common_pb2, job_service_pb2, server_service_pb2
 
 from modelpress_server.config import Settings
 from modelpress_server.executors.base import Executor
+from modelpress_server.findings import Findings
 from modelpress_server.interceptors import check_project
 from modelpress_server.names import parse_project
 from modelpress_server.projects import Projects
@@ -28,10 +29,17 @@ class ServerService(server_service_pb2_grpc.ServerServiceServicer):
     """Versions, limits, techniques, presets, load."""
 
     def __init__(
-        self, settings: Settings, projects: Projects, jobs: JobStore, usage: UsageStore, executor: Executor
+        self,
+        settings: Settings,
+        projects: Projects,
+        jobs: JobStore,
+        usage: UsageStore,
+        findings: Findings,
+        executor: Executor,
     ) -> None:
         self._projects = projects
         self._usage = usage
+        self._findings = findings
         self._settings = settings
         self._jobs = jobs
         self._executor = executor
@@ -85,6 +93,8 @@ class ServerService(server_service_pb2_grpc.ServerServiceServicer):
             max_running_jobs=limits.max_running_jobs,
             max_open_uploads=limits.max_open_uploads,
             max_stored_bytes=limits.max_stored_bytes,
+            findings_bytes=await self._findings.stored_bytes(project),
+            max_findings_bytes=limits.findings_bytes,
             max_requests_per_second=limits.requests_per_s,
             job_ttl_seconds=limits.job_ttl_s,
             model_ttl_seconds=limits.model_ttl_s,

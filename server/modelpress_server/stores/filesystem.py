@@ -274,19 +274,12 @@ class FileBlobStore:
             path.rename(self._quarantine / path.name)
 
     def _ingest(self, folder: Path, path: str, max_bytes: int) -> BlobKey:
-        source_fd = _open_below(folder, path)
         temporary = self._tmp / new_id()
         try:
-            found = os.fstat(source_fd)
-            if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
-                raise ArtifactError(f"artifact {path!r} is not a plain file")
-            if found.st_size > max_bytes:
-                raise ArtifactError(f"artifact {path!r} has {found.st_size} bytes; at most {max_bytes} are allowed")
-            blob = _copy_and_hash(source_fd, temporary, max_bytes)
+            blob = take_file(folder, path, temporary, max_bytes)
             self._publish(temporary, blob)
             return blob
         finally:
-            os.close(source_fd)
             temporary.unlink(missing_ok=True)
 
     def _remove_older_than(self, blob: BlobKey, time_s: float) -> None:
@@ -312,6 +305,37 @@ class FileBlobStore:
                 found = entry.stat(follow_symlinks=False)
                 if found.st_mtime < time_s:
                     yield BlobKey(bytes.fromhex(entry.name), found.st_size)
+
+
+def take_file(folder: Path, path: str, target: Path, max_bytes: int) -> BlobKey:
+    """Copies what a worker left below a folder to the new file `target`; what it is.
+
+    Raises ArtifactError for what is no plain file of at most `max_bytes`, StorageFullError.
+    """
+    source_fd = _open_below(folder, path)
+    try:
+        found = os.fstat(source_fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+            raise ArtifactError(f"artifact {path!r} is not a plain file")
+        if found.st_size > max_bytes:
+            raise ArtifactError(f"artifact {path!r} has {found.st_size} bytes; at most {max_bytes} are allowed")
+        return _copy_and_hash(source_fd, target, max_bytes)
+    finally:
+        os.close(source_fd)
+
+
+def place_file(source: Path, target: Path, *, link: bool) -> None:
+    """Puts a stored file where a task finds it: `link`, the file itself where that is possible, else a copy.
+
+    Raises FileNotFoundError, StorageFullError.
+    """
+    source_fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        with full_disk_is_told():
+            if not (link and _linked(source, target)):
+                _copy(source_fd, target, os.fstat(source_fd).st_size)
+    finally:
+        os.close(source_fd)
 
 
 @contextmanager

@@ -15,8 +15,8 @@ def task_paths(request: worker_pb2.WorkerRequest) -> tuple[list[Path], list[Path
     """What a task reads, and what it writes: files or folders."""
     if request.WhichOneof("task") == "compress":
         task = request.compress
-        readable = [task.model.directory, task.data_path, task.eval_path]
-        writable = [task.output_directory]
+        readable = [task.model.directory, task.data_path, task.eval_path, task.known_directory]
+        writable = [task.output_directory, task.found_directory]
     else:
         readable, writable = [request.inspect.model.directory], []
     return [Path(path) for path in readable if path], [Path(path) for path in writable if path]

@@ -14,6 +14,7 @@ from modelpress_compression.inputs import EvaluationData, InputData
 from modelpress_compression.inspection import inspect_model
 from modelpress_compression.loaders import load
 from modelpress_compression.loaders.formats import detect
+from modelpress_compression.memory import Memory
 from modelpress_compression.model import Model
 from modelpress_compression.pipeline import Result, compress, stages_of
 from modelpress_protos.internal.v1 import worker_pb2
@@ -93,8 +94,16 @@ def _compress(task: worker_pb2.CompressTask, context: TaskContext) -> worker_pb2
         clock=context.clock,
         alone=context.alone,
         memory_limit_bytes=task.memory_limit_bytes or None,
+        memory=_memory(task),
     )
     return worker_pb2.WorkerEvent(compressed=_write(result, Path(task.output_directory)))
+
+
+def _memory(task: worker_pb2.CompressTask) -> Memory | None:
+    """What earlier jobs of the project have found out about this model and data, and room for more."""
+    if not task.findings_bytes:
+        return None
+    return Memory(Path(task.found_directory), task.findings_bytes, earlier=Path(task.known_directory))
 
 
 def _refuse_blocking(inspection: model_service_pb2.Inspection) -> None:

@@ -10,7 +10,7 @@ import pytest
 from modelpress_compression import InputData, Model, Recipe, compress, mapped, runtime
 from modelpress_compression.errors import DiskSpaceError, MemoryLimitError
 from modelpress_compression.pipeline import preflight
-from modelpress_compression.pipeline.preflight import Needs, check_room, needs
+from modelpress_compression.pipeline.preflight import Needs, check_room, needs, values_bytes
 
 GB = 10**9
 
@@ -26,24 +26,30 @@ def steps(*entries: dict[str, object]) -> Recipe:
     return Recipe.from_dict({"version": 1, "steps": list(entries)})
 
 
-def test_more_work_takes_more(path: Path, samples: InputData) -> None:
+def test_more_work_takes_more(digits: Model, path: Path, samples: InputData) -> None:
     """A goal over one light step, training over both; disk by the copies that each makes."""
-    light = needs(steps({"fuse": {}}), path, samples)
-    goal = needs(Recipe.preset("default"), path, samples)
-    trained = needs(steps({"fuse": {}}, {"distill": {"epochs": 1000}}), path, samples)
+    light = needs(steps({"fuse": {}}), digits, path, samples)
+    goal = needs(Recipe.preset("default"), digits, path, samples)
+    trained = needs(steps({"fuse": {}}, {"distill": {"epochs": 1000}}), digits, path, samples)
     assert light.time_s < goal.time_s < trained.time_s
     assert path.stat().st_size < light.disk_bytes < goal.disk_bytes
     assert light.memory_bytes > path.stat().st_size
 
 
-def test_large_models_are_not_held_in_copies(path: Path, samples: InputData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_models_are_not_held_in_copies(
+    digits: Model, path: Path, samples: InputData, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where two sessions do not fit, one of the model's size does; static quantization still holds copies."""
     size = path.stat().st_size
     monkeypatch.setattr(preflight, "held_bytes", lambda: 0)
-    usual = {name: needs(steps({"quantize": {"scheme": name}}), path, samples) for name in ("dynamic", "static")}
+    usual = {
+        name: needs(steps({"quantize": {"scheme": name}}), digits, path, samples) for name in ("dynamic", "static")
+    }
     monkeypatch.setattr(mapped, "LARGE_BYTES", 0)
     monkeypatch.setattr(runtime, "SPARE_BYTES", 0)
-    large = {name: needs(steps({"quantize": {"scheme": name}}), path, samples) for name in ("dynamic", "static")}
+    large = {
+        name: needs(steps({"quantize": {"scheme": name}}), digits, path, samples) for name in ("dynamic", "static")
+    }
     assert usual["dynamic"].memory_bytes - large["dynamic"].memory_bytes == pytest.approx(2.7 * size, abs=2)
     assert usual["static"].memory_bytes == large["static"].memory_bytes
 
@@ -98,3 +104,13 @@ def test_a_job_is_refused_before_the_work(digits: Model, samples: InputData) -> 
         )
     assert set(stages) == {"load"}
     assert any(text.startswith("expected: about ") for text in logged)
+
+
+def test_gradients_hold_the_values_of_whole_samples(digits: Model, path: Path, samples: InputData) -> None:
+    """What they need comes from the shapes: the larger the samples, the more; what needs none is not charged."""
+    assert values_bytes(digits, samples) > 28 * 28 * 4
+    few = InputData(samples.specs, {name: array[:4] for name, array in samples.arrays.items()})
+    assert values_bytes(digits, few) == values_bytes(digits, samples)
+    light = needs(steps({"quantize": {"scheme": "dynamic"}}), digits, path, samples)
+    static = needs(steps({"quantize": {"scheme": "static"}}), digits, path, samples)
+    assert static.memory_bytes > light.memory_bytes + values_bytes(digits, samples)

@@ -139,8 +139,8 @@ async def test_a_turn_that_ended_is_not_ended_again(
 
 
 async def test_a_real_task_stands_still_and_pays_nothing(start_bench: Any) -> None:
-    """While one worker measures, another one's counter does not move; neither its limit nor its own clock counts that
-    time; then it goes on."""
+    """While one worker measures, another one's counter does not move, and its watchers are told why; neither its limit
+    nor its own clock counts that time; then it goes on."""
     bench = await start_bench()
     counter, done = bench.root / "counter", bench.root / "done"
     counting = asyncio.create_task(bench.run("count:counter"))
@@ -152,8 +152,12 @@ async def test_a_real_task_stands_still_and_pays_nothing(start_bench: Any) -> No
     before = counter.read_text("ascii")
     await until(lambda: stopped.paused_s > 0.5)
     assert counter.read_text("ascii") == before
+    told = [event.progress.message for event in bench.events if event.HasField("progress")]
+    assert told[-1] == WAITS_FOR_TURN
     done.touch()
     await measuring
+    told = [event.progress.message for event in bench.events if event.HasField("progress")]
+    assert told[-1] != WAITS_FOR_TURN
     await until(lambda: counter.read_text("ascii") not in ("", before))
     (bench.root / "counter.stop").touch()
     event = await counting
@@ -184,8 +188,9 @@ def test_a_remark_keeps_the_place() -> None:
     events = EventFilter(told.append)
     events.progress(job_service_pb2.Progress(stage="search", stage_index=1, fraction=0.5, message="timing"))
     events.remark(WAITS_FOR_TURN)
-    first, second = (event.progress for event in told)
-    assert (first.message, second.message) == ("timing", WAITS_FOR_TURN)
+    events.unremark()
+    first, second, third = (event.progress for event in told)
+    assert (first.message, second.message, third.message) == ("timing", WAITS_FOR_TURN, "timing")
     assert (second.stage, second.stage_index, second.fraction) == ("search", 1, 0.5)
 
 

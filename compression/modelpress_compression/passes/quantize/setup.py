@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from modelpress_compression.graph.edit import Editor
+from modelpress_compression.measure.fidelity import KnownOutputs
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.config import QuantizeConfig
@@ -17,7 +18,8 @@ from modelpress_compression.passes.quantize.weights import WeightStore
 class QuantizationSetup:
     """A float model, which values and layers of it are in 8 bits (`plan`), and how its weights are rounded.
 
-    Nothing here is changed by those who use it: they write into copies of the model.
+    Nothing here is changed by those who use it: they write into copies of the model. `known`: what is kept of its
+    outputs.
     """
 
     model: Model
@@ -25,6 +27,7 @@ class QuantizationSetup:
     config: QuantizeConfig
     rounder: Rounder
     context: Context
+    known: KnownOutputs = field(default_factory=KnownOutputs)
 
     def weight_store(self, editor: Editor) -> WeightStore:
         """Quantizes weights into the editor's model, a copy of this one."""

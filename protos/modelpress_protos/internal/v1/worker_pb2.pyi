@@ -181,6 +181,9 @@ class CompressTask(_message.Message):
     OUTPUT_DIRECTORY_FIELD_NUMBER: _builtins.int
     TIME_LIMIT_S_FIELD_NUMBER: _builtins.int
     MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    KNOWN_DIRECTORY_FIELD_NUMBER: _builtins.int
+    FOUND_DIRECTORY_FIELD_NUMBER: _builtins.int
+    FINDINGS_BYTES_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Name of the job, for the report."""
     data_path: _builtins.str
@@ -193,6 +196,12 @@ class CompressTask(_message.Message):
     """Seconds that the task may take."""
     memory_limit_bytes: _builtins.int
     """Bytes of memory that the worker may hold; 0: no limit."""
+    known_directory: _builtins.str
+    """Folder of what earlier jobs of the project have found out about this model and data, to read."""
+    found_directory: _builtins.str
+    """Folder for what this one finds out."""
+    findings_bytes: _builtins.int
+    """Bytes that it may leave there; 0: nothing is read or left."""
     @_builtins.property
     def model(self) -> Global___ModelFiles:
         """The model."""
@@ -212,10 +221,13 @@ class CompressTask(_message.Message):
         output_directory: _builtins.str = ...,
         time_limit_s: _builtins.float = ...,
         memory_limit_bytes: _builtins.int = ...,
+        known_directory: _builtins.str = ...,
+        found_directory: _builtins.str = ...,
+        findings_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "recipe", b"recipe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_path", b"data_path", "eval_path", b"eval_path", "job", b"job", "memory_limit_bytes", b"memory_limit_bytes", "model", b"model", "output_directory", b"output_directory", "recipe", b"recipe", "time_limit_s", b"time_limit_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_path", b"data_path", "eval_path", b"eval_path", "findings_bytes", b"findings_bytes", "found_directory", b"found_directory", "job", b"job", "known_directory", b"known_directory", "memory_limit_bytes", b"memory_limit_bytes", "model", b"model", "output_directory", b"output_directory", "recipe", b"recipe", "time_limit_s", b"time_limit_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +25,7 @@ from modelpress_compression.graph.outputs import score_node
 from modelpress_compression.graph.padding import counted_positions, without_padding
 from modelpress_compression.graph.watch import Listener
 from modelpress_compression.inputs import Array, Feeds, InputData
+from modelpress_compression.measure.fidelity import KnownOutputs
 from modelpress_compression.model import Model
 from modelpress_compression.parallel import map_in_order
 from modelpress_compression.passes.base import Context
@@ -68,14 +69,26 @@ class Distances:
         return float(self.errors.sum()) / signal if signal else math.inf
 
 
-def output_distances(original: Model, changed: Model, context: Context) -> Distances:
-    """How far a changed model's outputs are, feed by feed, on `DISTANCE_SAMPLES` samples."""
+def output_distances(original: Model, changed: Model, context: Context, known: KnownOutputs | None = None) -> Distances:
+    """How far a changed model's outputs are, feed by feed, on `DISTANCE_SAMPLES` samples.
+
+    `known`: what was kept of the original's outputs when it was compared before; those that are found are kept there.
+    """
+    known = known if known is not None else KnownOutputs(0)
     errors, signals = [], []
     feeds = list(context.data.spread(DISTANCE_SAMPLES).feeds(batch_size=1))
-    for before, after in _answers(without_softmax(original), without_softmax(changed), feeds):
-        context.check_time()
-        errors.append(squared_distance(before, after))
-        signals.append(power(before))
+    kept = [found for number in range(len(feeds)) if (found := known.get(number)) is not None]
+    with ExitStack() as sessions:
+        if len(kept) == len(feeds):
+            session = sessions.enter_context(session_of(without_softmax(changed)))
+            answers: Iterator[tuple[Outputs, Outputs]] = zip(kept, _outputs(session, feeds), strict=True)
+        else:
+            answers = _answers(without_softmax(original), without_softmax(changed), feeds)
+        for number, (before, after) in enumerate(answers):
+            context.check_time()
+            known.keep(number, before)
+            errors.append(squared_distance(before, after))
+            signals.append(power(before))
     return Distances(np.asarray(errors), np.asarray(signals))
 
 

@@ -244,7 +244,8 @@ def _with_details(quantizer: StaticQuantizer) -> StaticQuantizer:
 
 def _distances(quantizer: StaticQuantizer) -> Distances:
     quantized, _ = quantizer.quantize()
-    return output_distances(quantizer.setup.model, quantized, quantizer.setup.context)
+    setup = quantizer.setup
+    return output_distances(setup.model, quantized, setup.context, setup.known)
 
 
 def _part(context: Context, start: float, stop: float, message: str) -> Listener:

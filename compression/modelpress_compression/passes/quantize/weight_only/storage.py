@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.read import constant_array
+from modelpress_compression.measure.fidelity import KnownOutputs
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.quantize.config import QuantizeConfig
@@ -70,7 +71,8 @@ def store_all(model: Model, config: QuantizeConfig, context: Context, floor_db: 
     """
     permitted = 10 ** (-floor_db / 10)
     result = _stored(model, config, {})
-    error = _error(model, result, context)
+    known = KnownOutputs()
+    error = _error(model, result, context, known)
     if error <= permitted:
         return result
     ladder = _Ladder(_errors_of_weights(model, config, context))
@@ -78,7 +80,7 @@ def store_all(model: Model, config: QuantizeConfig, context: Context, floor_db: 
     while True:
         context.check_time()
         result = _stored(model, config, ladder.forms)
-        error = _error(model, result, context)
+        error = _error(model, result, context, known)
         if error <= permitted:
             return result
         if not ladder.climb(1 + math.ceil(_GROWTH * len(ladder.moved))):
@@ -139,9 +141,9 @@ def _stored(model: Model, config: QuantizeConfig, forms: Forms) -> PassResult:
     return findings.result(work)
 
 
-def _error(model: Model, result: PassResult, context: Context) -> float:
-    """As a share of the outputs' power."""
-    return output_distances(model, result.model, context).error if result.changed else 0.0
+def _error(model: Model, result: PassResult, context: Context, known: KnownOutputs) -> float:
+    """As a share of the outputs' power. `known`: the model's outputs."""
+    return output_distances(model, result.model, context, known).error if result.changed else 0.0
 
 
 def _errors_of_weights(model: Model, config: QuantizeConfig, context: Context) -> dict[str, tuple[float, float, float]]:
