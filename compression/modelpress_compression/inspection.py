@@ -67,6 +67,9 @@ def _findings(model: Model) -> tuple[Finding, ...]:
     if control_flow := [name for name in _CONTROL_FLOW if ops[name]]:
         detail = f"Control flow ({', '.join(control_flow)}): weights inside the branches are compressed where possible."
         findings.append(Finding("INFO", "CONTROL_FLOW", detail))
+    if defaults := [value.name for value in model.graph.inputs if value.name in model.graph.initializers]:
+        detail = f"Inputs with a default, which callers may leave out: {', '.join(map(str, defaults[:20]))}."
+        findings.append(Finding("INFO", "DEFAULT_INPUTS", detail))
     if dynamic := sorted({str(dim) for spec in model.inputs for dim in spec.shape if not isinstance(dim, int)}):
         findings.append(Finding("INFO", "DYNAMIC_DIMENSIONS", f"Dynamic dimensions: {', '.join(dynamic)}."))
     return tuple(findings)

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 from modelpress_compression import Recipe, compress, load
 from modelpress_compression.errors import RejectedModelError, UnsupportedFormatError, UnsupportedOperatorError
+from modelpress_compression.inspection import inspect_model
 from modelpress_compression.loaders.onnx_sparse import MAX_DENSE_BYTES
 from onnx import TensorProto, helper, numpy_helper
 
@@ -272,6 +273,14 @@ def test_what_is_accepted_comes_back_the_same(tmp_path: Path, kind: Callable[[],
         assert_same(before.run(None, feed), after.run(None, feed))
     typed = onnx.load(tmp_path / "result.onnx").graph.output
     assert all(value.type.WhichOneof("value") for value in typed)
+
+
+def test_inspection_lists_defaults(tmp_path: Path) -> None:
+    """An input that callers may leave out is found by name; the rest are weights."""
+    onnx.save(default_of_an_input()[0], tmp_path / "m.onnx")
+    findings = {item.code: item.detail for item in inspect_model(load(tmp_path / "m.onnx")).findings}
+    assert "gain" in findings["DEFAULT_INPUTS"]
+    assert "w0" not in findings["DEFAULT_INPUTS"]
 
 
 def test_listed_weights_are_no_defaults(tmp_path: Path) -> None:
