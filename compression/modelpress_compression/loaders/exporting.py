@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx_ir
 
+from modelpress_compression.agreement import ATOL
 from modelpress_compression.errors import CompressionError, ModelNotRunnableError, UnsupportedOperatorError
 from modelpress_compression.graph.shapes import infer_shapes
 from modelpress_compression.inputs import Array
@@ -41,10 +42,11 @@ def export_checked(
     provenance: Provenance,
     *,
     last_outputs: Sequence[str] = (),
+    atol: float = ATOL,
 ) -> Model:
     """The first exporter's result that repeats `trials`. `module()`: a fresh module that takes `specs` in order.
 
-    `last_outputs`: names for as many of the last outputs; the others have none of their own.
+    `last_outputs`: names for as many of the last outputs; the others have none of their own. `atol`: as `agreement`.
 
     Raises UnsupportedOperatorError or ModelNotRunnableError with what the exporters said.
     """
@@ -58,7 +60,7 @@ def export_checked(
             try:
                 with quiet():
                     path = exporter(request)
-                return _finished(path, provenance, request.specs, trials)
+                return _finished(path, provenance, request.specs, trials, atol)
             except Disagreement as error:
                 failures.append((name, f"the result differs from the original: {error}"))
             except CompressionError as error:
@@ -80,7 +82,7 @@ def _failed(failures: Sequence[tuple[str, str]]) -> CompressionError:
     return ModelNotRunnableError(message)
 
 
-def _finished(path: Path, provenance: Provenance, specs: Sequence[TensorSpec], trials: TrialRuns) -> Model:
+def _finished(path: Path, provenance: Provenance, specs: Sequence[TensorSpec], trials: TrialRuns, atol: float) -> Model:
     """The exporter's graph with inputs named and shaped as `specs` say, in that order; it repeats all `trials`.
 
     Raises Disagreement where it gives other numbers, CompressionError where it does not load or run.
@@ -91,7 +93,7 @@ def _finished(path: Path, provenance: Provenance, specs: Sequence[TensorSpec], t
     with session_of(model, optimize=False) as session:
         for trial in trials.runs:
             got = run(session, trial.feeds)
-            check_outputs(trial.expected, list(got.values()), list(got))
+            check_outputs(trial.expected, list(got.values()), list(got), atol=atol)
             observed.append(list(got.values()))
     _shape_outputs(model, trials.runs, observed)
     infer_shapes(model.ir)

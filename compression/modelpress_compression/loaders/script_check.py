@@ -31,7 +31,14 @@ _GLOBALS = TENSOR_GLOBALS | frozenset(
         "build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "build_complexlist",
         "build_tensor_from_id", "restore_type_tag",
     )
-) | {"torch._utils _rebuild_qtensor", "torch per_tensor_affine", "torch per_channel_affine"}  # fmt: skip
+) | {
+    f"torch.{name}" if name.startswith("_utils") else f"torch {name}"
+    for name in (
+        "_utils _rebuild_qtensor", "per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams",
+        "QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage", "QUInt2x4Storage", "qint8", "quint8",
+        "qint32", "quint4x2",
+    )
+}  # fmt: skip
 _CLASSES = "__torch__"
 # Classes written in C++; only the packed weights of quantized layers belong into a model.
 _NATIVE_CLASSES = "__torch__.torch.classes."

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from modelpress_compression.agreement import ATOL, QUANTIZED_ATOL
 from modelpress_compression.archive import Archive
 from modelpress_compression.errors import InvalidInputsError, UnsupportedFormatError
 from modelpress_compression.inputs import Array, Feeds
@@ -21,6 +22,7 @@ from modelpress_compression.loaders.script_inputs import Binding, bind
 from modelpress_compression.loaders.source import Source
 from modelpress_compression.loaders.torch_run import REFUSALS, runner
 from modelpress_compression.loaders.trials import Run, find_trials, first_line
+from modelpress_compression.loaders.vision_ops import vision_operators
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.specs import TensorSpec
 
@@ -28,13 +30,18 @@ STATE_WARNING = (
     "The module keeps state between calls (it assigns to {names}); the ONNX model starts every call from the state "
     "that was saved. Export it with the state as input and output to keep it."
 )
+QUANTIZED_WARNING = (
+    "The module is quantized already; its layers became QuantizeLinear and DequantizeLinear around float operators. "
+    "Where a sum is rounded the other way, a result is a step of 8 bits away. Upload the float model for the best "
+    "result."
+)
 
 
 def load_torchscript(source: Source, specs: Sequence[TensorSpec]) -> Model:
     """The module as a `Model`. `specs` are required: the file records no inputs. Raises as `loaders.load`."""
     with Archive.open(source.main, "The TorchScript archive") as archive:
         check_script(archive)
-        with checked_copy(archive) as path:
+        with checked_copy(archive) as path, vision_operators():
             return _load(path, specs, source.provenance("torchscript"))
 
 
@@ -45,7 +52,16 @@ def _load(path: Path, specs: Sequence[TensorSpec], provenance: Provenance) -> Mo
     binding = bind(module, specs)
     state = _assigned(module)
     trials = find_trials(_Runner(path, binding, stateful=bool(state)), binding.specs, REFUSALS)
-    model = export_checked(SCRIPT_EXPORTERS, lambda: binding.wrap(read_script(path)), binding.specs, trials, provenance)
+    quantized = _is_quantized(module)
+    model = export_checked(
+        SCRIPT_EXPORTERS,
+        lambda: binding.wrap(read_script(path)),
+        binding.specs,
+        trials,
+        provenance,
+        atol=QUANTIZED_ATOL if quantized else ATOL,
+    )
+    model = model.with_warnings(QUANTIZED_WARNING) if quantized else model
     return model.with_warnings(STATE_WARNING.format(names=", ".join(state))) if state else model
 
 
@@ -80,6 +96,11 @@ class _Runner:
             self._run = self._fresh()
         with quiet():
             return self._run(feeds)
+
+
+def _is_quantized(module: torch.jit.ScriptModule) -> bool:
+    graph: Any = module.inlined_graph
+    return "quantized::" in str(graph) or "aten::quantize_per" in str(graph)
 
 
 def _assigned(module: torch.jit.ScriptModule) -> list[str]:

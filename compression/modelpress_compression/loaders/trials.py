@@ -33,7 +33,7 @@ _TRACE_BATCH = 2  # never 1, which exporters take for a constant
 _FIRST_BATCHES = (_TRACE_BATCH, 1, 4, 8)  # the last two: for models that split their batch
 _OTHER_BATCHES = (3, 1, 2, 4, 8, 16)
 # How lines of torch's messages start that tell of its own insides.
-_NOISE = ("File ", "Traceback", "~", "<---", "The following", "at ", "(Refer to")
+_NOISE = ("File ", "Traceback", "~", "<---", "The following", "at ", "(Refer to", "Use tlparse")
 
 
 def symbols_of(specs: Sequence[TensorSpec]) -> list[str]:
@@ -57,7 +57,7 @@ def example_feeds(
     """One array per input. `sizes`: extent of each dynamic dimension ("": of unnamed ones); `batch`: of sample axes.
 
     Floating-point inputs are standard normal. Integers are 0 or 1: ids within any vocabulary, values of any mask; a
-    mask of two dimensions begins with ones.
+    mask of two dimensions hides the end.
     """
     rng = np.random.default_rng(seed)
     sizes = dict(sizes)
@@ -74,12 +74,17 @@ def _array(spec: TensorSpec, sizes: Mapping[str, int], unknown: int, rng: np.ran
 
         return rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
     dtype = spec.array_dtype
-    if dtype.kind == "i" and len(shape) == 2 and "mask" in spec.name.lower():
+    if dtype.kind in "ib" and len(shape) == 2 and "mask" in spec.name.lower():
         # As padded on the right: where the first place is masked, a causal model sees nothing, and gives anything.
-        lengths = rng.integers(1, shape[1] + 1, (shape[0], 1)) if shape[1] else np.zeros((shape[0], 1))
-        return np.asarray(np.arange(shape[1]) < lengths, dtype=dtype)
+        lengths = rng.integers(1, max(shape[1], 1) + 1, (shape[0], 1))
+        kept = np.arange(shape[1]) < lengths
+        # Numbers say what to keep, flags of torch's layers what to leave out.
+        return np.asarray(kept if dtype.kind == "i" else ~kept, dtype=dtype)
     if dtype.kind == "f":
-        return np.asarray(rng.standard_normal(shape), dtype=dtype)
+        values = rng.standard_normal(shape)
+        if "box" in spec.name.lower() and shape[-1:] == [4]:
+            values[..., 2:] = values[..., :2] + np.abs(values[..., 2:])  # x1, y1, x2, y2: no box is turned inside out
+        return np.asarray(values, dtype=dtype)
     return np.asarray(rng.integers(0, 2, shape), dtype=dtype)
 
 
@@ -218,6 +223,10 @@ def first_line(error: BaseException) -> str:
     """What torch said, without its traceback of TorchScript and C++ frames."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     useful = [line for line in lines if not line.startswith(_NOISE)]
-    told = [line for line in useful if "Error: " in line or "rror:" in line] or useful[-1:] or [type(error).__name__]
+    told = (
+        [line for line in useful if "rror:" in line and not line.endswith("rror:")]
+        or useful[-1:]
+        or [type(error).__name__]
+    )
     text = told[-1] if told[-1] in useful else told[0]
     return text.removeprefix("RuntimeError: ").rstrip(".")[:300]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from modelpress_compression.agreement import why_different
+from modelpress_compression.agreement import ATOL, why_different
 from modelpress_compression.errors import CompressionError
 from modelpress_compression.inputs import Array
 from modelpress_compression.loaders.trials import example_feeds, symbols_of
@@ -19,12 +19,12 @@ class Disagreement(Exception):  # noqa: N818  an outcome of a comparison, which 
     """Two forms of a model give different outputs; the message says which and by how much."""
 
 
-def check_outputs(expected: Sequence[Array], got: Sequence[Array], names: Sequence[str]) -> None:
-    """Raises Disagreement where outputs differ by more than rounding, in shape or in number."""
+def check_outputs(expected: Sequence[Array], got: Sequence[Array], names: Sequence[str], *, atol: float = ATOL) -> None:
+    """Raises Disagreement where outputs differ by more than rounding, in shape or in number; `atol` as `agreement`."""
     if len(expected) != len(got):
         raise Disagreement(f"{len(got)} outputs instead of {len(expected)}")
     for name, want, have in zip(names, expected, got, strict=True):
-        if (reason := why_different(want, have)) is not None:
+        if (reason := why_different(want, have, atol=atol)) is not None:
             raise Disagreement(f"output {name!r} {reason}")
 
 

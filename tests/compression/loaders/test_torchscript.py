@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from modelpress_compression.errors import (
 )
 from modelpress_compression.loaders import load
 from modelpress_compression.loaders.script_check import check_pickle
+from modelpress_compression.loaders.vision_ops import vision_operators
 from oracles.plain_run import run_onnx
 
 Save = Callable[[torch.nn.Module, Path], Path]
@@ -276,3 +279,89 @@ def test_code_is_checked_whatever_the_case_of_its_folder(scripted: Path, tmp_pat
     with pytest.raises(RejectedModelError) as caught:
         load(path, ["x:float32[batch,1,12,12]"])
     assert caught.value.metadata["finding"] == "SCRIPT_OPERATOR"
+
+
+def save_traced(module: torch.nn.Module, tensors: Any, path: Path) -> torch.jit.ScriptModule:
+    """The traced module, which is saved too."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated; files of it are not
+        traced: Any = torch.jit.trace(module, tensors, check_trace=False)
+        torch.jit.save(traced, path)
+    script: torch.jit.ScriptModule = traced
+    return script
+
+
+class Masked(torch.nn.Module):
+    """An encoder whose padding is left out: traced, it makes a nested tensor of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu", norm_first=False)
+        self.encoder = torch.nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.encoder(x, src_key_padding_mask=mask)
+        return result
+
+
+def test_attention_of_the_fast_path(tmp_path: Path) -> None:
+    """Traced in evaluation mode, torch's encoder is one operator a layer; padding stays hidden; rtol 1e-4."""
+    torch.manual_seed(0)
+    module = Masked().eval()
+    mask = torch.arange(5) >= torch.tensor([[5], [3]])
+    traced = save_traced(module, (torch.randn(2, 5, 8), mask), tmp_path / "m.pt")
+    assert "_transformer_encoder_layer_fwd" in str(traced.inlined_graph)
+    model = load(tmp_path / "m.pt", ["x:float32[n,t,8]", "mask:bool[n,t]"])
+    x, hidden = torch.randn(3, 7, 8), torch.arange(7) >= torch.tensor([[7], [2], [4]])
+    with torch.no_grad():
+        wanted = traced(x, hidden).numpy()
+    got = run_onnx(model, [{"x": x.numpy(), "mask": hidden.numpy()}])[0]["output"]
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+class Detects(torch.nn.Module):
+    """The end of a detector: boxes that overlap go, and features are read where the rest are."""
+
+    def forward(self, features: torch.Tensor, boxes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        kept = torch.ops.torchvision.nms(boxes, scores, 0.3)
+        regions = torch.cat([torch.zeros(kept.shape[0], 1), boxes[kept]], dim=1)
+        result: torch.Tensor = torch.ops.torchvision.roi_align(features, regions, 0.5, 3, 2, -1, True)
+        return result
+
+
+def test_operators_of_torchvision(tmp_path: Path) -> None:
+    """nms and roi_align are read, run and converted without torchvision, and are gone afterwards."""
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(-6, 30, (20, 2))
+    boxes = np.concatenate([corners, corners + rng.uniform(4, 20, (20, 2))], 1).astype(np.float32)
+    feeds = {"image": rng.standard_normal((1, 3, 16, 18)), "boxes": boxes, "scores": rng.random(20)}
+    feeds = {name: array.astype(np.float32) for name, array in feeds.items()}
+    with vision_operators():
+        tensors = [torch.from_numpy(array) for array in feeds.values()]
+        traced = save_traced(Detects(), tensors, tmp_path / "m.pt")
+        wanted = traced(*tensors).numpy()
+        del traced
+    model = load(tmp_path / "m.pt", ["image:float32[1,3,16,18]", "boxes:float32[k,4]", "scores:float32[k]"])
+    assert {"NonMaxSuppression", "RoiAlign"} <= {node.op_type for node in model.nodes()}
+    assert 2 < len(wanted) < 20
+    np.testing.assert_allclose(run_onnx(model, [feeds])[0]["output"], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, that torch.ao is deprecated
+def test_quantized_modules(tmp_path: Path) -> None:
+    """8-bit layers become quantize-dequantize pairs; results lie within 3 % of the largest, and that is said."""
+    torch.manual_seed(0)
+    weight = torch.quantize_per_tensor(torch.randn(4, 6), 0.02, 0, torch.qint8)
+    layer = torch.ao.nn.quantized.Linear(6, 4)
+    layer.set_weight_bias(weight, torch.randn(4))
+    layer.scale, layer.zero_point = 0.02, 128
+    module = torch.nn.Sequential(
+        torch.ao.nn.quantized.Quantize(0.03, 128, torch.quint8), layer, torch.ao.nn.quantized.DeQuantize()
+    ).eval()
+    x = torch.randn(5, 6)
+    save_traced(module, x, tmp_path / "m.pt")
+    model = load(tmp_path / "m.pt", ["x:float32[n,6]"])
+    assert any("quantized already" in warning for warning in model.warnings)
+    wanted = module(x).numpy()
+    got = run_onnx(model, [{"x": x.numpy()}])[0]["output"]
+    np.testing.assert_allclose(got, wanted, atol=0.03 * np.abs(wanted).max())
