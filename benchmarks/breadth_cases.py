@@ -319,6 +319,7 @@ def made(name: str, producer: str, folder: Path) -> Made:
     if name in CLASSIFIERS:
         return CLASSIFIERS[name](folder)
     architecture = NETWORKS[name]
+    declare_operators()  # transformers imports torchvision where it is installed
     with quiet():
         module, inputs = architectures.make(architecture)
         keeps = producer in _DYNAMIC and bool(architecture.dynamic)

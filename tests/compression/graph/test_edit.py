@@ -101,6 +101,17 @@ def test_hand_over_keeps_the_names_of_outputs(chain: Model) -> None:
     assert not chain.graph.initializers
 
 
+def test_what_becomes_an_output_keeps_what_is_declared(model_from_text: Callable[..., Model]) -> None:
+    """Of an operator whose shapes are not inferred, the declared output has the only shape that there is."""
+    text = f"{HEAD} g (float[N,2] x) => (float[N,2] y) {{ a = Relu(x)  y = Identity(a) }}"
+    model = model_from_text(text, {})
+    relu, identity = model.graph
+    relu.outputs[0].shape = relu.outputs[0].type = None
+    declared = model.outputs
+    assert Editor.bypass(identity, relu.outputs[0])
+    assert model.outputs == declared
+
+
 def test_bypassed_nodes_pass_their_names_on(model_from_text: Callable[..., Model]) -> None:
     """The value before takes the output's name; an input of the graph cannot, and the node stays."""
     text = f"{HEAD} g (float[2] x) => (float[2] y, float[2] z) {{ a = Relu(x)  y = Identity(a)  z = Identity(x) }}"
