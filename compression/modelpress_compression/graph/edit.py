@@ -48,10 +48,13 @@ class Editor:
 
     def constant(self, graph: onnx_ir.Graph, array: NDArray[Any], wish: str) -> onnx_ir.Value:
         """A new initializer of `graph`."""
+        return self.hold(graph, onnx_ir.Tensor(np.asarray(array, order="C")), wish)
+
+    def hold(self, graph: onnx_ir.Graph, tensor: onnx_ir.TensorProtocol, wish: str) -> onnx_ir.Value:
+        """A new initializer of `graph` with a tensor as it is."""
         name = self.name(wish)
-        tensor = onnx_ir.Tensor(np.asarray(array, order="C"), name=name)
         value = onnx_ir.Value(
-            name=name, type=onnx_ir.TensorType(tensor.dtype), shape=onnx_ir.Shape(array.shape), const_value=tensor
+            name=name, type=onnx_ir.TensorType(tensor.dtype), shape=onnx_ir.Shape(tensor.shape), const_value=tensor
         )
         graph.register_initializer(value)
         return value

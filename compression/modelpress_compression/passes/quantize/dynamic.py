@@ -31,6 +31,7 @@ from modelpress_compression.graph.read import (
     graph_of,
     input_of,
     is_constant,
+    is_op,
     label,
     required,
 )
@@ -39,7 +40,6 @@ from modelpress_compression.passes.integers.products import Summation, of_matrix
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.plan import is_memory_bound
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.rounding.affine import quantize_weight
 from modelpress_compression.passes.quantize.weights import WeightStore, is_embedding, why_not_matrix, why_not_weight
 
 _QATTENTION_ATTRIBUTES = (
@@ -89,9 +89,18 @@ def _why_not_gather(node: onnx_ir.Node) -> str | None:
     if reason := why_not_weight(node, 0):
         return reason
     table = required(node, 0)
-    if any(user.op_type != "Gather" or index or attribute(user, "axis", 0) for user, index in table.uses()):
+    # What a product reads is stored for both.
+    if any(not (_looks_up(use.node, use.idx) or _multiplies(use.node, use.idx)) for use in table.uses()):
         return "its table has other users, so that the float32 table would have to stay"
     return None
+
+
+def _looks_up(user: onnx_ir.Node, index: int) -> bool:
+    return is_op(user, "Gather") and index == 0 and not attribute(user, "axis", 0)
+
+
+def _multiplies(user: onnx_ir.Node, index: int) -> bool:
+    return is_op(user, "MatMul", "Gemm") and index == 1 and why_not(user) is None
 
 
 def is_candidate(node: onnx_ir.Node) -> bool:
@@ -108,7 +117,6 @@ class DynamicRewriter:
     editor: Editor
     store: WeightStore
     _inputs: dict[tuple[onnx_ir.Value, onnx_ir.Graph], products.QuantizedInput] = field(default_factory=dict)
-    _tables: dict[tuple[onnx_ir.Value, onnx_ir.Graph], StoredWeight] = field(default_factory=dict)
 
     def rewrite(self, node: onnx_ir.Node) -> None:
         """Replaces a node for which `why_not` found nothing. Nodes must come in the order of their graph."""
@@ -148,13 +156,14 @@ class DynamicRewriter:
         quantized = self.store.quantize(slices, Summation((2,), 0))
         levels = quantized.levels.reshape(weight.shape).transpose(0, 2, 1)
         scale = quantized.scale.reshape(directions, columns) if per_channel else quantized.scale
-        return self.store.store(node, source, replace(quantized, levels=levels, scale=scale, axis=None))
+        key = replace(quantized, levels=levels, scale=scale, axis=None)
+        return self.store.store(source, key)
 
     def attention(self, node: onnx_ir.Node) -> None:
         source = required(node, 1)
         axis = 1 if self.store.config.per_channel else None
         quantized = self.store.quantize(self.store.array(source), of_matrix(2, axis))
-        weight = self.store.store(node, source, quantized)
+        weight = self.store.store(source, quantized)
         values, scale, zero_point = self._quantized(node)
         rest = {"bias": input_of(node, 2), "mask": input_of(node, 3), "past": input_of(node, 4)}
         x = {"x": values, "x_scale": scale, "x_zero": zero_point}
@@ -182,12 +191,10 @@ class DynamicRewriter:
     def gather(self, node: onnx_ir.Node) -> None:
         """A scale per row: the norms of embeddings differ more between words than between channels."""
         table = required(node, 0)
-        key = (table, graph_of(node))
-        if key not in self._tables:
-            rows = quantize_weight(self.store.array(table), 0, "int8")
-            rows = replace(rows, scale=rows.scale[:, None], axis=None)
-            self._tables[key] = folded.store_rows(self.editor, graph_of(node), rows, table.name or "table")
-        self.editor.hand_over(node.outputs[0], folded.write_rows(self.editor, node, self._tables[key]))
+        product = self.store.product_of(table)
+        if product is not None:
+            self.store.matrix(product)
+        self.editor.hand_over(node.outputs[0], folded.write_rows(self.editor, node, self.store.rows(table)))
 
     def _quantized(self, node: onnx_ir.Node) -> products.QuantizedInput:
         """Values, scale and zero point of the node's first input."""

@@ -30,6 +30,7 @@ from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.gptq import make_rounder
 from modelpress_compression.passes.quantize.static.preparation import prepare
 from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
+from modelpress_compression.passes.quantize.views import hide_views, restore_views
 from modelpress_compression.passes.quantize.weight_only.store import store_weights
 from modelpress_compression.passes.quantize.weights import WeightStore
 
@@ -69,14 +70,16 @@ class Quantize:
         if config.scheme == "weight_only":
             store_weights(work, config, context, rounder, findings)
             clean(work)
+            restore_views(work)
             return work
         if config.activations == "int8":
             findings.warnings.append("Scheme dynamic makes activations uint8; 'activations: int8' has no effect.")
         editor = Editor(work)
-        quantize_nodes(
-            list(work.nodes()), config, editor, WeightStore(editor, config, rounder, context.target), findings
-        )
+        store = WeightStore(editor, config, rounder, context.target)
+        quantize_nodes(list(work.nodes()), config, editor, store, findings)
+        store.finish()
         clean(work)
+        restore_views(work)
         return work
 
 
@@ -97,6 +100,8 @@ def _expand(work: Model, config: QuantizeConfig, findings: Findings) -> None:
     """Brings fused nodes into forms that can be in 8 bits, and says of the others why they cannot."""
     _widen(work, OTHER_FLOATS, findings)
     expand_fused(work, Editor(work))
+    # Stored weights are made into floats when the model is loaded, and then transposed for those who want them so.
+    hide_views(work, turned=config.scheme != "weight_only")
     for node in work.nodes():
         if is_excluded(node.name, config.exclude) and node.op_type in _WEIGHTED:
             findings.skip(node, "excluded by the recipe")

@@ -11,7 +11,7 @@ else a Mul divides X for the products alone. SmoothQuant (Xiao et al., arXiv:221
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,7 @@ from modelpress_compression.graph.read import (
     is_constant,
     required,
 )
+from modelpress_compression.passes.quantize.views import root_of
 
 # f(X / s) = f(X) / s for every positive s, channel by channel.
 _HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "Identity")
@@ -96,7 +97,20 @@ def find_edges(graph: onnx_ir.Graph, layers: Iterable[onnx_ir.Node]) -> list[Edg
         if slot is not None and value is not None and not is_constant(value):
             readers.setdefault(value, []).append(slot)
     edges = [_edge(graph, value, slots) for value, slots in readers.items()]
-    return [edge for edge in edges if edge is not None]
+    roots = [root_of(value) for value in graph.initializers.values()]
+    turned = {id(root) for root, is_view in roots if is_view}
+    return [
+        edge
+        for edge in edges
+        if edge is not None and not any(_is_shared(slot, turned) for slot in (*edge.weights, *edge.makers))
+    ]
+
+
+def _is_shared(slot: Slot, turned: Collection[int]) -> bool:
+    """Whether another node reads the weight as well: it would need a copy with other numbers. Vectors are copied."""
+    value = required(slot.node, slot.index)
+    root, _ = root_of(value)
+    return root is not None and len(root.shape) > 1 and (id(root) in turned or len(value.uses()) > 1)
 
 
 def _weight_slot(node: onnx_ir.Node) -> Slot | None:

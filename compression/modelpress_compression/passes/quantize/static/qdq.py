@@ -39,16 +39,28 @@ class QdqWriter:
 
     def write(self, plan: Plan, parameters: Parameters) -> None:
         """Puts the pairs on the plan's activations and the weights of its layers."""
+        least: dict[onnx_ir.Value, NDArray[np.float64]] = {}
         for node in plan.layers:
-            self.quantize_weights(node, parameters[required(node, 0).name or ""])
+            bias = self._bias(node)
+            if bias is not None:
+                source, x = required(node, 1), parameters[required(node, 0).name or ""]
+                least[source] = np.maximum(least.get(source, np.zeros(1)), _least_scale(bias, x))
+        for node in plan.layers:
+            self.quantize_weights(node, parameters[required(node, 0).name or ""], least.get(required(node, 1)))
         for activation in plan.activations.values():
             self._insert_pair(plan, activation, parameters[activation.value.name or ""])
 
-    def quantize_weights(self, node: onnx_ir.Node, x: ActivationParameters) -> None:
-        """Replaces weight and bias of a layer by dequantized 8- and 32-bit ones."""
-        constant = constant_array(input_of(node, 2)) if node.op_type != "MatMul" else None
-        bias = None if constant is None else np.asarray(constant, np.float32)
-        stored = self._weight(node, x, bias)
+    def quantize_weights(
+        self, node: onnx_ir.Node, x: ActivationParameters, least: NDArray[np.float64] | None = None
+    ) -> None:
+        """Replaces weight and bias of a layer by dequantized 8- and 32-bit ones.
+
+        `least`: scales that the weight has at least, where other layers share it; None: it is this layer's alone.
+        """
+        bias = self._bias(node)
+        if least is None and bias is not None:
+            least = _least_scale(bias, x)
+        stored = self._weight(node, least)
         node.replace_input_with(1, qdq.write(self.editor, node, stored, f"{label(node)}_weight"))
         if bias is None:
             return
@@ -68,16 +80,17 @@ class QdqWriter:
             graph.insert_after(producer, pair)
         return pair[1].outputs[0]
 
-    def _weight(self, node: onnx_ir.Node, x: ActivationParameters, bias: NDArray[np.float32] | None) -> StoredWeight:
+    @staticmethod
+    def _bias(node: onnx_ir.Node) -> NDArray[np.float32] | None:
+        constant = constant_array(input_of(node, 2)) if node.op_type != "MatMul" else None
+        return None if constant is None else np.asarray(constant, np.float32)
+
+    def _weight(self, node: onnx_ir.Node, least: NDArray[np.float64] | None) -> StoredWeight:
         source = required(node, 1)
-        least = None
-        if bias is not None:
-            least = np.abs(bias.astype(np.float64)) / (np.float64(x.scale) * _INT32_ROOM)
         quantized = self.store.layer(node, least)
-        # The bias may have raised the scale, and then another user of the weight needs another copy.
         key = (source, self.store.summation(node), quantized.scale.tobytes())
         if key not in self._weights:
-            self._weights[key] = self.store.store(node, source, quantized)
+            self._weights[key] = self.store.store(source, quantized)
         return self._weights[key]
 
     def _insert_pair(self, plan: Plan, activation: Activation, x: ActivationParameters) -> None:
@@ -98,3 +111,8 @@ class QdqWriter:
                 graph.outputs[position] = dequantized
         value.name = self.editor.name(f"{name}_float")
         dequantized.name = name
+
+
+def _least_scale(bias: NDArray[np.float32], x: ActivationParameters) -> NDArray[np.float64]:
+    """The scale that a weight needs, by output channel, for the bias to fit into the accumulator."""
+    return np.asarray(np.abs(bias.astype(np.float64)) / (np.float64(x.scale) * _INT32_ROOM))

@@ -27,6 +27,7 @@ from modelpress_compression.passes.quantize.setup import QuantizationSetup
 from modelpress_compression.passes.quantize.static.bias_correction import Shifts, correct
 from modelpress_compression.passes.quantize.static.forms import guard_float_nodes, keep_sums_apart
 from modelpress_compression.passes.quantize.static.qdq import QdqWriter
+from modelpress_compression.passes.quantize.views import restore_views, root_of
 
 # A name in the changes, besides those of operators.
 CORRECTED = "bias_correction"
@@ -49,8 +50,16 @@ class StaticQuantizer:
     full: bool = False
 
     def keeping_in_float(self, names: Iterable[str]) -> StaticQuantizer:
-        """The same with the layers of these outputs in float32 too."""
-        return replace(self, kept_in_float=self.kept_in_float.union(names))
+        """The same with the layers of these outputs in float32 too, and those that share a weight with them: it is
+        written once."""
+        named = frozenset(names)
+        shared = {id(self._root(layer)) for layer in self.setup.plan.layers if layer.outputs[0].name in named}
+        alike = {layer.outputs[0].name or "" for layer in self.setup.plan.layers if id(self._root(layer)) in shared}
+        return replace(self, kept_in_float=self.kept_in_float | named | alike)
+
+    @staticmethod
+    def _root(layer: onnx_ir.Node) -> onnx_ir.TensorProtocol | None:
+        return root_of(required(layer, 1))[0]
 
     def result(self) -> PassResult:
         """What the pass gives."""
@@ -83,9 +92,11 @@ class StaticQuantizer:
         guard_float_nodes(work.graph, editor)
         findings.changes.update(node.op_type for node in plan.nodes)
         dynamic.quantize_nodes(rest, self.setup.config, editor, store, findings)
+        store.finish()
         fuse_products(work, editor)
         keep_sums_apart(work.graph)
         clean(work)
+        restore_views(work)
         return work, findings
 
     def _rest(self, work: Model, plan: Plan) -> list[onnx_ir.Node]:

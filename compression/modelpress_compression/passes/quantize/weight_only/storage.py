@@ -43,6 +43,7 @@ from modelpress_compression.passes.quantize.ranges.output_error import (
 )
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder
+from modelpress_compression.passes.quantize.views import hide_views, restore_views
 from modelpress_compression.passes.quantize.weight_only.store import STORED, storable_weights
 from modelpress_compression.passes.quantize.weight_only.writer import (
     WeightWriter,
@@ -70,6 +71,8 @@ def store_all(model: Model, config: QuantizeConfig, context: Context, floor_db: 
     TimeLimitError.
     """
     permitted = 10 ** (-floor_db / 10)
+    original, model = model, model.clone()
+    hide_views(model, turned=False)
     result = _stored(model, config, {})
     known = KnownOutputs()
     error = _error(model, result, context, known)
@@ -85,7 +88,7 @@ def store_all(model: Model, config: QuantizeConfig, context: Context, floor_db: 
             return result
         if not ladder.climb(1 + math.ceil(_GROWTH * len(ladder.moved))):
             reason = f"stored in float16 its outputs keep {-10 * math.log10(error):.1f} dB alone"
-            return PassResult(model, warnings=(f"Weights stay in float32: {reason}.",))
+            return PassResult(original, warnings=(f"Weights stay in float32: {reason}.",))
 
 
 class _Ladder:
@@ -138,6 +141,7 @@ def _stored(model: Model, config: QuantizeConfig, forms: Forms) -> PassResult:
         else:
             writer.store(graph, weight)
     clean(work)
+    restore_views(work)
     return findings.result(work)
 
 
