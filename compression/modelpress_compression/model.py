@@ -102,9 +102,12 @@ class Model:
         """
         return self._write(Path(path))[0]
 
-    def saved(self, path: str | os.PathLike[str]) -> Model:
-        """Writes the model as `save` does; the same model, whose weights are read from there where they are large."""
-        _, places = self._write(Path(path))
+    def saved(self, path: str | os.PathLike[str], written: Model | None = None) -> Model:
+        """Writes the model as `save` does, or `written`, of the same tensors, in its place.
+
+        The same model, whose weights are read from there where they are large.
+        """
+        _, places = (written or self)._write(Path(path))
         if not mapped.is_large(self.weight_bytes()):
             return self
         model = self.clone()

@@ -14,6 +14,7 @@ from typing import Any
 
 from modelpress_compression import mapped
 from modelpress_compression.errors import ModelNotRunnableError
+from modelpress_compression.graph.compact import compacted
 from modelpress_compression.graph.shapes import sample_shapes
 from modelpress_compression.graph.synthetic import synthetic_inputs
 from modelpress_compression.inputs import Array, EvaluationData, InputData
@@ -188,7 +189,7 @@ def _prepare(
     """Writes the original to a file, and proves that it runs: every later comparison needs its outputs."""
     progress = Progress(stages_of(recipe), on_progress)
     path = context.work_directory / "original" / "model.onnx"
-    model = save(model, path)
+    model = save(model, path, weights=False)
     if (problem := broken(path, context.data, path)) is not None:
         raise ModelNotRunnableError(problem)
     labelled = task if isinstance(task, Labelled) else None
@@ -250,9 +251,9 @@ def _decide(run: _Run, made: Pursuit) -> _Outcome:
     warnings += measured.warnings()
     reason = not_better(measured, file_size_bytes(run.path), file_size_bytes(path))
     if reason is None:
-        return _Outcome(model, path, measured, tuple(warnings))
+        return _Outcome(compacted(model, weights=path != run.path), path, measured, tuple(warnings))
     # Measured again, since the report's figures must be those of the model that it comes with.
-    return _Outcome(run.model, run.path, run.measured(run.path), (*warnings, reason))
+    return _Outcome(compacted(run.model, weights=False), run.path, run.measured(run.path), (*warnings, reason))
 
 
 def _report(job: str, run: _Run, made: Pursuit, outcome: _Outcome) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOperatorError
+from modelpress_compression.graph.compact import compacted
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip
@@ -76,13 +77,14 @@ def keep(record: StepRecord, result: PassResult, context: Context, target: Path)
     )
 
 
-def save(model: Model, path: Path) -> Model:
-    """Writes the model into a folder of its own, so that external data never meets another model's.
+def save(model: Model, path: Path, *, weights: bool = True) -> Model:
+    """Writes the model, compacted, into a folder of its own, so that external data never meets another model's.
 
-    The same model, which holds large weights in that file rather than in memory.
+    The same model, not compacted, which holds large weights in that file rather than in memory. `weights`: as for
+    `compacted`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    return model.saved(path)
+    return model.saved(path, compacted(model, weights=weights))
 
 
 def broken(path: Path, data: InputData, reference: Path) -> str | None:

@@ -7,9 +7,8 @@ so that a weight which the exporter cut into pieces and put together again becom
 
     a node whose output shape is not known beforehand        is not folded
     a node that makes 64 KiB more than goes into it          is not folded (ConstantOfShape, Expand, Tile, ...)
-    a region whose results take 64 KiB more than the
-    constants that it frees                                  is not folded
-    all results together                                     grow the model by 1 MiB at most
+    a region whose results take more bytes in a file than
+    the constants that it frees and its nodes                is not folded (Transpose of a weight with other users)
     quantization operators, random ones, those with
     subgraphs, those of other domains, excluded ones         are never folded
 """
@@ -25,6 +24,7 @@ from onnx_ir.passes import common as ir_passes
 from onnxscript.optimizer import _constant_folding as folding
 
 from modelpress_compression.errors import CompressionError
+from modelpress_compression.graph.compact import stored_bytes
 from modelpress_compression.graph.read import constant_tensor, is_op
 from modelpress_compression.graph.subgraphs import subgraphs
 from modelpress_compression.graph.watch.extract import as_model
@@ -34,7 +34,7 @@ from modelpress_compression.passes.fuse.rewriting import Scope
 from modelpress_compression.runtime import run, session_of
 
 MAX_GROWTH_BYTES = 64 * 1024  # 64 KiB
-MAX_TOTAL_GROWTH_BYTES = 1024 * 1024  # 1 MiB
+NODE_BYTES = 64  # of a node in a file, with its names
 # The largest tensor that is computed: a weight of any layer, but no bomb.
 MAX_OUTPUT_BYTES = 1024 * 1024 * 1024  # 1 GiB
 _SMALL_BYTES = 8 * 1024  # 8 KiB
@@ -45,13 +45,16 @@ _NEVER = (
 )  # fmt: skip
 
 
+_UNIFORM = ("ConstantOfShape", "Expand", "Tile")
+
+
 @dataclass
 class _Region:
     """Connected nodes that depend on constants alone. `outputs`: what others use of them."""
 
     nodes: list[onnx_ir.Node] = field(default_factory=list)
     outputs: list[onnx_ir.Value] = field(default_factory=list)
-    growth_bytes: int = 0
+    freed_bytes: int = 0
 
 
 def fold_constants(scope: Scope) -> int:
@@ -66,12 +69,8 @@ def fold_constants(scope: Scope) -> int:
         should_fold=lambda node: None if _small(node) and _foldable(node, scope) else False,
     )(model)
     lift_constants(model)
-    grown_bytes = 0
     for region in _regions(scope):
-        if region.growth_bytes > MAX_GROWTH_BYTES or grown_bytes + region.growth_bytes > MAX_TOTAL_GROWTH_BYTES:
-            continue
-        if _evaluate(region, scope):
-            grown_bytes += max(0, region.growth_bytes)
+        _evaluate(region, scope)
     ir_passes.RemoveUnusedNodesPass()(model)
     return before - sum(1 for _ in model.graph.all_nodes())
 
@@ -160,7 +159,7 @@ def _bounded(node: onnx_ir.Node, inside: dict[int, onnx_ir.Node]) -> bool:
 
 
 def _account(region: _Region) -> None:
-    """Fills in what others use of the region, and by how much the model would grow."""
+    """Fills in what others use of the region, and what the model would be rid of."""
     own = {id(node) for node in region.nodes}
     freed: dict[int, int] = {}
     for node in region.nodes:
@@ -171,20 +170,25 @@ def _account(region: _Region) -> None:
                 continue
             if id(value) not in freed and all(id(user) in own for user in value.consumers()):
                 freed[id(value)] = tensor.nbytes
-    region.growth_bytes = sum(_static_bytes(output) or 0 for output in region.outputs) - sum(freed.values())
+    region.freed_bytes = sum(freed.values()) + NODE_BYTES * len(region.nodes)
 
 
-def _evaluate(region: _Region, scope: Scope) -> bool:
-    """Runs the region in onnxruntime and puts its results in its place; False if it does not run."""
+def _evaluate(region: _Region, scope: Scope) -> None:
+    """Runs the region in onnxruntime and puts its results in its place, if it runs and the model does not grow."""
+    # Uniform numbers are written as one, and at most half of the bytes of others are saved.
+    least = sum(_static_bytes(output) or 0 for output in region.outputs) // 2
+    if least > region.freed_bytes and not any(is_op(node, *_UNIFORM) for node in region.nodes):
+        return
     try:
         with session_of(_standalone(region, scope), optimize=False) as session:
             results = list(run(session, {}).values())
     except CompressionError:
-        return False  # the nodes stay, and the model is as runnable as it was
+        return  # the nodes stay, and the model is as runnable as it was
+    if sum(stored_bytes(array) for array in results) > region.freed_bytes:
+        return
     for output, array in zip(region.outputs, results, strict=True):
         _replace(output, array, scope)
     scope.remove_unused(reversed(region.nodes))
-    return True
 
 
 def _replace(output: onnx_ir.Value, array: Array, scope: Scope) -> None:

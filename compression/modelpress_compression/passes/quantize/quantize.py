@@ -57,7 +57,7 @@ class Quantize:
         else:
             findings = Findings(warnings=_unmatched(model, self._config.exclude))
             result = certified(findings.result(self._apply(model.clone(), context, findings)), context.target)
-        return result if result.changed else replace(result, model=model)
+        return result if result.changed else replace(result, model=model, skipped=(*_overall(model), *result.skipped))
 
     def _apply(self, work: Model, context: Context, findings: Findings) -> Model:
         config = self._config
@@ -124,13 +124,18 @@ def _widen(work: Model, dtypes: Collection[onnx_ir.DataType], findings: Findings
 
 
 def _why_not(model: Model) -> str | None:
-    if any(is_quantized(node) for node in model.nodes()):
-        return "the model is quantized already"
-    if any(tensor.dtype in (onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16) for tensor in model.tensors()):
-        return "the model has 16-bit weights already"
     if model.opset < MIN_OPSET:
         return f"the model is of opset {model.opset}; quantization needs {MIN_OPSET} or later"
     return None
+
+
+def _overall(model: Model) -> tuple[Skip, ...]:
+    """What is true of the whole of a model in which there was nothing left to quantize."""
+    if any(is_quantized(node) for node in model.nodes()):
+        return (Skip("model", "the model is quantized already"),)
+    if any(tensor.dtype in (onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16) for tensor in model.tensors()):
+        return (Skip("model", "the model has 16-bit weights already"),)
+    return ()
 
 
 def _unmatched(model: Model, patterns: tuple[str, ...]) -> list[str]:

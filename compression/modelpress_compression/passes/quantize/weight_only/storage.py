@@ -6,13 +6,17 @@ Each weight is stored in one of three forms, depthwise convolutions and stems in
     blocks     8 bits with a scale for 32 weights        1.125 bytes, for weights of uneven rows
     float16    half precision                            2 bytes
 
-All begin in the first. Where the outputs err by more than permitted, weights move on to the next form:
+All begin in the first. Large constants that nothing multiplies by as a weight (tables of positions, of rotations, of
+filters) are stored in float16 from the start, and stay in float32 where that errs too much. Where the outputs err by
+more than permitted, weights move on to the next form:
 
     error of one weight   squared distance of the outputs with that weight alone in a form, over the outputs' power
     order                 the weight of the largest error first, until the errors of all add up to no more than is
                           permitted (roundings of different weights are independent, so that their errors add)
     proof                 the model so made is compared with the original; while it errs too much, as many again as a
                           quarter of those that moved move on
+    descent               of those that moved, the largest ones go one form back where the outputs permit it: the order
+                          above goes by errors, and a step too far can cost a tenth of the file
 
 Errors of single weights are measured in one session, whose weights are inputs with defaults: a run is given one of them
 rounded. Only models that need it pay for it: most keep 35 to 50 dB with all weights in 8 bits.
@@ -22,10 +26,11 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor, clean
@@ -44,7 +49,7 @@ from modelpress_compression.passes.quantize.ranges.output_error import (
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder
 from modelpress_compression.passes.quantize.views import hide_views, restore_views
-from modelpress_compression.passes.quantize.weight_only.store import STORED, storable_weights
+from modelpress_compression.passes.quantize.weight_only.store import STORED, other_constants, storable_weights
 from modelpress_compression.passes.quantize.weight_only.writer import (
     WeightWriter,
     rounded_in_blocks,
@@ -58,7 +63,9 @@ IN_BLOCKS, IN_FLOAT16 = "weights_in_blocks", "float16_weights"
 # Feeds on which the error of single weights is measured: it varies little from one to the next.
 PROBE_SAMPLES = 4
 _GROWTH = 0.25
-_CHANNELS, _BLOCKS, _HALF = range(3)
+# How many models are made to find out which weights moved too far.
+_DESCENTS = 6
+_CHANNELS, _BLOCKS, _HALF, _PLAIN = range(4)
 
 # By its name, how far on a weight is; those that are not named are in the first form.
 Forms = Mapping[str, int]
@@ -85,27 +92,50 @@ def store_all(model: Model, config: QuantizeConfig, context: Context, floor_db: 
         result = _stored(model, config, ladder.forms)
         error = _error(model, result, context, known)
         if error <= permitted:
-            return result
+            return _descended(model, config, context, ladder, permitted) or result
         if not ladder.climb(1 + math.ceil(_GROWTH * len(ladder.moved))):
             reason = f"stored in float16 its outputs keep {-10 * math.log10(error):.1f} dB alone"
             return PassResult(original, warnings=(f"Weights stay in float32: {reason}.",))
 
 
+def _descended(
+    model: Model, config: QuantizeConfig, context: Context, ladder: _Ladder, permitted: float
+) -> PassResult | None:
+    """The result with the largest of the moved weights one form back, where that is permitted; None: nowhere."""
+    sizes = {value.name: tensor.nbytes for value in _initializers(model) if (tensor := value.const_value) is not None}
+    best = None
+    for name in sorted(ladder.moved, key=lambda name: -sizes.get(name, 0))[:_DESCENTS]:
+        context.check_time()
+        forms = {**ladder.forms, name: ladder.forms[name] - 1}
+        result = _stored(model, config, forms)
+        if _error(model, result, context) <= permitted:
+            ladder.forms, best = forms, result
+    return best
+
+
+def _initializers(model: Model) -> Iterator[onnx_ir.Value]:
+    return (value for graph in model.graphs() for value in graph.initializers.values())
+
+
 class _Ladder:
-    """The form of each weight. `errors`: by its name, the error in each of the forms."""
+    """The form of each weight. `errors`: by its name, the error in each of the forms; NaN in those it does not have."""
 
     def __init__(self, errors: Mapping[str, Sequence[float]]) -> None:
         self._errors = errors
-        self.forms = dict.fromkeys(errors, _CHANNELS)
+        self._first = {name: _HALF if math.isnan(own[_CHANNELS]) else _CHANNELS for name, own in errors.items()}
+        self.forms = dict(self._first)
 
     @property
     def moved(self) -> list[str]:
-        """The weights that are not in the first form."""
-        return [name for name, form in self.forms.items() if form != _CHANNELS]
+        """The weights that are not in their first form."""
+        return [name for name, form in self.forms.items() if form != self._first[name]]
+
+    def _last(self, name: str) -> int:
+        return _HALF if self._first[name] == _CHANNELS else _PLAIN
 
     def climb(self, steps: int) -> bool:
         """So many steps of the weights that err most; False where all are at the end."""
-        waiting = [(-self._errors[name][form], name) for name, form in self.forms.items() if form != _HALF]
+        waiting = [(-self._errors[name][form], name) for name, form in self.forms.items() if form != self._last(name)]
         heapq.heapify(waiting)
         climbed = bool(waiting)
         for _ in range(steps):
@@ -113,7 +143,7 @@ class _Ladder:
                 break
             _, name = heapq.heappop(waiting)
             self.forms[name] += 1
-            if self.forms[name] != _HALF:
+            if self.forms[name] != self._last(name):
                 heapq.heappush(waiting, (-self._errors[name][self.forms[name]], name))
         return climbed
 
@@ -140,6 +170,10 @@ def _stored(model: Model, config: QuantizeConfig, forms: Forms) -> PassResult:
             findings.changes[IN_BLOCKS] += 1
         else:
             writer.store(graph, weight)
+    for graph, constant in list(other_constants(work, config)):
+        if forms.get(constant.name or "", _HALF) == _HALF:
+            writer.store_half(graph, constant)
+            findings.changes[IN_FLOAT16] += 1
     clean(work)
     restore_views(work)
     return findings.result(work)
@@ -150,7 +184,7 @@ def _error(model: Model, result: PassResult, context: Context, known: KnownOutpu
     return output_distances(model, result.model, context, known).error if result.changed else 0.0
 
 
-def _errors_of_weights(model: Model, config: QuantizeConfig, context: Context) -> dict[str, tuple[float, float, float]]:
+def _errors_of_weights(model: Model, config: QuantizeConfig, context: Context) -> dict[str, tuple[float, float, float, float]]:
     """By the name of each weight of the main graph: the error at the outputs with it alone in each form.
 
     That of float16, a ten-thousandth of 8 bits' or less, counts as none. A weight whose rows have no blocks errs in
@@ -162,10 +196,15 @@ def _errors_of_weights(model: Model, config: QuantizeConfig, context: Context) -
         for graph, weight in storable_weights(model, config)
         if graph is model.graph and weight.is_initializer() and weight.name
     }
+    constants = {
+        constant.name: constant
+        for graph, constant in other_constants(model, config)
+        if graph is model.graph and constant.is_initializer() and constant.name
+    }
     # Inputs with default values, of which a run is given one.
-    probe.graph.inputs.extend(probe.graph.initializers[name] for name in weights)
+    probe.graph.inputs.extend(probe.graph.initializers[name] for name in (*weights, *constants))
     feeds = list(context.data.spread(PROBE_SAMPLES).feeds(batch_size=1))
-    errors = dict.fromkeys(weights, (0.0, 0.0, 0.0))
+    errors: dict[str, tuple[float, float, float, float]] = {}
     with session_of(probe) as session:
         exact = [counted_outputs(run(session, feed), feed) for feed in feeds]
         signal = sum(map(power, exact))
@@ -180,5 +219,8 @@ def _errors_of_weights(model: Model, config: QuantizeConfig, context: Context) -
         for name, weight in weights.items():
             context.check_time()
             by_channel = error(name, rounded_to_8_bits(weight, config))
-            errors[name] = (by_channel, error(name, rounded_in_blocks(weight, config)), 0.0)
+            errors[name] = (by_channel, error(name, rounded_in_blocks(weight, config)), 0.0, 0.0)
+        for name, constant in constants.items():
+            half = np.asarray(constant_array(constant), np.float16).astype(np.float32)
+            errors[name] = (math.nan, math.nan, error(name, half), 0.0)
     return errors

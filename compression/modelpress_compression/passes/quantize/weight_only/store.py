@@ -23,21 +23,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import onnx_ir
 
+from modelpress_compression.encodings.operands import is_quantized
 from modelpress_compression.graph.edit import Editor, clean
-from modelpress_compression.graph.read import constant_tensor, is_op
+from modelpress_compression.graph.read import constant_array, constant_tensor, is_op
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, is_excluded
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder, Rounder
 from modelpress_compression.passes.quantize.weight_only.writer import WeightWriter, uses_of
-from modelpress_compression.passes.quantize.weights import is_finite
+from modelpress_compression.passes.quantize.weights import is_finite, why_not_float16
 
 # Fewer weights than this are not worth the nodes and the scales.
 MIN_WEIGHT_ELEMENTS = 512
 _LEAST_GAIN = 0.05
+# Smaller constants are not worth a Cast.
+MIN_CONSTANT_ELEMENTS = 1024
+# Rounding changes what these find by whole numbers.
+_WANT_EXACT = (
+    "Cast", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Floor", "Ceil", "Round", "TopK", "ArgMax",
+    "ArgMin", "Mod", "Loop", "Scan", "If",
+)  # fmt: skip
 
 
 STORED = "stored_weights"  # in the changes: weights in fewer bits that run as float32 does
@@ -91,6 +100,30 @@ def _store(model: Model, writer: WeightWriter, config: QuantizeConfig, context: 
 def storable_weights(model: Model, config: QuantizeConfig) -> Iterator[tuple[onnx_ir.Graph, onnx_ir.Value]]:
     """The weights that can be stored in fewer bits, and the graph that owns each."""
     return ((graph, weight) for graph, weight in _weights(model) if uses_of(weight) and not _why_not(weight, config))
+
+
+def other_constants(model: Model, config: QuantizeConfig) -> Iterator[tuple[onnx_ir.Graph, onnx_ir.Value]]:
+    """Large float32 constants that no weight is among and float16 holds well, and the graph that owns each."""
+    for graph in model.graphs():
+        for value in list(graph.initializers.values()):
+            tensor = None if value.is_graph_output() else constant_tensor(value)
+            if tensor is None or tensor.dtype != onnx_ir.DataType.FLOAT or tensor.size < MIN_CONSTANT_ELEMENTS:
+                continue
+            users = value.consumers()
+            exact = any(is_op(user, *_WANT_EXACT) or is_quantized(user) for user in users)
+            excluded = any(is_excluded(user.name, config.exclude) for user in users)
+            # What stands for a weight in fewer bits has a scale, which would lose some of them.
+            scales = any(is_op(user, "Mul") and _stands_for_weight(user) for user in users)
+            if users and not (uses_of(value) or exact or excluded or scales):
+                array = constant_array(value)
+                if array is not None and why_not_float16(np.asarray(array, np.float32)) is None:
+                    yield graph, value
+
+
+def _stands_for_weight(product: onnx_ir.Node) -> bool:
+    """Whether its other factor is made of integers or of fewer bits."""
+    makers = [value.producer() for value in product.inputs if value is not None]
+    return any(is_op(maker, "Cast", "Sub", "Gather") for maker in makers)
 
 
 def _storable_bytes(weight: onnx_ir.Value, config: QuantizeConfig) -> int:
