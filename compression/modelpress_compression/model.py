@@ -16,6 +16,8 @@ from modelpress_compression.specs import TensorSpec
 # The newest that onnxruntime 1.31 loads; nothing newer is ever written.
 MAX_OPSET = 26
 MAX_IR_VERSION = 13
+# Key in `Node.meta`: the name that the loader gave to a node without one, the same every time, so not worth its bytes.
+GIVEN_NAME = "modelpress.given_name"
 # Protobuf cannot hold 2 GiB; beyond this the weights go into a file of their own.
 EXTERNAL_DATA_THRESHOLD_BYTES = 1536 * 1024 * 1024  # 1.5 GiB
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
 
@@ -17,6 +20,7 @@ from modelpress_compression import mapped
 from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOperatorError
 from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.model import EXTERNAL_DATA_THRESHOLD_BYTES, Model
+from modelpress_compression.noise import RANDOM, fix_noise, random_nodes
 from modelpress_compression.parallel import map_in_order
 
 EXECUTION_PROVIDER = "CPUExecutionProvider"
@@ -26,6 +30,8 @@ _UNKNOWN_OPERATOR = re.compile(
     r"(?:No Op registered for|Could not find an implementation for) (?P<op>[\w.:]+)(?:\((?P<version>\d+)\))?"
     r"(?: node with name '(?P<node>[^']*)')?"
 )
+
+_RANDOM_NAMES = tuple(sorted({name.removesuffix("Like").encode() for name in RANDOM}))
 
 ort.set_default_logger_severity(3)  # errors only: warnings of onnxruntime speak of its internals
 
@@ -85,8 +91,11 @@ def session_of(model: Model, *, threads: int = 1, optimize: bool = True) -> Iter
     """A session on a model that lies in memory, or partly in files. Raises as `open_session`.
 
     A small model gets a file, which lives as long as the session. A large one is not written: onnxruntime reads its
-    weights where they are.
+    weights where they are. Random operators draw the same numbers in every run (see `noise`).
     """
+    if any(random_nodes(model.ir)):
+        model = model.clone()
+        fix_noise(model.ir)
     light = None
     if mapped.is_large(model.weight_bytes()):
         light = mapped.for_session(model.ir, EXTERNAL_DATA_THRESHOLD_BYTES, finish=model.write_map_types)
@@ -113,6 +122,28 @@ def fit_together(sizes_bytes: Iterable[int]) -> bool:
     weights that are stored in fewer bits may be unpacked."""
     sizes = list(sizes_bytes)
     return len(sizes) * max(sizes) <= 1.5 * max(sizes) + SPARE_BYTES
+
+
+def open_comparable(path: Path) -> ort.InferenceSession:
+    """A session on the file whose outputs can be compared with another model's: random operators draw the same numbers
+    in every run. Raises as `open_session`."""
+    if not _may_be_random(path):
+        return open_session(path)
+    path = path.resolve()
+    large = mapped.is_large(path.stat().st_size)
+    try:
+        serialized = mapped.from_file(path, path.name) if large else path.read_bytes()
+        ir = onnx_ir.from_proto(onnx.ModelProto.FromString(serialized))
+    except (DecodeError, ValueError) as error:
+        raise explain(error) from error
+    fix_noise(ir)
+    return _session(onnx_ir.to_proto(ir).SerializeToString(), _options(1, optimize=True), path.parent)
+
+
+def _may_be_random(path: Path) -> bool:
+    """Whether a file names a random operator, found without reading its weights into memory."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return any(content.find(name) >= 0 for name in _RANDOM_NAMES)
 
 
 def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -3,7 +3,8 @@
     a float32 constant that is one number throughout     Expand(number, shape)
     a float32 constant that 16 bits hold exactly         Cast(float16 or bfloat16)
     small constants that are equal                       one
-    shapes of values between standard operators          left out: whoever loads the file infers them
+    shapes of values between standard operators, and
+    names of nodes that came without                     left out: whoever loads the file finds them
 
 onnxruntime computes the first two when it loads the model, so that latency and memory stay as they are. Passes work on
 plain constants; it is only what is written that is compact.
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor, Spot
 from modelpress_compression.graph.read import constant_array, constant_tensor, is_op
-from modelpress_compression.model import Model
+from modelpress_compression.model import GIVEN_NAME, Model
 
 MIN_BYTES = 1024  # 1 KiB: a node and its names take up to 200 bytes
 _MAX_EQUAL_BYTES = 1024
@@ -40,7 +41,7 @@ def compacted(model: Model, *, weights: bool = True) -> Model:
                 _narrow(editor, graph, value)
     for graph in list(clone.graphs()):
         _merge_small(graph)
-        _forget_shapes(graph)
+        _forget_derived(graph)
     return clone
 
 
@@ -106,9 +107,11 @@ def _merge_small(graph: onnx_ir.Graph) -> None:
             del graph.initializers[name]
 
 
-def _forget_shapes(graph: onnx_ir.Graph) -> None:
-    """Of operators that ONNX itself knows; of others nobody else can tell."""
+def _forget_derived(graph: onnx_ir.Graph) -> None:
+    """Names that the loader makes, and shapes of operators that ONNX itself knows; of others nobody else can tell."""
     for node in graph:
+        if node.name == node.meta.get(GIVEN_NAME):
+            node.name = None
         for value in node.outputs if not node.domain else ():
             if not value.is_graph_output():
                 value.shape = value.type = None

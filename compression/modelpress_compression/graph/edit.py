@@ -54,7 +54,10 @@ class Editor:
         """A new initializer of `graph` with a tensor as it is."""
         name = self.name(wish)
         value = onnx_ir.Value(
-            name=name, type=onnx_ir.TensorType(tensor.dtype), shape=onnx_ir.Shape(tensor.shape), const_value=tensor
+            name=name,
+            type=onnx_ir.TensorType(tensor.dtype),
+            shape=onnx_ir.Shape(tensor.shape.numpy()),
+            const_value=tensor,
         )
         graph.register_initializer(value)
         return value

@@ -21,7 +21,7 @@ from modelpress_compression.errors import CompressionError, ModelNotRunnableErro
 from modelpress_compression.graph.shapes import infer_shapes, values_of
 from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.loaders.verify import Disagreement, compare_models
-from modelpress_compression.model import MAX_IR_VERSION, MAX_OPSET, Model
+from modelpress_compression.model import GIVEN_NAME, MAX_IR_VERSION, MAX_OPSET, Model
 
 MIN_IR_VERSION = 8  # below 4 initializers had to be inputs, 8 brought functions; nothing that is written needs older
 OVERRIDABLE_IR_VERSION = 4
@@ -132,6 +132,7 @@ def name_nodes(model: Model) -> None:
         while (name := f"{stem}_{counts.setdefault(stem, 0)}") in taken:
             counts[stem] += 1
         node.name = name
+        node.meta[GIVEN_NAME] = name
         taken.add(name)
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from modelpress_compression.errors import InvalidDataError
 from modelpress_compression.inputs import Array, EvaluationData
-from modelpress_compression.runtime import open_session, run, run_all
+from modelpress_compression.runtime import open_comparable, open_session, run, run_all
 
 Floats = NDArray[np.float64]
 
@@ -84,7 +84,7 @@ def evaluate(path: Path, data: EvaluationData, metric: str | None = None, *, bat
     """
     if metric is not None and metric not in METRICS:
         raise InvalidDataError(f"There is no metric {metric!r}; use one of {', '.join(METRICS)}.")
-    session = open_session(path)
+    session = open_comparable(path)
     labels = data.labels
     size = 1 if data.inputs.whole_feeds else data.inputs.fixed_batch or batch_size
     chosen, output = metric, ""

@@ -41,7 +41,7 @@ from modelpress_compression.graph.padding import counted_positions, without_padd
 from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import file_size_bytes, read_graph
 from modelpress_compression.parallel import map_in_order
-from modelpress_compression.runtime import fit_together, open_session, run
+from modelpress_compression.runtime import fit_together, open_comparable, run
 
 MAX_SQNR_DB = 200.0
 DEFAULT_LIMIT = 256
@@ -197,7 +197,7 @@ class _Pair:
         return self._in_turn(feeds, deadline)
 
     def _together(self, feeds: Iterable[Feeds], deadline: float) -> Iterator[Answers]:
-        first, second = (open_session(path) for path in (self.original, self.optimized))
+        first, second = (open_comparable(path) for path in (self.original, self.optimized))
 
         def answer(numbered: tuple[int, Feeds]) -> tuple[int, Answers]:
             number, feed = numbered
@@ -215,7 +215,7 @@ class _Pair:
         deadline = min(deadline, now + TURNS_BUDGET_S)
         with WaitingOutputs(self.optimized.parent) as waiting:
             count = self._ask_original(feeds, now + (deadline - now) / 2, waiting)
-            session = open_session(self.optimized)
+            session = open_comparable(self.optimized)
             answers = map_in_order(lambda feed: run(session, feed), feeds[:count])
             for number, (feed, after) in enumerate(zip(feeds, answers, strict=False)):
                 yield feed, self.known.get(number) or waiting.get(number), after
@@ -227,7 +227,7 @@ class _Pair:
         known = [self.known.get(number) is not None for number in range(len(feeds))]
         if all(known):
             return len(feeds)
-        session = open_session(self.original)
+        session = open_comparable(self.original)
         answers = map_in_order(lambda number: None if known[number] else run(session, feeds[number]), range(len(feeds)))
         for number, before in enumerate(answers):
             if before is not None:

@@ -96,15 +96,20 @@ def measure(
 
 
 def not_better(measured: Measured, original_size_bytes: int, optimized_size_bytes: int) -> str | None:
-    """Why the original is given back: the result is slower in the first row, at 95 % confidence, and not smaller. Else
-    None."""
+    """Why the original is given back: the result is larger and not surely faster in the first row, or surely slower
+    and not smaller, at 95 % confidence. Else None."""
     speedup = measured.latency[0].speedup
-    if speedup.high >= 1.0 or optimized_size_bytes < original_size_bytes:
-        return None
-    return (
-        f"The result was slower ({speedup.median:.2f} times the original's speed) and not smaller, "
-        f"so the model is returned as it was."
-    )
+    if speedup.high < 1.0 and optimized_size_bytes >= original_size_bytes:
+        return (
+            f"The result was slower ({speedup.median:.2f} times the original's speed) and not smaller, "
+            f"so the model is returned as it was."
+        )
+    if speedup.low <= 1.0 and optimized_size_bytes > original_size_bytes:
+        return (
+            f"The result was larger ({optimized_size_bytes} bytes after {original_size_bytes}) and not surely faster, "
+            f"so the model is returned as it was."
+        )
+    return None
 
 
 def _violations(

@@ -23,6 +23,7 @@ from modelpress_compression.measure.stats import model_stats
 from modelpress_compression.measure.task import GivenScores, Labelled, MetricFunction, OwnMetric, Task
 from modelpress_compression.memory import Memory
 from modelpress_compression.model import Model, file_size_bytes
+from modelpress_compression.noise import random_nodes
 from modelpress_compression.passes.base import Context
 from modelpress_compression.pipeline.data_check import data_warnings
 from modelpress_compression.pipeline.measuring import Measured, measure, not_better, verdict
@@ -73,7 +74,7 @@ class Result:
             Artifact("report.json", [json_path]),
             Artifact("report.html", [html_path]),
             *(
-                Artifact("candidate", member.model.save(directory / f"model.{member.id}.onnx"), member.id)
+                Artifact("candidate", compacted(member.model).save(directory / f"model.{member.id}.onnx"), member.id)
                 for member in self.candidates
                 if member.model is not None
             ),
@@ -164,6 +165,12 @@ class _Run:
     progress: Progress
     warnings: tuple[str, ...]
 
+    @property
+    def given_size_bytes(self) -> int:
+        """Of the upload, where it was ONNX; else of the same model as ONNX."""
+        given = self.model.provenance
+        return given.size_bytes if given.format == "onnx" and given.size_bytes else file_size_bytes(self.path)
+
     def measured(self, path: Path, fidelity: Fidelity | None = None) -> Measured:
         """The figures of the model in `path` against the original."""
         return measure(self.path, path, self.task, self.recipe, self.context, fidelity)
@@ -193,12 +200,23 @@ def _prepare(
     if (problem := broken(path, context.data, path)) is not None:
         raise ModelNotRunnableError(problem)
     labelled = task if isinstance(task, Labelled) else None
-    warnings = data_warnings(model, path, context.data, labelled)
+    warnings = [*_randomness(model), *data_warnings(model, path, context.data, labelled)]
     if isinstance(task, OwnMetric):
         progress.update(0.0, "scoring the original with your metric")
         task.evaluate(path)  # a metric that cannot score the original is refused before the long work
     prepared = replace(context, progress=progress.update)
     return _Run(model, path, recipe, task, prepared, progress, tuple(warnings))
+
+
+def _randomness(model: Model) -> list[str]:
+    """A sentence on a model that draws random numbers."""
+    operators = sorted({node.op_type for node in random_nodes(model.ir)})
+    if not operators:
+        return []
+    return [
+        f"The model is random ({', '.join(operators)}): its outputs differ from run to run. They were compared with "
+        f"the same noise in both models; the result draws its numbers as the original does."
+    ]
 
 
 def _with_room(run: _Run, memory_limit_bytes: int | None) -> _Run:
@@ -249,7 +267,7 @@ def _decide(run: _Run, made: Pursuit) -> _Outcome:
     warnings = [*run.model.warnings, *run.warnings]
     warnings += [warning for record in records for warning in record.warnings]
     warnings += measured.warnings()
-    reason = not_better(measured, file_size_bytes(run.path), file_size_bytes(path))
+    reason = not_better(measured, run.given_size_bytes, file_size_bytes(path)) if path != run.path else None
     if reason is None:
         return _Outcome(compacted(model, weights=path != run.path), path, measured, tuple(warnings))
     # Measured again, since the report's figures must be those of the model that it comes with.
@@ -280,7 +298,7 @@ def _report(job: str, run: _Run, made: Pursuit, outcome: _Outcome) -> dict[str, 
             goal=run.recipe.goal.to_dict() if run.recipe.goal is not None else None,
             advice=made.advice,
             reused=made.reused,
-            verdict=verdict(run.recipe, outcome.measured, file_size_bytes(run.path), file_size_bytes(outcome.path)),
+            verdict=verdict(run.recipe, outcome.measured, run.given_size_bytes, file_size_bytes(outcome.path)),
         )
     )
 

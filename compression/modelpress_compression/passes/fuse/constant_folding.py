@@ -30,6 +30,7 @@ from modelpress_compression.graph.subgraphs import subgraphs
 from modelpress_compression.graph.watch.extract import as_model
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model, Provenance
+from modelpress_compression.noise import RANDOM
 from modelpress_compression.passes.fuse.rewriting import Scope
 from modelpress_compression.runtime import run, session_of
 
@@ -40,8 +41,7 @@ MAX_OUTPUT_BYTES = 1024 * 1024 * 1024  # 1 GiB
 _SMALL_BYTES = 8 * 1024  # 8 KiB
 
 _NEVER = (
-    "Constant", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "RandomNormal", "RandomNormalLike",
-    "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout",
+    "Constant", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", *RANDOM,
 )  # fmt: skip
 
 

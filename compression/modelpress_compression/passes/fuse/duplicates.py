@@ -19,13 +19,11 @@ import onnx_ir
 
 from modelpress_compression.graph.read import constant_tensor
 from modelpress_compression.graph.subgraphs import subgraphs
+from modelpress_compression.noise import RANDOM
 from modelpress_compression.passes.fuse.rewriting import Scope
 
 MIN_SHARED_BYTES = 1024  # 1 KiB
 _MAX_KEY_BYTES = 512
-_RANDOM = frozenset(
-    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
-)
 _PLAIN = {
     onnx_ir.AttributeType.INT,
     onnx_ir.AttributeType.FLOAT,
@@ -62,7 +60,7 @@ def _merge_nodes(graph: onnx_ir.Graph, seen: dict[Hashable, onnx_ir.Node], scope
 
 def _node_key(node: onnx_ir.Node) -> Hashable | None:
     """What makes the node what it is; None if it is not to be merged."""
-    if node.op_type in _RANDOM or node.op_type == "Constant":
+    if node.op_type in RANDOM or node.op_type == "Constant":
         return None
     if any(attribute.type not in _PLAIN or attribute.is_ref() for attribute in node.attributes.values()):
         return None

@@ -57,6 +57,7 @@ from modelpress_compression.passes.fuse.normalization import (
 )
 from modelpress_compression.passes.fuse.pad_conv import FusePadConv
 from modelpress_compression.passes.fuse.rewriting import Rewrite, Scope, Tally, apply
+from modelpress_compression.passes.fuse.transposes import CancelTransposes, MoveTransposes
 from modelpress_compression.runtime import run, session_of
 
 # Each round can uncover work for the next one (a folded constant becomes a weight); three reach the end in practice.
@@ -113,6 +114,8 @@ class Fuse:
         standard: list[Rewrite] = [
             RemoveNoOps(),
             MergeTransposes(),
+            CancelTransposes(),
+            MoveTransposes(),
             FusePadConv(),
             FuseConvBatchNorm(),
             FuseMatMulAffine(),

@@ -12,6 +12,7 @@ that no weight is written twice, and none wider than it came.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -34,7 +35,7 @@ _WIDENED = (onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16)
 _SHAPING = ("Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast")
 
 
-class Turned(onnx_ir.Tensor):
+class Turned(onnx_ir.Tensor[Any]):
     """The transpose of another tensor [R, C], which is a constant of the model too."""
 
     def __init__(self, root: onnx_ir.TensorProtocol, name: str) -> None:
@@ -42,7 +43,7 @@ class Turned(onnx_ir.Tensor):
         self.root = root
 
 
-class Widened(onnx_ir.Tensor):
+class Widened(onnx_ir.Tensor[Any]):
     """The float32 numbers of a tensor of 16 bits."""
 
     def __init__(self, root: onnx_ir.TensorProtocol, name: str) -> None:
@@ -91,7 +92,7 @@ def hide_views(model: Model, *, turned: bool = True) -> None:
 
 def _made(
     node: onnx_ir.Node, source: onnx_ir.Value, tensor: onnx_ir.TensorProtocol, turned: bool
-) -> onnx_ir.Tensor | None:
+) -> onnx_ir.Tensor[Any] | None:
     """The constant that a node makes; None where it has to stay."""
     name = node.outputs[0].name or "view"
     if len(source.uses()) > 1:
@@ -107,12 +108,12 @@ def _made(
     return None if array is None else onnx_ir.Tensor(array, dtype=tensor.dtype, name=name)
 
 
-def _is_factor(uses: Iterable[onnx_ir.Usage]) -> bool:
+def _is_factor(uses: Iterable[tuple[onnx_ir.Node, int]]) -> bool:
     """Whether all of the uses multiply by the value, or look up its rows."""
     return all(
-        (is_op(use.node, "MatMul", "Gemm") and use.idx == 1)
-        or (is_op(use.node, "Gather") and use.idx == 0 and not int_attribute(use.node, "axis", 0))
-        for use in uses
+        (is_op(node, "MatMul", "Gemm") and index == 1)
+        or (is_op(node, "Gather") and index == 0 and not int_attribute(node, "axis", 0))
+        for node, index in uses
     )
 
 

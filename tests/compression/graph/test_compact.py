@@ -1,0 +1,67 @@
+"""What is written into files: the same numbers in fewer bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from modelpress_compression.graph.compact import compacted, stored_bytes
+from modelpress_compression.model import Model
+from onnx import helper
+
+RNG = np.random.default_rng(3)
+EXACT = RNG.standard_normal((64, 64)).astype(np.float16).astype(np.float32)
+
+
+def _model(channel_model, weight, **extra) -> Model:  # type: ignore[no-untyped-def]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], "product"), helper.make_node("Relu", ["h"], ["y"], "relu")]
+    return channel_model(nodes, {"w": weight, **extra}, ["n", 64], ["n", 64])
+
+
+@pytest.mark.parametrize(
+    ("weight", "most_bytes"),
+    [
+        (EXACT, 2 * EXACT.size + 600),
+        (EXACT.astype(ml_dtypes.bfloat16).astype(np.float32) * np.float32(2.0**40), 2 * EXACT.size + 600),
+        (np.full((64, 64), 0.3, np.float32), 700),
+        (RNG.standard_normal((64, 64)).astype(np.float32), 4 * EXACT.size + 600),
+    ],
+)
+def test_numbers_stay_the_same(channel_model, outputs_of, loaded_operators, tmp_path: Path, weight, most_bytes) -> None:  # type: ignore[no-untyped-def]
+    """Bit for bit, in fewer bytes where that can be; onnxruntime runs the product alone."""
+    model = _model(channel_model, weight)
+    small = compacted(model)
+    small.save(tmp_path / "small.onnx")
+    assert (tmp_path / "small.onnx").stat().st_size <= most_bytes
+    x = RNG.standard_normal((3, 64)).astype(np.float32)
+    np.testing.assert_array_equal(outputs_of(small, x), outputs_of(model, x))
+    assert loaded_operators(small) == loaded_operators(model)
+    np.testing.assert_array_equal(model.graph.initializers["w"].const_value.numpy(), weight)
+
+
+def test_weights_may_stay(channel_model) -> None:  # type: ignore[no-untyped-def]
+    """Of a model that is given back as it was, the types of its weights are kept."""
+    model = compacted(_model(channel_model, EXACT), weights=False)
+    assert [node.op_type for node in model.graph] == ["MatMul", "Relu"]
+
+
+def test_equal_small_constants_become_one(channel_model, outputs_of) -> None:  # type: ignore[no-untyped-def]
+    """Two biases of the same numbers are written once; outputs keep their shapes, values between lose theirs."""
+    bias = RNG.standard_normal(64).astype(np.float32)
+    nodes = [helper.make_node("Add", ["x", "b"], ["h"], "one"), helper.make_node("Mul", ["h", "c"], ["y"], "two")]
+    model = channel_model(nodes, {"b": bias, "c": bias}, ["n", 64], ["n", 64])
+    small = compacted(model)
+    assert list(small.graph.initializers) == ["b"]
+    assert small.graph.node(0).outputs[0].shape is None
+    assert list(small.outputs[0].shape) == list(model.outputs[0].shape)
+    x = RNG.standard_normal((3, 64)).astype(np.float32)
+    np.testing.assert_array_equal(outputs_of(small, x), outputs_of(model, x))
+
+
+def test_stored_bytes() -> None:
+    """Of uniform numbers one counts, of those that 16 bits hold half, of others all."""
+    assert stored_bytes(np.zeros((64, 64), np.float32)) == 4
+    assert stored_bytes(EXACT) == 2 * EXACT.size
+    assert stored_bytes(RNG.standard_normal(1000).astype(np.float32)) == 4000
