@@ -69,6 +69,8 @@ _CHANNELS, _BLOCKS, _HALF, _PLAIN = range(4)
 
 # By its name, how far on a weight is; those that are not named are in the first form.
 Forms = Mapping[str, int]
+# By its name, the error of a weight in each form; NaN in those that it does not have.
+Errors = dict[str, tuple[float, float, float, float]]
 
 
 def store_all(model: Model, config: QuantizeConfig, context: Context, floor_db: float) -> PassResult:
@@ -184,7 +186,9 @@ def _error(model: Model, result: PassResult, context: Context, known: KnownOutpu
     return output_distances(model, result.model, context, known).error if result.changed else 0.0
 
 
-def _errors_of_weights(model: Model, config: QuantizeConfig, context: Context) -> dict[str, tuple[float, float, float, float]]:
+def _errors_of_weights(
+    model: Model, config: QuantizeConfig, context: Context
+) -> dict[str, tuple[float, float, float, float]]:
     """By the name of each weight of the main graph: the error at the outputs with it alone in each form.
 
     That of float16, a ten-thousandth of 8 bits' or less, counts as none. A weight whose rows have no blocks errs in
@@ -204,7 +208,7 @@ def _errors_of_weights(model: Model, config: QuantizeConfig, context: Context) -
     # Inputs with default values, of which a run is given one.
     probe.graph.inputs.extend(probe.graph.initializers[name] for name in (*weights, *constants))
     feeds = list(context.data.spread(PROBE_SAMPLES).feeds(batch_size=1))
-    errors: dict[str, tuple[float, float, float, float]] = {}
+    errors: Errors = {}
     with session_of(probe) as session:
         exact = [counted_outputs(run(session, feed), feed) for feed in feeds]
         signal = sum(map(power, exact))
