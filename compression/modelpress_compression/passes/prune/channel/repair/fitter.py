@@ -64,9 +64,13 @@ class Fitter:
 
     def take(self, sample: Sample) -> None:
         """Rows of one sample."""
-        layer, linear = self.layer, self.layer.linear
+        for layer in self.layer.all:
+            self._take(layer, sample)
+
+    def _take(self, layer: Layer, sample: Sample) -> None:
+        linear = layer.linear
         data, plain = sample.cut[layer.data], _kept(sample.full[layer.output], self._made, linear.channel_axis)
-        answers = self._with_drift(sample, plain)
+        answers = self._with_drift(layer, sample, plain)
         places = self._places(sample, plain)
         inputs, lacks = self._pair(data, answers, places)
         if sample.held_out:
@@ -77,7 +81,7 @@ class Fitter:
             self._squares += float(np.square(rows).sum(dtype=np.float64))
             return
         self._waiting.append((inputs, lacks))
-        intact = self._intact(sample, data)
+        intact = self._intact(layer, sample, data)
         if intact is not None:
             self._waiting.append(self._pair(intact, plain, places))
         # A product of a few rows costs as much memory traffic as one of a thousand.
@@ -91,19 +95,19 @@ class Fitter:
         with np.errstate(invalid="ignore", over="ignore"):  # rows that are not finite are left out later
             return inputs, linear.answers(answers, places) - inputs @ self._start - self._bias
 
-    def _with_drift(self, sample: Sample, plain: Array) -> Array:
+    def _with_drift(self, layer: Layer, sample: Sample, plain: Array) -> Array:
         """The answers that make the sum right which they go into."""
-        if not self.layer.sum or not self.layer.other:
+        if not layer.sum or not layer.other:
             return plain
-        other = sample.cut[self.layer.other]
-        total = _kept(sample.full[self.layer.sum], self._made, self.layer.linear.channel_axis)
+        other = sample.cut[layer.other]
+        total = _kept(sample.full[layer.sum], self._made, layer.linear.channel_axis)
         return np.subtract(total, other) if total.shape == other.shape == plain.shape else plain
 
-    def _intact(self, sample: Sample, data: Array) -> Array | None:
+    def _intact(self, layer: Layer, sample: Sample, data: Array) -> Array | None:
         """What the layer would read if nothing before it had changed its values."""
         if self._read is None:
             return None
-        intact = _kept(sample.full[self.layer.intact], self._read, self.layer.linear.channel_axis)
+        intact = _kept(sample.full[layer.intact], self._read, layer.linear.channel_axis)
         return intact if intact.shape == data.shape else None
 
     def _places(self, sample: Sample, answers: Array) -> Places:

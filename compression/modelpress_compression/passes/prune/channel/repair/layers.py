@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir
@@ -36,7 +36,8 @@ class Layer:
     `level`: how many other such layers lie before it on the longest way from the inputs: layers of one level do not
     depend on each other. `intact`: name of what it reads in the uncut model. `sum` and `other`: where the answers are
     added to something else, names of the sum and of the other summand, whose drift the layer can make up for (He et
-    al., arXiv:1707.06168, section 3.3).
+    al., arXiv:1707.06168, section 3.3). `twins`: nodes of the same weight and bias, which are fitted as one with it: a
+    head over the levels of a pyramid, a siamese net.
     """
 
     node: onnx_ir.Node
@@ -46,6 +47,12 @@ class Layer:
     add: onnx_ir.Node | None
     sum: str | None = None
     other: str | None = None
+    twins: tuple[Layer, ...] = ()
+
+    @property
+    def all(self) -> tuple[Layer, ...]:
+        """Itself and its twins."""
+        return (self, *self.twins)
 
     @property
     def name(self) -> str:
@@ -65,12 +72,12 @@ class Layer:
     @property
     def names_full(self) -> list[str]:
         """Values of the uncut model that a fit needs."""
-        return [name for name in (self.intact, self.output, self.sum) if name]
+        return [name for one in self.all for name in (one.intact, one.output, one.sum) if name]
 
     @property
     def names_cut(self) -> list[str]:
         """Values of the cut model that a fit needs."""
-        return [name for name in (self.data, self.other) if name]
+        return [name for one in self.all for name in (one.data, one.other) if name]
 
     @property
     def weight(self) -> onnx_ir.Value:
@@ -116,13 +123,14 @@ class Layer:
         node, place = self._bias_place()
         value = input_of(node, place)
         old = constant_array(value)
-        if value is not None and old is not None and len(value.uses()) == 1 and old.size == by.size:
+        if value is not None and old is not None and len(value.uses()) == len(self.all) and old.size == by.size:
             replace_numbers(value, old.astype(np.float64) + by.reshape(old.shape))
             return
         dtype = self.weight.dtype or onnx_ir.DataType.FLOAT
         numbers = (self.bias + by).astype(dtype.numpy())
         shifted = editor.constant(graph_of(node), numbers, f"{self.weight.name}_repaired_bias")
-        set_input(node, place, shifted)
+        for one in self.all:
+            set_input(*one._bias_place(), shifted)
 
     def _bias_place(self) -> tuple[onnx_ir.Node, int]:
         if self.add is None:
@@ -155,7 +163,31 @@ def find_layers(
                 skipped.append(Skip(label(node), f"Not fitted anew: {found}."))
         if changed:
             levels.update((value, level) for value in node.outputs)
-    return layers, skipped
+    united, apart = _united(layers)
+    return united, [*skipped, *apart]
+
+
+def _united(layers: list[Layer]) -> tuple[list[Layer], list[Skip]]:
+    """Layers of one weight as one, in their order; those whose weight has other users fall out."""
+    by_weight: dict[onnx_ir.Value, list[Layer]] = {}
+    for layer in layers:
+        by_weight.setdefault(layer.weight, []).append(layer)
+    found: list[Layer] = []
+    skipped: list[Skip] = []
+    for weight, (first, *twins) in by_weight.items():
+        if len(weight.uses()) == 1 + len(twins) and all(_is_twin(first, twin) for twin in twins):
+            found.append(replace(first, twins=tuple(twins)))
+        else:
+            reason = "Not fitted anew: others use its weight as well."
+            skipped += [Skip(layer.name, reason) for layer in (first, *twins)]
+    return found, skipped
+
+
+def _is_twin(first: Layer, other: Layer) -> bool:
+    """Whether one fit can serve both: neither depends on the other, and they add the same bias."""
+    biases = [input_of(*one._bias_place()) for one in (first, other)] if first.takes_bias else [None, None]
+    same_form = first.linear == other.linear and first.takes_bias == other.takes_bias
+    return first.level == other.level and same_form and biases[0] is biases[1]
 
 
 def _is_depthwise(node: onnx_ir.Node) -> bool:
@@ -174,7 +206,7 @@ def _layer(
     if isinstance(linear, str):
         return linear
     weight, original = node.inputs[1], full.get(label(node))
-    if weight is None or len(weight.uses()) != 1 or weight.is_graph_output():
+    if weight is None or weight.is_graph_output():
         return "others use its weight as well"
     if original is None or original.outputs[0].name != node.outputs[0].name:
         return "the uncut model has no such node"

@@ -115,6 +115,37 @@ def test_layers_without_bias_get_one(channel_model: Any, prune_channels_of: Any,
     assert [len(node.inputs) for node in fitted.model.graph if node.op_type == "Conv"] == [3, 3, 3]
 
 
+def test_layers_of_one_weight_are_fitted_as_one(channel_model: Any, prune_channels_of: Any, outputs_of: Any) -> None:
+    """A head that reads two levels stays one head, and answers better on images that no fit saw."""
+    rng = np.random.default_rng(11)
+    weights = {
+        "w1": rng.standard_normal((24, 4, 3, 3)) / 6,
+        "w2": rng.standard_normal((6, 24, 3, 3)) / 15,
+        "b1": rng.standard_normal(24),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w1", "b1"], ["c"], name="trunk", pads=[1] * 4),
+        helper.make_node("Relu", ["c"], ["p0"], name="relu"),
+        helper.make_node("MaxPool", ["p0"], ["p1"], name="pool", kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Conv", ["p0", "w2"], ["h0"], name="head0", pads=[1] * 4),
+        helper.make_node("Conv", ["p1", "w2"], ["h1"], name="head1", pads=[1] * 4),
+        helper.make_node("Flatten", ["h0"], ["f0"], name="flat0"),
+        helper.make_node("Flatten", ["h1"], ["f1"], name="flat1"),
+        helper.make_node("Concat", ["f0", "f1"], ["y"], name="join", axis=1),
+    ]
+    model = channel_model(nodes, weights, ["n", 4, 8, 8], ["n", 480])
+    samples = rng.standard_normal((64, 4, 8, 8)).astype(np.float32)
+    fresh = rng.standard_normal((16, 4, 8, 8)).astype(np.float32)
+    result = prune_channels_of(model, {"x": samples}, sparsity=0.3, round_to=1)
+    heads = [node for node in result.model.graph if node.name in ("head0", "head1")]
+    assert len({id(value) for node in heads for value in node.inputs[1:]}) == 2  # one weight, one bias
+    assert result.changes["layers_repaired"] == 1
+    plain = prune_channels_of(model, {"x": samples}, sparsity=0.3, round_to=1, repair="none")
+    expected = outputs_of(model, fresh)
+    errors = [float(np.square(outputs_of(one.model, fresh) - expected).sum()) for one in (result, plain)]
+    assert errors[0] < 0.7 * errors[1]
+
+
 def test_memory_is_bounded(conv_net: Any, images: Any, prune_channels_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer whose sums would take more memory than permitted is left as it is, and the result says so."""
     monkeypatch.setattr(least_squares, "MAX_FITTING_BYTES", 250_000)
@@ -206,7 +237,7 @@ def test_residual_blocks_with_depthwise_convolutions(
     expected = outputs_of(model, new)
     plain = prune_channels_of(model, data, sparsity=0.5, repair="none")
     fitted = prune_channels_of(model, data, sparsity=0.5)
-    monkeypatch.setattr(Fitter, "_with_drift", lambda self, sample, answers: answers)
+    monkeypatch.setattr(Fitter, "_with_drift", lambda self, layer, sample, answers: answers)
     alone = prune_channels_of(model, data, sparsity=0.5)
     errors = [distance(outputs_of(result.model, new), expected) for result in (plain, alone, fitted)]
     assert errors[2] < errors[1] < errors[0]
