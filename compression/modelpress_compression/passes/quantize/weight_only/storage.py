@@ -94,14 +94,14 @@ def store_all(model: Model, config: QuantizeConfig, context: Context, floor_db: 
         result = _stored(model, config, ladder.forms)
         error = _error(model, result, context, known)
         if error <= permitted:
-            return _descended(model, config, context, ladder, permitted) or result
+            return _descended(model, config, context, ladder, permitted, known) or result
         if not ladder.climb(1 + math.ceil(_GROWTH * len(ladder.moved))):
             reason = f"stored in float16 its outputs keep {-10 * math.log10(error):.1f} dB alone"
             return PassResult(original, warnings=(f"Weights stay in float32: {reason}.",))
 
 
 def _descended(
-    model: Model, config: QuantizeConfig, context: Context, ladder: _Ladder, permitted: float
+    model: Model, config: QuantizeConfig, context: Context, ladder: _Ladder, permitted: float, known: KnownOutputs
 ) -> PassResult | None:
     """The result with the largest of the moved weights one form back, where that is permitted; None: nowhere."""
     sizes = {value.name: tensor.nbytes for value in _initializers(model) if (tensor := value.const_value) is not None}
@@ -110,7 +110,7 @@ def _descended(
         context.check_time()
         forms = {**ladder.forms, name: ladder.forms[name] - 1}
         result = _stored(model, config, forms)
-        if _error(model, result, context) <= permitted:
+        if _error(model, result, context, known) <= permitted:
             ladder.forms, best = forms, result
     return best
 
