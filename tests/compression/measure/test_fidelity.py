@@ -14,7 +14,6 @@ from modelpress_compression import runtime
 from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.measure import fidelity
 from modelpress_compression.measure.fidelity import MAX_SQNR_DB, KnownOutputs, WaitingOutputs, compare_outputs
-from modelpress_compression.runtime import open_session
 from modelpress_compression.specs import parse_specs
 
 IDENTITY = "g (float[batch,3] x) => (float[batch,3] y) { y = Identity(x) }"
@@ -175,10 +174,10 @@ def test_large_models_take_turns(save_model: Save, threes: InputData, monkeypatc
 
     def open_one(path: Path) -> ort.InferenceSession:
         opened.append(path)
-        return open_session(path)
+        return runtime.open_comparable(path)
 
     monkeypatch.setattr(runtime, "SPARE_BYTES", -(10**9))
-    monkeypatch.setattr(fidelity, "open_session", open_one)
+    monkeypatch.setattr(fidelity, "open_comparable", open_one)
     assert compare_outputs(before, after, threes) == together
     known = KnownOutputs()
     assert compare_outputs(before, after, threes, known=known) == together
