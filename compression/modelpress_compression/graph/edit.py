@@ -153,9 +153,9 @@ class Editor:
             if producer is None or value.is_graph_output() or producer.graph is not graph:
                 return False
             value.name, output.name = output.name, None
-            # What the file says of an output stays, where nothing is known of the value that takes its place.
+            # What the file says of an output stays: names of dimensions are the user's, inference makes up others.
             value.type = value.type if value.type is not None else output.type
-            value.shape = value.shape if value.shape is not None else output.shape
+            value.shape = output.shape if output.shape is not None else value.shape
         output.replace_all_uses_with(value, replace_graph_outputs=True)
         graph.remove(node, safe=True)
         return True

@@ -101,12 +101,15 @@ def test_hand_over_keeps_the_names_of_outputs(chain: Model) -> None:
     assert not chain.graph.initializers
 
 
-def test_what_becomes_an_output_keeps_what_is_declared(model_from_text: Callable[..., Model]) -> None:
-    """Of an operator whose shapes are not inferred, the declared output has the only shape that there is."""
+@pytest.mark.parametrize("inferred", [None, onnx_ir.Shape(["unk__1", 2])])
+def test_what_becomes_an_output_keeps_what_is_declared(
+    model_from_text: Callable[..., Model], inferred: onnx_ir.Shape | None
+) -> None:
+    """The declared output has the names of dimensions, and where nothing is inferred the only shape that there is."""
     text = f"{HEAD} g (float[N,2] x) => (float[N,2] y) {{ a = Relu(x)  y = Identity(a) }}"
     model = model_from_text(text, {})
     relu, identity = model.graph
-    relu.outputs[0].shape = relu.outputs[0].type = None
+    relu.outputs[0].shape, relu.outputs[0].type = inferred, None
     declared = model.outputs
     assert Editor.bypass(identity, relu.outputs[0])
     assert model.outputs == declared
