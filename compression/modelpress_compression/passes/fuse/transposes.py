@@ -194,8 +194,6 @@ def _region(start: onnx_ir.Node, perm: Perm, scope: Scope) -> _Region:
         ]
         region.nodes.update(dict.fromkeys(found))
         grown = bool(found)
-    order = {node: place for place, node in enumerate(graph_of(start)) if node in region.nodes}
-    region.nodes = dict.fromkeys(sorted(region.nodes, key=lambda node: order[node]))
     for node in region.nodes:
         region.entries.update(dict.fromkeys(_entries(node, perm)))
         _add_exits(node, region)
