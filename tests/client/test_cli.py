@@ -236,7 +236,9 @@ def test_wrong_usage(run_cli: RunCli, arguments: list[str]) -> None:
 def test_refuses_early_what_needs_the_users_code(run_cli: RunCli, fake_server: Any, tmp_path: Path) -> None:
     """A state dict and a pickled module are refused with the way out before the server is asked."""
     (tmp_path / "m.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    (tmp_path / "m.pt").write_bytes(b"\x80\x02cfoo\nBar\n.")
+    # As torch.save wrote before version 1.6: magic number, protocol, system, object.
+    magic = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+    (tmp_path / "m.pt").write_bytes(magic + b"\x80\x02M\xe9\x03." + b"\x80\x02}." + b"\x80\x02cfoo\nBar\n.")
     at = ("--server", fake_server.address)
     ran = run_cli("upload", "m.safetensors", *at)
     assert (ran.code, "--architecture" in ran.err) == (2, True)

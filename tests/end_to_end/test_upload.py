@@ -219,7 +219,8 @@ def test_another_question_on_the_same_file_is_answered_from_what_is_known(
     cli: Cli, example: Path, tmp_path: Path
 ) -> None:
     """The second job builds nothing that the first has built; its result is measured and sound all the same."""
-    data = ["--data", example / "samples.npz", "-o", tmp_path / "small.onnx", "--json"]
+    # A project of its own: nothing is known there of what other tests have asked.
+    data = ["--data", example / "samples.npz", "-o", tmp_path / "small.onnx", "--json", "--project", "asked-twice"]
     first = cli("upload", example / "model.onnx", "--max-drop", "2%", *data).document["report"]
     assert first["reused"] == {}
     second = cli("upload", example / "model.onnx", "--goal", "smallest", *data).document["report"]

@@ -44,7 +44,8 @@ def family(
     """The rows with an `id`, those that have none by their place, and with the models that are worth having.
 
     That is the chosen one, those that a client's metric must see, and what no other candidate beats in size, speed and
-    cosine at once: the smallest first, as long as all of them together have at most `FAMILY_SHARE` of `original_bytes`.
+    cosine at once: of the last the smallest first, as long as all together have at most `FAMILY_SHARE` of
+    `original_bytes`.
     `models`: None for a candidate that may not be given away.
     """
     offered = _offered(rows, models, original_bytes)
@@ -63,6 +64,6 @@ def _offered(rows: Sequence[Mapping[str, Any]], models: Sequence[Model | None], 
     offered, left_bytes = [], FAMILY_SHARE * original_bytes
     for place in places:
         left_bytes -= rows[place]["size_bytes"]
-        if left_bytes >= 0:
+        if left_bytes >= 0 or wanted[place]:
             offered.append(place)
     return frozenset(offered)

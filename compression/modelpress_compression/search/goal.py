@@ -294,7 +294,7 @@ class GoalSearch:
             "sha256": model_digest(self.path),
         }
         digests = [model_digest(entry.candidate.record.path) for entry in self.entries]
-        leads = [entry.candidate.technique == "prune" for entry in self.entries]
+        leads = [one.unscored and one.technique == "prune" for one in (entry.candidate for entry in self.entries)]
         named = [
             {**row, "sha256": digest, "leads_further": further}
             for row, digest, further in zip(rows, digests, leads, strict=True)
