@@ -63,7 +63,8 @@ def accuracy_after(before: Evaluation, after: Evaluation) -> Accuracy:
     lower = before.lower_is_better
     drop = after.value - before.value if lower else before.value - after.value
     # inf - inf is NaN: neither model gives finite outputs, so there is nothing to lose.
-    lost = 0.0 if math.isnan(drop) else drop
+    # In floating point 0.97 - 0.96 is a little more than the 0.01 that somebody may allow.
+    lost = 0.0 if math.isnan(drop) else round(drop, 12)
     return Accuracy(before.metric, before.samples, before.value, after.value, lost, lower)
 
 

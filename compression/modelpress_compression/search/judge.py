@@ -54,7 +54,6 @@ FIDELITY_SAMPLES = 128
 # Few samples leave no doubt where half of what is permitted, or twice as much, would decide the same.
 SCREENING_SAMPLES = 32
 _STRICT, _LOOSE = 0.5, 2.0
-_ROUNDING = 1e-9  # 0.97 - 0.96 is a little more than 0.01
 LATENCY_ROUNDS, MORE_ROUNDS = 30, 240
 LATENCY_BUDGET_S = 15.0
 # Candidates that do not keep the answers are timed too, so that the report shows what a looser bound would give.
@@ -130,7 +129,7 @@ class Judge:
             # It could score the original: what it makes of a candidate says something of the candidate.
             return replace(candidate, reason=error.message)
         allowed = DEFAULT_MAX_DROP if constraints.max_drop is None else constraints.max_drop
-        if accuracy.drop > allowed + _ROUNDING:
+        if accuracy.drop > allowed:
             reason = f"{accuracy.metric} falls by {accuracy.drop:.4f}, more than {allowed}"
         return replace(candidate, drop=accuracy.drop, reason=reason)
 
