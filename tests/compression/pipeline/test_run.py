@@ -39,9 +39,9 @@ def test_the_whole_way(digits: Model, samples: InputData, labelled: EvaluationDa
     assert report["accuracy"]["original"] >= 0.97
     assert report["accuracy"]["drop"] <= 0.01
     assert report["fidelity"]["data"] == "provided"
-    assert [step["name"] for step in report["steps"]] == ["fuse", "quantize"]
+    assert [step["name"] for step in report["steps"]] == ["fuse", "prune", "quantize"]
     (chosen,) = [candidate for candidate in result.candidates if candidate["chosen"]]
-    assert chosen["name"].startswith("quantize ")
+    assert chosen["name"].startswith("prune 25%, quantize ")
     assert report["size_ratio"] > 1.5
     written = {artifact.kind: artifact.files for artifact in result.write(tmp_path)}
     assert json.loads(written["report.json"][0].read_text()) == report
