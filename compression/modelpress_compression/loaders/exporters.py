@@ -44,7 +44,9 @@ class ExportRequest:
 
 def export_frozen(request: ExportRequest) -> Path:
     """Way 1."""
-    return _legacy(torch.jit.freeze(request.module()), request, "frozen.onnx")
+    module = request.module()
+    frozen = module if not hasattr(module, "training") else torch.jit.freeze(module)
+    return _legacy(frozen, request, "frozen.onnx")
 
 
 def export_plain(request: ExportRequest) -> Path:

@@ -40,9 +40,9 @@ _GLOBALS = TENSOR_GLOBALS | frozenset(
     )
 }  # fmt: skip
 _CLASSES = "__torch__"
-# Classes written in C++; only the packed weights of quantized layers belong into a model.
+# Classes written in C++; only the packed weights of quantized layers and cells belong into a model.
 _NATIVE_CLASSES = "__torch__.torch.classes."
-_NATIVE_ALLOWED = "__torch__.torch.classes.quantized"
+_NATIVE_ALLOWED = ("__torch__.torch.classes.quantized", "__torch__.torch.classes.rnn")
 
 
 def check_script(archive: Archive) -> None:
@@ -64,7 +64,7 @@ def check_pickle(data: bytes, what: str) -> None:
     for name in scan_pickle(data, what).outside(_GLOBALS):
         module = name.split(" ", maxsplit=1)[0]
         own = module == _CLASSES or module.startswith(_CLASSES + ".")
-        native = f"{module}.".startswith(_NATIVE_CLASSES) and module != _NATIVE_ALLOWED
+        native = f"{module}.".startswith(_NATIVE_CLASSES) and module not in _NATIVE_ALLOWED
         if not own or native:
             outside.append(name)
     if outside:

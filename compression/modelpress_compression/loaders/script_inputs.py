@@ -101,7 +101,8 @@ def bind(module: torch.jit.ScriptModule, specs: Sequence[TensorSpec]) -> Binding
         )
     for spec, argument in zip(specs, chosen, strict=True):
         _check(spec, argument)
-    direct = chosen == have[: len(chosen)] and all(item.type in _TENSORS for item in chosen)
+    # Of arguments that are left to their defaults, exporters make inputs.
+    direct = chosen == have and all(item.type in _TENSORS for item in chosen)
     return Binding(tuple(specs), tuple(chosen), direct)
 
 

@@ -8,7 +8,7 @@
   Nested tensors, which leave padding out, are the padded ones with zeros at the padding: `Where(keep, x, 0)`, where
   `keep` [batch, tokens, 1] says what is no padding. Whoever takes such a tensor finds `keep` there.
 - torchvision's `nms` and `roi_align`, which are ONNX's NonMaxSuppression and RoiAlign.
-- An LSTM's cell, and `not` of a number.
+- An LSTM's cell, an axis made into several, and `not` of a number.
 
 Each function gets the exporter's graph context `g` and the operator's arguments.
 """
@@ -185,6 +185,23 @@ def _not(g: Any, value: Any) -> Any:
     return g.op("Not", g.op("Cast", value, to_i=_BOOL))
 
 
+def _unflatten(g: Any, value: Any, dim: Any, sizes: Any) -> Any:
+    """One axis into several. The exporter's own result has no known rank, which what follows needs."""
+    rank = symbolic_helper._get_tensor_rank(value) or 0
+    axis = _number(dim) % rank
+    given = symbolic_helper._maybe_get_const(sizes, "is")
+    inner = given if isinstance(given, list) else symbolic_helper._unpack_list(sizes)
+    shape = g.op("Shape", value)
+    behind = [g.op("Gather", shape, _constant(g, [index]), axis_i=0) for index in range(axis + 1, rank)]
+    middle = [
+        _constant(g, [size]) if isinstance(size, int) else g.op("Reshape", size, _constant(g, [1])) for size in inner
+    ]
+    before = [_constant(g, [0]) for _ in range(axis)]  # as it is
+    result = g.op("Reshape", value, g.op("Concat", *before, *middle, *behind, axis_i=0))
+    result.setType(value.type().with_sizes([None] * (rank - 1 + len(inner))))
+    return result
+
+
 def _lstm_cell(g: Any, value: Any, state: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
     """One step: gates [batch, 4 * hidden] in torch's order input, forget, cell, output."""
     hidden, cell = symbolic_helper._unpack_list(state)
@@ -211,6 +228,7 @@ def _linear(g: Any, value: Any, weight: Any, bias: Any) -> Any:
 SYMBOLICS: dict[str, Callable[..., Any]] = {
     "aten::__not_": _not,
     "aten::lstm_cell": _lstm_cell,
+    "aten::unflatten": _unflatten,
     "aten::_native_multi_head_attention": _attention,
     "aten::_transformer_encoder_layer_fwd": _encoder_layer,
     "aten::_nested_tensor_from_mask": _nested,

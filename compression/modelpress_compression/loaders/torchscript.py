@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from modelpress_compression.agreement import ATOL, QUANTIZED_ATOL
+from modelpress_compression.agreement import ATOL, FLOAT16_ATOL, QUANTIZED_ATOL
 from modelpress_compression.archive import Archive
 from modelpress_compression.errors import InvalidInputsError, UnsupportedFormatError
 from modelpress_compression.inputs import Array, Feeds
@@ -18,9 +20,10 @@ from modelpress_compression.loaders.exporting import export_checked
 from modelpress_compression.loaders.hints import suggest_inputs
 from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.loaders.script_check import check_script
-from modelpress_compression.loaders.script_inputs import Binding, bind
+from modelpress_compression.loaders.script_graph import holds_bfloat16, holds_quantized, in_plain_operators
+from modelpress_compression.loaders.script_inputs import bind
 from modelpress_compression.loaders.source import Source
-from modelpress_compression.loaders.torch_run import REFUSALS, runner
+from modelpress_compression.loaders.torch_run import REFUSALS, runner, to_tensors
 from modelpress_compression.loaders.trials import Run, find_trials, first_line
 from modelpress_compression.loaders.vision_ops import vision_operators
 from modelpress_compression.model import Model, Provenance
@@ -31,10 +34,16 @@ STATE_WARNING = (
     "that was saved. Export it with the state as input and output to keep it."
 )
 QUANTIZED_WARNING = (
-    "The module is quantized already; its layers became QuantizeLinear and DequantizeLinear around float operators. "
-    "Where a sum is rounded the other way, a result is a step of 8 bits away. Upload the float model for the best "
-    "result."
+    "The module is quantized already; its layers became float operators on the values that their weights stand for, "
+    "with QuantizeLinear and DequantizeLinear where results were rounded to a fixed grid. Where a sum is rounded the "
+    "other way, a result is a step of 8 bits away. Upload the float model for the best result."
 )
+BFLOAT16_WARNING = (
+    "The module computes in bfloat16, which onnxruntime does not on a CPU; the ONNX model computes in float32, on the "
+    "same weights, and its inputs and outputs are float32."
+)
+# torch's default for x86 computes other numbers in transposed convolutions than its weights stand for.
+_QUANTIZED_ENGINE = "fbgemm"
 
 
 def load_torchscript(source: Source, specs: Sequence[TensorSpec]) -> Model:
@@ -49,26 +58,35 @@ def _load(path: Path, specs: Sequence[TensorSpec], provenance: Provenance) -> Mo
     module = read_script(path)
     if not specs:
         raise InvalidInputsError(suggest_inputs(module, path))
-    binding = bind(module, specs)
-    state = _assigned(module)
-    trials = find_trials(_Runner(path, binding, stateful=bool(state)), binding.specs, REFUSALS)
-    quantized = _is_quantized(module)
-    model = export_checked(
-        SCRIPT_EXPORTERS,
-        lambda: binding.wrap(read_script(path)),
-        binding.specs,
-        trials,
-        provenance,
-        atol=QUANTIZED_ATOL if quantized else ATOL,
-    )
-    model = model.with_warnings(QUANTIZED_WARNING) if quantized else model
-    return model.with_warnings(STATE_WARNING.format(names=", ".join(state))) if state else model
+    wide, quantized, state = holds_bfloat16(module), holds_quantized(module), _assigned(module)
+    binding = bind(module, [_without_bfloat16(spec) for spec in specs])
+
+    def original() -> torch.jit.ScriptModule:
+        return binding.wrap(read_script(path))
+
+    # Every bfloat16 is a float32, so that the module in float32 is the better of the two to repeat.
+    run = _Runner((lambda: in_plain_operators(original())) if wide else original, stateful=bool(state))
+    trials = find_trials(run, binding.specs, REFUSALS)
+
+    def plain() -> torch.jit.ScriptModule:
+        return in_plain_operators(original(), list(to_tensors(trials.runs[0].feeds).values()))
+
+    atol = QUANTIZED_ATOL if quantized else FLOAT16_ATOL if _holds_float16(module) else ATOL
+    model = export_checked(SCRIPT_EXPORTERS, plain, binding.specs, trials, provenance, atol=atol)
+    warnings = [BFLOAT16_WARNING] if wide or any(spec.dtype == "bfloat16" for spec in specs) else []
+    warnings += [QUANTIZED_WARNING] if quantized else []
+    warnings += [STATE_WARNING.format(names=", ".join(state))] if state else []
+    return model.with_warnings(*warnings)
+
+
+def _without_bfloat16(spec: TensorSpec) -> TensorSpec:
+    return replace(spec, dtype="float32") if spec.dtype == "bfloat16" else spec
 
 
 def read_script(path: Path) -> torch.jit.ScriptModule:
     """The module in evaluation mode, on the CPU. Raises UnsupportedFormatError."""
     try:
-        with quiet():
+        with quiet(), _quantized_engine():
             module: torch.jit.ScriptModule = torch.jit.load(  # type: ignore[no-untyped-call]
                 str(path), map_location="cpu"
             )
@@ -81,15 +99,28 @@ def read_script(path: Path) -> torch.jit.ScriptModule:
     return module
 
 
+@contextlib.contextmanager
+def _quantized_engine() -> Iterator[None]:
+    """For reading, which is when quantized weights are packed for an engine."""
+    backend: Any = torch.backends.quantized
+    before = backend.engine
+    if _QUANTIZED_ENGINE in backend.supported_engines:
+        backend.engine = _QUANTIZED_ENGINE
+    try:
+        yield
+    finally:
+        backend.engine = before
+
+
 class _Runner:
     """Runs the original; a stateful one is read anew for every run, so that each starts from the saved state."""
 
-    def __init__(self, path: Path, binding: Binding, *, stateful: bool) -> None:
-        self._path, self._binding, self._stateful = path, binding, stateful
+    def __init__(self, read: Callable[[], torch.jit.ScriptModule], *, stateful: bool) -> None:
+        self._read, self._stateful = read, stateful
         self._run = self._fresh()
 
     def _fresh(self) -> Run:
-        return runner(self._binding.wrap(read_script(self._path)))
+        return runner(self._read())
 
     def __call__(self, feeds: Feeds) -> list[Array]:
         if self._stateful:
@@ -98,9 +129,8 @@ class _Runner:
             return self._run(feeds)
 
 
-def _is_quantized(module: torch.jit.ScriptModule) -> bool:
-    graph: Any = module.inlined_graph
-    return "quantized::" in str(graph) or "aten::quantize_per" in str(graph)
+def _holds_float16(module: torch.jit.ScriptModule) -> bool:
+    return any(tensor.dtype == torch.float16 for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _assigned(module: torch.jit.ScriptModule) -> list[str]:

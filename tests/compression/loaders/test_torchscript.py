@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -365,3 +365,182 @@ def test_quantized_modules(tmp_path: Path) -> None:
     wanted = module(x).numpy()
     got = run_onnx(model, [{"x": x.numpy()}])[0]["output"]
     np.testing.assert_allclose(got, wanted, atol=0.03 * np.abs(wanted).max())
+
+
+def save_both(module: torch.nn.Module, tensors: Sequence[torch.Tensor], folder: Path, save_script: Save) -> list[Path]:
+    """The module traced and scripted."""
+    save_traced(module, tuple(tensors), folder / "traced.pt")
+    return [folder / "traced.pt", save_script(module, folder / "scripted.pt")]
+
+
+class Quantized(torch.nn.Module):
+    """Layers that quantize statically, and a mean on a quantized tensor, which is rounded as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nnq = torch.ao.nn.quantized
+        self.enter, self.leave = nnq.Quantize(0.03, 120, torch.quint8), nnq.DeQuantize()
+        self.conv = torch.ao.nn.intrinsic.quantized.ConvReLU2d(3, 4, 3, stride=2)
+        self.conv.set_weight_bias(
+            torch.quantize_per_channel(
+                torch.randn(4, 3, 3, 3), torch.full([4], 0.02), torch.zeros(4).long(), 0, torch.qint8
+            ),
+            torch.randn(4),
+        )
+        self.conv.scale, self.conv.zero_point = 0.04, 0
+        self.up = nnq.ConvTranspose2d(4, 4, 2, stride=2)
+        self.up.set_weight_bias(torch.quantize_per_tensor(torch.randn(4, 4, 2, 2), 0.02, 0, torch.qint8), None)
+        self.up.scale, self.up.zero_point = 0.05, 128
+        self.elu = nnq.ELU(0.05, 20, 1.0)
+        self.pool = torch.nn.AdaptiveAvgPool2d(1)
+        self.sum = nnq.QFunctional()
+        self.sum.scale, self.sum.zero_point = 0.06, 40
+        self.dense = nnq.Linear(4, 5)
+        self.dense.set_weight_bias(torch.quantize_per_tensor(torch.randn(5, 4), 0.02, 0, torch.qint8), torch.randn(5))
+        self.dense.scale, self.dense.zero_point = 0.05, 128
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.elu(self.up(self.conv(self.enter(x))))
+        y = torch.sigmoid(self.dense(torch.flatten(self.pool(self.sum.add(y, y)), 1)))
+        result: torch.Tensor = self.leave(y)
+        return result
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, that torch.ao is deprecated
+def test_quantized_layers_become_float_ones(tmp_path: Path, save_script: Save) -> None:
+    """Convolutions, sums, activations and means on the grid of 8 bits: within a step or two, traced or scripted."""
+    torch.manual_seed(1)
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm" if "fbgemm" in torch.backends.quantized.supported_engines else before
+    try:
+        module = Quantized().eval()
+        x = torch.randn(3, 3, 11, 13)
+        wanted = module(x).numpy()
+        for path in save_both(module, [torch.randn(2, 3, 9, 9)], tmp_path, save_script):
+            model = load(path, ["x:float32[n,3,h,w]"])
+            assert any("quantized already" in warning for warning in model.warnings)
+            got = run_onnx(model, [{"x": x.numpy()}])[0]["output"]
+            np.testing.assert_allclose(got, wanted, atol=0.03 * np.abs(wanted).max())
+    finally:
+        torch.backends.quantized.engine = before
+
+
+class Dynamic(torch.nn.Module):
+    """Layers that quantize their inputs by the range of each batch."""
+
+    def __init__(self, kind: type[torch.nn.Module]) -> None:
+        super().__init__()
+        self.recurrent = kind(6, 5, 2, batch_first=True, bidirectional=True)
+        self.dense = torch.nn.Linear(10, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.dense(self.recurrent(x)[0])
+        return result
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, that torch.ao is deprecated
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.float16])
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU])
+def test_dynamically_quantized_layers(
+    tmp_path: Path, save_script: Save, kind: type[torch.nn.Module], dtype: torch.dtype
+) -> None:
+    """Linear, LSTM and GRU become float layers on the weights that are stored; within 3 % of the largest."""
+    torch.manual_seed(0)
+    quantize: Any = torch.ao.quantization.quantize_dynamic
+    module = quantize(Dynamic(kind).eval(), {torch.nn.Linear, kind}, dtype)
+    x = torch.randn(3, 7, 6)
+    wanted = module(x).detach().numpy()
+    for path in save_both(module, [torch.randn(2, 5, 6)], tmp_path, save_script):
+        model = load(path, ["x:float32[n,t,6]"])
+        got = run_onnx(model, [{"x": x.numpy()}])[0]["output"]
+        np.testing.assert_allclose(got, wanted, atol=0.03 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("given", ["bfloat16", "float32"])
+def test_bfloat16_becomes_float32(tmp_path: Path, save_script: Save, given: str) -> None:
+    """Weights and casts; inputs are float32 in ONNX, whatever was said; rtol 2e-2, as bfloat16 rounds to 4e-3."""
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 3, dtype=torch.bfloat16)
+            self.norm = torch.nn.BatchNorm2d(4, dtype=torch.bfloat16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.norm(self.conv(x.to(torch.bfloat16))).relu()
+            return result
+
+    torch.manual_seed(0)
+    module = Module().eval()
+    x = torch.randn(3, 3, 9, 7)
+    wanted = module(x).float().detach().numpy()
+    for path in save_both(module, [x], tmp_path, save_script):
+        model = load(path, [f"x:{given}[n,3,h,w]"])
+        assert [spec.dtype for spec in (*model.inputs, *model.outputs)] == ["float32", "float32"]
+        assert any("computes in bfloat16" in warning for warning in model.warnings)
+        got = run_onnx(model, [{"x": x.numpy()}])[0]["output"]
+        np.testing.assert_allclose(got, wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_float16_within(tmp_path: Path) -> None:
+    """A module that computes in float16 between float32 ends is compared as float16 rounds; rtol 1e-2."""
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = torch.nn.Linear(64, 32, dtype=torch.float16)
+            self.norm = torch.nn.LayerNorm(32, dtype=torch.float16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.norm(self.dense(x.half())).float()
+            return result
+
+    torch.manual_seed(0)
+    module, x = Module().eval(), torch.randn(3, 64)
+    save_traced(module, x, tmp_path / "m.pt")
+    got = run_onnx(load(tmp_path / "m.pt", ["x:float32[n,64]"]), [{"x": x.numpy()}])[0]["output"]
+    np.testing.assert_allclose(got, module(x).detach().numpy(), rtol=1e-2, atol=1e-2)
+
+
+class Attends(torch.nn.Module):
+    """Attention by itself, and an encoder whose axes are [tokens, batch]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        self.encoder = torch.nn.TransformerEncoder(
+            torch.nn.TransformerEncoderLayer(8, 2, 16), 1, enable_nested_tensor=False
+        )
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        y, weights = self.attention(x, x, x)
+        return self.encoder(y.transpose(0, 1)), weights
+
+
+def test_scripted_attention(tmp_path: Path, save_script: Save) -> None:
+    """The fast path's questions of a scripted module are answered as in inference; rtol 1e-4."""
+    torch.manual_seed(0)
+    module, x = Attends().eval(), torch.randn(3, 7, 8)
+    with torch.no_grad():
+        wanted = [value.numpy() for value in module(x)]
+    model = load(save_script(module, tmp_path / "m.pt"), ["x:float32[n,t,8]"])
+    for got, want in zip(run_onnx(model, [{"x": x.numpy()}])[0].values(), wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_scripted_encoder_with_a_mask(tmp_path: Path, save_script: Save) -> None:
+    """Arguments that are left to their defaults are no inputs, and padding stays hidden; rtol 1e-4."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    module = torch.nn.TransformerEncoder(layer, 2).eval()
+    x, mask = torch.randn(3, 7, 8), torch.arange(7) >= torch.tensor([[7], [2], [4]])
+    with torch.no_grad():
+        wanted = module(x, src_key_padding_mask=mask).numpy()
+        plain = module(x).numpy()
+    path = save_script(module, tmp_path / "m.pt")
+    masked = load(path, ["src:float32[n,t,8]", "src_key_padding_mask:bool[n,t]"])
+    got = run_onnx(masked, [{"src": x.numpy(), "src_key_padding_mask": mask.numpy()}])[0]["output"]
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    got = run_onnx(load(path, ["src:float32[n,t,8]"]), [{"src": x.numpy()}])[0]["output"]
+    np.testing.assert_allclose(got, plain, rtol=1e-4, atol=1e-5)
