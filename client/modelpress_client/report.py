@@ -82,13 +82,14 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The metric of the task, with labels."""
+    """The metric of the task, with labels. `drop` > 0: the result is worse, whichever way the metric points."""
 
     metric: str
     samples: int | None
     original: float | None
     optimized: float | None
     drop: float | None
+    lower_is_better: bool = False
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,12 @@ def _fidelity(value: Mapping[str, Any]) -> Fidelity:
 
 def _accuracy(value: Mapping[str, Any]) -> Accuracy:
     return Accuracy(
-        value["metric"], value.get("samples"), value.get("original"), value.get("optimized"), value.get("drop")
+        value["metric"],
+        value.get("samples"),
+        value.get("original"),
+        value.get("optimized"),
+        value.get("drop"),
+        bool(value.get("lower_is_better", False)),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -30,6 +30,7 @@ MAX_UNPACKED_BYTES = 64 * 1024**3  # 64 GiB
 MAX_RATIO = 200  # unpacked over packed, of the whole file
 _RATIO_FLOOR_BYTES = 256 * 1024**2  # 256 MiB; small files may hold as many zeros as they like
 LABELS = "labels"
+SETTINGS = ("labels_blank", "labels_space")  # classes that mean something to metrics of texts
 _CHECK_CHUNK_BYTES = 16 * 1024**2  # 16 MiB
 
 
@@ -182,34 +183,51 @@ class InputData:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Inputs with labels. `labels[i]` belongs to sample i: a class index, or an array of the output's sample shape."""
+    """Inputs with labels. `labels[i]` belongs to sample i: a class index, an array of the output's sample shape, or
+    what else a metric takes.
+
+    `settings`: what a metric has to know beside labels, by the names in SETTINGS.
+    """
 
     inputs: InputData
     labels: Array
+    settings: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
         """As that of `InputData`, with the labels."""
         total = hashlib.sha256(self.inputs.digest.encode())
         _hash_into(total, LABELS, self.labels)
+        if self.settings:
+            total.update(repr(sorted(self.settings.items())).encode())
         return total.hexdigest()
 
     @classmethod
     def from_arrays(
         cls, arrays: Mapping[str, Array], specs: tuple[TensorSpec, ...], where: str = "The evaluation data"
     ) -> EvaluationData:
-        """As InputData.from_arrays, and `labels` with as many entries. Raises InvalidDataError."""
+        """As InputData.from_arrays, and `labels` with as many entries; `SETTINGS` may stand beside them. Raises
+        InvalidDataError."""
         if LABELS not in arrays:
             raise InvalidDataError(f"{where} holds no array 'labels'; it has {', '.join(sorted(arrays)) or 'nothing'}.")
         labels = np.asanyarray(arrays[LABELS])
-        inputs = InputData.from_arrays({name: arrays[name] for name in arrays if name != LABELS}, specs, where)
+        names = {LABELS, *SETTINGS} - {spec.name for spec in specs if spec.name != LABELS}
+        inputs = InputData.from_arrays({name: arrays[name] for name in arrays if name not in names}, specs, where)
         _check_labels(labels, len(inputs), where)
-        return cls(inputs, labels)
+        settings = {name: _setting(name, arrays[name], where) for name in SETTINGS if name in names & arrays.keys()}
+        return cls(inputs, labels, settings)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], specs: tuple[TensorSpec, ...], work_directory: Path) -> EvaluationData:
         """Reads an .npz with inputs and `labels`. Raises InvalidDataError."""
         return cls.from_arrays(_unpack(Path(path), work_directory), specs, where="The evaluation file")
+
+
+def _setting(name: str, array: Array, where: str) -> int:
+    number = np.asanyarray(array)
+    if number.size != 1 or number.dtype.kind not in "iu":
+        raise InvalidDataError(f"{where}: {name!r} must be one whole number, not {number.dtype} {list(number.shape)}.")
+    return int(number.reshape(()))
 
 
 def _check_labels(labels: Array, samples: int, where: str) -> None:

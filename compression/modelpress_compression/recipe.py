@@ -13,13 +13,13 @@ from typing import Any
 import yaml
 
 from modelpress_compression.errors import InvalidRecipeError
+from modelpress_compression.measure.metric_names import METRICS
 from modelpress_compression.options import Config, option
 from modelpress_compression.schema import Violation, did_you_mean
 from modelpress_compression.target import Target
 from modelpress_compression.techniques import TECHNIQUES, step_schema
 
 VERSION = 1
-METRICS = ("top1", "top5", "mse", "mae", "cosine")
 OBJECTIVES = BALANCED, SMALLEST, FASTEST, ACCURATE = "balanced", "smallest", "fastest", "accurate"
 
 
@@ -30,8 +30,8 @@ class Constraints(Config):
     metric: str | None = option(
         None,
         1,
-        "Metric of the task; without it, top1 for class labels and mse for others. Without labels, cosine holds the "
-        "outputs against the original's, classes or not.",
+        "Metric of the task; without it, top1 for class labels and mse for others. docs/metrics.md says how labels are "
+        "laid out for each. Without labels, cosine holds the outputs against the original's, classes or not.",
         choices=METRICS,
     )
     max_drop: float | None = option(

@@ -95,3 +95,11 @@ def test_a_report_says_which_figure_its_word_is_of(fake_server: Any) -> None:
     ]
     row["optimized"]["p50_ms"] = 0.22
     assert "1.05x slower [0.93, 0.97]" in [item.change for item in main_rows(Report.from_dict(fake_server.report))]
+
+
+@pytest.mark.parametrize(("lower", "change"), [(False, "-0.0200"), (True, "+0.0200")])
+def test_a_metric_moves_the_way_its_figures_do(fake_server: Any, lower: bool, change: str) -> None:
+    """A drop of 0.02 is a fall of top1, and a rise of an error rate; both are for the worse."""
+    fake_server.report["accuracy"] |= {"drop": 0.02, "lower_is_better": lower}
+    row = main_rows(Report.from_dict(fake_server.report))[-1]
+    assert (row.change, row.good) == (change, False)

@@ -192,7 +192,8 @@ def compression_options(function: FunctionT) -> FunctionT:
         click.option(
             "--metric",
             metavar="NAME|FILE.py:FUNCTION",
-            help="Metric of the task: top1, top5, mse, mae, cosine; or a function of yours (FILE.py:FUNCTION, "
+            help="Metric of the task: top1, top5, mse, mae, cosine, f1, spearman, retrieval, iou, cer, wer, map, map50 "
+            "(docs/metrics.md has the layout of --eval for each); or a function of yours (FILE.py:FUNCTION, "
             "PACKAGE.MODULE:FUNCTION), which runs on this machine with the path of an ONNX file and what --eval holds.",
         ),
         click.option(

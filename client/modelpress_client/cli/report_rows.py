@@ -35,7 +35,8 @@ def main_rows(report: Report) -> list[Row]:
     accuracy = report.accuracy
     if accuracy is not None:
         drop = accuracy.drop
-        change = "" if drop is None else "unchanged" if drop == 0 else f"{-drop:+.4f}"
+        moved = None if drop is None else drop if accuracy.lower_is_better else -drop
+        change = "" if moved is None else f"{moved:+.4f}" if moved else "unchanged"
         samples = f" ({accuracy.samples} samples)" if accuracy.samples is not None else ""
         rows.append(
             Row(

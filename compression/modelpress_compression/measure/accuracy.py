@@ -1,18 +1,9 @@
-"""A task metric on labelled data, of one model or of two.
-
-- top1, top5: share of right answers. The output is [N, C] or [N, T, C]; labels are class indices [N] or [N, T], of
-  which negative ones are left out, or scores of the output's shape, whose largest element is the class. One-hot labels,
-  integers or floats, are such scores also where no metric is given.
-- mse, mae: mean over all elements. Labels are numbers of the output's shape; axes of extent 1 do not matter.
-- cosine: mean over samples of the cosine between output and label; labels as for mse.
-
-The output is the first whose shape fits the labels. NaN counts as a wrong answer, and makes mse and mae infinite.
-"""
+"""The figure of a task's metric on labelled data, of one model or of two."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelpress_compression.errors import InvalidDataError
-from modelpress_compression.inputs import Array, EvaluationData
+from modelpress_compression.graph.padding import counted_positions
+from modelpress_compression.inputs import EvaluationData, InputData
+from modelpress_compression.measure.metric_names import LOWER_IS_BETTER
+from modelpress_compression.measure.metrics import meter_for
+from modelpress_compression.measure.metrics.answers import fit_answers, scores_as_labels
+from modelpress_compression.measure.metrics.base import Batch, Meter
 from modelpress_compression.runtime import open_comparable, open_session, run, run_all
-
-Floats = NDArray[np.float64]
-
-METRICS = ("top1", "top5", "mse", "mae", "cosine")
-_ONE_HOT_ROWS = 4096
-SHARES = ("top1", "top5")
-LOWER_IS_BETTER = ("mse", "mae")
 
 
 @dataclass(frozen=True)
@@ -45,6 +34,11 @@ class Accuracy:
     optimized: float
     drop: float
     lower_is_better: bool = False
+
+    @property
+    def loss(self) -> str:
+        """How much worse the optimized model is, in words: `top1 falls by 0.0210`, `cer rises by 0.0210`."""
+        return f"{self.metric} {'rises' if self.lower_is_better else 'falls'} by {self.drop:.4f}"
 
     def to_dict(self) -> dict[str, Any]:
         """The report's `accuracy`."""
@@ -83,35 +77,37 @@ def evaluate(path: Path, data: EvaluationData, metric: str | None = None, *, bat
 
     Raises InvalidDataError where the labels fit no output, ModelNotRunnableError, UnsupportedOperatorError.
     """
-    if metric is not None and metric not in METRICS:
-        raise InvalidDataError(f"There is no metric {metric!r}; use one of {', '.join(METRICS)}.")
     session = open_comparable(path)
     labels = data.labels
-    size = 1 if data.inputs.whole_feeds else data.inputs.fixed_batch or batch_size
-    chosen, output = metric, ""
-    total, weight, start = 0.0, 0, 0
-    for outputs in run_all(session, data.inputs.feeds(batch_size)):
+    size = _samples_of_a_feed(data.inputs, batch_size)
+    meter: Meter | None = None
+    chosen, start = "", 0
+    feeds = data.inputs.feeds(batch_size)
+    for outputs, mask in zip(run_all(session, feeds), _masks(data.inputs, batch_size), strict=True):
         stop = min(start + size, len(labels))
-        if not output:
-            chosen, output = _fit(outputs, labels, stop - start, metric)
-        assert chosen is not None  # noqa: S101  # set with the first output
-        added, count = _SCORES[chosen](outputs[output], np.asarray(labels[start:stop]))
-        total, weight, start = total + added, weight + count, stop
-    if chosen is None or not weight:
-        raise InvalidDataError("The evaluation data: no sample has a usable label; class indices start at 0.")
-    return Evaluation(chosen, total / weight, start, chosen in LOWER_IS_BETTER)
+        if meter is None:
+            chosen, meter = meter_for(outputs, data, stop - start, metric)
+        meter.add(Batch(outputs, np.asarray(labels[start:stop]), mask))
+        start = stop
+    value = None if meter is None else meter.value()
+    if value is None:
+        raise InvalidDataError(f"The evaluation data: no sample has a usable label{_hint(chosen)}.")
+    return Evaluation(chosen, value, start, chosen in LOWER_IS_BETTER)
 
 
-def labels_note(path: Path, data: EvaluationData, metric: str | None) -> str:
+def check_labels(path: Path, data: EvaluationData, metric: str | None) -> str:
     """How the labels are understood, where that is not plain; found in one run of the model.
 
     Raises InvalidDataError where they fit no output, as `evaluate` would.
     """
     feed = next(data.inputs.feeds(1))
     outputs = run(open_session(path), feed)
-    size = 1 if data.inputs.whole_feeds else data.inputs.fixed_batch or 1
-    chosen, output = _fit(outputs, data.labels, size, metric)
-    if metric or chosen not in SHARES or not _scores_as_labels(outputs[output].shape, data.labels.shape):
+    size = _samples_of_a_feed(data.inputs, 1)
+    if metric is not None:
+        meter_for(outputs, data, size, metric)
+        return ""
+    chosen, output = fit_answers(outputs, data.labels, size, metric)
+    if chosen != "top1" or not scores_as_labels(outputs[output].shape, data.labels.shape):
         return ""
     return (
         f"The labels {list(data.labels.shape)} are one-hot: they are read as classes, the place of the largest of each "
@@ -119,132 +115,21 @@ def labels_note(path: Path, data: EvaluationData, metric: str | None) -> str:
     )
 
 
-def is_one_hot(labels: Array, axis: int = -1) -> bool:
-    """Whether the labels hold two numbers only, and the larger one once along the axis: 0 and 1, or smoothed ones.
-
-    Looks at the first `_ONE_HOT_ROWS` samples.
-    """
-    head = np.asarray(labels[:_ONE_HOT_ROWS])
-    if head.ndim < 2 or head.shape[axis] < 2 or head.dtype.kind not in "biuf":
-        return False
-    low, high = head.min(), head.max()
-    hot = head == high
-    return bool(low < high and (hot | (head == low)).all() and (np.count_nonzero(hot, axis=axis) == 1).all())
+def _samples_of_a_feed(inputs: InputData, batch_size: int) -> int:
+    return 1 if inputs.whole_feeds else inputs.fixed_batch or batch_size
 
 
-def _fit(outputs: Mapping[str, Array], labels: Array, count: int, metric: str | None) -> tuple[str, str]:
-    """The metric, and the first output that the labels fit for it. Raises InvalidDataError."""
-    one_hot = metric is None and is_one_hot(labels)
-    integers = labels.dtype.kind in "iub"
-    candidates = (metric,) if metric else ("top1",) if one_hot else ("top1", "mse") if integers else ("mse",)
-    sample_shape = labels.shape[1:]
-    for candidate in candidates:
-        fits = _fits_classes if candidate in SHARES else _fits_values
-        for name, output in outputs.items():
-            scores = metric is not None or one_hot
-            if output.dtype.kind in "biuf" and fits(output, sample_shape, count, integers, scores):
-                _check_classes(candidate, name, output, labels)
-                _refuse_planes(candidate, metric, labels)
-                return candidate, name
-    shapes = ", ".join(f"{name} {list(output.shape)}" for name, output in outputs.items())
-    raise InvalidDataError(
-        f"The evaluation data: labels of shape {labels.shape} ({labels.dtype}) fit no output for "
-        f"{metric or 'any metric'}. Outputs for {count} sample(s): {shapes}. For top1 and top5 give one class index "
-        f"per sample (or per position of [N, T, C]); for mse, mae and cosine one array of the output's sample shape."
-    )
+def _masks(inputs: InputData, batch_size: int) -> Iterator[NDArray[np.bool_] | None]:
+    """The positions that count of each feed."""
+    return (counted_positions(feed) for feed in inputs.feeds(batch_size))
 
 
-def _fits_classes(output: Array, sample_shape: tuple[int, ...], count: int, integers: bool, scores: bool) -> bool:
-    """`scores`: labels of the output's own shape are scores of classes."""
-    if output.ndim not in (2, 3) or output.shape[-1] < 2 or output.shape[0] != count:
-        return False
-    if _scores_as_labels(output.shape, (count, *sample_shape)):
-        return scores
-    return integers and squeezed(sample_shape) == squeezed(output.shape[1:-1])
-
-
-def _scores_as_labels(output: tuple[int, ...], labels: tuple[int, ...]) -> bool:
-    """Whether labels have a number for each class, not one for each sample."""
-    return labels[-1:] == output[-1:] and squeezed(labels[1:]) == squeezed(output[1:])
-
-
-def _refuse_planes(candidate: str, metric: str | None, labels: Array) -> None:
-    """A mean of squares says nothing of one-hot classes [N, C, H, W], and top1 does not take them."""
-    if metric is None and candidate not in SHARES and labels.ndim > 2 and is_one_hot(labels, axis=1):
-        raise InvalidDataError(
-            f"The evaluation data: the labels {list(labels.shape)} are one-hot along their second axis, which no "
-            f"metric here takes for classes. Give top1 outputs and labels with classes on the last axis, or name the "
-            f"metric (--metric mse) if their values are meant."
-        )
-
-
-def _fits_values(output: Array, sample_shape: tuple[int, ...], count: int, integers: bool, scores: bool) -> bool:
-    # Whole feeds may answer without a batch axis: then all of the output belongs to the one sample.
-    mine = output.shape[1:] if output.ndim and output.shape[0] == count else output.shape if count == 1 else None
-    return mine is not None and squeezed(mine) == squeezed(sample_shape)
-
-
-def _check_classes(metric: str, name: str, output: Array, labels: Array) -> None:
-    if metric not in SHARES:
-        return
-    classes = output.shape[-1]
-    if metric == "top5" and classes <= 5:
-        raise InvalidDataError(f"Output {name!r} has {classes} classes: top5 says nothing there; use top1.")
-    given = not _scores_as_labels(output.shape, labels.shape)
-    if given and labels.size and int(labels.max()) >= classes:
-        raise InvalidDataError(
-            f"The evaluation data: label {int(labels.max())} does not fit output {name!r}, whose {classes} classes are "
-            f"0 to {classes - 1}."
-        )
-
-
-def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape without axes of extent 1."""
-    return tuple(extent for extent in shape if extent != 1)
-
-
-def _top(output: Array, labels: Array, k: int) -> tuple[float, int]:
-    scores = output.astype(np.float64).reshape(-1, output.shape[-1])
-    # Scores as labels (one-hot, or a teacher's): their largest element is the class.
-    indices = np.argmax(labels, axis=-1) if labels.size == output.size else labels
-    classes = indices.reshape(-1).astype(np.int64)
-    usable = classes >= 0
-    scores, classes = scores[usable], classes[usable]
-    largest = np.argmax(scores, axis=-1)[:, None] if k == 1 else np.argpartition(-scores, k - 1, axis=-1)[:, :k]
-    right = (largest == classes[:, None]).any(axis=-1) & ~np.isnan(scores).any(axis=-1)
-    return float(np.count_nonzero(right)), len(classes)
-
-
-def _values(output: Array, labels: Array) -> tuple[Floats, Floats]:
-    """Output and labels as [samples, elements] in float64."""
-    count = len(labels)
-    return output.astype(np.float64).reshape(count, -1), labels.astype(np.float64).reshape(count, -1)
-
-
-def _error_score(error: Callable[[Floats], Floats]) -> Callable[[Array, Array], tuple[float, int]]:
-    def score(output: Array, labels: Array) -> tuple[float, int]:
-        got, wanted = _values(output, labels)
-        total = float(error(got - wanted).sum())
-        return (total if math.isfinite(total) else math.inf), got.size
-
-    return score
-
-
-def _cosine(output: Array, labels: Array) -> tuple[float, int]:
-    got, wanted = _values(output, labels)
-    norms = np.linalg.norm(got, axis=1) * np.linalg.norm(wanted, axis=1)
-    dots = (got * wanted).sum(axis=1)
-    cosines = np.where(norms > 0, dots / np.where(norms > 0, norms, 1.0), 0.0)
-    return float(np.nan_to_num(cosines, nan=0.0).sum()), len(got)
-
-
-_SCORES: dict[str, Callable[[Array, Array], tuple[float, int]]] = {
-    "top1": lambda output, labels: _top(output, labels, 1),
-    "top5": lambda output, labels: _top(output, labels, 5),
-    "mse": _error_score(np.square),
-    "mae": _error_score(np.abs),
-    "cosine": _cosine,
-}
+def _hint(metric: str) -> str:
+    if metric == "spearman":
+        return ": all are the same, or there is one alone"
+    if metric == "retrieval":
+        return ": each needs another of its group"
+    return "; class indices start at 0"
 
 
 def _finite(value: float) -> float | None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from modelpress_compression.measure.accuracy import SHARES, Accuracy
+from modelpress_compression.measure.accuracy import Accuracy
 from modelpress_compression.measure.fidelity import Fidelity
+from modelpress_compression.measure.metric_names import BOUNDED
 
 DAMAGE_DROP, DAMAGE_COSINE = 0.1, 0.9
 
 
 def damage_of(fidelity: Fidelity | None, accuracy: Accuracy | None) -> str:
     """By which figure the outputs no longer resemble the original's; empty where they do, or were not measured."""
-    if accuracy is not None and accuracy.metric in SHARES:
-        return f"{accuracy.metric} falls by {accuracy.drop:.2f}" if accuracy.drop > DAMAGE_DROP else ""
+    if accuracy is not None and accuracy.metric in BOUNDED:
+        return accuracy.loss if accuracy.drop > DAMAGE_DROP else ""
     if fidelity is None:
         return ""
     if fidelity.expected_drop is not None and fidelity.expected_drop > DAMAGE_DROP:

@@ -20,7 +20,7 @@ MetricFunction = Callable[[str, Mapping[str, Array] | None], float]
 
 @dataclass(frozen=True)
 class Labelled:
-    """One of `accuracy.METRICS` on labelled data; None: the one that suits the labels."""
+    """One of `metric_names.METRICS` on labelled data; None: the one that suits the labels."""
 
     data: EvaluationData
     metric: str | None = None

@@ -9,7 +9,7 @@ import numpy as np
 
 from modelpress_compression.graph.synthetic import made_up_sizes
 from modelpress_compression.inputs import Array, InputData
-from modelpress_compression.measure.accuracy import labels_note
+from modelpress_compression.measure.accuracy import check_labels
 from modelpress_compression.measure.input_scale import scale_warnings
 from modelpress_compression.measure.task import Labelled
 from modelpress_compression.model import Model
@@ -31,7 +31,7 @@ def data_warnings(model: Model, path: Path, data: InputData, labelled: Labelled 
         found.append(text)
     if labelled is not None:
         found += _oddities(model, path, labelled.data.inputs, "The evaluation data")
-        if note := labels_note(path, labelled.data, labelled.metric):
+        if note := check_labels(path, labelled.data, labelled.metric):
             found.append(note)
     return found
 

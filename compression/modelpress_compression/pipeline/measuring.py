@@ -126,9 +126,9 @@ def _violations(
     if constraints.max_drop is not None:
         kept, share = fidelity.kept(constraints.metric)
         drop = accuracy.drop if accuracy is not None else 1.0 - share
-        name = accuracy.metric if accuracy is not None else f"{kept} with the original"
+        loss = accuracy.loss if accuracy is not None else f"{kept} with the original falls by {drop:.4f}"
         if drop > constraints.max_drop:
-            found.append(f"{name} falls by {drop:.4f}, more than max_drop {constraints.max_drop:g}")
+            found.append(f"{loss}, more than max_drop {constraints.max_drop:g}")
     if constraints.max_size_bytes is not None and size_bytes > constraints.max_size_bytes:
         found.append(f"the result has {size_bytes} bytes, more than max_size_bytes {constraints.max_size_bytes}")
     ratio = original_size_bytes / max(size_bytes, 1)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from modelpress_compression.measure.accuracy import SHARES
+from modelpress_compression.measure.metric_names import SHARES
 from modelpress_compression.report import sections
 from modelpress_compression.report.figures import latency_picture, layer_picture, legend, size_bar
 from modelpress_compression.report.formats import (

@@ -130,7 +130,7 @@ class Judge:
             return replace(candidate, reason=error.message)
         allowed = DEFAULT_MAX_DROP if constraints.max_drop is None else constraints.max_drop
         if accuracy.drop > allowed:
-            reason = f"{accuracy.metric} falls by {accuracy.drop:.4f}, more than {allowed}"
+            reason = f"{accuracy.loss}, more than {allowed}"
         return replace(candidate, drop=accuracy.drop, reason=reason)
 
     def _compared(self, candidate: Candidate, data: InputData, known: KnownOutputs, *, anew: bool = False) -> Candidate:

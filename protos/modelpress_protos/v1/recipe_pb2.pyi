@@ -663,8 +663,8 @@ class Constraints(_message.Message):
     MIN_RATIO_FIELD_NUMBER: _builtins.int
     ALLOW_DAMAGE_FIELD_NUMBER: _builtins.int
     metric: _builtins.str
-    """Metric of the task; without it, top1 for class labels and mse for others. Without labels, cosine holds the outputs
-    against the original's, classes or not.
+    """Metric of the task; without it, top1 for class labels and mse for others. docs/metrics.md says how labels are laid
+    out for each. Without labels, cosine holds the outputs against the original's, classes or not.
     """
     max_drop: _builtins.float
     """Largest permitted fall of the metric; without labels, of the agreement with the original."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from modelpress_compression.errors import InvalidDataError
 from modelpress_compression.inputs import EvaluationData
-from modelpress_compression.measure.accuracy import evaluate, labels_note
+from modelpress_compression.measure.accuracy import check_labels, evaluate
 from modelpress_compression.measure.task import Labelled, compare_on_task
 from modelpress_compression.specs import parse_specs
 
@@ -61,7 +61,7 @@ def test_one_hot_labels_are_classes(save_model: Save, labels: np.ndarray) -> Non
     path = save_model(IDENTITY)
     found = evaluate(path, labelled(labels))
     assert (found.metric, found.value) == ("top1", 1.0)
-    assert "read as classes" in labels_note(path, labelled(labels), None)
+    assert "read as classes" in check_labels(path, labelled(labels), None)
     assert evaluate(path, labelled(labels), "mse").metric == "mse"
 
 
@@ -69,7 +69,7 @@ def test_one_hot_labels_are_classes(save_model: Save, labels: np.ndarray) -> Non
 def test_other_labels_need_no_note(save_model: Save, labels: np.ndarray) -> None:
     """Values, class indices, several ones a row and whole numbers are what they are."""
     path = save_model(IDENTITY)
-    assert labels_note(path, labelled(labels), None) == ""
+    assert check_labels(path, labelled(labels), None) == ""
     assert evaluate(path, labelled(labels)).metric == ("top1" if labels is BEST else "mse")
 
 
@@ -150,7 +150,7 @@ def test_outputs_that_are_not_finite(save_model: Save) -> None:
         (np.zeros((40, 4)), None, r"y \[1, 6\].*one class index"),
         (BEST, "mse", "fit no output for mse"),
         (np.full(40, -1), None, "no sample has a usable label"),
-        (BEST, "f1", "use one of top1"),
+        (BEST, "bleu", "use one of top1"),
     ],
 )
 def test_labels_that_do_not_fit_say_what_would(

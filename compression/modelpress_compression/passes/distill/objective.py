@@ -22,7 +22,7 @@ from modelpress_compression.errors import InvalidRecipeError
 from modelpress_compression.graph.outputs import INDEPENDENT
 from modelpress_compression.graph.padding import counted_positions
 from modelpress_compression.inputs import Array, Feeds
-from modelpress_compression.measure.accuracy import squeezed
+from modelpress_compression.measure.metrics.base import squeezed
 from modelpress_compression.passes.distill.config import DistillConfig
 from modelpress_compression.passes.distill.losses import (
     Distance,
