@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from modelpress_compression.errors import TimeLimitError
+from modelpress_compression.graph.read import is_op
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.target import Target
@@ -97,3 +98,17 @@ class Pass(Protocol):
 def is_excluded(name: str | None, patterns: tuple[str, ...]) -> bool:
     """Whether a node's or weight's name matches one of the globs."""
     return name is not None and any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def unmatched_excludes(model: Model, exclude: tuple[str, ...]) -> list[str]:
+    """A warning for each pattern of `exclude` that no node and no weight has a name for."""
+    names = [node.name for node in model.nodes() if node.name]
+    names += [
+        output.name for node in model.nodes() if is_op(node, "Constant") for output in node.outputs if output.name
+    ]
+    names += [name for graph in model.graphs() for name in graph.initializers]
+    return [
+        f"The exclude pattern {pattern!r} matches no node and no weight."
+        for pattern in exclude
+        if not any(is_excluded(name, (pattern,)) for name in names)
+    ]

@@ -88,20 +88,6 @@ def find_prunable(model: Model, exclude: tuple[str, ...]) -> tuple[list[Prunable
     return found, skipped + _vectors(model, {id(weight.value) for weight in found})
 
 
-def unmatched_excludes(model: Model, exclude: tuple[str, ...]) -> list[str]:
-    """A warning for each pattern of `exclude` that no node and no weight has a name for."""
-    names = [node.name for node in model.nodes() if node.name]
-    names += [
-        output.name for node in model.nodes() if is_op(node, "Constant") for output in node.outputs if output.name
-    ]
-    names += [name for graph in model.graphs() for name in graph.initializers]
-    return [
-        f"The exclude pattern {pattern!r} matches no node and no weight."
-        for pattern in exclude
-        if not any(is_excluded(name, (pattern,)) for name in names)
-    ]
-
-
 def _positions(node: onnx_ir.Node) -> tuple[int, ...]:
     domain = "" if node.domain == "ai.onnx" else node.domain
     positions = tuple(p for p in _WEIGHTS.get((domain, node.op_type), ()) if p < len(node.inputs))

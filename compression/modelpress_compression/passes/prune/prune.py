@@ -23,11 +23,11 @@ import numpy as np
 from modelpress_compression.graph.edit import replace_numbers
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
-from modelpress_compression.passes.base import Context, PassResult, Skip
+from modelpress_compression.passes.base import Context, PassResult, Skip, unmatched_excludes
 from modelpress_compression.passes.prune.channel.prune import prune_channels
 from modelpress_compression.passes.prune.config import PruneConfig
 from modelpress_compression.passes.prune.masks import Mask, Scores, Selector, layout_of, smallest, smallest_of_groups
-from modelpress_compression.passes.prune.prunable import PrunableWeight, find_prunable, unmatched_excludes
+from modelpress_compression.passes.prune.prunable import PrunableWeight, find_prunable
 
 _NO_SPEEDUP = (
     "Zeroed weights do not make onnxruntime faster: they pay in the size of the compressed download only. "

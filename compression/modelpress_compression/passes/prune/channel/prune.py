@@ -16,8 +16,9 @@ from modelpress_compression.passes.prune.channel.costs import COSTS
 from modelpress_compression.passes.prune.channel.criteria import Criterion, Magnitude, Random
 from modelpress_compression.passes.prune.channel.limits import Limits, permitted
 from modelpress_compression.passes.prune.channel.ranking import Selection, select_by_layer, select_globally
-from modelpress_compression.passes.prune.channel.repair.least_squares import Repair, repair
+from modelpress_compression.passes.prune.channel.weights import kept_indices
 from modelpress_compression.passes.prune.config import PruneConfig
+from modelpress_compression.passes.repair.least_squares import Changes, Repair, repair
 
 
 def _taylor(config: PruneConfig) -> Criterion:
@@ -126,4 +127,13 @@ def _repair(
     def progress(share: float, message: str) -> None:
         context.progress(_CHOSEN + (_FITTED - _CHOSEN) * share, message)
 
-    return repair(model, pruned, analysis, selection.kept, replace(context, progress=progress))
+    return repair(model, pruned, _changes(analysis, selection), replace(context, progress=progress))
+
+
+def _changes(analysis: Analysis, selection: Selection) -> Changes:
+    """What the cuts changed, and which nodes read channels of the groups that were cut."""
+    groups = {group.id: group for group in analysis.groups}
+    masks = kept_indices(groups, selection.kept)
+    members = (member for name in selection.kept for member in groups[name].members)
+    readers = frozenset(member.node for member in members if member.role == "consumer")
+    return Changes("The layers behind the cuts", readers, frozenset(tensor for tensor, _ in masks), masks)

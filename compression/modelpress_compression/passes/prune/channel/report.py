@@ -10,15 +10,14 @@ from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOper
 from modelpress_compression.graph.read import constant_tensor, label
 from modelpress_compression.measure.node_times import NodeTimes, node_times_ms
 from modelpress_compression.model import Model
-from modelpress_compression.passes.base import Context, Skip
+from modelpress_compression.passes.base import Context, Skip, unmatched_excludes
 from modelpress_compression.passes.prune.channel.costs import node_macs
 from modelpress_compression.passes.prune.channel.limits import sparsity_of, unmatched_overrides
 from modelpress_compression.passes.prune.channel.ranking import Selection
-from modelpress_compression.passes.prune.channel.repair.fitter import Fit
-from modelpress_compression.passes.prune.channel.repair.least_squares import Repair
 from modelpress_compression.passes.prune.channel.weights import Weights
 from modelpress_compression.passes.prune.config import PruneConfig
-from modelpress_compression.passes.prune.prunable import unmatched_excludes
+from modelpress_compression.passes.repair.fitter import Fit
+from modelpress_compression.passes.repair.least_squares import Repair
 
 Row = Mapping[str, str | int | float]
 

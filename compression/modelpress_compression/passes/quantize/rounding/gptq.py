@@ -24,9 +24,9 @@ import onnx_ir
 from modelpress_compression.graph.linear import Linear, Matrix
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.hessians import Hessians
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.rounding.hessians import Hessians
 from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder, Numbers, Rounder, Rounding, nearest
 
 # Added to the diagonal, as a share of its mean; the paper's choice. Where H is singular still, ten times as much.

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from modelpress_compression.inputs import InputData
+from modelpress_compression.passes import hessians as module
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.quantize.rounding import hessians as module
-from modelpress_compression.passes.quantize.rounding.hessians import Hessians
+from modelpress_compression.passes.hessians import Hessians
 from onnx import helper
 
 

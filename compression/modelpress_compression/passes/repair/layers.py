@@ -34,16 +34,17 @@ class Layer:
     """One node of a cut model, and the Add of a constant vector behind it, if there is one.
 
     `level`: how many other such layers lie before it on the longest way from the inputs: layers of one level do not
-    depend on each other. `intact`: name of what it reads in the uncut model. `sum` and `other`: where the answers are
-    added to something else, names of the sum and of the other summand, whose drift the layer can make up for (He et
-    al., arXiv:1707.06168, section 3.3). `twins`: nodes of the same weight and bias, which are fitted as one with it: a
-    head over the levels of a pyramid, a siamese net.
+    depend on each other. `intact`: name of what it reads in the uncut model; None where its weight is another, that of
+    the last of several factors. `sum` and `other`: where the answers are added to something else, names of the sum and
+    of the other summand, whose drift the layer can make up for (He et al., arXiv:1707.06168, section 3.3). `twins`:
+    nodes of the same weight and bias, which are fitted as one with it: a head over the levels of a pyramid, a siamese
+    net.
     """
 
     node: onnx_ir.Node
     linear: Linear
     level: int
-    intact: str
+    intact: str | None
     add: onnx_ir.Node | None
     sum: str | None = None
     other: str | None = None
@@ -144,7 +145,7 @@ def find_layers(
     """The layers among `readers` (labels), those that read cut channels, and why others of them cannot be fitted.
 
     `touched`: names of the tensors that were cut; `full`: the nodes of the uncut model by label. Depthwise
-    convolutions, which pass cut channels on, are layers as well.
+    convolutions of it, which pass cut channels on, are layers as well.
     """
     layers: list[Layer] = []
     skipped: list[Skip] = []
@@ -154,7 +155,7 @@ def find_layers(
         known = [levels[value] for value in read if value in levels]
         level = max(known, default=0)
         changed = bool(known) or any(value.name in touched for value in read)
-        if label(node) in readers or (known and _is_depthwise(node)):
+        if label(node) in readers or (known and _is_depthwise(node) and label(node) in full):
             found = _layer(node, level, pruned, full, levels)
             if isinstance(found, Layer):
                 layers.append(found)
@@ -220,7 +221,10 @@ def _layer(
     if total not in {value.name for one in _consumers(original, add) for value in one.outputs}:
         total = other = None
     read = original.inputs[0]
-    return Layer(node, linear, level, (read.name or "") if read is not None else "", add, total, other)
+    former = original.inputs[1]
+    same = former is not None and former.name == weight.name
+    intact = read.name if same and read is not None else None
+    return Layer(node, linear, level, intact, add, total, other)
 
 
 def _consumers(original: onnx_ir.Node, add: onnx_ir.Node | None) -> Iterator[onnx_ir.Node]:

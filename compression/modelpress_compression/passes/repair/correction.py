@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelpress_compression.graph.linear import Matrix, Rows
-from modelpress_compression.passes.prune.channel.repair.normal_equations import Ridge, Sums, finite_rows
+from modelpress_compression.passes.repair.normal_equations import Ridge, Sums, finite_rows
 
 RIDGES = (10.0, 1.0, 0.1, 1e-2, 1e-3)
 

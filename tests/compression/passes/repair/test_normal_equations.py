@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from modelpress_compression.passes.prune.channel.repair.normal_equations import Ridge, Sums
+from modelpress_compression.passes.repair.normal_equations import Ridge, Sums
 
 
 def rows(rng: np.random.Generator, *shape: int) -> Any:

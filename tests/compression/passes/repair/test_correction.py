@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from modelpress_compression.passes.prune.channel.repair.correction import HeldOut, choose, choose_correction
-from modelpress_compression.passes.prune.channel.repair.normal_equations import Sums
+from modelpress_compression.passes.repair.correction import HeldOut, choose, choose_correction
+from modelpress_compression.passes.repair.normal_equations import Sums
 
 
 @given(

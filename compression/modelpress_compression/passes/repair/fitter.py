@@ -12,10 +12,10 @@ from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.linear import Places, Rows
 from modelpress_compression.graph.padding import counted_among
 from modelpress_compression.inputs import Array
-from modelpress_compression.passes.prune.channel.repair.correction import HeldOut, choose_correction
-from modelpress_compression.passes.prune.channel.repair.layers import Layer
-from modelpress_compression.passes.prune.channel.repair.normal_equations import Sums
-from modelpress_compression.passes.prune.channel.repair.paired import HELD_OUT, Sample
+from modelpress_compression.passes.repair.correction import HeldOut, choose_correction
+from modelpress_compression.passes.repair.layers import Layer
+from modelpress_compression.passes.repair.normal_equations import Sums
+from modelpress_compression.passes.repair.paired import HELD_OUT, Sample
 
 # Rows for each input of a layer: fits settle at some five; more only takes time.
 ROWS_PER_INPUT = 5
@@ -105,7 +105,7 @@ class Fitter:
 
     def _intact(self, layer: Layer, sample: Sample, data: Array) -> Array | None:
         """What the layer would read if nothing before it had changed its values."""
-        if self._read is None:
+        if self._read is None or not layer.intact:
             return None
         intact = _kept(sample.full[layer.intact], self._read, layer.linear.channel_axis)
         return intact if intact.shape == data.shape else None

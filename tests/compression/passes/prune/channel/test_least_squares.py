@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir
 import pytest
 from modelpress_compression.graph.edit import replace_numbers
-from modelpress_compression.passes.prune.channel.repair import least_squares
-from modelpress_compression.passes.prune.channel.repair.fitter import Fitter
-from modelpress_compression.passes.prune.channel.repair.layers import Layer
+from modelpress_compression.passes.repair import least_squares
+from modelpress_compression.passes.repair.fitter import Fitter
+from modelpress_compression.passes.repair.layers import Layer
 from onnx import helper
 
 

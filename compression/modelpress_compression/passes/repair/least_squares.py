@@ -1,4 +1,7 @@
-"""Closed-form repair: every layer that reads cut channels is fitted to the answers that it gave before the cut.
+"""Closed-form repair: every layer that reads changed values is fitted to the answers that it gave before the change.
+
+Pruning changes the channels that a layer reads: it lacks some. Factorization puts a pair in a layer's place: the last
+of the pair reads values that were not there, and is fitted to the answers of the layer. Of pruning:
 
     E, b = argmin |X' (W + E) + b - Y|^2 + |X (W + E) + b - Y|^2 + lambda |E|^2
 
@@ -20,11 +23,10 @@ held out, for as many layers of one level at a time as fit into 1 GiB, and what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 
-from modelpress_compression.channels import Analysis, Group, Indices
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.outputs import tensor_outputs
 from modelpress_compression.graph.read import label
@@ -32,10 +34,9 @@ from modelpress_compression.graph.watch import taps
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, Skip
-from modelpress_compression.passes.prune.channel.repair.fitter import Fit, Fitter, Masks
-from modelpress_compression.passes.prune.channel.repair.layers import Layer, find_layers
-from modelpress_compression.passes.prune.channel.repair.paired import Distance, Moments, Paired
-from modelpress_compression.passes.prune.channel.weights import kept_indices
+from modelpress_compression.passes.repair.fitter import Fit, Fitter, Masks
+from modelpress_compression.passes.repair.layers import Layer, find_layers
+from modelpress_compression.passes.repair.paired import Distance, Moments, Paired
 
 MAX_SAMPLES = 512
 MAX_FITTING_BYTES = 1024**3  # 1 GiB
@@ -43,8 +44,8 @@ MAX_FITTING_BYTES = 1024**3  # 1 GiB
 
 @dataclass(frozen=True)
 class Repair:
-    """`model`: the cut one with its fits; `fits`: layers that were fitted anew, in their order; `skipped`: those that
-    could not be, with the reason; `warnings`: why there are no fits, where that holds for all."""
+    """`model`: the changed one with its fits; `fits`: layers that were fitted anew, in their order; `skipped`: those
+    that could not be, with the reason; `warnings`: why there are no fits, where that holds for all."""
 
     model: Model
     fits: tuple[Fit, ...] = ()
@@ -52,38 +53,45 @@ class Repair:
     warnings: tuple[str, ...] = ()
 
 
-def repair(full: Model, pruned: Model, analysis: Analysis, kept: Mapping[str, Indices], context: Context) -> Repair:
-    """Fits the layers of a copy of `pruned` to those of `full`. Raises TimeLimitError, ModelNotRunnableError."""
+@dataclass(frozen=True)
+class Changes:
+    """How a model differs from the one whose answers it should give.
+
+    `layers`: what is fitted, as warnings name it at their beginning. `readers`: labels of the nodes to fit.
+    `masks`: which channels stay, by (tensor, axis) of weights. `tensors`: names of weights that are not what they were.
+    """
+
+    layers: str
+    readers: frozenset[str]
+    tensors: frozenset[str]
+    masks: Masks = field(default_factory=dict)
+
+
+def repair(full: Model, changed: Model, changes: Changes, context: Context) -> Repair:
+    """Fits the layers of a copy of `changed` to those of `full`. Raises TimeLimitError, ModelNotRunnableError."""
     samples = context.data.spread(MAX_SAMPLES)
     if len(samples) // (samples.fixed_batch or 1) < 2:
-        warning = "The layers behind the cuts were not fitted anew: with one sample no fit can be checked; give more."
-        return Repair(pruned, warnings=(warning,))
-    groups = {group.id: group for group in analysis.groups}
-    masks = kept_indices(groups, kept)
-    fitted = pruned.clone()
-    layers, skipped = _layers(full, fitted, masks, _readers(groups, kept))
+        warning = f"{changes.layers} were not fitted anew: with one sample no fit can be checked; give more."
+        return Repair(changed, warnings=(warning,))
+    fitted = changed.clone()
+    layers, skipped = _layers(full, fitted, changes)
     outputs = [value.name for value in tensor_outputs(full.graph) if value.name]
     # What both are asked for, in all: the outputs once more in the end, where the fits are judged.
     names_full = [*(name for layer in layers for name in layer.names_full), *outputs]
     names_cut = [*(name for layer in layers for name in layer.names_cut), *outputs]
     pair = Paired(full, fitted, samples, names_full, names_cut, context)
-    fits = _fit_all(layers, masks, pair, Editor(fitted), context)
+    fits = _fit_all(layers, changes.masks, pair, Editor(fitted), context)
     if not fits:
-        return Repair(pruned, skipped=skipped)
-    if warnings := _verdict(*_distances(pruned, samples, outputs, pair, context)):
-        return Repair(pruned, (), skipped, warnings)
+        return Repair(changed, skipped=skipped)
+    if warnings := _verdict(changes.layers, *_distances(changed, samples, outputs, pair, context)):
+        return Repair(changed, (), skipped, warnings)
     return Repair(fitted, tuple(fits), skipped)
 
 
-def _readers(groups: Mapping[str, Group], kept: Mapping[str, Indices]) -> frozenset[str]:
-    """Labels of the nodes that read channels of the groups that were cut."""
-    return frozenset(member.node for name in kept for member in groups[name].members if member.role == "consumer")
-
-
-def _layers(full: Model, fitted: Model, masks: Masks, readers: frozenset[str]) -> tuple[list[Layer], tuple[Skip, ...]]:
+def _layers(full: Model, fitted: Model, changes: Changes) -> tuple[list[Layer], tuple[Skip, ...]]:
     """Those that can be fitted within the memory, and why others cannot."""
-    touched = frozenset(tensor for tensor, _ in masks)
-    found, skipped = find_layers(fitted, touched, readers, {label(node): node for node in full.graph})
+    originals = {label(node): node for node in full.graph}
+    found, skipped = find_layers(fitted, changes.tensors, changes.readers, originals)
     layers = [layer for layer in found if Fitter.size_bytes(layer) <= MAX_FITTING_BYTES]
     large = [
         Skip(layer.name, "Not fitted anew: its sums would take over 1 GiB.") for layer in found if layer not in layers
@@ -142,12 +150,12 @@ def _distances(
     return without.distance(), fitted.distance()
 
 
-def _verdict(without: Distance, fitted: Distance) -> tuple[str, ...]:
+def _verdict(layers: str, without: Distance, fitted: Distance) -> tuple[str, ...]:
     """A warning where the fits are not worth it."""
     if fitted.error < without.error and fitted.lost <= without.lost:
         return ()
     return (
-        f"The layers behind the cuts were fitted anew, but left as they were after all: on samples that no fit saw, "
+        f"{layers} were fitted anew, but left as they were after all: on samples that no fit saw, "
         f"the outputs err by {fitted.error:.3g} of their variance with the fits and by {without.error:.3g} without, "
         f"and {fitted.lost:.3g} of it is lost with the fits and {without.lost:.3g} without. Give more representative "
         f"inputs.",

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from modelpress_compression.inputs import InputData
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.prune.channel.repair.paired import Moments, Paired
+from modelpress_compression.passes.repair.paired import Moments, Paired
 
 
 @given(pieces=st.integers(1, 5), seed=st.integers(0, 20))
