@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from modelpress_compression.options import Config, schema_of
 from modelpress_compression.passes.distill.config import DistillConfig
+from modelpress_compression.passes.factorize.config import FactorizeConfig
 from modelpress_compression.passes.fuse.config import FuseConfig
 from modelpress_compression.passes.prune.config import PruneConfig
 from modelpress_compression.passes.quantize.config import QuantizeConfig
@@ -111,6 +112,13 @@ TECHNIQUES = MappingProxyType(
                 DistillConfig,
                 "modelpress_compression.passes.distill.distill:Distill",
                 weight=12.0,
+            ),
+            Technique(
+                "factorize",
+                5,
+                "Puts two or three products of a lower rank in the place of one, where these cost less.",
+                FactorizeConfig,
+                "modelpress_compression.passes.factorize.factorize:Factorize",
             ),
         )
     }

@@ -129,13 +129,14 @@ def test_numbers_that_one_side_refused(path: str, value: float | str) -> None:
 # Field numbers are for ever: messages that were stored or sent with them must keep their meaning.
 NUMBERS = {
     "Recipe": "version steps target constraints benchmark goal",
-    "Step": "fuse prune quantize distill",
+    "Step": "fuse prune quantize distill factorize",
     "FuseStep": "activations transformers exclude",
     "PruneStep": "structure sparsity criterion scope n m exclude seed round_to min_channels normalize repair overrides",
     "QuantizeStep": "scheme weights activations per_channel calibration exclude block_size smooth_quant equalize "
     "bias_correction rounding",
     "DistillStep": "method loss epochs batch_size optimizer learning_rate weight_decay warmup temperature "
     "feature_weight label_weight hold_out patience seed augment exclude",
+    "FactorizeStep": "method rank_ratio energy budget budget_of round_to max_error repair exclude",
     "Augmentation": "horizontal_flip vertical_flip rotation random_resized_crop color_jitter noise mixup time_masking "
     "token_masking",
     "Target": "device cpu",

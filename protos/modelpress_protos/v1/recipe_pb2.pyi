@@ -82,6 +82,7 @@ class Step(_message.Message):
     PRUNE_FIELD_NUMBER: _builtins.int
     QUANTIZE_FIELD_NUMBER: _builtins.int
     DISTILL_FIELD_NUMBER: _builtins.int
+    FACTORIZE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def fuse(self) -> Global___FuseStep:
         """Folds constants, removes dead code and merges operators; lossless up to float rounding."""
@@ -98,6 +99,10 @@ class Step(_message.Message):
     def distill(self) -> Global___DistillStep:
         """Trains the model as it stands towards the answers of the model as it was uploaded."""
 
+    @_builtins.property
+    def factorize(self) -> Global___FactorizeStep:
+        """Puts two or three products of a lower rank in the place of one, where these cost less."""
+
     def __init__(
         self,
         *,
@@ -105,12 +110,13 @@ class Step(_message.Message):
         prune: Global___PruneStep | None = ...,
         quantize: Global___QuantizeStep | None = ...,
         distill: Global___DistillStep | None = ...,
+        factorize: Global___FactorizeStep | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["distill", b"distill", "fuse", b"fuse", "prune", b"prune", "quantize", b"quantize", "technique", b"technique"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["distill", b"distill", "factorize", b"factorize", "fuse", b"fuse", "prune", b"prune", "quantize", b"quantize", "technique", b"technique"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["distill", b"distill", "fuse", b"fuse", "prune", b"prune", "quantize", b"quantize", "technique", b"technique"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["distill", b"distill", "factorize", b"factorize", "fuse", b"fuse", "prune", b"prune", "quantize", b"quantize", "technique", b"technique"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_technique: _TypeAlias = _typing.Literal["fuse", "prune", "quantize", "distill"]  # noqa: Y015
+    _WhichOneofReturnType_technique: _TypeAlias = _typing.Literal["fuse", "prune", "quantize", "distill", "factorize"]  # noqa: Y015
     _WhichOneofArgType_technique: _TypeAlias = _typing.Literal["technique", b"technique"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_technique) -> _WhichOneofReturnType_technique | None: ...
 
@@ -611,6 +617,103 @@ class Augmentation(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_augmentation) -> _WhichOneofReturnType_augmentation | None: ...
 
 Global___Augmentation: _TypeAlias = Augmentation  # noqa: Y015
+
+@_typing.final
+class FactorizeStep(_message.Message):
+    """Puts two or three products of a lower rank in the place of one, where these cost less."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METHOD_FIELD_NUMBER: _builtins.int
+    RANK_RATIO_FIELD_NUMBER: _builtins.int
+    ENERGY_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    BUDGET_OF_FIELD_NUMBER: _builtins.int
+    ROUND_TO_FIELD_NUMBER: _builtins.int
+    MAX_ERROR_FIELD_NUMBER: _builtins.int
+    REPAIR_FIELD_NUMBER: _builtins.int
+    EXCLUDE_FIELD_NUMBER: _builtins.int
+    method: _builtins.str
+    """svd: two products of a lower rank. For convolutions with a kernel also tucker (1x1, kernel, 1x1), spatial (a column,
+    then a row) and depthwise (depthwise, then pointwise); auto takes for each layer what errs least.
+    """
+    rank_ratio: _builtins.float
+    """What the factors of a layer may cost, as a share of the layer's multiplications and of its parameters: ranks are as
+    high as that permits.
+    """
+    energy: _builtins.float
+    """In place of rank_ratio: each layer gets the cheapest factors that keep this share of the energy of its answers, or
+    of its weight where there is no data.
+    """
+    budget: _builtins.float
+    """In place of both: the share of the whole model's cost that may remain; layers are factorized where that errs least
+    for what it saves.
+    """
+    budget_of: _builtins.str
+    """What budget counts: multiply-accumulates or parameters."""
+    round_to: _builtins.int
+    """Ranks are a multiple of this where they are that large; odd numbers are slow."""
+    max_error: _builtins.float
+    """A layer stays as it is where its factors would lose more than this share of the energy of its answers."""
+    repair: _builtins.str
+    """least_squares fits the last factor of each layer to the original's answers on the data; auto does so where data is
+    given.
+    """
+    @_builtins.property
+    def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of nodes or weights to leave alone, with * and ?."""
+
+    def __init__(
+        self,
+        *,
+        method: _builtins.str | None = ...,
+        rank_ratio: _builtins.float | None = ...,
+        energy: _builtins.float | None = ...,
+        budget: _builtins.float | None = ...,
+        budget_of: _builtins.str | None = ...,
+        round_to: _builtins.int | None = ...,
+        max_error: _builtins.float | None = ...,
+        repair: _builtins.str | None = ...,
+        exclude: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_budget_of", b"_budget_of", "_energy", b"_energy", "_max_error", b"_max_error", "_method", b"_method", "_rank_ratio", b"_rank_ratio", "_repair", b"_repair", "_round_to", b"_round_to", "budget", b"budget", "budget_of", b"budget_of", "energy", b"energy", "max_error", b"max_error", "method", b"method", "rank_ratio", b"rank_ratio", "repair", b"repair", "round_to", b"round_to"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_budget_of", b"_budget_of", "_energy", b"_energy", "_max_error", b"_max_error", "_method", b"_method", "_rank_ratio", b"_rank_ratio", "_repair", b"_repair", "_round_to", b"_round_to", "budget", b"budget", "budget_of", b"budget_of", "energy", b"energy", "exclude", b"exclude", "max_error", b"max_error", "method", b"method", "rank_ratio", b"rank_ratio", "repair", b"repair", "round_to", b"round_to"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__budget: _TypeAlias = _typing.Literal["budget"]  # noqa: Y015
+    _WhichOneofArgType__budget: _TypeAlias = _typing.Literal["_budget", b"_budget"]  # noqa: Y015
+    _WhichOneofReturnType__budget_of: _TypeAlias = _typing.Literal["budget_of"]  # noqa: Y015
+    _WhichOneofArgType__budget_of: _TypeAlias = _typing.Literal["_budget_of", b"_budget_of"]  # noqa: Y015
+    _WhichOneofReturnType__energy: _TypeAlias = _typing.Literal["energy"]  # noqa: Y015
+    _WhichOneofArgType__energy: _TypeAlias = _typing.Literal["_energy", b"_energy"]  # noqa: Y015
+    _WhichOneofReturnType__max_error: _TypeAlias = _typing.Literal["max_error"]  # noqa: Y015
+    _WhichOneofArgType__max_error: _TypeAlias = _typing.Literal["_max_error", b"_max_error"]  # noqa: Y015
+    _WhichOneofReturnType__method: _TypeAlias = _typing.Literal["method"]  # noqa: Y015
+    _WhichOneofArgType__method: _TypeAlias = _typing.Literal["_method", b"_method"]  # noqa: Y015
+    _WhichOneofReturnType__rank_ratio: _TypeAlias = _typing.Literal["rank_ratio"]  # noqa: Y015
+    _WhichOneofArgType__rank_ratio: _TypeAlias = _typing.Literal["_rank_ratio", b"_rank_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__repair: _TypeAlias = _typing.Literal["repair"]  # noqa: Y015
+    _WhichOneofArgType__repair: _TypeAlias = _typing.Literal["_repair", b"_repair"]  # noqa: Y015
+    _WhichOneofReturnType__round_to: _TypeAlias = _typing.Literal["round_to"]  # noqa: Y015
+    _WhichOneofArgType__round_to: _TypeAlias = _typing.Literal["_round_to", b"_round_to"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__budget) -> _WhichOneofReturnType__budget | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__budget_of) -> _WhichOneofReturnType__budget_of | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__energy) -> _WhichOneofReturnType__energy | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_error) -> _WhichOneofReturnType__max_error | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__method) -> _WhichOneofReturnType__method | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank_ratio) -> _WhichOneofReturnType__rank_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repair) -> _WhichOneofReturnType__repair | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__round_to) -> _WhichOneofReturnType__round_to | None: ...
+
+Global___FactorizeStep: _TypeAlias = FactorizeStep  # noqa: Y015
 
 @_typing.final
 class Target(_message.Message):

@@ -1,0 +1,192 @@
+"""The layers that can be factorized: MatMul, Gemm and Conv with a constant float weight, each weight once.
+
+Left alone, with a reason: weights that others read as well, or that are read in different ways (other strides, another
+graph), weights that are quantized or computed, and numbers that nothing can be made of. How much a layer multiplies
+comes from the shapes of the values on one sample; where those are not known, one position of its output stands for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir
+
+from modelpress_compression.graph.linear import Convolution, Linear, Matrix, linear_of
+from modelpress_compression.graph.read import constant_array, graph_of, is_constant, is_op, label
+from modelpress_compression.graph.shapes import Shape, shape_of, static_shapes
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import Skip, is_excluded
+
+_PRODUCTS = ("Conv", "Gemm", "MatMul")
+# The largest side of a matrix whose eigenvectors are looked for: minutes of one core.
+MAX_SIDE = 8192
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How often a weight is applied to one sample, over all nodes that read it.
+
+    `outputs`: positions of the output. `inputs`: of the input. `between`: of the output's first axis and the input's
+    others, as many as there are between a column and a row.
+    """
+
+    outputs: int
+    inputs: int
+    between: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight and the nodes that multiply by it, all in the same way. `groups`, `inputs` and `answers`: extents of
+    the weight as a matrix [g, K, O]; `kernel`: of a convolution, () of a product."""
+
+    weight: onnx_ir.Value
+    nodes: tuple[onnx_ir.Node, ...]
+    linear: Linear
+    positions: Positions
+    groups: int
+    inputs: int
+    answers: int
+
+    @property
+    def name(self) -> str:
+        return label(self.nodes[0])
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return self.linear.kernel if isinstance(self.linear, Convolution) else ()
+
+    @property
+    def points(self) -> int:
+        """Of the kernel."""
+        return math.prod(self.kernel)
+
+    @property
+    def channels(self) -> int:
+        """That each group reads."""
+        return self.inputs // self.points
+
+    @property
+    def parameters(self) -> int:
+        return self.groups * self.inputs * self.answers
+
+    @property
+    def macs(self) -> int:
+        """On one sample."""
+        return self.parameters * self.positions.outputs
+
+    @property
+    def matrix(self) -> Matrix:
+        """The weight as [g, K, O], float64; of a convolution K runs over channels, then the kernel."""
+        array = constant_array(self.weight)
+        if array is None:
+            raise TypeError(f"the weight of {self.name!r} is not constant")
+        return self.linear.matrix(array)
+
+
+def find_layers(
+    model: Model, exclude: tuple[str, ...], input_shapes: Mapping[str, Shape]
+) -> tuple[list[Layer], list[Skip]]:
+    """The layers in the graph's order, and why others are left alone. `input_shapes`: of one sample, by input."""
+    shapes = _shapes(model, input_shapes)
+    users: dict[onnx_ir.Value, list[onnx_ir.Node]] = {}
+    skipped: list[Skip] = []
+    for node in model.nodes():
+        weight = node.inputs[1] if is_op(node, *_PRODUCTS) else None
+        if weight is None:
+            continue
+        if is_constant(weight):
+            users.setdefault(weight, []).append(node)
+        elif _is_weight(node, weight):
+            skipped.append(Skip(label(node), "Its weight is quantized or computed; factorize before quantizing."))
+    layers = []
+    for weight, nodes in users.items():
+        found = _layer(weight, tuple(nodes), exclude, shapes)
+        if isinstance(found, Layer):
+            layers.append(found)
+        else:
+            skipped.append(Skip(label(nodes[0]), found))
+    return layers, skipped
+
+
+def _is_weight(node: onnx_ir.Node, value: onnx_ir.Value) -> bool:
+    """Whether the operand comes from a constant; a product of two activations is nothing to speak of."""
+    producer = value.producer()
+    return not is_op(node, "MatMul") or (producer is not None and any(is_constant(one) for one in producer.inputs[:1]))
+
+
+def _layer(
+    weight: onnx_ir.Value, nodes: tuple[onnx_ir.Node, ...], exclude: tuple[str, ...], shapes: Mapping[str, Shape]
+) -> Layer | str:
+    """The layer, or why it is left alone."""
+    if any(is_excluded(name, exclude) for name in (weight.name, *(node.name for node in nodes))):
+        return "Excluded by the recipe."
+    if len(weight.uses()) != len(nodes) or weight.is_graph_output():
+        return "Others read its weight as well."
+    linear = linear_of(nodes[0])
+    if isinstance(linear, str):
+        return f"It cannot be factorized: {linear}."
+    if any(linear_of(node) != linear or graph_of(node) is not graph_of(nodes[0]) for node in nodes[1:]):
+        return "Its weight is shared by nodes that read it in different ways."
+    groups, inputs, answers = linear.matrix(np.empty(_extents(weight), np.bool_)).shape
+    layer = Layer(weight, nodes, linear, _positions(nodes, linear, shapes), groups, inputs, answers)
+    return _of_size(layer) or _of_numbers(layer) or layer
+
+
+def _extents(weight: onnx_ir.Value) -> tuple[int, ...]:
+    if weight.const_value is not None:
+        return tuple(int(extent) for extent in weight.const_value.shape.numpy())
+    array = constant_array(weight)
+    return () if array is None else array.shape
+
+
+def _of_size(layer: Layer) -> str:
+    """Why it is too small or too large; "" where it is neither."""
+    side = min(layer.inputs, layer.answers)
+    if side < 2:
+        return "It has one input or one answer in each group: its rank is 1."
+    return f"It has over {MAX_SIDE} inputs and answers: finding its factors takes too long." if side > MAX_SIDE else ""
+
+
+def _of_numbers(layer: Layer) -> str:
+    """Why nothing can be made of the numbers of a weight; "" where something can."""
+    array = constant_array(layer.weight)
+    if array is None or not np.isfinite(array).all():
+        return "Its weight holds NaN or infinity."
+    return "" if array.any() else "Its weight is zero throughout."
+
+
+def _shapes(model: Model, input_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """By the name of the value, where they are known."""
+    ir = static_shapes(model, input_shapes)
+    named = ((value.name, shape_of(value)) for value in _values(ir))
+    return {name: shape for name, shape in named if name and shape is not None}
+
+
+def _values(ir: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
+    yield from ir.graph.inputs
+    for node in ir.graph.all_nodes():
+        yield from node.outputs
+
+
+def _positions(nodes: tuple[onnx_ir.Node, ...], linear: Linear, shapes: Mapping[str, Shape]) -> Positions:
+    each = [_of_node(node, linear, shapes) for node in nodes]
+    return Positions(*(sum(getattr(one, name) for one in each) for name in ("outputs", "inputs", "between")))
+
+
+def _of_node(node: onnx_ir.Node, linear: Linear, shapes: Mapping[str, Shape]) -> Positions:
+    data, output = (shapes.get(value.name or "") for value in (node.inputs[0], node.outputs[0]) if value is not None)
+    if not isinstance(linear, Convolution):
+        count = math.prod(output[:-1]) if output else 1
+        return Positions(count, count, count)
+    if data is None or output is None or len(data) != len(output) or len(data) != 2 + len(linear.kernel):
+        return Positions(1, math.prod(linear.strides), math.prod(linear.strides[1:]))
+    batch = output[0]
+    return Positions(
+        batch * math.prod(output[2:]),
+        batch * math.prod(data[2:]),
+        batch * output[2] * math.prod(data[3:]),
+    )
