@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
@@ -32,6 +33,8 @@ from modelpress_server.identity.certificates import server_credentials
 from modelpress_server.interceptors import Gate
 from modelpress_server.janitor import Janitor, clear_work_folders
 from modelpress_server.lock import DataDirLock
+from modelpress_server.observation.changes import ChangeLog
+from modelpress_server.observation.meter import Meter
 from modelpress_server.projects import Projects
 from modelpress_server.runs import RunResources
 from modelpress_server.scheduler import Scheduler
@@ -45,8 +48,13 @@ from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.sql_blobs import SqlBlobIndex
 from modelpress_server.stores.sql_jobs import SqlJobStore
 from modelpress_server.stores.sql_models import SqlModelStore
+from modelpress_server.stores.sql_overview import SqlOverview
 from modelpress_server.stores.sql_usage import SqlUsage
 from modelpress_server.waiting import Notifier
+
+if TYPE_CHECKING:
+    from modelpress_server.observation.http import HttpServer
+    from modelpress_server.observation.metrics import PrometheusMeter
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +106,19 @@ def private_paths(settings: Settings) -> list[Path]:
     return [data_dir, *(data_dir / name for name in PRIVATE_NAMES), *(path.absolute() for path in named if path)]
 
 
+def _prometheus_meter(settings: Settings) -> PrometheusMeter | None:
+    """One that counts, where somebody can ask it."""
+    if settings.http_listen is None:
+        return None
+    try:
+        from modelpress_server.observation.metrics import PrometheusMeter
+    except ImportError as error:
+        raise SettingsError(
+            f"http_listen: {error.name} is not installed. Run: pip install 'modelpress[server]'"
+        ) from error
+    return PrometheusMeter()
+
+
 class Server:
     """A modelpress server; `start`, then `stop` once."""
 
@@ -112,7 +133,13 @@ class Server:
         self._clock = clock or Clock()
         self._lock = DataDirLock(settings.data_dir)
         self._notifier = Notifier()
+        self._http: HttpServer | None = None
         self.address = ""
+
+    @property
+    def http_address(self) -> str:
+        """Where metrics and probes are; empty: nowhere."""
+        return self._http.address if self._http is not None else ""
 
     async def start(self) -> None:
         """Opens the data folder, serves, and begins to schedule. Raises SettingsError."""
@@ -130,6 +157,8 @@ class Server:
             await self._scheduler.start(machine_restarted=self._lock.machine_restarted)
             self._lock.note_boot()
             await self._grpc.start()
+            if self._http is not None:
+                await self._http.start()
         except BaseException:
             self._lock.release()
             raise
@@ -149,6 +178,8 @@ class Server:
         await self._janitor.close()
         await self._scrub.close()
         await self._executor.close()
+        if self._http is not None:  # so long, probes are told that the server ends
+            await self._http.close()
         await self._blobs.close()
         await self._database.close()
         self._audit.close()
@@ -167,18 +198,20 @@ class Server:
     def _build(self, authenticator: Authenticator) -> None:
         settings, database = self._settings, self._database
         models, jobs, index = SqlModelStore(database), SqlJobStore(database), SqlBlobIndex(database)
-        usage = SqlUsage(database)
+        usage, prometheus = SqlUsage(database), _prometheus_meter(settings)
+        meter = prometheus or Meter()
+        database.on_change = ChangeLog(meter).note
         self._executor = self._make_executor(settings)
         space = Space(settings.data_dir, settings.reserve_bytes, index)
         findings = Findings(settings.data_dir / "findings", self._projects, self._blobs, space)
         work = settings.data_dir / "work"
-        resources = RunResources(settings, self._executor, self._blobs, space, usage, findings, work)
+        resources = RunResources(settings, self._executor, self._blobs, space, usage, findings, work, meter)
         host = Host(self._executor, self._clock, self._set_serving)
         self._scheduler = Scheduler(resources, self._projects, models, jobs, self._notifier, host, self._clock)
-        self._gate = Gate(authenticator, self._projects, self._audit, self._clock)
+        self._gate = Gate(authenticator, self._projects, self._audit, meter, self._clock)
         options = (*OPTIONS, *connection_options(settings))
         self._grpc = grpc.aio.server(interceptors=[self._gate], options=options)
-        self._uploads = UploadService(settings, self._projects, self._blobs, index, space, self._clock)
+        self._uploads = UploadService(settings, self._projects, self._blobs, index, space, self._clock, meter)
         self._janitor = Janitor(
             settings,
             self._projects,
@@ -208,6 +241,18 @@ class Server:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs know the synchronous one
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        if prometheus is not None:
+            self._build_http(authenticator, prometheus, host)
+
+    def _build_http(self, authenticator: Authenticator, meter: PrometheusMeter, host: Host) -> None:
+        settings, clock, overview = self._settings, self._clock, SqlOverview(self._database)
+        from modelpress_server.observation.http import HttpServer
+        from modelpress_server.observation.look import Lookout
+        from modelpress_server.observation.readiness import Readiness
+
+        lookout = Lookout(settings.data_dir, overview, self._executor, host, clock)
+        readiness = Readiness(settings.data_dir, overview, self._executor, host, self._gate, clock)
+        self._http = HttpServer(settings, authenticator, meter, lookout, readiness)
 
     def _bind(self, credentials: grpc.ServerCredentials | None) -> None:
         listen, host = self._settings.listen, self._settings.listen.rpartition(":")[0]
@@ -221,6 +266,8 @@ class Server:
         if port == 0:
             raise SettingsError(f"listen: cannot bind {listen}; is the port taken? Choose another, or port 0.")
         self.address = f"{host}:{port}"
+        if self._http is not None:
+            self._http.bind()
 
     async def _set_serving(self, able: bool) -> None:
         """`able`: whether workers can be started; uploads and downloads are served without them."""

@@ -101,7 +101,7 @@ def command(ctx: click.Context, /, **values: Any) -> None:
         return
     try:
         settings = Settings(**values)
-        logs.configure(settings.log_level)
+        logs.configure(settings.log_level, settings.log_format)
         asyncio.run(_serve(settings))
     except SettingsError as error:
         raise click.UsageError(str(error)) from error

@@ -47,6 +47,19 @@ def _cores(text: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def _host_of(address: str) -> str:
+    return address.rpartition(":")[0].strip("[]")
+
+
+def _port_of(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isdecimal() and int(port) < 65536
+
+
 def _setting(default: Any, text: str, *, kind: str = "", choices: tuple[str, ...] = ()) -> Any:
     """A field with what the command line needs to know of it; `kind` is bytes, seconds, count, path or flag."""
     metadata = {"help": text, "kind": kind, "choices": choices}
@@ -60,6 +73,11 @@ class Settings:
     """Everything that can be set. Units stand in the names; a limit of 0 means "none" only where the help says so."""
 
     listen: str = _setting("127.0.0.1:50051", "HOST:PORT to serve on; port 0: any free one.")
+    http_listen: str | None = _setting(
+        None,
+        "HOST:PORT for metrics (/metrics, Prometheus) and probes (/livez, /readyz) over HTTP; port 0: any free one; "
+        "not set: none.",
+    )
     data_dir: Path = _setting(default_data_dir, "Folder for blobs, jobs and models; one server at a time.", kind="path")
     workers: int = _setting(
         1, "Jobs that run at the same time. Each measures latency: more than one disturb each other."
@@ -182,6 +200,9 @@ class Settings:
         5.0, "SIGTERM: running jobs may finish for so long, then are queued again.", kind="seconds"
     )
     log_level: str = _setting("info", "How much is logged to stderr.", choices=("debug", "info", "warning", "error"))
+    log_format: str = _setting(
+        "console", "How a line of the log looks: for people, or as JSON for programs.", choices=("console", "json")
+    )
 
     def __post_init__(self) -> None:
         self._require(0 <= self.worker_uid < 2**31, "worker_uid", "a user id or 0")
@@ -228,12 +249,22 @@ class Settings:
     @property
     def host(self) -> str:
         """Host of `listen`, without the brackets of an IPv6 address."""
-        return self.listen.rpartition(":")[0].strip("[]")
+        return _host_of(self.listen)
 
     @property
     def port(self) -> int:
         """Port of `listen`."""
-        return int(self.listen.rpartition(":")[2])
+        return _port_of(self.listen)
+
+    @property
+    def http_host(self) -> str:
+        """Host of `http_listen`, without the brackets of an IPv6 address; empty: it is not set."""
+        return _host_of(self.http_listen or "")
+
+    @property
+    def http_port(self) -> int:
+        """Port of `http_listen`, which is set."""
+        return _port_of(self.http_listen or "")
 
     @property
     def tls(self) -> bool:
@@ -243,12 +274,16 @@ class Settings:
     @property
     def authenticates(self) -> bool:
         """Whether a client must prove who it is."""
-        given = (self.token, self.token_file, self.tls_client_ca, self.jwt_issuer)
+        return self.tls_client_ca is not None or self.asks_for_tokens
+
+    @property
+    def asks_for_tokens(self) -> bool:
+        """Whether a client must send a token, whatever its certificate."""
+        given = (self.token, self.token_file, self.jwt_issuer)
         return any(value is not None for value in given) or (self.data_dir / TOKENS_NAME).exists()
 
     def _check_exposure(self) -> None:
-        host, _, port = self.listen.rpartition(":")
-        self._require(bool(host) and port.isdecimal() and int(port) < 65536, "listen", "HOST:PORT")
+        self._require(_is_address(self.listen), "listen", "HOST:PORT")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingsError("tls_cert and tls_key go together; set both or none.")
         if (self.jwt_issuer is None) != (self.jwt_audience is None):
@@ -263,6 +298,20 @@ class Settings:
                 f"listen {self.listen}: other machines are served only with TLS (--tls-cert, --tls-key) and "
                 "authentication (`compress-server token add`, --token-file, --jwt-issuer or --tls-client-ca). Set "
                 "them, listen on 127.0.0.1, or say --insecure."
+            )
+        self._check_http_exposure()
+
+    def _check_http_exposure(self) -> None:
+        if self.http_listen is None:
+            return
+        self._require(_is_address(self.http_listen), "http_listen", "HOST:PORT")
+        # Certificates of clients are asked for by gRPC alone: probes have none.
+        protected = self.tls and self.asks_for_tokens
+        if self.http_host not in LOOPBACK_HOSTS and not protected and not self.insecure:
+            raise SettingsError(
+                f"http_listen {self.http_listen}: other machines are served only with TLS (--tls-cert, --tls-key) and "
+                "tokens (`compress-server token add`, --token-file or --jwt-issuer). Set them, listen on 127.0.0.1, or "
+                "say --insecure."
             )
 
     def _require(self, holds: bool, name: str, expected: str) -> None:

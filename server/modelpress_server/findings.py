@@ -52,13 +52,15 @@ class Findings:
 
     async def lay_out(
         self, project: str, spec: job_service_pb2.JobSpec, model: model_service_pb2.Model, target: Path, *, link: bool
-    ) -> None:
+    ) -> bool:
         """Puts what is known of the job's model and data into the folder `target`: files that nobody may change.
 
-        `link`: the worker cannot change them, so that it may be given the kept files themselves.
+        Whether anything is known. `link`: the worker cannot change them, so that it may be given the kept files
+        themselves.
         """
         with suppress(FileNotFoundError):
-            await self._blobs.run(_lay_out, self._folder(project, spec, model), target, link)
+            return await self._blobs.run(_lay_out, self._folder(project, spec, model), target, link)
+        return False
 
     async def collect(
         self, project: str, spec: job_service_pb2.JobSpec, model: model_service_pb2.Model, found: Path
@@ -95,11 +97,14 @@ def _model_part(model: model_service_pb2.Model) -> str:
     return hashlib.sha256(digests).hexdigest()[:32]
 
 
-def _lay_out(folder: Path, target: Path, link: bool) -> None:
+def _lay_out(folder: Path, target: Path, link: bool) -> bool:
+    found = False
     for entry in os.scandir(folder):
         with suppress(FileNotFoundError):  # another job of the project makes room meanwhile
             os.utime(entry.path)
             place_file(Path(entry.path), target / entry.name, link=link)
+            found = True
+    return found
 
 
 def _collect(found: Path, target: Path, limit_bytes: int) -> None:

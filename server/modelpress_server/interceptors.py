@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import re
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -16,12 +18,14 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
-from modelpress_server import errors
+from modelpress_server import errors, logs
 from modelpress_server.clock import Clock
 from modelpress_server.identity.audit import AuditLog, resource_of
 from modelpress_server.identity.authenticator import Authenticator
 from modelpress_server.identity.roles import ANYBODY, Caller, needed_role
 from modelpress_server.identity.throttle import Throttle
+from modelpress_server.names import new_id
+from modelpress_server.observation.meter import Meter
 from modelpress_server.projects import Projects
 from modelpress_server.shortage import shortage_of
 from modelpress_server.waiting import ended
@@ -31,6 +35,7 @@ logger = logging.getLogger(__name__)
 DETAILS_KEY = "grpc-status-details-bin"
 HEALTH_PREFIX = "/grpc.health."
 API_PREFIX = "/modelpress."
+REQUEST_ID_KEY = "x-request-id"
 DRAIN_RETRY_S = 2.0
 RATE_WINDOW_S = 10.0
 # A stream whose caller may no longer do what it does ends within so long, and one look at the tokens.
@@ -38,6 +43,7 @@ RECHECK_S = 10.0
 # Calls that bring new work; the others go on while running jobs get their grace.
 NEW_WORK = ("CreateUpload", "WriteUpload", "CreateModel", "CreateJob")
 
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 Handler = Any  # grpc.RpcMethodHandler, which only type checkers may subscript
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
 
@@ -47,6 +53,7 @@ class Call:
     """A call as far as it is known: for the checks inside the services, and for the audit log."""
 
     path: str  # /modelpress.v1.JobService/CreateJob
+    request_id: str  # the client's own, or one of ours
     peer: str = ""  # ipv4:127.0.0.1:50000
     caller: Caller = ANYBODY
     project: str = ""
@@ -69,6 +76,7 @@ def check_project(project: str) -> str:
     """
     call = _call.get()
     call.project = project
+    logs.bind(project=project)
     _check_role(call, project)
     call.take_request(project)
     return project
@@ -120,13 +128,21 @@ def _readable(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], 
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscriptable at run time
     """Around every call: who calls, whether the server still takes work, and what the client sees of an error."""
 
-    def __init__(self, authenticator: Authenticator, projects: Projects, audit: AuditLog, clock: Clock) -> None:
+    def __init__(
+        self, authenticator: Authenticator, projects: Projects, audit: AuditLog, meter: Meter, clock: Clock
+    ) -> None:
         self._authenticator = authenticator
         self._projects = projects
         self._audit = audit
+        self._meter = meter
         self._clock = clock
         self._requests = Throttle()
         self._draining = False
+
+    @property
+    def accepts(self) -> bool:
+        """Whether new work is taken."""
+        return not self._draining
 
     def drain(self) -> None:
         """From now on, new work is refused."""
@@ -139,14 +155,16 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
         if handler is None:
             return None
         method = str(handler_call_details.method)
-        authorization = ""
+        sent = {"authorization": "", REQUEST_ID_KEY: ""}
         for key, value in handler_call_details.invocation_metadata or ():
-            if key == "authorization":
-                authorization = value if isinstance(value, str) else value.decode("latin-1")
-        return self._wrap(handler, method, authorization)
+            if key in sent:
+                sent[key] = value if isinstance(value, str) else value.decode("latin-1")
+        request_id = sent[REQUEST_ID_KEY] if _REQUEST_ID.fullmatch(sent[REQUEST_ID_KEY]) else new_id()
+        return self._wrap(handler, method, request_id, sent["authorization"])
 
     async def _enter(self, call: Call, authorization: str, context: Any) -> None:
         _call.set(call)
+        logs.bind(request_id=call.request_id)
         if not call.path.startswith(HEALTH_PREFIX):
             call.caller = await self._authenticator.caller(authorization, call.peer, _certificate_name(context))
         call.take_request = self._take_request
@@ -196,14 +214,23 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
             running.cancel()
             await ended(running)
 
-    def _wrap(self, handler: Any, method: str, authorization: str) -> Handler:
+    def _end(self, call: Call, code: str, began_s: float) -> None:
+        duration_s = time.perf_counter() - began_s
+        self._meter.call_ended(call.path, code, duration_s)
+        if logger.isEnabledFor(logging.DEBUG):
+            fields = {"method": call.path, "code": code, "duration_ms": round(duration_s * 1e3, 3)}
+            caller = {"caller": call.caller.name, "peer": call.peer}
+            logger.debug("%s: %s", call.path, code, extra={"fields": {**fields, **caller}})
+
+    def _wrap(self, handler: Any, method: str, request_id: str, authorization: str) -> Handler:
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         if inspect.isasyncgenfunction(behaviour):
             behaviour = _writing(behaviour)
         streams = (handler.request_streaming or handler.response_streaming) and method.startswith(API_PREFIX)
 
         async def call(request: Any, context: Any) -> Any:
-            state, outcome, result = Call(method, context.peer()), "CANCELLED", None
+            state, outcome, result = Call(method, request_id, context.peer()), "CANCELLED", None
+            code, began_s = "CANCELLED", time.perf_counter()
             try:
                 await self._enter(state, authorization, context)
                 check_readable(request)
@@ -212,7 +239,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
                     result = self._guard(result, state, authorization, context)
                 if inspect.isawaitable(result):
                     result = await result
-                outcome = "OK"
+                outcome = code = "OK"
                 return result
             except grpc.aio.InternalError:  # the client went while an answer was written: no error of the server's
                 raise asyncio.CancelledError from None
@@ -220,9 +247,12 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
                 raise
             except Exception as error:  # noqa: BLE001  # every error of a call becomes a status here
                 outcome = _outcome(error)
-                await _abort(context, method, error)
+                shown = _shown(method, error)
+                code = errors.code_of(shown).name
+                await _abort(context, shown)
             finally:
                 self._note(state, outcome, result, request)
+                self._end(state, code, began_s)
 
         kinds = {
             (False, False): grpc.unary_unary_rpc_method_handler,
@@ -267,7 +297,8 @@ def draining() -> errors.DrainingError:
     )
 
 
-async def _abort(context: Any, method: str, error: Exception) -> None:
+def _shown(method: str, error: Exception) -> errors.ServiceError:
+    """What the client is told of an error. Raises the error where the call has ended already."""
     if isinstance(error, asyncio.InvalidStateError):
         raise error
     shortage = shortage_of(error)
@@ -278,6 +309,10 @@ async def _abort(context: Any, method: str, error: Exception) -> None:
         internal = errors.InternalError()
         logger.error("incident %s in %s", internal.incident, method, exc_info=error)
         error = internal
+    return error
+
+
+async def _abort(context: Any, error: errors.ServiceError) -> None:
     status: status_pb2.Status = errors.status_of(error)
     await context.abort(
         errors.code_of(error), status.message, trailing_metadata=((DETAILS_KEY, status.SerializeToString()),)

@@ -49,6 +49,14 @@ def first_id_at(time_us: int) -> str:
     return "".join(_ALPHABET[value >> shift & 31] for shift in range(125, -1, -5))
 
 
+def time_of_id_us(resource_id: str) -> int:
+    """When an id was made; the inverse of `first_id_at`, to the millisecond."""
+    value = 0
+    for character in resource_id:
+        value = value << 5 | _ALPHABET.index(character)
+    return (value >> 80) * 1000
+
+
 def is_project(text: str) -> bool:
     """Whether a text can be the name of a project."""
     return _PROJECT.fullmatch(text) is not None

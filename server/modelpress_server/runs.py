@@ -20,6 +20,8 @@ from modelpress_server.config import Settings
 from modelpress_server.executors.base import Executor, Limits, WorkerLostError, WorkerUnavailableError
 from modelpress_server.executors.lost import CRASHED
 from modelpress_server.findings import Findings
+from modelpress_server.observation.meter import Meter
+from modelpress_server.observation.stages import StageTimes
 from modelpress_server.recorder import JobRecorder
 from modelpress_server.sandbox.confinement import LEVEL_FILES_AND_NETWORK
 from modelpress_server.shortage import shortage_of, storage_full
@@ -74,6 +76,7 @@ class RunResources:
     usage: UsageStore
     findings: Findings
     work: Path
+    meter: Meter
 
 
 class Postpone(enum.Enum):
@@ -203,7 +206,8 @@ class JobRun:
         findings_bytes = findings.limit_bytes(project)
         request = await folder.compress_request(job, manifest, limits, findings_bytes)
         if findings_bytes and not job.spec.skip_cache:
-            await findings.lay_out(project, job.spec, manifest, folder.known, link=_links(resources))
+            found = await findings.lay_out(project, job.spec, manifest, folder.known, link=_links(resources))
+            resources.meter.findings_looked_up(found)
 
         def on_event(event: worker_pb2.WorkerEvent) -> None:
             if event.HasField("used"):
@@ -408,9 +412,12 @@ async def _run_task(
 
     Raises TaskFailedError, WorkerLostError, and StorageFullError where the disk is to blame for either.
     """
+    times = StageTimes(resources.meter, request.WhichOneof("task") or "", on_event)
     try:
-        event = await resources.executor.run(request, limits=limits, on_event=on_event)
+        with times:
+            event = await resources.executor.run(request, limits=limits, on_event=times.on_event)
     except WorkerLostError as error:
+        resources.meter.worker_lost(error.reason)
         # Writing to a mapped file on a full disk ends a process with SIGBUS.
         if await _disk_is_to_blame(resources, promise, error.reason):
             raise storage_full() from error

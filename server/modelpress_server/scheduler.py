@@ -16,6 +16,7 @@ from typing import Any
 from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_protos.v1 import model_service_pb2
 
+from modelpress_server import logs
 from modelpress_server.clock import Clock
 from modelpress_server.executors.base import START_WORKER
 from modelpress_server.fairness import FairShare
@@ -180,6 +181,7 @@ class Scheduler:
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, run: JobRun, record: JobRecord) -> None:
+        logs.bind(project=record.project, job=record.id)
         began_s = self._clock.now_s()
         try:
             again = await run.run()
@@ -203,6 +205,7 @@ class Scheduler:
             )
 
     async def _inspect(self, record: ModelRecord) -> None:
+        logs.bind(project=record.project, model=record.id)
         began_s = self._clock.now_s()
         try:
             async with Bill(self._resources.usage, record.project, count_run=False) as bill:

@@ -12,7 +12,7 @@ from google.rpc import status_pb2
 from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2
 from modelpress_server.errors import make_status
-from modelpress_server.executors.base import START_WORKER, Limits, WorkerLostError, WorkerUnavailableError
+from modelpress_server.executors.base import START_WORKER, Figures, Limits, WorkerLostError, WorkerUnavailableError
 
 
 class ScriptedExecutor:
@@ -36,6 +36,9 @@ class ScriptedExecutor:
         self.inspection_gate.set()
         self.worker_gate = asyncio.Event()  # an inspection has its worker when it is set
         self.worker_gate.set()
+
+    def figures(self) -> Figures:
+        return Figures(starts=len(self.started))
 
     async def start(self) -> None:
         """Nothing to get ready."""

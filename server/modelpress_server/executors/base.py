@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from modelpress_protos.internal.v1 import worker_pb2
@@ -38,6 +38,27 @@ class WorkerUnavailableError(Exception):
     """No worker could be started: the task was not begun, and this host runs none for the moment."""
 
 
+@dataclass(frozen=True)
+class TurnFigures:
+    """Turns of measuring so far: how many were given, and how long workers waited for them and had them."""
+
+    given: int = 0
+    waited_s: float = 0.0
+    held_s: float = 0.0
+    waiting: int = 0
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What an executor has done and does. `pids`: leaders of the workers that have a task, where they run here."""
+
+    pids: tuple[int, ...] = ()
+    spares: int = 0
+    starts: int = 0
+    failed_starts: int = 0
+    turns: TurnFigures = field(default_factory=TurnFigures)
+
+
 class Executor(Protocol):
     """Runs tasks, each in its own child process."""
 
@@ -49,6 +70,10 @@ class Executor(Protocol):
     @property
     def separate_users(self) -> bool:
         """Whether workers run as users of their own."""
+        ...
+
+    def figures(self) -> Figures:
+        """What it has done and does, for whoever watches the server."""
         ...
 
     async def start(self) -> None:

@@ -23,7 +23,7 @@ from modelpress_protos.v1 import job_service_pb2
 from modelpress_server.clock import Clock, Waited
 from modelpress_server.config import SettingsError
 from modelpress_server.executors import lost
-from modelpress_server.executors.base import START_WORKER, Limits, WorkerLostError, WorkerUnavailableError
+from modelpress_server.executors.base import START_WORKER, Figures, Limits, WorkerLostError, WorkerUnavailableError
 from modelpress_server.executors.child import (
     PREFIX,
     StartError,
@@ -91,6 +91,7 @@ class LocalExecutor:
         command = WorkerCommand(self._root, sandbox, tasks, tuple(private))
         self._private = command.private
         self._running: set[Worker] = set()
+        self._starts = self._failed_starts = 0
         self._turns = MeasuringTurns(lambda: self._running, self._clock, measure_cores)
         self._spares = SparePool(spares, lambda: self._start_worker(command), self._clock)
 
@@ -103,6 +104,16 @@ class LocalExecutor:
     def separate_users(self) -> bool:
         """Whether workers run as users of their own."""
         return self._users is not None
+
+    def figures(self) -> Figures:
+        """See `Executor.figures`."""
+        return Figures(
+            pids=tuple(worker.pid for worker in self._running),
+            spares=self._spares.ready,
+            starts=self._starts,
+            failed_starts=self._failed_starts,
+            turns=self._turns.figures(),
+        )
 
     async def start(self) -> None:
         """Removes what an earlier server left, finds the sandbox level, begins to warm spares.
@@ -177,6 +188,15 @@ class LocalExecutor:
         await self._spares.close()
 
     async def _start_worker(self, command: WorkerCommand) -> Worker:
+        try:
+            worker = await self._started_worker(command)
+        except (StartError, OSError):
+            self._failed_starts += 1
+            raise
+        self._starts += 1
+        return worker
+
+    async def _started_worker(self, command: WorkerCommand) -> Worker:
         async with self._turns.starting():
             worker = await Worker.start(command, self._users.next() if self._users else None)
         level, fault = worker.sandbox.sandbox_level, worker.sandbox.sandbox_fault

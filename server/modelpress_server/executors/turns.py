@@ -15,9 +15,11 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Protocol
 
 from modelpress_server.clock import Clock
+from modelpress_server.executors.base import TurnFigures
 
 logger = logging.getLogger(__name__)
 
@@ -54,23 +56,31 @@ class MeasuringTurns:
         self._since_s = 0.0
         self._end: asyncio.Task[None] | None = None
         self._used_s: dict[int, float] = {}
+        self._so_far = TurnFigures()
 
     @property
     def taken(self) -> bool:
         """Whether somebody measures, or waits to."""
         return self._holder is not None or bool(self._queue)
 
+    def figures(self) -> TurnFigures:
+        """What turns were given so far; the one that goes on counts when it ends."""
+        return replace(self._so_far, waiting=len(self._queue))
+
     async def take(self, worker: Pausable) -> None:
         """Returns when the worker may measure. Cancelling gives the place in the queue up."""
         if self._holder is worker or self._used_s.get(worker.pid, 0.0) >= MAX_TASK_S:
             return
         self._queue.append(worker)
+        asked_s = self._clock.now_s()
         try:
             await self._until(lambda: self._holder is None and not self._starts and self._queue[0] is worker)
         finally:
             self._queue.remove(worker)
             self._notify()
         self._holder, self._since_s = worker, self._clock.now_s()
+        waited_s = self._so_far.waited_s + self._since_s - asked_s
+        self._so_far = replace(self._so_far, given=self._so_far.given + 1, waited_s=waited_s)
         self._end = asyncio.create_task(self._end_overdue(worker))
         # Those in the queue wait already, and do nothing.
         self._paused = [other for other in self._running() if other is not worker and other not in self._queue]
@@ -82,7 +92,9 @@ class MeasuringTurns:
         if self._holder is not worker or self._end is None:
             return
         self._end.cancel()
-        self._used_s[worker.pid] = self._used_s.get(worker.pid, 0.0) + self._clock.now_s() - self._since_s
+        held_s = self._clock.now_s() - self._since_s
+        self._used_s[worker.pid] = self._used_s.get(worker.pid, 0.0) + held_s
+        self._so_far = replace(self._so_far, held_s=self._so_far.held_s + held_s)
         for other in self._paused:
             other.resume()
         self._paused, self._holder, self._end = [], None, None

@@ -18,6 +18,7 @@ from modelpress_server.config import MIB, Settings
 from modelpress_server.interceptors import check_project, note_resource
 from modelpress_server.listing import list_query, page_token, wrong_field
 from modelpress_server.names import format_name, new_id, parse_name, parse_project
+from modelpress_server.observation.meter import Meter
 from modelpress_server.projects import Projects
 from modelpress_server.services.upload_session import UploadSession, UploadSessions
 from modelpress_server.services.upload_writer import UploadWriter, next_message, offset_mismatch
@@ -45,6 +46,7 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
         index: BlobIndex,
         space: Space,
         clock: Clock,
+        meter: Meter,
     ) -> None:
         self._settings = settings
         self._projects = projects
@@ -52,6 +54,7 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
         self._blobs = blobs
         self._index = index
         self._clock = clock
+        self._meter = meter
         self.sessions = UploadSessions(blobs, index, settings.upload_takeover_s, clock)
 
     async def FindMissingBlobs(  # noqa: N802  # the name of the method in the API
@@ -157,7 +160,9 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
         async with self.sessions.writing(record) as (session, current):
             if current.state == _State.STATE_COMPLETED:
                 return self._completed(current)
-            writer = UploadWriter(self._settings, self._blobs, self._index, session, current, context, self._clock)
+            writer = UploadWriter(
+                self._settings, self._blobs, self._index, session, current, context, self._clock, self._meter
+            )
             finished = await writer.receive(first)
             return await uninterrupted(self._finish(session, current, finished))
 
@@ -197,6 +202,7 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
                     await self._blobs.quarantine(blob)
                     raise damaged(blob)
                 yield response
+                self._meter.bytes_sent(len(response.data))
         finally:
             if reading is not None:
                 await uninterrupted(ended(reading))
@@ -221,6 +227,7 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
         await self._blobs.publish(partial, blob)
         completed = await self._index.complete_upload(record.id, now_us())
         self.sessions.committed(record)
+        self._meter.upload_completed()
         await self._blobs.remove_partial(record.id)
         return self._completed(completed)
 

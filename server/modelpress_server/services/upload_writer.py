@@ -16,6 +16,7 @@ from modelpress_server import errors
 from modelpress_server.clock import Clock, Waited
 from modelpress_server.config import Settings
 from modelpress_server.interceptors import check_readable
+from modelpress_server.observation.meter import Meter
 from modelpress_server.services.upload_session import UploadSession
 from modelpress_server.stores.base import BlobIndex, UploadRecord
 from modelpress_server.stores.filesystem import FileBlobStore
@@ -65,6 +66,7 @@ class UploadWriter:
         record: UploadRecord,
         context: Any,
         clock: Clock,
+        meter: Meter,
     ) -> None:
         self._settings = settings
         self._blobs = blobs
@@ -74,6 +76,7 @@ class UploadWriter:
         self._record = record
         self._context = context
         self._clock = clock
+        self._meter = meter
         self._offset = record.committed_size  # of the next byte to come
         self._durable = record.committed_size
         self._ack_from = record.committed_size
@@ -100,6 +103,7 @@ class UploadWriter:
             if message.data:
                 self._write = asyncio.ensure_future(self._blobs.run(self._partial.append, message.data))
                 self._offset += len(message.data)
+                self._meter.bytes_received(len(message.data))
             if message.finish_write:
                 await self._written()
                 return True

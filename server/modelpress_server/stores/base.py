@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 from google.rpc import status_pb2
 from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2, upload_service_pb2
@@ -175,6 +175,44 @@ class UsageRecord:
     runs: int
     cpu_s: float
     run_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StateChange:
+    """A job or model is in another state. `state`: SUCCEEDED, ACTIVE and so on; `reason`: of its error, if any.
+
+    `wait_s`: from the creation to the first start, when that has come; `run_s`: from the last start to the end, when
+    that has come.
+    """
+
+    kind: Literal["job", "model"]
+    project: str
+    id: str
+    state: str
+    reason: str = ""
+    created: bool = False
+    from_cache: bool = False
+    attempt: int = 0
+    wait_s: float | None = None
+    run_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """The queued jobs of one project: how many, and how old the oldest is."""
+
+    jobs: int
+    oldest_age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFigures:
+    """What a store holds. `jobs`, `models`: by state (RUNNING, ACTIVE and so on); `queues`: by project."""
+
+    jobs: Mapping[str, int]
+    models: Mapping[str, int]
+    queues: Mapping[str, Queue]
+    stored_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,6 +466,18 @@ class UsageStore(Protocol):
 
     async def of(self, project: str) -> UsageRecord:
         """What a project has and has used; nothing for one that was never seen."""
+        ...
+
+
+class StoreOverview(Protocol):
+    """All projects together, for those who run the server."""
+
+    async def ping(self) -> None:
+        """Returns when the store has answered."""
+        ...
+
+    async def figures(self) -> StoreFigures:
+        """Counts; takes time that grows with what is stored."""
         ...
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +27,13 @@ from modelpress_server.config import SettingsError
 from modelpress_server.errors import ServiceError, StorageFullError
 from modelpress_server.shortage import server_busy, storage_full
 from modelpress_server.stores import migrations
+from modelpress_server.stores.base import StateChange
 from modelpress_server.stores.tables import project_blobs, uploads
 
 Result = TypeVar("Result")
 BUSY_TIMEOUT_MS = 10_000
 READERS = 4
+_CHANGES = "modelpress_changes"  # of a state, in the transaction that runs
 _OUT_OF_DESCRIPTORS = ("unable to open database file", "out of memory")
 
 
@@ -42,6 +45,8 @@ class Database:
         self._ballast = ballast
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sql-write")
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="sql-read")
+        # Told of each change of a state once it is committed; called in the thread that wrote, in the writer's context.
+        self.on_change: Callable[[StateChange], None] = lambda change: None
 
     @classmethod
     def open(cls, path: Path, ballast: Ballast | None = None) -> Database:
@@ -63,8 +68,9 @@ class Database:
 
         `must`: it lets go of something or ends something, and is to succeed on a full disk as well.
         """
-        run = self._run_anyhow if must else self._run
-        return await asyncio.get_running_loop().run_in_executor(self._writer, run, function, True)
+        run = partial(self._run_anyhow if must else self._run, function, True)
+        # In a copy of the context: the log's lines on what is written say which call or job it was for.
+        return await asyncio.get_running_loop().run_in_executor(self._writer, copy_context().run, run)
 
     async def close(self) -> None:
         """Waits for what runs, then closes."""
@@ -83,11 +89,15 @@ class Database:
 
     def _run(self, function: Callable[[Connection], Result], writes: bool) -> Result:
         with self._engine.connect().execution_options(modelpress_writes=writes) as connection:
+            changes = connection.info[_CHANGES] = []
             try:
                 with connection.begin():
-                    return function(connection)
+                    result = function(connection)
             except OperationalError as error:
                 raise _shortage(error) or error from error
+        for change in changes:
+            self.on_change(change)
+        return result
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,11 @@ def _shortage(error: OperationalError) -> ServiceError | None:
         return storage_full()
     # SQLite opens its files, and what it sorts in, when it needs them.
     return server_busy() if any(part in text for part in _OUT_OF_DESCRIPTORS) else None
+
+
+def note_change(connection: Connection, change: StateChange) -> None:
+    """Has `Database.on_change` told of a change when the transaction is committed."""
+    connection.info[_CHANGES].append(change)
 
 
 def insert_missing(connection: Connection, table: Table, values: Mapping[str, Any]) -> None:

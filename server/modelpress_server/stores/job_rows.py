@@ -8,10 +8,10 @@ from typing import Any
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
-from modelpress_server.errors import ResourceNotFoundError
+from modelpress_server.errors import ResourceNotFoundError, reason_of
 from modelpress_server.stores import records
-from modelpress_server.stores.base import ENDED_STATES, JobRecord, LogLine, Outcome
-from modelpress_server.stores.database import insert_missing
+from modelpress_server.stores.base import ENDED_STATES, JobRecord, LogLine, Outcome, StateChange
+from modelpress_server.stores.database import insert_missing, note_change
 from modelpress_server.stores.tables import job_events, job_logs, jobs, result_cache
 
 _Job = job_service_pb2.Job
@@ -64,6 +64,7 @@ def insert_job(connection: Connection, record: JobRecord) -> None:
         )
     )
     append_events(connection, record.id, [state_event(message.state)])
+    note_change(connection, _change(record, created=True))
     records.set_labels(connection, record.id, message.labels)
 
 
@@ -75,6 +76,7 @@ def move(connection: Connection, record: JobRecord, state: job_service_pb2.JobSt
         record.message.end_time.FromMicroseconds(records.now_us())
     write(connection, record)
     append_events(connection, record.id, [state_event(state)])
+    note_change(connection, _change(record))
 
 
 def write(connection: Connection, record: JobRecord) -> None:
@@ -170,6 +172,25 @@ def state_event(state: job_service_pb2.JobState.ValueType) -> job_service_pb2.Wa
     event = job_service_pb2.WatchJobResponse(state=state)
     event.time.FromMicroseconds(records.now_us())
     return event
+
+
+def _change(record: JobRecord, *, created: bool = False) -> StateChange:
+    message = record.message
+    started_us, ended = message.start_time.ToMicroseconds(), message.state in ENDED_STATES
+    first_start = message.state == job_service_pb2.JOB_STATE_RUNNING and message.attempt == 1
+    ran = ended and message.HasField("start_time") and not message.from_cache
+    return StateChange(
+        kind="job",
+        project=record.project,
+        id=record.id,
+        state=records.job_state_name(message.state),
+        reason=reason_of(message.error) if message.state == job_service_pb2.JOB_STATE_FAILED else "",
+        created=created,
+        from_cache=ended and message.from_cache,
+        attempt=message.attempt,
+        wait_s=max(started_us - message.create_time.ToMicroseconds(), 0) / 1e6 if first_start else None,
+        run_s=max(message.end_time.ToMicroseconds() - started_us, 0) / 1e6 if ran else None,
+    )
 
 
 def _queue_deadline_us(message: _Job) -> int | None:

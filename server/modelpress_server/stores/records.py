@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-from modelpress_protos.v1 import upload_service_pb2
+from modelpress_protos.v1 import job_service_pb2, model_service_pb2, upload_service_pb2
 from sqlalchemy import Connection, Row, Select, Table, delete, exists, func, insert, select, update
 
 from modelpress_server.errors import BlobMissingError, EtagMismatchError, RequestIdReusedError, StoredQuotaError
@@ -21,6 +21,16 @@ _CHUNK = 500
 LET_GO_US = 0
 JUST_USED_US = 60 * 1_000_000
 STORED_RETRY_S = 300.0  # about when the janitor has been there
+
+
+def job_state_name(state: int) -> str:
+    """SUCCEEDED and so on."""
+    return job_service_pb2.JobState.Name(cast(Any, state)).removeprefix("JOB_STATE_")
+
+
+def model_state_name(state: int) -> str:
+    """ACTIVE and so on."""
+    return model_service_pb2.Model.State.Name(cast(Any, state)).removeprefix("STATE_")
 
 
 def now_us() -> int:

@@ -71,7 +71,7 @@ class SqlJobStore:
             record = job_rows.fetch_job(connection, job_id, project)
             records.check_etag(etag, record.version)
             if not record.ended:
-                state = job_service_pb2.JobState.Name(record.message.state).removeprefix("JOB_STATE_")
+                state = records.job_state_name(record.message.state)
                 raise errors.WrongStateError(
                     f"Job {job_id} is {state}. Cancel it and wait for its end, then delete it.",
                     metadata={"state": state},

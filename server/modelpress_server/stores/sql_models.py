@@ -8,10 +8,19 @@ from typing import Any
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2
 from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, select, update
 
-from modelpress_server.errors import QuotaExceededError, ResourceNotFoundError
+from modelpress_server.errors import QuotaExceededError, ResourceNotFoundError, reason_of
 from modelpress_server.stores import records
-from modelpress_server.stores.base import BlobKey, ListQuery, ModelQuota, ModelRecord, Page, Rank, RequestKey
-from modelpress_server.stores.database import Database
+from modelpress_server.stores.base import (
+    BlobKey,
+    ListQuery,
+    ModelQuota,
+    ModelRecord,
+    Page,
+    Rank,
+    RequestKey,
+    StateChange,
+)
+from modelpress_server.stores.database import Database, note_change
 from modelpress_server.stores.tables import jobs, models
 
 _KIND = "model"
@@ -50,6 +59,7 @@ class SqlModelStore:
                 )
             )
             records.set_labels(connection, record.id, message.labels)
+            note_change(connection, _change(record.project, record.id, message, created=True))
             return fetch_model(connection, record.project, record.id)
 
         return await self._database.write(work)
@@ -121,6 +131,7 @@ class SqlModelStore:
                 return
             _copy_inspection(found, record.message)
             _write(connection, record)
+            note_change(connection, _change(record.project, record.id, record.message))
 
         await self._database.write(work, must=True)
 
@@ -175,6 +186,17 @@ def _copy_inspection(source: model_service_pb2.Model, target: model_service_pb2.
         target.ClearField(name)
         if source.HasField(name):
             getattr(target, name).CopyFrom(getattr(source, name))
+
+
+def _change(project: str, model_id: str, message: model_service_pb2.Model, *, created: bool = False) -> StateChange:
+    return StateChange(
+        kind="model",
+        project=project,
+        id=model_id,
+        state=records.model_state_name(message.state),
+        reason=reason_of(message.error) if message.HasField("error") else "",
+        created=created,
+    )
 
 
 def _write(connection: Connection, record: ModelRecord) -> None:

@@ -1,0 +1,101 @@
+"""Whether the server can do its work, check by check."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from modelpress_server.clock import Clock
+from modelpress_server.executors.base import Executor
+from modelpress_server.host import Host
+from modelpress_server.interceptors import Gate
+from modelpress_server.space import disk_is_full
+from modelpress_server.stores.base import StoreOverview
+
+logger = logging.getLogger(__name__)
+
+CHECK_TIMEOUT_S = 2.0
+# However often somebody asks, the checks run no more often than this.
+INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found. `detail` is for people, and says nothing that a stranger may not know."""
+
+    ok: bool
+    detail: str = ""
+
+
+class Readiness:
+    """The checks of one server."""
+
+    def __init__(
+        self,
+        data_dir: Path,
+        store: StoreOverview,
+        executor: Executor,
+        host: Host,
+        gate: Gate,
+        clock: Clock,
+    ) -> None:
+        self._data_dir = data_dir
+        self._store = store
+        self._executor = executor
+        self._host = host
+        self._gate = gate
+        self._clock = clock
+        self._found: dict[str, Check] = {}
+        self._checked_at_s = -INTERVAL_S
+        self._lock = asyncio.Lock()
+
+    async def report(self) -> tuple[bool, dict[str, Any]]:
+        """Whether all is well, and the answer as JSON has it."""
+        async with self._lock:
+            if self._clock.now_s() - self._checked_at_s >= INTERVAL_S:
+                self._found = {
+                    "store": await _within_time(self._check_store),
+                    "blobs": await _within_time(self._check_blobs),
+                    "workers": self._check_workers(),
+                }
+                self._checked_at_s = self._clock.now_s()
+        found = {**self._found, "accepting": self._check_accepting()}
+        ready = all(check.ok for check in found.values())
+        checks = {name: asdict(check) for name, check in found.items()}
+        return ready, {"status": "ready" if ready else "not ready", "checks": checks}
+
+    async def _check_store(self) -> Check:
+        await self._store.ping()
+        return Check(True)
+
+    async def _check_blobs(self) -> Check:
+        return await asyncio.to_thread(_check_folder, self._data_dir / "blobs")
+
+    def _check_workers(self) -> Check:
+        if not self._host.able:
+            return Check(False, "no worker can be started; jobs wait, uploads and downloads are served")
+        return Check(True, f"sandbox level {self._executor.sandbox_level}")
+
+    def _check_accepting(self) -> Check:
+        return Check(True) if self._gate.accepts else Check(False, "the server is shutting down")
+
+
+def _check_folder(folder: Path) -> Check:
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        return Check(False, "the folder of the stored files cannot be read and written")
+    return Check(False, "the disk is full") if disk_is_full(folder) else Check(True)
+
+
+async def _within_time(check: Callable[[], Awaitable[Check]]) -> Check:
+    try:
+        return await asyncio.wait_for(check(), CHECK_TIMEOUT_S)
+    except TimeoutError:
+        return Check(False, f"no answer within {CHECK_TIMEOUT_S:g} s")
+    except Exception:
+        logger.exception("readiness: a check failed")
+        return Check(False, "failed; the server's log says why")
