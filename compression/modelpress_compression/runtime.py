@@ -127,8 +127,17 @@ def fit_together(sizes_bytes: Iterable[int]) -> bool:
 def open_comparable(path: Path) -> ort.InferenceSession:
     """A session on the file whose outputs can be compared with another model's: random operators draw the same numbers
     in every run. Raises as `open_session`."""
-    if not _may_be_random(path):
+    fixed = with_fixed_noise(path)
+    if fixed is None:
         return open_session(path)
+    return _session(fixed, _options(1, optimize=True), path.resolve().parent)
+
+
+def with_fixed_noise(path: Path) -> bytes | None:
+    """The model in the file, serialized, with random operators that draw the same numbers in every run; external data
+    stays where it is. None: it has no such operators. Raises ModelNotRunnableError."""
+    if not _may_be_random(path):
+        return None
     path = path.resolve()
     large = mapped.is_large(path.stat().st_size)
     try:
@@ -137,7 +146,7 @@ def open_comparable(path: Path) -> ort.InferenceSession:
     except (DecodeError, ValueError) as error:
         raise explain(error) from error
     fix_noise(ir)
-    return _session(onnx_ir.to_proto(ir).SerializeToString(), _options(1, optimize=True), path.parent)
+    return onnx_ir.to_proto(ir).SerializeToString()
 
 
 def _may_be_random(path: Path) -> bool:

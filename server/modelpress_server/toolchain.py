@@ -6,7 +6,7 @@ import hashlib
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("modelpress", "torch", "onnx", "onnxruntime", "onnx-ir", "onnxscript", "numpy")
+PACKAGES = ("modelpress", "torch", "onnx", "onnxruntime", "openvino", "onnx-ir", "onnxscript", "numpy")
 
 
 @cache

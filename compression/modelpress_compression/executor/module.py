@@ -187,7 +187,7 @@ def device_for(wanted: str) -> torch.device:
 
 def device_warning(wanted: str) -> str:
     """A sentence for people if another device than the wanted one is used; else empty."""
-    if device_for(wanted).type == wanted:
+    if wanted != "cuda" or device_for(wanted).type == wanted:
         return ""
     return (
         f"target.device is {wanted}, but torch {torch.__version__} sees no such device here: what needs gradients ran "

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modelpress_compression.backends.base import Backend
+from modelpress_compression.backends.cpu import CPU
 from modelpress_compression.errors import InvalidDataError
 from modelpress_compression.graph.padding import counted_positions
 from modelpress_compression.inputs import EvaluationData, InputData
@@ -18,7 +20,8 @@ from modelpress_compression.measure.metric_names import LOWER_IS_BETTER
 from modelpress_compression.measure.metrics import meter_for
 from modelpress_compression.measure.metrics.answers import fit_answers, scores_as_labels
 from modelpress_compression.measure.metrics.base import Batch, Meter
-from modelpress_compression.runtime import open_comparable, open_session, run, run_all
+from modelpress_compression.parallel import map_in_order
+from modelpress_compression.runtime import open_session, run
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,21 @@ class Evaluation:
     lower_is_better: bool = False
 
 
-def evaluate(path: Path, data: EvaluationData, metric: str | None = None, *, batch_size: int = 1) -> Evaluation:
+def evaluate(
+    path: Path, data: EvaluationData, metric: str | None = None, *, batch_size: int = 1, backend: Backend = CPU
+) -> Evaluation:
     """The metric of one model on all samples. `metric` None: top1 for class indices and one-hot labels, else mse.
+    `backend`: what the model runs in.
 
     Raises InvalidDataError where the labels fit no output, ModelNotRunnableError, UnsupportedOperatorError.
     """
-    session = open_comparable(path)
+    runner = backend.open(path, comparable=True)
     labels = data.labels
     size = _samples_of_a_feed(data.inputs, batch_size)
     meter: Meter | None = None
     chosen, start = "", 0
     feeds = data.inputs.feeds(batch_size)
-    for outputs, mask in zip(run_all(session, feeds), _masks(data.inputs, batch_size), strict=True):
+    for outputs, mask in zip(map_in_order(runner.run, feeds), _masks(data.inputs, batch_size), strict=True):
         stop = min(start + size, len(labels))
         if meter is None:
             chosen, meter = meter_for(outputs, data, stop - start, metric)

@@ -36,12 +36,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modelpress_compression.backends.base import Backend
+from modelpress_compression.backends.cpu import CPU
 from modelpress_compression.graph.outputs import classification_outputs
 from modelpress_compression.graph.padding import counted_positions, without_padding
 from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import file_size_bytes, read_graph
 from modelpress_compression.parallel import map_in_order
-from modelpress_compression.runtime import fit_together, open_comparable, run
+from modelpress_compression.runtime import fit_together
 
 MAX_SQNR_DB = 200.0
 DEFAULT_LIMIT = 256
@@ -153,6 +155,7 @@ def compare_outputs(
     limit: int = DEFAULT_LIMIT,
     budget_s: float | None = None,
     known: KnownOutputs | None = None,
+    backend: Backend = CPU,
 ) -> Fidelity:
     """Runs both models on at most `limit` samples, one at a time, and compares the outputs.
 
@@ -160,9 +163,10 @@ def compare_outputs(
 
     One at a time, because dynamic quantization chooses its ranges per batch. `budget_s`: stop taking samples after so
     many seconds; `samples` says how many there were. `known`: outputs of the original on this data; those that are
-    found are kept there. Raises ModelNotRunnableError, UnsupportedOperatorError.
+    found are kept there. `backend`: what the optimized model runs in; the original runs in onnxruntime in any case.
+    Raises ModelNotRunnableError, UnsupportedOperatorError.
     """
-    pair = _Pair(original, optimized, known if known is not None else KnownOutputs(0))
+    pair = _Pair(original, optimized, known if known is not None else KnownOutputs(0), backend)
     classes = classification_outputs(read_graph(original))
     deadline = math.inf if budget_s is None else time.monotonic() + budget_s
     sums: dict[str, _OutputSums] = {}
@@ -189,6 +193,7 @@ class _Pair:
     original: Path
     optimized: Path
     known: KnownOutputs
+    backend: Backend
 
     def answers(self, feeds: Iterable[Feeds], deadline: float) -> Iterator[Answers]:
         """Feed by feed, both models' outputs, until time is up; at least one."""
@@ -197,11 +202,12 @@ class _Pair:
         return self._in_turn(feeds, deadline)
 
     def _together(self, feeds: Iterable[Feeds], deadline: float) -> Iterator[Answers]:
-        first, second = (open_comparable(path) for path in (self.original, self.optimized))
+        first = CPU.open(self.original, comparable=True)
+        second = self.backend.open(self.optimized, comparable=True)
 
         def answer(numbered: tuple[int, Feeds]) -> tuple[int, Answers]:
             number, feed = numbered
-            return number, (feed, self.known.get(number) or run(first, feed), run(second, feed))
+            return number, (feed, self.known.get(number) or first.run(feed), second.run(feed))
 
         for number, answers in map_in_order(answer, enumerate(feeds)):
             self.known.keep(number, answers[1])
@@ -215,8 +221,8 @@ class _Pair:
         deadline = min(deadline, now + TURNS_BUDGET_S)
         with WaitingOutputs(self.optimized.parent) as waiting:
             count = self._ask_original(feeds, now + (deadline - now) / 2, waiting)
-            session = open_comparable(self.optimized)
-            answers = map_in_order(lambda feed: run(session, feed), feeds[:count])
+            runner = self.backend.open(self.optimized, comparable=True)
+            answers = map_in_order(runner.run, feeds[:count])
             for number, (feed, after) in enumerate(zip(feeds, answers, strict=False)):
                 yield feed, self.known.get(number) or waiting.get(number), after
                 if time.monotonic() > deadline:
@@ -227,8 +233,8 @@ class _Pair:
         known = [self.known.get(number) is not None for number in range(len(feeds))]
         if all(known):
             return len(feeds)
-        session = open_comparable(self.original)
-        answers = map_in_order(lambda number: None if known[number] else run(session, feeds[number]), range(len(feeds)))
+        runner = CPU.open(self.original, comparable=True)
+        answers = map_in_order(lambda number: None if known[number] else runner.run(feeds[number]), range(len(feeds)))
         for number, before in enumerate(answers):
             if before is not None:
                 self.known.keep(number, before)

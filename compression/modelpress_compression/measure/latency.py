@@ -1,7 +1,7 @@
 """Latency of two or more models, measured so that the ratio holds on a machine that does other work as well.
 
-All models have a session with equal options in one process. Every round times each of them once, in random order, on
-the same inputs.
+All models are open in one process, in the same runtime with equal options. Every round times each of them once, in
+random order, on the same inputs.
 
 - One thread: a timing is a single run, for a run is charged with at most its own share of what else the machine does.
   (Bursts of the same *count* of runs are not: the slower model's burst is longer and is preempted more often.) The
@@ -36,14 +36,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
+from modelpress_compression.backends.base import Backend, Runner
+from modelpress_compression.backends.cpu import CPU
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.inputs import Feeds, InputData
 from modelpress_compression.measure.feeds import batches, true_batch_size
 from modelpress_compression.model import file_size_bytes
-from modelpress_compression.runtime import EXECUTION_PROVIDER, fit_together, open_session, run
+from modelpress_compression.runtime import fit_together
 
 Times = NDArray[np.float64]
 
@@ -172,6 +173,7 @@ def compare_latency(
     rounds: int,
     seed: int = 0,
     budget_s: float = DEFAULT_BUDGET_S,
+    backend: Backend = CPU,
 ) -> LatencyRow:
     """Times both models in interleaved rounds, within about `budget_s` seconds; see `time_interleaved`."""
     timings = time_interleaved(
@@ -182,9 +184,10 @@ def compare_latency(
         rounds=rounds,
         seed=seed,
         budget_s=budget_s,
+        backend=backend,
     )
     return LatencyRow(
-        execution_provider=EXECUTION_PROVIDER,
+        execution_provider=backend.label,
         threads=threads,
         batch_size=timings.batch_size,
         rounds=timings.rounds,
@@ -206,26 +209,27 @@ def time_interleaved(
     rounds: int,
     seed: int = 0,
     budget_s: float = DEFAULT_BUDGET_S,
+    backend: Backend = CPU,
 ) -> Timings:
-    """Times all models in interleaved rounds, within about `budget_s` seconds.
+    """Times all models in interleaved rounds in the `backend`, within about `budget_s` seconds.
 
     Where time does not suffice there are fewer rounds, but at least six. Where a model cannot take batches of
     `batch_size` (its batch is fixed, or baked into a Reshape), all are timed with what it takes, and the result says
     so. Raises ModelNotRunnableError, UnsupportedOperatorError.
     """
     if not fit_together(map(file_size_bytes, models)):
-        plan = _Plan(models, data, threads, batch_size, rounds, budget_s)
+        plan = _Plan(models, data, threads, batch_size, rounds, budget_s, backend)
         return _time_in_turn(plan, random.Random(seed))  # noqa: S311  # an order, not a secret
     began = time.perf_counter()
-    sessions = [open_session(path, threads=threads) for path in models]
-    feeds, size = _accepted_feeds(sessions, data, batch_size)
+    runners = [backend.open(path, threads=threads) for path in models]
+    feeds, size = _accepted_feeds(runners, data, batch_size)
     with _no_garbage_collection():
-        warm_up_s = min(WARM_UP_MAX_S, budget_s * WARM_UP_SHARE / len(sessions))
-        once_s = [_warm_up(session, feeds, warm_up_s) for session in sessions]
+        warm_up_s = min(WARM_UP_MAX_S, budget_s * WARM_UP_SHARE / len(runners))
+        once_s = [_warm_up(runner, feeds, warm_up_s) for runner in runners]
         runs = _runs_per_round(once_s, alike=threads > 1)
         count = _rounds_within(budget_s - (time.perf_counter() - began), once_s, runs, rounds)
         shuffler = random.Random(seed)  # noqa: S311  # an order, not a secret
-        timers = [_Timer(session, feeds, times) for session, times in zip(sessions, runs, strict=True)]
+        timers = [_Timer(runner, feeds, times) for runner, times in zip(runners, runs, strict=True)]
         samples = _rounds(timers, count, shuffler=shuffler, deadline=began + budget_s)
     return robust_timings(samples, size, runs, threads)
 
@@ -240,6 +244,7 @@ class _Plan:
     batch_size: int
     rounds: int
     budget_s: float
+    backend: Backend
 
 
 def _time_in_turn(plan: _Plan, shuffler: random.Random) -> Timings:
@@ -248,16 +253,16 @@ def _time_in_turn(plan: _Plan, shuffler: random.Random) -> Timings:
     size = plan.batch_size
     once_s: list[float] = []
     while len(once_s) < len(plan.models):
-        session = open_session(plan.models[len(once_s)], threads=plan.threads)
-        feeds, taken = _accepted_feeds([session], plan.data, size)
+        runner = plan.backend.open(plan.models[len(once_s)], threads=plan.threads)
+        feeds, taken = _accepted_feeds([runner], plan.data, size)
         if once_s and taken != size:
             once_s.clear()  # those before were looked at with batches that this one refuses
         else:
             limit_s = min(WARM_UP_MAX_S, plan.budget_s * WARM_UP_SHARE / len(plan.models))
             with _no_garbage_collection():
-                once_s.append(_warm_up(session, feeds, limit_s))
+                once_s.append(_warm_up(runner, feeds, limit_s))
         size = taken
-        del session  # before the next one is there
+        del runner  # before the next one is there
     runs = _runs_per_round(once_s, alike=plan.threads > 1)
     count = _rounds_within(plan.budget_s - (time.perf_counter() - began), once_s, runs, plan.rounds)
     feeds = batches(plan.data, size, FEEDS)
@@ -267,12 +272,12 @@ def _time_in_turn(plan: _Plan, shuffler: random.Random) -> Timings:
         rounds = range(block * count // TURNS, (block + 1) * count // TURNS)
         shuffler.shuffle(order)
         for which in order:
-            session = open_session(plan.models[which], threads=plan.threads)
+            runner = plan.backend.open(plan.models[which], threads=plan.threads)
             with _no_garbage_collection():
-                _warm_up(session, feeds, once_s[which] * WARM_UP_RUNS)
-                timer = _Timer(session, feeds, runs[which])
+                _warm_up(runner, feeds, once_s[which] * WARM_UP_RUNS)
+                timer = _Timer(runner, feeds, runs[which])
                 timed[which] += [timer.time(index) for index in rounds]
-            del session, timer
+            del runner, timer
     return robust_timings(_samples(list(zip(*timed, strict=True))), size, runs, plan.threads)
 
 
@@ -344,25 +349,23 @@ def _interval_rank(count: int, tail: float) -> int:
     return max(rank, 1)
 
 
-def _accepted_feeds(
-    sessions: Sequence[ort.InferenceSession], data: InputData, batch_size: int
-) -> tuple[list[Feeds], int]:
+def _accepted_feeds(runners: Sequence[Runner], data: InputData, batch_size: int) -> tuple[list[Feeds], int]:
     """Feeds of the batch size asked for, or of one sample where a model refuses that; and their size."""
     size = true_batch_size(data, batch_size)
     feeds = batches(data, size, FEEDS)
     try:
-        for session in sessions:
-            run(session, feeds[0])
+        for runner in runners:
+            runner.run(feeds[0])
     except ModelNotRunnableError:
         if size == 1 or data.fixed_batch:
             raise
-        return _accepted_feeds(sessions, data, 1)
+        return _accepted_feeds(runners, data, 1)
     return feeds, size
 
 
-def _warm_up(session: ort.InferenceSession, feeds: Sequence[Feeds], limit_s: float) -> float:
+def _warm_up(runner: Runner, feeds: Sequence[Feeds], limit_s: float) -> float:
     """Runs until times are stable, the limit is reached or there were 50 runs; returns the usual time of one run."""
-    timer = _Timer(session, feeds, 1)
+    timer = _Timer(runner, feeds, 1)
     began = time.perf_counter()
     times_s: list[float] = []
     while len(times_s) < WARM_UP_MAX_RUNS:
@@ -393,20 +396,18 @@ class Samples:
 
 
 class _Timer:
-    """Times one session, `runs` runs at a time, on each of the feeds in turn."""
+    """Times one model, `runs` runs at a time, on each of the feeds in turn."""
 
-    def __init__(self, session: ort.InferenceSession, feeds: Sequence[Feeds], runs: int) -> None:
-        taken = {value.name for value in session.get_inputs()}
-        self._feeds = [{name: array for name, array in feed.items() if name in taken} for feed in feeds]
-        self._session, self._runs = session, runs
+    def __init__(self, runner: Runner, feeds: Sequence[Feeds], runs: int) -> None:
+        self._calls, self._runs = [runner.prepared(feed) for feed in feeds], runs
 
     def time(self, index: int) -> _Sample:
-        feed, run_once = self._feeds[index % len(self._feeds)], self._session.run
+        run_once = self._calls[index % len(self._calls)]
         preempted = _preemptions()
         # The wall clock lies outside: it may count the system calls that read the CPU clock, not the other way round.
         began_wall, began_cpu = time.perf_counter_ns(), time.thread_time_ns()
         for _ in range(self._runs):
-            run_once(None, feed)
+            run_once()
         cpu_ns, wall_ns = time.thread_time_ns() - began_cpu, time.perf_counter_ns() - began_wall
         return _Sample(wall_ns / self._runs / 1e9, cpu_ns / self._runs / 1e9, _preemptions() - preempted)
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modelpress_compression.backends.base import Backend
+from modelpress_compression.backends.cpu import CPU
 from modelpress_compression.errors import MetricError
 from modelpress_compression.inputs import Array, EvaluationData
 from modelpress_compression.measure.accuracy import Accuracy, Evaluation, accuracy_after, evaluate
@@ -25,14 +27,15 @@ class Labelled:
     data: EvaluationData
     metric: str | None = None
 
-    def evaluate(self, path: Path) -> Evaluation:
-        """The figure of the model in `path`. Raises as `accuracy.evaluate`."""
-        return evaluate(path, self.data, self.metric)
+    def evaluate(self, path: Path, backend: Backend = CPU) -> Evaluation:
+        """The figure of the model in `path`, run in the `backend`. Raises as `accuracy.evaluate`."""
+        return evaluate(path, self.data, self.metric, backend=backend)
 
 
 @dataclass(frozen=True)
 class OwnMetric:
-    """A metric that somebody else computes. `score`: from the path of an ONNX file to a number.
+    """A metric that somebody else computes, in a runtime of their choice. `score`: from the path of an ONNX file to a
+    number.
 
     A model is scored once: `known` has the scores by file.
     """
@@ -49,7 +52,7 @@ class OwnMetric:
         lower = bool(getattr(function, "lower_is_better", False))
         return cls(name, lambda path: function(str(path), evaluation), lower)
 
-    def evaluate(self, path: Path) -> Evaluation:
+    def evaluate(self, path: Path, backend: Backend = CPU) -> Evaluation:
         """The figure of the model in `path`. Raises MetricError where the metric fails or gives no finite number."""
         status = path.stat()
         key = (str(path), status.st_mtime_ns, status.st_size)
@@ -87,7 +90,7 @@ class GivenScores:
     scores: Mapping[str, float]
     lower_is_better: bool = False
 
-    def evaluate(self, path: Path) -> Evaluation:
+    def evaluate(self, path: Path, backend: Backend = CPU) -> Evaluation:
         """The figure of the model in `path`. Raises NotScoredError."""
         score = self.scores.get(model_digest(path))
         if score is None:
@@ -98,10 +101,11 @@ class GivenScores:
 Task = Labelled | OwnMetric | GivenScores
 
 
-def compare_on_task(task: Task, original: Path, optimized: Path) -> Accuracy | None:
-    """The figures of both models; None where they are not scored yet. Raises as `evaluate` of the task."""
+def compare_on_task(task: Task, original: Path, optimized: Path, backend: Backend = CPU) -> Accuracy | None:
+    """The figures of the original in onnxruntime and of the optimized model in the `backend`; None where they are not
+    scored yet. Raises as `evaluate` of the task."""
     try:
-        return accuracy_after(task.evaluate(original), task.evaluate(optimized))
+        return accuracy_after(task.evaluate(original), task.evaluate(optimized, backend))
     except NotScoredError:
         return None
 

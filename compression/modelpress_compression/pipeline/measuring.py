@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from modelpress_compression.backends import backend_of, backends_of
+from modelpress_compression.backends.base import Backend
+from modelpress_compression.backends.cpu import CPU
+from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.accuracy import Accuracy
 from modelpress_compression.measure.damage import damage_of
 from modelpress_compression.measure.fidelity import Fidelity, compare_outputs
@@ -17,11 +21,16 @@ from modelpress_compression.recipe import Constraints, Recipe
 
 # Times the original's time: beyond it the first words of a report say so.
 FAR_SLOWER = 1.5
+# Samples on which the runtimes' answers to the original are compared, and the cosine below which they differ (30 dB).
+OWN_SAMPLES, SAME_COSINE = 128, 0.9995
 
 
 @dataclass(frozen=True)
 class Measured:
-    """All figures of a result; `violations`: one sentence for each constraint that is not met."""
+    """All figures of a result; `violations`: one sentence for each constraint that is not met.
+
+    `latency`: the rows of the target's runtime first, whose first decides, then those of onnxruntime beside it.
+    """
 
     latency: tuple[LatencyRow, ...]
     fidelity: Fidelity
@@ -40,13 +49,16 @@ class Measured:
         return [*self._slowness(), *self._disturbance()]
 
     def _slowness(self) -> list[str]:
-        slowest = min(self.latency, key=lambda row: row.speedup.high)
+        runtime = self.latency[0].execution_provider
+        name = runtime.removesuffix("ExecutionProvider")
+        on_target = [row for row in self.latency if row.execution_provider == runtime]
+        slowest = min(on_target, key=lambda row: row.speedup.high)
         if slowest.speedup.high * FAR_SLOWER >= 1.0:
             return []
         return [
             f"The result takes {1 / slowest.speedup.median:.3g} times the original's time (threads "
-            f"{slowest.threads}, batch size {slowest.batch_size}): its form does not suit onnxruntime on this CPU. A "
-            f"goal in place of the steps (--goal balanced) takes nothing that is slower."
+            f"{slowest.threads}, batch size {slowest.batch_size}): its form does not suit {name} on this "
+            f"machine. A goal in place of the steps (--goal balanced) takes nothing that is slower."
         ]
 
     def _disturbance(self) -> list[str]:
@@ -70,29 +82,54 @@ def measure(
     context: Context,
     fidelity: Fidelity | None = None,
 ) -> Measured:
-    """Fidelity on the context's data, the metric of the `task`, and one latency row for each of threads x batch
-    sizes. `fidelity`: where it has just been measured."""
+    """Fidelity on the context's data, the metric of the `task`, and one latency row for each of runtimes x threads x
+    batch sizes. The result runs in the target's runtime, and is compared with the original in onnxruntime.
+    `fidelity`: where it has just been measured."""
+    backend = backend_of(context.target)
     if fidelity is None:
         context.progress(0.0, "comparing the outputs")
-        fidelity = compare_outputs(original, optimized, context.data)
+        fidelity = compare_outputs(original, optimized, context.data, backend=backend)
     accuracy = None
     if task is not None:
         context.progress(0.2, "evaluating the task metric")
-        accuracy = compare_on_task(task, original, optimized)
+        accuracy = compare_on_task(task, original, optimized, backend)
     rows: list[LatencyRow] = []
-    settings = list(product(recipe.benchmark.threads, recipe.benchmark.batch_sizes))
-    for index, (threads, batch_size) in enumerate(settings):
+    settings = list(product(backends_of(context.target), recipe.benchmark.threads, recipe.benchmark.batch_sizes))
+    for index, (runtime, threads, batch_size) in enumerate(settings):
         share = 0.4 + 0.6 * index / len(settings)
-        context.progress(share, f"timing: {threads} threads, batch size {batch_size}")
+        context.progress(share, f"timing: {runtime.label}, {threads} threads, batch size {batch_size}")
         rounds = recipe.benchmark.rounds
         with context.alone():
             row = compare_latency(
-                original, optimized, context.data, threads=threads, batch_size=batch_size, rounds=rounds
+                original,
+                optimized,
+                context.data,
+                threads=threads,
+                batch_size=batch_size,
+                rounds=rounds,
+                backend=runtime,
             )
         rows.append(row)
     sizes = file_size_bytes(original), file_size_bytes(optimized)
     violations = _violations(recipe.limits, tuple(rows), fidelity, accuracy, *sizes)
     return Measured(tuple(rows), fidelity, accuracy, violations)
+
+
+def own_answers(original: Path, backend: Backend, data: InputData) -> list[str]:
+    """A sentence if the original itself answers otherwise in the `backend` than in onnxruntime, whatever is done to
+    it. Raises ModelNotRunnableError, UnsupportedOperatorError where it does not run there."""
+    if backend.label == CPU.label:
+        return []
+    found = compare_outputs(original, original, data, limit=OWN_SAMPLES, backend=backend)
+    changed = [found.top1_agreement is not None and found.top1_agreement < 1.0, found.cosine < SAME_COSINE]
+    if not any(changed):
+        return []
+    classes = "" if found.top1_agreement is None else f"the same class on {found.top1_agreement:.2%} of them, "
+    return [
+        f"{backend.label} answers otherwise than onnxruntime on the model as it was given, before anything was done to "
+        f"it: on {found.samples} samples {classes}cosine {found.cosine:.5f}, {found.sqnr_db:.1f} dB. "
+        f"target.precision float32 comes closer where bfloat16 is the reason."
+    ]
 
 
 def not_better(measured: Measured, original_size_bytes: int, optimized_size_bytes: int) -> str | None:

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from modelpress_compression import mapped
+from modelpress_compression.backends import backend_of
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.graph.compact import compacted
 from modelpress_compression.graph.shapes import sample_shapes
@@ -26,7 +27,7 @@ from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.noise import random_nodes
 from modelpress_compression.passes.base import Context
 from modelpress_compression.pipeline.data_check import data_warnings
-from modelpress_compression.pipeline.measuring import Measured, measure, not_better, verdict
+from modelpress_compression.pipeline.measuring import Measured, measure, not_better, own_answers, verdict
 from modelpress_compression.pipeline.preflight import check_room, needs
 from modelpress_compression.pipeline.progress import Progress, ProgressListener, stages_of
 from modelpress_compression.recipe import Recipe
@@ -199,8 +200,12 @@ def _prepare(
     model = save(model, path, weights=False)
     if (problem := broken(path, context.data, path)) is not None:
         raise ModelNotRunnableError(problem)
+    backend = backend_of(context.target)
+    if backend.remark:
+        context.log(backend.remark)
     labelled = task if isinstance(task, Labelled) else None
     warnings = [*_randomness(model), *data_warnings(model, path, context.data, labelled)]
+    warnings += own_answers(path, backend, context.data)
     if isinstance(task, OwnMetric):
         progress.update(0.0, "scoring the original with your metric")
         task.evaluate(path)  # a metric that cannot score the original is refused before the long work

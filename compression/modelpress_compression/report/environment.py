@@ -12,7 +12,7 @@ from modelpress_compression.parallel import available_cores
 
 # The instructions that decide how fast, and on some CPUs how exactly, eight-bit arithmetic runs.
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
-_PACKAGES = ("modelpress", "torch", "onnx", "onnxruntime", "numpy")
+_PACKAGES = ("modelpress", "torch", "onnx", "onnxruntime", "openvino", "numpy")
 
 
 def environment() -> dict[str, Any]:

@@ -31,7 +31,8 @@ _WHOLE = re.compile(r"\.0+(?!\d)")
 
 def latency_picture(rows: Sequence[Mapping[str, Any]]) -> str:
     """For each row both models: a dot at p50, a thick line to p90, a thin one to p99; each row has its own scale."""
-    return tag("div", "".join(_latency_row(row) for row in rows), class_="latency")
+    several = len({row["execution_provider"] for row in rows}) > 1
+    return tag("div", "".join(_latency_row(row, named=several) for row in rows), class_="latency")
 
 
 def legend() -> str:
@@ -101,9 +102,11 @@ def size_bar(share: float) -> str:
     return f'<svg class="gauge" width="100%" height="6" aria-hidden="true">{track}{bar}</svg>'
 
 
-def _latency_row(row: Mapping[str, Any]) -> str:
+def _latency_row(row: Mapping[str, Any], *, named: bool) -> str:
+    """`named`: with the runtime in the title."""
     threads, batch = row["threads"], row["batch_size"]
-    title = f"{threads} thread{'s' if threads != 1 else ''}, batch {batch}"
+    runtime = f"{row['execution_provider'].removesuffix('ExecutionProvider')}, " if named else ""
+    title = f"{runtime}{threads} thread{'s' if threads != 1 else ''}, batch {batch}"
     speedup = row["speedup"]
     words = tag("b", escape(speed_words(speedup)), class_=f"verdict {speed_kind(speedup)}")
     head = tag("strong", escape(title)) + tag("span", f"{words} {tag('small', escape(interval(speedup)))}")

@@ -25,6 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
+from modelpress_compression.backends import backend_of
+from modelpress_compression.backends.base import Backend
+from modelpress_compression.backends.cpu import CPU
 from modelpress_compression.errors import MetricError
 from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.accuracy import Evaluation, accuracy_after
@@ -98,6 +101,11 @@ class Judge:
     known_few: KnownOutputs = field(default_factory=KnownOutputs)
     recall: Recall = field(default_factory=Recall)
 
+    @cached_property
+    def backend(self) -> Backend:
+        """What candidates run in: the target's. The original's answers are those of onnxruntime."""
+        return backend_of(self.context.target)
+
     def answers(self, candidate: Candidate) -> Candidate:
         """The candidate with its fidelity, and with the reason if it does not keep the answers.
 
@@ -122,7 +130,7 @@ class Judge:
         constraints = self.recipe.limits
         try:
             before = self._original_metric
-            accuracy = accuracy_after(before, self.recall.evaluation(self.task, candidate.record.path))
+            accuracy = accuracy_after(before, self.recall.evaluation(self.task, candidate.record.path, self.backend))
         except NotScoredError as error:
             return replace(candidate, reason=error.message, unscored=True)
         except MetricError as error:
@@ -137,7 +145,7 @@ class Judge:
         path = candidate.record.path
 
         def compare() -> Fidelity:
-            return compare_outputs(self.original, path, data, limit=FIDELITY_SAMPLES, known=known)
+            return compare_outputs(self.original, path, data, limit=FIDELITY_SAMPLES, known=known, backend=self.backend)
 
         if anew:
             return replace(candidate, fidelity=compare(), remembered=False)
@@ -168,7 +176,7 @@ class Judge:
     @cached_property
     def _original_metric(self) -> Evaluation:
         assert self.task is not None  # noqa: S101  # who has none does not ask
-        return self.recall.evaluation(self.task, self.original)
+        return self.recall.evaluation(self.task, self.original, CPU)
 
     def speed(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates with their speed, and with the reason where one is not surely faster.
@@ -237,6 +245,7 @@ class Judge:
                     batch_size=batch_size,
                     rounds=rounds,
                     budget_s=budget_s,
+                    backend=self.backend,
                 )
             timings.setdefault(one.batch_size, one)
         return RaceTimings(tuple(timings.values()))

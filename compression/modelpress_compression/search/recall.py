@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
+from modelpress_compression.backends.base import Backend
 from modelpress_compression.measure.accuracy import Evaluation
 from modelpress_compression.measure.fidelity import Fidelity
 from modelpress_compression.measure.latency import Times
@@ -106,12 +107,12 @@ class Recall:
         found = self.facts("comparisons", [model_digest(path), *parts], lambda: asdict(make()))
         return Fidelity.from_facts(found), self.reused["comparisons"] > before
 
-    def evaluation(self, task: Task, path: Path) -> Evaluation:
+    def evaluation(self, task: Task, path: Path, backend: Backend) -> Evaluation:
         """The figure of the model in `path`; that of a user's own metric, of which nothing is known, is not kept."""
         if self.memory is None or not isinstance(task, Labelled):
-            return task.evaluate(path)
-        parts = [model_digest(path), task.data.digest, task.metric]
-        return Evaluation(**self.facts("metrics", parts, lambda: asdict(task.evaluate(path))))
+            return task.evaluate(path, backend)
+        parts = [model_digest(path), task.data.digest, task.metric, backend.label]
+        return Evaluation(**self.facts("metrics", parts, lambda: asdict(task.evaluate(path, backend))))
 
     def prices(
         self,

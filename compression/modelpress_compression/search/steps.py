@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from modelpress_compression.backends import backends_of
+from modelpress_compression.backends.base import Backend
+from modelpress_compression.backends.cpu import CPU
 from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOperatorError
 from modelpress_compression.graph.compact import compacted
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
+from modelpress_compression.parallel import map_in_order
 from modelpress_compression.passes.base import Context, PassResult, Skip
 from modelpress_compression.recipe import Step
-from modelpress_compression.runtime import open_session, run_all
 from modelpress_compression.techniques import TECHNIQUES
 
 # On so many feeds every intermediate model must give finite outputs.
@@ -62,7 +65,8 @@ def keep(record: StepRecord, result: PassResult, context: Context, target: Path)
     if not result.changed:
         return record
     model = save(result.model, target)
-    problem = broken(target, context.data, reference=record.path)
+    backends = backends_of(context.target)
+    problem = next(filter(None, (broken(target, context.data, record.path, one) for one in backends)), None)
     if problem is not None:
         warning = f"{record.step.technique} was undone: {problem}"
         context.log(warning)
@@ -87,16 +91,17 @@ def save(model: Model, path: Path, *, weights: bool = True) -> Model:
     return model.saved(path, compacted(model, weights=weights))
 
 
-def broken(path: Path, data: InputData, reference: Path) -> str | None:
-    """Why the model in `path` cannot be used; None where it runs, and is finite wherever `reference` is."""
+def broken(path: Path, data: InputData, reference: Path, backend: Backend = CPU) -> str | None:
+    """Why the model in `path` cannot be used; None where it runs in the `backend`, and is finite wherever `reference`
+    is."""
     feeds = list(data.feeds(1, limit=CHECK_FEEDS * (data.fixed_batch or 1)))
     try:
-        outputs = list(run_all(open_session(path), feeds))
+        outputs = list(map_in_order(backend.open(path).run, feeds))
     except (ModelNotRunnableError, UnsupportedOperatorError) as error:
         return error.message
     if all(_finite(output) for output in outputs):
         return None
-    expected = run_all(open_session(reference), feeds)
+    expected = map_in_order(backend.open(reference).run, feeds)
     # A model may be made to give infinities, for masked positions say: only new ones count.
     if all(_finite(output) for output in expected):
         return "its outputs hold NaN or infinite values where the model's did not."

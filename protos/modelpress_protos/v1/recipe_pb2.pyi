@@ -723,32 +723,43 @@ class Target(_message.Message):
 
     DEVICE_FIELD_NUMBER: _builtins.int
     CPU_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """cuda: distill and the criterion taylor compute on a GPU where torch sees one, else on the CPU with a warning;
-    onnxruntime measures on the CPU all the same.
+    onnxruntime measures on the CPU all the same. openvino: OpenVINO on the CPU: models are timed and compared in it,
+    its times decide, and those of onnxruntime stand beside them.
     """
     cpu: _builtins.str
     """generic: 8-bit layers give the same answers on CPUs without VNNI, whose products saturate; vnni: such CPUs do not
     matter.
+    """
+    precision: _builtins.str
+    """In which OpenVINO computes what is in float32. default: bfloat16 on CPUs that have it, which may change answers;
+    onnxruntime computes in float32 whatever stands here.
     """
     def __init__(
         self,
         *,
         device: _builtins.str | None = ...,
         cpu: _builtins.str | None = ...,
+        precision: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu", b"_cpu", "_device", b"_device", "cpu", b"cpu", "device", b"device"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu", b"_cpu", "_device", b"_device", "_precision", b"_precision", "cpu", b"cpu", "device", b"device", "precision", b"precision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu", b"_cpu", "_device", b"_device", "cpu", b"cpu", "device", b"device"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu", b"_cpu", "_device", b"_device", "_precision", b"_precision", "cpu", b"cpu", "device", b"device", "precision", b"precision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cpu: _TypeAlias = _typing.Literal["cpu"]  # noqa: Y015
     _WhichOneofArgType__cpu: _TypeAlias = _typing.Literal["_cpu", b"_cpu"]  # noqa: Y015
     _WhichOneofReturnType__device: _TypeAlias = _typing.Literal["device"]  # noqa: Y015
     _WhichOneofArgType__device: _TypeAlias = _typing.Literal["_device", b"_device"]  # noqa: Y015
+    _WhichOneofReturnType__precision: _TypeAlias = _typing.Literal["precision"]  # noqa: Y015
+    _WhichOneofArgType__precision: _TypeAlias = _typing.Literal["_precision", b"_precision"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cpu) -> _WhichOneofReturnType__cpu | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__device) -> _WhichOneofReturnType__device | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__precision) -> _WhichOneofReturnType__precision | None: ...
 
 Global___Target: _TypeAlias = Target  # noqa: Y015
 

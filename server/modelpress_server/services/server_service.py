@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from modelpress_compression.options import schema_of
+from modelpress_compression.target import measured_devices
 from modelpress_compression.techniques import TECHNIQUES
 from modelpress_protos.formats import FORMATS
 from modelpress_protos.v1 import common_pb2, job_service_pb2, server_service_pb2, server_service_pb2_grpc
@@ -21,7 +22,6 @@ from modelpress_server.stores.base import ENDED_STATES, JobStore, UsageStore
 from modelpress_server.toolchain import toolchain
 
 API_VERSIONS = ("modelpress.v1",)
-DEVICES = ("cpu",)
 _AT_WORK = (job_service_pb2.JOB_STATE_RUNNING, job_service_pb2.JOB_STATE_CANCELLING)
 
 
@@ -61,7 +61,7 @@ class ServerService(server_service_pb2_grpc.ServerServiceServicer):
             formats=_formats(confined=confined),
             techniques=_techniques(),
             presets=preset_messages(),
-            devices=DEVICES,
+            devices=measured_devices(),
             sandbox_level=self._executor.sandbox_level,
             separate_worker_users=self._executor.separate_users,
             toolchain=toolchain(),

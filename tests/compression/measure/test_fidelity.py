@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnxruntime as ort
 import pytest
 from modelpress_compression import runtime
+from modelpress_compression.backends.cpu import OnnxRuntime, OnnxRuntimeRunner
 from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.measure import fidelity
 from modelpress_compression.measure.fidelity import MAX_SQNR_DB, KnownOutputs, WaitingOutputs, compare_outputs
@@ -172,12 +173,14 @@ def test_large_models_take_turns(save_model: Save, threes: InputData, monkeypatc
     together = compare_outputs(before, after, threes)
     opened: list[Path] = []
 
-    def open_one(path: Path) -> ort.InferenceSession:
+    def open_one(backend: OnnxRuntime, path: Path, **options: Any) -> OnnxRuntimeRunner:
         opened.append(path)
-        return runtime.open_comparable(path)
+        return open_model(backend, path, **options)
+
+    open_model = OnnxRuntime.open
 
     monkeypatch.setattr(runtime, "SPARE_BYTES", -(10**9))
-    monkeypatch.setattr(fidelity, "open_comparable", open_one)
+    monkeypatch.setattr(OnnxRuntime, "open", open_one)
     assert compare_outputs(before, after, threes) == together
     known = KnownOutputs()
     assert compare_outputs(before, after, threes, known=known) == together
