@@ -27,6 +27,8 @@ from format_messages import COMMON, with_formats
 from recipe_messages import RECIPE, recipe_proto
 
 ROOT = Path(__file__).resolve().parent
+# Files of others that ours import, google/protobuf/ left out: with them the folder is all that a client needs.
+THIRD_PARTY = ROOT / "modelpress_protos/third_party"
 # Modules and packages of the engine that stand on the standard library alone -> their copies.
 COPIES = {
     "modelpress_compression.errors": "modelpress_protos.errors",
@@ -42,15 +44,10 @@ GENERATED = (
 )
 
 
-def common_protos() -> Path:
-    """Folder that holds google/rpc/status.proto (package googleapis-common-protos)."""
-    from google.rpc import status_pb2
-
-    return Path(status_pb2.__file__).parent.parent.parent
-
-
 def sources(root: Path = ROOT) -> list[str]:
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*.proto"))
+    """Our own .proto files."""
+    paths = (path for path in root.rglob("*.proto") if THIRD_PARTY.name not in path.parts)
+    return sorted(str(path.relative_to(root)) for path in paths)
 
 
 def copy_sources(root: Path) -> None:
@@ -88,7 +85,7 @@ def generate(root: Path) -> None:
     write_copies(root)
     (root / COMMON).write_text(with_formats((root / COMMON).read_text("utf-8")), "utf-8")
     (root / RECIPE).write_text(recipe_proto(schema_of(Recipe)), "utf-8")
-    include = [f"-I{root}", f"-I{files('grpc_tools') / '_proto'}", f"-I{common_protos()}"]
+    include = [f"-I{root}", f"-I{files('grpc_tools') / '_proto'}", f"-I{THIRD_PARTY}"]
     services = [name for name in sources(root) if name.endswith("_service.proto")]
     runs = [
         [f"--python_out={root}", f"--mypy_out={root}", *sources(root)],
@@ -118,12 +115,10 @@ def check() -> int:
 
 
 def lint() -> int:
-    """Runs `buf lint` in a copy that has google/rpc/status.proto beside our files, so that no registry is needed."""
+    """Runs `buf lint` in a copy that has the files of others as a module beside ours, so that no registry is needed."""
     with tempfile.TemporaryDirectory() as folder:
         copy_sources(Path(folder) / "protos")
-        status = Path(folder) / "third_party/google/rpc/status.proto"
-        status.parent.mkdir(parents=True)
-        shutil.copyfile(common_protos() / "google/rpc/status.proto", status)
+        shutil.copytree(THIRD_PARTY, Path(folder) / "third_party")
         config = (
             (ROOT / "buf.yaml")
             .read_text()

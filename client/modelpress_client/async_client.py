@@ -308,7 +308,8 @@ class AsyncClient:
         if "/jobs/" in full:
             job = await connection.call(connection.jobs.GetJob, jobs_pb.GetJobRequest(name=full))
             changed = jobs_pb.Job(name=full, etag=job.etag, labels=_labelled(job.labels, labels, remove))
-            job = await connection.call(connection.jobs.UpdateJob, jobs_pb.UpdateJobRequest(job=changed))
+            update = jobs_pb.UpdateJobRequest(job=changed, update_mask=FieldMask(paths=["labels"]))
+            job = await connection.call(connection.jobs.UpdateJob, update)
             return dict(job.labels)
         model = await connection.call(connection.models.GetModel, models_pb.GetModelRequest(name=full))
         wanted = models_pb.Model(name=full, etag=model.etag, labels=_labelled(model.labels, labels, remove))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from modelpress_protos.v1 import (
     job_service_pb2_grpc,
     model_service_pb2_grpc,
@@ -36,6 +35,7 @@ from modelpress_server.lock import DataDirLock
 from modelpress_server.observation.changes import ChangeLog
 from modelpress_server.observation.meter import Meter
 from modelpress_server.projects import Projects
+from modelpress_server.reflection import enable_reflection
 from modelpress_server.runs import RunResources
 from modelpress_server.scheduler import Scheduler
 from modelpress_server.services.job_service import JobService
@@ -240,7 +240,7 @@ class Server:
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs know the synchronous one
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        enable_reflection((*SERVICES, health.SERVICE_NAME), self._grpc)
         if prometheus is not None:
             self._build_http(authenticator, prometheus, host)
 

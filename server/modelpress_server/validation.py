@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from modelpress_protos.v1 import common_pb2, model_service_pb2
 
@@ -27,6 +28,16 @@ MAX_PAGE_SIZE = 1000
 
 _LABEL_KEY = re.compile(r"[a-z0-9_.-]{1,63}")
 _DTYPE = re.compile(r"[a-z][a-z0-9_]{0,31}")
+
+
+def update_paths(given: Message, mask: FieldMask, mutable: Collection[str], checks: Checks) -> set[str]:
+    """The fields that an update changes (AIP-134): those of the mask; `*`: all; an empty mask: those that are set."""
+    paths = set(mask.paths)
+    if paths == {"*"}:
+        return set(mutable)
+    for path in sorted(paths - set(mutable)):
+        checks.add("update_mask", f"{path!r} cannot be changed; only {' and '.join(mutable)} can")
+    return paths or {name for name in mutable if getattr(given, name)}
 
 
 class Checks:

@@ -306,6 +306,7 @@ class FakeServer(
 
     async def UpdateJob(self, request: Any, context: Any) -> jobs.Job:
         await self.enter("UpdateJob", context)
+        assert request.update_mask.paths == ["labels"]
         return await self._labelled(self.jobs[request.job.name], request.job, context)
 
     async def _labelled(self, stored: Any, given: Any, context: Any) -> Any:

@@ -10,8 +10,9 @@ import grpc
 import grpc.aio
 import pytest
 from authority import Authority
+from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from modelpress_protos.formats import FORMATS
 from modelpress_protos.v1 import common_pb2, job_service_pb2, server_service_pb2, upload_service_pb2
 from modelpress_server.interceptors import Gate
@@ -109,15 +110,27 @@ async def test_health_and_reflection(running: Running) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await health.Check(health_pb2.HealthCheckRequest(service="nobody"))
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
-    stub = reflection_pb2_grpc.ServerReflectionStub(running.client.channel)
     requests = [
         reflection_pb2.ServerReflectionRequest(list_services=""),
         reflection_pb2.ServerReflectionRequest(file_containing_symbol="modelpress.v1.UploadService"),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol="grpc.reflection.v1.ServerReflection"),
     ]
-    listed, found = [answer async for answer in stub.ServerReflectionInfo(iter(requests))]
-    names = {service.name for service in listed.list_services_response.service}
-    assert {"modelpress.v1.UploadService", "grpc.health.v1.Health"} <= names
-    assert found.file_descriptor_response.file_descriptor_proto
+    for version in ("v1", "v1alpha"):
+        # The messages of both versions are the same on the wire.
+        call = running.client.channel.stream_stream(
+            f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+        )
+        listed, found, itself = [answer async for answer in call(iter(requests))]
+        names = {service.name for service in listed.list_services_response.service}
+        assert {"modelpress.v1.UploadService", "grpc.health.v1.Health"} <= names
+        assert {"grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"} <= names
+        assert found.file_descriptor_response.file_descriptor_proto
+        (packed,) = itself.file_descriptor_response.file_descriptor_proto
+        described = descriptor_pb2.FileDescriptorProto.FromString(packed)
+        assert described.package == "grpc.reflection.v1"
+        assert described.service[0].method[0].input_type == ".grpc.reflection.v1.ServerReflectionRequest"
 
 
 async def test_an_unknown_method_is_unimplemented(running: Running) -> None:

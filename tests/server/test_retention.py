@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2, server_service_pb2, upload_service_pb2
@@ -67,6 +68,8 @@ async def test_a_job_is_pinned_later(serve: Serve) -> None:
         update_job = job_service_pb2.UpdateJobRequest(job=job_service_pb2.Job(name=job.name, labels={"pin": "yes"}))
         updated = await client.jobs.UpdateJob(update_job)
         assert (dict(updated.labels), updated.etag != job.etag) == ({"pin": "yes"}, True)
+        nothing = job_service_pb2.UpdateJobRequest(job=job_service_pb2.Job(name=job.name))
+        assert dict((await client.jobs.UpdateJob(nothing)).labels) == {"pin": "yes"}
         await sweep(running, 2 * HOUR)
         assert job.name in await names(running)
         found = await client.jobs.ListJobs(job_service_pb2.ListJobsRequest(parent=PROJECT, filter='labels.pin = "yes"'))
@@ -75,6 +78,38 @@ async def test_a_job_is_pinned_later(serve: Serve) -> None:
         assert (await failing(client.jobs.UpdateJob(update_job))).reason == "ETAG_MISMATCH"
         update_job.job.labels["NOT A KEY"] = "x"
         assert (await failing(client.jobs.UpdateJob(update_job))).reason == "INVALID_FIELDS"
+
+
+@pytest.mark.parametrize(
+    ("paths", "given", "left"),
+    [
+        ([], {}, {"a": "1"}),
+        ([], {"b": "2"}, {"b": "2"}),
+        (["labels"], {}, {}),
+        (["labels"], {"b": "2"}, {"b": "2"}),
+        (["*"], {}, {}),
+        (["state"], {"b": "2"}, None),
+        (["*", "labels"], {"b": "2"}, None),
+    ],
+)
+async def test_masks_of_updates(
+    running: Running, paths: list[str], given: dict[str, str], left: dict[str, str] | None
+) -> None:
+    """AIP-134, for jobs and models alike: an empty mask changes what is set, `*` everything; others are refused."""
+    client, mask = running.client, FieldMask(paths=paths)
+    model = await client.model(labels={"a": "1"})
+    job = await client.wait(await client.job(model, labels={"a": "1"}))
+    of_job = job_service_pb2.Job(name=job.name, labels=given)
+    of_model = model_service_pb2.Model(name=model.name, labels=given)
+    calls = [
+        client.jobs.UpdateJob(job_service_pb2.UpdateJobRequest(job=of_job, update_mask=mask)),
+        client.models.UpdateModel(model_service_pb2.UpdateModelRequest(model=of_model, update_mask=mask)),
+    ]
+    for call in calls:
+        if left is None:
+            assert (await failing(call)).reason == "INVALID_FIELDS"
+        else:
+            assert dict((await call).labels) == left
 
 
 async def test_a_model_in_use_stays(serve: Serve) -> None:

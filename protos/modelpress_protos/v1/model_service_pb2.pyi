@@ -495,7 +495,7 @@ class UpdateModelRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Of display_name and labels; empty: both."""
+        """Of display_name and labels; *: both; empty: those that are set (AIP-134)."""
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from modelpress_server.stores.base import BlobIndex, JobRecord, JobStore, ModelS
 from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.records import now_us
 from modelpress_server.stores.sql_jobs import refuse_rejected
-from modelpress_server.validation import Checks
+from modelpress_server.validation import Checks, update_paths
 from modelpress_server.waiting import Notifier, wait_until
 
 STATES = {
@@ -31,6 +31,7 @@ STATES = {
     if number != job_service_pb2.JOB_STATE_UNSPECIFIED
 }
 QUEUED = job_service_pb2.JOB_STATE_QUEUED
+MUTABLE = ("labels",)
 MAX_WAIT_S = 60.0
 BATCH = 500  # events or log lines read at once
 
@@ -177,9 +178,10 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
     ) -> job_service_pb2.Job:
         project, job_id = parse_name(request.job.name, "jobs", "job.name")
         checks = Checks()
+        paths = update_paths(request.job, request.update_mask, MUTABLE, checks)
         checks.labels("job.labels", request.job.labels)
         checks.finish()
-        labels = dict(request.job.labels)
+        labels = dict(request.job.labels) if "labels" in paths else None
         record = await self._jobs.set_labels(check_project(project), job_id, request.job.etag, labels)
         return await self._message(record)
 

@@ -17,7 +17,14 @@ from modelpress_server.scheduler import Scheduler
 from modelpress_server.stores.base import BlobKey, ModelQuota, ModelRecord, ModelStore
 from modelpress_server.stores.records import now_us, unique
 from modelpress_server.toolchain import toolchain_hash
-from modelpress_server.validation import MAX_DISPLAY_NAME_CHARS, Checks, check_model, message_hash, request_key
+from modelpress_server.validation import (
+    MAX_DISPLAY_NAME_CHARS,
+    Checks,
+    check_model,
+    message_hash,
+    request_key,
+    update_paths,
+)
 
 _Model = model_service_pb2.Model
 STATES = {
@@ -87,10 +94,8 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         self, request: model_service_pb2.UpdateModelRequest, context: Any
     ) -> model_service_pb2.Model:
         project, model_id = parse_name(request.model.name, "models", "model.name")
-        paths = set(request.update_mask.paths) or set(MUTABLE)
         checks = Checks()
-        for path in sorted(paths - set(MUTABLE)):
-            checks.add("update_mask", f"{path!r} cannot be changed; only {' and '.join(MUTABLE)} can")
+        paths = update_paths(request.model, request.update_mask, MUTABLE, checks)
         checks.text("model.display_name", request.model.display_name, MAX_DISPLAY_NAME_CHARS)
         checks.labels("model.labels", request.model.labels)
         checks.finish()

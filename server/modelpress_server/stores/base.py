@@ -354,7 +354,7 @@ class JobStore(Protocol):
         """Appends events and log lines; the last progress event becomes the job's progress."""
         ...
 
-    async def set_labels(self, project: str, job_id: str, etag: str, labels: Mapping[str, str]) -> JobRecord:
+    async def set_labels(self, project: str, job_id: str, etag: str, labels: Mapping[str, str] | None) -> JobRecord:
         """Replaces the labels. Raises ResourceNotFoundError, EtagMismatchError."""
         ...
 

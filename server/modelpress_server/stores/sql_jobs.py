@@ -128,10 +128,12 @@ class SqlJobStore:
 
         await self._database.write(work)
 
-    async def set_labels(self, project: str, job_id: str, etag: str, labels: Mapping[str, str]) -> JobRecord:
+    async def set_labels(self, project: str, job_id: str, etag: str, labels: Mapping[str, str] | None) -> JobRecord:
         def work(connection: Connection) -> JobRecord:
             record = job_rows.fetch_job(connection, job_id, project)
             records.check_etag(etag, record.version)
+            if labels is None:
+                return record
             record.message.labels.clear()
             record.message.labels.update(labels)
             job_rows.write(connection, record)
