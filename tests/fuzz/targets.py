@@ -253,6 +253,7 @@ _WORDS = st.sampled_from(
         "quantize",
         "prune",
         "distill",
+        "factorize",
         "scheme",
         "static",
         "auto",

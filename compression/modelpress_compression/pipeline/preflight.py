@@ -78,6 +78,7 @@ _STEPS = {
     "quantize auto": Cost(100, 45, 10.0, 4.0, gradients=True),
     "quantize static": Cost(100, 25, 10.0, 2.0, gradients=True, streams=False),
     "prune channel": Cost(100, 30, 6.0, 2.0, streams=False),
+    "factorize": Cost(100, 30, 8.0, 2.0, streams=False),
 }
 # Of training, for each sample of each epoch: the teacher's answer, the student's, and its gradients.
 TRAINING_RUNS = 12.0
@@ -155,7 +156,7 @@ def _copies(cost: Cost, model_bytes: int) -> float:
 
 def _kind(step: Step) -> str:
     detail = getattr(step.config, "scheme", None) or getattr(step.config, "structure", "")
-    return f"{step.technique} {detail}"
+    return f"{step.technique} {detail}".rstrip()
 
 
 def _one_run(path: Path, data: InputData) -> tuple[float, int]:

@@ -62,6 +62,22 @@ def test_quantized_and_trained_in_one_recipe(digits: Model, samples: InputData, 
     assert result.report["accuracy"]["drop"] < 0.01
 
 
+def test_factorized_and_trained_in_one_recipe(digits: Model, samples: InputData, labelled: EvaluationData) -> None:
+    """Half of the multiplications gone: the factors are trained like any weight, and the answers come nearer."""
+    steps = (
+        {"fuse": {}},
+        {"factorize": {"budget": 0.5}},
+        {"distill": {"epochs": 3}},
+        {"quantize": {"scheme": "dynamic"}},
+    )
+    report = compress(digits, recipe(*steps), data=samples, eval_data=labelled).report
+    _, factorized, trained, quantized = report["steps"]
+    assert factorized["changes"]["macs_removed_share"] >= 0.5
+    assert trained["changes"]["loss_after"] < trained["changes"]["loss_before"]
+    assert quantized["size_bytes"] < factorized["size_bytes"]
+    assert report["accuracy"]["drop"] < 0.03
+
+
 def test_time_limit_gives_the_best_so_far(digits: Model, samples: InputData, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job whose time would not do for all epochs ends with what it has, and the rest of the job goes on."""
     late_s = 0.0

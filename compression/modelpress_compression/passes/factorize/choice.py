@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from modelpress_compression.graph.linear import Matrix
 from modelpress_compression.passes.factorize.config import FactorizeConfig
 from modelpress_compression.passes.factorize.layers import Layer
-from modelpress_compression.passes.factorize.methods import METHODS, Ranks
+from modelpress_compression.passes.factorize.methods import METHODS, Problem, Ranks
 
 # Shares of a layer's cost that a budget chooses among.
 SHARES = (0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -40,10 +40,10 @@ class Option:
 
 
 class Chooser:
-    """Finds options of a layer; `moments`: see `Method.factors`."""
+    """Finds options of a layer; `moments`: see `Problem`."""
 
     def __init__(self, config: FactorizeConfig, layer: Layer, moments: Matrix | None) -> None:
-        self._config, self._layer, self._moments = config, layer, moments
+        self._config, self._layer, self._problem = config, layer, Problem(layer, moments)
         names = METHODS if config.method == "auto" else (config.method,)
         self._why_not = {name: METHODS[name].why_not(layer) for name in names}
 
@@ -80,7 +80,7 @@ class Chooser:
         ranks = method.ranks(self._layer, share, self._config.round_to)
         if ranks is None:
             return None
-        made = method.factors(self._layer, ranks, self._moments)
+        made = method.factors(self._problem, ranks)
         return Option(name, made.ranks, *method.cost(self._layer, made.ranks), made.error)
 
     def _of_energy(self, name: str, energy: float) -> Option | None:

@@ -29,7 +29,7 @@ from modelpress_compression.passes.base import Context, PassResult, Skip, unmatc
 from modelpress_compression.passes.factorize.choice import Chooser, Option, within_budget
 from modelpress_compression.passes.factorize.config import FactorizeConfig
 from modelpress_compression.passes.factorize.layers import Layer, find_layers
-from modelpress_compression.passes.factorize.methods import METHODS, damped
+from modelpress_compression.passes.factorize.methods import METHODS, Problem, damped
 from modelpress_compression.passes.factorize.writer import stored, write
 from modelpress_compression.passes.hessians import Hessians
 from modelpress_compression.passes.repair.least_squares import Changes, Repair, repair
@@ -163,7 +163,7 @@ def _write(
     for number, (layer, option) in enumerate(chosen):
         context.check_time()
         context.progress(_CHOSEN + (_WRITTEN - _CHOSEN) * number / len(chosen), f"writing {layer.name}")
-        made = METHODS[option.method].factors(layer, option.ranks, moments.of(layer))
+        made = METHODS[option.method].factors(Problem(layer, moments.of(layer)), option.ranks)
         arrays = stored(layer, made.stages)
         if arrays is None:
             skipped.append(Skip(layer.name, _OVERFLOWS))

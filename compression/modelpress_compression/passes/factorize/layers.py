@@ -15,14 +15,18 @@ import numpy as np
 import onnx_ir
 
 from modelpress_compression.graph.linear import Convolution, Linear, Matrix, linear_of
-from modelpress_compression.graph.read import constant_array, graph_of, is_constant, is_op, label
+from modelpress_compression.graph.read import MICROSOFT, constant_array, graph_of, input_of, is_constant, is_op, label
 from modelpress_compression.graph.shapes import Shape, shape_of, static_shapes
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Skip, is_excluded
 
-_PRODUCTS = ("Conv", "Gemm", "MatMul")
-# The largest side of a matrix whose eigenvectors are looked for: minutes of one core.
-MAX_SIDE = 8192
+# By domain; those that are no plain product with one weight are told of, and left.
+_PRODUCTS = {
+    "": ("Conv", "Gemm", "MatMul", "ConvTranspose", "LSTM", "GRU", "RNN"),
+    MICROSOFT: ("FusedConv", "FusedGemm", "FusedMatMul", "Attention"),
+}
+# The largest side of a matrix whose eigenvectors are looked for: a minute or two of one core.
+MAX_SIDE = 4096
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ def find_layers(
     users: dict[onnx_ir.Value, list[onnx_ir.Node]] = {}
     skipped: list[Skip] = []
     for node in model.nodes():
-        weight = node.inputs[1] if is_op(node, *_PRODUCTS) else None
+        multiplies = any(is_op(node, *names, domain=domain) for domain, names in _PRODUCTS.items())
+        weight = input_of(node, 1) if multiplies else None
         if weight is None:
             continue
         if is_constant(weight):
@@ -113,9 +118,10 @@ def find_layers(
 
 
 def _is_weight(node: onnx_ir.Node, value: onnx_ir.Value) -> bool:
-    """Whether the operand comes from a constant; a product of two activations is nothing to speak of."""
+    """Whether the operand is made of constants alone; a product of two activations is nothing to speak of."""
     producer = value.producer()
-    return not is_op(node, "MatMul") or (producer is not None and any(is_constant(one) for one in producer.inputs[:1]))
+    made = [] if producer is None else [one for one in producer.inputs if one is not None]
+    return node.op_type not in ("MatMul", "FusedMatMul") or (bool(made) and all(is_constant(one) for one in made))
 
 
 def _layer(

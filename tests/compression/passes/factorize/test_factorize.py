@@ -173,6 +173,25 @@ def test_a_weight_read_in_two_ways_stays(channel_model: Any, factorize: Any) -> 
     assert (result.changed, result.skipped) == (False, (Skip("one", "Others read its weight as well."),))
 
 
+def test_other_products_are_told_of(channel_model: Any, factorize: Any) -> None:
+    """A transposed convolution and a quantized weight are left with a reason; a product of activations with none."""
+    transposed = helper.make_node("ConvTranspose", ["x", "w"], ["y"], "up")
+    result = factorize(channel_model([transposed], {"w": KERNEL}, ["n", 32, 4, 4], ["n", 16, None, None]))
+    assert result.skipped == (
+        Skip("up", "It cannot be factorized: ConvTranspose is no plain product with one weight."),
+    )
+    nodes = [
+        helper.make_node("DequantizeLinear", ["q", "s"], ["w"], "dequantize"),
+        helper.make_node("MatMul", ["x", "w"], ["h"], "product"),
+        helper.make_node("Transpose", ["h"], ["t"], "turn", perm=[1, 0]),
+        helper.make_node("MatMul", ["h", "t"], ["y"], "scores"),
+    ]
+    weights = {"q": np.ones((16, 16), np.int8), "s": np.float32(0.1)}
+    result = factorize(channel_model(nodes, weights, ["n", 16], ["n", "n"]))
+    reason = "Its weight is quantized or computed; factorize before quantizing."
+    assert (result.changed, result.skipped) == (False, (Skip("product", reason),))
+
+
 @pytest.mark.parametrize(
     ("weight", "reason"),
     [

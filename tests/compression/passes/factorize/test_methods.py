@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.passes.factorize.layers import find_layers
-from modelpress_compression.passes.factorize.methods import METHODS, damped, rounded
+from modelpress_compression.passes.factorize.methods import METHODS, Problem, damped, rounded
 from modelpress_compression.passes.factorize.writer import stored, write
 from onnx import helper
 
@@ -28,7 +28,7 @@ def in_place(model: Any, method: str, ranks: tuple[int, ...], moments: Any = Non
     """A copy of the model whose only layer is factorized, and the factors."""
     clone = model.clone()
     (layer,), _ = find_layers(clone, (), {})
-    factors = METHODS[method].factors(layer, ranks, moments)
+    factors = METHODS[method].factors(Problem(layer, moments), ranks)
     arrays = stored(layer, factors.stages)
     assert arrays is not None
     write(Editor(clone), layer, factors.stages, arrays)
@@ -58,6 +58,23 @@ def test_full_rank_is_exact(
     np.testing.assert_allclose(outputs_of(result, x), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
     assert factors.error < 1e-6
     assert len(result.graph) > len(model.graph)
+
+
+@pytest.mark.parametrize("method", ["svd", "tucker", "depthwise"])
+@pytest.mark.parametrize("axes", [1, 3])
+def test_other_numbers_of_axes(axes: int, method: str, channel_model: Any, outputs_of: Any) -> None:
+    """Convolutions over one and three axes, exact at full rank (1e-4); a column and a row have no place there."""
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "conv", pads=[1] * axes + [0] * axes, strides=[2] * axes)
+    model = channel_model(
+        [node], {"w": weight_of(10, 6, *[3] * axes)}, ["n", 6, *[7] * axes], ["n", 10, *[None] * axes]
+    )
+    ranks = {"svd": (10,), "tucker": (6, 10), "depthwise": (10,)}[method]
+    result, _ = in_place(model, method, ranks)
+    x = np.random.default_rng(1).standard_normal((2, 6, *[7] * axes)).astype(np.float32)
+    expected = outputs_of(model, x)
+    np.testing.assert_allclose(outputs_of(result, x), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    (layer,), _ = find_layers(model.clone(), (), {})
+    assert METHODS["spatial"].why_not(layer) == "its kernel has no two sides"
 
 
 @pytest.mark.parametrize("groups", [2, 4])

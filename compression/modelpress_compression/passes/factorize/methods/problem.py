@@ -1,0 +1,105 @@
+"""A layer's weight W and the second moments H of its inputs, and the decompositions that all ranks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
+
+from modelpress_compression.graph.linear import Matrix
+from modelpress_compression.passes.factorize.layers import Layer
+
+# What is added to the diagonal of H, as a share of its mean: what the data never showed must not go wild.
+DAMPING = 1e-2
+_TINY = 1e-9  # keeps equations of features that repeat each other solvable; a share of their mean
+
+
+class Problem:
+    """Of one layer. `matrix`: W [g, K, O]; `moments`: H [g, K, K], damped; None: no data."""
+
+    def __init__(self, layer: Layer, moments: Matrix | None) -> None:
+        self.layer = layer
+        self.matrix = layer.matrix
+        self.moments = moments
+        self._kept: dict[Hashable, Sequence[Decomposition]] = {}
+
+    def decompositions(
+        self, name: Hashable, make: Callable[[Problem], Sequence[Decomposition]]
+    ) -> Sequence[Decomposition]:
+        """Those that `make` makes, once under this name."""
+        if name not in self._kept:
+            self._kept[name] = make(self)
+        return self._kept[name]
+
+    def least_squares(self, project: Callable[[Matrix], Matrix]) -> tuple[Matrix, float] | None:
+        """The mixing P [F, O] of the least error for features T of a layer of one group, and the error; None without
+        data. `project`: from M [K, n] to T^T M [F, n]."""
+        if self.moments is None:
+            return None
+        weight, moments = self.matrix[0], self.moments[0]
+        weighed = project(moments)  # T^T H [F, K]
+        gram, right = project(weighed.T), weighed @ weight
+        gram = gram + _TINY * np.trace(gram) / len(gram) * np.eye(len(gram))
+        mixing: Matrix = np.linalg.solve(gram, right)
+        energy = float(np.vdot(weight, moments @ weight))
+        return mixing, share_lost(energy, float(2 * np.vdot(mixing, right) - np.vdot(mixing, gram @ mixing)))
+
+
+class Decomposition:
+    """W ~ T P of one matrix [K, O], the best of every rank at once: by the eigenvectors of the smaller side.
+
+    `energy`: of the answers.
+    """
+
+    def __init__(self, weight: Matrix, moments: Matrix | None) -> None:
+        inputs, answers = weight.shape
+        if answers <= inputs:
+            gram = weight.T @ weight if moments is None else weight.T @ moments @ weight
+            values, vectors = leading(gram, answers)
+            self._features, self._mixing = weight @ vectors, vectors.T
+        else:
+            lower = np.eye(inputs) if moments is None else np.linalg.cholesky(moments)
+            whitened = lower.T @ weight
+            gram = whitened @ whitened.T
+            values, vectors = leading(gram, inputs)
+            self._features, self._mixing = np.linalg.solve(lower.T, vectors), vectors.T @ whitened
+        self.energy = float(np.trace(gram))
+        self._values = values
+
+    def features(self, rank: int) -> Matrix:
+        """T [K, rank]."""
+        return self._features[:, :rank]
+
+    def mixing(self, rank: int) -> Matrix:
+        """P [rank, O]."""
+        return self._mixing[:rank]
+
+    def kept(self, rank: int) -> float:
+        """Of the energy."""
+        return float(self._values[:rank].sum())
+
+
+def leading(gram: Matrix, rank: int) -> tuple[Matrix, Matrix]:
+    """The largest eigenvalues [rank], falling, and their eigenvectors [n, rank]."""
+    values, vectors = np.linalg.eigh(gram)
+    return values[: -rank - 1 : -1], vectors[:, : -rank - 1 : -1]
+
+
+def share_lost(energy: float, kept: float) -> float:
+    """Of the energy, 0 to 1."""
+    return max(0.0, 1.0 - kept / energy) if energy > 0 else 0.0
+
+
+def total_lost(parts: Sequence[Decomposition], rank: int) -> float:
+    """The share of the energy of all parts that is lost at a rank."""
+    return share_lost(sum(part.energy for part in parts), sum(part.kept(rank) for part in parts))
+
+
+def damped(moments: Matrix) -> Matrix | None:
+    """H [g, K, K] with something on its diagonal, each group of trace K; None where a group saw nothing."""
+    size = moments.shape[1]
+    means = np.trace(moments, axis1=1, axis2=2) / size
+    if not np.isfinite(moments).all() or (means <= 0).any():
+        return None
+    result: Matrix = moments / means[:, None, None] + DAMPING * np.eye(size)
+    return result
