@@ -15,7 +15,16 @@ import numpy as np
 import onnx_ir
 
 from modelpress_compression.graph.linear import Convolution, Linear, Matrix, linear_of
-from modelpress_compression.graph.read import MICROSOFT, constant_array, graph_of, input_of, is_constant, is_op, label
+from modelpress_compression.graph.read import (
+    MICROSOFT,
+    constant_array,
+    constant_tensor,
+    graph_of,
+    input_of,
+    is_constant,
+    is_op,
+    label,
+)
 from modelpress_compression.graph.shapes import Shape, shape_of, static_shapes
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Skip, is_excluded
@@ -27,6 +36,8 @@ _PRODUCTS = {
 }
 # The largest side of a matrix whose eigenvectors are looked for: a minute or two of one core.
 MAX_SIDE = 4096
+# Largest magnitudes whose energies, squared once more by a decomposition, are numbers of float64.
+_SQUARABLE = (1e-60, 1e60)
 
 
 @dataclass(frozen=True)
@@ -137,16 +148,14 @@ def _layer(
         return f"It cannot be factorized: {linear}."
     if any(linear_of(node) != linear or graph_of(node) is not graph_of(nodes[0]) for node in nodes[1:]):
         return "Its weight is shared by nodes that read it in different ways."
-    groups, inputs, answers = linear.matrix(np.empty(_extents(weight), np.bool_)).shape
+    groups, inputs, answers = linear.matrix(np.zeros(_extents(weight), np.bool_)).shape
     layer = Layer(weight, nodes, linear, _positions(nodes, linear, shapes), groups, inputs, answers)
     return _of_size(layer) or _of_numbers(layer) or layer
 
 
 def _extents(weight: onnx_ir.Value) -> tuple[int, ...]:
-    if weight.const_value is not None:
-        return tuple(int(extent) for extent in weight.const_value.shape.numpy())
-    array = constant_array(weight)
-    return () if array is None else array.shape
+    tensor = constant_tensor(weight)
+    return () if tensor is None else tuple(int(extent) for extent in tensor.shape.numpy())
 
 
 def _of_size(layer: Layer) -> str:
@@ -162,7 +171,11 @@ def _of_numbers(layer: Layer) -> str:
     array = constant_array(layer.weight)
     if array is None or not np.isfinite(array).all():
         return "Its weight holds NaN or infinity."
-    return "" if array.any() else "Its weight is zero throughout."
+    largest = float(np.abs(array).max())
+    if not largest:
+        return "Its weight is zero throughout."
+    low, high = _SQUARABLE
+    return "" if low < largest < high else "The squares of its numbers exceed what float64 holds."
 
 
 def _shapes(model: Model, input_shapes: Mapping[str, Shape]) -> dict[str, Shape]:

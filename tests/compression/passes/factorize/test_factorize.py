@@ -173,6 +173,17 @@ def test_a_weight_read_in_two_ways_stays(channel_model: Any, factorize: Any) -> 
     assert (result.changed, result.skipped) == (False, (Skip("one", "Others read its weight as well."),))
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_numbers_beyond_their_squares(scale: float, model_from_text: Any, factorize: Any) -> None:
+    """A float64 weight whose energy is zero or infinite is left, with its reason."""
+    text = '<ir_version: 8, opset_import: ["" : 17]> g (double[n, 64] x) => (double[n, 48] y) { y = MatMul(x, w) }'
+    result = factorize(model_from_text(text, {"w": scale * TALL}))
+    assert (result.changed, result.skipped[0].reason) == (
+        False,
+        "The squares of its numbers exceed what float64 holds.",
+    )
+
+
 def test_other_products_are_told_of(channel_model: Any, factorize: Any) -> None:
     """A transposed convolution and a quantized weight are left with a reason; a product of activations with none."""
     transposed = helper.make_node("ConvTranspose", ["x", "w"], ["y"], "up")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -41,8 +42,13 @@ class Problem:
         gram, right = project(weighed.T), weighed @ weight
         gram = gram + _TINY * np.trace(gram) / len(gram) * np.eye(len(gram))
         mixing: Matrix = np.linalg.solve(gram, right)
-        energy = float(np.vdot(weight, moments @ weight))
-        return mixing, share_lost(energy, float(2 * np.vdot(mixing, right) - np.vdot(mixing, gram @ mixing)))
+        return mixing, share_lost(self._energy, float(np.vdot(mixing, right)))
+
+    @cached_property
+    def _energy(self) -> float:
+        """Of the answers of the first group."""
+        weight = self.matrix[0]
+        return float(np.vdot(weight, weight if self.moments is None else self.moments[0] @ weight))
 
 
 class Decomposition:
