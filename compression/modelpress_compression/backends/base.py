@@ -10,7 +10,11 @@ from modelpress_compression.inputs import Array
 
 
 class Runner(Protocol):
-    """A model that is open in a runtime."""
+    """A model that is open in a runtime. `note`: a sentence for the report on how it must be opened there; empty: as it
+    is."""
+
+    @property
+    def note(self) -> str: ...
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs by name; feeds that the model does not take are left out. May be called from several threads at

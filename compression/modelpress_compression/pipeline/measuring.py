@@ -116,19 +116,23 @@ def measure(
 
 
 def own_answers(original: Path, backend: Backend, data: InputData) -> list[str]:
-    """A sentence if the original itself answers otherwise in the `backend` than in onnxruntime, whatever is done to
-    it. Raises ModelNotRunnableError, UnsupportedOperatorError where it does not run there."""
+    """Sentences on how the `backend` opens the original, and on answers of its own that differ from onnxruntime's,
+    whatever is done to the model. Raises ModelNotRunnableError, UnsupportedOperatorError where it does not run there.
+    """
     if backend.label == CPU.label:
         return []
+    note = backend.open(original).note
+    notes = [note] if note else []
     found = compare_outputs(original, original, data, limit=OWN_SAMPLES, backend=backend)
     changed = [found.top1_agreement is not None and found.top1_agreement < 1.0, found.cosine < SAME_COSINE]
     if not any(changed):
-        return []
+        return notes
     classes = "" if found.top1_agreement is None else f"the same class on {found.top1_agreement:.2%} of them, "
     return [
+        *notes,
         f"{backend.label} answers otherwise than onnxruntime on the model as it was given, before anything was done to "
         f"it: on {found.samples} samples {classes}cosine {found.cosine:.5f}, {found.sqnr_db:.1f} dB. "
-        f"target.precision float32 comes closer where bfloat16 is the reason."
+        f"target.precision float32 comes closer where bfloat16 is the reason.",
     ]
 
 

@@ -41,6 +41,7 @@ from modelpress_compression.search.judge import FLOAT_FLOOR_DB, Judge
 from modelpress_compression.search.quantization import SchemeSearch
 from modelpress_compression.search.recall import Prices, Recall
 from modelpress_compression.search.steps import StepRecord, apply_step, scaled
+from modelpress_compression.target import DEVICES, Target
 
 # Shares of channels that go, the first that does not keep the answers ends the row.
 PRUNED_SHARES = (0.1, 0.25)
@@ -363,12 +364,15 @@ class GoalSearch:
         """What other options would have brought, from what was measured."""
         taken, original = figures[choice.taken], figures[0]
         sound = [one for one in figures if not one.refusal]
+        device = DEVICES[self.recipe.target.device]
+        asked = device.measured and device.name != Target().device
+        command = f"compress-client upload MODEL{f' --target {device.name}' if asked else ''}"
         if not self.context.data.vouches and (faster := self._unproven_speedup()) is not None:
             gain = faster * taken.time_s / original.time_s
             if gain >= _WORTH_ADVICE:
                 yield {
                     "text": f"Representative inputs would let 8-bit arithmetic be used: about {gain:.1f} times faster.",
-                    "command": "compress-client upload MODEL --data FILE.npz",
+                    "command": f"{command} --data FILE.npz",
                 }
         for objective, best in (
             (SMALLEST, min(sound, key=lambda one: one.size_bytes)),
@@ -379,7 +383,7 @@ class GoalSearch:
                 size, speed = best.size_bytes / 1e6, original.time_s / best.time_s
                 yield {
                     "text": f"Another goal would give {size:.3g} MB at {speed:.2f} times the original's speed.",
-                    "command": f"compress-client upload MODEL --goal {objective}",
+                    "command": f"{command} --goal {objective}",
                 }
 
     def _unproven_speedup(self) -> float | None:

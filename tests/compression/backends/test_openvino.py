@@ -72,6 +72,24 @@ def test_random_models_can_be_compared(save: Callable[..., Path]) -> None:
     np.testing.assert_allclose(*answers, rtol=1e-6)
 
 
+def test_a_rank_that_shapes_decide(save: Callable[..., Path]) -> None:
+    """OpenVINO converts it with the shapes of the feeds, as exporters write `squeeze`; the report says so."""
+    path = save(
+        """g (float[n,m] x) => (float[n,k] y) {
+        size = Shape(x)  second = Gather(size, at)  one = Equal(second, at)
+        some = If(one) <then_branch = a () => (t) { t = Squeeze(x, axes) },
+                        else_branch = b () => (e) { e = Identity(x) }>
+        rows = Unsqueeze(some, axes)  wide = Conv(rows, w)  y = Squeeze(wide, axes) }""",
+        {"at": np.array(1), "axes": np.array([1]), "w": np.ones((1, 1, 2), np.float32)},
+    )
+    runner = backend_of(EXACT).open(path)
+    assert "only with fixed input shapes" in runner.note
+    for width in (3, 4, 5, 6, 7, 3):
+        feed = {"x": np.arange(2 * width, dtype=np.float32).reshape(2, width)}
+        np.testing.assert_allclose(runner.run(feed)["y"], CPU.open(path).run(feed)["y"], rtol=1e-5)
+        runner.prepared(feed)()
+
+
 def test_what_it_does_not_run_is_named(save: Callable[..., Path]) -> None:
     """The operator where it is one, without paths of its sources."""
     path = save("g (float[2,4] x) => (float[2,4] y) { y = com.microsoft.BifurcationDetector(x) }")

@@ -19,6 +19,7 @@ class OnnxRuntimeRunner:
     """A session."""
 
     session: ort.InferenceSession
+    note: str = ""
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         return run(self.session, feeds)

@@ -10,12 +10,13 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino
+from openvino.frontend import FrontEndManager
 
 from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOperatorError
 from modelpress_compression.inputs import Array
@@ -29,11 +30,15 @@ _TYPES = {"float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16, "float16
 _NAMES = {kind.get_type_name(): name for name, kind in _TYPES.items()}
 _UNKNOWN_OPERATORS = re.compile(r"No conversion rule found for operations?:? (?P<ops>[^\n]+)")
 _FAILED_OPERATORS = re.compile(r"Conversion is failed for: (?P<ops>[^\n]+)")
+_UNKNOWN_SHAPES = re.compile(r"rank.{0,40}(?:static|known)|has to be known", re.DOTALL)
 _LAST_REASON = 300  # characters of it
+_MOST_SHAPES = 4  # of one model that are compiled at a time
 
 
 class OpenVinoRunner:
     """A compiled model. Each thread has a request of its own, since one runs once at a time."""
+
+    note = ""
 
     def __init__(self, compiled: openvino.CompiledModel, outputs: list[str]) -> None:
         self._compiled, self._outputs = compiled, outputs
@@ -75,6 +80,51 @@ class OpenVinoRunner:
         }
 
 
+class FixedShapeRunner:
+    """A model that OpenVINO converts only where it knows the shapes of all inputs: those of the feeds, each in turn."""
+
+    note = (
+        "OpenVINO reads the model only with fixed input shapes, since it finds no rank for some values otherwise. It "
+        "was measured with the shapes of the samples; an application must fix them too, as with "
+        "openvino.convert_model and its option input."
+    )
+
+    def __init__(self, path: Path, inputs: list[str], compiled: Callable[[openvino.Model], OpenVinoRunner]) -> None:
+        self._path, self._inputs, self._compiled = path, inputs, compiled
+        self._lock = threading.Lock()
+        self._runners: dict[tuple[tuple[int, ...], ...], OpenVinoRunner] = {}
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        return self._runner_for(feeds).run(feeds)
+
+    def prepared(self, feeds: Mapping[str, Array]) -> Callable[[], object]:
+        return self._runner_for(feeds).prepared(feeds)
+
+    def _runner_for(self, feeds: Mapping[str, Array]) -> OpenVinoRunner:
+        shapes = {name: np.shape(feeds[name]) for name in self._inputs if name in feeds}
+        key = tuple(shapes.values())
+        with self._lock:
+            if key not in self._runners:
+                if len(self._runners) >= _MOST_SHAPES:
+                    del self._runners[next(iter(self._runners))]
+                self._runners[key] = self._compiled(_with_shapes(self._path, shapes))
+            return self._runners[key]
+
+
+def _with_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> openvino.Model:
+    """The model in the file with these shapes of its inputs. Raises as `OpenVino.open`."""
+    try:
+        frontend = FrontEndManager().load_by_framework("onnx")
+        given = frontend.load(str(path))
+        for name, shape in shapes.items():
+            place = given.get_place_by_tensor_name(name)
+            if place is not None:
+                given.set_partial_shape(place, openvino.PartialShape(list(shape)))
+        return openvino.Model(frontend.convert(given))
+    except RuntimeError as error:
+        raise explain(error) from error
+
+
 @dataclass(frozen=True)
 class OpenVino:
     """See `base.Backend`. `precision`: as in the recipe's target."""
@@ -102,7 +152,7 @@ class OpenVino:
         chosen: str = _core().get_property(_DEVICE, "INFERENCE_PRECISION_HINT").get_type_name()
         return _NAMES.get(chosen, chosen)
 
-    def open(self, path: Path, *, threads: int = 1, comparable: bool = False) -> OpenVinoRunner:
+    def open(self, path: Path, *, threads: int = 1, comparable: bool = False) -> OpenVinoRunner | FixedShapeRunner:
         settings: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
@@ -113,15 +163,27 @@ class OpenVino:
         fixed = with_fixed_noise(path) if comparable and not is_large(file_size_bytes(path)) else None
         try:
             model = _core().read_model(str(path) if fixed is None else fixed)
-            compiled = _core().compile_model(model, _DEVICE, settings)
         except RuntimeError as error:
-            raise explain(error) from error
-        outputs = [value.name or "" for value in read_graph(path).outputs]
-        if len(outputs) != len(compiled.outputs):
-            raise ModelNotRunnableError(
-                f"OpenVINO makes {len(compiled.outputs)} outputs of the model's {len(outputs)}; it cannot be compared."
-            )
-        return OpenVinoRunner(compiled, outputs)
+            if fixed is not None or not _UNKNOWN_SHAPES.search(str(error)):
+                raise explain(error) from error
+            model = None
+        graph = read_graph(path)
+        compiled = partial(_compiled, settings=settings, outputs=[value.name or "" for value in graph.outputs])
+        if model is None:
+            return FixedShapeRunner(path, [value.name or "" for value in graph.inputs], compiled)
+        return compiled(model)
+
+
+def _compiled(model: openvino.Model, settings: Mapping[str, Any], outputs: list[str]) -> OpenVinoRunner:
+    try:
+        compiled = _core().compile_model(model, _DEVICE, settings)
+    except RuntimeError as error:
+        raise explain(error) from error
+    if len(outputs) != len(compiled.outputs):
+        raise ModelNotRunnableError(
+            f"OpenVINO makes {len(compiled.outputs)} outputs of the model's {len(outputs)}; it cannot be compared."
+        )
+    return OpenVinoRunner(compiled, outputs)
 
 
 @cache
@@ -141,7 +203,7 @@ def explain(error: Exception) -> ModelNotRunnableError | UnsupportedOperatorErro
     text = str(error)
     for pattern in (_UNKNOWN_OPERATORS, _FAILED_OPERATORS):
         if match := pattern.search(text):
-            operators = match["ops"].strip()[:200]
+            operators = re.sub(r"-\d+\b", "", match["ops"].strip())[:200]
             return UnsupportedOperatorError(
                 f"OpenVINO does not run these operators as the model has them: {operators}. Take the target cpu, or "
                 f"export the model without them.",
