@@ -20,9 +20,9 @@ from modelpress_compression.passes.factorize.methods import METHODS, Problem, Ra
 
 # Shares of a layer's cost that a budget chooses among.
 SHARES = (0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-# Shares at which the cheapest factors of enough energy are looked for: the number of each, of these.
+# The cheapest factors of enough energy are looked for in steps of a twentieth of the layer's cost.
 _GRID = 20
-_WORTHLESS = 1e-12  # an error below is none
+_WORTHLESS = 1e-12  # a smaller error is rounding
 
 
 @dataclass(frozen=True)

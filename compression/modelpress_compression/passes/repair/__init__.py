@@ -1,4 +1,4 @@
-"""Repair: the layers behind the cuts are fitted to the answers of the uncut model.
+"""Repair: layers that read changed values, behind cuts or of factors, are fitted to the answers of the model before.
 
 least_squares       the whole of it, level by level
 layers              which layers can be fitted, and in which order
