@@ -40,10 +40,18 @@ _LAZY = (
 )
 
 
+_BACKENDS = "modelpress_compression.backends."
+
+
 def preload() -> None:
     """Imports everything that a task touches, so that it need not wait for that."""
     for module in pkgutil.walk_packages(modelpress_compression.__path__, "modelpress_compression."):
-        import_module(module.name)
+        try:
+            import_module(module.name)
+        except ModuleNotFoundError as error:
+            # A backend whose library is an extra that is not installed; whatever else is lacking is a fault.
+            if not module.name.startswith(_BACKENDS) or (error.name or "").startswith("modelpress_"):
+                raise
     for name in _LAZY:
         # Another version may have it elsewhere: then a task pays for its import, and nothing else is lost.
         with contextlib.suppress(ImportError):

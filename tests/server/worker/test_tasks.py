@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -140,3 +142,11 @@ async def test_code_without_a_sandbox_is_refused_where_one_is_required(
         shutil.copy(MNIST / "model.onnx", Path(files.directory) / "model")
         event = run(worker_pb2.WorkerRequest(inspect=worker_pb2.InspectTask(model=files)), context)
         assert event.inspected.format == common_pb2.MODEL_FORMAT_ONNX
+
+
+def test_a_worker_starts_without_the_libraries_of_extras() -> None:
+    """A backend's library need not be installed; what the engine itself needs must be."""
+    code = "import sys; sys.modules[sys.argv[1]] = None; from modelpress_server.worker.tasks import preload; preload()"
+    for name, status in (("openvino", 0), ("onnxruntime", 1)):
+        run = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=False)
+        assert run.returncode == status, run.stderr
