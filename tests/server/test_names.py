@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,11 +11,13 @@ from modelpress_server.errors import InvalidFieldsError
 from modelpress_server.names import (
     IdGenerator,
     clashing_path,
+    first_id_at,
     format_name,
     new_id,
     parse_name,
     parse_project,
     path_fault,
+    time_of_id_us,
 )
 
 
@@ -25,6 +29,14 @@ def test_ids_sort_by_time() -> None:
     make._last = int(make._last) + (10**9 << 80)  # what a clock far ahead had made
     ahead = make()
     assert make() > ahead
+
+
+def test_an_id_says_when_it_was_made() -> None:
+    """To the millisecond; the smallest id of a time says that time."""
+    before_us = time.time_ns() // 1000
+    made_us = time_of_id_us(IdGenerator()())
+    assert before_us - 1000 <= made_us <= time.time_ns() // 1000
+    assert time_of_id_us(first_id_at(1_234_567_000)) == 1_234_567_000
 
 
 def test_names_round_trip() -> None:

@@ -6,6 +6,7 @@ Every label has a bounded number of values: what a client or a worker makes up c
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from modelpress_protos.v1.recipe_pb2 import Step
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
@@ -26,6 +27,9 @@ STAGES = (START_WORKER, "load", *(field.name for field in Step.DESCRIPTOR.fields
 disable_created_metrics()  # type: ignore[no-untyped-call]  # of the whole process: each counter would bring a series that says when it began
 RPC_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
 TASK_BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
+
+
+Family = TypeVar("Family", GaugeMetricFamily, CounterMetricFamily)
 
 
 class PrometheusMeter(Meter):
@@ -155,12 +159,10 @@ class LookCollector(Collector):
         yield _gauge("modelpress_workers_busy", "Workers that have a task.", len(figures.pids))
         yield _gauge("modelpress_spare_workers", "Warm workers that wait for a task.", figures.spares)
         yield _gauge("modelpress_worker_memory_bytes", "Memory that workers with a task hold.", look.memory_bytes)
-        yield _counter_by(
-            "modelpress_worker_starts",
-            "Worker processes that were started.",
-            "result",
-            {"ok": figures.starts, "failed": figures.failed_starts},
+        starts = CounterMetricFamily(
+            "modelpress_worker_starts", "Worker processes that were started.", labels=["result"]
         )
+        yield _by({"ok": figures.starts, "failed": figures.failed_starts}, starts)
         turns = figures.turns
         yield _gauge("modelpress_measuring_waiting", "Workers that wait for their turn to measure.", turns.waiting)
         yield _counter("modelpress_measuring_turns", "Turns of measuring that were given.", turns.given)
@@ -173,8 +175,8 @@ class LookCollector(Collector):
         seen = self.look.store
         if seen is None:
             return
-        yield _gauge_by("modelpress_jobs", "Jobs that are stored.", "state", seen.jobs)
-        yield _gauge_by("modelpress_models", "Models that are stored.", "state", seen.models)
+        yield _by(seen.jobs, GaugeMetricFamily("modelpress_jobs", "Jobs that are stored.", labels=["state"]))
+        yield _by(seen.models, GaugeMetricFamily("modelpress_models", "Models that are stored.", labels=["state"]))
         yield _gauge("modelpress_stored_bytes", "Size of all stored files, each counted once.", seen.stored_bytes)
         lengths: dict[str, float] = {}
         ages: dict[str, float] = {}
@@ -185,10 +187,9 @@ class LookCollector(Collector):
         for label in self._projects:  # an empty queue has a length as well
             lengths.setdefault(label, 0)
             ages.setdefault(label, 0.0)
-        yield _gauge_by("modelpress_queued_jobs", "Jobs in the queue.", "project", lengths)
-        yield _gauge_by(
-            "modelpress_oldest_queued_job_age_seconds", "Age of the oldest job in the queue.", "project", ages
-        )
+        yield _by(lengths, GaugeMetricFamily("modelpress_queued_jobs", "Jobs in the queue.", labels=["project"]))
+        oldest = "modelpress_oldest_queued_job_age_seconds"
+        yield _by(ages, GaugeMetricFamily(oldest, "Age of the oldest job in the queue.", labels=["project"]))
 
     def _label(self, project: str) -> str:
         if project not in self._projects:
@@ -202,19 +203,12 @@ def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(name, text, value=value)
 
 
-def _gauge_by(name: str, text: str, label: str, values: Mapping[str, float]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(name, text, labels=[label])
-    for value, amount in values.items():
-        family.add_metric([value], amount)
-    return family
-
-
 def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
     return CounterMetricFamily(name, text, value=value)
 
 
-def _counter_by(name: str, text: str, label: str, values: Mapping[str, float]) -> CounterMetricFamily:
-    family = CounterMetricFamily(name, text, labels=[label])
+def _by(values: Mapping[str, float], family: Family) -> Family:
+    """A family that was made for one label, with its values."""
     for value, amount in values.items():
         family.add_metric([value], amount)
     return family

@@ -15,7 +15,7 @@ from manual_clock import ManualClock
 from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_server.errors import StorageFullError
 from modelpress_server.executors import local
-from modelpress_server.executors.base import Limits, WorkerLostError, WorkerUnavailableError
+from modelpress_server.executors.base import Figures, Limits, WorkerLostError, WorkerUnavailableError
 from modelpress_server.executors.output import MAX_LINE_CHARS, MAX_LINES
 from server_harness import until
 
@@ -39,6 +39,19 @@ def reason_of(event: worker_pb2.WorkerEvent) -> error_details_pb2.ErrorInfo:
 
 
 class TestATaskThatEndsWell:
+    async def test_its_worker_is_counted(self, start_bench: Any) -> None:
+        """Started once, busy while the task runs, and gone afterwards."""
+        bench = await start_bench()
+        assert bench.executor.figures() == Figures()
+        busy: list[int] = []
+        run = asyncio.create_task(bench.answer("describe"))
+        while not run.done():
+            busy.append(len(bench.executor.figures().pids))
+            await asyncio.sleep(0.005)
+        await run
+        assert max(busy) == 1
+        assert bench.executor.figures() == Figures(starts=1)
+
     async def test_its_events_come_in_order_without_paths(self, start_bench: Any) -> None:
         """Progress, log lines and printed lines arrive; folders of this machine are taken out of every text."""
         bench = await start_bench()

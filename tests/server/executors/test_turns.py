@@ -14,7 +14,7 @@ from manual_clock import ManualClock
 from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_protos.v1 import job_service_pb2
 from modelpress_server.clock import Clock
-from modelpress_server.executors.base import START_WORKER, Limits
+from modelpress_server.executors.base import START_WORKER, Limits, TurnFigures
 from modelpress_server.executors.local import WAITS_FOR_TURN, _Run
 from modelpress_server.executors.output import EventFilter
 from modelpress_server.executors.turns import MAX_TASK_S, MAX_TURN_S, MeasuringTurns
@@ -77,6 +77,20 @@ async def test_turns_come_in_order_and_one_at_a_time(gate: MeasuringTurns, worke
     gate.release(workers[1])
     await settled()
     assert third.done()
+
+
+async def test_turns_are_counted(gate: MeasuringTurns, workers: list[Fake], clock: ManualClock) -> None:
+    """How many were given, how long workers waited for them and had them, and who waits now."""
+    await gate.take(workers[0])
+    second = asyncio.create_task(gate.take(workers[1]))
+    await settled()
+    clock.advance(5)
+    assert gate.figures() == TurnFigures(given=1, waiting=1)
+    gate.release(workers[0])
+    await second
+    clock.advance(2)
+    gate.release(workers[1])
+    assert gate.figures() == TurnFigures(given=2, waited_s=5.0, held_s=7.0)
 
 
 async def test_who_gives_up_waiting_leaves_the_queue(gate: MeasuringTurns, workers: list[Fake]) -> None:
