@@ -125,6 +125,9 @@ def test_target(run_cli: RunCli, fake_server: Any, model_file: Path) -> None:
     assert "measures on cpu alone" in ran.err
     assert "--set target.device=cuda" in ran.err
     assert fake_server.seen == ["GetServerInfo"]
+    ran = run_cli("upload", model_file, "--target", "openvino", *at)
+    assert ran.code == 2
+    assert "modelpress[openvino]" in ran.err
     assert run_cli("upload", model_file, "--target", "cpu", "--detach", *at).code == 0
     (job,) = fake_server.jobs.values()
     assert job.spec.recipe.target.device == "cpu"

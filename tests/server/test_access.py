@@ -13,6 +13,7 @@ from authority import Authority
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
+from modelpress_compression.target import measured_devices
 from modelpress_protos.formats import FORMATS
 from modelpress_protos.v1 import common_pb2, job_service_pb2, server_service_pb2, upload_service_pb2
 from modelpress_server.interceptors import Gate
@@ -79,6 +80,7 @@ async def test_server_info(running: Running) -> None:
     """Versions, limits, techniques with options, presets, load."""
     info = await running.client.info.GetServerInfo(Info())
     assert list(info.api_versions) == ["modelpress.v1"]
+    assert tuple(info.devices) == measured_devices()
     assert info.max_blob_bytes == running.settings.max_blob_bytes
     assert {technique.name for technique in info.techniques} >= {"fuse", "prune", "quantize"}
     prune = next(technique for technique in info.techniques if technique.name == "prune")

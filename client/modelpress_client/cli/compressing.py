@@ -244,13 +244,19 @@ async def _recipe(session: Session, wanted: Wanted) -> Recipe:
     return recipe
 
 
+_TARGET_HINTS = {
+    "cuda": " A GPU for training alone is --set target.device=cuda.",
+    "openvino": " A server has it where modelpress[openvino] is installed.",
+}
+
+
 def _check_target(target: str | None, devices: Collection[str]) -> None:
     if target not in devices:
-        training = " A GPU for training alone is --set target.device=cuda." if target == "cuda" else ""
+        hint = _TARGET_HINTS.get(target or "", "")
         raise UsageError(
             f"This server measures on {', '.join(devices) or 'nothing'} alone, so it cannot say what a model for "
             f"{target} would gain. Leave --target out, or ask a server that has {target}; 'info' lists what one has."
-            f"{training}"
+            f"{hint}"
         )
 
 

@@ -30,8 +30,8 @@ class Runner(Protocol):
 class Backend(Protocol):
     """A runtime, with what a target says of it.
 
-    `label`: the report's `execution_provider`. `remark`: a sentence on how it computes here, for the job's log; empty:
-    as the model says.
+    `label`: the report's `execution_provider`. `remark`: a sentence, without its full stop, on how it computes here,
+    for the job's log; empty: as the model says.
     """
 
     @property

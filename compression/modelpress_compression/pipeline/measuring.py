@@ -127,12 +127,12 @@ def own_answers(original: Path, backend: Backend, data: InputData) -> list[str]:
     changed = [found.top1_agreement is not None and found.top1_agreement < 1.0, found.cosine < SAME_COSINE]
     if not any(changed):
         return notes
-    classes = "" if found.top1_agreement is None else f"the same class on {found.top1_agreement:.2%} of them, "
+    classes = "" if found.top1_agreement is None else f"the same class in {found.top1_agreement:.2%} of cases, "
     return [
         *notes,
         f"{backend.label} answers otherwise than onnxruntime on the model as it was given, before anything was done to "
         f"it: on {found.samples} samples {classes}cosine {found.cosine:.5f}, {found.sqnr_db:.1f} dB. "
-        f"target.precision float32 comes closer where bfloat16 is the reason.",
+        f"{backend.remark}.",
     ]
 
 

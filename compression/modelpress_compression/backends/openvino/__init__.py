@@ -143,7 +143,8 @@ class OpenVino:
     @property
     def remark(self) -> str:
         said = "by its own choice" if self.precision == "default" else "as the target's precision says"
-        return f"OpenVINO {openvino.__version__.split('-')[0]} computes in {self._computes_in} here, {said}"
+        closer = "" if self._computes_in == "float32" else "; target.precision float32 is closer to onnxruntime"
+        return f"OpenVINO {openvino.__version__.split('-')[0]} computes in {self._computes_in} here, {said}{closer}"
 
     @property
     def _computes_in(self) -> str:
