@@ -160,6 +160,8 @@ class Server:
             if self._http is not None:
                 await self._http.start()
         except BaseException:
+            if self._http is not None:
+                await self._http.close()
             self._lock.release()
             raise
         self._janitor.start()

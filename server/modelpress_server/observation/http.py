@@ -89,6 +89,7 @@ class HttpServer:
         self._readiness = readiness
         self._reading = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
+        self._socket: socket.socket | None = None
         self.address = ""
 
     def bind(self) -> None:
@@ -96,13 +97,13 @@ class HttpServer:
         host, port = self._settings.http_host, self._settings.http_port
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            self._socket = socket.create_server((host, port), family=family)
+            self._socket = listening = socket.create_server((host, port), family=family)
         except OSError as error:
             raise SettingsError(
                 f"http_listen: cannot bind {self._settings.http_listen}: {error.strerror}. Choose another, or port 0."
             ) from error
         shown = f"[{host}]" if ":" in host else host
-        self.address = f"{shown}:{self._socket.getsockname()[1]}"
+        self.address = f"{shown}:{listening.getsockname()[1]}"
 
     async def start(self) -> None:
         """Serves. Raises SettingsError where the certificate cannot be used."""
@@ -126,7 +127,8 @@ class HttpServer:
         except OSError as error:  # ssl.SSLError is one
             raise SettingsError(f"http_listen: the certificate or its key cannot be used: {error}.") from error
         self._uvicorn = _Uvicorn(config)
-        self._tasks.append(asyncio.create_task(self._uvicorn.serve([self._socket])))
+        sockets = [self._socket] if self._socket is not None else []
+        self._tasks.append(asyncio.create_task(self._uvicorn.serve(sockets)))
         if encrypted:
             self._tasks.append(asyncio.create_task(self._renew(config)))
         scheme = "https" if encrypted else "http"
@@ -134,15 +136,15 @@ class HttpServer:
 
     async def close(self) -> None:
         """Answers what was asked, for a moment, then closes."""
-        if not self._tasks:
+        if self._tasks:
+            self._uvicorn.should_exit = True
+            for task in self._tasks[1:]:
+                task.cancel()
+            for error in await asyncio.gather(*self._tasks, return_exceptions=True):
+                if isinstance(error, Exception):  # the rest of the server is to end all the same
+                    logger.error("http_listen: it ended by itself", exc_info=error)
+        if self._socket is not None:
             self._socket.close()
-            return
-        serving, *others = self._tasks
-        self._uvicorn.should_exit = True
-        for task in others:
-            task.cancel()
-        await asyncio.wait(self._tasks)
-        serving.result()
 
     async def _renew(self, config: uvicorn.Config) -> None:
         """A certificate that was renewed on the disk is used from the next connection on."""
