@@ -131,6 +131,13 @@ def keep_mapped(ir: onnx_ir.Model) -> None:
             holder.in_file.numpy()
 
 
+def load_all(ir: onnx_ir.Model) -> None:
+    """Brings every tensor that lies in a file into memory; the files may go then."""
+    for holder in _holders(ir):
+        if holder.in_file is not None:
+            holder.put(_in_memory(holder.in_file))
+
+
 @dataclass(frozen=True)
 class SessionModel:
     """What onnxruntime is given. `folder` holds the files that `proto` refers to; `arrays`: weights by name, with
@@ -220,7 +227,11 @@ def _load_small(light: onnx_ir.Model) -> None:
     for holder in _holders(light):
         tensor = holder.in_file
         if tensor is not None and tensor.location != _PENDING and tensor.nbytes < MAPPED_BYTES:
-            holder.put(onnx_ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name))
+            holder.put(_in_memory(tensor))
+
+
+def _in_memory(tensor: onnx_ir.ExternalTensor) -> onnx_ir.Tensor:
+    return onnx_ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
 
 
 def _reference(tensor: onnx_ir.TensorProtocol, location: str, offset: int) -> onnx_ir.ExternalTensor:

@@ -122,6 +122,31 @@ def test_a_saved_model_reads_its_weights_from_there(form: str, tmp_path: Path, m
     assert saved.save(tmp_path / "again.onnx")[0].read_bytes() == first.replace(b"first.onnx", b"again.onnx")
 
 
+def test_weights_come_into_memory_from_wherever_they_are(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Initializers and attributes of nodes alike: the file may go."""
+    monkeypatch.setattr(mapped, "MAPPED_BYTES", 1024)
+    value = np.arange(WIDTH * WIDTH, dtype=np.float32).reshape(WIDTH, WIDTH)
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["c"], value=onnx.numpy_helper.from_array(value)),
+        onnx.helper.make_node("Add", ["c", "w"], ["y"]),
+    ]
+    weights = [onnx.numpy_helper.from_array(value, "w")]
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [WIDTH, WIDTH])
+    graph = onnx.helper.make_graph(nodes, "g", [], [output], weights)
+    path = tmp_path / "m.onnx"
+    onnx.save(onnx.helper.make_model(graph), path)
+    ir = onnx_ir.from_proto(mapped.read(path))
+    mapped.resolve_own_file(ir, path)
+    mapped.load_all(ir)
+    path.unlink()
+    constant = ir.graph.node(0).attributes["value"].as_tensor()
+    for tensor in (constant, ir.graph.initializers["w"].const_value):
+        assert isinstance(tensor, onnx_ir.Tensor)
+        np.testing.assert_array_equal(tensor.numpy(), value)
+
+
 def test_one_weight_of_two_names_lies_once_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """External data can be shared, as a protobuf's own cannot."""
     monkeypatch.setattr(model_module, "EXTERNAL_DATA_THRESHOLD_BYTES", 1000)

@@ -75,7 +75,9 @@ def _failed(failures: Sequence[tuple[str, str]]) -> CompressionError:
     message = f"The model could not be converted to ONNX ({said[:900]}). Export it with torch.onnx.export where its "
     message += "source is, and upload the ONNX file."
     for _, text in failures:
-        if ("not supported" in text or "nsupported" in text) and (match := _OPERATOR.search(text)):
+        if ("not supported" in text or "nsupported" in text or "has no ONNX for" in text) and (
+            match := _OPERATOR.search(text)
+        ):
             return UnsupportedOperatorError(
                 f"The operator {match['op']} cannot be converted to ONNX. {message}", op_type=match["op"]
             )

@@ -107,7 +107,7 @@ def from_exporter(path: str | os.PathLike[str], provenance: Provenance) -> Model
     # In memory: the exporter's folder is gone before the model is.
     ir = _to_ir(_parse(path), path.parent)
     mapped.resolve_own_file(ir, path)
-    ir = onnx_ir.external_data.load_to_model(ir)
+    mapped.load_all(ir)
     clear_debug_metadata(ir)  # the exporter's, not the user's
     return normalize(Model(ir, provenance))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from modelpress_compression.loaders.exporting import export_checked
 from modelpress_compression.loaders.program_check import check_archive
 from modelpress_compression.loaders.program_inputs import match_specs, number_inputs, program_specs
 from modelpress_compression.loaders.program_state import output_name, without_state
+from modelpress_compression.loaders.program_types import widen
 from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.loaders.source import Source
 from modelpress_compression.loaders.torch_run import REFUSALS, flatten, to_tensors
@@ -54,7 +56,8 @@ def convert_program(
 
     `specs`, where given, name the dynamic dimensions, and those buffers that shall be inputs and outputs.
     """
-    warnings = _to_evaluation(program)
+    warnings = [*_to_evaluation(program), *widen(program)]
+    specs = [replace(spec, dtype="float32") if spec.dtype == "bfloat16" else spec for spec in specs]
     stateless = without_state(program, [spec.name for spec in specs])
     program = stateless.program
     own = program_specs(program, stateless.state)

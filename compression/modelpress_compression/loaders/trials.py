@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ _FIRST_BATCHES = (_TRACE_BATCH, 1, 4, 8)  # the last two: for models that split 
 _OTHER_BATCHES = (3, 1, 2, 4, 8, 16)
 # How lines of torch's messages start that tell of its own insides.
 _NOISE = ("File ", "Traceback", "~", "<---", "The following", "at ", "(Refer to", "Use tlparse")
+_LONGEST_CHAIN = 20
+# What torch.onnx says of an operator that it lacks, and of the node that calls it.
+_NO_FUNCTION = "No ONNX function found"
+_NODE = re.compile(r"target=torch\.ops\.(?P<library>\w+)\.(?P<operator>\w+)")
 
 
 def symbols_of(specs: Sequence[TensorSpec]) -> list[str]:
@@ -220,7 +225,16 @@ def _size_choices(count: int) -> Iterator[tuple[int, ...]]:
 
 
 def first_line(error: BaseException) -> str:
-    """What torch said, without its traceback of TorchScript and C++ frames."""
+    """What torch said, without its traceback of TorchScript and C++ frames: of errors that led to others, the first."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and len(chain) < _LONGEST_CHAIN:
+        chain.append(cause)
+    if _NO_FUNCTION in str(chain[-1]) and (node := next(filter(None, map(_NODE.search, map(str, chain))), None)):
+        return f"the exporter has no ONNX for the operator {node['library']}::{node['operator']}"
+    return _useful_line(chain[-1])
+
+
+def _useful_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     useful = [line for line in lines if not line.startswith(_NOISE)]
     told = (

@@ -450,6 +450,33 @@ def test_inputs_that_are_written_into(tmp_path: Path, make: SimpleNamespace) -> 
     np.testing.assert_array_equal(got, np.full((2, 3), 4))
 
 
+@pytest.mark.parametrize("cast", ["weights", "autocast"])
+def test_bfloat16_becomes_float32(cast: str, tmp_path: Path, make: SimpleNamespace) -> None:
+    """Weights, casts and inputs, which is said; rtol 2e-2, as bfloat16 rounds to 4e-3."""
+
+    class Narrow(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = torch.nn.Linear(8, 4, dtype=torch.bfloat16 if cast == "weights" else torch.float32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast"):
+                result: torch.Tensor = self.dense(x).relu()
+                return result
+
+    torch.manual_seed(0)
+    module, dtype = Narrow().eval(), torch.bfloat16 if cast == "weights" else torch.float32
+    dims = ({0: torch.export.Dim("b")},)
+    path = make.save_program(module, (torch.randn(2, 8, dtype=dtype),), tmp_path / "m.pt2", dynamic_shapes=dims)
+    model = load(path, [f"x:{str(dtype).removeprefix('torch.')}[n,8]"])
+    assert [str(spec) for spec in (*model.inputs, *model.outputs)] == ["x:float32[n,8]", "output:float32[n,4]"]
+    assert any("computes in bfloat16" in warning for warning in model.warnings)
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        wanted = module(x.to(dtype)).float().numpy()
+    np.testing.assert_allclose(run_onnx(model, [{"x": x.numpy()}])[0]["output"], wanted, rtol=2e-2, atol=2e-2)
+
+
 def test_trees_that_do_not_fit_the_graph(exported: Path, tmp_path: Path, make: SimpleNamespace) -> None:
     """A description of more inputs than there are is damage, not an input."""
     leaf: dict[str, Any] = {"type": None, "context": None, "children_spec": []}

@@ -73,3 +73,14 @@ def test_outputs_that_differ(got: Array, said: str) -> None:
     check_outputs([one], [one * 1.0001], ["y"])
     with pytest.raises(Disagreement, match=said):
         check_outputs([one], [got], ["y"])
+
+
+def test_the_first_of_errors_that_led_to_others_is_told() -> None:
+    """Exporters wrap what happened in words about themselves; an operator that they lack is named."""
+    happened = ValueError("cannot guess the size")
+    wrapped = RuntimeError("The error above occurred when calling torch.export.export.")
+    wrapped.__cause__ = happened
+    assert first_line(wrapped) == "cannot guess the size"
+    outer = RuntimeError("Error when translating node %q : call_function[target=torch.ops.aten.linalg_qr.default]")
+    outer.__cause__ = RuntimeError("No ONNX function found for <object at 0x7f>. Failure message: none")
+    assert first_line(outer) == "the exporter has no ONNX for the operator aten::linalg_qr"
