@@ -41,19 +41,18 @@ def export_checked(
     trials: TrialRuns,
     provenance: Provenance,
     *,
-    last_outputs: Sequence[str] = (),
+    labels: Sequence[str | None] = (),
     atol: float = ATOL,
 ) -> Model:
     """The first exporter's result that repeats `trials`. `module()`: a fresh module that takes `specs` in order.
 
-    `last_outputs`: names for as many of the last outputs; the others have none of their own. `atol`: as `agreement`.
+    `labels`: names for as many of the last outputs, None for one that has none of its own. `atol`: as `agreement`.
 
     Raises UnsupportedOperatorError or ModelNotRunnableError with what the exporters said.
     """
     failures: list[tuple[str, str]] = []
     with TemporaryDirectory(prefix="modelpress-") as folder:
-        count = len(trials.runs[0].expected) - len(last_outputs)
-        names = [*output_names(count, specs), *last_outputs]
+        names = output_names(len(trials.runs[0].expected), specs, labels)
         request = ExportRequest(module, trials.runs[0].feeds, tuple(specs), names, Path(folder))
         for exporter in exporters:
             name = exporter.__name__.removeprefix("export_")
@@ -102,11 +101,19 @@ def _finished(path: Path, provenance: Provenance, specs: Sequence[TensorSpec], t
     return model.with_warnings(*trials.warnings)
 
 
-def output_names(count: int, specs: Sequence[TensorSpec]) -> list[str]:
-    """`output`, or `output_0`, `output_1`, ...; never an input's name."""
+def output_names(count: int, specs: Sequence[TensorSpec], labels: Sequence[str | None] = ()) -> list[str]:
+    """`output`, or `output_0`, `output_1`, ..., where `labels` of the last outputs say no other; no input's name."""
     taken = {spec.name for spec in specs}
-    names = ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
-    return [name if name not in taken else f"{name}_out" for name in names]
+    own = [*[None] * (count - len(labels)), *labels][:count]
+    unnamed = own.count(None)
+    given = [label for label in own if label is not None]
+    names: list[str] = []
+    for index, label in enumerate(own):
+        name = label or ("output" if unnamed == 1 else f"output_{index}")
+        while name in taken or name in names or (label is None and name in given):
+            name = f"{name}_out"
+        names.append(name)
+    return names
 
 
 def _shape_inputs(model: Model, specs: Sequence[TensorSpec]) -> None:

@@ -30,7 +30,7 @@ from modelpress_compression.loaders.formats.pickle_scan import (
 from modelpress_compression.loaders.formats.refusals import refused
 from modelpress_compression.loaders.formats.torch_archive import inner_members
 from modelpress_compression.loaders.program_graph import check_program
-from modelpress_compression.loaders.program_trees import plain_program
+from modelpress_compression.loaders.program_trees import output_labels, plain_program
 
 MAX_PROGRAM_BYTES = 512 * 1024 * 1024  # 512 MiB of JSON
 
@@ -52,10 +52,12 @@ class CheckedProgram:
 
     `pickled`: names of members that torch will unpickle, each an archive itself and checked like the outer one.
     `replaced`: by their names, members that torch gets in our words: the program, and no sample inputs.
+    `outputs`: what the program calls its outputs; None for one without a name.
     """
 
     pickled: tuple[str, ...]
     replaced: Mapping[str, bytes]
+    outputs: tuple[str | None, ...] = ()
 
 
 def check_archive(archive: Archive) -> CheckedProgram:
@@ -63,6 +65,7 @@ def check_archive(archive: Archive) -> CheckedProgram:
     inner = inner_members(archive)
     pickled: set[str] = set()
     replaced: dict[str, bytes] = {}
+    outputs: tuple[str | None, ...] = ()
     for name, member in inner.items():
         if name.startswith("data/aotinductor/"):
             raise refused("NATIVE_CODE")
@@ -70,6 +73,7 @@ def check_archive(archive: Archive) -> CheckedProgram:
             program = _json(archive, member)
             check_program(program)
             replaced[member.name] = json.dumps(plain_program(program)).encode()
+            outputs = output_labels(program)
         elif name.startswith((_WEIGHTS, _CONSTANTS)) and name.endswith(_CONFIGS):
             pickled |= _pickled(_json(archive, member), name.rsplit("/", 1)[0])
         elif name.startswith(_SAMPLES) or name == _OLD_SAMPLES:
@@ -80,7 +84,7 @@ def check_archive(archive: Archive) -> CheckedProgram:
     found = [inner[name] for name in sorted(pickled & inner.keys()) if inner[name].size_bytes]
     for member in found:
         check_torch_save(archive, member)
-    return CheckedProgram(tuple(member.name for member in found), replaced)
+    return CheckedProgram(tuple(member.name for member in found), replaced, outputs)
 
 
 def _is_legacy(name: str) -> bool:

@@ -15,6 +15,8 @@ constants of the program (None, a flag, a string).
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from typing import Any
 
 from modelpress_compression.errors import RejectedModelError, UnsupportedFormatError
@@ -22,6 +24,7 @@ from modelpress_compression.errors import RejectedModelError, UnsupportedFormatE
 # Arguments that are values of the graph; any other kind is a constant.
 _VALUES = frozenset({"as_tensor", "as_sym_int", "as_sym_float", "as_sym_bool"})
 _LEAF: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
+_LABEL = re.compile(r"[A-Za-z_][\w.\-]{0,99}")
 
 
 def plain_program(document: Any) -> Any:
@@ -78,6 +81,65 @@ def _plain(document: dict[str, Any]) -> dict[str, Any]:
         "treespec_namedtuple_fields": {},
     }
     return {**document, "graph_module": plain_module, "guards_code": []}
+
+
+def output_labels(document: Any) -> tuple[str | None, ...]:
+    """What the results are called where their tree says so: keys of dicts, fields of dataclasses and named tuples.
+
+    One for each output of the plain program, in order. `document` is one that `plain_program` took.
+    """
+    module = document["graph_module"]
+    graph, signature = module["graph"], module["signature"]
+    call = next(entry["signature"] for entry in module["module_call_graph"] if entry["fqn"] == "")
+    labels = _labels(call["out_spec"], module.get("treespec_namedtuple_fields") or {})
+    users = [
+        argument
+        for argument, spec in zip(graph["outputs"], signature["output_specs"], strict=True)
+        if "user_output" in spec
+    ]
+    return tuple(label for label, argument in zip(labels, users, strict=True) if argument.keys() & _VALUES)
+
+
+def _labels(text: str, named_tuples: dict[str, Any]) -> list[str | None]:
+    """`logits`, `past_key_values_0`; None for a leaf that no name leads to, or more than one, or an odd one."""
+    _, root = json.loads(text)
+    found: list[str | None] = []
+    stack: list[tuple[dict[str, Any], tuple[str, ...]]] = [(root, ())]
+    while stack:
+        node, path = stack.pop()
+        if node["type"] is None:
+            label = "_".join(path)
+            found.append(label if _LABEL.fullmatch(label) else None)
+            continue
+        children = node["children_spec"]
+        names = _child_names(node, named_tuples)
+        # Places in a list say nothing by themselves.
+        steps = names or [str(index) if path and len(children) > 1 else "" for index in range(len(children))]
+        pairs = zip(children, steps, strict=True)
+        stack.extend([(child, (*path, step) if step else path) for child, step in pairs][::-1])
+    counts = Counter(found)
+    return [label if counts[label] == 1 else None for label in found]
+
+
+def _child_names(node: dict[str, Any], named_tuples: dict[str, Any]) -> list[str]:
+    """What a dict, a named tuple or a dataclass calls its children; none of another type, and where they do not fit."""
+    count = len(node["children_spec"])
+    if node["type"] == "collections.namedtuple":
+        names = named_tuples.get(str(node["context"]), {}).get("field_names")
+    else:
+        names = _json_or_none(node["context"])
+        # Of a dataclass: fields that have a value, and those that are None.
+        if isinstance(names, list) and names and isinstance(names[0], list):
+            names = names[0]
+    fits = isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names)
+    return list(names) if fits else []
+
+
+def _json_or_none(text: object) -> Any:
+    try:
+        return json.loads(str(text))
+    except ValueError:
+        return None
 
 
 def _name(argument: dict[str, Any]) -> str:

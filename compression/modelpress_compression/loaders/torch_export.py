@@ -35,7 +35,7 @@ def load_torch_export(source: Source, specs: Sequence[TensorSpec]) -> Model:
     with Archive.open(source.main, "The torch.export archive") as archive:
         checked = check_archive(archive)
         with checked_copy(archive, checked.pickled, checked.replaced) as path:
-            return convert_program(_read(path), specs, source.provenance("torch_export"))
+            return convert_program(_read(path), specs, source.provenance("torch_export"), checked.outputs)
 
 
 def _read(path: Path) -> torch.export.ExportedProgram:
@@ -50,11 +50,15 @@ def _read(path: Path) -> torch.export.ExportedProgram:
 
 
 def convert_program(
-    program: torch.export.ExportedProgram, specs: Sequence[TensorSpec], provenance: Provenance
+    program: torch.export.ExportedProgram,
+    specs: Sequence[TensorSpec],
+    provenance: Provenance,
+    labels: Sequence[str | None] = (),
 ) -> Model:
     """A program with flat inputs and outputs as a `Model`. Raises as `loaders.load`.
 
-    `specs`, where given, name the dynamic dimensions, and those buffers that shall be inputs and outputs.
+    `specs`, where given, name the dynamic dimensions, and those buffers that shall be inputs and outputs. `labels`:
+    names for its outputs, None for those without.
     """
     warnings = [*_to_evaluation(program), *widen(program)]
     specs = [replace(spec, dtype="float32") if spec.dtype == "bfloat16" else spec for spec in specs]
@@ -70,8 +74,8 @@ def convert_program(
         return export_program(program, request, "program.onnx")
 
     exporters = (export_dynamo, export_plain)
-    outputs = [output_name(buffer) for buffer in stateless.state.values()]
-    model = export_checked(exporters, lambda: _Flat(program), specs, trials, provenance, last_outputs=outputs)
+    outputs = [*labels, *(output_name(buffer) for buffer in stateless.state.values())]
+    model = export_checked(exporters, lambda: _Flat(program), specs, trials, provenance, labels=outputs)
     return model.with_warnings(*warnings, *stateless.warnings)
 
 

@@ -51,7 +51,8 @@ def nms(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Te
         corner = torch.maximum(boxes[best, :2], boxes[left, :2])
         sides = (torch.minimum(boxes[best, 2:], boxes[left, 2:]) - corner).clamp(min=0)
         common = sides[:, 0] * sides[:, 1]
-        left = left[common / (areas[best] + areas[left] - common) <= threshold]
+        # Boxes without area overlap by 0 / 0, which is not more than anything: they stay.
+        left = left[~(common / (areas[best] + areas[left] - common) > threshold)]
     return torch.stack(kept) if kept else order
 
 

@@ -24,6 +24,7 @@ from modelpress_compression.errors import (
 from modelpress_compression.loaders import load
 from modelpress_compression.loaders.program_check import check_tensors_only
 from modelpress_compression.loaders.program_graph import check_expression
+from modelpress_compression.loaders.program_trees import output_labels
 from oracles.plain_run import run_onnx
 from torch.utils import _pytree as pytree
 
@@ -341,6 +342,7 @@ def test_types_of_libraries(tmp_path: Path, make: SimpleNamespace) -> None:
     model = load(path)
     assert [spec.name for spec in model.inputs] == ["x", "cache_0", "cache_1"]
     feeds = {spec.name: np.full((2, 3), index + 2, np.float32) for index, spec in enumerate(model.inputs)}
+    assert [spec.name for spec in model.outputs] == ["logits", "cache"]
     first, second = run_onnx(model, [feeds])[0].values()
     np.testing.assert_array_equal(first, np.full((2, 3), 5))
     np.testing.assert_array_equal(second, np.full((2, 3), 8))
@@ -448,6 +450,36 @@ def test_inputs_that_are_written_into(tmp_path: Path, make: SimpleNamespace) -> 
     assert any("writes into its input x" in warning for warning in model.warnings)
     got = run_onnx(model, [{"x": np.ones((2, 3), np.float32)}])[0]["output"]
     np.testing.assert_array_equal(got, np.full((2, 3), 4))
+
+
+def tree(type_name: str, context: Any, *children: dict[str, Any]) -> dict[str, Any]:
+    return {"type": type_name, "context": context, "children_spec": list(children)}
+
+
+def test_outputs_are_called_as_their_tree_calls_them() -> None:
+    """Keys, fields and places below a name; none for places alone, for odd words and for names that come twice."""
+    leaf = tree(None, None)  # type: ignore[arg-type]
+    caches = tree("builtins.list", "null", leaf, leaf)
+    cases = [
+        (tree("acme.Output", '["logits", "past"]', leaf, caches), ["logits", "past_0", "past_1"]),
+        (tree("acme.Data", '[["a", "b"], ["c"]]', leaf, leaf), ["a", "b"]),
+        (tree("collections.namedtuple", "mine.P", leaf, leaf), ["u", "v"]),
+        (tree("builtins.tuple", "null", leaf, tree("builtins.dict", '["k"]', leaf)), [None, "k"]),
+        (tree("builtins.dict", '["a\\u001b[1m", "b"]', leaf, leaf), [None, "b"]),
+        (tree("builtins.tuple", "null", *[tree("builtins.dict", '["boxes"]', leaf)] * 2), [None, None]),
+        (tree("builtins.dict", "[1, 2]", leaf, leaf), [None, None]),
+    ]
+    for root, wanted in cases:
+        count = len(wanted)
+        document = {
+            "graph_module": {
+                "graph": {"outputs": [{"as_tensor": {"name": f"y{index}"}} for index in range(count)]},
+                "signature": {"output_specs": [{"user_output": {}}] * count},
+                "module_call_graph": [{"fqn": "", "signature": {"out_spec": json.dumps([1, root])}}],
+                "treespec_namedtuple_fields": {"mine.P": {"field_names": ["u", "v"]}},
+            }
+        }
+        assert list(output_labels(document)) == wanted
 
 
 @pytest.mark.parametrize("cast", ["weights", "autocast"])

@@ -19,7 +19,7 @@ from modelpress_compression.errors import (
 )
 from modelpress_compression.loaders import load
 from modelpress_compression.loaders.script_check import check_pickle
-from modelpress_compression.loaders.vision_ops import vision_operators
+from modelpress_compression.loaders.vision_ops import nms, vision_operators
 from oracles.plain_run import run_onnx
 
 Save = Callable[[torch.nn.Module, Path], Path]
@@ -345,6 +345,12 @@ def test_operators_of_torchvision(tmp_path: Path) -> None:
     assert {"NonMaxSuppression", "RoiAlign"} <= {node.op_type for node in model.nodes()}
     assert 2 < len(wanted) < 20
     np.testing.assert_allclose(run_onnx(model, [feeds])[0]["output"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_boxes_without_area_stay() -> None:
+    """They overlap by 0 / 0, which suppresses nothing, as in torchvision and in onnxruntime."""
+    boxes = torch.tensor([[0.0, 0, 4, 4], [2, 2, 2, 2], [2, 2, 2, 2], [0, 0, 4, 3.9]])
+    assert nms(boxes, torch.tensor([0.9, 0.8, 0.7, 0.6]), 0.5).tolist() == [0, 1, 2]
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, that torch.ao is deprecated
