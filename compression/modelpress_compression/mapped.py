@@ -230,7 +230,7 @@ def _load_small(light: onnx_ir.Model) -> None:
             holder.put(_in_memory(tensor))
 
 
-def _in_memory(tensor: onnx_ir.ExternalTensor) -> onnx_ir.Tensor:
+def _in_memory(tensor: onnx_ir.ExternalTensor) -> onnx_ir.TensorProtocol:
     return onnx_ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
 
 

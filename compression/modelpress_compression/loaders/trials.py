@@ -237,6 +237,8 @@ def first_line(error: BaseException) -> str:
 def _useful_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     useful = [line for line in lines if not line.startswith(_NOISE)]
+    if unknown := [line for line in useful if line.startswith("Unknown builtin op: ")]:
+        return unknown[0].rstrip(".")[:300]
     told = (
         [line for line in useful if "rror:" in line and not line.endswith("rror:")]
         or useful[-1:]

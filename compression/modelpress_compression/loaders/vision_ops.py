@@ -19,6 +19,12 @@ _SCHEMAS = (
     "roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
     "int sampling_ratio, bool aligned) -> Tensor",
 )
+# What scripted detectors name in branches that they do not take; without a kernel, so that taking one is refused.
+_UNUSED_SCHEMAS = (
+    "box_iou_rotated(Tensor boxes1, Tensor boxes2) -> Tensor",
+    "roi_pool(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width) "
+    "-> (Tensor, Tensor)",
+)
 
 
 @contextlib.contextmanager
@@ -30,7 +36,7 @@ def vision_operators() -> Iterator[None]:
     make: Any = torch.library.Library  # torch leaves it untyped
     library = make("torchvision", "FRAGMENT")
     try:
-        for schema in _SCHEMAS:
+        for schema in (*_SCHEMAS, *_UNUSED_SCHEMAS):
             library.define(schema)
         library.impl("nms", nms, "CPU")
         library.impl("roi_align", roi_align, "CPU")

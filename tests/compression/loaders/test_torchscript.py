@@ -347,6 +347,25 @@ def test_operators_of_torchvision(tmp_path: Path) -> None:
     np.testing.assert_allclose(run_onnx(model, [feeds])[0]["output"], wanted, rtol=1e-4, atol=1e-5)
 
 
+class Rotates(torch.nn.Module):
+    """Names an operator of torchvision in a branch that is not taken, as `box_iou` does."""
+
+    def forward(self, boxes: torch.Tensor) -> torch.Tensor:
+        if boxes.shape[1] == 5:
+            result: torch.Tensor = torch.ops.torchvision.box_iou_rotated(boxes, boxes)
+            return result
+        return boxes * 2.0
+
+
+def test_operators_of_branches_that_are_not_taken(tmp_path: Path, save_script: Save) -> None:
+    """Such an archive is read without torchvision."""
+    with vision_operators():
+        path = save_script(Rotates(), tmp_path / "m.pt")
+    boxes = np.ones((3, 4), np.float32)
+    got = run_onnx(load(path, ["boxes:float32[n,4]"]), [{"boxes": boxes}])[0]["output"]
+    np.testing.assert_array_equal(got, 2 * boxes)
+
+
 def test_boxes_without_area_stay() -> None:
     """They overlap by 0 / 0, which suppresses nothing, as in torchvision and in onnxruntime."""
     boxes = torch.tensor([[0.0, 0, 4, 4], [2, 2, 2, 2], [2, 2, 2, 2], [0, 0, 4, 3.9]])

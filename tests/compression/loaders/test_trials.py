@@ -84,3 +84,9 @@ def test_the_first_of_errors_that_led_to_others_is_told() -> None:
     outer = RuntimeError("Error when translating node %q : call_function[target=torch.ops.aten.linalg_qr.default]")
     outer.__cause__ = RuntimeError("No ONNX function found for <object at 0x7f>. Failure message: none")
     assert first_line(outer) == "the exporter has no ONNX for the operator aten::linalg_qr"
+
+
+def test_an_operator_that_torch_does_not_know_is_told() -> None:
+    """It stands first, above the code that calls it."""
+    text = "\nUnknown builtin op: acme::spin.\nCould not find any similar ops.\n:\n  File 'm.py', line 2\n    y = x"
+    assert first_line(RuntimeError(text)) == "Unknown builtin op: acme::spin"
