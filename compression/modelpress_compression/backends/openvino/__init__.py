@@ -159,8 +159,9 @@ class OpenVino:
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
             "ENABLE_CPU_PINNING": False,  # other models' threads would be pinned to the same cores
-            "INFERENCE_PRECISION_HINT": _TYPES[self._computes_in],
         }
+        if self.precision != "default":
+            settings["INFERENCE_PRECISION_HINT"] = _TYPES[self.precision]
         fixed = with_fixed_noise(path) if comparable and not is_large(file_size_bytes(path)) else None
         try:
             model = _core().read_model(str(path) if fixed is None else fixed)
