@@ -162,6 +162,7 @@ class Report:
     accuracy: Accuracy | None
     steps: tuple[StepReport, ...]
     candidates: tuple[dict[str, Any], ...]
+    layers: tuple[dict[str, Any], ...]
     warnings: tuple[str, ...]
     environment: dict[str, Any]
     constraints: Constraints
@@ -201,6 +202,7 @@ class Report:
             accuracy=_optional(_accuracy, document.get("accuracy")),
             steps=tuple(map(_step, document.get("steps") or ())),
             candidates=tuple(document.get("candidates") or ()),
+            layers=tuple(document.get("layers") or ()),
             warnings=tuple(map(str, document.get("warnings") or ())),
             environment=document.get("environment") or {},
             constraints=_constraints(document.get("constraints")),

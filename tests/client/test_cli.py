@@ -322,6 +322,11 @@ def test_one_job(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: 
     assert json.loads(run_cli("report", "j2", "--format", "json", *at).out)["size_ratio"] == 3.642
     assert run_cli("report", "j2", "--format", "html", *at).out == "<html></html>\n"
     assert run_cli("report", "j2", "--format", "markdown", *at).out.startswith("# Compression report")
+    layers = run_cli("report", "j2", "--layers", *at).out
+    assert all(word in layers for word in ("conv_3", "QLinearConv", "12.5%", "2.0 times as fast"))
+    assert "fc" not in layers  # it has no time of its own
+    assert len(run_cli("report", "j2", "--layers", "--json", *at).document["layers"]) == 2
+    assert run_cli("report", "j2", "--layers", "--format", "html", *at).code == 2
     assert run_cli("download", "j2", "--artifact", "all", "-o", "got/", *at).code == 0
     assert sorted(path.name for path in (tmp_path / "got").iterdir()) == [
         "net.optimized.onnx",

@@ -35,6 +35,27 @@ def print_report(console: Console, report: Report) -> None:
     console.print()
 
 
+def print_layers(console: Console, report: Report) -> None:
+    """Prints each layer's time before and after, the kernel that ran, and why it is not faster; the longest first."""
+    rows = [row for row in report.layers if row.get("original_ms") is not None or row.get("optimized_ms") is not None]
+    if not rows:
+        console.print("The layers of this job were not timed: the model was too large, or there was no time left.")
+        return
+    rows.sort(key=lambda row: -max(row.get("original_ms") or 0.0, row.get("optimized_ms") or 0.0))
+    table = plain_table("Layer", "Original", "Optimized", "Error", "Kernel, and why it is not faster", right=(1, 2, 3))
+    for row in rows:
+        share = row.get("error_share")
+        kernel = f"{row['kernel']} ({row.get('types')})\n" if row.get("kernel") else ""
+        table.add_row(
+            Text(str(row.get("name"))),
+            units.milliseconds(row.get("original_ms")),
+            units.milliseconds(row.get("optimized_ms")),
+            "" if share is None else f"{share:.1%}",
+            Text(kernel).append(str(row.get("why") or ""), style="dim"),
+        )
+    console.print(table)
+
+
 def _figures(console: Console, report: Report) -> None:
     console.print()
     table = plain_table("", f"Original ({report.original.format})", "Optimized (onnx)", "Change", right=(1, 2))

@@ -74,8 +74,11 @@ def download(job_name: str, output: Path | None, artifact: str, candidate: str |
     show_default=True,
     help="How to print it.",
 )
-def report(job_name: str, report_format: str) -> None:
+@click.option("--layers", is_flag=True, help="Layer by layer: time, kernel, and why it is not faster.")
+def report(job_name: str, report_format: str, layers: bool) -> None:
     """Print the report of JOB."""
+    if layers and report_format != "text":
+        raise UsageError(f"--layers is for the terminal; --format {report_format} has the layers anyway.")
 
     async def body(session: Session) -> None:
         job = await session.client.job(job_name)
@@ -83,6 +86,12 @@ def report(job_name: str, report_format: str) -> None:
             session.out.data((await job.read_artifact("report.html")).decode())
             return
         result = await job.report()
+        if layers:
+            from modelpress_client.cli.report_text import print_layers
+
+            session.out.document({"job": job.name, "layers": list(result.layers)})
+            session.out.show(lambda console: print_layers(console, result))
+            return
         if session.shared.json:
             session.out.document(result.to_dict())
         elif report_format == "json":

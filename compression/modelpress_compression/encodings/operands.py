@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import onnx_ir
 
-from modelpress_compression.graph.read import input_of, int_attribute, is_constant, is_op
+from modelpress_compression.graph.read import input_of, int_attribute, is_constant
 
 _UNARY = "x x_scale x_zero y_scale y_zero"
 _BINARY = "x x_scale x_zero w w_scale w_zero y_scale y_zero"
@@ -61,7 +61,12 @@ def is_quantized(node: onnx_ir.Node) -> bool:
 
 def computes_in_integers(node: onnx_ir.Node) -> bool:
     """Whether it is an operator of quantized models whose result depends on integers in steps: it has no gradient."""
-    return is_quantized(node) and not is_op(node, *_CONVERSIONS, domain=node.domain)
+    return is_integer_operator(node.op_type)
+
+
+def is_integer_operator(op_type: str) -> bool:
+    """Whether nodes of this operator compute with integers."""
+    return op_type in _OPERANDS and op_type not in _CONVERSIONS
 
 
 def arranged(op_type: str, **operands: onnx_ir.Value | None) -> list[onnx_ir.Value | None]:

@@ -10,19 +10,22 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import onnxruntime as ort
 
 from modelpress_compression.graph.read import label
-from modelpress_compression.inputs import InputData
+from modelpress_compression.inputs import Feeds, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.runtime import open_session, run
 
 ROUNDS = 12
 BUDGET_S = 3.0  # no further round begins after this
 _WARM_UP_ROUNDS = 3
+PROFILED_RUNS = _WARM_UP_ROUNDS + ROUNDS  # of each model, at most
+_PROFILE_BYTES = 64 * 1024**2  # 64 MiB: of a loop that runs a great many times
 
 NodeTimes = Mapping[str, float]  # milliseconds of one run, by the node's label
 
@@ -36,14 +39,33 @@ def node_times_ms(
     """
     feed = next(iter(data.feeds(1)))
     sessions = [_session(model, folder / f"node-times-{number}") for number, model in enumerate(models)]
+    return [profile.ms for profile in profiles(sessions, feed, check_time)]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What onnxruntime's profiler says of each kernel, by its name: the milliseconds of one run, and its arguments."""
+
+    ms: NodeTimes
+    arguments: Mapping[str, Mapping[str, object]]
+
+
+def profiles(
+    sessions: Sequence[ort.InferenceSession], feed: Feeds, check_time: Callable[[], None] = lambda: None
+) -> list[Profile]:
+    """Runs sessions that profile in turn. Times are medians over rounds; of a kernel that runs several times in a
+    round, times how often it does. A profile that is too large to be read is empty. Raises ModelNotRunnableError, and
+    what `check_time` raises."""
     began = time.monotonic()
-    for number in range(_WARM_UP_ROUNDS + ROUNDS):
+    rounds = 0
+    for number in range(PROFILED_RUNS):
         if number > _WARM_UP_ROUNDS and time.monotonic() - began > BUDGET_S:
             break
         for session in sessions:
             check_time()
             run(session, feed)
-    return [_medians_ms(json.loads(Path(session.end_profiling()).read_text("utf-8"))) for session in sessions]
+        rounds += 1
+    return [_profile(Path(session.end_profiling()), rounds) for session in sessions]
 
 
 def _session(model: Model, folder: Path) -> ort.InferenceSession:
@@ -56,10 +78,20 @@ def _session(model: Model, folder: Path) -> ort.InferenceSession:
     return open_session(folder / "model.onnx", optimize=False, profile=folder / "times")
 
 
-def _medians_ms(events: Sequence[Mapping[str, object]]) -> NodeTimes:
+def _profile(path: Path, rounds: int) -> Profile:
+    if path.stat().st_size > _PROFILE_BYTES:
+        return Profile({}, {})
     times_us: dict[str, list[float]] = {}
-    for event in events:
+    arguments: dict[str, Mapping[str, object]] = {}
+    for event in json.loads(path.read_text("utf-8")):
         name, duration = str(event.get("name", "")), event.get("dur", 0)
         if event.get("cat") == "Node" and name.endswith("_kernel_time") and isinstance(duration, int | float):
-            times_us.setdefault(name.removesuffix("_kernel_time"), []).append(float(duration))
-    return {name: median(times[_WARM_UP_ROUNDS:] or times) / 1e3 for name, times in times_us.items()}
+            name = name.removesuffix("_kernel_time")
+            times_us.setdefault(name, []).append(float(duration))
+            arguments.setdefault(name, event.get("args", {}))
+    return Profile({name: _of_a_run(times, rounds) / 1e3 for name, times in times_us.items()}, arguments)
+
+
+def _of_a_run(times: Sequence[float], rounds: int) -> float:
+    a_round = len(times) / rounds
+    return median(times[round(_WARM_UP_ROUNDS * a_round) :] or times) * a_round

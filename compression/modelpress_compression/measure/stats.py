@@ -23,8 +23,9 @@ import onnx_ir
 from modelpress_compression.encodings.operands import is_quantization_parameter, is_stored_weight
 from modelpress_compression.encodings.read import stored_weights
 from modelpress_compression.graph.macs import count_macs
+from modelpress_compression.graph.read import label
 from modelpress_compression.graph.shapes import Shape
-from modelpress_compression.model import Model
+from modelpress_compression.model import GIVEN_NAME, Model
 
 _STANDARD_DOMAINS = ("", "ai.onnx")
 # Between a stored weight and the operator that works with it.
@@ -109,7 +110,7 @@ def model_stats(model: Model, input_shapes: Mapping[str, Shape] | None = None) -
             _count(tally, value, tensor)
     layers = tuple(
         LayerStats(
-            name=layer.node.name or (layer.node.outputs[0].name if layer.node.outputs else "") or "",
+            name=layer_name(layer.node),
             op_type=layer.node.op_type,
             parameters=layer.parameters,
             bytes=layer.bytes,
@@ -171,7 +172,7 @@ def _count(tally: _Tally, value: onnx_ir.Value, tensor: onnx_ir.TensorProtocol) 
     quantized = tally.quantized.get(value)
     users = quantized.users if quantized is not None else [user for user, _ in uses]
     # Of several users always the same one, in whatever order the graph lists them.
-    owner = min((_owner(user) for user in users), key=lambda node: node.name or "")
+    owner = min((layer_of(user) for user in users), key=lambda node: node.name or "")
     layer = tally.layers.setdefault(id(owner), _Layer(owner))
     layer.bytes += tensor.nbytes
     if quantized is not None:
@@ -185,7 +186,12 @@ def _count(tally: _Tally, value: onnx_ir.Value, tensor: onnx_ir.TensorProtocol) 
     layer.parameters += size
 
 
-def _owner(node: onnx_ir.Node) -> onnx_ir.Node:
+def layer_name(node: onnx_ir.Node) -> str:
+    """The node's name, as loading gave it where the file has none: so it is the same before and after compression."""
+    return node.name or str(node.meta.get(GIVEN_NAME) or "") or label(node)
+
+
+def layer_of(node: onnx_ir.Node) -> onnx_ir.Node:
     """The node that works with what `node` hands on, conversions skipped."""
     for _ in range(_MAX_HOPS):
         if node.op_type not in _CONVERSIONS:
@@ -200,7 +206,7 @@ def _owner(node: onnx_ir.Node) -> onnx_ir.Node:
 def _is_weight(node: onnx_ir.Node, position: int, tensor: onnx_ir.TensorProtocol) -> bool:
     if is_quantization_parameter(node, position) or position in _SHAPES_AND_BOUNDS.get(node.op_type, ()):
         return False
-    if tensor.size <= 1 and _owner(node).op_type not in _LAYERS:
+    if tensor.size <= 1 and layer_of(node).op_type not in _LAYERS:
         return False
     if tensor.dtype.is_floating_point():
         return True

@@ -13,13 +13,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from modelpress_compression import mapped
-from modelpress_compression.backends import backend_of
-from modelpress_compression.errors import ModelNotRunnableError
+from modelpress_compression.backends import backend_of, backends_of
+from modelpress_compression.errors import CompressionError, ModelNotRunnableError
 from modelpress_compression.graph.compact import compacted
 from modelpress_compression.graph.shapes import sample_shapes
 from modelpress_compression.graph.synthetic import synthetic_inputs
 from modelpress_compression.inputs import Array, EvaluationData, InputData
 from modelpress_compression.measure.fidelity import Fidelity
+from modelpress_compression.measure.layer_times import layer_forms, layer_times
+from modelpress_compression.measure.node_times import PROFILED_RUNS
 from modelpress_compression.measure.stats import model_stats
 from modelpress_compression.measure.task import GivenScores, Labelled, MetricFunction, OwnMetric, Task
 from modelpress_compression.memory import Memory
@@ -32,6 +34,9 @@ from modelpress_compression.pipeline.preflight import check_room, needs
 from modelpress_compression.pipeline.progress import Progress, ProgressListener, stages_of
 from modelpress_compression.recipe import Recipe
 from modelpress_compression.report.build import ReportInputs, StepRow, build_report
+from modelpress_compression.report.environment import environment
+from modelpress_compression.report.ledger import Ledger, errors, left_alone
+from modelpress_compression.runtime import fit_together
 from modelpress_compression.search.family import FamilyMember, family
 from modelpress_compression.search.goal import Pursuit, pursue
 from modelpress_compression.search.steps import StepRecord, apply_step, broken, save
@@ -303,8 +308,48 @@ def _report(job: str, run: _Run, made: Pursuit, outcome: _Outcome) -> dict[str, 
             goal=run.recipe.goal.to_dict() if run.recipe.goal is not None else None,
             advice=made.advice,
             reused=made.reused,
+            ledger=_ledger(run, made, outcome),
             verdict=verdict(run.recipe, outcome.measured, run.given_size_bytes, file_size_bytes(outcome.path)),
         )
+    )
+
+
+def _ledger(run: _Run, made: Pursuit, outcome: _Outcome) -> Ledger | None:
+    """Layer by layer, from a few profiled runs; None where there is no time or memory for them, and where the target is
+    another runtime, whose kernels are others."""
+    context = run.context
+    if len(backends_of(context.target)) > 1:
+        return None
+    models = (run.model, outcome.model)
+    seconds = 2e-3 * PROFILED_RUNS * max(row.original.p50_ms for row in outcome.measured.latency)
+    hurried = context.time_left_s is not None and context.time_left_s < 2 * seconds
+    if hurried or not fit_together(map(file_size_bytes, (run.path, outcome.path))):
+        return None
+    with context.alone():
+        try:
+            times = layer_times(models, context.data, context.work_directory, run.recipe.benchmark.threads[0])
+        except CompressionError as error:
+            context.log(f"layers were not timed: {error.message}")
+            return None
+    if not all(times):
+        return None
+    chosen = made.records if outcome.path != run.path else ()
+    return Ledger(
+        times[0],
+        times[1],
+        layer_forms(outcome.model),
+        set(layer_forms(run.model)),
+        left_alone(
+            [
+                (skip.node, skip.reason)
+                for record in chosen
+                if record.step.technique == "quantize"
+                for skip in record.skipped
+            ]
+        ),
+        errors([row for record in chosen for row in record.details]),
+        context.data.provided,
+        environment()["instructions"],
     )
 
 

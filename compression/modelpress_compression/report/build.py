@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -18,6 +18,7 @@ from modelpress_compression.measure.latency import LatencyRow
 from modelpress_compression.measure.stats import LayerStats, ModelStats
 from modelpress_compression.model import Provenance
 from modelpress_compression.report.environment import environment
+from modelpress_compression.report.ledger import Ledger
 from modelpress_compression.report.left_alone import folded_reasons
 
 SCHEMA_VERSION = 1
@@ -58,7 +59,7 @@ class ReportInputs:
     `measurement`: what disturbed the timing; None: nothing was timed. `goal`: in the shape of the YAML; None:
     there were steps. `advice`: what other options would have brought, each with `text` and `command`.
     `reused`: how much of each kind came from earlier jobs on the same model and data.
-    `verdict`: what was asked and what was got, in one sentence.
+    `verdict`: what was asked and what was got, in one sentence. `ledger` None: layers were not timed.
     """
 
     job: str
@@ -81,6 +82,7 @@ class ReportInputs:
     advice: Sequence[Mapping[str, str]] = ()
     reused: Mapping[str, int] = field(default_factory=dict)
     verdict: str = ""
+    ledger: Ledger | None = None
     environment: Mapping[str, Any] = field(default_factory=environment)
 
 
@@ -117,7 +119,7 @@ def build_report(inputs: ReportInputs) -> dict[str, Any]:
         "constraints": {"met": not inputs.violations, "violations": list(inputs.violations)},
         "steps": [_step(step, {str(row["name"]) for row in inputs.candidates}) for step in inputs.steps],
         "candidates": [dict(candidate) for candidate in inputs.candidates],
-        "layers": layer_rows(inputs.original.layers, inputs.optimized.layers),
+        "layers": layer_rows(inputs.original.layers, inputs.optimized.layers, inputs.ledger),
         "warnings": list(dict.fromkeys(inputs.warnings)),
         "environment": dict(inputs.environment),
     }
@@ -142,21 +144,46 @@ def _figures(figures: ModelStats) -> dict[str, Any]:
     }
 
 
-def layer_rows(original: Sequence[LayerStats], optimized: Sequence[LayerStats]) -> list[dict[str, Any]]:
+def layer_rows(
+    original: Sequence[LayerStats], optimized: Sequence[LayerStats], ledger: Ledger | None = None
+) -> list[dict[str, Any]]:
     """The report's `layers`, largest first; `original_bytes` or `optimized_bytes` is None where there is no such layer.
 
-    Layers of both models are paired by name, without the suffixes that rewrites append. Beyond 40, the rest is summed
-    in a last row, whose `layers` says how many it stands for.
+    Layers of both models are paired by name, without the suffixes that rewrites append. Those that take most, in bytes
+    or in time, have rows. Beyond 40, the rest is summed in a last row, whose `layers` says how many it stands for.
     """
     before, after = _bytes_by_name(original), _bytes_by_name(optimized)
-    operators = {_layer_name(layer): layer.op_type for layer in (*optimized, *original)}
-    names = sorted(before.keys() | after.keys(), key=lambda name: (-max(before[name], after[name]), name))
-    rows = [_layer_row(name, operators[name], before.get(name), after.get(name)) for name in names[:MAX_LAYERS]]
-    rest = names[MAX_LAYERS:]
+    operators = {_layer_name(layer.name): layer.op_type for layer in (*optimized, *original)}
+    weighted = before.keys() | after.keys()
+    timed = ledger and ledger.paired(_layer_name)
+    names = weighted | (timed.long_layers() if timed else set())
+    ranked = sorted(names, key=lambda name: (-max(before[name], after[name]), name))
+    shown = _shown(ranked, before, after, timed)
+    shares = timed.shares() if timed else {}
+    rows = []
+    for name in (each for each in ranked if each in shown):
+        op_type = operators.get(name) or (timed.op_type(name) if timed else "")
+        row = _layer_row(name, op_type, before.get(name), after.get(name))
+        rows.append(row | (timed.fields(name, name in weighted, shares.get(name)) if timed else {}))
+    rest = [name for name in ranked if name not in shown]
     if rest:
         total = [sum(sizes.get(name, 0) for name in rest) for sizes in (before, after)]
-        rows.append(_layer_row("other layers", "", *total) | {"layers": len(rest)})
+        times = timed.sums(rest) if timed else {}
+        rows.append(_layer_row("other layers", "", *total) | {"layers": len(rest)} | times)
     return rows
+
+
+def _shown(ranked: Sequence[str], before: Counter[str], after: Counter[str], ledger: Ledger | None) -> set[str]:
+    """The names that have rows: by their largest share of bytes or time in either model."""
+    shares: defaultdict[str, float] = defaultdict(float)
+    tables: list[Mapping[str, float]] = [before, after]
+    if ledger is not None:
+        tables += [{name: time.ms for name, time in times.items()} for times in (ledger.original, ledger.optimized)]
+    for table in tables:
+        total = sum(table.values()) or 1
+        for name in ranked:
+            shares[name] = max(shares[name], table.get(name, 0) / total)
+    return set(sorted(ranked, key=lambda name: -shares[name])[:MAX_LAYERS])
 
 
 def _layer_row(name: str, op_type: str, original_bytes: int | None, optimized_bytes: int | None) -> dict[str, Any]:
@@ -169,14 +196,14 @@ def _layer_row(name: str, op_type: str, original_bytes: int | None, optimized_by
     }
 
 
-def _layer_name(layer: LayerStats) -> str:
-    return _SUFFIX.sub("", layer.name) or layer.name
+def _layer_name(name: str) -> str:
+    return _SUFFIX.sub("", name) or name
 
 
 def _bytes_by_name(layers: Sequence[LayerStats]) -> Counter[str]:
     sizes: Counter[str] = Counter()
     for layer in layers:
-        sizes[_layer_name(layer)] += layer.bytes
+        sizes[_layer_name(layer.name)] += layer.bytes
     return sizes
 
 

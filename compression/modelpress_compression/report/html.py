@@ -212,6 +212,7 @@ def _quality_card(report: Mapping[str, Any]) -> str:
 
 def _body(report: Mapping[str, Any]) -> str:
     layers = report.get("layers") or []
+    stored = [row for row in layers if row["original_bytes"] or row["optimized_bytes"]]
     fidelity = report["fidelity"]
     made = [
         sections.section(
@@ -220,7 +221,13 @@ def _body(report: Mapping[str, Any]) -> str:
             "Both models ran in turns in one process, so that what disturbed one disturbed the other. "
             "The dot is the median, the thick line reaches to p90, the thin one to p99.",
         ),
-        sections.section("Size by layer", legend() + layer_picture(layers) if layers else ""),
+        sections.section("Size by layer", legend() + layer_picture(stored) if stored else ""),
+        sections.section(
+            "Time by layer",
+            sections.layer_times(layers),
+            "From onnxruntime's profiler, which slows small layers down: their sum is more than the model takes. "
+            "What was merged into another kernel has no time of its own.",
+        ),
         sections.section("What each step did", sections.steps(report)),
         sections.section("Candidates", sections.candidates(report["candidates"])),
         sections.section(

@@ -14,6 +14,7 @@ from modelpress_compression.report.formats import (
     definitions,
     escape,
     interval,
+    milliseconds,
     number,
     percent,
     seconds,
@@ -28,6 +29,7 @@ from modelpress_compression.report.formats import (
 
 MAX_NAMED_NODES = 30
 MAX_OPEN_REASONS = 4
+MAX_OPEN_LAYERS = 12
 _ENVIRONMENT_NAMES = {"cpu": "CPU", "cores": "cores", "instructions": "instructions", "system": "system"}
 
 
@@ -197,6 +199,33 @@ def outputs(fidelity: Mapping[str, Any] | None) -> str:
     headers = ("Output", "Cosine", "SQNR", "Largest error", *(("Equal elements",) if with_equal else ()))
     body = table(headers, rows, numeric=(1, 2, 3, 4))
     return body + (tag("ul", notes) if notes else "")
+
+
+def layer_times(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What took the time, the longest first: before, after, the kernel, and why it is not faster."""
+    timed = [row for row in rows if row.get("original_ms") is not None or row.get("optimized_ms") is not None]
+    timed.sort(key=lambda row: -max(row.get("original_ms") or 0.0, row.get("optimized_ms") or 0.0))
+    if not timed:
+        return ""
+    lines = [_layer_time(row) for row in timed]
+    headers = ("Layer", "Original", "Result", "Kernel", "Share of error", "Why not faster")
+    first, rest = lines[:MAX_OPEN_LAYERS], lines[MAX_OPEN_LAYERS:]
+    more = folded(_counted(len(rest), "more layer"), table(headers, rest, numeric=(1, 2, 4))) if rest else ""
+    return table(headers, first, numeric=(1, 2, 4)) + more
+
+
+def _layer_time(row: Mapping[str, Any]) -> list[str]:
+    kernel = row.get("kernel")
+    types = tag("small", escape(row.get("types") or ""))
+    name = tag("code", escape(row["name"])) + " " + tag("small", escape(row["op_type"]))
+    return [
+        name,
+        milliseconds(row.get("original_ms")),
+        milliseconds(row.get("optimized_ms")),
+        f"{escape(kernel)} {types}" if kernel else NOT_MEASURED,
+        percent(row.get("error_share"), 1),
+        escape(row.get("why") or ""),
+    ]
 
 
 def operators(report: Mapping[str, Any]) -> str:
