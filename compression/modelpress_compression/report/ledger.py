@@ -108,8 +108,10 @@ class Ledger:
     def _in_eight_bits(self, form: LayerForm, ratio: float | None) -> str:
         if ratio is None:
             return "It computes in 8 bits; the original has no such layer to compare it with."
-        if ratio >= 1.0:
+        if ratio >= _FASTER:
             return f"It computes in 8 bits, {ratio:.1f} times as fast."
+        if ratio >= 1.0:
+            return "It computes in 8 bits and takes about as long as before."
         kind = "this depthwise convolution" if form.depthwise else "it"
         cause = "" if any(map(_EIGHT_BIT_INSTRUCTIONS.search, self.instructions)) else ", without VNNI on this CPU"
         return (

@@ -143,6 +143,7 @@ INTEGER = LayerTime(2.0, "QLinearConv", "uint8, int8 → uint8")
         (Ledger(ORIGINAL, {"conv": INTEGER}, {"conv": LayerForm("Conv", depthwise=True)}), "conv", True, "0.5 times"),
         (Ledger(ORIGINAL, {"conv": INTEGER}, {}), "conv", True, "as before, without VNNI"),
         (Ledger(ORIGINAL, {"conv": INTEGER}, {}, instructions=["avx512_vnni"]), "conv", True, "as before; `exclude`"),
+        (Ledger({"conv": INTEGER}, {"conv": INTEGER}, {}), "conv", True, "about as long as before"),
         (Ledger(ORIGINAL, ORIGINAL, {}, left_alone={"conv": "its weights are shared"}), "conv", True, "are shared."),
         (Ledger(ORIGINAL, ORIGINAL, {"conv": LayerForm("Conv")}), "conv", True, "quantize, or prune its channels"),
         (Ledger(ORIGINAL, ORIGINAL, {"relu": LayerForm("Relu")}), "relu", False, "Relu has no weights"),
