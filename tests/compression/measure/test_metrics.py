@@ -316,6 +316,7 @@ DETECTOR = {"b": np.zeros((1, 7, 4), np.float32), "s": np.zeros((1, 7), np.float
         ("map", DETECTOR, np.zeros((1, 2, 4)), r"boxes \[N, M, 5\]"),
         ("map", DETECTOR, np.float32([[[9, 9, 4, 4, 0]]]), "not width and height"),
         ("map", PICTURE, np.zeros((1, 2, 5)), "fit no output for map"),
+        ("map", DETECTOR, np.zeros((1, 20_000, 5), np.float32), "Leave out rows"),
     ],
 )
 def test_labels_that_do_not_fit_say_what_would(

@@ -28,6 +28,7 @@ from modelpress_compression.measure.metrics.base import Batch, Floats, Integers,
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 _RECALLS = np.linspace(0.0, 1.0, 101)
 _MOST, _MOST_OF_CLASS = 300, 100
+MAX_BOXES = 10_000  # labelled in a sample; each is held against each that was found
 _CLASS_NAME = re.compile(r"class|label|categ", re.IGNORECASE)
 
 
@@ -122,6 +123,11 @@ def average_precision(task: Task) -> AveragePrecision:
         raise task.misfit(
             "Give boxes [N, M, 5] (x1, y1, x2, y2, class), filled up with rows of class -1, for a detector that gives "
             "boxes [N, K, 4] with scores and classes [N, K] (or scores [N, K, C]), or rows [N, K, 6]; N may be missing."
+        )
+    if labels.shape[1] > MAX_BOXES:
+        raise InvalidDataError(
+            f"The evaluation data: room for {labels.shape[1]} boxes in each sample is more than {task.metric} takes "
+            f"({MAX_BOXES}). Leave out rows of class -1 that no sample needs."
         )
     _check_labels(labels)
     return AveragePrecision(layout, THRESHOLDS[:1] if task.metric == "map50" else THRESHOLDS)
