@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import mmap
+import ctypes
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ from google.protobuf.message import DecodeError
 from modelpress_compression import mapped
 from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOperatorError
 from modelpress_compression.inputs import Array, Feeds
-from modelpress_compression.model import EXTERNAL_DATA_THRESHOLD_BYTES, Model
+from modelpress_compression.model import EXTERNAL_DATA_THRESHOLD_BYTES, Model, file_size_bytes
 from modelpress_compression.noise import RANDOM, fix_noise, random_nodes
 from modelpress_compression.parallel import map_in_order
 
@@ -32,6 +33,8 @@ _UNKNOWN_OPERATOR = re.compile(
 )
 
 _RANDOM_NAMES = tuple(sorted({name.removesuffix("Like").encode() for name in RANDOM}))
+
+Opened = TypeVar("Opened")
 
 ort.set_default_logger_severity(3)  # errors only: warnings of onnxruntime speak of its internals
 
@@ -77,13 +80,43 @@ def _options(threads: int, optimize: bool, profile: Path | None = None) -> ort.S
 
 
 def _session(model: str | bytes, options: ort.SessionOptions, folder: Path | None = None) -> ort.InferenceSession:
-    """`folder`: where a serialized model finds its external data."""
+    """`folder`: where a serialized model, which may be large then, finds its external data."""
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        _give_back_memory()  # of what was before
     try:
-        return ort.InferenceSession(model, options, providers=[EXECUTION_PROVIDER])
+        session = ort.InferenceSession(model, options, providers=[EXECUTION_PROVIDER])
     except Exception as error:  # onnxruntime raises a dozen unrelated classes, all mean the same here
         raise explain(error) from error
+    if folder is not None:
+        _give_back_memory()  # of weights as they were before they were packed
+    return session
+
+
+def _give_back_memory() -> None:
+    """What was freed goes to the system: the C library keeps up to a model's size of it for later."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's; None: the C library is another."""
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+    return found
+
+
+def open_together(paths: Sequence[Path], openers: Sequence[Callable[[Path], Opened]]) -> list[Opened]:
+    """Each file by its opener, in the order of the files. Raises what openers raise.
+
+    The smallest file is opened first: weights in fewer bits, which are unpacked, take twice their room meanwhile.
+    """
+    order = sorted(range(len(paths)), key=lambda place: file_size_bytes(paths[place]))
+    opened = {place: openers[place](paths[place]) for place in order}
+    return [opened[place] for place in range(len(paths))]
 
 
 @contextmanager
@@ -136,23 +169,17 @@ def open_comparable(path: Path) -> ort.InferenceSession:
 def with_fixed_noise(path: Path) -> bytes | None:
     """The model in the file, serialized, with random operators that draw the same numbers in every run; external data
     stays where it is. None: it has no such operators. Raises ModelNotRunnableError."""
-    if not _may_be_random(path):
-        return None
     path = path.resolve()
     large = mapped.is_large(path.stat().st_size)
     try:
         serialized = mapped.from_file(path, path.name) if large else path.read_bytes()
+        if not any(name in serialized for name in _RANDOM_NAMES):
+            return None
         ir = onnx_ir.from_proto(onnx.ModelProto.FromString(serialized))
     except (DecodeError, ValueError) as error:
         raise explain(error) from error
     fix_noise(ir)
     return onnx_ir.to_proto(ir).SerializeToString()
-
-
-def _may_be_random(path: Path) -> bool:
-    """Whether a file names a random operator, found without reading its weights into memory."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return any(content.find(name) >= 0 for name in _RANDOM_NAMES)
 
 
 def run(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:

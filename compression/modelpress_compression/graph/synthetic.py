@@ -230,15 +230,15 @@ def _find_extents(model: Model, plan: _Plan, seed: int) -> _Found:
     """The first on which the model runs with finite outputs, or runs at all; of slow ones the fastest."""
     values = {value.name: value for value in model.graph.inputs}
     certain = all(is_certain(values[spec.name], spec) for spec in model.inputs)
-    deadline = time.monotonic() + TIME_LIMIT_S
     slow: _Found | None = None
     not_finite: _Found | None = None
     tried: list[str] = []
     problems: list[str] = []
     with session_of(model, threads=2) as session:
+        deadline = time.monotonic() + TIME_LIMIT_S  # of a large model the session alone may take longer
         attempts = range(1 if certain else ATTEMPTS)
         for binding, attempt in ((binding, attempt) for binding in _bindings(plan, problems) for attempt in attempts):
-            if len(tried) >= MAX_TRIES or time.monotonic() > deadline:
+            if tried and (len(tried) >= MAX_TRIES or time.monotonic() > deadline):
                 break
             if slow is not None and not _is_smaller(binding, slow.binding):
                 continue

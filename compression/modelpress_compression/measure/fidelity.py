@@ -29,6 +29,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -43,7 +44,7 @@ from modelpress_compression.graph.padding import counted_positions, without_padd
 from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.model import file_size_bytes, read_graph
 from modelpress_compression.parallel import map_in_order
-from modelpress_compression.runtime import fit_together
+from modelpress_compression.runtime import fit_together, open_together
 
 MAX_SQNR_DB = 200.0
 DEFAULT_LIMIT = 256
@@ -202,8 +203,8 @@ class _Pair:
         return self._in_turn(feeds, deadline)
 
     def _together(self, feeds: Iterable[Feeds], deadline: float) -> Iterator[Answers]:
-        first = CPU.open(self.original, comparable=True)
-        second = self.backend.open(self.optimized, comparable=True)
+        openers = [partial(one.open, comparable=True) for one in (CPU, self.backend)]
+        first, second = open_together([self.original, self.optimized], openers)
 
         def answer(numbered: tuple[int, Feeds]) -> tuple[int, Answers]:
             number, feed = numbered

@@ -32,6 +32,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.inputs import Feeds, InputData
 from modelpress_compression.measure.feeds import batches, true_batch_size
 from modelpress_compression.model import file_size_bytes
-from modelpress_compression.runtime import fit_together
+from modelpress_compression.runtime import fit_together, open_together
 
 Times = NDArray[np.float64]
 
@@ -221,7 +222,7 @@ def time_interleaved(
         plan = _Plan(models, data, threads, batch_size, rounds, budget_s, backend)
         return _time_in_turn(plan, random.Random(seed))  # noqa: S311  # an order, not a secret
     began = time.perf_counter()
-    runners = [backend.open(path, threads=threads) for path in models]
+    runners = open_together(models, [partial(backend.open, threads=threads)] * len(models))
     feeds, size = _accepted_feeds(runners, data, batch_size)
     with _no_garbage_collection():
         warm_up_s = min(WARM_UP_MAX_S, budget_s * WARM_UP_SHARE / len(runners))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from modelpress_compression.errors import ModelNotRunnableError
+from modelpress_compression.graph import synthetic
 from modelpress_compression.graph.synthetic import synthetic_inputs
 from modelpress_compression.graph.values import index_bound
 from modelpress_compression.model import Model
@@ -34,6 +35,15 @@ def test_image_extents_are_found_by_trying(model_from_text: Callable[..., Model]
     assert data.arrays["x"].shape == (4, 5, 32, 32)
     assert not data.provided
     assert runs(model, batch_size=4) == 1
+
+
+def test_a_first_shape_is_tried_however_late_it_is(
+    model_from_text: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session of a large model may have taken all the time that there was."""
+    monkeypatch.setattr(synthetic, "TIME_LIMIT_S", -1.0)
+    model = model_from_text(f"{HEAD} g (float[batch,n] x) => (float[batch,n] y) {{ y = Relu(x) }}", {})
+    assert synthetic_inputs(model, samples=4).arrays["x"].shape[0] == 4
 
 
 def test_token_indices_stay_within_the_embedding(model_from_text: Callable[..., Model]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -25,7 +26,7 @@ from modelpress_compression.graph.outputs import score_node
 from modelpress_compression.graph.padding import counted_positions, without_padding
 from modelpress_compression.graph.watch import Listener
 from modelpress_compression.inputs import Array, Feeds, InputData
-from modelpress_compression.measure.fidelity import KnownOutputs
+from modelpress_compression.measure.fidelity import KnownOutputs, WaitingOutputs
 from modelpress_compression.model import Model
 from modelpress_compression.parallel import map_in_order
 from modelpress_compression.passes.base import Context
@@ -83,7 +84,8 @@ def output_distances(original: Model, changed: Model, context: Context, known: K
             session = sessions.enter_context(session_of(without_softmax(changed)))
             answers: Iterator[tuple[Outputs, Outputs]] = zip(kept, _outputs(session, feeds), strict=True)
         else:
-            answers = _answers(without_softmax(original), without_softmax(changed), feeds)
+            pair = without_softmax(original), without_softmax(changed)
+            answers = _answers(*pair, feeds, context.work_directory)
         for number, (before, after) in enumerate(answers):
             context.check_time()
             known.keep(number, before)
@@ -92,15 +94,20 @@ def output_distances(original: Model, changed: Model, context: Context, known: K
     return Distances(np.asarray(errors), np.asarray(signals))
 
 
-def _answers(first: Model, second: Model, feeds: Sequence[Feeds]) -> Iterator[tuple[Outputs, Outputs]]:
-    """Both models' outputs, feed by feed. Of large models one has a session at a time, and the first's outputs wait."""
+def _answers(first: Model, second: Model, feeds: Sequence[Feeds], folder: Path) -> Iterator[tuple[Outputs, Outputs]]:
+    """Both models' outputs, feed by feed. Of large models one has a session at a time, and the first's outputs wait
+    in the `folder`."""
     if not fit_together((first.weight_bytes(), second.weight_bytes())):
-        with session_of(first) as session:
-            waiting = list(_outputs(session, feeds))
-        with session_of(second) as session:
-            yield from zip(waiting, _outputs(session, feeds), strict=True)
+        with WaitingOutputs(folder) as waiting:
+            with session_of(first) as session:
+                for number, outputs in enumerate(_outputs(session, feeds)):
+                    waiting.put(number, outputs)
+            with session_of(second) as session:
+                for number, outputs in enumerate(_outputs(session, feeds)):
+                    yield waiting.get(number), outputs
         return
-    with session_of(first) as one, session_of(second) as other:
+    # Weights in fewer bits are unpacked, which takes twice their room: before the other session is there.
+    with session_of(second) as other, session_of(first) as one:
         yield from zip(_outputs(one, feeds), _outputs(other, feeds), strict=True)
 
 
