@@ -18,7 +18,8 @@ from modelpress_compression import Recipe, compress, load, mapped
 from modelpress_compression import model as model_module
 from modelpress_compression.errors import CompressionError
 from modelpress_compression.model import Model, Provenance, file_size_bytes
-from modelpress_compression.runtime import open_session, run, session_of
+from modelpress_compression.pipeline.preflight import held_bytes
+from modelpress_compression.runtime import _malloc_trim, open_session, run, session_of
 from onnx import TensorProto, helper
 
 RNG = np.random.default_rng(0)
@@ -303,3 +304,20 @@ def test_memory_holds_no_copy_of_a_large_file(tmp_path: Path) -> None:
     stored, peak = json.loads(said.stdout.splitlines()[-1])
     assert stored < size / 4 + 20e6  # what is imported on the way counts as well
     assert peak < 1.25 * size + 20e6
+
+
+@pytest.mark.skipif(_malloc_trim() is None, reason="the C library keeps what was freed")
+def test_what_was_freed_goes_back_before_a_session_on_a_large_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks with others between them stay with the C library otherwise."""
+    path = layers(tmp_path / "m.onnx")
+    blocks = [bytes([number % 256]) * 20_000 for number in range(5000)]
+    del blocks[::2]
+    before = held_bytes()
+    open_session(path)
+    assert held_bytes() > before - 10e6
+    monkeypatch.setattr(mapped, "LARGE_BYTES", 0)
+    open_session(path)
+    assert held_bytes() < before - 25e6
+    assert blocks[0][0] == 1

@@ -81,7 +81,7 @@ class Sandbox:
         resource.setrlimit(resource.RLIMIT_FSIZE, (lowest, lowest))
 
     def limit_memory(self, limit_bytes: int) -> None:
-        """Caps the private memory, mapped files not included: a larger allocation fails at once."""
+        """Caps what is asked for in private memory, with files that are mapped for writing: more fails at once."""
         resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
 
     def narrow(self, readable: Iterable[Path], writable: Iterable[Path]) -> None:

@@ -21,13 +21,18 @@ from modelpress_protos.internal.v1 import worker_pb2
 
 from modelpress_server.sandbox.confinement import Sandbox
 from modelpress_server.sandbox.worker_user import WorkerUser
+from modelpress_server.space import folder_bytes
 from modelpress_server.worker import DEFAULT_TASKS
 from modelpress_server.worker.context import TaskContext
 from modelpress_server.worker.events import Events
 from modelpress_server.worker.failures import status_of_exception
 from modelpress_server.worker.framing import FramingError, encode_frame, read_frame
 from modelpress_server.worker.own_time import OwnClock
-from modelpress_server.worker.paths import Redactor, task_paths
+from modelpress_server.worker.paths import Redactor, model_directory, task_paths
+
+# onnxruntime maps weights so that they could be written to, and asks for as much room besides, in each of two sessions:
+# the kernel counts that as memory, although nothing of it is in use.
+MAPPED_COPIES = 4
 
 
 def main() -> None:
@@ -75,7 +80,8 @@ def _run(
     events = Events(pipes.events, redact)
     try:
         if request.memory_limit_bytes:
-            sandbox.limit_memory(request.memory_limit_bytes)
+            mapped_bytes = MAPPED_COPIES * folder_bytes(model_directory(request))
+            sandbox.limit_memory(request.memory_limit_bytes + mapped_bytes)
         if request.file_limit_bytes:
             sandbox.limit_file_size(request.file_limit_bytes)
         sandbox.narrow(readable, [*writable, arguments.directory])

@@ -22,6 +22,12 @@ def task_paths(request: worker_pb2.WorkerRequest) -> tuple[list[Path], list[Path
     return [Path(path) for path in readable if path], [Path(path) for path in writable if path]
 
 
+def model_directory(request: worker_pb2.WorkerRequest) -> Path:
+    """The folder of the model's files."""
+    task = request.compress if request.WhichOneof("task") == "compress" else request.inspect
+    return Path(task.model.directory)
+
+
 class Redactor:
     """Removes folders from texts: `/srv/data/work/model.onnx` becomes `model.onnx`.
 

@@ -40,11 +40,11 @@ class Bench:
         """Processes of the tasks that have begun to sleep."""
         return [int(path.name.removeprefix("sleeps-")) for path in self.output.glob("sleeps-*")]
 
-    async def run(self, job: str, limits: Limits = GENEROUS) -> worker_pb2.WorkerEvent:
+    async def run(self, job: str, limits: Limits = GENEROUS, model_content: bytes = b"model") -> worker_pb2.WorkerEvent:
         """Runs the behaviour that `job` names."""
         model = self.root / "task" / "model"
         model.mkdir(parents=True, exist_ok=True)
-        (model / "model.onnx").write_bytes(b"model")
+        (model / "model.onnx").write_bytes(model_content)
         self.output.mkdir(exist_ok=True)
         task = worker_pb2.CompressTask(job=job, output_directory=str(self.output))
         task.model.directory = str(model)

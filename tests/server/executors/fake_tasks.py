@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import os
 import signal
 import socket
@@ -70,6 +71,12 @@ def _touch_memory(context: TaskContext, output: Path, argument: str) -> Any:
 
 def _ask_memory(context: TaskContext, output: Path, argument: str) -> Any:
     return len(bytearray(int(argument)))
+
+
+def _map_model(context: TaskContext, output: Path, argument: str) -> Any:
+    with (output.parent / "model" / "model.onnx").open("rb") as file:
+        maps = [mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) for _ in range(int(argument))]
+    return sum(map(len, maps))
 
 
 def _bad_alloc(context: TaskContext, output: Path, argument: str) -> Any:
@@ -268,6 +275,7 @@ _BEHAVIOURS = {
     "exit": _exit,
     "touch-memory": _touch_memory,
     "ask-memory": _ask_memory,
+    "map-model": _map_model,
     "bad-alloc": _bad_alloc,
     "sleep": _sleep,
     "grandchildren": _grandchildren,
