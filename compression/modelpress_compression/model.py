@@ -144,13 +144,22 @@ def file_size_bytes(path: Path) -> int:
     return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
 
 
-def read_graph(path: Path) -> onnx_ir.Graph:
-    """The main graph of a file that `Model.save` wrote, to be looked at; the weights of a large one are not read."""
+def read_ir(path: Path) -> onnx_ir.Model:
+    """The graph in a file that `Model.save` wrote; the weights of a large one stay there.
+
+    Raises OSError, ValueError, DecodeError.
+    """
     proto = mapped.read(path)
     forget_maps(proto)
     ir = onnx_ir.from_proto(proto)
     onnx_ir.external_data.set_base_dir(ir.graph, path.parent)
-    return ir.graph
+    mapped.resolve_own_file(ir, path)
+    return ir
+
+
+def read_graph(path: Path) -> onnx_ir.Graph:
+    """The main graph of such a file, to be looked at."""
+    return read_ir(path).graph
 
 
 def forget_maps(proto: onnx.ModelProto) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -17,7 +18,7 @@ import yaml
 from modelpress_compression import Recipe, compress, load, mapped
 from modelpress_compression import model as model_module
 from modelpress_compression.errors import CompressionError
-from modelpress_compression.model import Model, Provenance, file_size_bytes
+from modelpress_compression.model import Model, Provenance, file_size_bytes, read_ir
 from modelpress_compression.pipeline.preflight import held_bytes
 from modelpress_compression.runtime import _malloc_trim, open_session, run, session_of
 from onnx import TensorProto, helper
@@ -146,6 +147,18 @@ def test_weights_come_into_memory_from_wherever_they_are(
     for tensor in (constant, ir.graph.initializers["w"].const_value):
         assert isinstance(tensor, onnx_ir.Tensor)
         np.testing.assert_array_equal(tensor.numpy(), value)
+
+
+def test_a_saved_graph_is_read_again_without_its_weights(form: str, tmp_path: Path) -> None:
+    """They stay in the file, and have the same numbers."""
+    model = load(layers(tmp_path / "m.onnx"))
+    path = tmp_path / "saved.onnx"
+    model.save(path)
+    read = replace(model, ir=read_ir(path))
+    weights = [read.graph.initializers[f"w{number}"].const_value for number in range(3)]
+    assert all(isinstance(weight, onnx_ir.ExternalTensor) for weight in weights)
+    for name, array in numbers(model).items():
+        np.testing.assert_array_equal(numbers(read)[name], array)
 
 
 def test_one_weight_of_two_names_lies_once_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

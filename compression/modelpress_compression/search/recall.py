@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir
 
 from modelpress_compression.backends.base import Backend
 from modelpress_compression.measure.accuracy import Evaluation
@@ -32,7 +31,7 @@ from modelpress_compression.measure.fidelity import Fidelity
 from modelpress_compression.measure.latency import Times
 from modelpress_compression.measure.task import Labelled, Task, model_digest
 from modelpress_compression.memory import Entry, Memory, key_of
-from modelpress_compression.model import data_path_of
+from modelpress_compression.model import data_path_of, read_ir
 from modelpress_compression.passes.base import Context, Skip
 from modelpress_compression.report.environment import environment
 from modelpress_compression.search.steps import StepRecord
@@ -183,7 +182,7 @@ def _restored(entry: Entry, before: StepRecord, target: Path) -> StepRecord | No
         return record
     if not entry.extract(target.parent) or not target.exists():
         return None
-    return replace(record, model=replace(before.model, ir=onnx_ir.load(target)), path=target)
+    return replace(record, model=replace(before.model, ir=read_ir(target)), path=target)
 
 
 @cache
