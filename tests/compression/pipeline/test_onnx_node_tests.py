@@ -75,7 +75,11 @@ def test_what_was_wrong_once(name: str, treatment: str, status: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", range(_GROUPS))
-def test_every_model_by_every_treatment_comes_back_the_same(group: int) -> None:
-    """One in 32 of all models a test."""
-    outcomes = [outcome for subject in _subjects()[group::_GROUPS] for outcome in journey(subject)]
+def test_every_model_by_one_treatment_comes_back_the_same(group: int) -> None:
+    """One in 32 of all models a test; docs/generate_onnx_node_tests.py takes each through all treatments."""
+    outcomes = [
+        outcome
+        for subject in _subjects()[group::_GROUPS]
+        for outcome in journey(subject, [_TREATMENTS[_number(subject.name) % len(_TREATMENTS)]])
+    ]
     assert not (wrong := _wrong(outcomes)), "\n".join(wrong)
