@@ -99,9 +99,7 @@ def _answers(first: Model, second: Model, feeds: Sequence[Feeds], folder: Path) 
     in the `folder`."""
     if not fit_together((first.weight_bytes(), second.weight_bytes())):
         with WaitingOutputs(folder) as waiting:
-            with session_of(first) as session:
-                for number, outputs in enumerate(_outputs(session, feeds)):
-                    waiting.put(number, outputs)
+            _put_outputs(first, feeds, waiting)
             with session_of(second) as session:
                 for number, outputs in enumerate(_outputs(session, feeds)):
                     yield waiting.get(number), outputs
@@ -109,6 +107,13 @@ def _answers(first: Model, second: Model, feeds: Sequence[Feeds], folder: Path) 
     # Weights in fewer bits are unpacked, which takes twice their room: before the other session is there.
     with session_of(second) as other, session_of(first) as one:
         yield from zip(_outputs(one, feeds), _outputs(other, feeds), strict=True)
+
+
+def _put_outputs(model: Model, feeds: Sequence[Feeds], waiting: WaitingOutputs) -> None:
+    """In a function of its own, whose end is the session's: a name for it would keep it beside the next one."""
+    with session_of(model) as session:
+        for number, outputs in enumerate(_outputs(session, feeds)):
+            waiting.put(number, outputs)
 
 
 def _outputs(session: ort.InferenceSession, feeds: Sequence[Feeds]) -> Iterator[Outputs]:
