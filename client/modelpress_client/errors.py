@@ -197,6 +197,7 @@ _BY_REASON: dict[str, tuple[type[ModelpressError], bool]] = {
     "UNAUTHENTICATED": (AuthenticationError, False),
     "PERMISSION_DENIED": (AuthenticationError, False),
     "TOO_MANY_ATTEMPTS": (AuthenticationError, False),
+    "METRIC_FAILED": (UsageError, False),
 }
 INPUT_REASONS = frozenset(
     reason for reason, (kind, _) in _BY_REASON.items() if kind is UnusableInputError or reason == "INVALID_FIELDS"

@@ -27,7 +27,7 @@ ROWS: dict[str, tuple[Callable[[], onnx.ModelProto | bytes], str]] = {
     "a name of megabytes": (lambda: relu(inputs=[value("x" * 5_000_000, [2, 4])]), "NAME_TOO_LONG"),
     "an input of terabytes": (lambda: relu(inputs=[value("x", [1 << 40, 4])]), "INVALID_INPUTS"),
     "an input that overflows": (lambda: relu(inputs=[value("x", [(1 << 63) - 1] * 2)]), "INVALID_INPUTS"),
-    "a weight that claims more": (lambda: claiming(1 << 40, 1 << 40), ""),
+    "a weight that claims more": (lambda: claiming(1 << 40, 1 << 40), "WEIGHT_SIZE"),
     "a weight of negative size": (lambda: claiming(-4), ""),
     "data above the folder": (lambda: external(("location", "../w.bin")), "EXTERNAL_PATH"),
     "data at an absolute path": (lambda: external(("location", "/etc/passwd")), "EXTERNAL_PATH"),

@@ -258,6 +258,7 @@ def check_external_data(proto: onnx.ModelProto, source: Source) -> list[Path]:
     for tensor in _tensors(proto):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             tensor.ClearField("external_data")
+            _check_extent(tensor)
             continue
         fields = {entry.key: entry.value for entry in tensor.external_data}
         location = fields.get("location", "")
@@ -268,6 +269,19 @@ def check_external_data(proto: onnx.ModelProto, source: Source) -> list[Path]:
             found[location] = _check_location(location, folder)
         _settle(tensor, location, *_check_range(tensor, fields, found[location]))
     return list(found.values())
+
+
+def _check_extent(tensor: onnx.TensorProto) -> None:
+    """Bytes in the file itself are as many as the shape says: else whoever believes the shape asks for terabytes."""
+    if not tensor.HasField("raw_data"):
+        return
+    expected = (math.prod(tensor.dims) * _bits(tensor.data_type) + 7) // 8
+    if len(tensor.raw_data) != expected:
+        raise RejectedModelError(
+            f"The weight {tensor.name[:80]!r} has {len(tensor.raw_data)} bytes, but its shape "
+            f"{list(tensor.dims)[:8]} needs {expected}. Export the model again.",
+            finding="WEIGHT_SIZE",
+        )
 
 
 def _settle(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:

@@ -151,6 +151,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """PERMISSION_DENIED: the caller's role in the project does not allow this call."""
     ERROR_REASON_TOO_MANY_ATTEMPTS: _ErrorReason.ValueType  # 41
     """RESOURCE_EXHAUSTED: too many wrong tokens came from this address; RetryInfo."""
+    ERROR_REASON_METRIC_FAILED: _ErrorReason.ValueType  # 42
+    """A metric of the user's own failed, or gave no finite number."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or a job failed: `google.rpc.ErrorInfo.reason` in domain "modelpress", without the prefix ERROR_REASON_."""
@@ -227,6 +229,8 @@ ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 40
 """PERMISSION_DENIED: the caller's role in the project does not allow this call."""
 ERROR_REASON_TOO_MANY_ATTEMPTS: ErrorReason.ValueType  # 41
 """RESOURCE_EXHAUSTED: too many wrong tokens came from this address; RetryInfo."""
+ERROR_REASON_METRIC_FAILED: ErrorReason.ValueType  # 42
+"""A metric of the user's own failed, or gave no finite number."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

@@ -30,6 +30,7 @@ ENGINE_ERRORS = [
     engine.RejectedModelError("refused", finding="PICKLE_GLOBAL"),
     engine.InvalidInputsError("inputs"),
     engine.InvalidDataError("data"),
+    engine.MetricError("no number"),
     engine.InvalidRecipeError([Violation("steps[0]", "wrong")]),
     engine.UnsupportedOperatorError("operator", op_type="Foo", node="n1"),
     engine.ModelNotRunnableError("does not run"),
