@@ -143,14 +143,10 @@ def upload(
             if recipe is None:
                 _stored(session, model)
                 return None
-            if own is not None:
-                job, report = await _search(session, model, recipe, own, wanted, display)
-            else:
-                job = await _submit(session, model, recipe, wanted, display)
-                if wanted.detach:
-                    _detached(session, job)
-                    return None
-                report = await _watched(job, display)
+            ended = await _compressed(session, model, recipe, own, wanted, display)
+            if ended is None:
+                return None
+            job, report = ended
             await _fetch(job, files, display)
         return _print_result(session, job, report, files, str(path))
 
@@ -173,14 +169,10 @@ def compress(model_name: str, **options: Any) -> None:
             _check_inputs(model, wanted.inputs)
             files = _result_files(wanted, Path(model.display_name or model_name).stem, source=None)
             own, recipe = _own_metric(wanted), await _recipe(session, wanted)
-            if own is not None:
-                job, report = await _search(session, model, recipe, own, wanted, display)
-            else:
-                job = await _submit(session, model, recipe, wanted, display)
-                if wanted.detach:
-                    _detached(session, job)
-                    return None
-                report = await _watched(job, display)
+            ended = await _compressed(session, model, recipe, own, wanted, display)
+            if ended is None:
+                return None
+            job, report = ended
             await _fetch(job, files, display)
         return _print_result(session, job, report, files, model_name)
 
@@ -302,6 +294,19 @@ def _own_metric(wanted: Wanted) -> OwnMetric | None:
     own = OwnMetric(wanted.metric or "", wanted.eval_data, wanted.metric_timeout or DEFAULT_TIMEOUT_S)
     own.check()
     return own
+
+
+async def _compressed(
+    session: Session, model: Model, recipe: Recipe, own: OwnMetric | None, wanted: Wanted, display: Display
+) -> tuple[AsyncJob, Report] | None:
+    """The job that has ended well, and its report; None: it goes on by itself."""
+    if own is not None:
+        return await _search(session, model, recipe, own, wanted, display)
+    job = await _submit(session, model, recipe, wanted, display)
+    if wanted.detach:
+        _detached(session, job)
+        return None
+    return job, await _watched(job, display)
 
 
 async def _search(
