@@ -14,6 +14,8 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ class OwnMetric:
         if place.endswith(".py"):
             if not Path(place).is_file():
                 raise UsageError(f"--metric {self.spec}: there is no file {place}.")
-        elif not _module_exists(place):
+        elif _module_spec(place) is None:
             raise UsageError(f"--metric {self.spec}: there is no module {place} in this Python ({sys.executable}).")
 
     @property
@@ -73,9 +75,14 @@ class OwnMetric:
         place, _, function = self.spec.rpartition(":")
         return f"{Path(place).name if place.endswith('.py') else place}:{function}"
 
+    @cached_property
+    def _store(self) -> _Store:
+        """Found once: the evaluation, which its name stands on, may be gigabytes."""
+        return _Store.of(self)
+
     def known(self, digest: str) -> Score | None:
         """What it said of the model with this digest, in this command or an earlier one."""
-        found = _Store.of(self).read().get(digest)
+        found = self._store.read().get(digest)
         return None if found is None else Score(**found)
 
     async def score(self, model: Path, digest: str) -> Score:
@@ -84,7 +91,7 @@ class OwnMetric:
         if "error" in found:
             raise ScoreError(f"The metric {self.name} gave no score: {found['error']}.")
         score = Score(float(found["score"]), bool(found["lower_is_better"]))
-        _Store.of(self).add(digest, score)
+        self._store.add(digest, score)
         return score
 
     def _arguments(self, model: Path, answer: Path) -> list[str]:
@@ -156,22 +163,17 @@ class _Store:
             temporary.unlink(missing_ok=True)
 
 
-def _module_exists(name: str) -> bool:
+def _module_spec(name: str) -> ModuleSpec | None:
+    """Where the module is, looked for in the current folder first; None: nowhere."""
     sys.path.insert(0, "")
     try:
-        return importlib.util.find_spec(name) is not None
+        return importlib.util.find_spec(name)
     except (ImportError, ValueError):
-        return False
+        return None
     finally:
         sys.path.remove("")
 
 
 def _module_file(name: str) -> Path | None:
-    sys.path.insert(0, "")
-    try:
-        found = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        return None
-    finally:
-        sys.path.remove("")
+    found = _module_spec(name)
     return Path(found.origin) if found is not None and found.origin and Path(found.origin).is_file() else None

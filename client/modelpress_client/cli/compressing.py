@@ -219,7 +219,9 @@ async def _display(session: Session) -> AsyncIterator[Display]:
 async def _recipe(session: Session, wanted: Wanted) -> Recipe:
     if wanted.target not in (None, "cpu"):
         _check_target(wanted.target, (await session.client.server_info()).devices)
-    own = wanted.metric is not None and ":" in wanted.metric
+    from modelpress_client.own_metric import OwnMetric
+
+    own = OwnMetric.names_one(wanted.metric)
     recipe: Recipe = await session.client.resolve_recipe(
         wanted.recipe, overrides=wanted.stated, metric=None if own else wanted.metric, max_drop=wanted.max_drop
     )
