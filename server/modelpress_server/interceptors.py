@@ -22,9 +22,10 @@ from modelpress_server import errors, logs
 from modelpress_server.clock import Clock
 from modelpress_server.identity.audit import AuditLog, resource_of
 from modelpress_server.identity.authenticator import Authenticator
-from modelpress_server.identity.roles import ANYBODY, Caller, needed_role
+from modelpress_server.identity.roles import ALL_PROJECTS, ANYBODY, Caller, needed_role
 from modelpress_server.identity.throttle import Throttle
-from modelpress_server.names import new_id
+from modelpress_server.listing import Scope
+from modelpress_server.names import ANY_PROJECT, new_id
 from modelpress_server.observation.meter import Meter
 from modelpress_server.projects import Projects
 from modelpress_server.shortage import shortage_of
@@ -80,6 +81,19 @@ def check_project(project: str) -> str:
     _check_role(call, project)
     call.take_request(project)
     return project
+
+
+def check_projects(parent: str) -> Scope:
+    """What a list over `parent`, a project or ANY_PROJECT, goes over. Raises as `check_project` does."""
+    if parent != ANY_PROJECT:
+        return Scope(parent, (check_project(parent),))
+    call = _call.get()
+    call.project = parent
+    call.take_request(parent)
+    if call.caller.role(ALL_PROJECTS) is not None:
+        return Scope(parent, None)
+    needed = needed_role(call.method)
+    return Scope(parent, tuple(project for project, role in call.caller.grants.items() if role >= needed))
 
 
 def note_resource(name: str) -> None:

@@ -18,6 +18,8 @@ from modelpress_server.errors import FieldViolation, InvalidFieldsError, clip
 
 Collection = Literal["models", "jobs", "uploads"]
 MAX_PATH_BYTES = 240
+# `projects/-`: all projects that the caller may see (AIP-159).
+ANY_PROJECT = "-"
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _PROJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
@@ -73,6 +75,11 @@ def parse_project(parent: str, field: str = "parent") -> str:
     if head != "projects" or not is_project(project):
         raise _wrong(field, parent, "projects/{project}, the project of 1 to 63 characters [A-Za-z0-9_-]")
     return project
+
+
+def parse_projects(parent: str, field: str = "parent") -> str:
+    """The project of `projects/{project}`, or ANY_PROJECT of `projects/-`. Raises InvalidFieldsError."""
+    return ANY_PROJECT if parent == f"projects/{ANY_PROJECT}" else parse_project(parent, field)
 
 
 def parse_name(name: str, collection: Collection, field: str = "name") -> tuple[str, str]:

@@ -41,7 +41,8 @@ from modelpress_protos.v1 import upload_service_pb2
 from modelpress_server.app import Server
 from modelpress_server.config import Settings
 from modelpress_server.errors import ServiceError
-from modelpress_server.listing import list_query, page_token
+from modelpress_server.filters import Fields
+from modelpress_server.listing import Scope, list_query, page_token
 from scripted_executor import ScriptedExecutor
 from server_harness import DEFAULTS, Client, chunks, digest_of, failure_of
 from zip_writer import mutated
@@ -382,6 +383,14 @@ _FILTERS = st.one_of(
                 '"a\\"b"',
                 " AND ",
                 "AND",
+                " OR ",
+                "(",
+                ")",
+                "!=",
+                ">=",
+                ":*",
+                "create_time",
+                "2026-11-01T00:00:00Z",
                 "\\",
                 "projects/p/models/00000000000000000000000000",
                 "é",
@@ -399,14 +408,15 @@ _FILTERS = st.one_of(
 
 
 def _listing(value: Listing) -> None:
-    states = {"ACTIVE": 1, "REJECTED": 2}
+    fields = Fields({"ACTIVE": 1, "REJECTED": 2}, times=("create_time",), by_model=value.by_model)
+    scope = Scope("p", ("p",))
     try:
-        query = list_query("p", value.page_size, value.token, value.text, states, by_model=value.by_model)
+        query = list_query(scope, value.page_size, value.token, value.text, fields)
     except ServiceError:
         return
     assert 0 < query.page_size <= 1000
-    token = page_token(query, value.text, "0" * 26)
-    assert list_query("p", 1, token, value.text, states, by_model=value.by_model).before_id == "0" * 26
+    token = page_token(scope, value.text, "0" * 26)
+    assert list_query(scope, 1, token, value.text, fields).before_id == "0" * 26
 
 
 _HEADERS = st.one_of(

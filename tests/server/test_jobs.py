@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,6 +16,7 @@ from manual_clock import ManualClock
 from modelpress_protos.recipe import from_dict
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2
 from modelpress_server.errors import StorageFullError
+from modelpress_server.names import time_of_id_us
 from server_harness import PROJECT, Client, Running, Serve, digest_of, failing, until
 
 S = job_service_pb2
@@ -342,10 +345,91 @@ async def test_lists_and_filters(running: Running) -> None:
     assert await listed("state = RUNNING") == []
     assert await listed('labels.n = "1"') == [jobs[1].name]
     assert await listed(f'model = "{model.name}" AND labels.n = "2"') == [jobs[2].name]
+    assert await listed('labels.n = "1" OR labels.n = "2"') == names[:2]
+    assert await listed('labels.n != "1"') == [names[0], names[2]]
+    assert await listed("labels.n:* AND (state = SUCCEEDED OR state = FAILED)") == names
+    assert await listed("labels.other:*") == []
     assert await listed(page_size=2) == names[:2]
     assert await listed(parent="projects/other") == []
     stolen = S.GetJobRequest(name=jobs[0].name.replace("default", "other"))
     assert (await failing(running.client.jobs.GetJob(stolen))).code == grpc.StatusCode.NOT_FOUND
+
+
+async def test_filters_by_time(running: Running) -> None:
+    """create_time to the millisecond, end_time to the microsecond; a job that has not ended has no end_time."""
+    client = running.client
+    first = await client.wait(await client.job(await client.model()))
+    second = await client.job(await client.model(compress="wait"))
+
+    async def listed(text: str) -> list[str]:
+        return [job.name for job in (await client.jobs.ListJobs(S.ListJobsRequest(parent=PROJECT, filter=text))).jobs]
+
+    made = time_of_id_us(second.name.rpartition("/")[2])
+    moment = datetime.fromtimestamp(made / 1e6, UTC).isoformat()
+    assert await listed(f'create_time >= "{moment}"') == [second.name]
+    assert await listed(f'create_time < "{moment}"') == [first.name]
+    assert await listed(f'create_time > "{moment}"') == []
+    assert await listed(f'create_time <= "{moment}"') == [second.name, first.name]
+    assert await listed(f'create_time = "{moment}"') == [second.name]
+    assert await listed(f"create_time != {moment}") == [first.name]
+    ended = first.end_time.ToDatetime(UTC).isoformat()
+    assert await listed(f'end_time = "{ended}"') == [first.name]
+    assert await listed(f'end_time > "{ended}"') == []
+    assert await listed('end_time < "9999-12-31T23:59:59Z"') == [first.name]
+    running.executor.gate.set()
+
+
+async def test_filters_that_cannot_be_read(running: Running) -> None:
+    """Each says what is wrong with it, and none is taken for another."""
+    wrong = {
+        "state = QUEUED AND": "cannot read",
+        "(state = QUEUED OR state = RUNNING": ") is missing",
+        "(state = QUEUED AND state = RUNNING)": "expected )",
+        "state = QUEUED state = RUNNING": "expected AND",
+        "state < QUEUED": "cannot be compared with <",
+        "end_time = now": "is no time",
+        "create_time > 2026-11-01T00:00:00": "is no time",
+        "labels.a:b": "only `:*`",
+        "size = 3": "there are state, labels.KEY, model, create_time, end_time",
+        " OR ".join(["state = QUEUED"] * 21): "at most 20 terms",
+    }
+    for text, expected in wrong.items():
+        failure = await failing(running.client.jobs.ListJobs(S.ListJobsRequest(parent=PROJECT, filter=text)))
+        assert failure.reason == "INVALID_FIELDS"
+        assert expected in failure.detail(error_details_pb2.BadRequest).field_violations[0].description
+
+
+async def test_all_projects_are_listed_as_far_as_the_caller_may(serve: Serve, tmp_path: Path) -> None:
+    """projects/- has what the projects' own lists have together: of a token's projects, and of no other."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("everything\nsome a:reader b:reader\nnone c:reader\n")
+    async with serve() as running:
+        models = [await running.client.model(f"projects/{project}") for project in "abd"]
+        jobs = [await running.client.wait(await running.client.job(model)) for model in models]
+    async with serve(token_file=tokens) as running:
+        client = running.client
+
+        async def listed(token: str, **fields: Any) -> Any:
+            metadata = (("authorization", f"Bearer {token}"),)
+            request = S.ListJobsRequest(parent="projects/-", **fields)
+            return await client.jobs.ListJobs(request, metadata=metadata)
+
+        def names(page: Any) -> list[str]:
+            return [job.name for job in page.jobs]
+
+        assert names(await listed("everything")) == [job.name for job in reversed(jobs)]
+        first = await listed("some", page_size=1)
+        second = await listed("some", page_size=1, page_token=first.next_page_token)
+        assert names(first) + names(second) == [jobs[1].name, jobs[0].name]
+        assert second.next_page_token == ""
+        assert names(await listed("none")) == []
+        found = await client.models.ListModels(
+            model_service_pb2.ListModelsRequest(parent="projects/-", filter="state = ACTIVE"),
+            metadata=(("authorization", "Bearer some"),),
+        )
+        assert [model.name for model in found.models] == [models[1].name, models[0].name]
+        assert names(await listed("some", filter=f'model = "{models[0].name}"')) == [jobs[0].name]
+        assert names(await listed("some", filter=f'model = "{models[2].name}"')) == []
 
 
 async def test_a_job_outlives_its_model(running: Running) -> None:

@@ -554,13 +554,16 @@ class ListJobsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
-    """projects/{project}."""
+    """projects/{project}, or projects/-: all projects that the caller may read (AIP-159)."""
     page_size: _builtins.int
     """At most 1,000; 0: 50."""
     page_token: _builtins.str
     """next_page_token of the page before."""
     filter: _builtins.str
-    """Terms joined by AND: `state = RUNNING`, `labels.KEY = "value"`, `model = "NAME"`."""
+    """Terms joined by AND and OR, of which OR binds tighter (AIP-160): `state = RUNNING`, `labels.KEY = "value"`,
+    `labels.KEY:*` (has the label), `model = "NAME"`, `create_time >= "2026-11-01T00:00:00Z"`, `end_time < ...`.
+    All but labels and `:*` also with !=; times also with <, <=, >, >=, and create_time counts in milliseconds.
+    """
     def __init__(
         self,
         *,

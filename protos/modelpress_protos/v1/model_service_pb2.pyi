@@ -430,13 +430,13 @@ class ListModelsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
-    """projects/{project}."""
+    """projects/{project}, or projects/-: all projects that the caller may read (AIP-159)."""
     page_size: _builtins.int
     """At most 1,000; 0: 50."""
     page_token: _builtins.str
     """next_page_token of the page before."""
     filter: _builtins.str
-    """Terms joined by AND: `state = ACTIVE`, `labels.KEY = "value"`."""
+    """As in ListJobsRequest: `state = ACTIVE`, `labels.KEY = "value"`, `create_time >= "2026-11-01T00:00:00Z"`."""
     def __init__(
         self,
         *,

@@ -216,7 +216,7 @@ class ListUploadsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
-    """projects/{project}."""
+    """projects/{project}, or projects/-: all projects that the caller may read (AIP-159)."""
     page_size: _builtins.int
     """At most 1,000; 0: 50."""
     page_token: _builtins.str

@@ -12,9 +12,10 @@ from modelpress_protos.v1 import job_service_pb2, job_service_pb2_grpc
 from modelpress_server import errors
 from modelpress_server.clock import Clock
 from modelpress_server.config import Settings
-from modelpress_server.interceptors import check_project, draining
+from modelpress_server.filters import Fields
+from modelpress_server.interceptors import check_project, check_projects, draining
 from modelpress_server.listing import fitted, list_query, page_token, wrong_field
-from modelpress_server.names import parse_name, parse_project
+from modelpress_server.names import parse_name, parse_project, parse_projects
 from modelpress_server.projects import Projects
 from modelpress_server.scheduler import Scheduler
 from modelpress_server.services.job_requests import blobs_of, check_job, new_job
@@ -30,6 +31,7 @@ STATES = {
     for name, number in job_service_pb2.JobState.items()
     if number != job_service_pb2.JOB_STATE_UNSPECIFIED
 }
+FIELDS = Fields(STATES, times=("create_time", "end_time"), by_model=True)
 QUEUED = job_service_pb2.JOB_STATE_QUEUED
 MUTABLE = ("labels",)
 MAX_WAIT_S = 60.0
@@ -98,14 +100,14 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
     async def ListJobs(  # noqa: N802
         self, request: job_service_pb2.ListJobsRequest, context: Any
     ) -> job_service_pb2.ListJobsResponse:
-        project = check_project(parse_project(request.parent))
-        query = list_query(project, request.page_size, request.page_token, request.filter, STATES, by_model=True)
+        scope = check_projects(parse_projects(request.parent))
+        query = list_query(scope, request.page_size, request.page_token, request.filter, FIELDS)
         page = await self._jobs.list_page(query)
         queued = any(record.message.state == QUEUED for record in page.items)
         positions = await self._jobs.queue_positions() if queued else {}
         messages = [record.to_message(positions.get(record.id, 0)) for record in page.items]
         found, more = fitted(messages, has_more=page.has_more)
-        token = page_token(query, request.filter, page.items[len(found) - 1].id) if more else ""
+        token = page_token(scope, request.filter, page.items[len(found) - 1].id) if more else ""
         return job_service_pb2.ListJobsResponse(jobs=found, next_page_token=token)
 
     async def WatchJob(  # noqa: N802

@@ -8,10 +8,11 @@ from google.protobuf import empty_pb2
 from modelpress_protos.v1 import model_service_pb2, model_service_pb2_grpc
 
 from modelpress_server.config import Settings
+from modelpress_server.filters import Fields
 from modelpress_server.findings import Findings
-from modelpress_server.interceptors import check_project
+from modelpress_server.interceptors import check_project, check_projects
 from modelpress_server.listing import fitted, list_query, page_token
-from modelpress_server.names import format_name, new_id, parse_name, parse_project
+from modelpress_server.names import format_name, new_id, parse_name, parse_project, parse_projects
 from modelpress_server.projects import Projects
 from modelpress_server.scheduler import Scheduler
 from modelpress_server.stores.base import BlobKey, ModelQuota, ModelRecord, ModelStore
@@ -32,6 +33,7 @@ STATES = {
     "ACTIVE": int(_Model.STATE_ACTIVE),
     "REJECTED": int(_Model.STATE_REJECTED),
 }
+FIELDS = Fields(STATES, times=("create_time",))
 MUTABLE = ("display_name", "labels")
 
 
@@ -83,11 +85,11 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
     async def ListModels(  # noqa: N802
         self, request: model_service_pb2.ListModelsRequest, context: Any
     ) -> model_service_pb2.ListModelsResponse:
-        project = check_project(parse_project(request.parent))
-        query = list_query(project, request.page_size, request.page_token, request.filter, STATES, by_model=False)
+        scope = check_projects(parse_projects(request.parent))
+        query = list_query(scope, request.page_size, request.page_token, request.filter, FIELDS)
         page = await self._models.list_page(query)
         found, more = fitted([record.to_message() for record in page.items], has_more=page.has_more)
-        token = page_token(query, request.filter, page.items[len(found) - 1].id) if more else ""
+        token = page_token(scope, request.filter, page.items[len(found) - 1].id) if more else ""
         return model_service_pb2.ListModelsResponse(models=found, next_page_token=token)
 
     async def UpdateModel(  # noqa: N802

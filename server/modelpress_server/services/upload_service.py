@@ -15,15 +15,16 @@ from modelpress_protos.v1 import upload_service_pb2, upload_service_pb2_grpc
 from modelpress_server import errors
 from modelpress_server.clock import Clock
 from modelpress_server.config import MIB, Settings
-from modelpress_server.interceptors import check_project, note_resource
+from modelpress_server.filters import Fields
+from modelpress_server.interceptors import check_project, check_projects, note_resource
 from modelpress_server.listing import list_query, page_token, wrong_field
-from modelpress_server.names import format_name, new_id, parse_name, parse_project
+from modelpress_server.names import format_name, new_id, parse_name, parse_project, parse_projects
 from modelpress_server.observation.meter import Meter
 from modelpress_server.projects import Projects
 from modelpress_server.services.upload_session import UploadSession, UploadSessions
 from modelpress_server.services.upload_writer import UploadWriter, next_message, offset_mismatch
 from modelpress_server.space import Space
-from modelpress_server.stores.base import BlobIndex, BlobKey, StorageQuota, UploadRecord
+from modelpress_server.stores.base import BlobIndex, BlobKey, StorageQuota, Term, UploadRecord
 from modelpress_server.stores.filesystem import FileBlobStore, damaged
 from modelpress_server.stores.records import now_us
 from modelpress_server.validation import check_digest, check_digests
@@ -120,10 +121,10 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
     async def ListUploads(  # noqa: N802
         self, request: upload_service_pb2.ListUploadsRequest, context: Any
     ) -> upload_service_pb2.ListUploadsResponse:
-        project = check_project(parse_project(request.parent))
-        asked = list_query(project, request.page_size, request.page_token, "", {}, by_model=False)
-        page = await self._index.list_uploads(replace(asked, state=_State.STATE_ACTIVE))
-        token = page_token(asked, "", page.items[-1].id) if page.has_more else ""
+        scope = check_projects(parse_projects(request.parent))
+        asked = list_query(scope, request.page_size, request.page_token, "", Fields({}))
+        page = await self._index.list_uploads(replace(asked, where=((Term("state", "=", _State.STATE_ACTIVE),),)))
+        token = page_token(scope, "", page.items[-1].id) if page.has_more else ""
         uploads = [self._to_message(record) for record in page.items]
         return upload_service_pb2.ListUploadsResponse(uploads=uploads, next_page_token=token)
 

@@ -53,15 +53,30 @@ class RequestKey:
 
 
 @dataclass(frozen=True, slots=True)
-class ListQuery:
-    """One page of a list, newest first; `before_id` is the last id of the page before."""
+class Term:
+    """A comparison: `field` is state, model (its id), label (of `key`), create_time or end_time (microseconds).
 
-    project: str
+    `operator`: = != < <= > >=, and : for a label that is there with any value. A label that is not there is not equal
+    to any value; a time that is not there compares with nothing.
+    """
+
+    field: str
+    operator: str
+    value: str | int
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ListQuery:
+    """One page of a list, newest first; `before_id` is the last id of the page before.
+
+    `projects`: of which; None: of all. `where`: of each clause, one term holds.
+    """
+
+    projects: tuple[str, ...] | None
     page_size: int
     before_id: str | None = None
-    state: int | None = None
-    labels: tuple[tuple[str, str], ...] = ()
-    model_id: str | None = None
+    where: tuple[tuple[Term, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2, upload_service_pb2
-from sqlalchemy import Connection, Row, Select, Table, delete, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, Table, delete, exists, func, insert, or_, select, update
 
 from modelpress_server.errors import BlobMissingError, EtagMismatchError, RequestIdReusedError, StoredQuotaError
-from modelpress_server.stores.base import BlobKey, ListQuery, RequestKey, etag
+from modelpress_server.names import first_id_at
+from modelpress_server.stores.base import BlobKey, ListQuery, RequestKey, Term, etag
 from modelpress_server.stores.database import insert_missing
 from modelpress_server.stores.tables import blob_references, labels, project_blobs, request_ids, uploads
 
@@ -175,18 +177,50 @@ def check_etag(given: str, version: int) -> None:
 
 def page_of(connection: Connection, table: Table, query: ListQuery) -> tuple[Sequence[Row[Any]], bool]:
     """The rows of one page, newest first, and whether others follow."""
-    statement: Select[Any] = select(table).where(table.c.project == query.project)
+    statement: Select[Any] = select(table)
+    if query.projects is not None:
+        statement = statement.where(table.c.project.in_(query.projects))
     if query.before_id is not None:
         statement = statement.where(table.c.id < query.before_id)
-    if query.state is not None:
-        statement = statement.where(table.c.state == query.state)
-    if query.model_id is not None:
-        statement = statement.where(table.c.model_id == query.model_id)
-    for key, value in query.labels:
-        match = exists().where(labels.c.owner == table.c.id, labels.c.key == key, labels.c.value == value)
-        statement = statement.where(match)
+    for clause in query.where:
+        statement = statement.where(or_(*(_condition(table, term) for term in clause)))
     rows = connection.execute(statement.order_by(table.c.id.desc()).limit(query.page_size + 1)).all()
     return rows[: query.page_size], len(rows) > query.page_size
+
+
+def _condition(table: Table, term: Term) -> ColumnElement[bool]:
+    if term.field == "label":
+        has = (labels.c.owner == table.c.id) & (labels.c.key == term.key)
+        if term.operator == ":":
+            return exists().where(has)
+        equal = exists().where(has, labels.c.value == term.value)
+        return ~equal if term.operator == "!=" else equal
+    if term.field == "create_time":
+        return _created(table, term.operator, int(term.value))
+    column: ColumnElement[Any] = table.c[{"state": "state", "model": "model_id", "end_time": "end_time_us"}[term.field]]
+    condition: ColumnElement[bool] = _COMPARE[term.operator](column, term.value)
+    return condition
+
+
+def _created(table: Table, comparison: str, time_us: int) -> ColumnElement[bool]:
+    """An id says when it was made, to the millisecond, and is indexed."""
+    first, next_one = first_id_at(time_us), first_id_at(time_us + 1000)
+    if comparison in ("=", "!="):
+        same = (table.c.id >= first) & (table.c.id < next_one)
+        return ~same if comparison == "!=" else same
+    # Later than a millisecond, or not later than it: from the next one on.
+    bound = next_one if comparison in (">", "<=") else first
+    return table.c.id >= bound if comparison in (">", ">=") else table.c.id < bound
+
+
+_COMPARE: Mapping[str, Callable[[Any, Any], Any]] = {
+    "=": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
 
 
 def positions_in_turns(queued: Iterable[tuple[str, str]]) -> dict[str, int]:
