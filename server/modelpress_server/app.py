@@ -53,6 +53,8 @@ from modelpress_server.stores.sql_usage import SqlUsage
 from modelpress_server.waiting import Notifier
 
 if TYPE_CHECKING:
+    from starlette.routing import Route
+
     from modelpress_server.observation.http import HttpServer
     from modelpress_server.observation.metrics import PrometheusMeter
 
@@ -228,25 +230,29 @@ class Server:
         self._scrub = BackgroundScrub(settings, self._blobs, self._clock)
         space.on_short = self._janitor.hurry
         upload_service_pb2_grpc.add_UploadServiceServicer_to_server(self._uploads, self._grpc)
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelService(settings, self._projects, models, self._scheduler, findings), self._grpc
+        model_service = ModelService(settings, self._projects, models, self._scheduler, findings)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(model_service, self._grpc)
+        job_service = JobService(
+            settings, self._projects, jobs, models, index, self._blobs, self._scheduler, self._notifier, self._clock
         )
-        job_service_pb2_grpc.add_JobServiceServicer_to_server(
-            JobService(
-                settings, self._projects, jobs, models, index, self._blobs, self._scheduler, self._notifier, self._clock
-            ),
-            self._grpc,
-        )
-        server_service_pb2_grpc.add_ServerServiceServicer_to_server(
-            ServerService(settings, self._projects, jobs, usage, findings, self._executor), self._grpc
-        )
+        job_service_pb2_grpc.add_JobServiceServicer_to_server(job_service, self._grpc)
+        server_service = ServerService(settings, self._projects, jobs, usage, findings, self._executor)
+        server_service_pb2_grpc.add_ServerServiceServicer_to_server(server_service, self._grpc)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs know the synchronous one
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         enable_reflection((*SERVICES, health.SERVICE_NAME), self._grpc)
         if prometheus is not None:
-            self._build_http(authenticator, prometheus, host)
+            self._build_http(authenticator, prometheus, host, job_service, model_service, server_service)
 
-    def _build_http(self, authenticator: Authenticator, meter: PrometheusMeter, host: Host) -> None:
+    def _build_http(
+        self,
+        authenticator: Authenticator,
+        meter: PrometheusMeter,
+        host: Host,
+        jobs: JobService,
+        models: ModelService,
+        server: ServerService,
+    ) -> None:
         settings, clock, overview = self._settings, self._clock, SqlOverview(self._database)
         from modelpress_server.observation.http import HttpServer
         from modelpress_server.observation.look import Lookout
@@ -254,7 +260,14 @@ class Server:
 
         lookout = Lookout(settings.data_dir, overview, self._executor, host, clock)
         readiness = Readiness(settings.data_dir, overview, self._executor, host, self._gate, clock)
-        self._http = HttpServer(settings, authenticator, meter, lookout, readiness)
+        pages: list[Route] = []
+        if settings.console:
+            from modelpress_server.console.app import Console
+            from modelpress_server.console.visitor import Services
+
+            services = Services(self._gate, jobs, models, self._uploads, server, overview)
+            pages = Console(settings, authenticator, services, clock).routes()
+        self._http = HttpServer(settings, authenticator, meter, lookout, readiness, pages)
 
     def _bind(self, credentials: grpc.ServerCredentials | None) -> None:
         listen, host = self._settings.listen, self._settings.listen.rpartition(":")[0]

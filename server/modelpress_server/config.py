@@ -78,6 +78,9 @@ class Settings:
         "HOST:PORT for metrics (/metrics, Prometheus) and probes (/livez, /readyz) over HTTP; port 0: any free one; "
         "not set: none.",
     )
+    console: bool = _setting(
+        False, "Serve the read-only console (/console) on --http-listen: projects, queue, jobs, reports.", kind="flag"
+    )
     data_dir: Path = _setting(default_data_dir, "Folder for blobs, jobs and models; one server at a time.", kind="path")
     workers: int = _setting(
         1, "Jobs that run at the same time. Each measures latency: more than one disturb each other."
@@ -303,6 +306,8 @@ class Settings:
 
     def _check_http_exposure(self) -> None:
         if self.http_listen is None:
+            if self.console:
+                raise SettingsError("console: it is served over HTTP; say where with --http-listen HOST:PORT.")
             return
         self._require(_is_address(self.http_listen), "http_listen", "HOST:PORT")
         # Certificates of clients are asked for by gRPC alone: probes have none.

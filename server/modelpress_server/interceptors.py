@@ -7,8 +7,8 @@ import inspect
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +46,7 @@ NEW_WORK = ("CreateUpload", "WriteUpload", "CreateModel", "CreateJob")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 Handler = Any  # grpc.RpcMethodHandler, which only type checkers may subscript
+Method = Any  # of a service: a coroutine function, or a generator of answers
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
 
 
@@ -228,6 +229,56 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
             running.cancel()
             await ended(running)
 
+    async def ask(self, method: Method, request: Any, *, caller: Caller, peer: str) -> Any:
+        """What a method of the API answers to a caller who came by another door than gRPC: with its checks and audit.
+
+        Raises ServiceError.
+        """
+        with self._inside(method, request, caller, peer):
+            return await method(request, None)
+
+    async def stream(
+        self, method: Method, request: Any, *, caller: Caller, peer: str, renew: Callable[[], Awaitable[Caller]]
+    ) -> AsyncGenerator[Any, None]:
+        """As `ask`, of a method that answers with a stream. `renew` finds out now and then who the caller still is."""
+        with self._inside(method, request, caller, peer) as call:
+            # A task of its own has the generator: who reads here may be cancelled in the middle, and more than once.
+            answers: asyncio.Queue[Any] = asyncio.Queue(1)
+            pump = asyncio.create_task(_pump(method(request, None), answers))
+            pump.add_done_callback(lambda task: task.cancelled() or task.exception())
+            checked_s = self._clock.now_s()
+            try:
+                while not (pump.done() and answers.empty()):
+                    coming = asyncio.ensure_future(answers.get())
+                    try:
+                        await self._clock.wait({coming, pump}, RECHECK_S)
+                        if self._clock.now_s() - checked_s >= RECHECK_S:
+                            call.caller, checked_s = await renew(), self._clock.now_s()
+                            if call.project:
+                                _check_role(call, call.project)
+                        if coming.done():
+                            yield coming.result()
+                    finally:
+                        coming.cancel()
+                await pump  # raises what it ended with
+            finally:
+                pump.cancel()
+
+    @contextmanager
+    def _inside(self, method: Method, request: Any, caller: Caller, peer: str) -> Iterator[Call]:
+        call = Call(f"{API_PREFIX}console/{method.__name__}", new_id(), peer, caller, take_request=self._take_request)
+        _call.set(call)
+        logs.bind(request_id=call.request_id)
+        outcome = "CANCELLED"
+        try:
+            yield call
+            outcome = "OK"
+        except Exception as error:
+            outcome = _outcome(error)
+            raise
+        finally:
+            self._note(call, outcome, request)
+
     def _end(self, call: Call, code: str, began_s: float) -> None:
         duration_s = time.perf_counter() - began_s
         self._meter.call_ended(call.path, code, duration_s)
@@ -292,6 +343,12 @@ def _writing(behaviour: Callable[[Any, Any], AsyncGenerator[Any, None]]) -> Call
                 await context.write(response)
 
     return write
+
+
+async def _pump(answers: AsyncGenerator[Any, None], queue: asyncio.Queue[Any]) -> None:
+    async with aclosing(answers):
+        async for answer in answers:
+            await queue.put(answer)
 
 
 def _outcome(error: Exception) -> str:

@@ -24,6 +24,7 @@ MAX_LOG_LINES = 10_000
 MAX_LINE_CHARS = 4096
 MAX_STAGE_CHARS = 64
 MAX_MESSAGE_CHARS = 256
+NO_BREAK = "\u00a0"  # stands between a figure and its unit
 SEVERITIES = ("INFO", "WARNING", "ERROR")
 
 
@@ -71,7 +72,7 @@ class JobRecorder:
         if self._line_count == MAX_LOG_LINES:
             severity, text = "WARNING", f"The log ends here: it has {MAX_LOG_LINES} lines."
         severity = severity if severity in SEVERITIES else "INFO"
-        self._log.append(LogLine(now_us(), severity, clip(printable(text), MAX_LINE_CHARS)))
+        self._log.append(LogLine(now_us(), severity, clip(printable(text, keep=NO_BREAK), MAX_LINE_CHARS)))
         self._news.set()
 
     def _take_progress(self, given: job_service_pb2.Progress) -> None:

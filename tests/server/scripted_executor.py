@@ -31,6 +31,8 @@ class ScriptedExecutor:
         self.running = asyncio.Event()
         self.known: list[dict[str, bytes]] = []  # what compressions were given of earlier findings
         self.leave: Callable[[Path], None] = lambda folder: None  # what each leaves in the folder for its own
+        self.report = ""  # report.html, where there is to be one
+        self.report_json: dict[str, object] = {}  # what report.json holds besides
         self.inspecting: list[dict[str, str]] = []  # what inspections were of, in order
         self.inspection_gate = asyncio.Event()
         self.inspection_gate.set()
@@ -127,13 +129,17 @@ class ScriptedExecutor:
         else:
             model.write_bytes(b"small")
         data = Path(task.data_path).read_bytes().hex() if task.data_path else None
-        (output / "report.json").write_text(json.dumps({"job": task.job, "data": data}))
+        (output / "report.json").write_text(json.dumps({"job": task.job, "data": data, **self.report_json}))
         kinds = job_service_pb2.Artifact
+        artifacts = [
+            worker_pb2.ProducedArtifact(kind=kinds.KIND_OPTIMIZED_MODEL, paths=["model.onnx"]),
+            worker_pb2.ProducedArtifact(kind=kinds.KIND_REPORT_JSON, paths=["report.json"]),
+        ]
+        if self.report:
+            (output / "report.html").write_text(self.report)
+            artifacts.append(worker_pb2.ProducedArtifact(kind=kinds.KIND_REPORT_HTML, paths=["report.html"]))
         return worker_pb2.CompressResult(
-            artifacts=[
-                worker_pb2.ProducedArtifact(kind=kinds.KIND_OPTIMIZED_MODEL, paths=["model.onnx"]),
-                worker_pb2.ProducedArtifact(kind=kinds.KIND_REPORT_JSON, paths=["report.json"]),
-            ],
+            artifacts=artifacts,
             summary=job_service_pb2.ReportSummary(original_size_bytes=100, optimized_size_bytes=5),
         )
 

@@ -3,6 +3,7 @@
     /livez      200 while the event loop runs
     /readyz     200 or 503, with each check as JSON
     /metrics    Prometheus' text; where the server asks for tokens, for a token with a role in all projects (`*`)
+    /console    pages for people, where they are asked for (`modelpress_server.console`)
 
 Probes have no credentials, so `/livez` and `/readyz` answer everybody; they name no project and no file. On another
 address than the loopback one it speaks TLS where the server has a certificate.
@@ -14,14 +15,14 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import uvicorn
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from modelpress_server.config import LOOPBACK_HOSTS, Settings, SettingsError
@@ -81,12 +82,15 @@ class HttpServer:
         meter: PrometheusMeter,
         lookout: Lookout,
         readiness: Readiness,
+        pages: Sequence[BaseRoute] = (),
     ) -> None:
+        """`pages`: what is served besides metrics and probes."""
         self._settings = settings
         self._authenticator = authenticator
         self._meter = meter
         self._lookout = lookout
         self._readiness = readiness
+        self._pages = pages
         self._reading = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._socket: socket.socket | None = None
@@ -132,7 +136,8 @@ class HttpServer:
         if encrypted:
             self._tasks.append(asyncio.create_task(self._renew(config)))
         scheme = "https" if encrypted else "http"
-        logger.info("metrics and probes on %s://%s", scheme, self.address)
+        what = "metrics, probes and /console" if self._pages else "metrics and probes"
+        logger.info("%s on %s://%s", what, scheme, self.address)
 
     async def close(self) -> None:
         """Answers what was asked, for a moment, then closes."""
@@ -165,7 +170,7 @@ class HttpServer:
 
     def _application(self) -> Starlette:
         routes = [Route("/livez", _live), Route("/readyz", self._ready), Route("/metrics", self._metrics)]
-        return Starlette(routes=routes)
+        return Starlette(routes=[*routes, *self._pages])
 
     async def _ready(self, _request: Request) -> Response:
         ready, report = await self._readiness.report()

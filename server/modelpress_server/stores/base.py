@@ -495,6 +495,10 @@ class StoreOverview(Protocol):
         """Counts; takes time that grows with what is stored."""
         ...
 
+    async def jobs_by_project(self) -> Mapping[str, Mapping[str, int]]:
+        """Of each project with jobs, how many are in each state (RUNNING and so on)."""
+        ...
+
 
 class Retention(Protocol):
     """Deletes what has had its time, some at once, but nothing that is labelled `pin`. Returns how many."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2
@@ -25,6 +27,16 @@ class SqlOverview:
 
     async def figures(self) -> StoreFigures:
         return await self._database.read(_figures)
+
+    async def jobs_by_project(self) -> Mapping[str, Mapping[str, int]]:
+        def work(connection: Connection) -> Mapping[str, Mapping[str, int]]:
+            counted = select(jobs.c.project, jobs.c.state, func.count()).group_by(jobs.c.project, jobs.c.state)
+            found: dict[str, dict[str, int]] = defaultdict(dict)
+            for project, state, count in connection.execute(counted):
+                found[project][job_state_name(state)] = int(count)
+            return found
+
+        return await self._database.read(work)
 
 
 def _figures(connection: Connection) -> StoreFigures:
