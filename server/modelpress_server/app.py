@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ from modelpress_server.identity.certificates import server_credentials
 from modelpress_server.interceptors import Gate
 from modelpress_server.janitor import Janitor, clear_work_folders
 from modelpress_server.lock import DataDirLock
+from modelpress_server.membership import Membership
 from modelpress_server.observation.changes import ChangeLog
 from modelpress_server.observation.meter import Meter
 from modelpress_server.projects import Projects
@@ -45,10 +47,12 @@ from modelpress_server.services.upload_service import UploadService
 from modelpress_server.space import Space
 from modelpress_server.stores.database import Database
 from modelpress_server.stores.filesystem import FileBlobStore
+from modelpress_server.stores.news import News
 from modelpress_server.stores.sql_blobs import SqlBlobIndex
 from modelpress_server.stores.sql_jobs import SqlJobStore
 from modelpress_server.stores.sql_models import SqlModelStore
 from modelpress_server.stores.sql_overview import SqlOverview
+from modelpress_server.stores.sql_servers import SqlServerStore
 from modelpress_server.stores.sql_usage import SqlUsage
 from modelpress_server.waiting import Notifier
 
@@ -156,6 +160,9 @@ class Server:
             self._bind(credentials)
             await self._executor.start()
             await self._set_serving(True)
+            await self._membership.join()
+            if self._news is not None:
+                self._news.start()
             await self._scheduler.start(machine_restarted=self._lock.machine_restarted)
             self._lock.note_boot()
             await self._grpc.start()
@@ -175,6 +182,9 @@ class Server:
         self._gate.drain()
         await self._health.enter_graceful_shutdown()
         await self._scheduler.drain(self._settings.drain_grace_s)
+        if self._news is not None:
+            await self._news.close()
+        await self._membership.leave()
         # Ends watch streams with DRAINING: their clients come back to the next server.
         self._notifier.close()
         await self._grpc.stop(CLOSE_GRACE_S)
@@ -190,13 +200,16 @@ class Server:
         self._lock.release()
 
     async def _open_stores(self) -> None:
-        data_dir = self._settings.data_dir
+        settings, data_dir = self._settings, self._settings.data_dir
         await asyncio.to_thread(clear_work_folders, data_dir / "work")
         self._blobs = FileBlobStore(data_dir)
         await asyncio.to_thread(self._blobs.open)
         self._ballast = Ballast(data_dir / "ballast")
         self._ballast.ease()
-        self._database = await asyncio.to_thread(Database.open, data_dir / "modelpress.db", self._ballast)
+        if settings.database is None:
+            self._database = await asyncio.to_thread(Database.open, data_dir / "modelpress.db", self._ballast)
+        else:
+            self._database = await asyncio.to_thread(Database.connect, settings.database)
         await asyncio.to_thread(self._ballast.take_on)
 
     def _build(self, authenticator: Authenticator) -> None:
@@ -211,7 +224,14 @@ class Server:
         work = settings.data_dir / "work"
         resources = RunResources(settings, self._executor, self._blobs, space, usage, findings, work, meter)
         host = Host(self._executor, self._clock, self._set_serving)
-        self._scheduler = Scheduler(resources, self._projects, models, jobs, self._notifier, host, self._clock)
+        self._membership = Membership(
+            SqlServerStore(database), settings.data_dir, settings.lease_s, self._clock, shared=database.shared
+        )
+        self._scheduler = Scheduler(
+            resources, self._projects, models, jobs, self._notifier, host, self._clock, self._membership.server_id
+        )
+        self._membership.on_beat = self._beat
+        self._news = News(settings.database, self._hear) if settings.database is not None else None
         self._gate = Gate(authenticator, self._projects, self._audit, meter, self._clock)
         options = (*OPTIONS, *connection_options(settings))
         self._grpc = grpc.aio.server(interceptors=[self._gate], options=options)
@@ -226,6 +246,7 @@ class Server:
             findings,
             self._ballast,
             self._clock,
+            leads=partial(database.leads, "janitor"),
         )
         self._scrub = BackgroundScrub(settings, self._blobs, self._clock)
         space.on_short = self._janitor.hurry
@@ -283,6 +304,23 @@ class Server:
         self.address = f"{host}:{port}"
         if self._http is not None:
             self._http.bind()
+
+    def _hear(self, name: str, state: str) -> None:
+        """Another server, or this one, told of a job or a model."""
+        if state == "CANCELLING":
+            self._scheduler.cancel(name)
+        if state == "PROCESSING":
+            self._scheduler.expect_job()
+        elif name and not state:
+            self._notifier.notify(name)
+        else:  # the queue is another one
+            self._notifier.notify_all()
+            self._scheduler.wake()
+
+    async def _beat(self) -> None:
+        await self._scheduler.recover()
+        await self._scheduler.compare()
+        self._scheduler.wake()  # what another server told of may have been lost
 
     async def _set_serving(self, able: bool) -> None:
         """`able`: whether workers can be started; uploads and downloads are served without them."""

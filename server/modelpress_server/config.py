@@ -60,12 +60,15 @@ def _is_address(text: str) -> bool:
     return bool(host) and port.isdecimal() and int(port) < 65536
 
 
-def _setting(default: Any, text: str, *, kind: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """A field with what the command line needs to know of it; `kind` is bytes, seconds, count, path or flag."""
+def _setting(default: Any, text: str, *, kind: str = "", choices: tuple[str, ...] = (), secret: bool = False) -> Any:
+    """A field with what the command line needs to know of it; `kind` is bytes, seconds, count, path or flag.
+
+    `secret`: it may hold one, and is not shown.
+    """
     metadata = {"help": text, "kind": kind, "choices": choices}
     if callable(default):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(default_factory=default, metadata=metadata, repr=not secret)
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,17 @@ class Settings:
         False, "Serve the read-only console (/console) on --http-listen: projects, queue, jobs, reports.", kind="flag"
     )
     data_dir: Path = _setting(default_data_dir, "Folder for blobs, jobs and models; one server at a time.", kind="path")
+    database: str | None = _setting(
+        None,
+        "postgresql://USER@HOST/DATABASE that servers share; not set: a file in the data folder. Passwords are better "
+        "in the environment (PGPASSWORD, PGPASSFILE).",
+        secret=True,
+    )
+    lease_s: float = _setting(
+        20.0,
+        "With --database: the jobs of a server that was not heard of for so long are given to others.",
+        kind="seconds",
+    )
     workers: int = _setting(
         1, "Jobs that run at the same time. Each measures latency: more than one disturb each other."
     )
@@ -97,7 +111,9 @@ class Settings:
     tls_client_ca: Path | None = _setting(
         None, "CA certificates (PEM): only clients with a certificate of theirs.", kind="path"
     )
-    token: str | None = _setting(None, "Token that clients must send. Better in the environment or in --token-file.")
+    token: str | None = _setting(
+        None, "Token that clients must send. Better in the environment or in --token-file.", secret=True
+    )
     token_file: Path | None = _setting(
         None,
         "File of tokens, one a line: TOKEN [PROJECT[:ROLE] ...], or sha256:HEX as TOKEN; without projects for all.",
@@ -229,7 +245,7 @@ class Settings:
             self._require(getattr(self, name) >= 0, name, "at least 0")
         for name in ("run_time_limit_s", "inspect_time_limit_s", "upload_idle_timeout_s", "upload_ttl_s", "blob_ttl_s"):
             self._require(getattr(self, name) > 0, name, "more than 0")
-        for name in ("handshake_timeout_s", "connection_idle_s"):
+        for name in ("handshake_timeout_s", "connection_idle_s", "lease_s"):
             self._require(getattr(self, name) > 0, name, "more than 0")
         for name in ("event_ttl_s", "janitor_interval_s", "scrub_interval_s", "heartbeat_s"):
             self._require(getattr(self, name) > 0, name, "more than 0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from modelpress_server.ballast import Ballast
@@ -36,7 +37,10 @@ MAX_STEPS = 100  # of the clock, that are remembered
 
 
 class Janitor:
-    """Sweeps every `settings.janitor_interval_s`."""
+    """Sweeps every `settings.janitor_interval_s`.
+
+    Of servers that share a database one alone does (`leads`), but each sweeps what is its own: findings and ballast.
+    """
 
     def __init__(
         self,
@@ -49,7 +53,10 @@ class Janitor:
         findings: Findings,
         ballast: Ballast,
         clock: Clock,
+        *,
+        leads: Callable[[], Awaitable[bool]],
     ) -> None:
+        self._leads = leads
         self._projects = projects
         self._retention = retention
         self._settings = settings
@@ -90,6 +97,9 @@ class Janitor:
         async with self._sweeping:  # a pass must not go by a time of day that another has corrected
             now, step_us = self._clock.wall_us(), self._wall_ahead_us() - self._ahead_us
             self._ahead_us += step_us
+            if not await self._leads():
+                await self._sweep_own(now, self._settings.blob_ttl_s)
+                return
             if step_us < -MAX_CLOCK_DRIFT_US or not self._has_given_grace:
                 # What was used while the clock was ahead would stay until the clock is there again.
                 await self._index.undo_future(now, upload_expire_us=now + round(self._settings.upload_ttl_s * 1e6))
@@ -137,7 +147,6 @@ class Janitor:
             blob_ttl_s = min(blob_ttl_s, SHORT_BLOB_TTL_S)
         forgotten_us = self._before_us(now, self._settings.event_ttl_s)
         await self._blobs.empty_quarantine((now if short else forgotten_us) / 1e6)
-        await self._findings.remove_older_than(now / 1e6 - blob_ttl_s)
         swept = await self._index.sweep(
             blobs_before_us=now - round(blob_ttl_s * 1e6),
             events_before_us=forgotten_us if expire else 0,
@@ -151,11 +160,16 @@ class Janitor:
         for blob in set(swept.blobs) - await self._index.known(swept.blobs):
             await self._blobs.remove_older_than(blob, now / 1e6 - SETTLED_S)
         removed = await self._remove_unknown_files(now / 1e6)
-        await self._blobs.run(self._ballast.take_on)
+        await self._sweep_own(now, blob_ttl_s)
         if removed or swept.uploads or swept.jobs_compacted:
             logger.info(
                 "cleaned up: %d blobs, %d uploads, events of %d jobs", removed, len(swept.uploads), swept.jobs_compacted
             )
+
+    async def _sweep_own(self, now: int, blob_ttl_s: float) -> None:
+        """What each server has for itself."""
+        await self._findings.remove_older_than(now / 1e6 - blob_ttl_s)
+        await self._blobs.run(self._ballast.take_on)
 
     async def _expire(self, now: int) -> None:
         """Jobs and models that have had their time; their blobs go with the sweep, once nothing else uses them."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import Callable
 
 from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_protos.printable import printable
 from modelpress_protos.v1 import job_service_pb2
 
 from modelpress_server.errors import clip
-from modelpress_server.stores.base import JobStore, LogLine
+from modelpress_server.stores.base import JobStore, Lease, LogLine
 from modelpress_server.stores.records import now_us
 from modelpress_server.waiting import Notifier, uninterrupted
 
@@ -31,8 +32,9 @@ SEVERITIES = ("INFO", "WARNING", "ERROR")
 class JobRecorder:
     """Events and log of one attempt of one job; `on_event` never blocks."""
 
-    def __init__(self, job_id: str, jobs: JobStore, notifier: Notifier) -> None:
-        self._job_id = job_id
+    def __init__(self, lease: Lease, jobs: JobStore, notifier: Notifier, on_lost: Callable[[], None]) -> None:
+        self._lease = lease
+        self._on_lost = on_lost  # another server has the job
         self._jobs = jobs
         self._notifier = notifier
         self._events: list[job_service_pb2.WatchJobResponse] = []
@@ -107,7 +109,10 @@ class JobRecorder:
         if not events and not lines:
             return
         try:
-            await self._jobs.progress(self._job_id, events, lines)
+            if not await self._jobs.progress(self._lease, events, lines):
+                self._on_lost()
         except Exception as error:  # noqa: BLE001  # neither a full disk nor a bug here may lose the job's result
-            logger.warning("job %s: %d events and %d lines lost: %s", self._job_id, len(events), len(lines), error)
-        self._notifier.notify(self._job_id)
+            logger.warning(
+                "job %s: %d events and %d lines lost: %s", self._lease.job_id, len(events), len(lines), error
+            )
+        self._notifier.notify(self._lease.job_id)

@@ -31,6 +31,7 @@ from modelpress_server.stores.base import (
     BlobKey,
     JobRecord,
     JobStore,
+    Lease,
     LogLine,
     ModelRecord,
     ModelStore,
@@ -89,6 +90,7 @@ class Postpone(enum.Enum):
     DAMAGE = "a file of it was damaged on the server's disk"
     DRAIN = "the server shut down"
     LOSS = "its worker was lost"
+    TAKEN = "another server has taken it over"
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,17 @@ class JobRun:
         self._postponed = postponed
         self._growth = growth
         self._outgrown = False  # it wrote more than it was promised
-        self._stop: Literal["cancel", "drain"] | None = None
+        self._stop: Literal["cancel", "drain", "lost"] | None = None
         self._bill = Bill(resources.usage, record.project, count_run=True)
         self._work: asyncio.Task[Outcome] | None = None
 
-    def stop(self, why: Literal["cancel", "drain"]) -> None:
-        """Kills the worker; the job ends as CANCELLED, or is queued again for the next server."""
+    @property
+    def lease(self) -> Lease:
+        """What it holds the job by."""
+        return self._record.lease
+
+    def stop(self, why: Literal["cancel", "drain", "lost"]) -> None:
+        """Kills the worker; the job ends as CANCELLED, or is queued again for the next server, or is another's."""
         self._stop = self._stop or why
         if self._work is not None:
             self._work.cancel()
@@ -136,7 +143,7 @@ class JobRun:
     async def run(self) -> Again | None:
         """Runs the attempt and stores how it ended; returns why the job is queued again, None: it has ended."""
         record = self._record
-        recorder = JobRecorder(record.id, self._jobs, self._notifier)
+        recorder = JobRecorder(record.lease, self._jobs, self._notifier, lambda: self.stop("lost"))
         self._work = asyncio.create_task(self._attempt(recorder))
         self._notifier.notify(record.id)
         current = await self._jobs.get(record.project, record.id)
@@ -156,7 +163,8 @@ class JobRun:
         try:
             return await work
         except asyncio.CancelledError:
-            return Outcome(CANCELLED) if self._stop == "cancel" else Again(Postpone.DRAIN)
+            taken = self._stop == "lost"
+            return Outcome(CANCELLED) if self._stop == "cancel" else Again(Postpone.TAKEN if taken else Postpone.DRAIN)
         except TaskFailedError as error:
             return Outcome(FAILED, error=error.status)
         except WorkerLostError as error:
@@ -259,13 +267,15 @@ class JobRun:
                 ending = Outcome(FAILED, error=_incident(f"the end of job {self._record.id}"))
 
     async def _store_once(self, ending: Outcome | Again) -> None:
+        lease = self._record.lease
         if isinstance(ending, Outcome):
-            await self._jobs.finish(self._record.id, ending)
+            if not await self._jobs.finish(lease, ending):
+                logger.warning("job %s: its end does not count, another server has it", lease.job_id)
             return
         log = []
         if ending.why is Postpone.DRAIN:
             log = [LogLine(now_us(), "WARNING", "The server shut down; the job is queued again.")]
-        await self._jobs.requeue(self._record.id, count_attempt=ending.count_attempt, excused=ending.excused, log=log)
+        await self._jobs.requeue(lease, count_attempt=ending.count_attempt, excused=ending.excused, log=log)
 
 
 class TaskFailedError(Exception):

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from modelpress_protos.internal.v1 import worker_pb2
-from modelpress_protos.v1 import model_service_pb2
+from modelpress_protos.v1 import job_service_pb2, model_service_pb2
 
 from modelpress_server import logs
 from modelpress_server.clock import Clock
@@ -23,7 +23,7 @@ from modelpress_server.fairness import FairShare
 from modelpress_server.host import Host
 from modelpress_server.projects import Projects
 from modelpress_server.runs import Bill, JobRun, Postpone, PostponedError, RunResources, inspect_model
-from modelpress_server.stores.base import JobRecord, JobStore, ModelRecord, ModelStore
+from modelpress_server.stores.base import JobRecord, JobStore, Lease, ModelRecord, ModelStore
 from modelpress_server.stores.records import now_us
 from modelpress_server.waiting import Notifier, Waits
 
@@ -47,7 +47,9 @@ class Scheduler:
         notifier: Notifier,
         host: Host,
         clock: Clock,
+        server_id: str,
     ) -> None:
+        self._server_id = server_id
         self._job_share = FairShare(
             lambda project: projects.limits(project).weight, lambda project: projects.limits(project).max_running_jobs
         )
@@ -63,15 +65,42 @@ class Scheduler:
         self._draining = False
         self._loop: asyncio.Task[None] | None = None
         self._runs: dict[str, JobRun] = {}
+        self._strays: set[Lease] = set()  # claims in the store that no run here knows
         self._inspecting: dict[str, model_service_pb2.InspectionStage.ValueType] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, *, machine_restarted: bool = False) -> None:
-        """Takes up what a dead server left, then begins."""
-        recovered = await self._jobs.recover(excused=machine_restarted)
-        if recovered:
-            logger.info("%d job(s) of the last run are queued again", recovered)
+        """Takes up what dead servers left, then begins."""
+        await self.recover(excused=machine_restarted)
         self._loop = asyncio.create_task(self._serve())
+
+    async def recover(self, *, excused: bool = False) -> None:
+        """Queues again what dead servers left."""
+        recovered = await self._jobs.recover(excused=excused)
+        if recovered:
+            logger.info("%d job(s) of a server that is gone are queued again", recovered)
+            self._notifier.notify_all()
+            self.wake()
+
+    async def compare(self) -> None:
+        """Lets go of what is this server's no longer, and of what it was given without learning of it.
+
+        A job was cancelled through another server, or was taken over while this one could not be heard; or the answer
+        to a claim was lost with a connection.
+        """
+        began = {run.lease for run in self._runs.values()}
+        held = await self._jobs.held(self._server_id)
+        for job_id, run in list(self._runs.items()):
+            if run.lease in began and run.lease not in held:
+                run.stop("lost")
+            elif held.get(run.lease) == job_service_pb2.JOB_STATE_CANCELLING:
+                self.cancel(job_id)
+        present = {run.lease for run in self._runs.values()}
+        unknown = held.keys() - present
+        # Seen twice: a claim, or an end, is not under way so long.
+        for lease in unknown & self._strays:
+            await self._jobs.requeue(lease, count_attempt=False)
+        self._strays = unknown
 
     def wake(self) -> None:
         """There may be something to do."""
@@ -132,7 +161,7 @@ class Scheduler:
             return pause_s
         pause_s = min(IDLE_S, self._waits.next_s())  # before anything is claimed, lest one comes due unseen
         while len(self._runs) < self._resources.settings.workers and not self._draining:
-            claim = await self._jobs.claim(now_us(), self._job_share.rank, self._waits.names())
+            claim = await self._jobs.claim(now_us(), self._job_share.rank, self._server_id, self._waits.names())
             for job_id in claim.ended:
                 self._notifier.notify(job_id)
             if claim.job is None and claim.ended:
@@ -164,7 +193,7 @@ class Scheduler:
     async def _begin_inspections(self) -> None:
         while len(self._inspecting) < INSPECTION_SLOTS and not self._draining:
             busy = (*self._inspecting, *self._waits.names())
-            model = await self._models.next_processing(busy, self._inspection_share.rank)
+            model = await self._models.claim_inspection(busy, self._inspection_share.rank, self._server_id)
             if model is None:
                 break
             self._inspecting[model.id] = model_service_pb2.INSPECTION_STAGE_RUNNING
@@ -230,5 +259,5 @@ class Scheduler:
             self._waits.ended(name)
         elif why is Postpone.HOST:
             await self._host.failed()
-        elif why not in (Postpone.DRAIN, Postpone.LOSS):
+        elif why not in (Postpone.DRAIN, Postpone.LOSS, Postpone.TAKEN):
             self._waits.put_off(name, grow=why is Postpone.MORE_ROOM)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,38 @@ from modelpress_server.config import Settings
 # The helpers beside this file; in importlib mode pytest does not put the folder on the path.
 sys.path.insert(0, str(Path(__file__).parent))
 from manual_clock import ManualClock
+from postgres_server import NotHereError, postgres_server
 from scripted_executor import ScriptedExecutor
 from server_harness import DEFAULTS, Client, Running, Serve
+from shared_stores import new_database
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """A PostgreSQL server of the tests' own: the URL of its database `postgres`. Skipped where there is none."""
+    pytest.importorskip("psycopg")
+    try:
+        with postgres_server() as url:
+            yield url
+    except NotHereError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Serve:
+def stores(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Settings of the stores. MODELPRESS_STORES=shared: the ones that servers share, instead of the data folder."""
+    if os.environ.get("MODELPRESS_STORES") != "shared":
+        return {}
+    return {"database": new_database(request.getfixturevalue("postgres"))}
+
+
+@pytest.fixture
+def serve(tmp_path: Path, stores: dict[str, Any]) -> Serve:
     """Starts servers, by default on the same data folder: `async with serve(workers=2) as running`."""
 
     @asynccontextmanager
     async def start(clock: Clock | None = None, **changes: Any) -> AsyncIterator[Running]:
-        settings = Settings(**{**DEFAULTS, "data_dir": tmp_path / "data", **changes})
+        settings = Settings(**{**DEFAULTS, "data_dir": tmp_path / "data", **stores, **changes})
         executor = ScriptedExecutor()
         server = Server(settings, lambda _: executor, clock)
         await server.start()

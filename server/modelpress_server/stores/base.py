@@ -89,13 +89,17 @@ class Page(Generic[Item]):
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
-    """A model. `inspection_key` is the same for models that an inspection must find the same of."""
+    """A model. `inspection_key` is the same for models that an inspection must find the same of.
+
+    `owner`: the server that inspects it.
+    """
 
     project: str
     id: str
     version: int
     inspection_key: bytes
     message: model_service_pb2.Model
+    owner: str | None = None
 
     def to_message(self) -> model_service_pb2.Model:
         """A copy for the client."""
@@ -106,8 +110,19 @@ class ModelRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Lease:
+    """One claim of a job. `fence` counts its claims: who has an earlier one has lost the job, and changes nothing."""
+
+    job_id: str
+    fence: int
+
+
+@dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A job. `manifest` is its model as it was when the job was created, so that the model may be deleted."""
+    """A job. `manifest` is its model as it was when the job was created, so that the model may be deleted.
+
+    `owner`: the server that runs it; `fence`: how often it was claimed.
+    """
 
     project: str
     id: str
@@ -117,6 +132,13 @@ class JobRecord:
     compacted_sequence: int
     message: job_service_pb2.Job
     manifest: model_service_pb2.Model
+    owner: str | None = None
+    fence: int = 0
+
+    @property
+    def lease(self) -> Lease:
+        """That of its last claim."""
+        return Lease(self.id, self.fence)
 
     @property
     def ended(self) -> bool:
@@ -289,10 +311,10 @@ class ModelStore(Protocol):
         """Raises ResourceNotFoundError, EtagMismatchError."""
         ...
 
-    async def next_processing(self, busy: Collection[str], rank: Rank) -> ModelRecord | None:
-        """The oldest model of the first ranked project that has one to inspect.
+    async def claim_inspection(self, busy: Collection[str], rank: Rank, owner: str) -> ModelRecord | None:
+        """Takes the oldest model of the first ranked project that has one to inspect, for the server `owner`.
 
-        Not one in `busy`, nor one that a running job inspects anyway.
+        Not one in `busy`, nor one that another server inspects or a running job inspects anyway.
         """
         ...
 
@@ -346,13 +368,18 @@ class JobStore(Protocol):
         """How many jobs are queued, and how many run."""
         ...
 
-    async def claim(self, now_us: int, rank: Rank, waiting: Collection[str] = ()) -> Claim:
-        """Takes a queued job of the first ranked project: RUNNING, one attempt more.
+    async def claim(self, now_us: int, rank: Rank, owner: str, waiting: Collection[str] = ()) -> Claim:
+        """Takes a queued job of the first ranked project for the server `owner`: RUNNING, one attempt more.
 
         Of a project's jobs, the one with the highest priority, then the oldest; those in `waiting` are passed over.
+        Whoever claims at the same time gets another one.
 
         Queued jobs of a rejected model end as FAILED, overdue ones as EXPIRED.
         """
+        ...
+
+    async def held(self, owner: str) -> Mapping[Lease, int]:
+        """What a server has claimed and not ended, with the state of each job."""
         ...
 
     async def expire_overdue(self, now_us: int) -> tuple[str, ...]:
@@ -364,9 +391,12 @@ class JobStore(Protocol):
         ...
 
     async def progress(
-        self, job_id: str, events: Sequence[job_service_pb2.WatchJobResponse], log: Sequence[LogLine]
-    ) -> None:
-        """Appends events and log lines; the last progress event becomes the job's progress."""
+        self, lease: Lease, events: Sequence[job_service_pb2.WatchJobResponse], log: Sequence[LogLine]
+    ) -> bool:
+        """Appends events and log lines; the last progress event becomes the job's progress.
+
+        False: the lease is lost, and nothing was stored. So it is with `finish` and `requeue`.
+        """
         ...
 
     async def set_labels(self, project: str, job_id: str, etag: str, labels: Mapping[str, str] | None) -> JobRecord:
@@ -377,13 +407,13 @@ class JobStore(Protocol):
         """QUEUED -> CANCELLED, RUNNING -> CANCELLING; others unchanged. Raises ResourceNotFoundError."""
         ...
 
-    async def finish(self, job_id: str, outcome: Outcome) -> None:
+    async def finish(self, lease: Lease, outcome: Outcome) -> bool:
         """Ends a job that runs; a CANCELLING one ends as CANCELLED, whatever the outcome."""
         ...
 
     async def requeue(
-        self, job_id: str, *, count_attempt: bool, excused: bool = False, log: Sequence[LogLine] = ()
-    ) -> None:
+        self, lease: Lease, *, count_attempt: bool, excused: bool = False, log: Sequence[LogLine] = ()
+    ) -> bool:
         """Puts a job that runs back into the queue; a CANCELLING one ends as CANCELLED.
 
         `excused`: it was lost through no fault of its own, which is counted apart.
@@ -391,9 +421,9 @@ class JobStore(Protocol):
         ...
 
     async def recover(self, *, excused: bool = False) -> int:
-        """Queues again what a dead server left running, or fails what has used up its attempts; returns how many.
+        """Queues again what dead servers left running, or fails what has used up its attempts; returns how many.
 
-        `excused`: the machine was restarted, which is not the jobs' doing.
+        Dead is a server whose lease is over. `excused`: the machine was restarted, which is not the jobs' doing.
         """
         ...
 
@@ -403,6 +433,22 @@ class JobStore(Protocol):
 
     async def logs(self, job_id: str, after_sequence: int, limit: int) -> list[LogLine]:
         """Log lines in order."""
+        ...
+
+
+class ServerStore(Protocol):
+    """The servers that share a store. Each renews its lease; whose lease is over has lost what it had claimed."""
+
+    async def renew(self, server_id: str, lease_s: float) -> bool:
+        """The server lives for so long at least. False: its lease was over, or this is its first."""
+        ...
+
+    async def remove(self, server_id: str) -> None:
+        """The server is gone, and what it had claimed is free."""
+        ...
+
+    async def remove_others(self, server_id: str) -> None:
+        """No other server lives: this one alone may have the store."""
         ...
 
 

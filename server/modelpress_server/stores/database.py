@@ -1,15 +1,23 @@
-"""The SQL database, driven from threads: the one place that knows the dialect.
+"""The SQL database, driven from threads: with `postgres` the one place that knows the dialect.
 
-Writes run one after the other in one thread, which is what SQLite allows anyway, so that none waits on a lock; reads
-have threads of their own and see the last commit (WAL). `synchronous=FULL`: a job that a client was told of survives a
-power cut; progress is written in batches, so that the fsync of each commit costs little.
+Two kinds. A file (SQLite) belongs to one server: writes run one after the other in one thread, which is what SQLite
+allows anyway, so that none waits on a lock; reads have threads of their own and see the last commit (WAL).
+`synchronous=FULL`: a job that a client was told of survives a power cut; progress is written in batches, so that the
+fsync of each commit costs little.
+
+PostgreSQL may be shared by many servers: writes run side by side at READ COMMITTED, and a transaction takes what it
+needs to be alone with: rows by FOR UPDATE, a project by `hold`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -18,33 +26,46 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from modelpress_protos.v1 import upload_service_pb2
-from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, inspect, select
+from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.exc import DatabaseError, DBAPIError, InvalidRequestError, OperationalError
 
 from modelpress_server.ballast import Ballast
-from modelpress_server.config import SettingsError
 from modelpress_server.errors import ServiceError, StorageFullError
 from modelpress_server.shortage import server_busy, storage_full
-from modelpress_server.stores import migrations
+from modelpress_server.stores import postgres
 from modelpress_server.stores.base import StateChange
+from modelpress_server.stores.schema import migrate
 from modelpress_server.stores.tables import project_blobs, uploads
 
 Result = TypeVar("Result")
 BUSY_TIMEOUT_MS = 10_000
 READERS = 4
+WRITERS = 8  # of PostgreSQL
+# A transaction that PostgreSQL ended because of another one is begun again.
+MAX_TRIES = 10
 _CHANGES = "modelpress_changes"  # of a state, in the transaction that runs
+_NEWS = "modelpress_news"  # for other servers, likewise
 _OUT_OF_DESCRIPTORS = ("unable to open database file", "out of memory")
+
+logger = logging.getLogger(__name__)
 
 
 class Database:
-    """Runs functions of a connection as transactions, off the event loop."""
+    """Runs functions of a connection as transactions, off the event loop.
 
-    def __init__(self, engine: Engine, ballast: Ballast) -> None:
+    A function may be run again where its transaction failed because of another one: it does nothing else.
+    """
+
+    def __init__(self, engine: Engine, ballast: Ballast | None = None, *, writers: int = 1) -> None:
         self._engine = engine
         self._ballast = ballast
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="sql-write")
+        # Whether other servers may use it at the same time.
+        self.shared = engine.dialect.name == "postgresql"
+        self._reading = postgres.for_reading(engine) if self.shared else engine
+        self._writer = ThreadPoolExecutor(writers, thread_name_prefix="sql-write")
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="sql-read")
+        self._led: dict[str, Connection] = {}
         # Told of each change of a state once it is committed; called in the thread that wrote, in the writer's context.
         self.on_change: Callable[[StateChange], None] = lambda change: None
 
@@ -56,15 +77,26 @@ class Database:
         engine = create_engine(URL.create("sqlite", database=str(path)), pool_size=READERS + 1)
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
-        _migrate(engine)
+        migrate(engine)
         return cls(engine, ballast or Ballast(path.with_name("ballast")))
+
+    @classmethod
+    def connect(cls, url: str) -> Database:
+        """Connects to the PostgreSQL database of a `postgresql://` URL and brings its schema up to date.
+
+        Raises SettingsError where it cannot be reached.
+        """
+        engine = postgres.create(url, pool_size=READERS + WRITERS + 1)
+        with postgres.migrating(engine):
+            migrate(engine)
+        return cls(engine, writers=WRITERS)
 
     async def read(self, function: Callable[[Connection], Result]) -> Result:
         """Runs `function` in a transaction that only reads."""
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._run, function, False)
 
     async def write(self, function: Callable[[Connection], Result], *, must: bool = False) -> Result:
-        """Runs `function` in a transaction and commits it. Raises StorageFullError.
+        """Runs `function` in a transaction and commits it. Raises StorageFullError, ServerBusyError.
 
         `must`: it lets go of something or ends something, and is to succeed on a full disk as well.
         """
@@ -72,32 +104,73 @@ class Database:
         # In a copy of the context: the log's lines on what is written say which call or job it was for.
         return await asyncio.get_running_loop().run_in_executor(self._writer, copy_context().run, run)
 
+    async def leads(self, task: str) -> bool:
+        """Whether this server is the one that does a task which one does for all; it stays so until it is gone."""
+        return not self.shared or await asyncio.to_thread(self._leads, task)
+
     async def close(self) -> None:
         """Waits for what runs, then closes."""
         for pool in (self._readers, self._writer):
             await asyncio.to_thread(partial(pool.shutdown, wait=True))
+        for task in tuple(self._led):
+            await asyncio.to_thread(self._resign, task)
         self._engine.dispose()
 
     def _run_anyhow(self, function: Callable[[Connection], Result], writes: bool) -> Result:
         try:
             return self._run(function, writes)
         except StorageFullError:
+            if self._ballast is None:
+                raise
             with self._ballast.lent() as there_was_some:
                 if not there_was_some:
                     raise
                 return self._run(function, writes)
 
     def _run(self, function: Callable[[Connection], Result], writes: bool) -> Result:
-        with self._engine.connect().execution_options(modelpress_writes=writes) as connection:
-            changes = connection.info[_CHANGES] = []
+        for tries_left in range(MAX_TRIES - 1, -1, -1):
             try:
-                with connection.begin():
-                    result = function(connection)
-            except OperationalError as error:
-                raise _shortage(error) or error from error
+                return self._run_once(function, writes)
+            except DBAPIError as error:
+                if not (tries_left and postgres.was_in_the_way(error)):
+                    raise _shortage(error) or error from error
+                time.sleep(random.uniform(0.0, 0.02))  # noqa: S311  # no secret
+        raise AssertionError("the last try returns or raises")
+
+    def _run_once(self, function: Callable[[Connection], Result], writes: bool) -> Result:
+        with (self._engine if writes else self._reading).connect() as connection:
+            if not self.shared:
+                connection.execution_options(modelpress_writes=writes)
+            changes = connection.info[_CHANGES] = []
+            news = connection.info[_NEWS] = {}
+            with connection.begin():
+                result = function(connection)
+                if self.shared and news:
+                    postgres.tell(connection, news)
         for change in changes:
             self.on_change(change)
         return result
+
+    def _leads(self, task: str) -> bool:
+        try:
+            if task in self._led:
+                self._led[task].exec_driver_sql("SELECT 1")
+                return True
+            self._led[task] = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            if postgres.try_to_lead(self._led[task], task):
+                return True
+        except DatabaseError as error:
+            logger.warning("%s: the database does not answer: %s", task, type(error.orig).__name__)
+        self._resign(task)
+        return False
+
+    def _resign(self, task: str) -> None:
+        """Ends the session that has the lock, if there is one."""
+        connection = self._led.pop(task, None)
+        if connection is not None:
+            with suppress(DatabaseError, InvalidRequestError):
+                connection.detach()  # else it would go back to the pool, with the lock
+            connection.close()
 
 
 @dataclass(frozen=True)
@@ -131,7 +204,11 @@ def read_records(path: Path) -> Records:
     )
 
 
-def _shortage(error: OperationalError) -> ServiceError | None:
+def _shortage(error: DBAPIError) -> ServiceError | None:
+    if not (isinstance(error, OperationalError) or error.connection_invalidated):
+        return None
+    if postgres.caused(error):
+        return postgres.shortage_of(error)
     text = str(error.orig)
     if "full" in text:
         return storage_full()
@@ -140,8 +217,34 @@ def _shortage(error: OperationalError) -> ServiceError | None:
 
 
 def note_change(connection: Connection, change: StateChange) -> None:
-    """Has `Database.on_change` told of a change when the transaction is committed."""
+    """Has `Database.on_change`, and other servers, told of a change when the transaction is committed."""
     connection.info[_CHANGES].append(change)
+    connection.info[_NEWS][change.id] = change.state
+
+
+def note_news(connection: Connection, job_id: str) -> None:
+    """Has other servers told that there is something new to read of a job."""
+    connection.info[_NEWS].setdefault(job_id, "")
+
+
+def hold(connection: Connection, project: str) -> None:
+    """Until the transaction ends, no other one counts or refers to what the project has, nor sweeps.
+
+    Before any row is locked, lest two transactions wait for each other.
+    """
+    if connection.dialect.name == "postgresql":
+        postgres.hold(connection, project)
+
+
+def hold_all(connection: Connection) -> None:
+    """`hold` of all projects."""
+    if connection.dialect.name == "postgresql":
+        postgres.hold_all(connection)
+
+
+def time_us(connection: Connection) -> int:
+    """The time of day that leases go by, in microseconds since the epoch: of the database, if servers share it."""
+    return postgres.time_us(connection) if connection.dialect.name == "postgresql" else time.time_ns() // 1000
 
 
 def insert_missing(connection: Connection, table: Table, values: Mapping[str, Any]) -> None:
@@ -167,28 +270,3 @@ def _begin_sqlite(connection: Connection) -> None:
     # IMMEDIATE takes the write lock first: a transaction that reads and then writes cannot fail half-way.
     writes = connection.get_execution_options().get("modelpress_writes", True)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def _migrate(engine: Engine) -> None:
-    with engine.connect() as connection:
-        if inspect(connection).has_table("alembic_version"):
-            version = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
-            if version == migrations.HEAD:
-                return
-    from alembic import command
-    from alembic.config import Config
-    from alembic.util import CommandError
-
-    config = Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent).replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    with engine.connect() as connection:
-        config.attributes["connection"] = connection
-        try:
-            command.upgrade(config, "head")
-        except CommandError as error:
-            raise SettingsError(
-                f"data_dir: {engine.url.database} was written by a newer version of modelpress ({error}). Start that "
-                "version, or choose another --data-dir."
-            ) from error
-        connection.commit()

@@ -10,11 +10,13 @@ from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from modelpress_server.errors import ResourceNotFoundError, reason_of
 from modelpress_server.stores import records
-from modelpress_server.stores.base import ENDED_STATES, JobRecord, LogLine, Outcome, StateChange
-from modelpress_server.stores.database import insert_missing, note_change
+from modelpress_server.stores.base import ENDED_STATES, JobRecord, Lease, LogLine, Outcome, StateChange
+from modelpress_server.stores.database import insert_missing, note_change, note_news
 from modelpress_server.stores.tables import job_events, job_logs, jobs, result_cache
 
 _Job = job_service_pb2.Job
+# A worker has it, or is about to let go of it.
+AT_WORK = (job_service_pb2.JOB_STATE_RUNNING, job_service_pb2.JOB_STATE_CANCELLING)
 
 
 def record_of(row: Row[Any]) -> JobRecord:
@@ -28,17 +30,32 @@ def record_of(row: Row[Any]) -> JobRecord:
         compacted_sequence=row.compacted_sequence,
         message=_Job.FromString(row.message),
         manifest=model_service_pb2.Model.FromString(row.manifest),
+        owner=row.owner,
+        fence=row.fence,
     )
 
 
-def fetch_job(connection: Connection, job_id: str, project: str | None = None) -> JobRecord:
-    """One job, of a project where one is given. Raises ResourceNotFoundError."""
-    statement = select(jobs).where(jobs.c.id == job_id).with_for_update()
+def fetch_job(connection: Connection, job_id: str, project: str | None = None, *, lock: bool = True) -> JobRecord:
+    """One job, of a project where one is given. Raises ResourceNotFoundError.
+
+    `lock`: nobody else changes it until the transaction ends.
+    """
+    statement = select(jobs).where(jobs.c.id == job_id)
+    if lock:
+        statement = statement.with_for_update()
     if project is not None:
         statement = statement.where(jobs.c.project == project)
     row = connection.execute(statement).first()
     if row is None:
         raise ResourceNotFoundError(f"There is no job {job_id} in this project.")
+    return record_of(row)
+
+
+def fetch_held(connection: Connection, lease: Lease) -> JobRecord | None:
+    """The job of a lease, which nobody else changes until the transaction ends; None: the lease is lost."""
+    row = connection.execute(select(jobs).where(jobs.c.id == lease.job_id).with_for_update()).first()
+    if row is None or row.fence != lease.fence or row.state not in AT_WORK:
+        return None
     return record_of(row)
 
 
@@ -90,6 +107,8 @@ def write(connection: Connection, record: JobRecord) -> None:
         .values(
             state=message.state,
             version=jobs.c.version + 1,
+            owner=record.owner if message.state in AT_WORK else None,
+            fence=record.fence,
             end_time_us=ended,
             message=message.SerializeToString(),
         )
@@ -109,6 +128,7 @@ def append_events(connection: Connection, job_id: str, events: Sequence[job_serv
         rows.append({"job_id": job_id, "sequence": sequence, "message": numbered.SerializeToString()})
     connection.execute(insert(job_events), rows)
     connection.execute(update(jobs).where(jobs.c.id == job_id).values(last_sequence=last + len(rows)))
+    note_news(connection, job_id)
 
 
 def append_log(connection: Connection, job_id: str, lines: Sequence[LogLine]) -> None:
@@ -122,6 +142,7 @@ def append_log(connection: Connection, job_id: str, lines: Sequence[LogLine]) ->
     ]
     connection.execute(insert(job_logs), rows)
     connection.execute(update(jobs).where(jobs.c.id == job_id).values(last_log_sequence=last + len(rows)))
+    note_news(connection, job_id)
 
 
 def finish_job(connection: Connection, record: JobRecord, outcome: Outcome) -> None:

@@ -12,7 +12,7 @@ from modelpress_server.errors import QuotaExceededError, StorageFullError, Uploa
 from modelpress_server.shortage import MAKE_ROOM
 from modelpress_server.stores import records
 from modelpress_server.stores.base import ENDED_STATES, BlobKey, ListQuery, Page, StorageQuota, Sweep, UploadRecord
-from modelpress_server.stores.database import Database
+from modelpress_server.stores.database import Database, hold, hold_all
 from modelpress_server.stores.tables import blob_references, job_events, jobs, project_blobs, request_ids, uploads
 
 ACTIVE = upload_service_pb2.Upload.STATE_ACTIVE
@@ -34,6 +34,7 @@ class SqlBlobIndex:
             return found
 
         def touch(connection: Connection) -> set[BlobKey]:
+            hold(connection, project)
             # Looked up again: the janitor may have been quicker.
             present = records.visible_blobs(connection, project, found)
             for blob in present:
@@ -85,6 +86,7 @@ class SqlBlobIndex:
 
     async def complete_upload(self, upload_id: str, now_us: int) -> UploadRecord:
         def work(connection: Connection) -> UploadRecord:
+            hold(connection, _row(connection, upload_id).project)
             record = _fetch(connection, upload_id)
             records.add_project_blob(connection, record.project, record.blob)
             connection.execute(
@@ -98,6 +100,7 @@ class SqlBlobIndex:
 
     async def cancel_upload(self, project: str, upload_id: str) -> UploadRecord:
         def work(connection: Connection) -> UploadRecord:
+            hold(connection, project)
             row = _row(connection, upload_id, project)
             if row.state == ACTIVE:
                 connection.execute(update(uploads).where(uploads.c.id == upload_id).values(state=CANCELLED))
@@ -151,19 +154,21 @@ class SqlBlobIndex:
         await self._database.write(work, must=True)
 
     async def sweep(self, *, blobs_before_us: int, events_before_us: int, now_us: int) -> Sweep:
-        return await self._database.write(
-            lambda connection: Sweep(
+        def work(connection: Connection) -> Sweep:
+            hold_all(connection)
+            return Sweep(
                 blobs=_sweep_blobs(connection, blobs_before_us),
                 uploads=_sweep_uploads(connection, now_us),
                 jobs_compacted=_sweep_events(connection, events_before_us, now_us),
-            ),
-            must=True,
-        )
+            )
+
+        return await self._database.write(work, must=True)
 
 
 def _create_upload(
     connection: Connection, record: UploadRecord, present: bool, most: StorageQuota, left_bytes: int
 ) -> UploadRecord:
+    hold(connection, record.project)
     wanted = COMPLETED if present else ACTIVE
     same = (
         select(uploads)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import grpc
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2
-from sqlalchemy import Connection, delete, func, select
+from sqlalchemy import Connection, Row, delete, exists, func, select
 
 from modelpress_server import errors
 from modelpress_server.stores import job_rows, records
@@ -16,6 +18,7 @@ from modelpress_server.stores.base import (
     BlobKey,
     Claim,
     JobRecord,
+    Lease,
     ListQuery,
     LogLine,
     Outcome,
@@ -23,9 +26,9 @@ from modelpress_server.stores.base import (
     Rank,
     RequestKey,
 )
-from modelpress_server.stores.database import Database
+from modelpress_server.stores.database import Database, hold, time_us
 from modelpress_server.stores.sql_models import fetch_model
-from modelpress_server.stores.tables import job_events, job_logs, jobs, models
+from modelpress_server.stores.tables import job_events, job_logs, jobs, models, servers
 
 _KIND = "job"
 QUEUED = job_service_pb2.JOB_STATE_QUEUED
@@ -33,6 +36,7 @@ RUNNING = job_service_pb2.JOB_STATE_RUNNING
 CANCELLING = job_service_pb2.JOB_STATE_CANCELLING
 CANCELLED = job_service_pb2.JOB_STATE_CANCELLED
 QUEUE_FULL_RETRY_S = 15.0
+MAX_ENDED_AT_ONCE = 100  # jobs of refused models, in one claim
 _QUEUE_ORDER = (jobs.c.priority.desc(), jobs.c.id)
 
 
@@ -57,7 +61,7 @@ class SqlJobStore:
         )
 
     async def get(self, project: str, job_id: str) -> JobRecord:
-        return await self._database.read(lambda connection: job_rows.fetch_job(connection, job_id, project))
+        return await self._database.read(lambda connection: job_rows.fetch_job(connection, job_id, project, lock=False))
 
     async def list_page(self, query: ListQuery) -> Page[JobRecord]:
         def work(connection: Connection) -> Page[JobRecord]:
@@ -68,6 +72,7 @@ class SqlJobStore:
 
     async def delete(self, project: str, job_id: str, etag: str) -> None:
         def work(connection: Connection) -> None:
+            hold(connection, project)
             record = job_rows.fetch_job(connection, job_id, project)
             records.check_etag(etag, record.version)
             if not record.ended:
@@ -102,8 +107,19 @@ class SqlJobStore:
 
         return await self._database.read(work)
 
-    async def claim(self, now_us: int, rank: Rank, waiting: Collection[str] = ()) -> Claim:
-        return await self._database.write(lambda connection: _claim(connection, now_us, rank, waiting))
+    async def claim(self, now_us: int, rank: Rank, owner: str, waiting: Collection[str] = ()) -> Claim:
+        return await self._database.write(lambda connection: _claim(connection, now_us, rank, owner, waiting))
+
+    async def held(self, owner: str) -> Mapping[Lease, int]:
+        def work(connection: Connection) -> Mapping[Lease, int]:
+            rows = connection.execute(
+                select(jobs.c.id, jobs.c.fence, jobs.c.state).where(
+                    jobs.c.state.in_(job_rows.AT_WORK), jobs.c.owner == owner
+                )
+            )
+            return {Lease(row.id, row.fence): row.state for row in rows}
+
+        return await self._database.read(work)
 
     async def expire_overdue(self, now_us: int) -> tuple[str, ...]:
         return await self._database.write(lambda connection: tuple(_expire(connection, now_us)), must=True)
@@ -116,17 +132,20 @@ class SqlJobStore:
         return await self._database.read(work)
 
     async def progress(
-        self, job_id: str, events: Sequence[job_service_pb2.WatchJobResponse], log: Sequence[LogLine]
-    ) -> None:
-        def work(connection: Connection) -> None:
-            record = job_rows.fetch_job(connection, job_id)
+        self, lease: Lease, events: Sequence[job_service_pb2.WatchJobResponse], log: Sequence[LogLine]
+    ) -> bool:
+        def work(connection: Connection) -> bool:
+            record = job_rows.fetch_held(connection, lease)
+            if record is None:
+                return False
             if events:
                 record.message.progress.CopyFrom(events[-1].progress)
                 job_rows.write(connection, record)
-                job_rows.append_events(connection, job_id, events)
-            job_rows.append_log(connection, job_id, log)
+                job_rows.append_events(connection, record.id, events)
+            job_rows.append_log(connection, record.id, log)
+            return True
 
-        await self._database.write(work)
+        return await self._database.write(work)
 
     async def set_labels(self, project: str, job_id: str, etag: str, labels: Mapping[str, str] | None) -> JobRecord:
         def work(connection: Connection) -> JobRecord:
@@ -153,28 +172,38 @@ class SqlJobStore:
 
         return await self._database.write(work, must=True)
 
-    async def finish(self, job_id: str, outcome: Outcome) -> None:
-        def work(connection: Connection) -> None:
-            record = job_rows.fetch_job(connection, job_id)
+    async def finish(self, lease: Lease, outcome: Outcome) -> bool:
+        def work(connection: Connection) -> bool:
+            if outcome.blobs:
+                hold(connection, _project_of(connection, lease))
+            record = job_rows.fetch_held(connection, lease)
+            if record is None:
+                return False
             if record.message.state == CANCELLING:
                 job_rows.finish_job(connection, record, Outcome(CANCELLED, log=outcome.log))
-            elif record.message.state == RUNNING:
+            else:
                 job_rows.finish_job(connection, record, outcome)
+            return True
 
-        await self._database.write(work, must=True)
+        return await self._database.write(work, must=True)
 
     async def requeue(
-        self, job_id: str, *, count_attempt: bool, excused: bool = False, log: Sequence[LogLine] = ()
-    ) -> None:
-        def work(connection: Connection) -> None:
-            record = job_rows.fetch_job(connection, job_id)
+        self, lease: Lease, *, count_attempt: bool, excused: bool = False, log: Sequence[LogLine] = ()
+    ) -> bool:
+        def work(connection: Connection) -> bool:
+            record = job_rows.fetch_held(connection, lease)
+            if record is None:
+                return False
             _requeue(connection, record, count_attempt=count_attempt, excused=excused, log=log)
+            return True
 
-        await self._database.write(work, must=True)
+        return await self._database.write(work, must=True)
 
     async def recover(self, *, excused: bool = False) -> int:
         def work(connection: Connection) -> int:
-            rows = connection.execute(select(jobs).where(jobs.c.state.in_((RUNNING, CANCELLING)))).all()
+            alive = exists().where(servers.c.id == jobs.c.owner, servers.c.lease_until_us > time_us(connection))
+            lost = select(jobs).where(jobs.c.state.in_(job_rows.AT_WORK), ~alive)
+            rows = connection.execute(lost.with_for_update(skip_locked=True)).all()
             for row in rows:
                 _recover(connection, job_rows.record_of(row), excused)
             return len(rows)
@@ -217,6 +246,7 @@ def _create(
     is_there: Callable[[BlobKey], bool],
 ) -> JobRecord:
     project = record.project
+    hold(connection, project)
     earlier = records.earlier_request(connection, project, _KIND, request)
     if earlier is not None:
         return job_rows.fetch_job(connection, earlier, project)
@@ -271,30 +301,34 @@ def _take_over_result(connection: Connection, record: JobRecord, cached: JobReco
     job_rows.finish_job(connection, record, outcome)
 
 
-def _claim(connection: Connection, now_us: int, rank: Rank, waiting: Collection[str]) -> Claim:
+def _claim(connection: Connection, now_us: int, rank: Rank, owner: str, waiting: Collection[str]) -> Claim:
     ended = _expire(connection, now_us)
-    ready = (jobs.c.state == QUEUED) & jobs.c.id.not_in(waiting)
-    queued = select(jobs.c.project).where(ready).group_by(jobs.c.project)
-    projects = connection.execute(queued.order_by(func.min(jobs.c.id))).scalars().all()
-    for project in rank(projects):
-        claim = _claim_of(connection, project, waiting)
+    for project in rank(_waiting_projects(connection)):
+        claim = _claim_of(connection, project, owner, waiting)
         ended += claim.ended
         if claim.job is not None:
             return Claim(claim.job, tuple(ended))
     return Claim(None, tuple(ended))
 
 
-def _claim_of(connection: Connection, project: str, waiting: Collection[str]) -> Claim:
+def _waiting_projects(connection: Connection) -> Sequence[str]:
+    """Those with a queued job, the one with the oldest first.
+
+    From project to project by the index, which takes as many steps as there are such projects, however long the queues.
+    """
+    queued = jobs.c.state == QUEUED
+    first = select(func.min(jobs.c.project).label("project")).where(queued).cte("waiting", recursive=True)
+    step = select(func.min(jobs.c.project)).where(queued, jobs.c.project > first.c.project).scalar_subquery()
+    waiting = first.union_all(select(step).where(first.c.project.is_not(None)))
+    oldest = select(func.min(jobs.c.id)).where(queued, jobs.c.project == waiting.c.project).scalar_subquery()
+    found = select(waiting.c.project).where(waiting.c.project.is_not(None)).order_by(oldest)
+    return connection.execute(found).scalars().all()
+
+
+def _claim_of(connection: Connection, project: str, owner: str, waiting: Collection[str]) -> Claim:
     """The next job of a project; those of refused models end."""
-    queued = (
-        select(jobs, models.c.message.label("model_message"))
-        .outerjoin(models, models.c.id == jobs.c.model_id)
-        .where(jobs.c.state == QUEUED, jobs.c.project == project, jobs.c.id.not_in(waiting))
-        .order_by(*_QUEUE_ORDER)
-        .with_for_update(of=jobs, skip_locked=True)
-    )
     ended: list[str] = []
-    for row in connection.execute(queued.limit(100)).all():
+    while (row := _next_of(connection, project, waiting)) is not None:
         record = job_rows.record_of(row)
         if row.model_message is not None:
             model = model_service_pb2.Model.FromString(row.model_message)
@@ -304,20 +338,35 @@ def _claim_of(connection: Connection, project: str, waiting: Collection[str]) ->
                 outcome = Outcome(job_service_pb2.JOB_STATE_FAILED, error=errors.status_of(error))
                 job_rows.finish_job(connection, record, outcome)
                 ended.append(record.id)
-                continue
-        return Claim(_start(connection, record), tuple(ended))
+                if len(ended) < MAX_ENDED_AT_ONCE:
+                    continue
+                break
+        return Claim(_start(connection, record, owner), tuple(ended))
     return Claim(None, tuple(ended))
+
+
+def _next_of(connection: Connection, project: str, waiting: Collection[str]) -> Row[Any] | None:
+    """One row, and no more than one is locked: the others are for those who claim at the same time."""
+    queued = (
+        select(jobs, models.c.message.label("model_message"))
+        .outerjoin(models, models.c.id == jobs.c.model_id)
+        .where(jobs.c.state == QUEUED, jobs.c.project == project, jobs.c.id.not_in(waiting))
+        .order_by(*_QUEUE_ORDER)
+        .with_for_update(of=jobs, skip_locked=True)
+    )
+    return connection.execute(queued.limit(1)).first()
 
 
 def _expire(connection: Connection, now_us: int) -> list[str]:
     overdue = select(jobs).where(jobs.c.state == QUEUED, jobs.c.queue_deadline_us <= now_us)
-    rows = connection.execute(overdue).all()
+    rows = connection.execute(overdue.with_for_update(skip_locked=True)).all()
     for row in rows:
         job_rows.finish_job(connection, job_rows.record_of(row), _expired())
     return [str(row.id) for row in rows]
 
 
-def _start(connection: Connection, record: JobRecord) -> JobRecord:
+def _start(connection: Connection, record: JobRecord, owner: str) -> JobRecord:
+    record = replace(record, owner=owner, fence=record.fence + 1)
     record.message.attempt += 1
     record.message.ClearField("progress")
     record.message.start_time.FromMicroseconds(records.now_us())
@@ -332,6 +381,10 @@ def _expired() -> Outcome:
         "No worker was free within queue_timeout. Create the job again with a longer one, or at a quieter time.",
     )
     return Outcome(job_service_pb2.JOB_STATE_EXPIRED, error=status)
+
+
+def _project_of(connection: Connection, lease: Lease) -> str:
+    return connection.execute(select(jobs.c.project).where(jobs.c.id == lease.job_id)).scalar() or ""
 
 
 def _recover(connection: Connection, record: JobRecord, excused: bool) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
-from modelpress_protos.v1 import job_service_pb2, model_service_pb2
+from modelpress_protos.v1 import model_service_pb2
 from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, select, update
 
 from modelpress_server.errors import QuotaExceededError, ResourceNotFoundError, reason_of
@@ -20,13 +21,13 @@ from modelpress_server.stores.base import (
     RequestKey,
     StateChange,
 )
-from modelpress_server.stores.database import Database, note_change
-from modelpress_server.stores.tables import jobs, models
+from modelpress_server.stores.database import Database, hold, note_change, time_us
+from modelpress_server.stores.job_rows import AT_WORK
+from modelpress_server.stores.tables import jobs, models, servers
 
 _KIND = "model"
 QUOTA_RETRY_S = 30.0
 _State = model_service_pb2.Model
-_AT_WORK = (job_service_pb2.JOB_STATE_RUNNING, job_service_pb2.JOB_STATE_CANCELLING)
 
 
 class SqlModelStore:
@@ -39,6 +40,7 @@ class SqlModelStore:
         self, record: ModelRecord, blobs: Collection[BlobKey], request: RequestKey | None, *, most: ModelQuota
     ) -> ModelRecord:
         def work(connection: Connection) -> ModelRecord:
+            hold(connection, record.project)
             earlier = records.earlier_request(connection, record.project, _KIND, request)
             if earlier is not None:
                 return fetch_model(connection, record.project, earlier)
@@ -78,7 +80,7 @@ class SqlModelStore:
         self, project: str, model_id: str, etag: str, change: Callable[[model_service_pb2.Model], None]
     ) -> ModelRecord:
         def work(connection: Connection) -> ModelRecord:
-            record = fetch_model(connection, project, model_id)
+            record = fetch_model(connection, project, model_id, lock=True)
             records.check_etag(etag, record.version)
             change(record.message)
             _write(connection, record)
@@ -89,29 +91,37 @@ class SqlModelStore:
 
     async def delete(self, project: str, model_id: str, etag: str) -> None:
         def work(connection: Connection) -> None:
-            record = fetch_model(connection, project, model_id)
+            hold(connection, project)
+            record = fetch_model(connection, project, model_id, lock=True)
             records.check_etag(etag, record.version)
             connection.execute(delete(models).where(models.c.id == model_id))
             records.forget_owner(connection, model_id)
 
         await self._database.write(work, must=True)
 
-    async def next_processing(self, busy: Collection[str], rank: Rank) -> ModelRecord | None:
-        waits = and_(
-            models.c.state == _State.STATE_PROCESSING,
-            models.c.id.not_in(busy),
-            ~exists().where(jobs.c.model_id == models.c.id, jobs.c.state.in_(_AT_WORK)),
-        )
-
+    async def claim_inspection(self, busy: Collection[str], rank: Rank, owner: str) -> ModelRecord | None:
         def work(connection: Connection) -> ModelRecord | None:
+            another = exists().where(
+                servers.c.id == models.c.owner, servers.c.id != owner, servers.c.lease_until_us > time_us(connection)
+            )
+            waits = and_(
+                models.c.state == _State.STATE_PROCESSING,
+                models.c.id.not_in(busy),
+                ~another,
+                ~exists().where(jobs.c.model_id == models.c.id, jobs.c.state.in_(AT_WORK)),
+            )
             waiting = select(models.c.project).where(waits).group_by(models.c.project)
             projects = connection.execute(waiting.order_by(func.min(models.c.id))).scalars().all()
             for project in rank(projects)[:1]:
                 oldest = select(models).where(waits, models.c.project == project).order_by(models.c.id).limit(1)
-                return _record(connection.execute(oldest).one())
+                row = connection.execute(oldest.with_for_update(skip_locked=True)).first()
+                if row is None:  # others were quicker
+                    return None
+                connection.execute(update(models).where(models.c.id == row.id).values(owner=owner))
+                return replace(_record(row), owner=owner)
             return None
 
-        return await self._database.read(work)
+        return await self._database.write(work)
 
     async def processing_before(self, model_id: str) -> int:
         def work(connection: Connection) -> int:
@@ -136,9 +146,10 @@ class SqlModelStore:
         await self._database.write(work, must=True)
 
 
-def fetch_model(connection: Connection, project: str, model_id: str) -> ModelRecord:
-    """One model. Raises ResourceNotFoundError."""
-    row = connection.execute(select(models).where(models.c.id == model_id, models.c.project == project)).first()
+def fetch_model(connection: Connection, project: str, model_id: str, *, lock: bool = False) -> ModelRecord:
+    """One model. Raises ResourceNotFoundError. `lock`: nobody else changes it until the transaction ends."""
+    statement = select(models).where(models.c.id == model_id, models.c.project == project)
+    row = connection.execute(statement.with_for_update() if lock else statement).first()
     if row is None:
         raise ResourceNotFoundError(f"There is no model {model_id} in project {project}.")
     return _record(row)
@@ -215,4 +226,5 @@ def _record(row: Row[Any]) -> ModelRecord:
         version=row.version,
         inspection_key=row.inspection_key,
         message=_State.FromString(row.message),
+        owner=row.owner,
     )

@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Table, delete, exists, func, s
 from modelpress_server.names import first_id_at
 from modelpress_server.stores import records
 from modelpress_server.stores.base import ENDED_STATES, UsageRecord
-from modelpress_server.stores.database import Database, insert_missing
+from modelpress_server.stores.database import Database, hold, insert_missing
 from modelpress_server.stores.tables import jobs, labels, models, uploads, usage
 
 # So labelled, a job or a model stays; unless the label says "false".
@@ -64,6 +64,7 @@ class SqlUsage:
 
     async def expire_jobs(self, project: str, ended_before_us: int) -> int:
         def work(connection: Connection) -> int:
+            hold(connection, project)
             old = select(jobs.c.id).where(
                 jobs.c.project == project,
                 jobs.c.state.in_(ENDED_STATES),
@@ -77,6 +78,7 @@ class SqlUsage:
 
     async def expire_models(self, project: str, unused_since_us: int) -> int:
         def work(connection: Connection) -> int:
+            hold(connection, project)
             boundary = first_id_at(unused_since_us)
             in_use = (jobs.c.model_id == models.c.id) & (
                 (jobs.c.id >= boundary) | jobs.c.state.not_in(ENDED_STATES) | (jobs.c.end_time_us >= unused_since_us)

@@ -17,6 +17,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    text,
 )
 
 metadata = MetaData(
@@ -36,6 +37,7 @@ models = Table(
     Column("version", Integer, nullable=False),
     Column("inspection_key", LargeBinary(32), nullable=False),
     Column("message", LargeBinary, nullable=False),
+    Column("owner", String(26)),  # the server that inspects it
     Index("ix_models_project_id", "project", "id"),
     Index("ix_models_state_id", "state", "id"),
     Index("ix_models_inspection_key", "inspection_key"),
@@ -59,9 +61,23 @@ jobs = Table(
     Column("last_log_sequence", BigInteger, nullable=False),
     Column("message", LargeBinary, nullable=False),
     Column("manifest", LargeBinary, nullable=False),
+    # The server that runs it, and how often it was claimed: what an earlier claim still wants to write does not count.
+    Column("owner", String(26)),
+    Column("fence", BigInteger, nullable=False, server_default="0"),
     Index("ix_jobs_project_id", "project", "id"),
-    Index("ix_jobs_state_id", "state", "id"),
+    # The queue of a project in its order, its oldest job, and what expires next: each one step, however long it is.
+    Index("ix_jobs_queue", "state", "project", text("priority DESC"), "id"),
+    Index("ix_jobs_state_project_id", "state", "project", "id"),
+    Index("ix_jobs_state_queue_deadline_us", "state", "queue_deadline_us"),
     Index("ix_jobs_model_id", "model_id"),
+)
+
+# Servers that share this database, each until its lease ends. What others own is nobody's any more.
+servers = Table(
+    "servers",
+    metadata,
+    Column("id", String(26), primary_key=True),
+    Column("lease_until_us", BigInteger, nullable=False),
 )
 
 # Labels of models and jobs; `owner` is the id, unique over both.
@@ -102,6 +118,7 @@ uploads = Table(
     Column("committed_size", BigInteger, nullable=False),
     Column("create_time_us", BigInteger, nullable=False),
     Column("expire_time_us", BigInteger, nullable=False),
+    Column("writer", String(26)),  # who took it last: what an earlier one still wants to commit does not count
     Index("ix_uploads_project_sha256", "project", "sha256"),
     Index("ix_uploads_expire_time_us", "expire_time_us"),
 )

@@ -1,7 +1,9 @@
-"""The schema and its migrations."""
+"""The schema and its migrations, transactions side by side, and who leads."""
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,24 +12,35 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from modelpress_server.config import SettingsError
+from modelpress_server.errors import ServerBusyError
 from modelpress_server.stores import migrations
-from modelpress_server.stores.database import Database
+from modelpress_server.stores.database import Database, hold, hold_all
 from modelpress_server.stores.tables import metadata
-from sqlalchemy import Connection
+from server_harness import until
+from shared_stores import new_database
+from sqlalchemy import Connection, text
 
 
-async def test_migrations_make_the_tables(tmp_path: Path) -> None:
-    """The migrated schema is the one that the code declares, with the settings that durability needs."""
-    database = Database.open(tmp_path / "test.db")
+async def test_migrations_make_the_tables(database: Database) -> None:
+    """The migrated schema is the one that the code declares."""
 
     def differences(connection: Connection) -> list[object]:
-        return list(compare_metadata(MigrationContext.configure(connection), metadata))
+        # SQLite does not tell the directions of an index.
+        told = connection.dialect.name == "postgresql"
+        options = {"include_object": lambda _item, name, *_: told or name != "ix_jobs_queue"}
+        return list(compare_metadata(MigrationContext.configure(connection, opts=options), metadata))
+
+    assert await database.read(differences) == []
+
+
+async def test_sqlite_is_durable(tmp_path: Path) -> None:
+    """The settings that durability needs."""
+    database = Database.open(tmp_path / "test.db")
 
     def pragmas(connection: Connection) -> list[object]:
         names = ("journal_mode", "synchronous", "foreign_keys")
         return [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in names]
 
-    assert await database.read(differences) == []
     assert await database.read(pragmas) == ["wal", 2, 1]
     await database.close()
 
@@ -47,3 +60,124 @@ async def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     await database.close()
     with pytest.raises(SettingsError, match="newer version"):
         Database.open(tmp_path / "test.db")
+
+
+async def test_servers_that_start_together(postgres: str) -> None:
+    """Each brings the schema up to date or finds it so; none fails on another."""
+    url = new_database(postgres)
+    databases = await asyncio.gather(*(asyncio.to_thread(Database.connect, url) for _ in range(4)))
+    for database in databases:
+        await database.close()
+
+
+def test_a_database_that_is_not_there() -> None:
+    """The message names host and database, and no password."""
+    with pytest.raises(SettingsError, match=r"127\.0\.0\.1/none cannot be used") as caught:
+        Database.connect("postgresql://somebody:verysecret@127.0.0.1:1/none")
+    assert "verysecret" not in str(caught.value)
+    for wrong in ("mysql://host/name", "no url", "sqlite:///x"):
+        with pytest.raises(SettingsError, match="postgresql://"):
+            Database.connect(wrong)
+
+
+async def test_reads_change_nothing(postgres: str) -> None:
+    """A transaction that reads is one that PostgreSQL lets read only."""
+    database = Database.connect(new_database(postgres))
+    with pytest.raises(Exception, match="read-only"):
+        await database.read(lambda connection: connection.execute(text("DELETE FROM jobs")))
+    await database.close()
+
+
+async def test_a_project_is_held_by_one(postgres: str) -> None:
+    """Two transactions on a project run one after the other; on two projects side by side; a sweep waits for both."""
+    database = Database.connect(new_database(postgres))
+    order: list[str] = []
+    first_is_in, go_on = threading.Event(), threading.Event()
+
+    def first(connection: Connection) -> None:
+        hold(connection, "a")
+        first_is_in.set()
+        assert go_on.wait(60)
+        order.append("first")
+
+    def after(name: str, project: str | None) -> None:
+        def work(connection: Connection) -> None:
+            if project is None:
+                hold_all(connection)
+            else:
+                hold(connection, project)
+            order.append(name)
+
+        return work
+
+    async def waiting() -> int:
+        statement = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+        return await database.read(lambda connection: connection.execute(statement).scalar_one())
+
+    holder = asyncio.create_task(database.write(first))
+    await asyncio.to_thread(first_is_in.wait)
+    await database.write(after("other project", "b"))
+    behind = [
+        asyncio.create_task(database.write(after("same project", "a"))),
+        asyncio.create_task(database.write(after("sweep", None))),
+    ]
+
+    async def both_wait() -> bool:
+        return await waiting() == 2
+
+    await until(both_wait)
+    go_on.set()
+    await asyncio.gather(holder, *behind)
+    assert order[:2] == ["other project", "first"]
+    assert sorted(order[2:]) == ["same project", "sweep"]
+    await database.close()
+
+
+async def test_a_deadlock_is_tried_again(postgres: str) -> None:
+    """Of two transactions that wait for each other one is begun again, and both go well."""
+    database = Database.connect(new_database(postgres))
+    await database.write(lambda connection: connection.execute(text("CREATE TABLE pair (id int PRIMARY KEY, n int)")))
+    await database.write(lambda connection: connection.execute(text("INSERT INTO pair VALUES (1, 0), (2, 0)")))
+    barrier = threading.Barrier(2)
+    tries: list[int] = []
+
+    def raise_both(first: int, second: int) -> None:
+        def work(connection: Connection) -> None:
+            connection.execute(text("SET LOCAL deadlock_timeout = '50ms'"))
+            connection.execute(text("UPDATE pair SET n = n + 1 WHERE id = :id"), {"id": first})
+            tries.append(first)
+            if len(tries) <= 2:
+                barrier.wait(60)
+            connection.execute(text("UPDATE pair SET n = n + 1 WHERE id = :id"), {"id": second})
+
+        return work
+
+    await asyncio.gather(database.write(raise_both(1, 2)), database.write(raise_both(2, 1)))
+    rows = await database.read(lambda connection: connection.execute(text("SELECT n FROM pair")).scalars().all())
+    assert rows == [2, 2]
+    assert len(tries) == 3
+    await database.close()
+
+
+async def test_one_server_leads(postgres: str) -> None:
+    """One of two has a task of which there is one; when it is gone, the other has it."""
+    url = new_database(postgres)
+    one, other = Database.connect(url), Database.connect(url)
+    assert await one.leads("janitor")
+    assert not await other.leads("janitor")
+    assert await other.leads("something else")
+    assert await one.leads("janitor")
+    await one.close()
+    assert await other.leads("janitor")
+    await other.close()
+
+
+async def test_a_lost_connection_is_told_as_such(postgres: str) -> None:
+    """A session that is ended in a transaction: an error that says to try again; the next transaction goes well."""
+    database = Database.connect(new_database(postgres))
+    with pytest.raises(ServerBusyError, match="database does not answer"):
+        await database.write(
+            lambda connection: connection.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+        )
+    assert await database.write(lambda connection: connection.execute(text("SELECT 1")).scalar_one()) == 1
+    await database.close()
