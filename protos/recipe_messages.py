@@ -80,8 +80,9 @@ def _rules(option: Option) -> Iterator[str]:
     if option.power_of_two:
         yield "power_of_two: true"
     if option.needs is not None:
-        values = json.dumps(option.needs.values)
-        yield f'needs: {{values: {values}, field: "{option.needs.option}", value: "{option.needs.value}"}}'
+        values, others = json.dumps(option.needs.values), json.dumps(option.needs.or_values)
+        more = f", or_values: {others}" if option.needs.or_values else ""
+        yield f'needs: {{values: {values}, field: "{option.needs.option}", value: "{option.needs.value}"{more}}}'
     if (less := option.less_than) is not None:
         yield f'less_than: {{field: "{less.option}", where: "{less.where}", value: "{less.value}"}}'
 

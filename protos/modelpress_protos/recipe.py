@@ -38,6 +38,7 @@ from modelpress_protos.schema import (
     show,
 )
 from modelpress_protos.v1.options_pb2 import FieldRules, rules
+from modelpress_protos.v1.options_pb2 import Needs as NeedsRule
 from modelpress_protos.v1.recipe_pb2 import Recipe, Step
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _option(field: Field) -> Option:
     kind = schema_of(value.message_type) if value.message_type else _KINDS[value.type]
     rule = field.GetOptions().Extensions[rules]
     bounds = {name: getattr(rule, name) for name in ("gte", "gt", "lte", "lt") if rule.HasField(cast(Any, name))}
-    needs, less = rule.needs, rule.less_than
+    less = rule.less_than
     return Option(
         name=field.name,
         number=field.number,
@@ -84,10 +85,14 @@ def _option(field: Field) -> Option:
         choices=tuple(getattr(rule, "in")),
         min_items=rule.min_items,
         power_of_two=rule.power_of_two,
-        needs=Needs(tuple(needs.values), needs.field, needs.value) if rule.HasField("needs") else None,
+        needs=_needs(rule.needs) if rule.HasField("needs") else None,
         less_than=LessThan(less.field, less.where, less.value) if rule.HasField("less_than") else None,
         **bounds,
     )
+
+
+def _needs(rule: NeedsRule) -> Needs:
+    return Needs(tuple(rule.values), rule.field, rule.value, tuple(rule.or_values))
 
 
 def _is_map(field: Field) -> bool:

@@ -44,11 +44,17 @@ class Violation(NamedTuple):
 
 @dataclass(frozen=True)
 class Needs:
-    """`values` of an option are permitted only where `option`, another one, is `value`."""
+    """`values` of an option are permitted only where `option`, another one, is `value` or one of `or_values`."""
 
     values: tuple[str, ...]
     option: str
     value: str
+    or_values: tuple[str, ...] = ()
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """All that the other option may be."""
+        return (self.value, *self.or_values)
 
 
 @dataclass(frozen=True)
@@ -130,9 +136,9 @@ class Option:
         """What is wrong with the option's value beside the others'; `values` lacks those that are wrong themselves."""
         value = values.get(self.name)
         if self.needs is not None and value in self.needs.values:
-            wanted = self.needs.value
-            if values.get(self.needs.option, wanted) != wanted:
-                yield f"'{value}' needs {self.needs.option} {wanted}"
+            wanted = self.needs.wanted
+            if values.get(self.needs.option, wanted[0]) not in wanted:
+                yield f"'{value}' needs {self.needs.option} {' or '.join(wanted)}"
         if self.less_than is not None and values.get(self.less_than.where) == self.less_than.value:
             other = values.get(self.less_than.option)
             if value is not None and other is not None and value >= other:

@@ -27,8 +27,10 @@ class LowRankConfig(Config):
     """An option of every kind with every rule; the choice of `augment` is one that another technique has too."""
 
     rank_ratio: float = option(0.25, 1, 'Share of the rank that stays, "as it were".', gt=0, lte=1)
-    method: str = option("svd", 7, "How.", choices=("svd", "n:m", "cp"), needs=Needs(("cp",), "basis", "own"))
-    basis: str = option("shared", 10, "Which.", choices=("shared", "own"))
+    method: str = option(
+        "svd", 7, "How.", choices=("svd", "n:m", "cp"), needs=Needs(("cp",), "basis", "own", ("each",))
+    )
+    basis: str = option("shared", 10, "Which.", choices=("shared", "own", "each"))
     least: int = option(
         16, 2, "At least.", gte=2, power_of_two=True, less_than=LessThan("most", where="method", value="n:m")
     )

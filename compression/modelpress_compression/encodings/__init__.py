@@ -2,6 +2,7 @@
 
 qdq            DequantizeLinear: per tensor, per channel, in blocks; 2 to 32 bits; int32 biases
 n_bits         com.microsoft MatMulNBits and GatherBlockQuantized: blocks along the rows, packed into bytes
+packed         4 bits for the kernels of 8
 folded         arithmetic that onnxruntime folds when it loads a model: 8 bits, 4 bits, float16
 products       MatMulInteger and the other operators that multiply integers
 

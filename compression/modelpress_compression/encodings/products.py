@@ -135,13 +135,15 @@ def _dequantized(node: onnx_ir.Node, name: str) -> dict[str, onnx_ir.Value | Non
 def _fits(x: onnx_ir.Node, weight: onnx_ir.Node, bias: onnx_ir.Value) -> bool:
     """Whether onnxruntime has a kernel: one matrix with scales for columns, a number of the bias for each, and no
     signed activations on unsigned weights."""
-    stored, zero = constant_tensor(input_of(weight, 0)), constant_tensor(input_of(x, 2))
+    stored, zero = next(iter(qdq.read(weight)), None), constant_tensor(input_of(x, 2))
     added = constant_tensor(bias)
-    if stored is None or len(stored.shape) != 2 or added is None or tuple(added.shape) != tuple(stored.shape)[1:]:
+    if stored is None or added is None or stored.weight.levels.ndim != 2:
+        return False
+    if tuple(added.shape.numpy()) != stored.weight.levels.shape[1:]:
         return False
     signed = zero is not None and zero.dtype == onnx_ir.DataType.INT8
     by_column = int_attribute(weight, "axis", 1) in (1, -1)
-    return by_column and not (signed and stored.dtype == onnx_ir.DataType.UINT8)
+    return by_column and not (signed and not stored.weight.signed)
 
 
 def _split(node: onnx_ir.Node, editor: Editor) -> None:

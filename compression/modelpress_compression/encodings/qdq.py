@@ -7,6 +7,7 @@ point as they are.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.encodings.operands import arranged, channel_axis, operand, quantized_weights
+from modelpress_compression.encodings.packed import packed_levels, read_packed, write_packed
 from modelpress_compression.encodings.weight import Levels, QuantizedWeight, StoredWeight
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import constant_array, constant_tensor, graph_of, int_attribute
@@ -29,6 +31,16 @@ def store(editor: Editor, graph: onnx_ir.Graph, weight: QuantizedWeight, name: s
     values = editor.constant(graph, weight.levels.astype(dtype, copy=False), f"{name}_quantized")
     scale = editor.constant(graph, weight.scale, f"{name}_scale")
     return StoredWeight(weight, values, scale, editor.constant(graph, zero_point, f"{name}_zero_point"))
+
+
+def store_packed(editor: Editor, graph: onnx_ir.Graph, weight: QuantizedWeight, name: str) -> StoredWeight:
+    """The same of a weight whose signed levels of 4 bits are even in number and have a zero point of 0: as int8 that is
+    unpacked when the model is loaded (encodings/packed.py), so that the kernels for 8 bits take it. `values` is what
+    users read."""
+    values = write_packed(editor, graph, weight.levels, name)
+    scale = editor.constant(graph, weight.scale, f"{name}_scale")
+    zero_point = editor.constant(graph, np.zeros(weight.scale.shape, np.int8), f"{name}_zero_point")
+    return StoredWeight(weight, values, scale, zero_point, pack=packed_levels)
 
 
 def write(editor: Editor, before: onnx_ir.Node, stored: StoredWeight, name: str) -> onnx_ir.Value:
@@ -63,18 +75,31 @@ def make_pair(
 
 def read(node: onnx_ir.Node) -> tuple[StoredWeight, ...]:
     """The constant weights of an operator that takes them as they are; where it takes no scale for them, that is 1."""
-    found = (_read(node, name, values) for name, values in quantized_weights(node).items())
+    found = [_read(node, name, values) for name, values in quantized_weights(node).items()]
+    found += [_read_packed(node, name) for name in ("w", "r")]
     return tuple(stored for stored in found if stored is not None)
 
 
 def _read(node: onnx_ir.Node, name: str, values: onnx_ir.Value) -> StoredWeight | None:
     tensor = constant_tensor(values)
+    if tensor is None or not tensor.dtype.is_integer():
+        return None
+    return _stored(node, name, values, whole(tensor.numpy()), tensor.dtype.bitwidth)
+
+
+def _read_packed(node: onnx_ir.Node, name: str) -> StoredWeight | None:
+    found = read_packed(operand(node, name))
+    stored = _stored(node, name, *found, 4) if found is not None else None
+    return replace(stored, pack=packed_levels) if stored is not None else None
+
+
+def _stored(node: onnx_ir.Node, name: str, values: onnx_ir.Value, levels: Levels, bits: int) -> StoredWeight | None:
+    """Levels with the scale and the zero point that the node has for them; None where these are computed."""
     given = [operand(node, f"{name}_{what}") for what in ("scale", "zero")]
     numbers = [constant_array(value) for value in given]
     computed = any(value is not None and array is None for value, array in zip(given, numbers, strict=True))
-    if tensor is None or not tensor.dtype.is_integer() or computed:
+    if computed:
         return None
-    levels = whole(tensor.numpy())
     scale, zero_point = (_along_weight(node, levels, array) for array in numbers)
     weight = QuantizedWeight(
         levels,
@@ -82,7 +107,7 @@ def _read(node: onnx_ir.Node, name: str, values: onnx_ir.Value) -> StoredWeight 
         np.zeros((), levels.dtype) if zero_point is None else whole(zero_point),
         channel_axis(node) % max(1, levels.ndim),
         int_attribute(node, "block_size", 0),
-        tensor.dtype.bitwidth,
+        bits,
     )
     return StoredWeight(weight, values, given[0], given[1])
 

@@ -12,10 +12,11 @@ docs/executor_coverage.md lists the operators and how they fare in ONNX's own te
 """
 
 from modelpress_compression.executor import ops as _ops  # noqa: F401 - registers the operators
-from modelpress_compression.executor.module import Executor, Selector, device_for, device_warning
+from modelpress_compression.executor.module import Executor, device_for, device_warning
 from modelpress_compression.executor.registry import UnsupportedNode, unsupported_nodes
 from modelpress_compression.executor.site import NotExecutableError
 from modelpress_compression.executor.trainable import weights
+from modelpress_compression.graph.blocks import Selector
 
 __all__ = [
     "Executor",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from modelpress_compression.errors import InvalidInputsError
 from modelpress_compression.executor.compiler import Compiler, laid_out
 from modelpress_compression.executor.dtypes import tensor_of, to_numpy, to_torch
+from modelpress_compression.graph.blocks import Selector
 from modelpress_compression.graph.edit import replace_numbers
 from modelpress_compression.graph.read import constant_tensor
 from modelpress_compression.graph.subgraphs import needed_nodes
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
-
-Selector = Callable[[onnx_ir.Value], bool]
 
 
 class Executor(nn.Module):

@@ -117,6 +117,7 @@ class Needs(_message.Message):
     VALUES_FIELD_NUMBER: _builtins.int
     FIELD_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
+    OR_VALUES_FIELD_NUMBER: _builtins.int
     field: _builtins.str
     """The other field."""
     value: _builtins.str
@@ -125,16 +126,21 @@ class Needs(_message.Message):
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The values that are not always permitted."""
 
+    @_builtins.property
+    def or_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What else it may be."""
+
     def __init__(
         self,
         *,
         values: _abc.Iterable[_builtins.str] | None = ...,
         field: _builtins.str = ...,
         value: _builtins.str = ...,
+        or_values: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "value", b"value", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "or_values", b"or_values", "value", b"value", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -325,10 +325,11 @@ class QuantizeStep(_message.Message):
     EQUALIZE_FIELD_NUMBER: _builtins.int
     BIAS_CORRECTION_FIELD_NUMBER: _builtins.int
     ROUNDING_FIELD_NUMBER: _builtins.int
+    ROUNDING_STEPS_FIELD_NUMBER: _builtins.int
     scheme: _builtins.str
     """auto takes the fastest of none, dynamic and static that keeps the agreement with the original."""
     weights: _builtins.str
-    """Type of quantized weights; int4: weight_only alone."""
+    """Type of quantized weights; int4: static and weight_only alone, in short rows int8 instead."""
     activations: _builtins.str
     """Type of quantized activations (static)."""
     per_channel: _builtins.bool
@@ -348,9 +349,12 @@ class QuantizeStep(_message.Message):
     it.
     """
     rounding: _builtins.str
-    """How weights are rounded: gptq makes later weights take up the error of earlier ones, and needs representative
-    inputs; auto does so for 4 bits, and under static where weights make much of the error.
+    """How weights are rounded: gptq makes later weights take up the error of earlier ones; adaround learns it layer by
+    layer, brecq block by block, which takes minutes; all three need representative inputs. auto takes gptq for 4 bits,
+    and under static where weights make much of the error.
     """
+    rounding_steps: _builtins.int
+    """adaround and brecq: steps of gradient descent for each layer or block."""
     @_builtins.property
     def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of nodes to leave in float, with * and ?."""
@@ -369,10 +373,11 @@ class QuantizeStep(_message.Message):
         equalize: _builtins.bool | None = ...,
         bias_correction: _builtins.bool | None = ...,
         rounding: _builtins.str | None = ...,
+        rounding_steps: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_bias_correction", b"_bias_correction", "_block_size", b"_block_size", "_calibration", b"_calibration", "_equalize", b"_equalize", "_per_channel", b"_per_channel", "_rounding", b"_rounding", "_scheme", b"_scheme", "_smooth_quant", b"_smooth_quant", "_weights", b"_weights", "activations", b"activations", "bias_correction", b"bias_correction", "block_size", b"block_size", "calibration", b"calibration", "equalize", b"equalize", "per_channel", b"per_channel", "rounding", b"rounding", "scheme", b"scheme", "smooth_quant", b"smooth_quant", "weights", b"weights"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_bias_correction", b"_bias_correction", "_block_size", b"_block_size", "_calibration", b"_calibration", "_equalize", b"_equalize", "_per_channel", b"_per_channel", "_rounding", b"_rounding", "_rounding_steps", b"_rounding_steps", "_scheme", b"_scheme", "_smooth_quant", b"_smooth_quant", "_weights", b"_weights", "activations", b"activations", "bias_correction", b"bias_correction", "block_size", b"block_size", "calibration", b"calibration", "equalize", b"equalize", "per_channel", b"per_channel", "rounding", b"rounding", "rounding_steps", b"rounding_steps", "scheme", b"scheme", "smooth_quant", b"smooth_quant", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_bias_correction", b"_bias_correction", "_block_size", b"_block_size", "_calibration", b"_calibration", "_equalize", b"_equalize", "_per_channel", b"_per_channel", "_rounding", b"_rounding", "_scheme", b"_scheme", "_smooth_quant", b"_smooth_quant", "_weights", b"_weights", "activations", b"activations", "bias_correction", b"bias_correction", "block_size", b"block_size", "calibration", b"calibration", "equalize", b"equalize", "exclude", b"exclude", "per_channel", b"per_channel", "rounding", b"rounding", "scheme", b"scheme", "smooth_quant", b"smooth_quant", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_bias_correction", b"_bias_correction", "_block_size", b"_block_size", "_calibration", b"_calibration", "_equalize", b"_equalize", "_per_channel", b"_per_channel", "_rounding", b"_rounding", "_rounding_steps", b"_rounding_steps", "_scheme", b"_scheme", "_smooth_quant", b"_smooth_quant", "_weights", b"_weights", "activations", b"activations", "bias_correction", b"bias_correction", "block_size", b"block_size", "calibration", b"calibration", "equalize", b"equalize", "exclude", b"exclude", "per_channel", b"per_channel", "rounding", b"rounding", "rounding_steps", b"rounding_steps", "scheme", b"scheme", "smooth_quant", b"smooth_quant", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__activations: _TypeAlias = _typing.Literal["activations"]  # noqa: Y015
     _WhichOneofArgType__activations: _TypeAlias = _typing.Literal["_activations", b"_activations"]  # noqa: Y015
@@ -388,6 +393,8 @@ class QuantizeStep(_message.Message):
     _WhichOneofArgType__per_channel: _TypeAlias = _typing.Literal["_per_channel", b"_per_channel"]  # noqa: Y015
     _WhichOneofReturnType__rounding: _TypeAlias = _typing.Literal["rounding"]  # noqa: Y015
     _WhichOneofArgType__rounding: _TypeAlias = _typing.Literal["_rounding", b"_rounding"]  # noqa: Y015
+    _WhichOneofReturnType__rounding_steps: _TypeAlias = _typing.Literal["rounding_steps"]  # noqa: Y015
+    _WhichOneofArgType__rounding_steps: _TypeAlias = _typing.Literal["_rounding_steps", b"_rounding_steps"]  # noqa: Y015
     _WhichOneofReturnType__scheme: _TypeAlias = _typing.Literal["scheme"]  # noqa: Y015
     _WhichOneofArgType__scheme: _TypeAlias = _typing.Literal["_scheme", b"_scheme"]  # noqa: Y015
     _WhichOneofReturnType__smooth_quant: _TypeAlias = _typing.Literal["smooth_quant"]  # noqa: Y015
@@ -408,6 +415,8 @@ class QuantizeStep(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__per_channel) -> _WhichOneofReturnType__per_channel | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rounding) -> _WhichOneofReturnType__rounding | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rounding_steps) -> _WhichOneofReturnType__rounding_steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__scheme) -> _WhichOneofReturnType__scheme | None: ...
     @_typing.overload

@@ -27,6 +27,7 @@ FORMATS = [
     *(("MatMulNBits, no zero points", bits) for bits in (2, 4, 8)),
     *(("GatherBlockQuantized", bits) for bits in (4, 8)),
     *(("folded", bits) for bits in (4, 8)),
+    ("packed", 4),
     ("rows", 8),
     ("MatMulInteger", 8),
 ]
@@ -37,17 +38,26 @@ def random_weight(
 ) -> QuantizedWeight:
     """Any levels, scales and zero points that the format can hold."""
     in_rows = name.startswith(("MatMulN", "Gather")) or (name, bits) == ("folded", 4)
-    signed = name in ("rows", "folded", "MatMulInteger", "per channel") and not in_rows
+    signed = name in ("rows", "folded", "MatMulInteger", "per channel", "packed") and not in_rows
     low = -(1 << (bits - 1)) if signed else 0
     levels = rng.integers(low, low + (1 << bits), (rows, columns)).astype(np.int8 if signed else np.uint8)
     blocks = -(-columns // size)
     by_column, by_row = (columns,), (rows, 1)
-    shapes = {"per tensor": (), "per channel": by_column, "MatMulInteger": by_column, "rows": by_row, "folded": by_row}
+    shapes = {
+        "per tensor": (),
+        "per channel": by_column,
+        "MatMulInteger": by_column,
+        "packed": by_column,
+        "rows": by_row,
+        "folded": by_row,
+    }
     shape = (rows, blocks) if in_rows else shapes.get(name, (rows, blocks))
     scale = rng.uniform(0.01, 0.02, shape).astype(np.float32)
     zero_point = rng.integers(low, low + (1 << bits), shape).astype(levels.dtype)
     if name in ("rows", "folded") and not in_rows:
         return QuantizedWeight(levels, scale, np.zeros((), np.int8))
+    if name == "packed":
+        zero_point[:] = 0
     if "no zero points" in name:
         zero_point[:] = 1 << (bits - 1)
     blocked = in_rows or name == "in blocks"
@@ -89,7 +99,8 @@ def write(editor: Editor, node, name: str, weight: QuantizedWeight) -> None:  # 
         elif name == "folded":
             real = folded.write_8_bits(editor, graph, weight, "w")
         else:
-            real = qdq.write(editor, node, qdq.store(editor, graph, weight, "w"), "w")
+            store = qdq.store_packed if name == "packed" else qdq.store
+            real = qdq.write(editor, node, store(editor, graph, weight, "w"), "w")
         node.replace_input_with(1, real)
         return
     editor.hand_over(node.outputs[0], result)
@@ -111,6 +122,8 @@ def test_what_is_written_is_read(  # type: ignore[no-untyped-def]
     """Levels, real numbers and stored bytes come back, whatever the shape; figures count the matrix, not its bytes."""
     if name == "GatherBlockQuantized":
         columns += columns % (8 // bits)
+    if name == "packed":
+        columns *= 2
     weight = random_weight(np.random.default_rng(seed), name, bits, rows, columns, size)
     model = written(model_of, name, weight)
     stored = only_weight(model)

@@ -20,11 +20,11 @@ from itertools import islice
 import numpy as np
 
 from modelpress_compression.executor import Executor
+from modelpress_compression.graph.blocks import Block, find_blocks
 from modelpress_compression.graph.padding import counted_positions
 from modelpress_compression.graph.watch import Taps, taps
 from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.model import Model
-from modelpress_compression.passes.distill.blocks import Block, find_blocks
 from modelpress_compression.passes.distill.losses import ValueLoss, relative_mse
 from modelpress_compression.passes.distill.matching import Indices, common_values, corresponding, cut_axis
 from modelpress_compression.passes.distill.objective import Objective

@@ -21,9 +21,9 @@ class QuantizeConfig(Config):
     weights: str = option(
         "int8",
         2,
-        "Type of quantized weights; int4: weight_only alone.",
+        "Type of quantized weights; int4: static and weight_only alone, in short rows int8 instead.",
         choices=("int8", "uint8", "int4"),
-        needs=Needs(("int4",), "scheme", "weight_only"),
+        needs=Needs(("int4",), "scheme", "weight_only", ("static",)),
     )
     activations: str = option("uint8", 3, "Type of quantized activations (static).", choices=("uint8", "int8"))
     per_channel: bool = option(True, 4, "One scale an output channel instead of one a tensor.")
@@ -62,7 +62,11 @@ class QuantizeConfig(Config):
     rounding: str = option(
         "auto",
         11,
-        "How weights are rounded: gptq makes later weights take up the error of earlier ones, and needs representative "
-        "inputs; auto does so for 4 bits, and under static where weights make much of the error.",
-        choices=("auto", "nearest", "gptq"),
+        "How weights are rounded: gptq makes later weights take up the error of earlier ones; adaround learns it "
+        "layer by layer, brecq block by block, which takes minutes; all three need representative inputs. auto takes "
+        "gptq for 4 bits, and under static where weights make much of the error.",
+        choices=("auto", "nearest", "gptq", "adaround", "brecq"),
+    )
+    rounding_steps: int = option(
+        500, 12, "adaround and brecq: steps of gradient descent for each layer or block.", gte=1, lte=100_000
     )

@@ -19,7 +19,7 @@ class QuantizationSetup:
     """A float model, which values and layers of it are in 8 bits (`plan`), and how its weights are rounded.
 
     Nothing here is changed by those who use it: they write into copies of the model. `known`: what is kept of its
-    outputs.
+    outputs. `wide`: names of weights that have 8 bits where the others have 4.
     """
 
     model: Model
@@ -28,7 +28,8 @@ class QuantizationSetup:
     rounder: Rounder
     context: Context
     known: KnownOutputs = field(default_factory=KnownOutputs)
+    wide: frozenset[str] = frozenset()
 
     def weight_store(self, editor: Editor) -> WeightStore:
         """Quantizes weights into the editor's model, a copy of this one."""
-        return WeightStore(editor, self.config, self.rounder, self.context.target)
+        return WeightStore(editor, self.config, self.rounder, self.context.target, self.wide)

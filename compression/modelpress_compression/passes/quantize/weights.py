@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.encodings import folded, qdq
+from modelpress_compression.encodings.packed import can_pack
 from modelpress_compression.encodings.weight import QuantizedWeight, StoredWeight
 from modelpress_compression.graph.edit import Editor, Spot
 from modelpress_compression.graph.read import (
@@ -35,6 +37,8 @@ from modelpress_compression.target import Target
 # Rounding to float16 leaves about 70 dB; a weight that keeps less has values that overflow or vanish.
 MIN_WEIGHT_SQNR_DB = 40.0
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
+# Shorter rows are those of depthwise convolutions and stems: few weights, on which much depends. They stay in 8 bits.
+MIN_4_BIT_COLUMNS = 64
 # A product with fewer weights costs less than the nodes around it.
 MIN_WEIGHT_ELEMENTS = 256
 # Two products of such a weight and 255 stay within 16 bits.
@@ -66,6 +70,7 @@ class WeightStore:
     config: QuantizeConfig
     rounder: Rounder = field(default_factory=NearestRounder)
     target: Target = field(default_factory=Target)
+    wide: frozenset[str] = frozenset()  # names of weights in 8 bits where the others have 4
     _stored: dict[tuple[object, ...], StoredWeight] = field(default_factory=dict)
     # By the identity of their root, which clones of a model share.
     _kept: dict[int, list[_Kept]] = field(default_factory=dict)
@@ -95,12 +100,17 @@ class WeightStore:
         summation: Summation,
         least_scale: NDArray[np.float64] | None = None,
         rounding: Rounding = nearest,
+        *,
+        packs: bool = False,
     ) -> QuantizedWeight:
         """In the type of the recipe, with a scale for each slice of the axis that `summation` names.
 
-        What is rounded to nearest is balanced as well; other roundings know better.
+        What is rounded to nearest is balanced as well; other roundings know better. `packs`: the user can read 4 bits;
+        where it cannot, or rows are too short for them, there are 8 instead.
         """
         axis, kind = summation.axis, self.config.weights
+        if kind == "int4" and not (packs and self._fits_4_bits(weight.shape, axis)):
+            kind = "int8"
         unsafe = self._saturating(quantize_weight(weight, axis, kind, least_scale), summation)
         if unsafe is not None and unsafe.any():
             safe_scale = np.where(unsafe, least_squares_scale(weight, summation), 0.0)
@@ -113,6 +123,12 @@ class WeightStore:
         aim = weight if rounding is nearest else found.dequantize()
         levels = within_limit(found.levels.astype(np.int8, copy=False), found.scale, aim, summation)
         return replace(found, levels=levels, reduced=int(unsafe.sum()))
+
+    @staticmethod
+    def _fits_4_bits(shape: tuple[int, ...], axis: int | None) -> bool:
+        """Whether rows are long enough for 4 bits, and levels fill whole bytes."""
+        rows = shape[axis] if axis is not None else 1
+        return can_pack(shape) and math.prod(shape) // max(rows, 1) >= MIN_4_BIT_COLUMNS
 
     def _saturating(self, quantized: QuantizedWeight, summation: Summation) -> NDArray[np.bool_] | None:
         """Which slices can saturate; None: nothing can, or it does not matter."""
@@ -133,7 +149,8 @@ class WeightStore:
         for kept in self._kept.get(id(root), ()):
             if (found := self._fitting(kept, quantized, wanted)) is not None:
                 return found
-        stored = qdq.store(self.editor, self.owner(source), quantized, source.name or "weight")
+        store = qdq.store_packed if quantized.bits == 4 else qdq.store
+        stored = store(self.editor, self.owner(source), quantized, source.name or "weight")
         stored.values.meta[REDUCED] = quantized.reduced
         self._kept.setdefault(id(root), []).append(_Kept(root, wanted, stored))
         return stored
@@ -141,6 +158,8 @@ class WeightStore:
     def _fitting(self, kept: _Kept, quantized: QuantizedWeight, turned: bool) -> StoredWeight | None:
         """What is kept, in the layout that is wanted; None where its scales are others."""
         own = kept.stored.weight
+        if own.bits != quantized.bits:
+            return None
         if own.levels.shape != (quantized.levels.shape if kept.turned == turned else quantized.levels.shape[::-1]):
             return None
         same_scale = own.scale.shape == quantized.scale.shape and np.array_equal(own.scale, quantized.scale)
@@ -247,7 +266,9 @@ class WeightStore:
         safe = self._least_scale(source)
         if safe is not None:
             least_scale = safe if least_scale is None else np.maximum(safe, least_scale.max())
-        return self.quantize(self.array(source), self.summation(node), least_scale, self.rounder.rounding(node))
+        rounding = self.rounder.rounding(node)
+        packs = source.name not in self.wide
+        return self.quantize(self.array(source), self.summation(node), least_scale, rounding, packs=packs)
 
     def summation(self, node: onnx_ir.Node) -> Summation:
         """How a layer sums over its weight, and the axis of its scales."""
@@ -270,7 +291,7 @@ class WeightStore:
 
     def _least_scale(self, source: onnx_ir.Value) -> NDArray[np.float64] | None:
         """With levels so small no pair of products saturates, whichever way it is summed up."""
-        if self.target.cpu == "vnni" or self.config.weights != "int8" or not self._both_ways(source):
+        if self.target.cpu == "vnni" or self.config.weights == "uint8" or not self._both_ways(source):
             return None
         return np.asarray(np.abs(self.array(source)).max(initial=0) / _SAFE_LEVEL, np.float64)
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from modelpress_compression.executor import weights
+from modelpress_compression.graph.blocks import find_blocks
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
-from modelpress_compression.passes.distill.blocks import find_blocks
 from modelpress_compression.passes.distill.matching import common_values
 from modelpress_compression.passes.prune.config import PruneConfig
 from modelpress_compression.passes.prune.prune import Prune

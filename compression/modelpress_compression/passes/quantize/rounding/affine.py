@@ -1,4 +1,4 @@
-"""The arithmetic of 8 bits: `real = scale * (integer - zero_point)`.
+"""The arithmetic of 8 bits, and of weights in 4: `real = scale * (integer - zero_point)`.
 
 Activations are asymmetric over the observed range, widened to hold zero, so that padding and ReLU are exact. Weights
 are symmetric: their zero point is the middle of the type, per tensor or per slice of one axis. onnxruntime's
@@ -8,7 +8,7 @@ convolution takes only one zero point for all channels, and a constant middle co
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from modelpress_compression.passes.quantize.rounding.rounder import Rounding, ne
 # Smallest scale: below it 1 / scale is no longer a normal float32 with some room.
 MIN_SCALE = 1e-30
 _LEVELS = 255
+LARGEST_4_BIT_LEVEL = 7
+_CUTS = tuple(percent / 100 for percent in range(100, 45, -5))
 
 
 class Range(NamedTuple):
@@ -63,23 +65,45 @@ def quantize_weight(
     least_scale: NDArray[np.float64] | None = None,
     rounding: Rounding = nearest,
 ) -> QuantizedWeight:
-    """8 bits, symmetric, to the largest magnitude, with one zero point for all slices of the axis.
+    """Symmetric, with one zero point for all slices of the axis: 8 bits to the largest magnitude, 4 bits (`int4`) to
+    the share of it that errs least.
 
     `least_scale`: a lower bound, per slice, that a bias may ask for.
     """
-    kind = np.dtype(dtype)
+    bits = 4 if dtype == "int4" else 8
+    kind, largest_level = (np.dtype(np.int8), LARGEST_4_BIT_LEVEL) if bits == 4 else (np.dtype(dtype), LARGEST_LEVEL)
     middle = 128 if kind == np.uint8 else 0
     others = tuple(other for other in range(weight.ndim) if other != axis) if axis is not None else None
     largest = np.maximum(weight.max(axis=others), -weight.min(axis=others)).astype(np.float64)
-    scale = np.where(largest > 0, largest / LARGEST_LEVEL, 1.0)
+    scale = np.where(largest > 0, largest / largest_level, 1.0)
+    if bits == 4:
+        scale = scale * _best_cut(weight, scale, others)
     if least_scale is not None:
         bound = least_scale if axis is not None else least_scale.max(initial=0.0)
         scale = np.maximum(scale, bound)
     scale = np.maximum(scale, MIN_SCALE).astype(np.float32)
-    divisor = scale if axis is None else scale.reshape([-1 if a == axis else 1 for a in range(weight.ndim)])
-    limits = np.asarray(-float(LARGEST_LEVEL)), np.asarray(float(LARGEST_LEVEL))
+    divisor = _along(scale, axis, weight.ndim)
+    limits = np.asarray(-float(largest_level)), np.asarray(float(largest_level))
     levels = (rounding(weight, np.asarray(divisor), *limits) + middle).astype(kind)
-    return QuantizedWeight(levels, np.asarray(scale), np.asarray(middle, kind), axis)
+    return QuantizedWeight(levels, np.asarray(scale), np.asarray(middle, kind), axis, bits=bits)
+
+
+def _best_cut(weight: NDArray[np.float32], scale: NDArray[np.float64], others: tuple[int, ...] | None) -> Any:
+    """The share of each slice's extent that is represented, the rest being clipped, with the least squared error."""
+    best, least = np.ones_like(scale), np.full_like(scale, np.inf)
+    axis = None if others is None else next(a for a in range(weight.ndim) if a not in others)
+    for cut in _CUTS:
+        step = _along(np.maximum(scale * cut, MIN_SCALE), axis, weight.ndim).astype(np.float32)
+        bound = np.asarray(float(LARGEST_4_BIT_LEVEL))
+        levels = nearest(weight, step, -bound, bound)
+        error = np.square(levels * step - weight).sum(axis=others, dtype=np.float64)
+        best, least = np.where(error < least, cut, best), np.minimum(error, least)
+    return best
+
+
+def _along(scale: NDArray[Any], axis: int | None, rank: int) -> NDArray[Any]:
+    """Scales so that they broadcast against a weight of this rank."""
+    return np.asarray(scale if axis is None else scale.reshape([-1 if a == axis else 1 for a in range(rank)]))
 
 
 def _smallest(dtype: np.dtype[np.generic]) -> int:

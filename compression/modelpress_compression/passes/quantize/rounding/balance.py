@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from modelpress_compression.encodings.weight import QuantizedWeight
 from modelpress_compression.passes.integers.products import Summation
 from modelpress_compression.passes.integers.saturation import LARGEST_LEVEL
+from modelpress_compression.passes.quantize.rounding.affine import LARGEST_4_BIT_LEVEL
 
 
 def balanced(quantized: QuantizedWeight, weight: NDArray[np.float32], summation: Summation) -> QuantizedWeight:
     """The weight with the sum of its rounding errors within half a level for each output."""
     values = quantized.levels.copy()
+    largest = LARGEST_4_BIT_LEVEL if quantized.bits == 4 else LARGEST_LEVEL
     middle = np.float32(quantized.zero_point)
     scale = np.broadcast_to(quantized.scale, summation.slices(values.shape))
     terms = 2 * summation.pair_count(values.shape)
@@ -30,7 +32,7 @@ def balanced(quantized: QuantizedWeight, weight: NDArray[np.float32], summation:
         levels = summation.pairs(values[index].astype(np.float32) - middle)
         error = np.asarray(levels - summation.pairs(weight[index]) / scale[part][:, None, None], np.float32)
         turned = _turned(error.reshape(-1, terms)).reshape(levels.shape)
-        levels = np.clip(levels - turned, -LARGEST_LEVEL, LARGEST_LEVEL)
+        levels = np.clip(levels - turned, -largest, largest)
         values[index] = summation.restore(levels + middle, values[index].shape)
     return replace(quantized, levels=values)
 

@@ -33,9 +33,11 @@ from modelpress_compression.passes.quantize.rounding.rounder import NearestRound
 DAMPING = 0.01
 _DAMPINGS = (DAMPING, 10 * DAMPING, 100 * DAMPING)
 _BLOCK = 128  # rows whose updates of the rest are put off and done in one product
+# What is learned starts from GPTQ, and is compared with it.
+_ASKING = ("gptq", "adaround", "brecq")
 _NEEDS_DATA = (
-    "Rounding 'gptq' needs representative inputs, which tell how a weight's inputs go together: give them with --data. "
-    "The weights were rounded to the nearest level."
+    "Rounding '{rounding}' needs representative inputs, which tell how a weight's inputs go together: give them with "
+    "--data. The weights were rounded to the nearest level."
 )
 
 
@@ -152,11 +154,11 @@ def make_rounder(
     `rounding: auto` is GPTQ for 4 bits, where that gains much, and to the nearest for 8; static quantization, which
     knows the error of each weight, decides layer by layer and names those in `only`.
     """
-    wanted = config.rounding == "gptq" or (config.rounding == "auto" and (only or config.weights == "int4"))
+    wanted = config.rounding in _ASKING or (config.rounding == "auto" and (only or config.weights == "int4"))
     if not wanted:
         return NearestRounder()
     if not context.data.provided:
-        if config.rounding == "gptq":
-            findings.warnings.append(_NEEDS_DATA)
+        if config.rounding in _ASKING:
+            findings.warnings.append(_NEEDS_DATA.format(rounding=config.rounding))
         return NearestRounder()
     return GptqRounder(Hessians(model, context, only), findings.skip)

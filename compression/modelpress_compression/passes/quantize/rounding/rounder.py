@@ -46,19 +46,20 @@ class RememberingRounder:
     name. Weights of other nodes are rounded to the nearest."""
 
     def __init__(self, rounder: Rounder, nodes: Iterable[onnx_ir.Node]) -> None:
-        weights = {_weight_name(node): node for node in nodes}
+        weights = {weight_name(node): node for node in nodes}
         self._roundings = {name: _remembering(rounder.rounding(node)) for name, node in weights.items()}
 
     def rounding(self, node: onnx_ir.Node) -> Rounding:
         """That of the node whose weight has this name."""
-        return self._roundings.get(_weight_name(node), nearest)
+        return self._roundings.get(weight_name(node), nearest)
 
     def only(self, nodes: Iterable[onnx_ir.Node]) -> RememberingRounder:
         """The same, for the weights of these nodes alone."""
         return RememberingRounder(self, nodes)
 
 
-def _weight_name(node: onnx_ir.Node) -> str:
+def weight_name(node: onnx_ir.Node) -> str:
+    """Of a node's second input; empty where it has none."""
     weight = node.inputs[1]
     return (weight.name if weight is not None else None) or ""
 

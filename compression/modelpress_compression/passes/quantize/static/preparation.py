@@ -7,15 +7,17 @@
    worst activations better ranges and the worst weights better rounding                  sensitivity, choice, gptq
 5. Leave what alone would be a catastrophe in float32; measure once more on hard samples;
    find the shifts of means                                                               bias_correction
+6. Learn the rounding of weights for all of this, where the recipe asks for it            reconstruction
 
-Steps 4 and 5 map one StaticQuantizer to the next.
+Steps 4 to 6 map one StaticQuantizer to the next.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import onnx_ir
@@ -39,17 +41,20 @@ from modelpress_compression.passes.quantize.ranges.output_error import (
     DISTANCE_SAMPLES,
     MAX_SAMPLES,
     Distances,
+    Trial,
     output_distances,
 )
 from modelpress_compression.passes.quantize.ranges.sensitivity import SensitivityProbe
+from modelpress_compression.passes.quantize.reconstruction.rounders import METHODS, learn_rounding
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.gptq import make_rounder
-from modelpress_compression.passes.quantize.rounding.rounder import RememberingRounder
+from modelpress_compression.passes.quantize.rounding.rounder import RememberingRounder, Rounder
 from modelpress_compression.passes.quantize.scaling.equalize import equalize
 from modelpress_compression.passes.quantize.scaling.smooth_quant import smooth
 from modelpress_compression.passes.quantize.setup import QuantizationSetup
 from modelpress_compression.passes.quantize.static.bias_correction import mean_shifts
 from modelpress_compression.passes.quantize.static.forms import take_in_biases
+from modelpress_compression.passes.quantize.static.qdq import QdqWriter
 from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
 
 # A layer that alone takes the outputs below this is a catastrophe, not a compression.
@@ -78,14 +83,16 @@ def prepare(model: Model, config: QuantizeConfig, context: Context, findings: Fi
     quantizer = StaticQuantizer(setup, start_ranges(plan, histograms, config), findings)
     if plan.layers:
         quantizer = _with_better_ranges(quantizer, histograms)
-        if config.rounding == "auto" and context.data.provided:
+        if config.rounding == "auto" and config.weights != "int4" and context.data.provided:
             quantizer = _with_better_rounding(quantizer)
-        quantizer = _without_catastrophes(quantizer)
+        quantizer = _without_catastrophes(_with_wide_weights(quantizer))
         # What follows is judged by the outputs of the whole model, which only representative inputs can tell.
         if context.data.provided:
             quantizer, distances = _for_the_hardest_samples(quantizer, histograms)
             if config.bias_correction:
                 quantizer = _with_corrected_biases(quantizer, distances)
+            if config.rounding in METHODS:
+                quantizer = _with_learned_rounding(quantizer)
         quantizer = _with_details(quantizer)
     context.progress(_REFINED, "writing 8-bit layers")
     return quantizer
@@ -183,6 +190,26 @@ def _with_better_rounding(quantizer: StaticQuantizer) -> StaticQuantizer:
     return replace(quantizer, setup=setup, ranges=ranges, findings=quantizer.findings.plus(findings))
 
 
+def _with_wide_weights(quantizer: StaticQuantizer) -> StaticQuantizer:
+    """Weights that alone would be a catastrophe in 4 bits have 8."""
+    setup, ranges, findings = quantizer.setup, quantizer.ranges, Findings()
+    if setup.config.weights != "int4":
+        return quantizer
+    low = {name: error for name, error in ranges.weight_errors.items() if decibels(error) < FLOOR_DB}
+    layers = [layer for layer in setup.plan.layers if layer.outputs[0].name in low]
+    if not layers:
+        return quantizer
+    for layer in layers:
+        error = decibels(low[layer.outputs[0].name or ""])
+        findings.skip(layer, f"8 bits instead of 4, which here alone would leave the outputs {error:.1f} dB")
+    wide = setup.wide | {required(layer, 1).name or "" for layer in layers}
+    setup = replace(setup, wide=wide)
+    errors = SensitivityProbe(setup).errors([Trial(name, is_weight=True) for name in low])
+    if errors is not None:
+        ranges = replace(ranges, weight_errors={**ranges.weight_errors, **dict(zip(low, errors, strict=True))})
+    return replace(quantizer, setup=setup, ranges=ranges, findings=quantizer.findings.plus(findings))
+
+
 def _without_catastrophes(quantizer: StaticQuantizer) -> StaticQuantizer:
     """Layers that alone would be a catastrophe stay in float32, from now on."""
     findings, left = Findings(), []
@@ -229,6 +256,37 @@ def _with_corrected_biases(quantizer: StaticQuantizer, plain: Distances) -> Stat
     corrected = replace(quantizer, shifts=shifts)
     # Means of inner layers are right then, but errors that met before and cancelled out may not any more.
     return corrected if _distances(corrected).error < plain.error else quantizer
+
+
+def _with_learned_rounding(quantizer: StaticQuantizer) -> StaticQuantizer:
+    """Rounding learned by layers or blocks for the plan as it is now, with the biases that suit it best."""
+    setup, findings = quantizer.setup, Findings()
+    student = setup.model.clone()
+    editor = Editor(student)
+    plan = quantizer.plan.on(student.graph)
+    QdqWriter(editor, setup.weight_store(editor)).write_activations(plan, quantizer.ranges.on(plan))
+
+    def rounded(rounder: Rounder) -> StaticQuantizer:
+        return replace(quantizer, setup=replace(setup, rounder=rounder))
+
+    def plainly(rounder: Rounder) -> StaticQuantizer:
+        return replace(rounded(rounder), shifts={})
+
+    def corrected(rounder: Rounder) -> StaticQuantizer:
+        found = rounded(rounder)
+        shifts = mean_shifts(replace(found.setup, plan=found.plan), found.ranges.on(found.plan))
+        return replace(found, shifts=shifts)
+
+    forms = {"as it is": rounded, "without corrected biases": plainly}
+    if setup.config.bias_correction:
+        forms["with biases corrected again"] = corrected
+    writes = {name: partial(_written, form) for name, form in forms.items()}
+    rounder, best = learn_rounding(setup.model, student, setup.rounder, writes, setup.config, setup.context, findings)
+    return replace(forms[best](rounder), findings=quantizer.findings.plus(findings))
+
+
+def _written(form: Callable[[Rounder], StaticQuantizer], rounder: Rounder) -> Model:
+    return form(rounder).quantize()[0]
 
 
 def _with_details(quantizer: StaticQuantizer) -> StaticQuantizer:

@@ -47,6 +47,10 @@ class QdqWriter:
                 least[source] = np.maximum(least.get(source, np.zeros(1)), _least_scale(bias, x))
         for node in plan.layers:
             self.quantize_weights(node, parameters[required(node, 0).name or ""], least.get(required(node, 1)))
+        self.write_activations(plan, parameters)
+
+    def write_activations(self, plan: Plan, parameters: Parameters) -> None:
+        """Puts the pairs on the plan's activations; weights stay as they are."""
         for activation in plan.activations.values():
             self._insert_pair(plan, activation, parameters[activation.value.name or ""])
 

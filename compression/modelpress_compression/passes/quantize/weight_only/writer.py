@@ -27,10 +27,8 @@ from modelpress_compression.graph.read import (
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.rounding.rounder import Numbers, Rounder, Rounding, nearest
 from modelpress_compression.passes.quantize.weight_only.blocks import block_size, quantize_blocks, usable_scale
-from modelpress_compression.passes.quantize.weights import WeightStore, is_embedding, why_not_matrix
+from modelpress_compression.passes.quantize.weights import MIN_4_BIT_COLUMNS, WeightStore, is_embedding, why_not_matrix
 
-# Shorter rows are those of depthwise convolutions and stems: few weights, on which much depends.
-MIN_4_BIT_COLUMNS = 64
 # Weights that share a scale where one for a channel is too coarse.
 STORED_BLOCK = 32
 # Inputs of a product from which on integers in blocks are no slower than float32, however many rows there are.

@@ -7,18 +7,20 @@ may pass by. The last block ends with the model's outputs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import onnx_ir
 
-from modelpress_compression.executor import Selector
-from modelpress_compression.graph.read import constant_tensor
+from modelpress_compression.graph.read import constant_tensor, is_op, only_consumer
 from modelpress_compression.graph.subgraphs import read_values
 from modelpress_compression.model import Model
 
+Selector = Callable[[onnx_ir.Value], bool]  # of constants
+
 MAX_BLOCKS = 32
 _END = 1 << 60
+_ACTIVATIONS = ("Relu", "Clip")
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ class Block:
     weights: frozenset[onnx_ir.Value]
 
 
-def find_blocks(model: Model, selector: Selector, matched: Collection[str]) -> list[Block]:
-    """Blocks in order, each with weights of its own; borders are among the `matched` names. Weights that several blocks
-    use belong to none of them."""
+def find_blocks(model: Model, selector: Selector, matched: Collection[str], most: int = MAX_BLOCKS) -> list[Block]:
+    """At most so many blocks in order, each with weights of its own; borders are among the `matched` names. Weights
+    that several blocks use belong to none of them."""
     nodes = list(model.graph)
     fixed = _fixed_values(nodes)
     owned = [_weights_of(node, selector, fixed) for node in nodes]
-    ends = _borders(model, nodes, selector, owned, matched)
+    ends = _borders(model, nodes, selector, owned, matched, most)
     stretches = list(zip([0, *(end + 1 for end, _ in ends)], [*ends, (len(nodes) - 1, "")], strict=True))
     uses: dict[onnx_ir.Value, int] = {}
     for start, (end, _) in stretches:
@@ -50,14 +52,51 @@ def find_blocks(model: Model, selector: Selector, matched: Collection[str]) -> l
     return blocks
 
 
+def layer_blocks(model: Model, selector: Selector, matched: Collection[str]) -> list[Block]:
+    """Each node of the main graph that multiplies by a weight of its own, as a block that ends with its answer, or with
+    that of the Relu or Clip which alone reads it. Its input comes from the last value before it of a `matched` name."""
+    users: dict[onnx_ir.Value, list[onnx_ir.Node]] = {}
+    nodes = list(model.graph)
+    fixed = _fixed_values(nodes)
+    owned = {node: _weights_of(node, selector, fixed) for node in nodes}
+    for node, weights in owned.items():
+        for weight in weights:
+            users.setdefault(weight, []).append(node)
+    blocks = []
+    for node, weights in owned.items():
+        mine = frozenset(weight for weight in weights if users[weight] == [node])
+        end = node.outputs[0] if node.outputs else None
+        if not mine or end is None or end.name not in matched:
+            continue
+        reader = only_consumer(end)
+        stretch = [node]
+        if reader is not None and is_op(reader, *_ACTIVATIONS) and reader.outputs[0].name in matched:
+            end, stretch = reader.outputs[0], [node, reader]
+        blocks.append(Block(_inputs(_with_pairs(stretch, matched), fixed), end.name or "", mine))
+    return blocks
+
+
+def _with_pairs(stretch: Sequence[onnx_ir.Node], matched: Collection[str]) -> list[onnx_ir.Node]:
+    """The nodes, and those before them that make their inputs of values with a `matched` name."""
+    found = list(stretch)
+    waiting = [value for value in read_values(stretch[0]) if value.name not in matched]
+    while waiting:
+        maker = waiting.pop().producer()
+        if maker is not None and maker not in found:
+            found.insert(0, maker)
+            waiting += [value for value in maker.inputs if value is not None and value.name not in matched]
+    return found
+
+
 def _borders(
     model: Model,
     nodes: Sequence[onnx_ir.Node],
     selector: Selector,
     owned: Sequence[frozenset[onnx_ir.Value]],
     matched: Collection[str],
+    most: int,
 ) -> list[tuple[int, str]]:
-    """(index of the last node of a block, its target); some are left out where there would be more than 32 blocks."""
+    """(index of the last node of a block, its target); some are left out where there would be more than `most`."""
     last = _last_uses(model, nodes)
     reached: set[onnx_ir.Value] = set()
     live: set[onnx_ir.Value] = set()
@@ -75,7 +114,7 @@ def _borders(
     # Nodes at the end without weights of their own belong to the block before them.
     if found and not any(owned[index] for index in range(found[-1][0] + 1, len(nodes))):
         found.pop()
-    step = -(-len(found) // (MAX_BLOCKS - 1))
+    step = -(-len(found) // (most - 1))
     return found[step - 1 :: step] if found else []
 
 

@@ -1,0 +1,115 @@
+"""Four bits under static quantization: half the bytes, the kernels of 8 bits, and 8 bits where 4 will not do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from modelpress_compression.encodings.read import stored_weights
+from modelpress_compression.executor import Executor
+from modelpress_compression.inputs import InputData
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import PassResult
+from modelpress_compression.passes.distill.fake_quantization import unfold
+from modelpress_compression.passes.quantize.static import preparation
+from modelpress_compression.runtime import run, session_of
+from onnx import helper
+
+Apply = Callable[..., PassResult]
+
+
+@pytest.fixture
+def wide(build: Callable[..., Model], rng: np.random.Generator) -> Model:
+    """Conv-Relu-Conv-Relu, pooling, Gemm: x [N,16,8,8] -> y [N,64]; every row has 128 weights or more."""
+    weights = {
+        "w1": rng.normal(0, 0.1, (128, 16, 3, 3)),
+        "b1": rng.normal(0, 0.1, 128),
+        "w2": rng.normal(0, 0.1, (128, 128, 1, 1)),
+        "w3": rng.normal(0, 0.3, (64, 128)),
+        "b3": rng.normal(0, 0.1, 64),
+    }
+    node = helper.make_node
+    nodes = [
+        node("Conv", ["x", "w1", "b1"], ["c1"], "conv_1", pads=[1, 1, 1, 1]),
+        node("Relu", ["c1"], ["r1"], "relu_1"),
+        node("Conv", ["r1", "w2"], ["c2"], "conv_2"),
+        node("Relu", ["c2"], ["r2"], "relu_2"),
+        node("GlobalAveragePool", ["r2"], ["p"], "pool"),
+        node("Reshape", ["p", "rows"], ["f"], "flatten"),
+        node("Gemm", ["f", "w3", "b3"], ["y"], "head", transB=1),
+    ]
+    arrays = {**{name: array.astype(np.float32) for name, array in weights.items()}, "rows": np.asarray([0, -1])}
+    return build(nodes, arrays, {"x": ["n", 16, 8, 8]})
+
+
+@pytest.fixture
+def samples(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {"x": rng.normal(size=(24, 16, 8, 8)).astype(np.float32)}
+
+
+def widths(model: Model) -> list[int]:
+    """Bits of each weight, in the order of the graph."""
+    stored = [item for node in model.nodes() for item in stored_weights(node)]
+    return [item.weight.bits for item in stored if item.weight.bits < 32]
+
+
+def test_half_the_bytes_and_the_same_kernels(
+    quantize: Apply, wide: Model, samples: Any, sqnr: Any, tmp_path: Path
+) -> None:
+    """Weights take half of int8's bytes, to 2 %; onnxruntime runs the integer kernels that it runs for int8."""
+    results = {bits: quantize(wide, samples, scheme="static", weights=bits).model for bits in ("int8", "int4")}
+    assert widths(results["int4"]) == [4, 4, 4]
+    weights = sum(value.size for name, value in arrays_of(wide).items() if name.startswith("w"))
+    saved = results["int8"].weight_bytes() - results["int4"].weight_bytes()
+    assert saved == pytest.approx(weights / 2, rel=0.02)
+    kernels = {}
+    for bits, model in results.items():
+        model.save(tmp_path / "model.onnx")
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(tmp_path / f"{bits}.onnx")
+        ort.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        kernels[bits] = [node.op_type for node in onnx.load(tmp_path / f"{bits}.onnx").graph.node]
+    assert kernels["int4"] == kernels["int8"]
+    assert "QLinearConv" in kernels["int4"]
+    assert "QGemm" in kernels["int4"]
+    assert sqnr(wide, results["int4"], samples) > 15
+
+
+def arrays_of(model: Model) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value.const_value.numpy()) for name, value in model.graph.initializers.items()}  # type: ignore[union-attr]
+
+
+def test_it_runs_in_the_executor_and_can_be_trained(quantize: Apply, wide: Model, samples: Any) -> None:
+    """The executor agrees with onnxruntime to a level of the outputs; packed weights become latents, and go back."""
+    model = quantize(wide, samples, scheme="static", weights="int4").model
+    feed = next(iter(InputData(model.inputs, samples).feeds(batch_size=1)))
+    with session_of(model) as session:
+        wanted = run(session, feed)["y"]
+    np.testing.assert_allclose(Executor(model).run(feed)["y"], wanted, atol=np.abs(wanted).max() / 100)
+    unfolded = unfold(model, ())
+    assert len([name for name, (stored, _) in unfolded.latents.items() if "packed" in stored]) == 3
+    again = unfolded.fold(unfolded.model, model)
+    with session_of(again) as session:
+        np.testing.assert_array_equal(run(session, feed)["y"], wanted)
+
+
+def test_catastrophes_have_eight_bits(
+    quantize: Apply, wide: Model, samples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the floor between what 4 and 8 bits leave, weights have 8, and the report says so; none is in float32."""
+    monkeypatch.setattr(preparation, "FLOOR_DB", 30.0)
+    result = quantize(wide, samples, scheme="static", weights="int4", rounding="nearest")
+    assert 8 in widths(result.model)
+    assert any("8 bits instead of 4" in skip.reason for skip in result.skipped)
+    assert len(widths(result.model)) == 3
+
+
+def test_short_rows_have_eight_bits(quantize: Apply, cnn: Model, images: Any) -> None:
+    """Depthwise convolutions and heads of few inputs are stored in 8 bits, the rest in 4."""
+    assert widths(quantize(cnn, images, scheme="static", weights="int4").model) == [4, 8, 4, 8]
