@@ -21,6 +21,7 @@ from modelpress_protos.v1 import (
 from modelpress_client.channel import call_metadata, open_channel
 from modelpress_client.errors import ModelpressError, Retry, ServerUnreachableError, from_rpc_error
 from modelpress_client.settings import RetryPolicy, Settings
+from modelpress_client.tracing import call_span, trace_metadata
 
 if TYPE_CHECKING:
     RequestT = TypeVar("RequestT", bound=Message)
@@ -73,13 +74,17 @@ class Connection:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.metadata = call_metadata(settings)
         self._channel = open_channel(settings)
         self._reached = False
         self.uploads = upload_service_pb2_grpc.UploadServiceStub(self._channel)
         self.models = model_service_pb2_grpc.ModelServiceStub(self._channel)
         self.jobs = job_service_pb2_grpc.JobServiceStub(self._channel)
         self.server = server_service_pb2_grpc.ServerServiceStub(self._channel)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with a call that begins now."""
+        return call_metadata(self.settings) + trace_metadata()
 
     async def close(self) -> None:
         """Ends all calls."""
@@ -160,9 +165,10 @@ class Connection:
         patience = self.patience()
         while True:
             try:
-                async with self.translated():
-                    timeout_s = self.settings.retry.call_timeout_s
-                    return await method(request, timeout=timeout_s, metadata=self.metadata)
+                with call_span(type(request).DESCRIPTOR.name.removesuffix("Request")):
+                    async with self.translated():
+                        timeout_s = self.settings.retry.call_timeout_s
+                        return await method(request, timeout=timeout_s, metadata=self.metadata)
             except ModelpressError as error:
                 if not retry:
                     raise

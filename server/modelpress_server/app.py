@@ -36,6 +36,7 @@ from modelpress_server.lock import DataDirLock
 from modelpress_server.membership import Membership
 from modelpress_server.observation.changes import ChangeLog
 from modelpress_server.observation.meter import Meter
+from modelpress_server.observation.tracer import Tracer
 from modelpress_server.projects import Projects
 from modelpress_server.reflection import enable_reflection
 from modelpress_server.runs import RunResources
@@ -125,6 +126,19 @@ def _prometheus_meter(settings: Settings) -> PrometheusMeter | None:
     return PrometheusMeter()
 
 
+def _tracer(settings: Settings) -> Tracer:
+    """One that keeps traces, where they are to be sent somewhere."""
+    if settings.otlp_endpoint is None:
+        return Tracer()
+    try:
+        from modelpress_server.observation.otel import OtelTracer
+    except ImportError as error:
+        raise SettingsError(
+            f"otlp_endpoint: {error.name} is not installed. Run: pip install 'modelpress[traces]'"
+        ) from error
+    return OtelTracer(settings.otlp_endpoint)
+
+
 class Server:
     """A modelpress server; `start`, then `stop` once."""
 
@@ -194,6 +208,7 @@ class Server:
         await self._executor.close()
         if self._http is not None:  # so long, probes are told that the server ends
             await self._http.close()
+        await self._tracer.close()
         await self._blobs.close()
         await self._database.close()
         self._audit.close()
@@ -216,13 +231,15 @@ class Server:
         settings, database = self._settings, self._database
         models, jobs, index = SqlModelStore(database), SqlJobStore(database), SqlBlobIndex(database)
         usage, prometheus = SqlUsage(database), _prometheus_meter(settings)
-        meter = prometheus or Meter()
+        meter, self._tracer = prometheus or Meter(), _tracer(settings)
         database.on_change = ChangeLog(meter).note
         self._executor = self._make_executor(settings)
         space = Space(settings.data_dir, settings.reserve_bytes, index)
         findings = Findings(settings.data_dir / "findings", self._projects, self._blobs, space)
         work = settings.data_dir / "work"
-        resources = RunResources(settings, self._executor, self._blobs, space, usage, findings, work, meter)
+        resources = RunResources(
+            settings, self._executor, self._blobs, space, usage, findings, work, meter, self._tracer
+        )
         host = Host(self._executor, self._clock, self._set_serving)
         self._membership = Membership(
             SqlServerStore(database), settings.data_dir, settings.lease_s, self._clock, shared=database.shared
@@ -232,7 +249,7 @@ class Server:
         )
         self._membership.on_beat = self._beat
         self._news = News(settings.database, self._hear) if settings.database is not None else None
-        self._gate = Gate(authenticator, self._projects, self._audit, meter, self._clock)
+        self._gate = Gate(authenticator, self._projects, self._audit, meter, self._clock, self._tracer)
         options = (*OPTIONS, *connection_options(settings))
         self._grpc = grpc.aio.server(interceptors=[self._gate], options=options)
         self._uploads = UploadService(settings, self._projects, self._blobs, index, space, self._clock, meter)

@@ -60,6 +60,11 @@ def _is_address(text: str) -> bool:
     return bool(host) and port.isdecimal() and int(port) < 65536
 
 
+def _is_url(text: str) -> bool:
+    scheme, separator, rest = text.partition("://")
+    return bool(separator) and scheme in ("http", "https") and _is_address(rest.rstrip("/"))
+
+
 def _setting(default: Any, text: str, *, kind: str = "", choices: tuple[str, ...] = (), secret: bool = False) -> Any:
     """A field with what the command line needs to know of it; `kind` is bytes, seconds, count, path or flag.
 
@@ -83,6 +88,10 @@ class Settings:
     )
     console: bool = _setting(
         False, "Serve the read-only console (/console) on --http-listen: projects, queue, jobs, reports.", kind="flag"
+    )
+    otlp_endpoint: str | None = _setting(
+        None,
+        "Send traces there (OTLP over gRPC), such as http://127.0.0.1:4317; https:// with TLS; not set: none are kept.",
     )
     data_dir: Path = _setting(default_data_dir, "Folder for blobs, jobs and models; one server at a time.", kind="path")
     database: str | None = _setting(
@@ -319,6 +328,8 @@ class Settings:
                 "them, listen on 127.0.0.1, or say --insecure."
             )
         self._check_http_exposure()
+        if self.otlp_endpoint is not None and not _is_url(self.otlp_endpoint):
+            raise SettingsError(f"otlp_endpoint: {self.otlp_endpoint} is not http://HOST:PORT or https://HOST:PORT.")
 
     def _check_http_exposure(self) -> None:
         if self.http_listen is None:

@@ -27,6 +27,7 @@ from modelpress_server.identity.throttle import Throttle
 from modelpress_server.listing import Scope
 from modelpress_server.names import ANY_PROJECT, new_id
 from modelpress_server.observation.meter import Meter
+from modelpress_server.observation.tracer import TRACE_PARENT_KEY, Tracer
 from modelpress_server.projects import Projects
 from modelpress_server.shortage import shortage_of
 from modelpress_server.waiting import ended
@@ -59,6 +60,7 @@ class Call:
     peer: str = ""  # ipv4:127.0.0.1:50000
     caller: Caller = ANYBODY
     project: str = ""
+    trace_parent: str = ""
     resource: str = ""  # where neither request nor answer names it
     take_request: Callable[[str], None] = lambda project: None
 
@@ -95,6 +97,11 @@ def check_projects(parent: str) -> Scope:
         return Scope(parent, None)
     needed = needed_role(call.method)
     return Scope(parent, tuple(project for project, role in call.caller.grants.items() if role >= needed))
+
+
+def current_trace_parent() -> str:
+    """The `traceparent` that what comes of this call belongs to; empty: nobody keeps a trace."""
+    return _call.get().trace_parent
 
 
 def note_resource(name: str) -> None:
@@ -144,13 +151,20 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
     """Around every call: who calls, whether the server still takes work, and what the client sees of an error."""
 
     def __init__(
-        self, authenticator: Authenticator, projects: Projects, audit: AuditLog, meter: Meter, clock: Clock
+        self,
+        authenticator: Authenticator,
+        projects: Projects,
+        audit: AuditLog,
+        meter: Meter,
+        clock: Clock,
+        tracer: Tracer,
     ) -> None:
         self._authenticator = authenticator
         self._projects = projects
         self._audit = audit
         self._meter = meter
         self._clock = clock
+        self._tracer = tracer
         self._requests = Throttle()
         self._draining = False
 
@@ -170,12 +184,12 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
         if handler is None:
             return None
         method = str(handler_call_details.method)
-        sent = {"authorization": "", REQUEST_ID_KEY: ""}
+        sent = {"authorization": "", REQUEST_ID_KEY: "", TRACE_PARENT_KEY: ""}
         for key, value in handler_call_details.invocation_metadata or ():
             if key in sent:
                 sent[key] = value if isinstance(value, str) else value.decode("latin-1")
         request_id = sent[REQUEST_ID_KEY] if _REQUEST_ID.fullmatch(sent[REQUEST_ID_KEY]) else new_id()
-        return self._wrap(handler, method, request_id, sent["authorization"])
+        return self._wrap(handler, method, request_id, sent["authorization"], sent[TRACE_PARENT_KEY])
 
     async def _enter(self, call: Call, authorization: str, context: Any) -> None:
         _call.set(call)
@@ -287,14 +301,16 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
             caller = {"caller": call.caller.name, "peer": call.peer}
             logger.debug("%s: %s", call.path, code, extra={"fields": {**fields, **caller}})
 
-    def _wrap(self, handler: Any, method: str, request_id: str, authorization: str) -> Handler:
+    def _wrap(self, handler: Any, method: str, request_id: str, authorization: str, parent: str) -> Handler:
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         if inspect.isasyncgenfunction(behaviour):
             behaviour = _writing(behaviour)
         streams = (handler.request_streaming or handler.response_streaming) and method.startswith(API_PREFIX)
 
         async def call(request: Any, context: Any) -> Any:
-            state, outcome, result = Call(method, request_id, context.peer()), "CANCELLED", None
+            trace = self._tracer.call(method, parent)
+            state = Call(method, request_id, context.peer(), trace_parent=trace.parent)
+            outcome, result = "CANCELLED", None
             code, began_s = "CANCELLED", time.perf_counter()
             try:
                 await self._enter(state, authorization, context)
@@ -318,6 +334,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
             finally:
                 self._note(state, outcome, result, request)
                 self._end(state, code, began_s)
+                trace.end(code, state.project)
 
         kinds = {
             (False, False): grpc.unary_unary_rpc_method_handler,

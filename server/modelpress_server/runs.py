@@ -22,6 +22,7 @@ from modelpress_server.executors.lost import CRASHED
 from modelpress_server.findings import Findings
 from modelpress_server.observation.meter import Meter
 from modelpress_server.observation.stages import StageTimes
+from modelpress_server.observation.tracer import Tracer
 from modelpress_server.recorder import JobRecorder
 from modelpress_server.sandbox.confinement import LEVEL_FILES_AND_NETWORK
 from modelpress_server.shortage import shortage_of, storage_full
@@ -39,7 +40,7 @@ from modelpress_server.stores.base import (
     UsageStore,
 )
 from modelpress_server.stores.filesystem import FileBlobStore
-from modelpress_server.stores.records import now_us, unique
+from modelpress_server.stores.records import job_state_name, now_us, unique
 from modelpress_server.task_folder import TaskFolder, inspection_need_bytes, job_need_bytes, task_folder
 from modelpress_server.waiting import Notifier, uninterrupted
 
@@ -78,6 +79,7 @@ class RunResources:
     findings: Findings
     work: Path
     meter: Meter
+    tracer: Tracer
 
 
 class Postpone(enum.Enum):
@@ -128,6 +130,7 @@ class JobRun:
         self._stop: Literal["cancel", "drain", "lost"] | None = None
         self._bill = Bill(resources.usage, record.project, count_run=True)
         self._work: asyncio.Task[Outcome] | None = None
+        self._trace = resources.tracer.run(record.message)
 
     @property
     def lease(self) -> Lease:
@@ -150,8 +153,13 @@ class JobRun:
         if current.message.state == job_service_pb2.JOB_STATE_CANCELLING:
             # Cancelled between the claim and now, when there was no run to stop yet.
             self.stop("cancel")
-        async with self._bill:
-            ending = await self._ending(self._work, recorder)
+        try:
+            async with self._bill:
+                ending = await self._ending(self._work, recorder)
+        except BaseException:
+            self._trace.end("LOST")
+            raise
+        self._trace.end(*_told(ending))
         await recorder.close()
         if self._inspected is not None:
             await asyncio.wait([self._inspected])
@@ -213,11 +221,13 @@ class JobRun:
         project, manifest, findings = self._record.project, self._record.manifest, resources.findings
         findings_bytes = findings.limit_bytes(project)
         request = await folder.compress_request(job, manifest, limits, findings_bytes)
+        request.compress.traced = self._trace.asks
         if findings_bytes and not job.spec.skip_cache:
             found = await findings.lay_out(project, job.spec, manifest, folder.known, link=_links(resources))
             resources.meter.findings_looked_up(found)
 
         def on_event(event: worker_pb2.WorkerEvent) -> None:
+            self._trace.on_event(event)
             if event.HasField("used"):
                 self._bill.add(event.used)
             elif event.HasField("loaded"):
@@ -276,6 +286,13 @@ class JobRun:
         if ending.why is Postpone.DRAIN:
             log = [LogLine(now_us(), "WARNING", "The server shut down; the job is queued again.")]
         await self._jobs.requeue(lease, count_attempt=ending.count_attempt, excused=ending.excused, log=log)
+
+
+def _told(ending: Outcome | Again) -> tuple[str, str]:
+    """What a trace says of the end of a run."""
+    if isinstance(ending, Again):
+        return "QUEUED", ending.why.name
+    return job_state_name(ending.state), errors.reason_of(ending.error) if ending.error is not None else ""
 
 
 class TaskFailedError(Exception):

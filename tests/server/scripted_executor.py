@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +103,8 @@ class ScriptedExecutor:
         on_event(worker_pb2.WorkerEvent(log=worker_pb2.LogLine(severity="INFO", text=f"start {behaviour}\x07")))
         progress = job_service_pb2.Progress(stage="load", stage_index=0, stage_count=2, fraction=0.5)
         on_event(worker_pb2.WorkerEvent(progress=progress))
+        if task.traced:
+            _tell_parts(on_event)
         if script_of(task.model).get("inspect", "ok") == "ok":
             on_event(worker_pb2.WorkerEvent(loaded=found()))
         progress = job_service_pb2.Progress(stage="quantize", stage_index=1, stage_count=2, fraction=0.25)
@@ -146,6 +149,22 @@ class ScriptedExecutor:
 
 def _tell_stage(on_event: Callable[[worker_pb2.WorkerEvent], None], stage: str) -> None:
     on_event(worker_pb2.WorkerEvent(progress=job_service_pb2.Progress(stage=stage)))
+
+
+def _tell_parts(on_event: Callable[[worker_pb2.WorkerEvent], None]) -> None:
+    """A pass within a candidate, a part that lies about its time, and one that never ends."""
+    now_us = time.time_ns() // 1000
+    for part in (
+        worker_pb2.Span(id=1, kind="candidate", name="prune 10%", time_us=now_us),
+        worker_pb2.Span(id=2, parent=1, kind="pass", name="prune", time_us=now_us),
+        worker_pb2.Span(id=2, ended=True, failed=True, time_us=now_us),
+        worker_pb2.Span(id=1, ended=True, time_us=now_us),
+        worker_pb2.Span(id=3, parent=99, kind="pass", name="liar", time_us=-(2**60)),
+        worker_pb2.Span(id=3, ended=True, time_us=2**60),
+        worker_pb2.Span(id=4, kind="candidate", name="endless", time_us=now_us),
+        worker_pb2.Span(id=5, ended=True),
+    ):
+        on_event(worker_pb2.WorkerEvent(span=part))
 
 
 def script_of(model: worker_pb2.ModelFiles) -> dict[str, str]:

@@ -21,7 +21,8 @@ cli.main()
 REPORT = """
 import atexit, json
 def report():
-    names = ("torch", "onnx", "onnxruntime", "numpy", "alembic", "prometheus_client", "starlette", "uvicorn")
+    names = ("torch", "onnx", "onnxruntime", "numpy", "alembic", "prometheus_client", "starlette", "uvicorn",
+        "opentelemetry", "jinja2", "httpx")
     heavy = [name for name in names if name in sys.modules]
     rss = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS"))
     print(json.dumps({"heavy": heavy, "rss_kib": int(rss)}), flush=True)

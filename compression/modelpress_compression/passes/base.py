@@ -53,6 +53,14 @@ def _silent(message: str) -> None:
     """No one listens."""
 
 
+SpanFactory = Callable[[str, str], AbstractContextManager[None]]
+
+
+def _unmarked(kind: str, name: str) -> AbstractContextManager[None]:
+    """No one keeps traces."""
+    return nullcontext()
+
+
 @dataclass(frozen=True)
 class Context:
     """All that a pass may use besides the model.
@@ -63,6 +71,7 @@ class Context:
     `target`: what the result will run on.
     `original`: the model as it was uploaded, which passes that train take as their teacher; None: not known.
     `alone`: within it nothing else of ours runs on this machine, for measuring latency.
+    `span`: around a part of the work, of a kind ("pass", "candidate") and with a name, for whoever keeps traces.
     `log`: one line for the job's log; `progress`: share of this pass done, 0 to 1, and one line for people.
     """
 
@@ -75,6 +84,7 @@ class Context:
     log: Callable[[str], None] = _silent
     progress: Callable[[float, str], None] = lambda fraction, message: None
     original: Model | None = None
+    span: SpanFactory = _unmarked
 
     @property
     def time_left_s(self) -> float | None:

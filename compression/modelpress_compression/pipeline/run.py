@@ -27,7 +27,7 @@ from modelpress_compression.measure.task import GivenScores, Labelled, MetricFun
 from modelpress_compression.memory import Memory
 from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.noise import random_nodes
-from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.base import Context, SpanFactory
 from modelpress_compression.pipeline.data_check import data_warnings
 from modelpress_compression.pipeline.measuring import Measured, measure, not_better, own_answers, verdict
 from modelpress_compression.pipeline.preflight import check_room, needs
@@ -103,6 +103,7 @@ def compress(
     alone: Callable[[], AbstractContextManager[None]] = nullcontext,
     memory_limit_bytes: int | None = None,
     memory: Memory | None = None,
+    span: SpanFactory | None = None,
 ) -> Result:
     """Runs the recipe's steps in order and measures the result against the model as it was given.
 
@@ -114,6 +115,7 @@ def compress(
     `work_directory`: for temporary files; None: the system's own.
     `clock`: what `time_limit_s` is held against, in seconds. `alone`: within it nothing else of the caller's runs on
     this machine; latency is measured there.
+    `span`: around each pass and each candidate, with "pass" or "candidate" and a name; None: nobody keeps traces.
 
     `memory_limit_bytes`: what this process may hold; None: what the machine has.
     `memory`: what earlier searches for a goal have found out about the same model and data, and where this one leaves
@@ -136,6 +138,8 @@ def compress(
             log=lambda text: log("INFO", text),
             original=model,
         )
+        if span is not None:
+            context = replace(context, span=span)
         run = _prepare(model, recipe, _task(model, recipe, eval_data, metric), context, on_progress)
         told: set[str] = set()
 

@@ -212,11 +212,12 @@ class GoalSearch:
             width = 0.2 / len(shares)
             part = self._part(0.5 + width * number, 0.5 + width * (number + 1))
             before_it = StepRecord(step, fused.model, fused.path)
-            record = self._applied(before_it, part, self._folder(f"prune-{number}"))
-            if not record.changes:
-                break
             variant = f"{share:.0%} of the channels"
-            judged = self.judge.answers(Candidate(variant, record, file_size_bytes(record.path), technique="prune"))
+            with self.context.span("candidate", f"prune {variant}"):
+                record = self._applied(before_it, part, self._folder(f"prune-{number}"))
+                if not record.changes:
+                    break
+                judged = self.judge.answers(Candidate(variant, record, file_size_bytes(record.path), technique="prune"))
             self._enter([judged], before)
             if judged.reason and not judged.unscored:
                 break

@@ -224,8 +224,9 @@ class SchemeSearch:
             result = replace(result, skipped=tuple(self._explained(skip) for skip in result.skipped))
             return keep(before, result, self.context, target)
 
-        record = self.recall.step(before, [variant, list(asked)], target, build)
-        candidate = self.judge.answers(Candidate(scheme, record, file_size_bytes(record.path), variant))
+        with self.context.span("candidate", f"quantize {scheme}" + (f", {variant}" if variant else "")):
+            record = self.recall.step(before, [variant, list(asked)], target, build)
+            candidate = self.judge.answers(Candidate(scheme, record, file_size_bytes(record.path), variant))
         self.candidates.append(candidate)
         return candidate
 

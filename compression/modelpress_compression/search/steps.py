@@ -54,8 +54,9 @@ def apply_step(step: Step, model: Model, path: Path, context: Context, target: P
     """
     began = time.monotonic()
     context.check_time()
-    result = TECHNIQUES[step.technique].make_pass(step.config)(model, context)
-    record = keep(StepRecord(step, model, path), result, context, target)
+    with context.span("pass", step.technique):
+        result = TECHNIQUES[step.technique].make_pass(step.config)(model, context)
+        record = keep(StepRecord(step, model, path), result, context, target)
     return replace(record, duration_s=time.monotonic() - began)
 
 

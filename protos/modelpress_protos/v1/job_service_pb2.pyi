@@ -140,6 +140,7 @@ class Job(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     EXCUSED_LOSSES_FIELD_NUMBER: _builtins.int
+    TRACE_PARENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """projects/{project}/jobs/{job}; made by the server, sorts by time."""
     state: Global___JobState.ValueType
@@ -155,6 +156,10 @@ class Job(_message.Message):
     excused_losses: _builtins.int
     """How often it was lost through no fault of its own: the machine was restarted, or ran out of memory for others. These
     do not count as attempts; output only.
+    """
+    trace_parent: _builtins.str
+    """Where it belongs in a trace: a W3C `traceparent`, of the call that made it. Empty where neither the client nor the
+    server keeps traces; output only.
     """
     @_builtins.property
     def spec(self) -> Global___JobSpec:
@@ -216,10 +221,11 @@ class Job(_message.Message):
         etag: _builtins.str = ...,
         last_sequence: _builtins.int = ...,
         excused_losses: _builtins.int = ...,
+        trace_parent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "progress", b"progress", "spec", b"spec", "start_time", b"start_time", "summary", b"summary", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "attempt", b"attempt", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "etag", b"etag", "excused_losses", b"excused_losses", "from_cache", b"from_cache", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "progress", b"progress", "spec", b"spec", "start_time", b"start_time", "state", b"state", "summary", b"summary", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "attempt", b"attempt", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "etag", b"etag", "excused_losses", b"excused_losses", "from_cache", b"from_cache", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "progress", b"progress", "spec", b"spec", "start_time", b"start_time", "state", b"state", "summary", b"summary", "trace_parent", b"trace_parent", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

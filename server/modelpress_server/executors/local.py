@@ -336,6 +336,8 @@ class _Run:
                     self._events.log(event.log.severity, self._redact(event.log.text))
                 elif kind == "loaded":
                     self._events.loaded(event)
+                elif kind == "span":
+                    self._events.span(event.span)
                 elif kind == "turn" and event.turn.ended:
                     self._turns.release(self._worker)
                 elif kind == "turn":

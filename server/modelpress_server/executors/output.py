@@ -15,6 +15,7 @@ MAX_LINES = 2000
 MAX_LOG_BYTES = 1024 * 1024  # 1 MiB
 MAX_MESSAGE_CHARS = 500
 MAX_STAGE_CHARS = 100
+MAX_SPAN_EVENTS = 2000  # each span begins and ends
 # Each progress event is stored; an honest worker sends ten a second.
 MIN_PROGRESS_INTERVAL_S = 0.05
 
@@ -33,6 +34,7 @@ class EventFilter:
         self._progress_time = -math.inf
         self._ended = False
         self._was_loaded = False
+        self._spans_left = MAX_SPAN_EVENTS
         self._passed = job_service_pb2.Progress()
 
     def log(self, severity: str, text: str) -> None:
@@ -53,6 +55,16 @@ class EventFilter:
         if not self._was_loaded:
             self._was_loaded = True
             self._on_event(event)
+
+    def span(self, span: worker_pb2.Span) -> None:
+        """A part of the task has begun or ended."""
+        self._spans_left -= 1
+        if self._spans_left < 0:
+            return
+        shown = worker_pb2.Span()
+        shown.CopyFrom(span)
+        shown.kind, shown.name = printable(span.kind[:MAX_STAGE_CHARS]), printable(span.name[:MAX_MESSAGE_CHARS])
+        self._on_event(worker_pb2.WorkerEvent(span=shown))
 
     def progress(self, progress: job_service_pb2.Progress) -> None:
         """How far the task is; a new stage and the end come through, else at most twenty a second."""

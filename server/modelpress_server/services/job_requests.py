@@ -57,7 +57,9 @@ def blobs_of(source: job_service_pb2.JobSpec | model_service_pb2.Model) -> dict[
     return {name: BlobKey.of(digest) for name, digest in fields.items()}
 
 
-def new_job(project: str, given: job_service_pb2.Job, model: model_service_pb2.Model) -> JobRecord:
+def new_job(
+    project: str, given: job_service_pb2.Job, model: model_service_pb2.Model, trace_parent: str = ""
+) -> JobRecord:
     """A queued job with every default of its spec written out."""
     job_id = new_id()
     job = job_service_pb2.Job(name=format_name(project, "jobs", job_id), state=job_service_pb2.JOB_STATE_QUEUED)
@@ -65,6 +67,7 @@ def new_job(project: str, given: job_service_pb2.Job, model: model_service_pb2.M
     job.spec.recipe.CopyFrom(canonical(given.spec.recipe) if given.spec.HasField("recipe") else preset(DEFAULT_PRESET))
     job.spec.max_attempts = given.spec.max_attempts or DEFAULT_ATTEMPTS
     job.labels.update(given.labels)
+    job.trace_parent = trace_parent
     now = now_us()
     job.create_time.FromMicroseconds(now)
     job.update_time.FromMicroseconds(now)

@@ -13,7 +13,7 @@ from modelpress_server import errors
 from modelpress_server.clock import Clock
 from modelpress_server.config import Settings
 from modelpress_server.filters import Fields
-from modelpress_server.interceptors import check_project, check_projects, draining
+from modelpress_server.interceptors import check_project, check_projects, current_trace_parent, draining
 from modelpress_server.listing import fitted, list_query, page_token, wrong_field
 from modelpress_server.names import parse_name, parse_project, parse_projects
 from modelpress_server.projects import Projects
@@ -75,7 +75,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         checks.finish()
         model = await self._models.get(project, request.job.spec.model.rpartition("/")[2])
         refuse_rejected(model.message)
-        record = new_job(project, request.job, model.message)
+        record = new_job(project, request.job, model.message, current_trace_parent())
         if request.validate_only:
             return record.to_message()
         references = {*blobs.values(), *blobs_of(model.message).values()}

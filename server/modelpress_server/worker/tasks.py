@@ -23,6 +23,7 @@ from modelpress_protos.v1 import model_service_pb2
 from modelpress_server.sandbox.confinement import LEVEL_FILES_AND_NETWORK
 from modelpress_server.worker import messages
 from modelpress_server.worker.context import TaskContext
+from modelpress_server.worker.spans import Spans
 
 # What numpy, torch and onnxscript load only when they are first used so; found by comparing sys.modules around jobs.
 _LAZY = (
@@ -103,6 +104,7 @@ def _compress(task: worker_pb2.CompressTask, context: TaskContext) -> worker_pb2
         alone=context.alone,
         memory_limit_bytes=task.memory_limit_bytes or None,
         memory=_memory(task),
+        span=Spans(context.events).span if task.traced else None,
     )
     return worker_pb2.WorkerEvent(compressed=_write(result, Path(task.output_directory)))
 

@@ -29,7 +29,7 @@ from modelpress_protos.v1 import model_service_pb2 as modelpress__protos_dot_v1_
 from modelpress_protos.v1 import recipe_pb2 as modelpress__protos_dot_v1_dot_recipe__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*modelpress_protos/internal/v1/worker.proto\x12\x16modelpress.internal.v1\x1a\x17google/rpc/status.proto\x1a!modelpress_protos/v1/common.proto\x1a&modelpress_protos/v1/job_service.proto\x1a(modelpress_protos/v1/model_service.proto\x1a!modelpress_protos/v1/recipe.proto\"\xf6\x01\n\rWorkerRequest\x12\x36\n\x07inspect\x18\x01 \x01(\x0b\x32#.modelpress.internal.v1.InspectTaskH\x00\x12\x38\n\x08\x63ompress\x18\x02 \x01(\x0b\x32$.modelpress.internal.v1.CompressTaskH\x00\x12\x35\n\x04turn\x18\x03 \x01(\x0b\x32%.modelpress.internal.v1.MeasuringTurnH\x00\x12\x1a\n\x12memory_limit_bytes\x18\x04 \x01(\x03\x12\x18\n\x10\x66ile_limit_bytes\x18\x05 \x01(\x03\x42\x06\n\x04task\"-\n\rMeasuringTurn\x12\r\n\x05\x65nded\x18\x01 \x01(\x08\x12\r\n\x05\x63ores\x18\x02 \x03(\x05\"\x89\x01\n\nModelFiles\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\r\n\x05paths\x18\x02 \x03(\t\x12.\n\x0binput_hints\x18\x03 \x03(\x0b\x32\x19.modelpress.v1.TensorSpec\x12)\n\x06source\x18\x04 \x01(\x0b\x32\x19.modelpress.v1.SourceFile\"@\n\x0bInspectTask\x12\x31\n\x05model\x18\x01 \x01(\x0b\x32\".modelpress.internal.v1.ModelFiles\"\xb1\x02\n\x0c\x43ompressTask\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x31\n\x05model\x18\x02 \x01(\x0b\x32\".modelpress.internal.v1.ModelFiles\x12%\n\x06recipe\x18\x03 \x01(\x0b\x32\x15.modelpress.v1.Recipe\x12\x11\n\tdata_path\x18\x04 \x01(\t\x12\x11\n\teval_path\x18\x05 \x01(\t\x12\x18\n\x10output_directory\x18\x06 \x01(\t\x12\x14\n\x0ctime_limit_s\x18\x07 \x01(\x01\x12\x1a\n\x12memory_limit_bytes\x18\x08 \x01(\x03\x12\x17\n\x0fknown_directory\x18\t \x01(\t\x12\x17\n\x0f\x66ound_directory\x18\n \x01(\t\x12\x16\n\x0e\x66indings_bytes\x18\x0b \x01(\x03\"\xe1\x03\n\x0bWorkerEvent\x12.\n\x05ready\x18\x01 \x01(\x0b\x32\x1d.modelpress.internal.v1.ReadyH\x00\x12+\n\x08progress\x18\x02 \x01(\x0b\x32\x17.modelpress.v1.ProgressH\x00\x12.\n\x03log\x18\x03 \x01(\x0b\x32\x1f.modelpress.internal.v1.LogLineH\x00\x12:\n\tinspected\x18\x04 \x01(\x0b\x32%.modelpress.internal.v1.InspectResultH\x00\x12<\n\ncompressed\x18\x05 \x01(\x0b\x32&.modelpress.internal.v1.CompressResultH\x00\x12$\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x37\n\x06loaded\x18\x07 \x01(\x0b\x32%.modelpress.internal.v1.InspectResultH\x00\x12\x35\n\x04turn\x18\x08 \x01(\x0b\x32%.modelpress.internal.v1.MeasuringTurnH\x00\x12,\n\x04used\x18\t \x01(\x0b\x32\x1c.modelpress.internal.v1.UsedH\x00\x42\x07\n\x05\x65vent\"0\n\x04Used\x12\x13\n\x0b\x63pu_seconds\x18\x01 \x01(\x01\x12\x13\n\x0brun_seconds\x18\x02 \x01(\x01\"5\n\x05Ready\x12\x15\n\rsandbox_level\x18\x01 \x01(\x05\x12\x15\n\rsandbox_fault\x18\x02 \x01(\t\")\n\x07LogLine\x12\x10\n\x08severity\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"j\n\rInspectResult\x12*\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x1a.modelpress.v1.ModelFormat\x12-\n\ninspection\x18\x02 \x01(\x0b\x32\x19.modelpress.v1.Inspection\"|\n\x0e\x43ompressResult\x12;\n\tartifacts\x18\x01 \x03(\x0b\x32(.modelpress.internal.v1.ProducedArtifact\x12-\n\x07summary\x18\x02 \x01(\x0b\x32\x1c.modelpress.v1.ReportSummary\"`\n\x10ProducedArtifact\x12*\n\x04kind\x18\x01 \x01(\x0e\x32\x1c.modelpress.v1.Artifact.Kind\x12\r\n\x05paths\x18\x02 \x03(\t\x12\x11\n\tcandidate\x18\x03 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*modelpress_protos/internal/v1/worker.proto\x12\x16modelpress.internal.v1\x1a\x17google/rpc/status.proto\x1a!modelpress_protos/v1/common.proto\x1a&modelpress_protos/v1/job_service.proto\x1a(modelpress_protos/v1/model_service.proto\x1a!modelpress_protos/v1/recipe.proto\"\xf6\x01\n\rWorkerRequest\x12\x36\n\x07inspect\x18\x01 \x01(\x0b\x32#.modelpress.internal.v1.InspectTaskH\x00\x12\x38\n\x08\x63ompress\x18\x02 \x01(\x0b\x32$.modelpress.internal.v1.CompressTaskH\x00\x12\x35\n\x04turn\x18\x03 \x01(\x0b\x32%.modelpress.internal.v1.MeasuringTurnH\x00\x12\x1a\n\x12memory_limit_bytes\x18\x04 \x01(\x03\x12\x18\n\x10\x66ile_limit_bytes\x18\x05 \x01(\x03\x42\x06\n\x04task\"-\n\rMeasuringTurn\x12\r\n\x05\x65nded\x18\x01 \x01(\x08\x12\r\n\x05\x63ores\x18\x02 \x03(\x05\"\x89\x01\n\nModelFiles\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\r\n\x05paths\x18\x02 \x03(\t\x12.\n\x0binput_hints\x18\x03 \x03(\x0b\x32\x19.modelpress.v1.TensorSpec\x12)\n\x06source\x18\x04 \x01(\x0b\x32\x19.modelpress.v1.SourceFile\"@\n\x0bInspectTask\x12\x31\n\x05model\x18\x01 \x01(\x0b\x32\".modelpress.internal.v1.ModelFiles\"\xc1\x02\n\x0c\x43ompressTask\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x31\n\x05model\x18\x02 \x01(\x0b\x32\".modelpress.internal.v1.ModelFiles\x12%\n\x06recipe\x18\x03 \x01(\x0b\x32\x15.modelpress.v1.Recipe\x12\x11\n\tdata_path\x18\x04 \x01(\t\x12\x11\n\teval_path\x18\x05 \x01(\t\x12\x18\n\x10output_directory\x18\x06 \x01(\t\x12\x14\n\x0ctime_limit_s\x18\x07 \x01(\x01\x12\x1a\n\x12memory_limit_bytes\x18\x08 \x01(\x03\x12\x17\n\x0fknown_directory\x18\t \x01(\t\x12\x17\n\x0f\x66ound_directory\x18\n \x01(\t\x12\x16\n\x0e\x66indings_bytes\x18\x0b \x01(\x03\x12\x0e\n\x06traced\x18\x0c \x01(\x08\"\x8f\x04\n\x0bWorkerEvent\x12.\n\x05ready\x18\x01 \x01(\x0b\x32\x1d.modelpress.internal.v1.ReadyH\x00\x12+\n\x08progress\x18\x02 \x01(\x0b\x32\x17.modelpress.v1.ProgressH\x00\x12.\n\x03log\x18\x03 \x01(\x0b\x32\x1f.modelpress.internal.v1.LogLineH\x00\x12:\n\tinspected\x18\x04 \x01(\x0b\x32%.modelpress.internal.v1.InspectResultH\x00\x12<\n\ncompressed\x18\x05 \x01(\x0b\x32&.modelpress.internal.v1.CompressResultH\x00\x12$\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x37\n\x06loaded\x18\x07 \x01(\x0b\x32%.modelpress.internal.v1.InspectResultH\x00\x12\x35\n\x04turn\x18\x08 \x01(\x0b\x32%.modelpress.internal.v1.MeasuringTurnH\x00\x12,\n\x04used\x18\t \x01(\x0b\x32\x1c.modelpress.internal.v1.UsedH\x00\x12,\n\x04span\x18\n \x01(\x0b\x32\x1c.modelpress.internal.v1.SpanH\x00\x42\x07\n\x05\x65vent\"n\n\x04Span\x12\n\n\x02id\x18\x01 \x01(\x05\x12\x0e\n\x06parent\x18\x02 \x01(\x05\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x0f\n\x07time_us\x18\x05 \x01(\x03\x12\r\n\x05\x65nded\x18\x06 \x01(\x08\x12\x0e\n\x06\x66\x61iled\x18\x07 \x01(\x08\"0\n\x04Used\x12\x13\n\x0b\x63pu_seconds\x18\x01 \x01(\x01\x12\x13\n\x0brun_seconds\x18\x02 \x01(\x01\"5\n\x05Ready\x12\x15\n\rsandbox_level\x18\x01 \x01(\x05\x12\x15\n\rsandbox_fault\x18\x02 \x01(\t\")\n\x07LogLine\x12\x10\n\x08severity\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"j\n\rInspectResult\x12*\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x1a.modelpress.v1.ModelFormat\x12-\n\ninspection\x18\x02 \x01(\x0b\x32\x19.modelpress.v1.Inspection\"|\n\x0e\x43ompressResult\x12;\n\tartifacts\x18\x01 \x03(\x0b\x32(.modelpress.internal.v1.ProducedArtifact\x12-\n\x07summary\x18\x02 \x01(\x0b\x32\x1c.modelpress.v1.ReportSummary\"`\n\x10ProducedArtifact\x12*\n\x04kind\x18\x01 \x01(\x0e\x32\x1c.modelpress.v1.Artifact.Kind\x12\r\n\x05paths\x18\x02 \x03(\t\x12\x11\n\tcandidate\x18\x03 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,19 +45,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INSPECTTASK']._serialized_start=683
   _globals['_INSPECTTASK']._serialized_end=747
   _globals['_COMPRESSTASK']._serialized_start=750
-  _globals['_COMPRESSTASK']._serialized_end=1055
-  _globals['_WORKEREVENT']._serialized_start=1058
-  _globals['_WORKEREVENT']._serialized_end=1539
-  _globals['_USED']._serialized_start=1541
-  _globals['_USED']._serialized_end=1589
-  _globals['_READY']._serialized_start=1591
-  _globals['_READY']._serialized_end=1644
-  _globals['_LOGLINE']._serialized_start=1646
-  _globals['_LOGLINE']._serialized_end=1687
-  _globals['_INSPECTRESULT']._serialized_start=1689
-  _globals['_INSPECTRESULT']._serialized_end=1795
-  _globals['_COMPRESSRESULT']._serialized_start=1797
-  _globals['_COMPRESSRESULT']._serialized_end=1921
-  _globals['_PRODUCEDARTIFACT']._serialized_start=1923
-  _globals['_PRODUCEDARTIFACT']._serialized_end=2019
+  _globals['_COMPRESSTASK']._serialized_end=1071
+  _globals['_WORKEREVENT']._serialized_start=1074
+  _globals['_WORKEREVENT']._serialized_end=1601
+  _globals['_SPAN']._serialized_start=1603
+  _globals['_SPAN']._serialized_end=1713
+  _globals['_USED']._serialized_start=1715
+  _globals['_USED']._serialized_end=1763
+  _globals['_READY']._serialized_start=1765
+  _globals['_READY']._serialized_end=1818
+  _globals['_LOGLINE']._serialized_start=1820
+  _globals['_LOGLINE']._serialized_end=1861
+  _globals['_INSPECTRESULT']._serialized_start=1863
+  _globals['_INSPECTRESULT']._serialized_end=1969
+  _globals['_COMPRESSRESULT']._serialized_start=1971
+  _globals['_COMPRESSRESULT']._serialized_end=2095
+  _globals['_PRODUCEDARTIFACT']._serialized_start=2097
+  _globals['_PRODUCEDARTIFACT']._serialized_end=2193
 # @@protoc_insertion_point(module_scope)

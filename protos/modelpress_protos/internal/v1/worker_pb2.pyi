@@ -184,6 +184,7 @@ class CompressTask(_message.Message):
     KNOWN_DIRECTORY_FIELD_NUMBER: _builtins.int
     FOUND_DIRECTORY_FIELD_NUMBER: _builtins.int
     FINDINGS_BYTES_FIELD_NUMBER: _builtins.int
+    TRACED_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Name of the job, for the report."""
     data_path: _builtins.str
@@ -202,6 +203,8 @@ class CompressTask(_message.Message):
     """Folder for what this one finds out."""
     findings_bytes: _builtins.int
     """Bytes that it may leave there; 0: nothing is read or left."""
+    traced: _builtins.bool
+    """Say when passes and candidates begin and end."""
     @_builtins.property
     def model(self) -> Global___ModelFiles:
         """The model."""
@@ -224,10 +227,11 @@ class CompressTask(_message.Message):
         known_directory: _builtins.str = ...,
         found_directory: _builtins.str = ...,
         findings_bytes: _builtins.int = ...,
+        traced: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "recipe", b"recipe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_path", b"data_path", "eval_path", b"eval_path", "findings_bytes", b"findings_bytes", "found_directory", b"found_directory", "job", b"job", "known_directory", b"known_directory", "memory_limit_bytes", b"memory_limit_bytes", "model", b"model", "output_directory", b"output_directory", "recipe", b"recipe", "time_limit_s", b"time_limit_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_path", b"data_path", "eval_path", b"eval_path", "findings_bytes", b"findings_bytes", "found_directory", b"found_directory", "job", b"job", "known_directory", b"known_directory", "memory_limit_bytes", b"memory_limit_bytes", "model", b"model", "output_directory", b"output_directory", "recipe", b"recipe", "time_limit_s", b"time_limit_s", "traced", b"traced"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -248,6 +252,7 @@ class WorkerEvent(_message.Message):
     LOADED_FIELD_NUMBER: _builtins.int
     TURN_FIELD_NUMBER: _builtins.int
     USED_FIELD_NUMBER: _builtins.int
+    SPAN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ready(self) -> Global___Ready:
         """Imports are done; a task may come."""
@@ -284,6 +289,10 @@ class WorkerEvent(_message.Message):
     def used(self) -> Global___Used:
         """Of the executor, not of a worker: what the task took since the last such event; every few seconds, and at its end."""
 
+    @_builtins.property
+    def span(self) -> Global___Span:
+        """In a CompressTask that is traced: a part of it has begun, or ended."""
+
     def __init__(
         self,
         *,
@@ -296,16 +305,63 @@ class WorkerEvent(_message.Message):
         loaded: Global___InspectResult | None = ...,
         turn: Global___MeasuringTurn | None = ...,
         used: Global___Used | None = ...,
+        span: Global___Span | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "event", b"event", "failed", b"failed", "inspected", b"inspected", "loaded", b"loaded", "log", b"log", "progress", b"progress", "ready", b"ready", "turn", b"turn", "used", b"used"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "event", b"event", "failed", b"failed", "inspected", b"inspected", "loaded", b"loaded", "log", b"log", "progress", b"progress", "ready", b"ready", "span", b"span", "turn", b"turn", "used", b"used"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "event", b"event", "failed", b"failed", "inspected", b"inspected", "loaded", b"loaded", "log", b"log", "progress", b"progress", "ready", b"ready", "turn", b"turn", "used", b"used"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compressed", b"compressed", "event", b"event", "failed", b"failed", "inspected", b"inspected", "loaded", b"loaded", "log", b"log", "progress", b"progress", "ready", b"ready", "span", b"span", "turn", b"turn", "used", b"used"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["ready", "progress", "log", "inspected", "compressed", "failed", "loaded", "turn", "used"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["ready", "progress", "log", "inspected", "compressed", "failed", "loaded", "turn", "used", "span"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WorkerEvent: _TypeAlias = WorkerEvent  # noqa: Y015
+
+@_typing.final
+class Span(_message.Message):
+    """A part of a task, told when it begins and again when it ends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    TIME_US_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Its number within the task, from 1."""
+    parent: _builtins.int
+    """Of the one that it is a part of; 0: none."""
+    kind: _builtins.str
+    """"pass" or "candidate"; when it begins."""
+    name: _builtins.str
+    """Which; when it begins."""
+    time_us: _builtins.int
+    """When, in microseconds since the epoch."""
+    ended: _builtins.bool
+    """It has ended."""
+    failed: _builtins.bool
+    """It ended with an error."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        parent: _builtins.int = ...,
+        kind: _builtins.str = ...,
+        name: _builtins.str = ...,
+        time_us: _builtins.int = ...,
+        ended: _builtins.bool = ...,
+        failed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "failed", b"failed", "id", b"id", "kind", b"kind", "name", b"name", "parent", b"parent", "time_us", b"time_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Span: _TypeAlias = Span  # noqa: Y015
 
 @_typing.final
 class Used(_message.Message):
