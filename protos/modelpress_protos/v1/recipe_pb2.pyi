@@ -659,7 +659,9 @@ class FactorizeStep(_message.Message):
     for what it saves.
     """
     budget_of: _builtins.str
-    """What budget counts: multiply-accumulates or parameters."""
+    """What budget counts: multiply-accumulates, parameters, or latency: the time of layers and of their factors, measured
+    on this machine. Under latency no layer is factorized that is not faster, with a budget or without.
+    """
     round_to: _builtins.int
     """Ranks are a multiple of this where they are that large; odd numbers are slow."""
     max_error: _builtins.float

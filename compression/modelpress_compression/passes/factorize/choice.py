@@ -11,12 +11,14 @@ A layer's errors are shares of its own answers: what a layer's error does to the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from modelpress_compression.graph.linear import Matrix
 from modelpress_compression.passes.factorize.config import FactorizeConfig
 from modelpress_compression.passes.factorize.layers import Layer
-from modelpress_compression.passes.factorize.methods import METHODS, Problem, Ranks
+from modelpress_compression.passes.factorize.methods import METHODS, Problem, Ranks, Stage
 
 # Shares of a layer's cost that a budget chooses among.
 SHARES = (0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -34,9 +36,11 @@ class Option:
     macs: int
     parameters: int
     error: float
+    stages: tuple[Stage, ...] = field(default=(), compare=False, repr=False)  # their shapes: no numbers are kept
+    ms: float = 0.0  # where times are measured
 
-    def cost(self, of: str) -> int:
-        return self.macs if of == "macs" else self.parameters
+    def cost(self, of: str) -> float:
+        return {"macs": self.macs, "parameters": self.parameters, "latency": self.ms}[of]
 
 
 class Chooser:
@@ -45,10 +49,13 @@ class Chooser:
     def __init__(self, config: FactorizeConfig, layer: Layer, moments: Matrix | None) -> None:
         self._config, self._layer, self._problem = config, layer, Problem(layer, moments)
         names = METHODS if config.method == "auto" else (config.method,)
+        # Which of the methods is fast enough turns out when they are timed.
+        self._most = len(names) if config.budget_of == "latency" else 1
         self._why_not = {name: METHODS[name].why_not(layer) for name in names}
 
     def options(self) -> list[Option] | str:
-        """Those to choose among (one, unless there is a budget), or why the layer stays as it is."""
+        """Those to choose among, the best first (one, unless there is a budget or times decide), or why the layer stays
+        as it is."""
         fitting = [name for name, reason in self._why_not.items() if not reason]
         if not fitting:
             return f"It has no {self._config.method} factors: {next(iter(self._why_not.values()))}."
@@ -66,13 +73,13 @@ class Chooser:
                 yield from self._best(names, share)
         elif config.energy is not None:
             cheapest = [option for name in names if (option := self._of_energy(name, config.energy)) is not None]
-            yield from sorted(cheapest, key=lambda option: (option.macs, option.error))[:1]
+            yield from sorted(cheapest, key=lambda option: (option.macs, option.error))[: self._most]
         else:
             yield from self._best(names, config.rank_ratio)
 
     def _best(self, names: Sequence[str], share: float) -> list[Option]:
         found = [option for name in names if (option := self._at(name, share)) is not None]
-        return sorted(found, key=lambda option: (option.error, option.macs))[:1]
+        return sorted(found, key=lambda option: (option.error, option.macs))[: self._most]
 
     def _at(self, name: str, share: float) -> Option | None:
         """The option of a method at a share of the cost."""
@@ -81,7 +88,8 @@ class Chooser:
         if ranks is None:
             return None
         made = method.factors(self._problem, ranks)
-        return Option(name, made.ranks, *method.cost(self._layer, made.ranks), made.error)
+        shapes = (replace(stage, weight=np.broadcast_to(np.float64(0), stage.weight.shape)) for stage in made.stages)
+        return Option(name, made.ranks, *method.cost(self._layer, made.ranks), made.error, tuple(shapes))
 
     def _of_energy(self, name: str, energy: float) -> Option | None:
         """The cheapest that keeps so much, by bisection: the error falls with the cost."""
@@ -97,7 +105,7 @@ class Chooser:
 
 
 def within_budget(
-    options: Mapping[int, Sequence[Option]], full: Mapping[int, int], to_save: float, of: str
+    options: Mapping[int, Sequence[Option]], full: Mapping[int, float], to_save: float, of: str
 ) -> dict[int, Option]:
     """The options to take, by layer, so that `to_save` is saved or as much as can be; `full`: the layers' own cost."""
     steps = [
@@ -116,7 +124,7 @@ def within_budget(
     return taken
 
 
-def _hull(options: Sequence[Option], full: int, of: str) -> Iterator[tuple[float, Option]]:
+def _hull(options: Sequence[Option], full: float, of: str) -> Iterator[tuple[float, Option]]:
     """Of the lower convex hull of error over cost, from the layer as it is: the slope to each point, rising."""
     cost, error = float(full), 0.0
     rest = [option for option in options if option.cost(of) < full]

@@ -43,7 +43,11 @@ class FactorizeConfig(Config):
         lt=1,
     )
     budget_of: str = option(
-        "macs", 5, "What budget counts: multiply-accumulates or parameters.", choices=("macs", "parameters")
+        "macs",
+        5,
+        "What budget counts: multiply-accumulates, parameters, or latency: the time of layers and of their factors, "
+        "measured on this machine. Under latency no layer is factorized that is not faster, with a budget or without.",
+        choices=("macs", "parameters", "latency"),
     )
     round_to: int = option(
         8, 6, "Ranks are a multiple of this where they are that large; odd numbers are slow.", gte=1, lte=1024

@@ -9,7 +9,9 @@ answers (see `passes.repair`), so that each also mends what those before it lost
 say nothing because they are all the same, the weights alone decide.
 
 A layer stays as it is where no factors are cheaper, in multiplications as in parameters. That they are faster as well
-is not known here: two small products may take longer than a large one, and the report's latency tells.
+does not follow: two small products may take longer than a large one. With `budget_of: latency` layers and factors are
+timed on this machine (`timing`), a layer stays whose factors are not faster, and in the end the whole model is timed:
+if it is not faster, it stays as it was.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from modelpress_compression.passes.factorize.choice import Chooser, Option, with
 from modelpress_compression.passes.factorize.config import FactorizeConfig
 from modelpress_compression.passes.factorize.layers import Layer, find_layers
 from modelpress_compression.passes.factorize.methods import METHODS, Problem, damped
+from modelpress_compression.passes.factorize.timing import Timer, speedup_of
 from modelpress_compression.passes.factorize.writer import stored, write
 from modelpress_compression.passes.hessians import Hessians
 from modelpress_compression.passes.repair.least_squares import Changes, Repair, repair
@@ -61,16 +64,19 @@ class Factorize:
                 "repair."
             )
         clone = model.clone()
+        timer = Timer(context) if self._config.budget_of == "latency" else None
         context.progress(0.0, "looking for layers to factorize")
         layers, skipped = find_layers(clone, self._config.exclude, sample_shapes(context.data))
         moments = _Moments(clone, layers, context)
-        chosen, left, warnings = self._choose(layers, moments, model, context)
+        chosen, left, warnings = self._choose(layers, moments, timer, model, context)
         written, details, overflowing = _write(clone, chosen, moments, context)
         skipped = [*skipped, *left, *overflowing]
         warnings = [*warnings, *unmatched_excludes(model, self._config.exclude)]
         if not details:
             return PassResult(model, {}, tuple(skipped), (*warnings, _NOTHING))
         repaired = self._repair(model, clone, written, context)
+        if timer is not None and (speedup := speedup_of(model, repaired.model, context)).median <= 1:
+            return PassResult(model, {}, (*skipped, *_taken_back(chosen)), (*warnings, _slower(speedup.median)))
         context.progress(1.0, "factorized")
         warnings += [*([] if moments.known else [_PLAIN]), *repaired.warnings]
         return PassResult(
@@ -82,7 +88,7 @@ class Factorize:
         )
 
     def _choose(
-        self, layers: Sequence[Layer], moments: _Moments, model: Model, context: Context
+        self, layers: Sequence[Layer], moments: _Moments, timer: Timer | None, model: Model, context: Context
     ) -> tuple[list[tuple[Layer, Option]], list[Skip], list[str]]:
         """What each layer gets, why others stay, and a warning where the budget cannot be met."""
         options: dict[int, list[Option]] = {}
@@ -91,13 +97,18 @@ class Factorize:
             context.check_time()
             context.progress(_CHOSEN * number / len(layers), f"factorizing {layer.name}")
             found = Chooser(self._config, layer, moments.of(layer)).options()
+            if timer is not None and not isinstance(found, str):
+                found = timer.timed(layer, found)
             if isinstance(found, str):
                 left.append(Skip(layer.name, found))
             else:
                 options[number] = found
         if self._config.budget is None:
-            return [(layers[number], found[0]) for number, found in options.items()], left, []
-        taken, warnings = self._within(self._config.budget, layers, options, model, context)
+            # Under a share of cost the one that errs least; under a share of energy the fastest.
+            fastest = timer is not None and self._config.energy is not None
+            picked = {n: min(found, key=lambda one: one.ms) if fastest else found[0] for n, found in options.items()}
+            return [(layers[number], option) for number, option in picked.items()], left, []
+        taken, warnings = self._within(self._config.budget, layers, options, timer, model, context)
         left += [
             Skip(layers[number].name, "The budget is met without it.") for number in options if number not in taken
         ]
@@ -108,18 +119,18 @@ class Factorize:
         budget: float,
         layers: Sequence[Layer],
         options: Mapping[int, Sequence[Option]],
+        timer: Timer | None,
         model: Model,
         context: Context,
     ) -> tuple[dict[int, Option], list[str]]:
         of = self._config.budget_of
-        full = {number: layers[number].macs if of == "macs" else layers[number].parameters for number in options}
-        known = count_macs(model, sample_shapes(context.data)).total if of == "macs" else _parameters(model)
-        total = known if known is not None else sum(layer.macs for layer in layers)
+        full = {number: _cost(layers[number], of, timer) for number in options}
+        total = _total(model, layers, of, timer, context)
         taken = within_budget(options, full, (1 - budget) * total, of)
         left = total - sum(full[number] - option.cost(of) for number, option in taken.items())
         if left <= budget * total:
             return taken, []
-        what = "multiply-accumulates" if of == "macs" else "parameters"
+        what = {"macs": "multiply-accumulates", "parameters": "parameters", "latency": "layers' time"}[of]
         return taken, [
             f"The budget of {budget:.0%} of the {what} is out of reach: {left / total:.0%} remain with all layers "
             f"factorized as far as they can be. Remove channels as well (prune), or allow more."
@@ -135,6 +146,31 @@ class Factorize:
 
         changes = Changes("The last factors", frozenset(written), frozenset(written.values()))
         return repair(model, clone, changes, replace(context, progress=progress))
+
+
+def _cost(layer: Layer, of: str, timer: Timer | None) -> float:
+    if timer is not None:
+        return timer.full[layer.name]
+    return layer.macs if of == "macs" else layer.parameters
+
+
+def _total(model: Model, layers: Sequence[Layer], of: str, timer: Timer | None, context: Context) -> float:
+    """Of the whole model; of its times, that of the layers which could be measured."""
+    if timer is not None:
+        return sum(timer.full.values())
+    known = count_macs(model, sample_shapes(context.data)).total if of == "macs" else _parameters(model)
+    return known if known is not None else sum(layer.macs for layer in layers)
+
+
+def _taken_back(chosen: Sequence[tuple[Layer, Option]]) -> list[Skip]:
+    return [Skip(layer.name, "It was factorized and put back: the whole model was not faster.") for layer, _ in chosen]
+
+
+def _slower(speedup: float) -> str:
+    return (
+        f"Factors were taken back: each was faster than its layer, but the model with them ran {speedup:.2f} times as "
+        f"fast as before. Its layers run together better as they are."
+    )
 
 
 class _Moments:
@@ -186,6 +222,7 @@ def _row(layer: Layer, option: Option) -> Row:
         "relative_error": option.error,
         "macs_before": layer.macs,
         "macs_after": option.macs,
+        **({"ms_after": round(option.ms, 4)} if option.ms else {}),
         "parameters_before": layer.parameters,
         "parameters_after": option.parameters,
     }

@@ -56,7 +56,8 @@ class Positions:
 @dataclass(frozen=True)
 class Layer:
     """One weight and the nodes that multiply by it, all in the same way. `groups`, `inputs` and `answers`: extents of
-    the weight as a matrix [g, K, O]; `kernel`: of a convolution, () of a product."""
+    the weight as a matrix [g, K, O]; `kernel`: of a convolution, () of a product. `shape`: of what the first node
+    reads; None where that is not known."""
 
     weight: onnx_ir.Value
     nodes: tuple[onnx_ir.Node, ...]
@@ -65,6 +66,7 @@ class Layer:
     groups: int
     inputs: int
     answers: int
+    shape: Shape | None = None
 
     @property
     def name(self) -> str:
@@ -149,7 +151,9 @@ def _layer(
     if any(linear_of(node) != linear or graph_of(node) is not graph_of(nodes[0]) for node in nodes[1:]):
         return "Its weight is shared by nodes that read it in different ways."
     groups, inputs, answers = linear.matrix(np.zeros(_extents(weight), np.bool_)).shape
-    layer = Layer(weight, nodes, linear, _positions(nodes, linear, shapes), groups, inputs, answers)
+    data = nodes[0].inputs[0]
+    shape = shapes.get(data.name or "") if data is not None else None
+    layer = Layer(weight, nodes, linear, _positions(nodes, linear, shapes), groups, inputs, answers, shape)
     return _of_size(layer) or _of_numbers(layer) or layer
 
 

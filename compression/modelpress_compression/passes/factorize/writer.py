@@ -31,16 +31,16 @@ def write(editor: Editor, layer: Layer, stages: Sequence[Stage], arrays: Sequenc
     for node in layer.nodes:
         data = node.inputs[0]
         for stage, weight in zip(stages[:-1], weights[:-1], strict=True):
-            attributes = _attributes(layer, node, stage)
+            attributes = attributes_of(layer, node, stage)
             (data,) = editor.emit(node, node.op_type, (data, weight), f"{label(node)}_factor", attributes=attributes)
         bias = input_of(node, 2)
         inputs = (data, weights[-1]) if bias is None else (data, weights[-1], bias)
-        last = editor.make_like(node, node.op_type, inputs, _attributes(layer, node, stages[-1]))
+        last = editor.make_like(node, node.op_type, inputs, attributes_of(layer, node, stages[-1]))
         editor.replace(node, [node], [last])
     return weights[-1].name or ""
 
 
-def _attributes(layer: Layer, node: onnx_ir.Node, stage: Stage) -> dict[str, Any]:
+def attributes_of(layer: Layer, node: onnx_ir.Node, stage: Stage) -> dict[str, Any]:
     """Those of a node like `node` for this stage: it moves over the stage's axes as the layer does, on others not."""
     if not isinstance(layer.linear, Convolution) or not is_op(node, "Conv"):
         return {}
