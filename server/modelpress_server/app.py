@@ -46,6 +46,7 @@ from modelpress_server.services.model_service import ModelService
 from modelpress_server.services.server_service import ServerService
 from modelpress_server.services.upload_service import UploadService
 from modelpress_server.space import Space
+from modelpress_server.stores.base import BlobStore
 from modelpress_server.stores.database import Database
 from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.news import News
@@ -111,6 +112,14 @@ def private_paths(settings: Settings) -> list[Path]:
     data_dir = settings.data_dir
     named = (settings.token_file, settings.tls_key)
     return [data_dir, *(data_dir / name for name in PRIVATE_NAMES), *(path.absolute() for path in named if path)]
+
+
+def _blob_store(settings: Settings) -> BlobStore:
+    if settings.blobs is None:
+        return FileBlobStore(settings.data_dir)
+    from modelpress_server.stores.s3 import S3BlobStore
+
+    return S3BlobStore(settings.blobs, settings.data_dir / "tmp")
 
 
 def _prometheus_meter(settings: Settings) -> PrometheusMeter | None:
@@ -188,7 +197,8 @@ class Server:
             self._lock.release()
             raise
         self._janitor.start()
-        self._scrub.start()
+        if self._scrub is not None:
+            self._scrub.start()
         self._lock.announce(self.address)
 
     async def stop(self) -> None:
@@ -204,7 +214,8 @@ class Server:
         await self._grpc.stop(CLOSE_GRACE_S)
         await self._uploads.sessions.close()
         await self._janitor.close()
-        await self._scrub.close()
+        if self._scrub is not None:
+            await self._scrub.close()
         await self._executor.close()
         if self._http is not None:  # so long, probes are told that the server ends
             await self._http.close()
@@ -217,8 +228,8 @@ class Server:
     async def _open_stores(self) -> None:
         settings, data_dir = self._settings, self._settings.data_dir
         await asyncio.to_thread(clear_work_folders, data_dir / "work")
-        self._blobs = FileBlobStore(data_dir)
-        await asyncio.to_thread(self._blobs.open)
+        self._blobs = _blob_store(settings)
+        await self._blobs.open()
         self._ballast = Ballast(data_dir / "ballast")
         self._ballast.ease()
         if settings.database is None:
@@ -234,7 +245,7 @@ class Server:
         meter, self._tracer = prometheus or Meter(), _tracer(settings)
         database.on_change = ChangeLog(meter).note
         self._executor = self._make_executor(settings)
-        space = Space(settings.data_dir, settings.reserve_bytes, index)
+        space = Space(settings.data_dir, settings.reserve_bytes, index, uploads=not self._blobs.shared)
         findings = Findings(settings.data_dir / "findings", self._projects, self._blobs, space)
         work = settings.data_dir / "work"
         resources = RunResources(
@@ -265,7 +276,9 @@ class Server:
             self._clock,
             leads=partial(database.leads, "janitor"),
         )
-        self._scrub = BackgroundScrub(settings, self._blobs, self._clock)
+        # A bucket looks after its objects itself; what is read of it is verified on its way.
+        files = self._blobs if isinstance(self._blobs, FileBlobStore) else None
+        self._scrub = BackgroundScrub(settings, files, self._clock) if files is not None else None
         space.on_short = self._janitor.hurry
         upload_service_pb2_grpc.add_UploadServiceServicer_to_server(self._uploads, self._grpc)
         model_service = ModelService(settings, self._projects, models, self._scheduler, findings)
@@ -297,7 +310,7 @@ class Server:
         from modelpress_server.observation.readiness import Readiness
 
         lookout = Lookout(settings.data_dir, overview, self._executor, host, clock)
-        readiness = Readiness(settings.data_dir, overview, self._executor, host, self._gate, clock)
+        readiness = Readiness(overview, self._blobs, self._executor, host, self._gate, clock)
         pages: list[Route] = []
         if settings.console:
             from modelpress_server.console.app import Console

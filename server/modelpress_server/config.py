@@ -100,6 +100,11 @@ class Settings:
         "in the environment (PGPASSWORD, PGPASSFILE).",
         secret=True,
     )
+    blobs: str | None = _setting(
+        None,
+        "s3://BUCKET/PREFIX that servers share; not set: the data folder. Keys are taken from the environment "
+        "(AWS_ACCESS_KEY_ID and so on) or the machine's role; AWS_ENDPOINT_URL names a service other than AWS.",
+    )
     lease_s: float = _setting(
         20.0,
         "With --database: the jobs of a server that was not heard of for so long are given to others.",
@@ -265,6 +270,10 @@ class Settings:
         if unusable := sorted(set(self.measure_core_numbers) - os.sched_getaffinity(0)):
             may = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
             raise SettingsError(f"measure_cores: the server may not run on {unusable[0]}; it may on {may}.")
+        if self.database is not None and self.blobs is None:
+            raise SettingsError(
+                "database: servers that share a database share their files as well: set --blobs s3://BUCKET/PREFIX."
+            )
         # Workers have a current folder of their own: a relative path would be another one there.
         object.__setattr__(self, "data_dir", self.data_dir.expanduser().absolute())
         self._check_exposure()

@@ -29,7 +29,8 @@ from modelpress_protos.v1 import job_service_pb2, model_service_pb2
 from modelpress_server.names import new_id
 from modelpress_server.projects import Projects
 from modelpress_server.space import Space
-from modelpress_server.stores.filesystem import ArtifactError, FileBlobStore, place_file, take_file
+from modelpress_server.stores.base import BlobStore
+from modelpress_server.stores.filesystem import ArtifactError, place_file, take_file
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ _ENTRY = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}")
 class Findings:
     """The folder `root`. Its file work runs in the threads of `blobs`."""
 
-    def __init__(self, root: Path, projects: Projects, blobs: FileBlobStore, space: Space) -> None:
+    def __init__(self, root: Path, projects: Projects, blobs: BlobStore, space: Space) -> None:
         self._root = root
         self._projects = projects
         self._blobs = blobs

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import shutil
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 from modelpress_server.ballast import Ballast
@@ -15,8 +16,7 @@ from modelpress_server.errors import ServiceError
 from modelpress_server.findings import Findings
 from modelpress_server.projects import Projects
 from modelpress_server.services.upload_session import UploadSessions
-from modelpress_server.stores.base import BlobIndex, Retention
-from modelpress_server.stores.filesystem import FileBlobStore
+from modelpress_server.stores.base import BlobIndex, BlobKey, BlobStore, Retention
 from modelpress_server.waiting import wait_until
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ SHORT_BLOB_TTL_S = 3600.0
 SHORT_INTERVAL_S = 10.0
 # Files of blobs that were let go may be wanted again by an upload that ends just now.
 SETTLED_S = 60.0
+# A bucket is looked through for what no record names so often, beginning an interval after the start.
+LISTING_INTERVAL_S = 24 * 3600.0
 BATCH = 500
 MAX_STEPS = 100  # of the clock, that are remembered
 
@@ -46,7 +48,7 @@ class Janitor:
         self,
         settings: Settings,
         projects: Projects,
-        blobs: FileBlobStore,
+        blobs: BlobStore,
         index: BlobIndex,
         retention: Retention,
         sessions: UploadSessions,
@@ -69,7 +71,7 @@ class Janitor:
         self._room_is_short = asyncio.Event()
         self._ahead_us = self._wall_ahead_us()
         self._steps: list[tuple[int, int]] = []  # time of day after a step forward, and its length, in microseconds
-        self._began_s = clock.now_s()
+        self._began_s = self._listed_at_s = clock.now_s()
         self._has_given_grace = False
         self._sweeping = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
@@ -158,7 +160,7 @@ class Janitor:
         for upload_id in await self._blobs.partial_ids() - active:
             await self._sessions.discard(upload_id)
         for blob in set(swept.blobs) - await self._index.known(swept.blobs):
-            await self._blobs.remove_older_than(blob, now / 1e6 - SETTLED_S)
+            await self._remove(blob, now / 1e6 - SETTLED_S)
         removed = await self._remove_unknown_files(now / 1e6)
         await self._sweep_own(now, blob_ttl_s)
         if removed or swept.uploads or swept.jobs_compacted:
@@ -182,14 +184,21 @@ class Janitor:
             if jobs or models:
                 logger.info("project %s: %d jobs and %d models have had their time", project, jobs, models)
 
+    async def _remove(self, blob: BlobKey, before_s: float) -> bool:
+        return await self._index.drop_unknown(blob, partial(self._blobs.remove_older_than, blob, before_s))
+
     async def _remove_unknown_files(self, now_s: float) -> int:
+        if self._blobs.shared:
+            # A listing of a bucket is paid for, and little is left behind there.
+            if self._clock.now_s() - self._listed_at_s < LISTING_INTERVAL_S:
+                return 0
+            self._listed_at_s = self._clock.now_s()
         before_s = now_s - min(self._settings.blob_ttl_s, MIN_BLOB_AGE_S)
         files, removed = await self._blobs.older_than(before_s), 0
         for start in range(0, len(files), BATCH):
             batch = files[start : start + BATCH]
             for blob in set(batch) - await self._index.known(batch):
-                await self._blobs.remove_older_than(blob, before_s)
-                removed += 1
+                removed += await self._remove(blob, before_s)
         return removed
 
     async def _sweep_regularly(self) -> None:

@@ -30,6 +30,7 @@ from modelpress_server.space import Promise, Space
 from modelpress_server.stores.base import (
     MAX_EXCUSED_LOSSES,
     BlobKey,
+    BlobStore,
     JobRecord,
     JobStore,
     Lease,
@@ -39,7 +40,6 @@ from modelpress_server.stores.base import (
     Outcome,
     UsageStore,
 )
-from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.records import job_state_name, now_us, unique
 from modelpress_server.task_folder import TaskFolder, inspection_need_bytes, job_need_bytes, task_folder
 from modelpress_server.waiting import Notifier, uninterrupted
@@ -73,7 +73,7 @@ class RunResources:
 
     settings: Settings
     executor: Executor
-    blobs: FileBlobStore
+    blobs: BlobStore
     space: Space
     usage: UsageStore
     findings: Findings

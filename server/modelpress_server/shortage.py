@@ -16,6 +16,8 @@ _BUSY = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS)
 _NO_THREAD = "can't start new thread"
 MAKE_ROOM = "Delete models and jobs that are no longer needed, or ask the server's operator for space."
 BUSY_RETRY_S = 5.0
+# The disk is full when it has less than this, whatever the reserve is.
+FULL_BYTES = 64 * 1024
 
 
 def storage_full() -> StorageFullError:

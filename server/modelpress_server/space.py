@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,15 +17,13 @@ from pathlib import Path
 
 from modelpress_server.config import GIB
 from modelpress_server.errors import DiskTooSmallError, StorageFullError
-from modelpress_server.shortage import storage_full
+from modelpress_server.shortage import FULL_BYTES, storage_full
 from modelpress_server.stores.base import BlobIndex
 
 # A task may write so many times what it was expected to, and so much more, before that counts as a fault of its own:
 # samples may be compressed well.
 LIMIT_FACTOR = 4
 LIMIT_EXTRA_BYTES = 1 * GIB
-# The disk is full when it has less than this, whatever the reserve is.
-FULL_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,14 @@ class Promise:
 
 
 class Space:
-    """The room of the file system that holds `root`. `reserve_bytes`: what nobody is promised."""
+    """The room of the file system that holds `root`. `reserve_bytes`: what nobody is promised.
 
-    def __init__(self, root: Path, reserve_bytes: int, index: BlobIndex) -> None:
+    `uploads`: whether uploads are stored there, too.
+    """
+
+    def __init__(self, root: Path, reserve_bytes: int, index: BlobIndex, *, uploads: bool = True) -> None:
         self._root = root
+        self._uploads = uploads
         self._reserve_bytes = reserve_bytes
         self._index = index
         self._promises: set[Promise] = set()
@@ -63,6 +66,15 @@ class Space:
             except StorageFullError:
                 self.on_short()
                 raise
+
+    @asynccontextmanager
+    async def left_for_uploads(self) -> AsyncIterator[int]:
+        """`left`, of the place that uploads are stored in."""
+        if not self._uploads:
+            yield sys.maxsize
+            return
+        async with self.left() as left_bytes:
+            yield left_bytes
 
     @asynccontextmanager
     async def promised(self, need_bytes: int, folder: Path) -> AsyncIterator[Promise]:
@@ -87,7 +99,7 @@ class Space:
         return await asyncio.to_thread(disk_is_full, self._root)
 
     async def _left_bytes(self) -> int:
-        uploads_bytes = await self._index.awaited_bytes()
+        uploads_bytes = await self._index.awaited_bytes() if self._uploads else 0
         return await asyncio.to_thread(self._measure) - uploads_bytes
 
     def _measure(self) -> int:

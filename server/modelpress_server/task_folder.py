@@ -15,8 +15,8 @@ from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2
 from modelpress_server.config import MIB
 from modelpress_server.executors.base import Limits, WorkerLostError
 from modelpress_server.names import new_id, path_fault
-from modelpress_server.stores.base import BlobKey
-from modelpress_server.stores.filesystem import ArtifactError, FileBlobStore
+from modelpress_server.stores.base import BlobKey, BlobStore
+from modelpress_server.stores.filesystem import ArtifactError
 from modelpress_server.waiting import uninterrupted
 
 MAX_ARTIFACT_FILES = 1000
@@ -59,7 +59,7 @@ class TaskFolder:
     """
 
     root: Path
-    blobs: FileBlobStore
+    blobs: BlobStore
     link: bool = False
 
     @property
@@ -158,7 +158,7 @@ class TaskFolder:
 
 
 @asynccontextmanager
-async def task_folder(work: Path, blobs: FileBlobStore, *, link: bool = False) -> AsyncIterator[TaskFolder]:
+async def task_folder(work: Path, blobs: BlobStore, *, link: bool = False) -> AsyncIterator[TaskFolder]:
     """Makes a folder below `work` and removes it in the end, however the task ends."""
     root = work / new_id()
     await blobs.run(root.mkdir, mode=0o700, parents=True)

@@ -14,9 +14,11 @@ import pytest
 from modelpress_server.app import Server
 from modelpress_server.clock import Clock
 from modelpress_server.config import Settings
+from modelpress_server.names import new_id
 
 # The helpers beside this file; in importlib mode pytest does not put the folder on the path.
 sys.path.insert(0, str(Path(__file__).parent))
+import s3_server
 from manual_clock import ManualClock
 from postgres_server import NotHereError, postgres_server
 from scripted_executor import ScriptedExecutor
@@ -35,12 +37,30 @@ def postgres() -> Iterator[str]:
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """A server that speaks S3. Skipped where there is none."""
+    try:
+        with s3_server.s3_server() as endpoint:
+            yield endpoint
+    except s3_server.NotHereError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty place in a bucket; the environment has the keys."""
+    for name, value in s3_server.environment(s3_endpoint).items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{s3_server.BUCKET}/{new_id()}"
+
+
 @pytest.fixture
 def stores(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Settings of the stores. MODELPRESS_STORES=shared: the ones that servers share, instead of the data folder."""
     if os.environ.get("MODELPRESS_STORES") != "shared":
         return {}
-    return {"database": new_database(request.getfixturevalue("postgres"))}
+    return {"database": new_database(request.getfixturevalue("postgres")), "blobs": request.getfixturevalue("s3")}
 
 
 @pytest.fixture

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from modelpress_server.clock import Clock
+from modelpress_server.errors import ServiceError
 from modelpress_server.executors.base import Executor
 from modelpress_server.host import Host
 from modelpress_server.interceptors import Gate
-from modelpress_server.space import disk_is_full
-from modelpress_server.stores.base import StoreOverview
+from modelpress_server.stores.base import BlobStore, StoreOverview
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +35,14 @@ class Readiness:
 
     def __init__(
         self,
-        data_dir: Path,
         store: StoreOverview,
+        blobs: BlobStore,
         executor: Executor,
         host: Host,
         gate: Gate,
         clock: Clock,
     ) -> None:
-        self._data_dir = data_dir
+        self._blobs = blobs
         self._store = store
         self._executor = executor
         self._host = host
@@ -74,7 +72,11 @@ class Readiness:
         return Check(True)
 
     async def _check_blobs(self) -> Check:
-        return await asyncio.to_thread(_check_folder, self._data_dir / "blobs")
+        try:
+            await self._blobs.ping()
+        except ServiceError as error:
+            return Check(False, str(error))
+        return Check(True)
 
     def _check_workers(self) -> Check:
         if not self._host.able:
@@ -83,12 +85,6 @@ class Readiness:
 
     def _check_accepting(self) -> Check:
         return Check(True) if self._gate.accepts else Check(False, "the server is shutting down")
-
-
-def _check_folder(folder: Path) -> Check:
-    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-        return Check(False, "the folder of the stored files cannot be read and written")
-    return Check(False, "the disk is full") if disk_is_full(folder) else Check(True)
 
 
 async def _within_time(check: Callable[[], Awaitable[Check]]) -> Check:

@@ -19,8 +19,7 @@ from modelpress_server.names import parse_name, parse_project, parse_projects
 from modelpress_server.projects import Projects
 from modelpress_server.scheduler import Scheduler
 from modelpress_server.services.job_requests import blobs_of, check_job, new_job
-from modelpress_server.stores.base import BlobIndex, JobRecord, JobStore, ModelStore
-from modelpress_server.stores.filesystem import FileBlobStore
+from modelpress_server.stores.base import BlobIndex, BlobStore, JobRecord, JobStore, ModelStore
 from modelpress_server.stores.records import now_us
 from modelpress_server.stores.sql_jobs import refuse_rejected
 from modelpress_server.validation import Checks, update_paths
@@ -48,7 +47,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         jobs: JobStore,
         models: ModelStore,
         index: BlobIndex,
-        blobs: FileBlobStore,
+        blobs: BlobStore,
         scheduler: Scheduler,
         notifier: Notifier,
         clock: Clock,

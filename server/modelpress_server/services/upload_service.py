@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -24,8 +23,8 @@ from modelpress_server.projects import Projects
 from modelpress_server.services.upload_session import UploadSession, UploadSessions
 from modelpress_server.services.upload_writer import UploadWriter, next_message, offset_mismatch
 from modelpress_server.space import Space
-from modelpress_server.stores.base import BlobIndex, BlobKey, StorageQuota, Term, UploadRecord
-from modelpress_server.stores.filesystem import FileBlobStore, damaged
+from modelpress_server.stores.base import BlobIndex, BlobKey, BlobReader, BlobStore, StorageQuota, Term, UploadRecord
+from modelpress_server.stores.filesystem import damaged
 from modelpress_server.stores.records import now_us
 from modelpress_server.validation import check_digest, check_digests
 from modelpress_server.waiting import ended, uninterrupted
@@ -43,7 +42,7 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
         self,
         settings: Settings,
         projects: Projects,
-        blobs: FileBlobStore,
+        blobs: BlobStore,
         index: BlobIndex,
         space: Space,
         clock: Clock,
@@ -100,7 +99,7 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
     async def _create(self, record: UploadRecord, *, present: bool) -> UploadRecord:
         limits = self._projects.limits(record.project)
         most = StorageQuota(limits.max_open_uploads, limits.max_stored_bytes)
-        async with self._space.left() as left_bytes:
+        async with self._space.left_for_uploads() as left_bytes:
             return await self._index.create_upload(record, present=present, most=most, left_bytes=left_bytes)
 
     async def _drop_idle(self, project: str, now: int) -> bool:
@@ -161,9 +160,7 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
         async with self.sessions.writing(record) as (session, current):
             if current.state == _State.STATE_COMPLETED:
                 return self._completed(current)
-            writer = UploadWriter(
-                self._settings, self._blobs, self._index, session, current, context, self._clock, self._meter
-            )
+            writer = UploadWriter(self._settings, self._index, session, current, context, self._clock, self._meter)
             finished = await writer.receive(first)
             return await uninterrupted(self._finish(session, current, finished))
 
@@ -182,14 +179,14 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
                 f"Offset {request.read_offset} is beyond the end of the blob at {blob.size_bytes}.",
                 metadata={"size_bytes": str(blob.size_bytes)},
             )
-        fd = await self._blobs.open_blob(blob)
+        reader = await self._blobs.open_blob(blob)
         reading: asyncio.Task[upload_service_pb2.ReadBlobResponse] | None = None
         # A read from the start is verified on its way. A resumed one is not: hashing all that comes before would let
         # one small request cost the reading of a whole file. The client hashes what it has in either case.
         sha256 = hashlib.sha256() if request.read_offset == 0 else None
         try:
             offset = request.read_offset
-            reading = asyncio.create_task(self._blobs.run(_read_chunk, fd, offset, sha256))
+            reading = asyncio.create_task(self._read_chunk(reader, offset, sha256))
             while offset < blob.size_bytes:
                 response = await reading
                 offset += len(response.data)
@@ -197,7 +194,7 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
                     raise OSError(f"blob {blob.sha256.hex()} ends at {offset}, before its {blob.size_bytes} bytes")
                 if offset < blob.size_bytes:
                     # The next chunk is read while this one is sent.
-                    reading = asyncio.create_task(self._blobs.run(_read_chunk, fd, offset, sha256))
+                    reading = asyncio.create_task(self._read_chunk(reader, offset, sha256))
                 elif sha256 is not None and sha256.digest() != blob.sha256:
                     # Before the last chunk goes out: nobody gets a damaged file whole.
                     await self._blobs.quarantine(blob)
@@ -207,7 +204,7 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
         finally:
             if reading is not None:
                 await uninterrupted(ended(reading))
-            os.close(fd)
+            reader.close()
 
     async def _finish(
         self, session: UploadSession, record: UploadRecord, finished: bool
@@ -224,13 +221,22 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
                 "Create the upload again and send the right bytes.",
                 metadata={"sha256": partial.digest().hex()},
             )
-        await self._blobs.run(partial.sync)
-        await self._blobs.publish(partial, blob)
+        await partial.sync()
+        await self._blobs.publish(record.id, blob)
         completed = await self._index.complete_upload(record.id, now_us())
+        if self._blobs.shared and not await self._blobs.has(blob):
+            # Another server removed an unused copy of it between the two.
+            await self._blobs.publish(record.id, blob)
         self.sessions.committed(record)
         self._meter.upload_completed()
         await self._blobs.remove_partial(record.id)
         return self._completed(completed)
+
+    async def _read_chunk(
+        self, reader: BlobReader, offset: int, sha256: hashlib._Hash | None
+    ) -> upload_service_pb2.ReadBlobResponse:
+        data = await reader.read(offset, READ_CHUNK_BYTES)
+        return await self._blobs.run(_checked_chunk, data, offset, sha256)
 
     async def _get(self, name: str) -> UploadRecord:
         project, upload_id = parse_name(name, "uploads")
@@ -258,8 +264,7 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
         return message
 
 
-def _read_chunk(fd: int, offset: int, sha256: hashlib._Hash | None) -> upload_service_pb2.ReadBlobResponse:
-    data = os.pread(fd, READ_CHUNK_BYTES, offset)
+def _checked_chunk(data: bytes, offset: int, sha256: hashlib._Hash | None) -> upload_service_pb2.ReadBlobResponse:
     if sha256 is not None:
         sha256.update(data)
     return upload_service_pb2.ReadBlobResponse(offset=offset, crc32c=google_crc32c.value(data), data=data)

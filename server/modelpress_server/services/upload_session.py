@@ -10,8 +10,8 @@ from modelpress_protos.v1 import upload_service_pb2
 
 from modelpress_server.clock import Clock
 from modelpress_server.errors import ServiceError, UploadBusyError, UploadExpiredError
-from modelpress_server.stores.base import BlobIndex, UploadRecord
-from modelpress_server.stores.filesystem import FileBlobStore, PartialFile
+from modelpress_server.names import new_id
+from modelpress_server.stores.base import BlobIndex, BlobStore, PartialBlob, UploadRecord
 from modelpress_server.waiting import uninterrupted
 
 # A stream that was cut needs moments to store what it had: a new one waits so long before it is turned away.
@@ -19,11 +19,19 @@ RELEASE_WAIT_S = 1.0
 BUSY_RETRY_S = 2.0
 
 
+def upload_busy() -> UploadBusyError:
+    """Somebody else writes it."""
+    return UploadBusyError(
+        "Another writer holds the upload. Wait for it, then resume from committed_size.", retry_after_s=BUSY_RETRY_S
+    )
+
+
 class UploadSession:
     """An upload that has a writer, or had one in this process: then its hash need not be computed again."""
 
-    def __init__(self, partial: PartialFile, now_s: float) -> None:
+    def __init__(self, partial: PartialBlob, now_s: float) -> None:
         self.partial = partial
+        self.writer = ""  # its name in the store, against writers on other servers
         self.active_at_s = now_s
         self.evicted: asyncio.Future[None] | None = None
         self.released = asyncio.Event()
@@ -38,7 +46,7 @@ class UploadSession:
 class UploadSessions:
     """All uploads that are or were written in this process."""
 
-    def __init__(self, blobs: FileBlobStore, index: BlobIndex, takeover_s: float, clock: Clock) -> None:
+    def __init__(self, blobs: BlobStore, index: BlobIndex, takeover_s: float, clock: Clock) -> None:
         self._blobs = blobs
         self._index = index
         self._takeover_s = takeover_s
@@ -56,7 +64,8 @@ class UploadSessions:
         session.active_at_s = self._clock.now_s()
         try:
             # Read again: the writer before may have got further, or finished.
-            record = await self._current(record)
+            session.writer = new_id()
+            record = await self._current(record, session.writer)
             if record.state == upload_service_pb2.Upload.STATE_ACTIVE:
                 await self._open(session, record)
             yield session, record
@@ -86,9 +95,7 @@ class UploadSessions:
 
     async def _wait_for_release(self, session: UploadSession) -> None:
         silent_s = self._clock.now_s() - session.active_at_s
-        busy = UploadBusyError(
-            "Another writer holds the upload. Wait for it, then resume from committed_size.", retry_after_s=BUSY_RETRY_S
-        )
+        busy = upload_busy()
         if silent_s >= self._takeover_s:
             session.evict(busy)
         deadline_s = self._clock.now_s() + RELEASE_WAIT_S
@@ -101,16 +108,16 @@ class UploadSessions:
             finally:
                 released.cancel()
 
-    async def _current(self, record: UploadRecord) -> UploadRecord:
+    async def _current(self, record: UploadRecord, writer: str) -> UploadRecord:
         try:
-            return await self._index.get_upload(record.project, record.id)
+            return await self._index.take_upload(record.project, record.id, writer)
         except UploadExpiredError:
             self._sessions.pop(record.id, None)
             raise
 
     async def _open(self, session: UploadSession, record: UploadRecord) -> None:
         try:
-            await uninterrupted(self._blobs.run(session.partial.open, record.committed_size))
+            await uninterrupted(session.partial.open(record.committed_size))
         except FileNotFoundError:
             await self._lose(record)
 

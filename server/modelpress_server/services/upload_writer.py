@@ -17,9 +17,8 @@ from modelpress_server.clock import Clock, Waited
 from modelpress_server.config import Settings
 from modelpress_server.interceptors import check_readable
 from modelpress_server.observation.meter import Meter
-from modelpress_server.services.upload_session import UploadSession
+from modelpress_server.services.upload_session import UploadSession, upload_busy
 from modelpress_server.stores.base import BlobIndex, UploadRecord
-from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.records import now_us
 from modelpress_server.waiting import uninterrupted
 
@@ -60,7 +59,6 @@ class UploadWriter:
     def __init__(
         self,
         settings: Settings,
-        blobs: FileBlobStore,
         index: BlobIndex,
         session: UploadSession,
         record: UploadRecord,
@@ -69,7 +67,6 @@ class UploadWriter:
         meter: Meter,
     ) -> None:
         self._settings = settings
-        self._blobs = blobs
         self._index = index
         self._session = session
         self._partial = session.partial
@@ -101,7 +98,7 @@ class UploadWriter:
             self._check(message)
             await self._written()
             if message.data:
-                self._write = asyncio.ensure_future(self._blobs.run(self._partial.append, message.data))
+                self._write = asyncio.ensure_future(self._partial.append(message.data))
                 self._offset += len(message.data)
                 self._meter.bytes_received(len(message.data))
             if message.finish_write:
@@ -160,9 +157,10 @@ class UploadWriter:
         """Makes what is written durable and notes it."""
         size_bytes = self._partial.size_bytes
         if size_bytes > self._durable:
-            await self._blobs.run(self._partial.sync)
+            await self._partial.sync()
             expire_us = now_us() + round(self._settings.upload_ttl_s * 1e6)
-            await self._index.commit_upload(self._record.id, size_bytes, expire_us)
+            if not await self._index.commit_upload(self._record.id, self._session.writer, size_bytes, expire_us):
+                raise upload_busy()
             self._durable = size_bytes
 
     async def _settle(self) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, ParamSpec, Protocol, TypeVar
 
 from google.rpc import status_pb2
 from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2, upload_service_pb2
 
 Item = TypeVar("Item")
+Parameters = ParamSpec("Parameters")
 
 ENDED_STATES = frozenset(
     {
@@ -481,8 +482,12 @@ class BlobIndex(Protocol):
         """Raises UploadExpiredError."""
         ...
 
-    async def commit_upload(self, upload_id: str, committed_size: int, expire_time_us: int) -> None:
-        """Notes how many bytes are durable."""
+    async def take_upload(self, project: str, upload_id: str, writer: str) -> UploadRecord:
+        """Makes `writer` the one whose bytes count, instead of one on another server. Raises UploadExpiredError."""
+        ...
+
+    async def commit_upload(self, upload_id: str, writer: str, committed_size: int, expire_time_us: int) -> bool:
+        """Notes how many bytes are durable. False: another writer has the upload."""
         ...
 
     async def complete_upload(self, upload_id: str, now_us: int) -> UploadRecord:
@@ -503,6 +508,10 @@ class BlobIndex(Protocol):
 
     async def known(self, blobs: Collection[BlobKey]) -> set[BlobKey]:
         """Those of `blobs` that any project has."""
+        ...
+
+    async def drop_unknown(self, blob: BlobKey, drop: Callable[[], None]) -> bool:
+        """Calls `drop` if no project has the blob, and none can get it meanwhile; whether it was called."""
         ...
 
     async def renew(self, used_us: int, *, upload_expire_us: int) -> None:
@@ -562,11 +571,106 @@ class Retention(Protocol):
         ...
 
 
+class PartialBlob(Protocol):
+    """The bytes of an unfinished upload with the hash of them; one writer at a time."""
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes there are, durable or not."""
+        ...
+
+    async def open(self, committed_size: int) -> None:
+        """Goes on at the durable length, also where another server wrote what is there.
+
+        Raises FileNotFoundError where less is there.
+        """
+        ...
+
+    async def append(self, data: bytes) -> None:
+        """Writes and hashes. Raises StorageFullError, ServerBusyError; then nothing of `data` counts."""
+        ...
+
+    async def sync(self) -> None:
+        """Returns when all bytes so far are durable. Raises StorageFullError, ServerBusyError."""
+        ...
+
+    def digest(self) -> bytes:
+        """SHA-256 of all bytes so far."""
+        ...
+
+    def close(self) -> None:
+        """Nobody writes for now; the hash is kept for the next writer."""
+        ...
+
+
+class BlobReader(Protocol):
+    """A blob that is open to be read."""
+
+    async def read(self, offset: int, size_bytes: int) -> bytes:
+        """So many bytes from `offset` on, fewer at the end."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of it."""
+        ...
+
+
 class BlobStore(Protocol):
-    """Blobs as files: there whole or not at all."""
+    """Blobs: there whole or not at all. A folder of one server, or a bucket that servers share."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether other servers use it as well, and nothing of it lies on this machine's disk."""
+        ...
+
+    async def open(self) -> None:
+        """Gets ready. Raises SettingsError where it cannot be used."""
+        ...
+
+    async def close(self) -> None:
+        """Waits for what runs."""
+        ...
+
+    async def run(
+        self, function: Callable[Parameters, Item], *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> Item:
+        """Runs file work in one of the store's threads."""
+        ...
+
+    async def ping(self) -> None:
+        """Returns when the store has answered. Raises ServerBusyError, StorageFullError."""
+        ...
+
+    def partial(self, upload_id: str) -> PartialBlob:
+        """An unfinished upload."""
+        ...
+
+    async def remove_partial(self, upload_id: str) -> None:
+        """Frees what an upload takes."""
+        ...
+
+    async def partial_ids(self) -> set[str]:
+        """Uploads that take anything."""
+        ...
+
+    async def publish(self, upload_id: str, blob: BlobKey) -> None:
+        """Makes a verified, complete, durable upload the blob."""
+        ...
 
     async def has(self, blob: BlobKey) -> bool:
         """Whether the blob is there."""
+        ...
+
+    def is_there(self, blob: BlobKey) -> bool:
+        """`has` for a thread that may wait."""
+        ...
+
+    async def require(self, blobs: Collection[BlobKey]) -> None:
+        """Raises BlobMissingError where one of them is not there: it was damaged and set aside, or is lost."""
+        ...
+
+    async def open_blob(self, blob: BlobKey) -> BlobReader:
+        """Opens a blob to read it. Raises BlobMissingError."""
         ...
 
     async def place(self, blob: BlobKey, target: Path, *, link: bool) -> None:
@@ -578,6 +682,26 @@ class BlobStore(Protocol):
 
     async def ingest(self, folder: Path, path: str, *, max_bytes: int) -> BlobKey:
         """Takes a worker's file: regular files below `folder` only. Raises ArtifactError, StorageFullError."""
+        ...
+
+    async def quarantine(self, blob: BlobKey) -> None:
+        """Sets a damaged blob aside: from now on it is missing, and uploading it again heals it."""
+        ...
+
+    async def empty_quarantine(self, time_s: float) -> None:
+        """Removes what was set aside before `time_s`."""
+        ...
+
+    async def undo_future(self, now_s: float) -> None:
+        """No blob was published later than `now_s`: clocks err."""
+        ...
+
+    def remove_older_than(self, blob: BlobKey, time_s: float) -> None:
+        """Removes a blob unless it was published since `time_s`; for a thread that may wait."""
+        ...
+
+    async def older_than(self, time_s: float) -> list[BlobKey]:
+        """Blobs that were published before `time_s`."""
         ...
 
 

@@ -27,9 +27,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from modelpress_server.errors import BlobDamagedError, BlobMissingError
+from modelpress_server.errors import BlobDamagedError, BlobMissingError, ServerBusyError, StorageFullError
 from modelpress_server.names import new_id
-from modelpress_server.shortage import shortage_of
+from modelpress_server.shortage import FULL_BYTES, shortage_of
 from modelpress_server.stores.base import BlobKey
 
 Parameters = ParamSpec("Parameters")
@@ -104,8 +104,51 @@ class PartialFile:
             self.size_bytes += len(data)
 
 
+class FilePartial:
+    """PartialBlob in a file."""
+
+    def __init__(self, store: FileBlobStore, file: PartialFile) -> None:
+        self._store = store
+        self._file = file
+
+    @property
+    def size_bytes(self) -> int:
+        return self._file.size_bytes
+
+    async def open(self, committed_size: int) -> None:
+        await self._store.run(self._file.open, committed_size)
+
+    async def append(self, data: bytes) -> None:
+        await self._store.run(self._file.append, data)
+
+    async def sync(self) -> None:
+        await self._store.run(self._file.sync)
+
+    def digest(self) -> bytes:
+        return self._file.digest()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class FileReader:
+    """BlobReader of a file."""
+
+    def __init__(self, store: FileBlobStore, fd: int) -> None:
+        self._store = store
+        self._fd = fd
+
+    async def read(self, offset: int, size_bytes: int) -> bytes:
+        return await self._store.run(os.pread, self._fd, size_bytes, offset)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
 class FileBlobStore:
     """BlobStore in a folder. File work runs in threads of its own, since an fsync may take seconds."""
+
+    shared = False
 
     def __init__(self, root: Path) -> None:
         self._blobs = root / "blobs"
@@ -117,8 +160,20 @@ class FileBlobStore:
         # A blob that is wanted again must not be removed between the janitor's look at its age and the removal.
         self._naming = threading.Lock()
 
-    def open(self) -> None:
+    async def open(self) -> None:
         """Makes the folders; what a dead server left in tmp/ goes."""
+        await self.run(self._make_folders)
+
+    async def ping(self) -> None:
+        await self.run(self._check_folders)
+
+    def _check_folders(self) -> None:
+        if not os.access(self._blobs, os.R_OK | os.W_OK | os.X_OK):
+            raise ServerBusyError("The folder of the stored files cannot be read and written.")
+        if shutil.disk_usage(self._root).free < FULL_BYTES:
+            raise StorageFullError("The disk is full.")
+
+    def _make_folders(self) -> None:
         shutil.rmtree(self._tmp, ignore_errors=True)
         for folder in (self._blobs, self._uploads, self._tmp, self._quarantine):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -133,9 +188,9 @@ class FileBlobStore:
         """Runs file work in one of the store's threads."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: function(*args, **kwargs))
 
-    def partial(self, upload_id: str) -> PartialFile:
+    def partial(self, upload_id: str) -> FilePartial:
         """The file of an unfinished upload."""
-        return PartialFile(self._uploads / upload_id)
+        return FilePartial(self, PartialFile(self._uploads / upload_id))
 
     async def remove_partial(self, upload_id: str) -> None:
         """Frees the space of an upload."""
@@ -145,9 +200,9 @@ class FileBlobStore:
         """Uploads that have a file."""
         return set(await self.run(os.listdir, self._uploads))
 
-    async def publish(self, partial: PartialFile, blob: BlobKey) -> None:
+    async def publish(self, upload_id: str, blob: BlobKey) -> None:
         """Makes a verified, complete partial file the blob."""
-        await self.run(self._publish, partial.path, blob)
+        await self.run(self._publish, self._uploads / upload_id, blob)
 
     async def has(self, blob: BlobKey) -> bool:
         return await self.run(self._has, blob)
@@ -158,13 +213,13 @@ class FileBlobStore:
 
     async def require(self, blobs: Collection[BlobKey]) -> None:
         """Raises BlobMissingError where one of them is not there: it was damaged and set aside, or is lost."""
-        missing = await self.run(lambda: [blob for blob in blobs if not self._has(blob)])
-        if missing:
-            raise _missing(missing[0])
+        absent = await self.run(lambda: [blob for blob in blobs if not self._has(blob)])
+        if absent:
+            raise missing(absent[0])
 
-    async def open_blob(self, blob: BlobKey) -> int:
-        """A file descriptor to read a blob with. Raises BlobMissingError."""
-        return await self.run(self._open, blob)
+    async def open_blob(self, blob: BlobKey) -> FileReader:
+        """Opens a blob to read it. Raises BlobMissingError."""
+        return FileReader(self, await self.run(self._open, blob))
 
     async def place(self, blob: BlobKey, target: Path, *, link: bool) -> None:
         await self.run(self._place, blob, target, link)
@@ -179,7 +234,7 @@ class FileBlobStore:
         After each block `pace` is told its bytes, and may take its time.
         """
         try:
-            fd = await self.open_blob(blob)
+            fd = await self.run(self._open, blob)
         except BlobMissingError:
             return None
         sha256, offset = hashlib.sha256(), 0
@@ -200,10 +255,6 @@ class FileBlobStore:
 
     async def ingest(self, folder: Path, path: str, *, max_bytes: int) -> BlobKey:
         return await self.run(self._ingest, folder, path, max_bytes)
-
-    async def remove_older_than(self, blob: BlobKey, time_s: float) -> None:
-        """Removes a blob unless it was published since `time_s`."""
-        await self.run(self._remove_older_than, blob, time_s)
 
     async def empty_quarantine(self, time_s: float) -> None:
         """Removes what was set aside before `time_s`."""
@@ -231,10 +282,10 @@ class FileBlobStore:
         try:
             fd = os.open(self._path(blob), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise _missing(blob) from None
+            raise missing(blob) from None
         if os.fstat(fd).st_size != blob.size_bytes:
             os.close(fd)
-            raise _missing(blob)
+            raise missing(blob)
         return fd
 
     def _publish(self, source: Path, blob: BlobKey) -> None:
@@ -282,7 +333,7 @@ class FileBlobStore:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _remove_older_than(self, blob: BlobKey, time_s: float) -> None:
+    def remove_older_than(self, blob: BlobKey, time_s: float) -> None:
         path = self._path(blob)
         with self._naming, suppress(FileNotFoundError):
             if path.lstat().st_mtime < time_s:
@@ -347,7 +398,8 @@ def full_disk_is_told() -> Iterator[None]:
         raise shortage_of(error) or error from error
 
 
-def _missing(blob: BlobKey) -> BlobMissingError:
+def missing(blob: BlobKey) -> BlobMissingError:
+    """What those are told who wanted a blob that is not there."""
     sha256 = blob.sha256.hex()
     return BlobMissingError(f"Blob {sha256} is not there. Upload it, then call again.", metadata={"sha256": sha256})
 

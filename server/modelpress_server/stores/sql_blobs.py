@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from modelpress_protos.v1 import upload_service_pb2
@@ -74,15 +74,33 @@ class SqlBlobIndex:
     async def get_upload(self, project: str, upload_id: str) -> UploadRecord:
         return await self._database.read(lambda connection: _fetch(connection, upload_id, project))
 
-    async def commit_upload(self, upload_id: str, committed_size: int, expire_time_us: int) -> None:
-        def work(connection: Connection) -> None:
+    async def take_upload(self, project: str, upload_id: str, writer: str) -> UploadRecord:
+        if not self._database.shared:  # this server knows all writers
+            return await self.get_upload(project, upload_id)
+
+        def work(connection: Connection) -> UploadRecord:
+            record = _fetch(connection, upload_id, project)
+            connection.execute(update(uploads).where(uploads.c.id == upload_id).values(writer=writer))
+            # Read again: a commit of the writer before may have been under way, and is waited for.
+            return _fetch(connection, record.id, project)
+
+        return await self._database.write(work, must=True)
+
+    async def commit_upload(self, upload_id: str, writer: str, committed_size: int, expire_time_us: int) -> bool:
+        def work(connection: Connection) -> bool:
+            row = connection.execute(
+                select(uploads.c.writer).where(uploads.c.id == upload_id).with_for_update()
+            ).first()
+            if row is not None and row.writer not in (None, writer):
+                return False
             connection.execute(
                 update(uploads)
                 .where(uploads.c.id == upload_id, uploads.c.state == ACTIVE)
                 .values(committed_size=committed_size, expire_time_us=expire_time_us)
             )
+            return True
 
-        await self._database.write(work, must=True)
+        return await self._database.write(work, must=True)
 
     async def complete_upload(self, upload_id: str, now_us: int) -> UploadRecord:
         def work(connection: Connection) -> UploadRecord:
@@ -129,6 +147,17 @@ class SqlBlobIndex:
             return {blob for blob in blobs if blob.sha256 in present}
 
         return await self._database.read(work)
+
+    async def drop_unknown(self, blob: BlobKey, drop: Callable[[], None]) -> bool:
+        def work(connection: Connection) -> bool:
+            hold_all(connection)
+            known = select(project_blobs.c.sha256).where(project_blobs.c.sha256 == blob.sha256).limit(1)
+            if connection.execute(known).first() is not None:
+                return False
+            drop()
+            return True
+
+        return await self._database.write(work, must=True)
 
     async def renew(self, used_us: int, *, upload_expire_us: int) -> None:
         def work(connection: Connection) -> None:

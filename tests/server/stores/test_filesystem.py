@@ -17,7 +17,7 @@ from modelpress_server.stores.filesystem import ArtifactError, FileBlobStore, Pa
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[FileBlobStore]:
     made = FileBlobStore(tmp_path / "data")
-    made.open()
+    await made.open()
     yield made
     await made.close()
 
@@ -38,9 +38,9 @@ async def test_ingests_and_copies(store: FileBlobStore, folder: Path, tmp_path: 
     target = tmp_path / "copy"
     await store.place(blob, target, link=False)
     target.write_bytes(b"changed")
-    fd = await store.open_blob(blob)
-    assert os.read(fd, 100) == b"content"
-    os.close(fd)
+    reader = await store.open_blob(blob)
+    assert await reader.read(0, 100) == b"content"
+    reader.close()
     with pytest.raises(FileExistsError):
         await store.place(blob, target, link=False)
 
@@ -88,7 +88,7 @@ async def test_a_full_disk_leaves_nothing(store: FileBlobStore, folder: Path, mo
 async def test_opening_clears_what_was_being_copied(store: FileBlobStore) -> None:
     """Temporary files of a dead server go."""
     (store._root / "tmp" / "left").write_bytes(b"x")
-    store.open()
+    await store.open()
     assert list((store._root / "tmp").iterdir()) == []
 
 
