@@ -120,7 +120,7 @@ class AsyncJob:
         candidate: str | None = None,
         on_progress: OnProgress | None = None,
     ) -> list[Path]:
-        """Writes an artifact (`model`, `report.json`, `report.html`) to `path`; or the model of a candidate, by its id.
+        """Writes one of `artifacts` (`model`, `report.json` ...) to `path`; or the model of a candidate, by its id.
 
         An ONNX model with external data is several files: the main one goes to `path`, its data files beside it under
         their own names. Returns the paths written, `path` first.
@@ -136,6 +136,12 @@ class AsyncJob:
         """The lines of its log; with `follow` until it has ended."""
         async for line in stream_logs(self._connection, self.name, follow=follow):
             yield line
+
+    @property
+    def artifacts(self) -> list[str]:
+        """What can be downloaded by these names; empty while the job goes on."""
+        kinds = {item.kind for item in self.message.artifacts if item.files}
+        return [name for name, kind in ARTIFACTS.items() if kind in kinds]
 
     def _artifact(self, artifact: str) -> pb.Artifact:
         if artifact not in ARTIFACTS:

@@ -19,6 +19,7 @@ ARTIFACTS = {
     "model": jobs.Artifact.KIND_OPTIMIZED_MODEL,
     "report.json": jobs.Artifact.KIND_REPORT_JSON,
     "report.html": jobs.Artifact.KIND_REPORT_HTML,
+    "project.zip": jobs.Artifact.KIND_TARGET_PROJECT,
 }
 
 

@@ -21,7 +21,8 @@ class Device:
     `name`: as a recipe spells it. `title`: what people call it. `backend`: the class (`module:name`) of
     `modelpress_compression.backends`, imported when it is first used. `package`: what must be importable for it, and
     `extra`: what of modelpress installs that; empty where nothing more is needed. `measured`: whether models are timed
-    on the device itself.
+    on the device itself. `built`: whether it runs what is built from a model (`backends.base.Builder`), and nothing is
+    timed.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Device:
     package: str = ""
     extra: str = ""
     measured: bool = True
+    built: bool = False
 
     @property
     def fault(self) -> str:
@@ -59,7 +61,19 @@ _ROWS = (
         package="openvino",
         extra="openvino",
     ),
+    Device(
+        "fpga",
+        "The FPGA tools",
+        "modelpress_compression.backends.fpga:Fpga",
+        "a design in fixed point for the part that `part` names, simulated, synthesized, and on ECP5 parts placed and "
+        "routed: its cycles and its clock count, and nothing is timed here.",
+        package="da4ml",
+        extra="fpga",
+        built=True,
+    ),
 )
+# As in backends.fpga.parts, which tells what they have.
+FPGA_PARTS = ("lfe5u-85f", "lfe5u-45f", "lfe5u-25f", "xc7a35t", "xc7a100t", "xc7z020", "xcku115", "xcvu13p")
 DEVICES: Mapping[str, Device] = MappingProxyType({row.name: row for row in _ROWS})
 
 
@@ -91,4 +105,15 @@ class Target(Config):
         "In which OpenVINO computes what is in float32. default: bfloat16 on CPUs that have it, which may change "
         "answers; onnxruntime computes in float32 whatever stands here.",
         choices=("default", "float32", "bfloat16"),
+    )
+    part: str = option(
+        FPGA_PARTS[0],
+        4,
+        "The FPGA that a design is for: Lattice ECP5 (lfe5u), which is placed and routed, or AMD Artix-7 (xc7a), "
+        "Zynq-7000 (xc7z), Kintex UltraScale (xcku) or Virtex UltraScale+ (xcvu), which is synthesized.",
+        choices=FPGA_PARTS,
+    )
+    clock_mhz: float = option(100.0, 5, "The clock that the design shall reach, in MHz.", gt=0, lte=1000)
+    stage_adders: int = option(
+        3, 6, "Adders of a design between two registers: fewer make a faster clock and more cycles.", gte=1, lte=64
     )

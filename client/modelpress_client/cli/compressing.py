@@ -189,6 +189,7 @@ class ResultFiles:
     model: Path
     report_json: Path
     report_html: Path
+    project: Path
 
 
 def _result_files(wanted: Wanted, stem: str, *, source: Path | None) -> ResultFiles:
@@ -205,7 +206,8 @@ def _result_files(wanted: Wanted, stem: str, *, source: Path | None) -> ResultFi
             existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
             if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
                 raise UsageError(f"Cannot write to {folder}; choose another place with -o or --report-dir.")
-    return ResultFiles(output, reports / f"{stem}.report.json", reports / f"{stem}.report.html")
+    kinds = ("report.json", "report.html", "project.zip")
+    return ResultFiles(output, *(reports / f"{stem}.{kind}" for kind in kinds))
 
 
 @asynccontextmanager
@@ -240,6 +242,7 @@ async def _recipe(session: Session, wanted: Wanted) -> Recipe:
 
 _TARGET_HINTS = {
     "cuda": " A GPU for training alone is --set target.device=cuda.",
+    "fpga": " A server has it where modelpress[fpga] is installed.",
     "openvino": " A server has it where modelpress[openvino] is installed.",
 }
 
@@ -343,6 +346,8 @@ async def _fetch(job: AsyncJob, files: ResultFiles, display: Display) -> None:
     # A server may keep no HTML; the figures are all in report.json.
     with contextlib.suppress(NotFoundError):
         await job.download(files.report_html, artifact="report.html")
+    if "project.zip" in job.artifacts:
+        await job.download(files.project, artifact="project.zip")
 
 
 async def _tell_warnings(job: AsyncJob, display: Display) -> None:
@@ -375,7 +380,8 @@ def _print_result(session: Session, job: AsyncJob, report: Report, files: Result
     for item in report.advice:
         session.out.hint(f"{item.text}\n  {_command(item, source)}")
     cached = " (an identical job had succeeded before; --skip-cache runs it again)" if job.message.from_cache else ""
-    session.out.hint(f"Job     {job.name}{cached}\nModel   {files.model}\nReport  {files.report_html}")
+    project = f"\nProject {files.project}" if "project.zip" in job.artifacts else ""
+    session.out.hint(f"Job     {job.name}{cached}\nModel   {files.model}\nReport  {files.report_html}{project}")
     if report.constraints.met:
         return None
     broken = "; ".join(report.constraints.violations) or "see the report"

@@ -15,7 +15,7 @@ from modelpress_client.errors import NotFoundError, UsageError
 if TYPE_CHECKING:
     from modelpress_client.async_job import AsyncJob
 
-ALL = ("model", "report.json", "report.html")
+ALL = ("model", "report.json", "report.html", "project.zip")
 
 
 @click.command(cls=SharedHelp)
@@ -25,7 +25,7 @@ ALL = ("model", "report.json", "report.html")
     "--output",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="A file, or a folder.  [default: STEM.optimized.onnx, STEM.report.json, STEM.report.html]",
+    help="A file, or a folder.  [default: STEM.optimized.onnx, STEM.report.json, STEM.report.html, STEM.project.zip]",
 )
 @click.option(
     "--artifact", type=click.Choice([*ALL, "all"]), default="model", show_default=True, help="What to download."
@@ -45,7 +45,7 @@ def download(job_name: str, output: Path | None, artifact: str, candidate: str |
 
         job = await session.client.job(job_name)
         job.raise_unless_succeeded()
-        wanted: tuple[str, ...] = ALL if artifact == "all" else (artifact,)
+        wanted = tuple(job.artifacts) if artifact == "all" else (artifact,)
         if candidate is not None:
             wanted = tuple(job.candidates) if candidate == "all" else (candidate,)
         if not wanted:

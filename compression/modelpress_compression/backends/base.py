@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from modelpress_compression.inputs import Array
+from modelpress_compression.inputs import Array, InputData
 
 
 class Runner(Protocol):
@@ -45,4 +46,53 @@ class Backend(Protocol):
 
         Raises ModelNotRunnableError, UnsupportedOperatorError, which say what this runtime does not run.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What is built for a target that runs no ONNX files.
+
+    `path`: the model after the recipe's steps. `data`: representative inputs. `max_drop`: largest permitted fall of the
+    agreement with the original; None: the target's own default. `folder`: an empty one to work in. `time_left_s`: until
+    the job's time is up; None: no limit. `check_time`: raises TimeLimitError when it is.
+    """
+
+    path: Path
+    data: InputData
+    folder: Path
+    max_drop: float | None
+    time_left_s: Callable[[], float | None]
+    check_time: Callable[[], None]
+    progress: Callable[[float, str], None]
+    log: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What came of it.
+
+    `model`: a file of plain ONNX that answers as the target does, which is compared with the original. `section`: the
+    report's `target`, JSON types only. `project`: a zip archive of all that was made. `headline`: a few words on how
+    fast it is. `latency_ms`: of one sample; None: not known. `details`, `notes`, `warnings`: as a pass has them.
+    """
+
+    model: Path
+    project: Path
+    changes: Mapping[str, int | float]
+    section: Mapping[str, Any]
+    headline: str
+    latency_ms: float | None = None
+    details: tuple[Mapping[str, str | int | float], ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Builder(Protocol):
+    """A backend whose target runs what is built from a model. Nothing is timed on this machine then: the builder says
+    what there is to say."""
+
+    def build(self, request: BuildRequest) -> Built:
+        """Raises UnsupportedOperatorError where the model cannot be built, and what says so of other faults."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from modelpress_compression.measure.task import Task, compare_on_task
 from modelpress_compression.model import file_size_bytes
 from modelpress_compression.passes.base import Context
 from modelpress_compression.recipe import Constraints, Recipe
+from modelpress_compression.target import DEVICES
 
 # Times the original's time: beyond it the first words of a report say so.
 FAR_SLOWER = 1.5
@@ -29,7 +30,8 @@ OWN_SAMPLES, SAME_COSINE = 128, 0.9995
 class Measured:
     """All figures of a result; `violations`: one sentence for each constraint that is not met.
 
-    `latency`: the rows of the target's runtime first, whose first decides, then those of onnxruntime beside it.
+    `latency`: the rows of the target's runtime first, whose first decides, then those of onnxruntime beside it. None
+    where the target runs what is built from the model.
     """
 
     latency: tuple[LatencyRow, ...]
@@ -37,8 +39,11 @@ class Measured:
     accuracy: Accuracy | None
     violations: tuple[str, ...]
 
-    def conditions(self) -> dict[str, float | bool]:
-        """The report's `measurement`: wall time over CPU time at its worst, and whether the figures hold."""
+    def conditions(self) -> dict[str, float | bool] | None:
+        """The report's `measurement`: wall time over CPU time at its worst, and whether the figures hold. None: nothing
+        was timed."""
+        if not self.latency:
+            return None
         return {
             "contention": max(row.contention for row in self.latency),
             "trusted": all(row.trusted for row in self.latency),
@@ -46,7 +51,7 @@ class Measured:
 
     def warnings(self) -> list[str]:
         """Sentences on a result that is far slower, and on figures that other work on the machine has disturbed."""
-        return [*self._slowness(), *self._disturbance()]
+        return [*self._slowness(), *self._disturbance()] if self.latency else []
 
     def _slowness(self) -> list[str]:
         runtime = self.latency[0].execution_provider
@@ -94,7 +99,8 @@ def measure(
         context.progress(0.2, "evaluating the task metric")
         accuracy = compare_on_task(task, original, optimized, backend)
     rows: list[LatencyRow] = []
-    settings = list(product(backends_of(context.target), recipe.benchmark.threads, recipe.benchmark.batch_sizes))
+    runtimes = () if DEVICES[context.target.device].built else backends_of(context.target)
+    settings = list(product(runtimes, recipe.benchmark.threads, recipe.benchmark.batch_sizes))
     for index, (runtime, threads, batch_size) in enumerate(settings):
         share = 0.4 + 0.6 * index / len(settings)
         context.progress(share, f"timing: {runtime.label}, {threads} threads, batch size {batch_size}")
@@ -175,6 +181,8 @@ def _violations(
     ratio = original_size_bytes / max(size_bytes, 1)
     if constraints.min_ratio is not None and ratio < constraints.min_ratio:
         found.append(f"the result is {ratio:.2f} times smaller, less than min_ratio {constraints.min_ratio:g}")
+    if not latency:
+        return tuple(found)
     speedup = latency[0].speedup.median
     if constraints.min_speedup is not None and speedup < constraints.min_speedup:
         found.append(f"the speed-up is {speedup:.2f}, less than min_speedup {constraints.min_speedup:g}")
@@ -186,15 +194,26 @@ def _violations(
     return tuple(found)
 
 
-def verdict(recipe: Recipe, measured: Measured, original_size_bytes: int, size_bytes: int) -> str:
-    """What was asked and what was got, in one sentence."""
+def within_time(measured: Measured, limits: Constraints, latency_ms: float | None) -> Measured:
+    """The figures of what was built, with what its time breaks: `latency_ms` of one sample; None: not known."""
+    found: list[str] = []
+    if limits.min_speedup is not None:
+        found.append(f"min_speedup {limits.min_speedup:g} cannot be told: the target runs no ONNX files")
+    if limits.max_latency_ms is not None and latency_ms is None:
+        found.append(f"whether max_latency_ms {limits.max_latency_ms:g} is met is not known: the clock is not")
+    elif limits.max_latency_ms is not None and latency_ms is not None and latency_ms > limits.max_latency_ms:
+        found.append(f"latency is {latency_ms:.4g} ms, more than max_latency_ms {limits.max_latency_ms:g}")
+    return replace(measured, violations=(*measured.violations, *found))
+
+
+def verdict(recipe: Recipe, measured: Measured, original_size_bytes: int, size_bytes: int, headline: str = "") -> str:
+    """What was asked and what was got, in one sentence. `headline`: of what was built; it stands for size and speed."""
     asked = f"Goal {recipe.goal.objective}: " if recipe.goal is not None and not recipe.steps else ""
     if size_bytes == original_size_bytes:
         got = "no smaller"
     else:
         ratio = original_size_bytes / max(size_bytes, 1)
         got = f"{ratio:.2f} times smaller" if ratio > 1 else f"{1 / ratio:.2f} times larger"
-    speed = _speed(measured.latency[0].speedup)
     kept, share = measured.fidelity.kept(recipe.limits.metric)
     if measured.accuracy is not None:
         answers = f"{measured.accuracy.metric} {measured.accuracy.optimized:.4g} after {measured.accuracy.original:.4g}"
@@ -202,6 +221,9 @@ def verdict(recipe: Recipe, measured: Measured, original_size_bytes: int, size_b
         source = "" if measured.fidelity.data == "provided" else " on synthetic inputs"
         answers = f"{kept} with the original {share:.2%}{source}"
     missed = f"; not met: {'; '.join(measured.violations)}" if measured.violations else ""
+    if headline:
+        return f"{asked}{headline}, {answers}{missed}."
+    speed = _speed(measured.latency[0].speedup)
     if measured.latency[0].speedup.high * FAR_SLOWER < 1.0:
         return f"{asked}{speed}, {got}, {answers}{missed}."
     return f"{asked}{got}, {speed}, {answers}{missed}."

@@ -6,21 +6,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from modelpress_compression.recipe import Recipe
+from modelpress_compression.target import DEVICES
 from modelpress_compression.techniques import TECHNIQUES
 
 # stage, stage_index, stage_count, fraction of the whole job, one line for people
 ProgressListener = Callable[[str, int, int, float, str], None]
 
 # Shares of the whole; loading was done before. Those of the steps stand in the table of techniques.
-_WEIGHTS = {"load": 1.0, "search": 12.0, "measure": 3.0, "report": 0.2} | {
+_WEIGHTS = {"load": 1.0, "search": 12.0, "build": 12.0, "measure": 3.0, "report": 0.2} | {
     name: row.weight for name, row in TECHNIQUES.items()
 }
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
     """Names of a job's stages, in order. Loading comes before `compress` and is the caller's to report."""
+    build = ["build"] if DEVICES[recipe.target.device].built else []
+    if build and not recipe.steps:
+        return ("load", "fuse", *build, "measure", "report")
     searches = recipe.goal is not None and not recipe.steps
-    return ("load", *(["search"] if searches else [step.technique for step in recipe.steps]), "measure", "report")
+    steps = ["search"] if searches else [step.technique for step in recipe.steps]
+    return ("load", *steps, *build, "measure", "report")
 
 
 @dataclass

@@ -28,8 +28,16 @@ from modelpress_compression.memory import Memory
 from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.noise import random_nodes
 from modelpress_compression.passes.base import Context, SpanFactory
+from modelpress_compression.pipeline.building import Building, build, steps_before
 from modelpress_compression.pipeline.data_check import data_warnings
-from modelpress_compression.pipeline.measuring import Measured, measure, not_better, own_answers, verdict
+from modelpress_compression.pipeline.measuring import (
+    Measured,
+    measure,
+    not_better,
+    own_answers,
+    verdict,
+    within_time,
+)
 from modelpress_compression.pipeline.preflight import check_room, needs
 from modelpress_compression.pipeline.progress import Progress, ProgressListener, stages_of
 from modelpress_compression.recipe import Recipe
@@ -40,6 +48,7 @@ from modelpress_compression.runtime import fit_together
 from modelpress_compression.search.family import FamilyMember, family
 from modelpress_compression.search.goal import Pursuit, pursue
 from modelpress_compression.search.steps import StepRecord, apply_step, broken, save
+from modelpress_compression.target import DEVICES
 from modelpress_compression.techniques import TECHNIQUES
 
 SYNTHETIC_SAMPLES = 32
@@ -60,14 +69,17 @@ class Result:
     """The optimized model, and the report (the content of report.json).
 
     `candidates`: all that was tried, with the figures that decided; those of a goal that are worth having have a model.
+    `project`: a zip archive of what was built for a target that runs no ONNX files; empty: the target runs them.
     """
 
     model: Model
     report: dict[str, Any]
     candidates: tuple[FamilyMember, ...] = ()
+    project: bytes = b""
 
     def write(self, directory: Path) -> list[Artifact]:
-        """Writes model.onnx (and model.onnx.data), report.json, report.html, and model.ID.onnx of each candidate."""
+        """Writes model.onnx (and model.onnx.data), report.json, report.html, model.ID.onnx of each candidate, and the
+        target's project.zip where it has one."""
         from modelpress_compression.report.html import render_html
 
         directory.mkdir(parents=True, exist_ok=True)
@@ -75,10 +87,15 @@ class Result:
         json_path, html_path = directory / "report.json", directory / "report.html"
         json_path.write_text(json.dumps(self.report, indent=1, allow_nan=False), "utf-8")
         html_path.write_text(render_html(self.report), "utf-8")
+        project = []
+        if self.project:
+            (directory / "project.zip").write_bytes(self.project)
+            project = [Artifact("project", [directory / "project.zip"])]
         return [
             Artifact("model", model),
             Artifact("report.json", [json_path]),
             Artifact("report.html", [html_path]),
+            *project,
             *(
                 Artifact("candidate", compacted(member.model).save(directory / f"model.{member.id}.onnx"), member.id)
                 for member in self.candidates
@@ -125,6 +142,7 @@ def compress(
     the long work MemoryLimitError and DiskSpaceError where the job cannot fit. A step that breaks the model is undone
     and reported; a result that is slower and not smaller is replaced by the model as it was given.
     """
+    recipe = steps_before(recipe)
     deadline = None if time_limit_s is None else clock() + time_limit_s
     log = on_log or (lambda severity, text: None)
     with TemporaryDirectory(prefix="modelpress-", dir=work_directory) as folder:
@@ -153,13 +171,17 @@ def compress(
         run = _with_room(run, memory_limit_bytes)
         tell(run.warnings)
         made = _make(run, memory)
-        outcome = _decide(run, made)
+        building = _build(run, made.records)
+        if building is not None:
+            made = replace(made, records=(*made.records, building.record), fidelity=None)
+        outcome = _decide(run, made, building)
         tell(outcome.warnings)
-        report = _report(job, run, made, outcome)
+        report = _report(job, run, made, outcome, building)
         run.progress.update(1.0, "done")
         for kept in (outcome.model, *(member.model for member in made.candidates if member.model is not None)):
             mapped.keep_mapped(kept.ir)  # the work folder goes
-        return Result(outcome.model, report, made.candidates)
+        project = building.built.project.read_bytes() if building is not None else b""
+        return Result(outcome.model, report, made.candidates, project)
 
 
 @dataclass(frozen=True)
@@ -272,7 +294,16 @@ def _run_steps(run: _Run) -> list[StepRecord]:
     return records
 
 
-def _decide(run: _Run, made: Pursuit) -> _Outcome:
+def _build(run: _Run, records: Sequence[StepRecord]) -> Building | None:
+    """What the target runs, from the result of the last step; None: it runs the ONNX file itself."""
+    if not DEVICES[run.recipe.target.device].built:
+        return None
+    run.progress.enter_next(f"building for {run.recipe.target.device}")
+    model, path = (records[-1].model, records[-1].path) if records else (run.model, run.path)
+    return build(model, path, run.context, run.recipe.limits)
+
+
+def _decide(run: _Run, made: Pursuit, building: Building | None) -> _Outcome:
     """The result of the last step, or the original if that result is slower and not smaller."""
     records = made.records
     model, path = (records[-1].model, records[-1].path) if records else (run.model, run.path)
@@ -281,14 +312,17 @@ def _decide(run: _Run, made: Pursuit) -> _Outcome:
     warnings = [*run.model.warnings, *run.warnings]
     warnings += [warning for record in records for warning in record.warnings]
     warnings += measured.warnings()
-    reason = not_better(measured, run.given_size_bytes, file_size_bytes(path)) if path != run.path else None
+    if building is not None:
+        measured = within_time(measured, run.recipe.limits, building.built.latency_ms)
+    compared = path != run.path and building is None
+    reason = not_better(measured, run.given_size_bytes, file_size_bytes(path)) if compared else None
     if reason is None:
         return _Outcome(compacted(model, weights=path != run.path), path, measured, tuple(warnings))
     # Measured again, since the report's figures must be those of the model that it comes with.
     return _Outcome(compacted(run.model, weights=False), run.path, run.measured(run.path), (*warnings, reason))
 
 
-def _report(job: str, run: _Run, made: Pursuit, outcome: _Outcome) -> dict[str, Any]:
+def _report(job: str, run: _Run, made: Pursuit, outcome: _Outcome, building: Building | None) -> dict[str, Any]:
     run.progress.enter_next("writing the report")
     shapes = sample_shapes(run.context.data)
     return build_report(
@@ -309,11 +343,18 @@ def _report(job: str, run: _Run, made: Pursuit, outcome: _Outcome) -> dict[str, 
             warnings=outcome.warnings,
             violations=outcome.measured.violations,
             measurement=outcome.measured.conditions(),
+            target=building.built.section if building is not None else None,
             goal=run.recipe.goal.to_dict() if run.recipe.goal is not None else None,
             advice=made.advice,
             reused=made.reused,
             ledger=_ledger(run, made, outcome),
-            verdict=verdict(run.recipe, outcome.measured, run.given_size_bytes, file_size_bytes(outcome.path)),
+            verdict=verdict(
+                run.recipe,
+                outcome.measured,
+                run.given_size_bytes,
+                file_size_bytes(outcome.path),
+                building.built.headline if building is not None else "",
+            ),
         )
     )
 
@@ -322,7 +363,7 @@ def _ledger(run: _Run, made: Pursuit, outcome: _Outcome) -> Ledger | None:
     """Layer by layer, from a few profiled runs; None where there is no time or memory for them, and where the target is
     another runtime, whose kernels are others."""
     context = run.context
-    if len(backends_of(context.target)) > 1:
+    if len(backends_of(context.target)) > 1 or not outcome.measured.latency:
         return None
     models = (run.model, outcome.model)
     seconds = 2e-3 * PROFILED_RUNS * max(row.original.p50_ms for row in outcome.measured.latency)

@@ -60,6 +60,7 @@ class ReportInputs:
     there were steps. `advice`: what other options would have brought, each with `text` and `command`.
     `reused`: how much of each kind came from earlier jobs on the same model and data.
     `verdict`: what was asked and what was got, in one sentence. `ledger` None: layers were not timed.
+    `target`: figures of what was built for the target, JSON types; None: it runs the ONNX file.
     """
 
     job: str
@@ -83,6 +84,7 @@ class ReportInputs:
     reused: Mapping[str, int] = field(default_factory=dict)
     verdict: str = ""
     ledger: Ledger | None = None
+    target: Mapping[str, Any] | None = None
     environment: Mapping[str, Any] = field(default_factory=environment)
 
 
@@ -109,6 +111,7 @@ def build_report(inputs: ReportInputs) -> dict[str, Any]:
         "size_ratio": inputs.original_onnx_size_bytes / max(inputs.optimized_size_bytes, 1),
         "latency": [row.to_dict() for row in inputs.latency],
         "measurement": inputs.measurement,
+        "target": inputs.target,
         "goal": inputs.goal,
         "verdict": inputs.verdict,
         "advice": [dict(item) for item in inputs.advice],

@@ -51,6 +51,8 @@ def render_html(report: Mapping[str, Any]) -> str:
 
 def headline(report: Mapping[str, Any]) -> str:
     """One sentence: size, speed, and what it cost."""
+    if report.get("target"):
+        return str(report["verdict"])
     said = f"{_size_words(report['size_ratio'])}, {_speed_words(report['latency'])}{_quality_words(report)}."
     return f"Damaged: {said}" if report.get("damage") else said
 
@@ -220,6 +222,11 @@ def _body(report: Mapping[str, Any]) -> str:
             legend() + latency_picture(report["latency"]) if report["latency"] else "",
             "Both models ran in turns in one process, so that what disturbed one disturbed the other. "
             "The dot is the median, the thick line reaches to p90, the thin one to p99.",
+        ),
+        sections.section(
+            "Hardware",
+            sections.hardware(report.get("target")),
+            "From synthesis, placement and routing, and a simulation of every gate.",
         ),
         sections.section("Size by layer", legend() + layer_picture(stored) if stored else ""),
         sections.section(

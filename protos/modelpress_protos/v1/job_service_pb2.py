@@ -31,7 +31,7 @@ from modelpress_protos.v1 import common_pb2 as modelpress__protos_dot_v1_dot_com
 from modelpress_protos.v1 import recipe_pb2 as modelpress__protos_dot_v1_dot_recipe__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&modelpress_protos/v1/job_service.proto\x12\rmodelpress.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a!modelpress_protos/v1/common.proto\x1a!modelpress_protos/v1/recipe.proto\"\xa1\x05\n\x03Job\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x04spec\x18\x02 \x01(\x0b\x32\x16.modelpress.v1.JobSpec\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.modelpress.v1.JobState\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\x12)\n\x08progress\x18\x05 \x01(\x0b\x32\x17.modelpress.v1.Progress\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\x05\x12\x12\n\nfrom_cache\x18\x07 \x01(\x08\x12*\n\tartifacts\x18\x08 \x03(\x0b\x32\x17.modelpress.v1.Artifact\x12-\n\x07summary\x18\t \x01(\x0b\x32\x1c.modelpress.v1.ReportSummary\x12.\n\x06labels\x18\n \x03(\x0b\x32\x1e.modelpress.v1.Job.LabelsEntry\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x0f \x01(\t\x12\x15\n\rlast_sequence\x18\x10 \x01(\x03\x12\x16\n\x0e\x65xcused_losses\x18\x12 \x01(\x05\x12\x14\n\x0ctrace_parent\x18\x13 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xac\x02\n\x07JobSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x06recipe\x18\x02 \x01(\x0b\x32\x15.modelpress.v1.Recipe\x12#\n\x04\x64\x61ta\x18\x03 \x01(\x0b\x32\x15.modelpress.v1.Digest\x12(\n\teval_data\x18\x04 \x01(\x0b\x32\x15.modelpress.v1.Digest\x12\x30\n\rqueue_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0brun_timeout\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cmax_attempts\x18\x07 \x01(\x05\x12\x12\n\nskip_cache\x18\x08 \x01(\x08\x12\x10\n\x08priority\x18\x14 \x01(\x05\"~\n\x08Progress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x13\n\x0bstage_index\x18\x02 \x01(\x05\x12\x13\n\x0bstage_count\x18\x03 \x01(\x05\x12\x10\n\x08\x66raction\x18\x04 \x01(\x01\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x16\n\x0equeue_position\x18\x06 \x01(\x05\"\xf0\x01\n\x08\x41rtifact\x12*\n\x04kind\x18\x01 \x01(\x0e\x32\x1c.modelpress.v1.Artifact.Kind\x12\'\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x18.modelpress.v1.FileEntry\x12\x11\n\tcandidate\x18\x03 \x01(\t\"|\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14KIND_OPTIMIZED_MODEL\x10\x01\x12\x14\n\x10KIND_REPORT_JSON\x10\x02\x12\x14\n\x10KIND_REPORT_HTML\x10\x03\x12\x18\n\x14KIND_CANDIDATE_MODEL\x10\x04\"\xb7\x03\n\rReportSummary\x12\x1b\n\x13original_size_bytes\x18\x01 \x01(\x03\x12\x1c\n\x14optimized_size_bytes\x18\x02 \x01(\x03\x12\x14\n\x07speedup\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\raccuracy_drop\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x1b\n\x0etop1_agreement\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x17\n\x0f\x63onstraints_met\x18\x06 \x01(\x08\x12\x18\n\x0bspeedup_low\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x19\n\x0cspeedup_high\x18\x08 \x01(\x01H\x04\x88\x01\x01\x12\x32\n\rspeed_verdict\x18\t \x01(\x0e\x32\x1b.modelpress.v1.SpeedVerdict\x12\x17\n\ncontention\x18\n \x01(\x01H\x05\x88\x01\x01\x12\x14\n\x07trusted\x18\x0b \x01(\x08H\x06\x88\x01\x01\x42\n\n\x08_speedupB\x10\n\x0e_accuracy_dropB\x11\n\x0f_top1_agreementB\x0e\n\x0c_speedup_lowB\x0f\n\r_speedup_highB\r\n\x0b_contentionB\n\n\x08_trusted\"n\n\x10\x43reateJobRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x1f\n\x03job\x18\x02 \x01(\x0b\x32\x12.modelpress.v1.Job\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"\x1d\n\rGetJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"X\n\x0fListJobsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\"M\n\x10ListJobsResponse\x12 \n\x04jobs\x18\x01 \x03(\x0b\x32\x12.modelpress.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"7\n\x0fWatchJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"\x85\x02\n\x10WatchJobResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x08snapshot\x18\x03 \x01(\x0b\x32\x12.modelpress.v1.JobH\x00\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x17.modelpress.v1.ProgressH\x00\x12(\n\x05state\x18\x05 \x01(\x0e\x32\x17.modelpress.v1.JobStateH\x00\x12-\n\theartbeat\x18\x06 \x01(\x0b\x32\x18.modelpress.v1.HeartbeatH\x00\x42\x07\n\x05\x65vent\"\x0b\n\tHeartbeat\"J\n\x0eWaitJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"d\n\x10UpdateJobRequest\x12\x1f\n\x03job\x18\x01 \x01(\x0b\x32\x12.modelpress.v1.Job\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\" \n\x10\x43\x61ncelJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\".\n\x10\x44\x65leteJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"L\n\x14StreamJobLogsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"s\n\x15StreamJobLogsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08severity\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t*\xcb\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x18\n\x14JOB_STATE_CANCELLING\x10\x03\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x12\x15\n\x11JOB_STATE_EXPIRED\x10\x07*\x88\x01\n\x0cSpeedVerdict\x12\x1d\n\x19SPEED_VERDICT_UNSPECIFIED\x10\x00\x12\x18\n\x14SPEED_VERDICT_FASTER\x10\x01\x12\x18\n\x14SPEED_VERDICT_SLOWER\x10\x02\x12%\n!SPEED_VERDICT_NOT_DISTINGUISHABLE\x10\x03\x32\x8c\x05\n\nJobService\x12@\n\tCreateJob\x12\x1f.modelpress.v1.CreateJobRequest\x1a\x12.modelpress.v1.Job\x12:\n\x06GetJob\x12\x1c.modelpress.v1.GetJobRequest\x1a\x12.modelpress.v1.Job\x12K\n\x08ListJobs\x12\x1e.modelpress.v1.ListJobsRequest\x1a\x1f.modelpress.v1.ListJobsResponse\x12M\n\x08WatchJob\x12\x1e.modelpress.v1.WatchJobRequest\x1a\x1f.modelpress.v1.WatchJobResponse0\x01\x12<\n\x07WaitJob\x12\x1d.modelpress.v1.WaitJobRequest\x1a\x12.modelpress.v1.Job\x12@\n\tUpdateJob\x12\x1f.modelpress.v1.UpdateJobRequest\x1a\x12.modelpress.v1.Job\x12@\n\tCancelJob\x12\x1f.modelpress.v1.CancelJobRequest\x1a\x12.modelpress.v1.Job\x12\x44\n\tDeleteJob\x12\x1f.modelpress.v1.DeleteJobRequest\x1a\x16.google.protobuf.Empty\x12\\\n\rStreamJobLogs\x12#.modelpress.v1.StreamJobLogsRequest\x1a$.modelpress.v1.StreamJobLogsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&modelpress_protos/v1/job_service.proto\x12\rmodelpress.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a!modelpress_protos/v1/common.proto\x1a!modelpress_protos/v1/recipe.proto\"\xa1\x05\n\x03Job\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x04spec\x18\x02 \x01(\x0b\x32\x16.modelpress.v1.JobSpec\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.modelpress.v1.JobState\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\x12)\n\x08progress\x18\x05 \x01(\x0b\x32\x17.modelpress.v1.Progress\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\x05\x12\x12\n\nfrom_cache\x18\x07 \x01(\x08\x12*\n\tartifacts\x18\x08 \x03(\x0b\x32\x17.modelpress.v1.Artifact\x12-\n\x07summary\x18\t \x01(\x0b\x32\x1c.modelpress.v1.ReportSummary\x12.\n\x06labels\x18\n \x03(\x0b\x32\x1e.modelpress.v1.Job.LabelsEntry\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x0f \x01(\t\x12\x15\n\rlast_sequence\x18\x10 \x01(\x03\x12\x16\n\x0e\x65xcused_losses\x18\x12 \x01(\x05\x12\x14\n\x0ctrace_parent\x18\x13 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xac\x02\n\x07JobSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x06recipe\x18\x02 \x01(\x0b\x32\x15.modelpress.v1.Recipe\x12#\n\x04\x64\x61ta\x18\x03 \x01(\x0b\x32\x15.modelpress.v1.Digest\x12(\n\teval_data\x18\x04 \x01(\x0b\x32\x15.modelpress.v1.Digest\x12\x30\n\rqueue_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0brun_timeout\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cmax_attempts\x18\x07 \x01(\x05\x12\x12\n\nskip_cache\x18\x08 \x01(\x08\x12\x10\n\x08priority\x18\x14 \x01(\x05\"~\n\x08Progress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x13\n\x0bstage_index\x18\x02 \x01(\x05\x12\x13\n\x0bstage_count\x18\x03 \x01(\x05\x12\x10\n\x08\x66raction\x18\x04 \x01(\x01\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x16\n\x0equeue_position\x18\x06 \x01(\x05\"\x8a\x02\n\x08\x41rtifact\x12*\n\x04kind\x18\x01 \x01(\x0e\x32\x1c.modelpress.v1.Artifact.Kind\x12\'\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x18.modelpress.v1.FileEntry\x12\x11\n\tcandidate\x18\x03 \x01(\t\"\x95\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14KIND_OPTIMIZED_MODEL\x10\x01\x12\x14\n\x10KIND_REPORT_JSON\x10\x02\x12\x14\n\x10KIND_REPORT_HTML\x10\x03\x12\x18\n\x14KIND_CANDIDATE_MODEL\x10\x04\x12\x17\n\x13KIND_TARGET_PROJECT\x10\x05\"\xb7\x03\n\rReportSummary\x12\x1b\n\x13original_size_bytes\x18\x01 \x01(\x03\x12\x1c\n\x14optimized_size_bytes\x18\x02 \x01(\x03\x12\x14\n\x07speedup\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\raccuracy_drop\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x1b\n\x0etop1_agreement\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x17\n\x0f\x63onstraints_met\x18\x06 \x01(\x08\x12\x18\n\x0bspeedup_low\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x19\n\x0cspeedup_high\x18\x08 \x01(\x01H\x04\x88\x01\x01\x12\x32\n\rspeed_verdict\x18\t \x01(\x0e\x32\x1b.modelpress.v1.SpeedVerdict\x12\x17\n\ncontention\x18\n \x01(\x01H\x05\x88\x01\x01\x12\x14\n\x07trusted\x18\x0b \x01(\x08H\x06\x88\x01\x01\x42\n\n\x08_speedupB\x10\n\x0e_accuracy_dropB\x11\n\x0f_top1_agreementB\x0e\n\x0c_speedup_lowB\x0f\n\r_speedup_highB\r\n\x0b_contentionB\n\n\x08_trusted\"n\n\x10\x43reateJobRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x1f\n\x03job\x18\x02 \x01(\x0b\x32\x12.modelpress.v1.Job\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"\x1d\n\rGetJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"X\n\x0fListJobsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\"M\n\x10ListJobsResponse\x12 \n\x04jobs\x18\x01 \x03(\x0b\x32\x12.modelpress.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"7\n\x0fWatchJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"\x85\x02\n\x10WatchJobResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x08snapshot\x18\x03 \x01(\x0b\x32\x12.modelpress.v1.JobH\x00\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x17.modelpress.v1.ProgressH\x00\x12(\n\x05state\x18\x05 \x01(\x0e\x32\x17.modelpress.v1.JobStateH\x00\x12-\n\theartbeat\x18\x06 \x01(\x0b\x32\x18.modelpress.v1.HeartbeatH\x00\x42\x07\n\x05\x65vent\"\x0b\n\tHeartbeat\"J\n\x0eWaitJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"d\n\x10UpdateJobRequest\x12\x1f\n\x03job\x18\x01 \x01(\x0b\x32\x12.modelpress.v1.Job\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\" \n\x10\x43\x61ncelJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\".\n\x10\x44\x65leteJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"L\n\x14StreamJobLogsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"s\n\x15StreamJobLogsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08severity\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t*\xcb\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x18\n\x14JOB_STATE_CANCELLING\x10\x03\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x12\x15\n\x11JOB_STATE_EXPIRED\x10\x07*\x88\x01\n\x0cSpeedVerdict\x12\x1d\n\x19SPEED_VERDICT_UNSPECIFIED\x10\x00\x12\x18\n\x14SPEED_VERDICT_FASTER\x10\x01\x12\x18\n\x14SPEED_VERDICT_SLOWER\x10\x02\x12%\n!SPEED_VERDICT_NOT_DISTINGUISHABLE\x10\x03\x32\x8c\x05\n\nJobService\x12@\n\tCreateJob\x12\x1f.modelpress.v1.CreateJobRequest\x1a\x12.modelpress.v1.Job\x12:\n\x06GetJob\x12\x1c.modelpress.v1.GetJobRequest\x1a\x12.modelpress.v1.Job\x12K\n\x08ListJobs\x12\x1e.modelpress.v1.ListJobsRequest\x1a\x1f.modelpress.v1.ListJobsResponse\x12M\n\x08WatchJob\x12\x1e.modelpress.v1.WatchJobRequest\x1a\x1f.modelpress.v1.WatchJobResponse0\x01\x12<\n\x07WaitJob\x12\x1d.modelpress.v1.WaitJobRequest\x1a\x12.modelpress.v1.Job\x12@\n\tUpdateJob\x12\x1f.modelpress.v1.UpdateJobRequest\x1a\x12.modelpress.v1.Job\x12@\n\tCancelJob\x12\x1f.modelpress.v1.CancelJobRequest\x1a\x12.modelpress.v1.Job\x12\x44\n\tDeleteJob\x12\x1f.modelpress.v1.DeleteJobRequest\x1a\x16.google.protobuf.Empty\x12\\\n\rStreamJobLogs\x12#.modelpress.v1.StreamJobLogsRequest\x1a$.modelpress.v1.StreamJobLogsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,10 +40,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_JOB_LABELSENTRY']._loaded_options = None
   _globals['_JOB_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_JOBSTATE']._serialized_start=3174
-  _globals['_JOBSTATE']._serialized_end=3377
-  _globals['_SPEEDVERDICT']._serialized_start=3380
-  _globals['_SPEEDVERDICT']._serialized_end=3516
+  _globals['_JOBSTATE']._serialized_start=3200
+  _globals['_JOBSTATE']._serialized_end=3403
+  _globals['_SPEEDVERDICT']._serialized_start=3406
+  _globals['_SPEEDVERDICT']._serialized_end=3542
   _globals['_JOB']._serialized_start=281
   _globals['_JOB']._serialized_end=954
   _globals['_JOB_LABELSENTRY']._serialized_start=909
@@ -53,37 +53,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROGRESS']._serialized_start=1259
   _globals['_PROGRESS']._serialized_end=1385
   _globals['_ARTIFACT']._serialized_start=1388
-  _globals['_ARTIFACT']._serialized_end=1628
-  _globals['_ARTIFACT_KIND']._serialized_start=1504
-  _globals['_ARTIFACT_KIND']._serialized_end=1628
-  _globals['_REPORTSUMMARY']._serialized_start=1631
-  _globals['_REPORTSUMMARY']._serialized_end=2070
-  _globals['_CREATEJOBREQUEST']._serialized_start=2072
-  _globals['_CREATEJOBREQUEST']._serialized_end=2182
-  _globals['_GETJOBREQUEST']._serialized_start=2184
-  _globals['_GETJOBREQUEST']._serialized_end=2213
-  _globals['_LISTJOBSREQUEST']._serialized_start=2215
-  _globals['_LISTJOBSREQUEST']._serialized_end=2303
-  _globals['_LISTJOBSRESPONSE']._serialized_start=2305
-  _globals['_LISTJOBSRESPONSE']._serialized_end=2382
-  _globals['_WATCHJOBREQUEST']._serialized_start=2384
-  _globals['_WATCHJOBREQUEST']._serialized_end=2439
-  _globals['_WATCHJOBRESPONSE']._serialized_start=2442
-  _globals['_WATCHJOBRESPONSE']._serialized_end=2703
-  _globals['_HEARTBEAT']._serialized_start=2705
-  _globals['_HEARTBEAT']._serialized_end=2716
-  _globals['_WAITJOBREQUEST']._serialized_start=2718
-  _globals['_WAITJOBREQUEST']._serialized_end=2792
-  _globals['_UPDATEJOBREQUEST']._serialized_start=2794
-  _globals['_UPDATEJOBREQUEST']._serialized_end=2894
-  _globals['_CANCELJOBREQUEST']._serialized_start=2896
-  _globals['_CANCELJOBREQUEST']._serialized_end=2928
-  _globals['_DELETEJOBREQUEST']._serialized_start=2930
-  _globals['_DELETEJOBREQUEST']._serialized_end=2976
-  _globals['_STREAMJOBLOGSREQUEST']._serialized_start=2978
-  _globals['_STREAMJOBLOGSREQUEST']._serialized_end=3054
-  _globals['_STREAMJOBLOGSRESPONSE']._serialized_start=3056
-  _globals['_STREAMJOBLOGSRESPONSE']._serialized_end=3171
-  _globals['_JOBSERVICE']._serialized_start=3519
-  _globals['_JOBSERVICE']._serialized_end=4171
+  _globals['_ARTIFACT']._serialized_end=1654
+  _globals['_ARTIFACT_KIND']._serialized_start=1505
+  _globals['_ARTIFACT_KIND']._serialized_end=1654
+  _globals['_REPORTSUMMARY']._serialized_start=1657
+  _globals['_REPORTSUMMARY']._serialized_end=2096
+  _globals['_CREATEJOBREQUEST']._serialized_start=2098
+  _globals['_CREATEJOBREQUEST']._serialized_end=2208
+  _globals['_GETJOBREQUEST']._serialized_start=2210
+  _globals['_GETJOBREQUEST']._serialized_end=2239
+  _globals['_LISTJOBSREQUEST']._serialized_start=2241
+  _globals['_LISTJOBSREQUEST']._serialized_end=2329
+  _globals['_LISTJOBSRESPONSE']._serialized_start=2331
+  _globals['_LISTJOBSRESPONSE']._serialized_end=2408
+  _globals['_WATCHJOBREQUEST']._serialized_start=2410
+  _globals['_WATCHJOBREQUEST']._serialized_end=2465
+  _globals['_WATCHJOBRESPONSE']._serialized_start=2468
+  _globals['_WATCHJOBRESPONSE']._serialized_end=2729
+  _globals['_HEARTBEAT']._serialized_start=2731
+  _globals['_HEARTBEAT']._serialized_end=2742
+  _globals['_WAITJOBREQUEST']._serialized_start=2744
+  _globals['_WAITJOBREQUEST']._serialized_end=2818
+  _globals['_UPDATEJOBREQUEST']._serialized_start=2820
+  _globals['_UPDATEJOBREQUEST']._serialized_end=2920
+  _globals['_CANCELJOBREQUEST']._serialized_start=2922
+  _globals['_CANCELJOBREQUEST']._serialized_end=2954
+  _globals['_DELETEJOBREQUEST']._serialized_start=2956
+  _globals['_DELETEJOBREQUEST']._serialized_end=3002
+  _globals['_STREAMJOBLOGSREQUEST']._serialized_start=3004
+  _globals['_STREAMJOBLOGSREQUEST']._serialized_end=3080
+  _globals['_STREAMJOBLOGSRESPONSE']._serialized_start=3082
+  _globals['_STREAMJOBLOGSRESPONSE']._serialized_end=3197
+  _globals['_JOBSERVICE']._serialized_start=3545
+  _globals['_JOBSERVICE']._serialized_end=4197
 # @@protoc_insertion_point(module_scope)

@@ -361,6 +361,8 @@ class Artifact(_message.Message):
         """report.html, self-contained."""
         KIND_CANDIDATE_MODEL: Artifact._Kind.ValueType  # 4
         """The ONNX model of a candidate of a goal, chosen or not."""
+        KIND_TARGET_PROJECT: Artifact._Kind.ValueType  # 5
+        """A zip archive of what was built for a target that runs no ONNX files: a hardware design with its sources."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
         """What it is."""
@@ -375,6 +377,8 @@ class Artifact(_message.Message):
     """report.html, self-contained."""
     KIND_CANDIDATE_MODEL: Artifact.Kind.ValueType  # 4
     """The ONNX model of a candidate of a goal, chosen or not."""
+    KIND_TARGET_PROJECT: Artifact.Kind.ValueType  # 5
+    """A zip archive of what was built for a target that runs no ONNX files: a hardware design with its sources."""
 
     KIND_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int

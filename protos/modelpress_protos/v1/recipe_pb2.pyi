@@ -735,10 +735,15 @@ class Target(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     CPU_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
+    CLOCK_MHZ_FIELD_NUMBER: _builtins.int
+    STAGE_ADDERS_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """cuda: distill and the criterion taylor compute on a GPU where torch sees one, else on the CPU with a warning;
     onnxruntime measures on the CPU all the same. openvino: OpenVINO on the CPU: models are timed and compared in it,
-    its times decide, and those of onnxruntime stand beside them.
+    its times decide, and those of onnxruntime stand beside them. fpga: a design in fixed point for the part that `part`
+    names, simulated, synthesized, and on ECP5 parts placed and routed: its cycles and its clock count, and nothing is
+    timed here.
     """
     cpu: _builtins.str
     """generic: 8-bit layers give the same answers on CPUs without VNNI, whose products saturate; vnni: such CPUs do not
@@ -748,29 +753,52 @@ class Target(_message.Message):
     """In which OpenVINO computes what is in float32. default: bfloat16 on CPUs that have it, which may change answers;
     onnxruntime computes in float32 whatever stands here.
     """
+    part: _builtins.str
+    """The FPGA that a design is for: Lattice ECP5 (lfe5u), which is placed and routed, or AMD Artix-7 (xc7a), Zynq-7000
+    (xc7z), Kintex UltraScale (xcku) or Virtex UltraScale+ (xcvu), which is synthesized.
+    """
+    clock_mhz: _builtins.float
+    """The clock that the design shall reach, in MHz."""
+    stage_adders: _builtins.int
+    """Adders of a design between two registers: fewer make a faster clock and more cycles."""
     def __init__(
         self,
         *,
         device: _builtins.str | None = ...,
         cpu: _builtins.str | None = ...,
         precision: _builtins.str | None = ...,
+        part: _builtins.str | None = ...,
+        clock_mhz: _builtins.float | None = ...,
+        stage_adders: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu", b"_cpu", "_device", b"_device", "_precision", b"_precision", "cpu", b"cpu", "device", b"device", "precision", b"precision"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clock_mhz", b"_clock_mhz", "_cpu", b"_cpu", "_device", b"_device", "_part", b"_part", "_precision", b"_precision", "_stage_adders", b"_stage_adders", "clock_mhz", b"clock_mhz", "cpu", b"cpu", "device", b"device", "part", b"part", "precision", b"precision", "stage_adders", b"stage_adders"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu", b"_cpu", "_device", b"_device", "_precision", b"_precision", "cpu", b"cpu", "device", b"device", "precision", b"precision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clock_mhz", b"_clock_mhz", "_cpu", b"_cpu", "_device", b"_device", "_part", b"_part", "_precision", b"_precision", "_stage_adders", b"_stage_adders", "clock_mhz", b"clock_mhz", "cpu", b"cpu", "device", b"device", "part", b"part", "precision", b"precision", "stage_adders", b"stage_adders"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__clock_mhz: _TypeAlias = _typing.Literal["clock_mhz"]  # noqa: Y015
+    _WhichOneofArgType__clock_mhz: _TypeAlias = _typing.Literal["_clock_mhz", b"_clock_mhz"]  # noqa: Y015
     _WhichOneofReturnType__cpu: _TypeAlias = _typing.Literal["cpu"]  # noqa: Y015
     _WhichOneofArgType__cpu: _TypeAlias = _typing.Literal["_cpu", b"_cpu"]  # noqa: Y015
     _WhichOneofReturnType__device: _TypeAlias = _typing.Literal["device"]  # noqa: Y015
     _WhichOneofArgType__device: _TypeAlias = _typing.Literal["_device", b"_device"]  # noqa: Y015
+    _WhichOneofReturnType__part: _TypeAlias = _typing.Literal["part"]  # noqa: Y015
+    _WhichOneofArgType__part: _TypeAlias = _typing.Literal["_part", b"_part"]  # noqa: Y015
     _WhichOneofReturnType__precision: _TypeAlias = _typing.Literal["precision"]  # noqa: Y015
     _WhichOneofArgType__precision: _TypeAlias = _typing.Literal["_precision", b"_precision"]  # noqa: Y015
+    _WhichOneofReturnType__stage_adders: _TypeAlias = _typing.Literal["stage_adders"]  # noqa: Y015
+    _WhichOneofArgType__stage_adders: _TypeAlias = _typing.Literal["_stage_adders", b"_stage_adders"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clock_mhz) -> _WhichOneofReturnType__clock_mhz | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cpu) -> _WhichOneofReturnType__cpu | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__device) -> _WhichOneofReturnType__device | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__part) -> _WhichOneofReturnType__part | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__precision) -> _WhichOneofReturnType__precision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stage_adders) -> _WhichOneofReturnType__stage_adders | None: ...
 
 Global___Target: _TypeAlias = Target  # noqa: Y015
 

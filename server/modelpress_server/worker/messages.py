@@ -18,6 +18,7 @@ _KINDS: Mapping[str, job_service_pb2.Artifact.Kind.ValueType] = {
     "report.json": _Kind.KIND_REPORT_JSON,
     "report.html": _Kind.KIND_REPORT_HTML,
     "candidate": _Kind.KIND_CANDIDATE_MODEL,
+    "project": _Kind.KIND_TARGET_PROJECT,
 }
 _VERDICTS: Mapping[str, job_service_pb2.SpeedVerdict.ValueType] = {
     "": job_service_pb2.SPEED_VERDICT_UNSPECIFIED,

@@ -1,0 +1,255 @@
+"""From a network to a design that is proven and measured: what `Fpga.build` does, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+
+from modelpress_compression.backends.base import BuildRequest, Built
+from modelpress_compression.backends.fpga import forms, project
+from modelpress_compression.backends.fpga.emulator import Design, check_exact, run, sum_bits
+from modelpress_compression.backends.fpga.estimate import estimate
+from modelpress_compression.backends.fpga.formats import Reals
+from modelpress_compression.backends.fpga.network import Network, read_network
+from modelpress_compression.backends.fpga.parallel import ParallelDesign, build_parallel
+from modelpress_compression.backends.fpga.parts import PARTS, Part
+from modelpress_compression.backends.fpga.search import Loss, choose_formats, cost, loss_of
+from modelpress_compression.backends.fpga.synthesis import (
+    Resources,
+    Routed,
+    gates_as_written,
+    gates_synthesized,
+    place_and_route,
+    stream,
+    synthesize,
+    unstream,
+    write_sources,
+)
+from modelpress_compression.backends.fpga.tools import YOSYS, is_ready
+from modelpress_compression.errors import UnsupportedOperatorError
+from modelpress_compression.target import Target
+
+TOP = "network_wrapper"
+CHECKED_SAMPLES = 1000
+LANES = 64
+# What a part takes at once of what da4ml expects: synthesis finds more to share, or less.
+_HOPE = 1.5
+# Of `search.cost`, for each lookup table that da4ml makes of it: found on dense networks of 16 to 784 inputs.
+_COST_PER_LUT = 1.5
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """Samples, and how many of them a netlist answered exactly as the emulator."""
+
+    samples: int
+    as_written: int
+    synthesized: int | None
+
+
+def build(request: BuildRequest, target: Target) -> Built:
+    """See `base.Builder`."""
+    part = PARTS[target.part]
+    network = read_network(request.path)
+    samples = samples_of(request, network)
+    request.progress(0.0, "choosing bits for each layer")
+    design, _ = choose_formats(network, samples, request.max_drop, request.check_time)
+    check_exact(network, design)
+    answers, expected = run(network, samples, design), run(network, samples)
+    loss = loss_of(answers, expected)
+    request.log(f"fixed point: {loss.sqnr_db:.1f} dB, {_agreement(loss)}")
+    _refuse_too_large(network, design, part)
+    request.progress(0.1, "building the pipeline")
+    hardware = build_parallel(network, design, target.stage_adders)
+    request.log(f"pipeline: {hardware.latency} cycles, about {hardware.adders:.0f} lookup tables")
+    if not is_ready(YOSYS):
+        request.log("yosys is being prepared, which takes minutes; see docs/targets.md on how to do it once for all")
+    read = write_sources(hardware.sources, request.folder)
+    checked, resources = _proven(network, design, hardware, read, part, samples[:CHECKED_SAMPLES], request)
+    routed = None
+    if part.routed and resources.fits(part):
+        request.progress(0.7, f"placing and routing on {part.title}")
+        routed = place_and_route(part, target.clock_mhz, request.folder, request.time_left_s())
+    section = _section(part, loss, hardware, resources, routed, checked, network, design)
+    plain = request.folder / "fixed_point.onnx"
+    output = onnx.load(str(request.path), load_external_data=False).graph.output[0].name
+    onnx.save(forms.plain_onnx(network, design, output), str(plain))
+    archive = project.write(request.folder, network, design, hardware, part, target.clock_mhz, section, samples, output)
+    latency_ms = None if routed is None else hardware.latency / routed.fmax_mhz / 1e3
+    return Built(
+        model=plain,
+        project=archive,
+        changes={"layers_in_fixed_point": len(network.linear())},
+        section=section,
+        headline=_headline(section),
+        latency_ms=latency_ms,
+        details=tuple(layer_rows(network, design)),
+        notes=tuple(_notes(section, network)),
+        warnings=tuple(_warnings(part, resources, checked, request)),
+    )
+
+
+def samples_of(request: BuildRequest, network: Network) -> Reals:
+    """[samples, *shape] of the network's input."""
+    feeds = [feed[network.input] for feed in request.data.feeds(64, limit=4096)]
+    return np.concatenate(feeds).astype(np.float64).reshape(-1, *network.input_shape)
+
+
+def _refuse_too_large(network: Network, design: Design, part: Part) -> None:
+    """Before da4ml would take hours for what never fits."""
+    luts = cost(network, design) / _COST_PER_LUT
+    if luts <= _HOPE * part.luts:
+        return
+    folded = estimate(network, design, part)
+    raise UnsupportedOperatorError(
+        f"The network does not fit on {part.title} with all its products at once: it would take about {luts:,.0f} "
+        f"lookup tables, and {part.luts:,} are there. {folded.words()} Take a larger part (--set target.part=...), "
+        f"fewer bits (a larger --max-drop), or a smaller network (--recipe channel-pruned).",
+        op_type="",
+    )
+
+
+def _proven(
+    network: Network,
+    design: Design,
+    hardware: ParallelDesign,
+    read: str,
+    part: Part,
+    samples: Reals,
+    request: BuildRequest,
+) -> tuple[_Checked, Resources]:
+    """Simulates the design as it was written, and as it was synthesized, on the samples."""
+    given = design.values[network.input].round_input(samples).reshape(len(samples), -1)
+    expected = run(network, samples, design).reshape(len(samples), -1)
+    request.progress(0.2, "simulating the pipeline")
+    as_written = answered(gates_as_written(read, TOP, request.folder, request.time_left_s()), hardware, given, expected)
+    request.progress(0.4, f"synthesizing for {part.title}")
+    resources = synthesize(read, TOP, part, request.folder, request.time_left_s())
+    synthesized = None
+    if part.family == "ecp5":
+        request.progress(0.6, "simulating what was synthesized")
+        gates = gates_synthesized(TOP, part, request.folder, request.time_left_s())
+        synthesized = answered(gates, hardware, given, expected)
+    return _Checked(len(samples), as_written, synthesized), resources
+
+
+def answered(gates: Any, hardware: ParallelDesign, given: Reals, expected: Reals) -> int:
+    """Of how many samples every bit of the answer is right, one sample in each cycle."""
+    bits = stream(hardware.given.bits(given), LANES)
+    seen = gates.run({hardware.given.name: bits}, hardware.made.name, len(bits) + hardware.latency)
+    answers = hardware.made.values(unstream(seen[hardware.latency :], len(given)))
+    return int((answers == expected).all(axis=1).sum())
+
+
+def layer_rows(network: Network, design: Design) -> list[dict[str, str | int | float]]:
+    """A row for each layer with weights."""
+    bits = sum_bits(network, design)
+    rows: list[dict[str, str | int | float]] = []
+    for layer, operation in network.linear():
+        weights, output = design.weights[layer.name], design.values[layer.output]
+        rounded = design.rounded_weight(layer, operation)
+        rows.append(
+            {
+                "layer": layer.name,
+                "input": str(design.values.get(layer.inputs[0], "as before")),
+                "weights": str(weights),
+                "weight_bits": weights.width,
+                "sum_bits": bits[layer.name],
+                "output": str(output),
+                "output_bits": output.width,
+                "zero_weights": float((rounded == 0).mean()),
+                "products": network.products(layer),
+            }
+        )
+    return rows
+
+
+def _section(
+    part: Part,
+    loss: Loss,
+    hardware: ParallelDesign,
+    resources: Resources,
+    routed: Routed | None,
+    checked: _Checked,
+    network: Network,
+    design: Design,
+) -> dict[str, Any]:
+    section: dict[str, Any] = {
+        "device": "fpga",
+        "part": part.name,
+        "part_title": part.title,
+        "form": "parallel",
+        "fidelity": {"sqnr_db": loss.sqnr_db, "agreement": loss.agreement},
+        "input_bits": design.values[network.input].width,
+        "resources": {name: getattr(resources, name) for name in ("luts", "flip_flops", "dsps", "brams")},
+        "shares": resources.shares(part),
+        "fits": resources.fits(part),
+        "cells": dict(resources.cells),
+        "latency_cycles": hardware.latency,
+        "interval_cycles": hardware.interval,
+        "routed": None,
+        "bit_exact": asdict(checked),
+        "expected_luts": hardware.adders,
+    }
+    if routed is not None:
+        section["routed"] = {
+            "fmax_mhz": routed.fmax_mhz,
+            "latency_us": hardware.latency / routed.fmax_mhz,
+            "samples_per_s": routed.fmax_mhz * 1e6 / hardware.interval,
+            "used": dict(routed.used),
+            "available": dict(routed.available),
+        }
+    return section
+
+
+def _headline(section: Mapping[str, Any]) -> str:
+    shares = f"{section['shares']['luts']:.0%} of the lookup tables of {section['part_title']}"
+    routed = section["routed"]
+    if routed is None:
+        return f"{section['latency_cycles']} cycles, {shares}"
+    return f"{routed['latency_us'] * 1e3:.0f} ns at {routed['fmax_mhz']:.0f} MHz, {shares}"
+
+
+def _notes(section: Mapping[str, Any], network: Network) -> Sequence[str]:
+    taken = section["resources"]
+    shares = section["shares"]
+    said = [
+        f"{section['part_title']}: {taken['luts']:,} lookup tables ({shares['luts']:.1%}), {taken['flip_flops']:,} "
+        f"flip-flops ({shares['flip_flops']:.1%}), {taken['dsps']} DSPs, {taken['brams']} block RAMs.",
+        f"Latency {section['latency_cycles']} cycles, one sample every {section['interval_cycles']}.",
+    ]
+    if routed := section["routed"]:
+        said.append(
+            f"Placed and routed: {routed['fmax_mhz']:.1f} MHz, {routed['latency_us']:.3f} microseconds a sample, "
+            f"{routed['samples_per_s']:,.0f} samples a second."
+        )
+    checked = section["bit_exact"]
+    said.append(
+        f"Simulated on {checked['samples']} samples: the Verilog answers {checked['as_written']} exactly as the "
+        f"fixed-point model"
+        + (f", what was synthesized {checked['synthesized']}." if checked["synthesized"] is not None else ".")
+    )
+    if network.host:
+        said.append(f"{network.host[0][0]} at the end is left to the host; the hardware gives what goes into it.")
+    return said
+
+
+def _warnings(part: Part, resources: Resources, checked: _Checked, request: BuildRequest) -> Sequence[str]:
+    said = []
+    if not resources.fits(part):
+        said.append(f"The design does not fit on {part.title}; it was synthesized, and not placed and routed.")
+    elif not part.routed:
+        said.append(f"No open tool places and routes {part.title}: its clock is not known until the vendor's tool did.")
+    if checked.as_written < checked.samples or (checked.synthesized or checked.samples) < checked.samples:
+        said.append("The hardware does not answer every sample as the fixed-point model does: do not use it.")
+    if not request.data.provided:
+        said.append("Bits were chosen on synthetic inputs: give --data, or ranges may not be those of real inputs.")
+    return said
+
+
+def _agreement(loss: Loss) -> str:
+    return "no classes" if loss.agreement is None else f"{loss.agreement:.2%} of the samples in the same class"
