@@ -46,13 +46,14 @@ from modelpress_server.services.model_service import ModelService
 from modelpress_server.services.server_service import ServerService
 from modelpress_server.services.upload_service import UploadService
 from modelpress_server.space import Space
-from modelpress_server.stores.base import BlobStore
+from modelpress_server.stores.base import BlobStore, StateChange
 from modelpress_server.stores.database import Database
 from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.news import News
 from modelpress_server.stores.sql_blobs import SqlBlobIndex
 from modelpress_server.stores.sql_jobs import SqlJobStore
 from modelpress_server.stores.sql_models import SqlModelStore
+from modelpress_server.stores.sql_outbox import SqlOutbox
 from modelpress_server.stores.sql_overview import SqlOverview
 from modelpress_server.stores.sql_servers import SqlServerStore
 from modelpress_server.stores.sql_usage import SqlUsage
@@ -61,6 +62,7 @@ from modelpress_server.waiting import Notifier
 if TYPE_CHECKING:
     from starlette.routing import Route
 
+    from modelpress_server.events.dispatcher import Dispatcher
     from modelpress_server.observation.http import HttpServer
     from modelpress_server.observation.metrics import PrometheusMeter
 
@@ -110,7 +112,7 @@ def local_executor(settings: Settings) -> Executor:
 def private_paths(settings: Settings) -> list[Path]:
     """What no worker may read: the data folder and what lies in it, and the secrets that the settings name."""
     data_dir = settings.data_dir
-    named = (settings.token_file, settings.tls_key)
+    named = (settings.token_file, settings.tls_key, settings.webhooks)
     return [data_dir, *(data_dir / name for name in PRIVATE_NAMES), *(path.absolute() for path in named if path)]
 
 
@@ -163,6 +165,7 @@ class Server:
         self._lock = DataDirLock(settings.data_dir)
         self._notifier = Notifier()
         self._http: HttpServer | None = None
+        self._dispatcher: Dispatcher | None = None
         self.address = ""
 
     @property
@@ -196,6 +199,8 @@ class Server:
                 await self._http.close()
             self._lock.release()
             raise
+        if self._dispatcher is not None:
+            self._dispatcher.start()
         self._janitor.start()
         if self._scrub is not None:
             self._scrub.start()
@@ -219,6 +224,8 @@ class Server:
         await self._executor.close()
         if self._http is not None:  # so long, probes are told that the server ends
             await self._http.close()
+        if self._dispatcher is not None:
+            await self._dispatcher.close()
         await self._tracer.close()
         await self._blobs.close()
         await self._database.close()
@@ -244,6 +251,8 @@ class Server:
         usage, prometheus = SqlUsage(database), _prometheus_meter(settings)
         meter, self._tracer = prometheus or Meter(), _tracer(settings)
         database.on_change = ChangeLog(meter).note
+        if settings.webhooks is not None:
+            self._build_webhooks(settings.webhooks, meter)
         self._executor = self._make_executor(settings)
         space = Space(settings.data_dir, settings.reserve_bytes, index, uploads=not self._blobs.shared)
         findings = Findings(settings.data_dir / "findings", self._projects, self._blobs, space)
@@ -294,6 +303,19 @@ class Server:
         enable_reflection((*SERVICES, health.SERVICE_NAME), self._grpc)
         if prometheus is not None:
             self._build_http(authenticator, prometheus, host, job_service, model_service, server_service)
+
+    def _build_webhooks(self, path: Path, meter: Meter) -> None:
+        from modelpress_server.events.dispatcher import Dispatcher
+        from modelpress_server.events.endpoints import Endpoints
+
+        endpoints, database, log = Endpoints(path), self._database, self._database.on_change
+        self._dispatcher = dispatcher = Dispatcher(endpoints, SqlOutbox(database), meter, self._clock)
+
+        def noted(change: StateChange) -> None:
+            log(change)
+            dispatcher.note(change)
+
+        database.subscribers, database.on_change = endpoints.wanting, noted
 
     def _build_http(
         self,

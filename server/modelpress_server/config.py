@@ -141,6 +141,11 @@ class Settings:
         None, "The issuer's public keys (JWKS): a file, or an https URL; not set: where the issuer says (discovery)."
     )
     jwt_claim: str = _setting("modelpress", "Claim of the web tokens that grants roles: {PROJECT: ROLE}.")
+    webhooks: Path | None = _setting(
+        None,
+        "TOML file with a table for each place that is told when jobs end; read again when it changes.",
+        kind="path",
+    )
     audit_log: Path | None = _setting(
         None, "File for a line of JSON on each call that changes something; not set: the log.", kind="path"
     )

@@ -1,4 +1,7 @@
-"""Serves the folder of the first argument with the scripted executor until killed; used to test kill -9."""
+"""Serves the folder of the first argument with the scripted executor until killed; used to test kill -9.
+
+A second argument is the file of --webhooks.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from server_harness import DEFAULTS
 
 
 async def main() -> None:
-    server = Server(Settings(**{**DEFAULTS, "data_dir": Path(sys.argv[1])}), lambda _: ScriptedExecutor())
+    webhooks = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+    settings = Settings(**{**DEFAULTS, "data_dir": Path(sys.argv[1]), "webhooks": webhooks})
+    server = Server(settings, lambda _: ScriptedExecutor())
     await server.start()
     print(server.address, flush=True)
     await asyncio.Event().wait()

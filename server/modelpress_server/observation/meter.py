@@ -32,5 +32,8 @@ class Meter:
     def worker_lost(self, reason: str) -> None:
         """A worker ended without a result; `reason`: as of `WorkerLostError`."""
 
+    def webhook_sent(self, result: str) -> None:
+        """An attempt to bring an event to its place; `result`: arrived, failed, gone."""
+
     def findings_looked_up(self, found: bool) -> None:
         """A job has asked for earlier findings on its model and data."""

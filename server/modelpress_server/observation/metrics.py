@@ -91,6 +91,12 @@ class PrometheusMeter(Meter):
             ("result",),
             registry=registry,
         )
+        self._webhooks = Counter(
+            "modelpress_webhook_deliveries",
+            "Attempts to bring the end of a job to a place: arrived, failed, gone.",
+            ("result",),
+            registry=registry,
+        )
 
     def text(self, look: Look) -> bytes:
         """All figures in Prometheus' text form; not from two threads at once."""
@@ -136,6 +142,10 @@ class PrometheusMeter(Meter):
     def worker_lost(self, reason: str) -> None:
         """See `Meter`."""
         self._lost.labels(reason).inc()
+
+    def webhook_sent(self, result: str) -> None:
+        """See `Meter`."""
+        self._webhooks.labels(result).inc()
 
     def findings_looked_up(self, found: bool) -> None:
         """See `Meter`."""

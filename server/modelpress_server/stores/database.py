@@ -46,6 +46,7 @@ WRITERS = 8  # of PostgreSQL
 MAX_TRIES = 10
 _CHANGES = "modelpress_changes"  # of a state, in the transaction that runs
 _NEWS = "modelpress_news"  # for other servers, likewise
+_SUBSCRIBERS = "modelpress_subscribers"
 _OUT_OF_DESCRIPTORS = ("unable to open database file", "out of memory")
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class Database:
         self._led: dict[str, Connection] = {}
         # Told of each change of a state once it is committed; called in the thread that wrote, in the writer's context.
         self.on_change: Callable[[StateChange], None] = lambda change: None
+        # Names of the places that are told that a job of a project has ended in a state.
+        self.subscribers: Callable[[str, str], Sequence[str]] = lambda project, state: ()
 
     @classmethod
     def open(cls, path: Path, ballast: Ballast | None = None) -> Database:
@@ -143,6 +146,7 @@ class Database:
                 connection.execution_options(modelpress_writes=writes)
             changes = connection.info[_CHANGES] = []
             news = connection.info[_NEWS] = {}
+            connection.info[_SUBSCRIBERS] = self.subscribers
             with connection.begin():
                 result = function(connection)
                 if self.shared and news:
@@ -220,6 +224,12 @@ def note_change(connection: Connection, change: StateChange) -> None:
     """Has `Database.on_change`, and other servers, told of a change when the transaction is committed."""
     connection.info[_CHANGES].append(change)
     connection.info[_NEWS][change.id] = change.state
+
+
+def subscribers(connection: Connection, project: str, state: str) -> Sequence[str]:
+    """Names of the places that are told that a job of a project has ended in a state."""
+    names: Sequence[str] = connection.info[_SUBSCRIBERS](project, state)
+    return names
 
 
 def note_news(connection: Connection, job_id: str) -> None:

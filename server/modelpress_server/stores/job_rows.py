@@ -12,6 +12,7 @@ from modelpress_server.errors import ResourceNotFoundError, reason_of
 from modelpress_server.stores import records
 from modelpress_server.stores.base import ENDED_STATES, JobRecord, Lease, LogLine, Outcome, StateChange
 from modelpress_server.stores.database import insert_missing, note_change, note_news
+from modelpress_server.stores.sql_outbox import store_end
 from modelpress_server.stores.tables import job_events, job_logs, jobs, result_cache
 
 _Job = job_service_pb2.Job
@@ -94,6 +95,8 @@ def move(connection: Connection, record: JobRecord, state: job_service_pb2.JobSt
     write(connection, record)
     append_events(connection, record.id, [state_event(state)])
     note_change(connection, _change(record))
+    if state in ENDED_STATES:
+        store_end(connection, record)
 
 
 def write(connection: Connection, record: JobRecord) -> None:

@@ -176,3 +176,16 @@ request_ids = Table(
     Column("create_time_us", BigInteger, nullable=False),
     Index("ix_request_ids_create_time_us", "create_time_us"),
 )
+
+# Events that are to be brought somewhere; `due_us`: not before.
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("endpoint", String(63), primary_key=True),
+    Column("id", String(26), primary_key=True),
+    Column("create_time_us", BigInteger, nullable=False),
+    Column("due_us", BigInteger, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Index("ix_outbox_endpoint_due_us", "endpoint", "due_us"),
+)
