@@ -29,7 +29,7 @@ async def stores(database: Database) -> Stores:
 
 async def ended_job(stores: Stores, *, cancelled: bool = False) -> str:
     model = await stores.model()
-    created = await stores.job(model)
+    created = await stores.job(model, skip_cache=True)
     if cancelled:
         await stores.jobs.request_cancel("p", created.id)
         return created.id
