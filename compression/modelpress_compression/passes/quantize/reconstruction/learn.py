@@ -259,7 +259,10 @@ class _Trial:
         try:
             with torch.no_grad():
                 alone = [self._answers(item.given, weights, 1.0) for item in pair]
-                both = self._answers(together(pair, batched=True)[0].given, weights, 1.0)
+                joined = together(pair, batched=True)
+                if len(joined) > 1:
+                    return  # too large for two at once
+                both = self._answers(joined[0].given, weights, 1.0)
         except Exception:  # noqa: BLE001 - whatever a graph of one fixed batch makes of two
             return
         self._batched = all(

@@ -19,6 +19,7 @@ from modelpress_compression.graph.padding import counted_among
 from modelpress_compression.inputs import Array
 
 MAX_BYTES = 256 * 1024**2  # 256 MiB: of one block
+MAX_FEED_BYTES = 16 * 1024**2  # 16 MiB: of what runs at once
 Values = Mapping[str, Array]
 Tensors = dict[str, Tensor]
 
@@ -33,6 +34,11 @@ class Sample:
     wanted: Tensors
     counts: Tensors
     held_out: bool
+
+    @property
+    def size_bytes(self) -> int:
+        """Of what it reads and answers."""
+        return sum(value.nbytes for values in (self.given, self.plain, self.wanted) for value in values.values())
 
 
 def gathered(
@@ -66,18 +72,22 @@ def _tensors(values: Values, device: torch.device) -> Tensors:
 
 
 def together(samples: Sequence[Sample], batched: bool) -> list[Sample]:
-    """As few feeds as may be: one where samples can be `batched` along the first axis, else as they are."""
-    if not batched or len(samples) == 1:
+    """As few feeds as may be: as many samples in one as fit into its room, where they can be `batched` along the first
+    axis, else as they are. What a block computes for gradients is several times what it reads and answers."""
+    if not batched:
         return list(samples)
-    return [
-        Sample(
-            _joined([item.given for item in samples]),
-            _joined([item.plain for item in samples]),
-            _joined([item.wanted for item in samples]),
-            _joined([item.counts for item in samples]),
-            samples[0].held_out,
-        )
-    ]
+    count = max(1, MAX_FEED_BYTES // max(samples[0].size_bytes, 1))
+    return [_joined_samples(samples[start : start + count]) for start in range(0, len(samples), count)]
+
+
+def _joined_samples(samples: Sequence[Sample]) -> Sample:
+    return Sample(
+        _joined([item.given for item in samples]),
+        _joined([item.plain for item in samples]),
+        _joined([item.wanted for item in samples]),
+        _joined([item.counts for item in samples]),
+        samples[0].held_out,
+    )
 
 
 def may_be_batched(samples: Sequence[Sample]) -> bool:

@@ -3,7 +3,8 @@
     b' = b - E[ op(Q(x), Q(W)) - op(x, W) ]        per output channel, over the data
 
 Both sides read the float model's activations, so that each layer answers for its own error alone and one run over the
-data serves all (the empirical form of Nagel et al., arXiv:1906.04721, section 4.2, without its order of layers).
+data serves all (the empirical form of Nagel et al., arXiv:1906.04721, section 4.2, without its order of layers, which
+`full_bias_correction` keeps).
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ def mean_shifts(setup: QuantizationSetup, parameters: Parameters) -> Shifts:
     editor = Editor(copy)
     writer = QdqWriter(editor, setup.weight_store(editor))
     twins = {
-        node.outputs[0].name or "": (_add_twin(node, parameters, writer), _channel_axis(node))
+        node.outputs[0].name or "": (_add_twin(node, parameters, writer), channel_axis(node))
         for node in setup.plan.on(copy.graph).layers
-        if _can_shift(node)
+        if can_shift(node)
     }
     sums = {name: (np.zeros(1), 0) for name in twins}
     wanted = [*twins, *(value.name or "" for value, _ in twins.values())]
@@ -73,11 +74,13 @@ def _add_twin(node: onnx_ir.Node, parameters: Parameters, writer: QdqWriter) -> 
     return twin.outputs[0]
 
 
-def _channel_axis(node: onnx_ir.Node) -> int:
+def channel_axis(node: onnx_ir.Node) -> int:
+    """Of a layer's output."""
     return 1 if node.op_type == "Conv" else -1
 
 
-def _can_shift(node: onnx_ir.Node) -> bool:
+def can_shift(node: onnx_ir.Node) -> bool:
+    """Whether a layer has a bias, or can have one."""
     if node.op_type == "MatMul":
         return added_bias(node) is not None
     bias = input_of(node, 2)

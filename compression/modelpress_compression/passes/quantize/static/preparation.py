@@ -52,9 +52,10 @@ from modelpress_compression.passes.quantize.rounding.rounder import RememberingR
 from modelpress_compression.passes.quantize.scaling.equalize import equalize
 from modelpress_compression.passes.quantize.scaling.smooth_quant import smooth
 from modelpress_compression.passes.quantize.setup import QuantizationSetup
-from modelpress_compression.passes.quantize.static.bias_correction import mean_shifts
+from modelpress_compression.passes.quantize.static.bias_correction import Shifts, mean_shifts
 from modelpress_compression.passes.quantize.static.forms import take_in_biases
-from modelpress_compression.passes.quantize.static.qdq import QdqWriter
+from modelpress_compression.passes.quantize.static.full_bias_correction import full_shifts
+from modelpress_compression.passes.quantize.static.qdq import Parameters, QdqWriter
 from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
 
 # A layer that alone takes the outputs below this is a catastrophe, not a compression.
@@ -251,11 +252,20 @@ def _for_the_hardest_samples(quantizer: StaticQuantizer, histograms: Histograms)
 def _with_corrected_biases(quantizer: StaticQuantizer, plain: Distances) -> StaticQuantizer:
     """Biases that take shifts of means back, where the whole model errs by less than `plain` then."""
     quantizer.setup.context.progress(_REFINED, "correcting biases")
+    best, least = quantizer, plain.error
+    for corrected in (_corrected(quantizer, mean_shifts), _corrected(quantizer, full_shifts)):
+        # Means of inner layers are right then, but errors that met before and cancelled out may not any more.
+        if (error := _distances(corrected).error) < least:
+            best, least = corrected, error
+    return best
+
+
+def _corrected(
+    quantizer: StaticQuantizer, shifts_of: Callable[[QuantizationSetup, Parameters], Shifts]
+) -> StaticQuantizer:
     plan = quantizer.plan
-    shifts = mean_shifts(replace(quantizer.setup, plan=plan), quantizer.ranges.on(plan))
-    corrected = replace(quantizer, shifts=shifts)
-    # Means of inner layers are right then, but errors that met before and cancelled out may not any more.
-    return corrected if _distances(corrected).error < plain.error else quantizer
+    shifts = shifts_of(replace(quantizer.setup, plan=plan), quantizer.ranges.on(plan))
+    return replace(quantizer, shifts=shifts)
 
 
 def _with_learned_rounding(quantizer: StaticQuantizer) -> StaticQuantizer:
@@ -273,16 +283,31 @@ def _with_learned_rounding(quantizer: StaticQuantizer) -> StaticQuantizer:
         return replace(rounded(rounder), shifts={})
 
     def corrected(rounder: Rounder) -> StaticQuantizer:
-        found = rounded(rounder)
-        shifts = mean_shifts(replace(found.setup, plan=found.plan), found.ranges.on(found.plan))
-        return replace(found, shifts=shifts)
+        return _corrected(rounded(rounder), mean_shifts)
 
-    forms = {"as it is": rounded, "without corrected biases": plainly}
+    def fully(rounder: Rounder) -> StaticQuantizer:
+        return _corrected(rounded(rounder), full_shifts)
+
+    forms = {"as it is": _once(rounded), "without corrected biases": _once(plainly)}
     if setup.config.bias_correction:
-        forms["with biases corrected again"] = corrected
+        forms |= {"with biases corrected again": _once(corrected), "and in the order of layers": _once(fully)}
     writes = {name: partial(_written, form) for name, form in forms.items()}
     rounder, best = learn_rounding(setup.model, student, setup.rounder, writes, setup.config, setup.context, findings)
     return replace(forms[best](rounder), findings=quantizer.findings.plus(findings))
+
+
+def _once(form: Callable[[Rounder], StaticQuantizer]) -> Callable[[Rounder], StaticQuantizer]:
+    """The same, done once for each rounder: shifts take a run over the data."""
+    made: list[tuple[Rounder, StaticQuantizer]] = []
+
+    def found(rounder: Rounder) -> StaticQuantizer:
+        known = next((quantizer for own, quantizer in made if own is rounder), None)
+        if known is None:
+            known = form(rounder)
+            made.append((rounder, known))
+        return known
+
+    return found
 
 
 def _written(form: Callable[[Rounder], StaticQuantizer], rounder: Rounder) -> Model:
