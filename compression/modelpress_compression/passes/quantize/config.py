@@ -12,6 +12,11 @@ from modelpress_compression.schema import Needs
 class QuantizeConfig(Config):
     """Fewer bits."""
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether weights have less than 8 bits."""
+        return self.weights in ("int4", "int2")
+
     scheme: str = option(
         "auto",
         1,
@@ -21,9 +26,10 @@ class QuantizeConfig(Config):
     weights: str = option(
         "int8",
         2,
-        "Type of quantized weights; int4: static and weight_only alone, in short rows int8 instead.",
-        choices=("int8", "uint8", "int4"),
-        needs=Needs(("int4",), "scheme", "weight_only", ("static",)),
+        "Type of quantized weights; int4: static and weight_only alone, in short rows int8 instead; int2: likewise, in "
+        "products of weight_only over 256 or more inputs, elsewhere int4.",
+        choices=("int8", "uint8", "int4", "int2"),
+        needs=Needs(("int4", "int2"), "scheme", "weight_only", ("static",)),
     )
     activations: str = option("uint8", 3, "Type of quantized activations (static).", choices=("uint8", "int8"))
     per_channel: bool = option(True, 4, "One scale an output channel instead of one a tensor.")

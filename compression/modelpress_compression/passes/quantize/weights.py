@@ -109,6 +109,8 @@ class WeightStore:
         where it cannot, or rows are too short for them, there are 8 instead.
         """
         axis, kind = summation.axis, self.config.weights
+        if kind == "int2":
+            kind = "int4"  # the kernels of 8-bit products read no less
         if kind == "int4" and not (packs and self._fits_4_bits(weight.shape, axis)):
             kind = "int8"
         unsafe = self._saturating(quantize_weight(weight, axis, kind, least_scale), summation)

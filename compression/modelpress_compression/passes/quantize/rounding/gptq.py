@@ -154,7 +154,7 @@ def make_rounder(
     `rounding: auto` is GPTQ for 4 bits, where that gains much, and to the nearest for 8; static quantization, which
     knows the error of each weight, decides layer by layer and names those in `only`.
     """
-    wanted = config.rounding in _ASKING or (config.rounding == "auto" and (only or config.weights == "int4"))
+    wanted = config.rounding in _ASKING or (config.rounding == "auto" and (only or config.is_narrow))
     if not wanted:
         return NearestRounder()
     if not context.data.provided:

@@ -75,6 +75,8 @@ Histograms = Mapping[str, Histogram]
 def prepare(model: Model, config: QuantizeConfig, context: Context, findings: Findings) -> StaticQuantizer:
     """Works in place. Raises ModelNotRunnableError if the model does not run on the data, TimeLimitError."""
     take_in_biases(model, config.exclude)
+    if config.weights == "int2":
+        findings.warnings.append("Static quantization has no products of 2 bits: weights have 4 bits here.")
     layers = _choose(model, config, findings)
     _move_scales(model, layers, config, context, findings)
     plan, histograms = _calibrate(model, layers, context, findings)
@@ -84,7 +86,7 @@ def prepare(model: Model, config: QuantizeConfig, context: Context, findings: Fi
     quantizer = StaticQuantizer(setup, start_ranges(plan, histograms, config), findings)
     if plan.layers:
         quantizer = _with_better_ranges(quantizer, histograms)
-        if config.rounding == "auto" and config.weights != "int4" and context.data.provided:
+        if config.rounding == "auto" and not config.is_narrow and context.data.provided:
             quantizer = _with_better_rounding(quantizer)
         quantizer = _without_catastrophes(_with_wide_weights(quantizer))
         # What follows is judged by the outputs of the whole model, which only representative inputs can tell.
@@ -194,7 +196,7 @@ def _with_better_rounding(quantizer: StaticQuantizer) -> StaticQuantizer:
 def _with_wide_weights(quantizer: StaticQuantizer) -> StaticQuantizer:
     """Weights that alone would be a catastrophe in 4 bits have 8."""
     setup, ranges, findings = quantizer.setup, quantizer.ranges, Findings()
-    if setup.config.weights != "int4":
+    if not setup.config.is_narrow:
         return quantizer
     low = {name: error for name, error in ranges.weight_errors.items() if decibels(error) < FLOOR_DB}
     layers = [layer for layer in setup.plan.layers if layer.outputs[0].name in low]

@@ -1,11 +1,12 @@
-"""Levels, scales and zero points of matrices in blocks of 4 or 8 bits.
+"""Levels, scales and zero points of matrices in blocks of 2, 4 or 8 bits.
 
     w = scale * (level - zero_point),   W [N, K] in N * ceil(K / size) blocks along K, one scale and zero point each
 
-4 bits are asymmetric, over the range of the block that loses least: cut to 95, 90, ... 60 % of its extent, or not. On
-the matrices of a sentence encoder in blocks of 32 this keeps 22.0 dB of the weights, without the cut 21.7 dB, and
-symmetric 21.4 or 21.1 dB (20.0 dB with equal ranges on both sides of zero); the zero points take 0.125 bit a weight.
-8 bits are symmetric about 128, which is the operators' default zero point, so that none is stored: 45 dB.
+2 and 4 bits are asymmetric, over the range of the block that loses least: cut to 95, 90, ... 60 % of its extent (of 2
+bits: 30 %), or not. On the matrices of a sentence encoder in blocks of 32, 4 bits keep 22.0 dB of the weights, without
+the cut 21.7 dB, and symmetric 21.4 or 21.1 dB (20.0 dB with equal ranges on both sides of zero); the zero points take
+0.125 bit a weight. 8 bits are symmetric about 128, which is the operators' default zero point, so that none is stored:
+45 dB.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from modelpress_compression.passes.quantize.rounding.rounder import Rounding, ne
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-_CUTS = tuple(np.float32(percent / 100) for percent in range(95, 55, -5))
+# By bits.
+_CUTS = {bits: tuple(np.float32(percent / 100) for percent in range(95, last, -5)) for bits, last in ((4, 55), (2, 25))}
 _CHUNK = 1 << 22  # elements of a matrix that are looked at together: bounds the temporary arrays
 
 
@@ -44,7 +46,7 @@ def block_size(columns: int, bits: int, largest: int) -> int:
     MatMulNBits fills the last block up: 288 columns would take 384 levels in blocks of 128, and 288 in blocks of 32.
     """
     sizes = [size for size in (256, 128, 64, 32, 16) if size <= largest]
-    bits_of_parameters = 32 + (bits if bits == 4 else 0)
+    bits_of_parameters = 32 + (bits if bits < 8 else 0)
     return min(sizes, key=lambda size: -(-columns // size) * (size * bits + bits_of_parameters))
 
 
@@ -52,7 +54,7 @@ def _levels(weight: Floats, scale: Floats, zero_point: Bytes, bits: int, size: i
     columns = weight.shape[1]
     zero, factor = (np.repeat(part, size, axis=1)[:, :columns] for part in (zero_point.astype(np.float32), scale))
     # 8 bits leave out the lowest level, as all symmetric weights here do.
-    low, high = (-zero, 15 - zero) if bits == 4 else (np.asarray(-127.0), np.asarray(127.0))
+    low, high = (-zero, (1 << bits) - 1 - zero) if bits < 8 else (np.asarray(-127.0), np.asarray(127.0))
     levels = rounding(weight, factor, low, high)
     return np.asarray(levels + zero, np.uint8)
 
@@ -66,20 +68,21 @@ def _parameters(weight: Floats, bits: int, size: int) -> tuple[Floats, Bytes]:
     extent = usable_scale(np.abs(blocks).max(axis=2))
     blocks = blocks / extent[:, :, None]
     low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
-    best, zero_point = _of_range(low, high)
-    least = _error(blocks, best, zero_point)
-    for cut in _CUTS:
-        scale, zero = _of_range(low * cut, high * cut)
-        error = _error(blocks, scale, zero)
+    top = np.float32((1 << bits) - 1)
+    best, zero_point = _of_range(low, high, top)
+    least = _error(blocks, best, zero_point, top)
+    for cut in _CUTS[bits]:
+        scale, zero = _of_range(low * cut, high * cut, top)
+        error = _error(blocks, scale, zero, top)
         better = error < least
         best, zero_point = np.where(better, scale, best), np.where(better, zero, zero_point)
         least = np.minimum(least, error)
     return usable_scale(best * extent), zero_point.astype(np.uint8)
 
 
-def _of_range(low: Floats, high: Floats) -> tuple[Floats, Floats]:
-    scale = usable_scale((high - low) / np.float32(15))
-    return scale, np.clip(np.rint(-low / scale), 0, 15)
+def _of_range(low: Floats, high: Floats, top: np.float32) -> tuple[Floats, Floats]:
+    scale = usable_scale((high - low) / top)
+    return scale, np.clip(np.rint(-low / scale), 0, top)
 
 
 def usable_scale(scale: Floats) -> Floats:
@@ -87,7 +90,7 @@ def usable_scale(scale: Floats) -> Floats:
     return np.where(scale > 0, np.maximum(scale, np.float32(MIN_SCALE)), np.float32(1))
 
 
-def _error(blocks: Floats, scale: Floats, zero_point: Floats) -> Floats:
+def _error(blocks: Floats, scale: Floats, zero_point: Floats, top: np.float32) -> Floats:
     zero = zero_point[:, :, None]
-    levels = nearest(blocks, scale[:, :, None], -zero, 15 - zero)
+    levels = nearest(blocks, scale[:, :, None], -zero, top - zero)
     return np.asarray(np.square(levels * scale[:, :, None] - blocks).sum(axis=2), np.float32)

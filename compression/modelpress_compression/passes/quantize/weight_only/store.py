@@ -1,4 +1,4 @@
-"""Weights in 4 or 8 bits, activations as they were: `scheme: weight_only`.
+"""Weights in 2, 4 or 8 bits, activations as they were: `scheme: weight_only`.
 
     MatMul(A, W), Gemm(A, W, C)  ->  com.microsoft MatMulNBits(A, Wq, scales, zero points, bias), in blocks along K
     Gather(W, index)             ->  com.microsoft GatherBlockQuantized(Wq, index, scales, zero points): embeddings
@@ -72,10 +72,15 @@ def store_weights(model: Model, config: QuantizeConfig, context: Context, rounde
     """Rewrites every weight of the model's graphs in place. Raises TimeLimitError."""
     writer = WeightWriter(Editor(model), config, rounder)
     stored = _store(model, writer, config, context, findings)
-    if config.weights == "int4" and writer.in_8_bits:
+    if config.weights == "int2" and writer.in_4_bits:
+        findings.warnings.append(
+            f"{writer.in_4_bits} of {stored} weights were stored in 4 bits instead of 2, which only products over 256 or "
+            f"more inputs have."
+        )
+    if config.is_narrow and writer.in_8_bits:
         findings.warnings.append(
             f"{writer.in_8_bits} of {stored} weights, those of short or odd rows (depthwise convolutions, stems), were "
-            f"stored in 8 bits instead of 4."
+            f"stored in 8 bits instead."
         )
 
 

@@ -67,7 +67,8 @@ class WeightWriter:
     config: QuantizeConfig
     rounder: Rounder
     folded: bool = False
-    in_8_bits: int = 0  # weights so far that are not in 4 bits
+    in_8_bits: int = 0  # weights so far that are in 8 bits
+    in_4_bits: int = 0
 
     def store_half(self, graph: onnx_ir.Graph, weight: onnx_ir.Value) -> None:
         """One weight in float16, for all who use it."""
@@ -97,7 +98,7 @@ class WeightWriter:
             self._folded(graph, weight, _direct_use(weight))
 
     def _products(self, graph: onnx_ir.Graph, weight: onnx_ir.Value, nodes: Sequence[onnx_ir.Node]) -> None:
-        bits = 4 if self.config.weights == "int4" else 8
+        bits = {"int4": 4, "int2": 2}.get(self.config.weights, 8)
         stored: dict[tuple[bool, float], StoredWeight] = {}
         for node in nodes:
             transposed, alpha = _is_transposed(node), float(attribute(node, "alpha", 1.0))
@@ -126,8 +127,8 @@ class WeightWriter:
     def _embeddings(self, graph: onnx_ir.Graph, weight: onnx_ir.Value, nodes: Sequence[onnx_ir.Node]) -> None:
         array = WeightStore.array(weight)
         # Two levels share a byte, and rows begin with a new one.
-        bits = 4 if self.config.weights == "int4" and array.shape[1] % 2 == 0 else 8
-        self.in_8_bits += bits == 8
+        bits = 4 if self.config.is_narrow and array.shape[1] % 2 == 0 else 8
+        self._count(bits)
         blocks = quantize_blocks(array, bits, self.config.block_size)
         stored = n_bits.store_table(self.editor, graph, blocks, weight.name or "weight")
         for node in nodes:
@@ -140,16 +141,21 @@ class WeightWriter:
         rounding = self.rounder.rounding(use[0]) if use is not None and rounds else nearest
         array, name = WeightStore.array(weight), weight.name or "weight"
         columns = _columns(array.shape, axes)
-        if self.config.weights == "int4" and columns >= MIN_4_BIT_COLUMNS:
+        if self.config.is_narrow and columns >= MIN_4_BIT_COLUMNS:
+            self._count(4)
             size = block_size(columns, 4, self.config.block_size)
             blocks = quantize_blocks(array.reshape(-1, columns), 4, size, _reshaped(rounding, array.shape))
             real = folded.write_4_bits(self.editor, graph, blocks, array.shape, name)
         else:
-            self.in_8_bits += 1
+            self._count(8)
             levels = _in_8_bits(array, axes if self.config.per_channel else (), rounding)
             real = folded.write_8_bits(self.editor, graph, levels, name)
         real.type, real.shape = weight.type, weight.shape
         onnx_ir.convenience.replace_all_uses_with(weight, real)
+
+    def _count(self, bits: int) -> None:
+        self.in_8_bits += bits == 8
+        self.in_4_bits += bits == 4
 
     def _replace(self, node: onnx_ir.Node, result: onnx_ir.Value) -> None:
         self.editor.hand_over(node.outputs[0], result)

@@ -45,14 +45,14 @@ def samples(rng) -> dict[str, Any]:  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize(("weights", "size", "used", "least", "ratio"), [
     ("int8", 32, 32, 35, 0.29), ("int8", 128, 32, 35, 0.29), ("uint8", 32, 32, 35, 0.29), ("int4", 16, 16, 16, 0.20),
-    ("int4", 32, 32, 15, 0.17), ("int4", 256, 64, 14, 0.17),
+    ("int4", 32, 32, 15, 0.17), ("int4", 256, 64, 14, 0.17), ("int2", 32, 32, 3, 0.11), ("int2", 16, 16, 4, 0.14),
 ])  # fmt: skip
 def test_products_in_blocks(wide, samples, quantize: Apply, sqnr, weights, size, used, least, ratio) -> None:  # type: ignore[no-untyped-def]
     """Both products become MatMulNBits, in blocks up to the size asked for, at `least` dB and `ratio` of the bytes."""
     result = quantize(wide, samples, scheme="weight_only", weights=weights, block_size=size)
     assert result.changes == {"MatMul": 1, "Gemm": 1}
     products = [node for node in result.model.nodes() if node.op_type == "MatMulNBits"]
-    bits = 4 if weights == "int4" else 8
+    bits = {"int4": 4, "int2": 2}.get(weights, 8)
     assert [node.attributes["block_size"].as_int() for node in products] == [used, used]
     assert {node.attributes["bits"].as_int() for node in products} == {bits}
     assert result.model.weight_bytes() < ratio * wide.weight_bytes()
@@ -90,20 +90,20 @@ def test_a_bias_that_is_fed_keeps_the_gemm(build, rng, quantize: Apply, sqnr) ->
     assert sqnr(model, result.model, arrays) > 35
 
 
-@pytest.mark.parametrize(("weights", "least"), [("int8", 35), ("int4", 20)])
+@pytest.mark.parametrize(("weights", "least"), [("int8", 35), ("int4", 20), ("int2", 20)])
 def test_convolutions_are_folded_when_loaded(  # type: ignore[no-untyped-def]
     cnn, images, quantize: Apply, sqnr, loaded_operators, weights, least
 ) -> None:
     """Weights of Convs go through arithmetic that onnxruntime folds away; small ones stay, and say why.
 
-    Of the Gemm's rows, which are too short for 4 bits, a warning tells.
+    Of the Gemm's rows, which are too short for 4 bits, a warning tells; and of 2 bits, which no Conv has.
     """
     result = quantize(cnn, images, scheme="weight_only", weights=weights)
     assert result.changes == {"Conv": 2, "Gemm": 1}
     assert ("depthwise", "Conv: its 144 weights are too few to pay for their scales") in {
         (skip.node, skip.reason) for skip in result.skipped
     }
-    assert bool(result.warnings) == (weights == "int4")
+    assert len(result.warnings) == {"int8": 0, "int4": 1, "int2": 2}[weights]
     assert loaded_operators(result.model) == loaded_operators(cnn)
     assert sqnr(cnn, result.model, images) > least
 
