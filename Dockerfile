@@ -25,7 +25,7 @@ COPY client/modelpress_client client/modelpress_client
 COPY compression/modelpress_compression compression/modelpress_compression
 COPY server/modelpress_server server/modelpress_server
 # hadolint ignore=SC2086
-RUN pip install ${PIP_EXTRA_ARGS} --constraint constraints.txt ".[server]"
+RUN pip install ${PIP_EXTRA_ARGS} --constraint constraints.txt ".[server,postgres,s3]"
 
 FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="modelpress" \

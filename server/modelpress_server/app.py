@@ -57,6 +57,7 @@ from modelpress_server.stores.sql_outbox import SqlOutbox
 from modelpress_server.stores.sql_overview import SqlOverview
 from modelpress_server.stores.sql_servers import SqlServerStore
 from modelpress_server.stores.sql_usage import SqlUsage
+from modelpress_server.toolchain import made_by
 from modelpress_server.waiting import Notifier
 
 if TYPE_CHECKING:
@@ -247,7 +248,7 @@ class Server:
 
     def _build(self, authenticator: Authenticator) -> None:
         settings, database = self._settings, self._database
-        models, jobs, index = SqlModelStore(database), SqlJobStore(database), SqlBlobIndex(database)
+        models, jobs, index = SqlModelStore(database), SqlJobStore(database, made_by()), SqlBlobIndex(database)
         usage, prometheus = SqlUsage(database), _prometheus_meter(settings)
         meter, self._tracer = prometheus or Meter(), _tracer(settings)
         database.on_change = ChangeLog(meter).note

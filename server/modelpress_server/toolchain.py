@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 PACKAGES = ("modelpress", "torch", "onnx", "onnxruntime", "openvino", "onnx-ir", "onnxscript", "numpy")
 
@@ -25,3 +27,18 @@ def toolchain() -> dict[str, str]:
 def toolchain_hash() -> bytes:
     """SHA-256 of the versions: results of another toolchain are not taken from the cache."""
     return hashlib.sha256(repr(sorted(toolchain().items())).encode()).digest()
+
+
+@cache
+def made_by() -> bytes:
+    """SHA-256 of what a result depends on besides what was asked for: the versions, and the type of the processor.
+
+    Times are measured, and what pays is chosen by them: what one type of processor found does not hold for another.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
+    except OSError:
+        text = ""
+    first = text.partition("\n\n")[0].splitlines()
+    kind = [line for line in first if line.partition("\t")[0] in ("vendor_id", "model name", "flags", "CPU part")]
+    return hashlib.sha256(toolchain_hash() + repr([platform.machine(), *kind]).encode()).digest()

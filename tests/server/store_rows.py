@@ -52,9 +52,10 @@ class Stores:
 
     database: Database
     server_id: str = field(default_factory=new_id)
+    made_by: bytes = b"one kind of processor"
 
     def __post_init__(self) -> None:
-        self.jobs, self.models = SqlJobStore(self.database), SqlModelStore(self.database)
+        self.jobs, self.models = SqlJobStore(self.database, self.made_by), SqlModelStore(self.database)
         self.index, self.servers = SqlBlobIndex(self.database), SqlServerStore(self.database)
 
     async def upload(self, content: bytes, project: str = "p") -> UploadRecord:

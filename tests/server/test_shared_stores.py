@@ -15,6 +15,7 @@ from modelpress_server.stores.records import now_us
 from server_harness import Running, Serve, chunks, committed, committed_after_cut, digest_of, failing, until
 from shared_stores import new_database
 
+psycopg = pytest.importorskip("psycopg")
 S = job_service_pb2
 MIB = 1024 * 1024
 CONTENT = bytes(range(256)) * (20 * MIB // 256)
@@ -186,6 +187,23 @@ async def test_a_claim_without_an_answer(start: Start) -> None:
     one.executor.gate.set()
     ended = await one.client.wait(job)
     assert (ended.state, ended.attempt) == (S.JOB_STATE_SUCCEEDED, 1)
+
+
+async def test_a_database_that_went_away(start: Start) -> None:
+    """All its sessions end while a job runs: the job's end is stored, its watch goes on, and later jobs run."""
+    one = await start(heartbeat_s=3600.0)
+    job = await one.client.job(await one.client.model(compress="wait"))
+    await one.executor.running.wait()
+    watching = asyncio.create_task(answers_of(one.client.jobs.WatchJob(S.WatchJobRequest(name=job.name))))
+    with psycopg.connect(one.settings.database, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+    one.executor.gate.set()
+    assert (await watching)[-1].snapshot.state == S.JOB_STATE_SUCCEEDED
+    later = await one.client.job(await one.client.model(), skip_cache=True)
+    assert (await one.client.wait(later)).state == S.JOB_STATE_SUCCEEDED
 
 
 async def test_one_janitor(start: Start) -> None:

@@ -13,7 +13,6 @@ from modelpress_server.recipes import DEFAULT_PRESET, canonical, preset
 from modelpress_server.services.model_service import content_of
 from modelpress_server.stores.base import BlobKey, JobRecord, RequestKey
 from modelpress_server.stores.records import now_us
-from modelpress_server.toolchain import toolchain_hash
 from modelpress_server.validation import Checks, message_hash, request_key
 
 DEFAULT_ATTEMPTS = 3
@@ -86,7 +85,7 @@ def new_job(
 def _cache_key(spec: job_service_pb2.JobSpec, model: model_service_pb2.Model) -> bytes:
     data = spec.data if spec.HasField("data") else b""
     eval_data = spec.eval_data if spec.HasField("eval_data") else b""
-    return message_hash(content_of(model), spec.recipe, data, eval_data, toolchain_hash())
+    return message_hash(content_of(model), spec.recipe, data, eval_data)
 
 
 def _check_duration(checks: Checks, field: str, duration: duration_pb2.Duration) -> None:

@@ -109,7 +109,10 @@ class Database:
 
     async def leads(self, task: str) -> bool:
         """Whether this server is the one that does a task which one does for all; it stays so until it is gone."""
-        return not self.shared or await asyncio.to_thread(self._leads, task)
+        if not self.shared:
+            return True
+        # In a thread that `close` waits for.
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._leads, task)
 
     async def close(self) -> None:
         """Waits for what runs, then closes."""

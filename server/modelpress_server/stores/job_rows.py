@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -148,8 +149,8 @@ def append_log(connection: Connection, job_id: str, lines: Sequence[LogLine]) ->
     note_news(connection, job_id)
 
 
-def finish_job(connection: Connection, record: JobRecord, outcome: Outcome) -> None:
-    """Ends a job: artifacts, references, cache entry and state at once."""
+def finish_job(connection: Connection, record: JobRecord, outcome: Outcome, made_by: bytes = b"") -> None:
+    """Ends a job: artifacts, references, cache entry and state at once. `made_by`: what ran it, if it was run."""
     append_log(connection, record.id, outcome.log)
     message = record.message
     if outcome.state == job_service_pb2.JOB_STATE_SUCCEEDED:
@@ -163,19 +164,25 @@ def finish_job(connection: Connection, record: JobRecord, outcome: Outcome) -> N
         message.progress.fraction = 1.0
         message.ClearField("error")
         if not message.from_cache:
-            entry = {"project": record.project, "cache_key": record.cache_key, "job_id": record.id}
+            key = result_key(record.cache_key, made_by)
+            entry = {"project": record.project, "cache_key": key, "job_id": record.id}
             insert_missing(connection, result_cache, entry)
     if outcome.error is not None:
         message.error.CopyFrom(outcome.error)
     move(connection, record, outcome.state)
 
 
-def cached_result(connection: Connection, project: str, cache_key: bytes) -> JobRecord | None:
-    """The job of the project that had the same to do and succeeded."""
+def result_key(cache_key: bytes, made_by: bytes) -> bytes:
+    """Of a result: what was asked for, and what the answer depends on besides."""
+    return hashlib.sha256(cache_key + made_by).digest()
+
+
+def cached_result(connection: Connection, project: str, cache_key: bytes, made_by: bytes) -> JobRecord | None:
+    """The job of the project that had the same to do and succeeded, on servers like this one."""
     row = connection.execute(
         select(jobs)
         .join(result_cache, result_cache.c.job_id == jobs.c.id)
-        .where(result_cache.c.project == project, result_cache.c.cache_key == cache_key)
+        .where(result_cache.c.project == project, result_cache.c.cache_key == result_key(cache_key, made_by))
     ).first()
     return record_of(row) if row is not None else None
 

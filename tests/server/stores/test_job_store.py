@@ -271,6 +271,16 @@ async def test_identical_jobs_share_a_result(one: Stores, other: Stores) -> None
     assert (await other.job(model)).message.state == QUEUED
 
 
+async def test_results_are_those_of_a_kind_of_server(one: Stores, database: Database) -> None:
+    """What one type of processor, or another version, has found does not serve servers with another."""
+    model = await one.model()
+    await one.job(model)
+    await one.jobs.finish((await one.claimed()).lease, succeeded(b"small"))
+    strange = Stores(database, made_by=b"another kind")
+    assert (await strange.job(model)).message.state == QUEUED
+    assert (await one.job(model)).message.from_cache
+
+
 async def test_queue_timeout(one: Stores) -> None:
     """A job whose time in the queue is over ends as EXPIRED, by a claim or by looking; the next deadline is known."""
     model = await one.model()
