@@ -31,6 +31,7 @@ from modelpress_compression.inputs import InputData
 from modelpress_compression.mapped import is_large
 from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.parallel import worker_count
+from modelpress_compression.passes.quantize.reconstruction.rounders import METHODS
 from modelpress_compression.recipe import Recipe, Step
 from modelpress_compression.report.formats import size
 from modelpress_compression.runtime import SPARE_BYTES, fit_together, open_session, run
@@ -82,6 +83,11 @@ _STEPS = {
 }
 # Of training, for each sample of each epoch: the teacher's answer, the student's, and its gradients.
 TRAINING_RUNS = 12.0
+# Of learned rounding, for each step: samples, and what their answers and gradients cost in runs.
+LEARNING_RUNS = 16 * 4.0
+# What it keeps of activations at most: of one block, and of two models to go on from, twice while a piece runs.
+LEARNING_BYTES = 1280 * 1024**2  # 1.25 GiB
+_LEARNING_SAMPLES, _LEARNING_COPIES = 256, 5
 
 
 @dataclass(frozen=True)
@@ -107,12 +113,17 @@ def needs(recipe: Recipe, model: Model, path: Path, data: InputData) -> Needs:
     costs = list(_costs(recipe))
     runs = sum(cost.runs + cost.runs_per_sample * samples for cost in costs)
     runs += sum(TRAINING_RUNS * step.config.epochs * len(data) for step in recipe.steps if step.technique == "distill")
+    learned = [step.config for step in recipe.steps if _learns(step)]
+    runs += sum(LEARNING_RUNS * config.rounding_steps for config in learned) if data.provided else 0
     model_bytes = file_size_bytes(path)
     torch = "torch" not in sys.modules
     fixed_bytes = SESSIONS_BYTES + torch * TORCH_BYTES
     copies_bytes = max(_copies(cost, model_bytes) for cost in costs) * model_bytes + RUNS_HELD * working_bytes
     if any(cost.gradients for cost in costs):
         copies_bytes += GRADIENT_COPIES * worker_count() * values_bytes(model, data)
+    if learned and data.provided:
+        kept = _LEARNING_COPIES * min(_LEARNING_SAMPLES, len(data)) * values_bytes(model, data)
+        copies_bytes += min(LEARNING_BYTES, kept)
     memory_bytes = held_bytes() + fixed_bytes + copies_bytes
     disk_bytes = model_bytes * (1 + sum(cost.disk for cost in costs))
     return Needs(torch * TORCH_S + runs * (run_s + OVERHEAD_S), round(memory_bytes), round(disk_bytes))
@@ -144,6 +155,10 @@ def _costs(recipe: Recipe) -> Iterator[Cost]:
         yield GOAL
     for step in recipe.steps:
         yield _STEPS.get(_kind(step), _LIGHT)
+
+
+def _learns(step: Step) -> bool:
+    return step.technique == "quantize" and step.config.rounding in METHODS
 
 
 def _copies(cost: Cost, model_bytes: int) -> float:

@@ -36,6 +36,26 @@ def test_more_work_takes_more(digits: Model, path: Path, samples: InputData) -> 
     assert light.memory_bytes > path.stat().st_size
 
 
+def test_learned_rounding_takes_more(
+    digits: Model, path: Path, samples: InputData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time by its steps, and memory for activations: all of them, up to what it may keep; nothing without data."""
+    monkeypatch.setattr(preflight, "held_bytes", lambda: 0)
+    monkeypatch.setattr(preflight, "_one_run", lambda *_: (0.001, 0))
+    found = {
+        (rounding, count): needs(
+            steps({"quantize": {"scheme": "weight_only", "rounding": rounding, "rounding_steps": count}}),
+            digits, path, samples,
+        )
+        for rounding, count in (("gptq", 500), ("brecq", 500), ("brecq", 1000))
+    }  # fmt: skip
+    plain, learned, longer = found.values()
+    assert longer.time_s - learned.time_s == pytest.approx(learned.time_s - plain.time_s)
+    assert longer.time_s - learned.time_s == pytest.approx(500 * 64 * 0.00125)
+    kept = 5 * len(samples) * values_bytes(digits, samples)
+    assert learned.memory_bytes - plain.memory_bytes == pytest.approx(kept, abs=2)
+
+
 def test_large_models_are_not_held_in_copies(
     digits: Model, path: Path, samples: InputData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
