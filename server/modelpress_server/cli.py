@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from modelpress_server import logs
+from modelpress_server.backup_commands import backup, restore
 from modelpress_server.check_command import check
 from modelpress_server.config import GIB, KIB, MIB, Settings, SettingsError
 from modelpress_server.token_commands import token
@@ -109,6 +110,8 @@ def command(ctx: click.Context, /, **values: Any) -> None:
 
 command.add_command(token)
 command.add_command(check)
+command.add_command(backup)
+command.add_command(restore)
 
 
 async def _serve(settings: Settings) -> None:

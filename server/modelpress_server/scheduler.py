@@ -110,9 +110,11 @@ class Scheduler:
         """A model has come. Mostly a job for it follows at once and inspects it on the way, with the warm worker."""
         asyncio.get_running_loop().call_later(INSPECTION_DELAY_S, self.wake)
 
-    def inspection_stage(self, model_id: str) -> model_service_pb2.InspectionStage.ValueType:
+    def inspection_stage(self, model: ModelRecord) -> model_service_pb2.InspectionStage.ValueType:
         """Where the inspection of a model that is PROCESSING stands."""
-        return self._inspecting.get(model_id, model_service_pb2.INSPECTION_STAGE_QUEUED)
+        elsewhere = model.owner not in (None, self._server_id)
+        begun = model_service_pb2.INSPECTION_STAGE_RUNNING if elsewhere else model_service_pb2.INSPECTION_STAGE_QUEUED
+        return self._inspecting.get(model.id, begun)
 
     def cancel(self, job_id: str) -> None:
         """Stops the run of a job, if there is one."""

@@ -75,9 +75,10 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         self, request: model_service_pb2.GetModelRequest, context: Any
     ) -> model_service_pb2.Model:
         project, model_id = parse_name(request.name, "models")
-        message = (await self._models.get(check_project(project), model_id)).to_message()
+        record = await self._models.get(check_project(project), model_id)
+        message = record.to_message()
         if message.state == _Model.STATE_PROCESSING:
-            message.inspection_stage = self._scheduler.inspection_stage(model_id)
+            message.inspection_stage = self._scheduler.inspection_stage(record)
             if message.inspection_stage == model_service_pb2.INSPECTION_STAGE_QUEUED:
                 message.inspections_ahead = await self._models.processing_before(model_id)
         return message

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
 from modelpress_server.stores.database import Database, time_us
-from modelpress_server.stores.tables import servers
+from modelpress_server.stores.tables import models, servers
 
 # Rows of servers that have long been dead go.
 KEPT_US = 3600 * 1_000_000
@@ -33,11 +33,13 @@ class SqlServerStore:
         return await self._database.write(work, must=True)
 
     async def remove(self, server_id: str) -> None:
-        await self._database.write(
-            lambda connection: connection.execute(delete(servers).where(servers.c.id == server_id)), must=True
-        )
+        await self._database.write(lambda connection: _remove(connection, servers.c.id == server_id), must=True)
 
     async def remove_others(self, server_id: str) -> None:
-        await self._database.write(
-            lambda connection: connection.execute(delete(servers).where(servers.c.id != server_id)), must=True
-        )
+        await self._database.write(lambda connection: _remove(connection, servers.c.id != server_id), must=True)
+
+
+def _remove(connection: Connection, which: ColumnElement[bool]) -> None:
+    gone = select(servers.c.id).where(which)
+    connection.execute(update(models).where(models.c.owner.in_(gone)).values(owner=None))
+    connection.execute(delete(servers).where(which))
