@@ -66,7 +66,7 @@ class Contender:
 
     def key(self, digest: str) -> str:
         """Changes with whatever the result depends on; `digest` is that of the prepared case."""
-        made_by = _engine_digest() if self.ours else _peers_version()
+        made_by = engine_digest() if self.ours else _peers_version()
         return hashlib.sha256(f"{self.name} {digest} {made_by}".encode()).hexdigest()
 
 
@@ -74,7 +74,7 @@ def _peers_version() -> str:
     return f"onnxruntime {version('onnxruntime')}, onnx {version('onnx')}, {VERSION}"
 
 
-def _engine_digest() -> str:
+def engine_digest() -> str:
     import modelpress_compression
 
     folder = Path(modelpress_compression.__file__).parent
@@ -91,17 +91,15 @@ def _import_onnxruntime() -> None:
     onnxruntime.set_default_logger_severity(3)
 
 
-def _preprocessed(job: Job, made: Made) -> Path:
-    """Opset raised where it is too low, then onnxruntime's own pre-processing; where that fails, without it.
+def clean(source: Path, target: Path) -> None:
+    """The model as onnxruntime's tools can take it: its opset raised where it is too low.
 
     Exporters record the shapes of weights beside the weights; `quantize_dynamic` transposes some, checks them against
-    the old record and fails, so the records go first.
+    the old record and fails, so the records go.
     """
     import onnx
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    current = job.output / "cleaned.onnx"
-    cleaned = onnx.load(job.model)
+    cleaned = onnx.load(source)
     opset = next((item.version for item in cleaned.opset_import if item.domain in ("", "ai.onnx")), 0)
     if 0 < opset < MIN_OPSET:
         cleaned = onnx.version_converter.convert_version(cleaned, MIN_OPSET)
@@ -109,7 +107,15 @@ def _preprocessed(job: Job, made: Made) -> Path:
     kept = [info for info in cleaned.graph.value_info if info.name not in weights]
     del cleaned.graph.value_info[:]
     cleaned.graph.value_info.extend(kept)
-    onnx.save(cleaned, current)
+    onnx.save(cleaned, target)
+
+
+def _preprocessed(job: Job, made: Made) -> Path:
+    """A clean model after onnxruntime's own pre-processing; where that fails, without it."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    current = job.output / "cleaned.onnx"
+    clean(job.model, current)
     try:
         quant_pre_process(str(current), str(job.output / "preprocessed.onnx"), skip_symbolic_shape=True)
     except Exception as error:  # noqa: BLE001 - it raises anything; a careful user then goes on without it

@@ -45,13 +45,14 @@ def quality(case: Case, prepared: Prepared, path: Path, models: Path) -> Figures
     if kept.exists():
         found: Figures = json.loads(kept.read_text("utf-8"))
         return found
-    figures = {"fidelity": _fidelity(case, prepared, path), "metric": _metric(case, path, models)}
+    figures = {"fidelity": _fidelity(case, prepared, path), "metric": metric(case, path, models)}
     kept.parent.mkdir(exist_ok=True)
     kept.write_text(json.dumps(figures), "utf-8")
     return figures
 
 
-def _metric(case: Case, path: Path, models: Path) -> float | None:
+def metric(case: Case, path: Path, models: Path) -> float | None:
+    """What the model's evaluation script says; None where there is none. Raises SystemExit where it fails."""
     if not case.metric:
         return None
     return float(evaluate(case.name, models, "--model", str(path), "--threads", "1"))

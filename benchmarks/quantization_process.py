@@ -90,7 +90,7 @@ def _run(contender: Contender, case: Path, folder: Path, limits: Limits, samples
     began = time.monotonic()
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        stopped = _watch(process, began, limits)
+        stopped = watch(process, began, limits)
     if stopped:
         return stopped
     made = folder / "made.json"
@@ -102,7 +102,7 @@ def _run(contender: Contender, case: Path, folder: Path, limits: Limits, samples
     return outcome
 
 
-def _watch(process: subprocess.Popen[bytes], began: float, limits: Limits) -> dict[str, Any] | None:
+def watch(process: subprocess.Popen[bytes], began: float, limits: Limits) -> dict[str, Any] | None:
     """Waits for the end; the outcome where it had to be stopped."""
     watched, peak_bytes = psutil.Process(process.pid), 0
     while process.poll() is None:

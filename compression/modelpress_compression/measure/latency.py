@@ -211,14 +211,17 @@ def time_interleaved(
     seed: int = 0,
     budget_s: float = DEFAULT_BUDGET_S,
     backend: Backend = CPU,
+    together: bool = False,
 ) -> Timings:
     """Times all models in interleaved rounds in the `backend`, within about `budget_s` seconds.
+
+    `together`: there is memory for all of them at once, however large they are.
 
     Where time does not suffice there are fewer rounds, but at least six. Where a model cannot take batches of
     `batch_size` (its batch is fixed, or baked into a Reshape), all are timed with what it takes, and the result says
     so. Raises ModelNotRunnableError, UnsupportedOperatorError.
     """
-    if not fit_together(map(file_size_bytes, models)):
+    if not together and not fit_together(map(file_size_bytes, models)):
         plan = _Plan(models, data, threads, batch_size, rounds, budget_s, backend)
         return _time_in_turn(plan, random.Random(seed))  # noqa: S311  # an order, not a secret
     began = time.perf_counter()

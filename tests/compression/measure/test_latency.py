@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from modelpress_compression import runtime
 from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.inputs import InputData
+from modelpress_compression.measure import latency
 from modelpress_compression.measure.latency import (
     MIN_ROUNDS,
     Samples,
@@ -231,3 +232,14 @@ def test_models_that_do_not_fit_together_take_turns(
     timings = time_interleaved([relu, baked], data, threads=2, batch_size=2, rounds=6)
     assert timings.batch_size == 1
     assert gc.isenabled()
+
+
+def test_models_run_in_the_same_rounds_where_the_caller_has_the_memory(
+    save_model: Callable[..., Path], samples: Callable[..., InputData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`together` opens all at once, whatever their size is held to allow."""
+    monkeypatch.setattr(runtime, "SPARE_BYTES", -(10**9))
+    monkeypatch.setattr(latency, "_time_in_turn", lambda *plan: pytest.fail("took turns"))
+    data = samples("x:float32[batch,4]", np.ones((3, 4), np.float32))
+    timings = time_interleaved([save_model(RELU)] * 2, data, threads=1, batch_size=1, rounds=6, together=True)
+    assert timings.times_s.shape == (2, 6)

@@ -1,0 +1,187 @@
+"""The front of our candidates beside the points of other tools, on real models: size, latency and task metric.
+
+    python benchmarks/frontier.py --models DIR [--cache DIR] [--tools DIR] [--only NAME ...] [--skip TOOL ...]
+                                  [--points-only | --time-only | --render]
+
+DIR holds trained models and one `eval_NAME.py` for each, as for real_models.py. Every tool works in an environment of
+its own (frontier_tools.py), every point in a process of its own; all take the same ONNX file and the same calibration
+inputs. Ours are the models that jobs for each goal let be downloaded (frontier_ours.py).
+
+Points and their metrics stay in the cache and are made again only when what they depend on has changed; --points-only
+stops there. Times are measured anew, all points of a model in one process and in the same interleaved rounds:
+--time-only does just that, with what the cache has, and belongs on an idle machine, as in
+`taskset -c 1 python benchmarks/frontier.py --models DIR --time-only`.
+
+Figures are gathered in docs/frontier.json, a model at a time; docs/frontier.md is written from them (`--render`: that
+alone).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from frontier_ours import JOBS, OURS, kept_points, our_points
+from frontier_page import page
+from frontier_times import FLOAT, figures_of
+from frontier_tools import TOOLS, Installed, NotInstalledError, Outcome, installed, kept_outcomes, made_by
+from modelpress_compression.measure.task import model_digest
+from modelpress_compression.model import file_size_bytes
+from modelpress_compression.report.environment import environment
+from quantization_cases import Case, Prepared, cases, prepare
+from quantization_measuring import metric
+from quantization_process import GIB, Limits
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+RESULTS = DOCS / "frontier.json"
+PAGE = DOCS / "frontier.md"
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def environments(arguments: argparse.Namespace) -> tuple[list[Installed], dict[str, str]]:
+    """The tools that are there, and why the others are not."""
+    found, missing = [], {}
+    for tool in TOOLS:
+        if tool.name in arguments.skip:
+            continue
+        try:
+            found.append(installed(tool, arguments.tools))
+        except NotInstalledError as error:
+            missing[tool.name] = str(error)
+            say(f"{tool.label} could not be installed: {error}")
+    return found, missing
+
+
+def make_points(case: Case, prepared: Prepared, tools: list[Installed], arguments: argparse.Namespace) -> None:
+    """All points of a model into the cache, with their metrics."""
+    limits = Limits(arguments.timeout, int(arguments.memory * GIB))
+    for job in JOBS if OURS not in arguments.skip else ():
+        outcome = our_points(job, prepared, Limits(arguments.timeout * 3, limits.memory_bytes))
+        say(f"{case.name}: ours, {job.name}: {outcome['outcome']} {outcome['error']} {outcome['wall_s']:.0f} s")
+    for one in tools:
+        outcomes = made_by(one, prepared, limits)
+        good = sum(outcome["outcome"] == "ok" for outcome in outcomes)
+        say(f"{case.name}: {one.tool.label}: {good} of {len(one.labels)} points")
+    for outcome in outcomes_of(prepared):
+        judged(case, prepared, outcome, arguments.models)
+
+
+def outcomes_of(prepared: Prepared) -> list[Outcome]:
+    """All that the cache has: ours, and those of the tools."""
+    return [*kept_points(prepared), *kept_outcomes(prepared)]
+
+
+def judged(case: Case, prepared: Prepared, outcome: Outcome, models: Path) -> Outcome:
+    """The outcome with size and metric; "does not run" where the model does not."""
+    if outcome["outcome"] != "ok":
+        return outcome
+    path = Path(outcome["file"])
+    kept = prepared.folder / "front" / "metrics" / f"{model_digest(path)}.json"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(_evaluated(case, path, models)), "utf-8")
+    return outcome | json.loads(kept.read_text("utf-8")) | {"size_bytes": file_size_bytes(path)}
+
+
+def _evaluated(case: Case, path: Path, models: Path) -> Outcome:
+    try:
+        return {"metric": metric(case, path, models)}
+    except SystemExit as error:
+        return {"outcome": "does not run", "error": " ".join(str(error).split())[-300:]}
+
+
+def measure(case: Case, prepared: Prepared, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one model."""
+    outcomes = [judged(case, prepared, outcome, arguments.models) for outcome in outcomes_of(prepared)]
+    itself = {"tool": FLOAT, "name": "the model itself", "outcome": "ok", "error": "", "file": str(prepared.model)}
+    original = judged(case, prepared, itself, arguments.models)
+    say(f"{case.name}: timing {sum(one['outcome'] == 'ok' for one in outcomes)} points")
+    return {
+        "metric_name": case.metric,
+        "environment": environment() | {"measured_on": datetime.date.today().isoformat()},
+        **figures_of([original, *outcomes], prepared.held_out(), arguments.rounds, arguments.budget),
+    }
+
+
+def write(results: dict[str, Any]) -> None:
+    """Both files."""
+    RESULTS.write_text(json.dumps(_rounded(results), indent=1) + "\n", "utf-8")
+    PAGE.write_text(page(results), "utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    """Five significant digits are more than any of it is worth; whole numbers stay."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Our front beside the points of other tools.")
+    temporary = Path(tempfile.gettempdir())
+    parser.add_argument("--models", type=Path, help="folder with the models and their eval_NAME.py")
+    parser.add_argument("--cache", type=Path, default=temporary / "modelpress-frontier")
+    parser.add_argument("--tools", type=Path, default=temporary / "modelpress-frontier-tools", help="environments")
+    parser.add_argument("--only", nargs="*", default=[], help="parts of models' names")
+    parser.add_argument("--skip", nargs="*", default=[], help="tools to leave out, or ours")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one point")
+    parser.add_argument("--memory", type=float, default=8.0, help="GiB of resident memory for one point")
+    parser.add_argument("--rounds", type=int, default=200, help="most timed rounds")
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds of timing for a model")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--points-only", action="store_true", help="make points and metrics, and stop")
+    which.add_argument("--time-only", action="store_true", help="time what the cache has, and make nothing")
+    which.add_argument("--render", action="store_true", help="write the page from the gathered figures, and stop")
+    arguments = parser.parse_args()
+    if not arguments.render and arguments.models is None:
+        parser.error("--models is needed")
+    arguments.tools = arguments.tools.resolve()
+    return arguments
+
+
+def main() -> None:
+    arguments = _parse()
+    results: dict[str, Any] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {"models": {}}
+    if not arguments.render:
+        run(results, arguments)
+    if not arguments.points_only:
+        write(results)
+
+
+def run(results: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Points, unless they are only to be timed; then times, unless points are all that is asked for."""
+    arguments.models = arguments.models.resolve()
+    tools: list[Installed] = []
+    if not arguments.time_only:
+        tools, missing = environments(arguments)
+        (arguments.cache / "missing.json").parent.mkdir(parents=True, exist_ok=True)
+        (arguments.cache / "missing.json").write_text(json.dumps(missing), "utf-8")
+    for case in cases(["real"], arguments.only, arguments.cache.resolve()):
+        prepared = prepare(case, arguments.models, arguments.cache.resolve())
+        try:
+            if not arguments.time_only:
+                make_points(case, prepared, tools, arguments)
+            if not arguments.points_only:
+                results["models"][case.name] = measure(case, prepared, arguments)
+        except Exception as error:  # noqa: BLE001 - one model that fails must not hide the others
+            say(f"{case.name}: FAILED: {type(error).__name__}: {error}")
+            continue
+        if not arguments.points_only:
+            results["missing"] = json.loads((arguments.cache / "missing.json").read_text("utf-8"))
+            write(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Our points on the front: every model that jobs for the goals let be downloaded.
+
+As a script it is one job in a process of its own:
+
+    python benchmarks/frontier_ours.py FOLDER OUTPUT JOB
+
+FOLDER is a prepared case (quantization_cases.py), JOB the name of one of JOBS. Writes what `Result.write` writes into
+OUTPUT, and OUTPUT/points.json with name and file of each model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modelpress_compression import Memory, Recipe, compress, load
+from quantization_cases import Prepared
+from quantization_contenders import engine_digest
+from quantization_process import Limits, watch
+
+OURS = "ours"
+SMALLEST_1 = "smallest-1"  # as `compress-client upload --goal smallest --max-drop 1%`
+
+
+@dataclass(frozen=True)
+class Job:
+    """`goal` as in a recipe."""
+
+    name: str
+    goal: dict[str, Any] = field(default_factory=dict)
+
+
+JOBS = (
+    Job("balanced", {"objective": "balanced"}),
+    Job("smallest", {"objective": "smallest"}),
+    Job("fastest", {"objective": "fastest"}),
+    Job("accurate", {"objective": "accurate"}),
+    Job(SMALLEST_1, {"objective": "smallest", "max_drop": 0.01}),
+    Job("smallest-3", {"objective": "smallest", "max_drop": 0.03}),
+    Job("smallest-10", {"objective": "smallest", "max_drop": 0.1}),
+    Job("fastest-3", {"objective": "fastest", "max_drop": 0.03}),
+    Job("fastest-10", {"objective": "fastest", "max_drop": 0.1}),
+)
+
+
+def our_points(job: Job, prepared: Prepared, limits: Limits) -> dict[str, Any]:
+    """Runs the job unless the cache has it, by this engine on this model. `outcome` as for the tools' points."""
+    folder = _folder(prepared, job)
+    kept, key = folder / "outcome.json", f"{prepared.digest} {engine_digest()} {json.dumps(job.goal)}"
+    if kept.exists():
+        outcome: dict[str, Any] = json.loads(kept.read_text("utf-8"))
+        if outcome["key"] == key:
+            return outcome
+    outcome = _run(job, prepared, folder, limits) | {"key": key}
+    kept.write_text(json.dumps(outcome), "utf-8")
+    return outcome
+
+
+def kept_points(prepared: Prepared) -> list[dict[str, Any]]:
+    """Of all jobs in the cache, in the shape of the tools' outcomes."""
+    found = []
+    for job in JOBS:
+        folder = _folder(prepared, job)
+        if not (folder / "points.json").exists():
+            continue
+        for point in json.loads((folder / "points.json").read_text("utf-8")):
+            about = {"name": point["name"], "file": str(folder / point["file"]), "job": job.name}
+            found.append({"tool": OURS, "outcome": "ok", "error": "", "chosen": point.get("chosen", False), **about})
+    return found
+
+
+def _folder(prepared: Prepared, job: Job) -> Path:
+    return prepared.folder / "front" / OURS / job.name
+
+
+def _run(job: Job, prepared: Prepared, folder: Path, limits: Limits) -> dict[str, Any]:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    command = [sys.executable, __file__, str(prepared.folder), str(folder), job.name]
+    began = time.monotonic()
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        stopped = watch(process, began, limits)
+    if stopped:
+        return stopped
+    wall_s = time.monotonic() - began
+    if process.returncode:
+        last = (folder / "log.txt").read_text("utf-8", errors="replace").strip().splitlines()[-1:]
+        return {"outcome": "failed", "error": " ".join(last)[:300], "wall_s": wall_s}
+    return {"outcome": "ok", "error": "", "wall_s": wall_s}
+
+
+def main() -> None:
+    folder, output = Path(sys.argv[1]), Path(sys.argv[2])
+    job = next(job for job in JOBS if job.name == sys.argv[3])
+    prepared = Prepared(folder)
+    recipe = Recipe.from_dict({"version": 1, "goal": job.goal})
+    # Jobs on one model remember each other, as on a server.
+    memory = Memory(folder / "memory")
+    result = compress(load(prepared.model), recipe, data=prepared.calibration(), memory=memory)
+    result.write(output)
+    points = [
+        {"name": member["name"], "file": f"model.{member.id}.onnx", "chosen": member["chosen"]}
+        for member in result.candidates
+        if member.model is not None
+    ]
+    (output / "points.json").write_text(json.dumps(points, indent=1), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Times all points of a model in one process, and says of each of theirs whether one of ours matches it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from frontier_ours import OURS
+from frontier_verdict import DAMAGE, Place, Point, front, hypervolume, surely_beaten, verdict
+from modelpress_compression.errors import CompressionError
+from modelpress_compression.inputs import InputData
+from modelpress_compression.measure.feeds import batches
+from modelpress_compression.measure.latency import time_interleaved
+from modelpress_compression.measure.task import model_digest
+from modelpress_compression.runtime import open_session, run
+
+FLOAT = "float32"
+MINE = (OURS, FLOAT)  # the float model is everybody's
+# All points run in so many rounds, then those that could still be decided otherwise in as many as there is time for.
+FIRST_ROUNDS = 20
+FIRST_SHARE = 0.4  # of the budget
+Row = dict[str, Any]
+
+
+def figures_of(outcomes: Sequence[Row], data: InputData, rounds: int, budget_s: float) -> Row:
+    """`outcomes`: the float model first, then ours. Gives `points`, the rows of the table, and the two volumes.
+
+    Points with the same file are one point, of whoever comes first.
+    """
+    rows = [dict(outcome) for outcome in outcomes]
+    files = _distinct(rows, data)
+    load_before = os.getloadavg()[0]
+    first = _timed(rows, files, data, FIRST_ROUNDS, budget_s * FIRST_SHARE)
+    closer = {digest: files[digest] for digest in first.undecided()}
+    second = _timed(rows, closer, data, rounds, budget_s * (1 - FIRST_SHARE))
+    shown = [_shown(row, second if row.get("digest") in closer else first) for row in rows]
+    places = [Place(**row["place"]) for row in shown if "place" in row]
+    on_front = iter(front(places))
+    for row in shown:
+        if "place" in row:
+            row["front"] = next(on_front)
+    return {
+        "load": [load_before, os.getloadavg()[0]],
+        "rounds": [first.rounds, second.rounds],
+        "points": shown,
+        "hypervolume": {
+            "ours": hypervolume([Place(**row["place"]) for row in shown if "place" in row and row["tool"] in MINE]),
+            "theirs": hypervolume([Place(**row["place"]) for row in shown if "place" in row and row["tool"] != OURS]),
+        },
+    }
+
+
+def _distinct(rows: list[Row], data: InputData) -> dict[str, Path]:
+    """The files to time, by digest. Rows get their digest, and why they are not timed where they are not."""
+    files: dict[str, Path] = {}
+    feed = batches(data, 1, 1)[0]
+    for row in rows:
+        if row["outcome"] != "ok":
+            continue
+        path = Path(row["file"])
+        digest = model_digest(path)
+        if digest not in files:
+            try:
+                run(open_session(path), feed)
+            except CompressionError as error:
+                row |= {"outcome": "does not run", "error": error.message[:300]}
+                continue
+            files[digest] = path
+        row["digest"] = digest
+    return files
+
+
+@dataclass(frozen=True)
+class _Race:
+    """Points by digest, all from the same rounds."""
+
+    points: Mapping[str, Point]
+    rounds: int
+
+    @cached_property
+    def original(self) -> Point:
+        return next(point for point in self.points.values() if point.side == FLOAT)
+
+    @cached_property
+    def mine(self) -> list[Point]:
+        return [point for point in self.points.values() if point.side in MINE]
+
+    def undecided(self) -> list[str]:
+        """The float model, ours, and what is neither surely beaten by ours nor another model."""
+        least = self.original.metric - DAMAGE
+        return [
+            digest
+            for digest, point in self.points.items()
+            if point.side in MINE or (point.metric >= least and not surely_beaten(point, self.mine))
+        ]
+
+
+def _timed(rows: Sequence[Row], files: Mapping[str, Path], data: InputData, rounds: int, budget_s: float) -> _Race:
+    timings = time_interleaved(
+        list(files.values()), data, threads=1, batch_size=1, rounds=rounds, budget_s=budget_s, together=True
+    )
+    times = dict(zip(files, timings.times_s, strict=True))
+    points: dict[str, Point] = {}
+    for row in rows:
+        digest = row.get("digest")
+        if digest in times and digest not in points:
+            points[digest] = Point(row["tool"], row["name"], row["size_bytes"], row["metric"], times[digest])
+    return _Race(points, timings.rounds)
+
+
+def _shown(row: Row, race: _Race) -> Row:
+    """The row of the table: `place`, `time_ms`, and for theirs `by`, the point of ours that answers it."""
+    kept = ("tool", "name", "job", "chosen", "outcome", "error", "wall_s", "metric", "size_bytes")
+    shown = {key: row[key] for key in kept if key in row}
+    point = race.points.get(row.get("digest", ""))
+    if point is None:
+        return shown
+    shown |= {"time_ms": 1e3 * point.time_s, "time": asdict(point.time_over(race.original))}
+    shown |= {"place": asdict(Place.of(point, race.original))}
+    if row["tool"] in MINE:
+        return shown
+    if point.metric < race.original.metric - DAMAGE:
+        return shown | {"standing": "another model"}
+    found = verdict(point, race.mine, race.original)
+    standing = "beaten" if found.beaten else "matched" if found.matched else "not matched"
+    by = {"name": found.by.name, "time": asdict(found.time), "misses": list(found.misses)}
+    return shown | {"standing": standing, "by": by}
