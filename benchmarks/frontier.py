@@ -31,6 +31,7 @@ from frontier_ours import JOBS, OURS, kept_points, our_points
 from frontier_page import page
 from frontier_times import FLOAT, figures_of
 from frontier_tools import TOOLS, Installed, NotInstalledError, Outcome, installed, kept_outcomes, made_by
+from modelpress_compression.measure.latency import MIN_ROUNDS
 from modelpress_compression.measure.task import model_digest
 from modelpress_compression.model import file_size_bytes
 from modelpress_compression.report.environment import environment
@@ -63,7 +64,7 @@ def environments(arguments: argparse.Namespace) -> tuple[list[Installed], dict[s
 
 
 def make_points(case: Case, prepared: Prepared, tools: list[Installed], arguments: argparse.Namespace) -> None:
-    """All points of a model into the cache, with their metrics."""
+    """All points of a model into the cache, with the metrics that decide."""
     limits = Limits(arguments.timeout, int(arguments.memory * GIB))
     for job in JOBS if OURS not in arguments.skip else ():
         outcome = our_points(job, prepared, Limits(arguments.timeout * 3, limits.memory_bytes))
@@ -72,25 +73,27 @@ def make_points(case: Case, prepared: Prepared, tools: list[Installed], argument
         outcomes = made_by(one, prepared, limits)
         good = sum(outcome["outcome"] == "ok" for outcome in outcomes)
         say(f"{case.name}: {one.tool.label}: {good} of {len(one.labels)} points")
-    for outcome in outcomes_of(prepared):
-        judged(case, prepared, outcome, arguments.models)
+    # A rough measurement finds out whose metrics are needed: they are then in the cache.
+    measure(case, prepared, MIN_ROUNDS, arguments.budget / 10, arguments)
 
 
-def outcomes_of(prepared: Prepared) -> list[Outcome]:
-    """All that the cache has: ours, and those of the tools."""
-    return [*kept_points(prepared), *kept_outcomes(prepared)]
+def judged(case: Case, prepared: Prepared, outcome: Outcome, models: Path, *, ask: bool = True) -> Outcome:
+    """The outcome with size and metric; "does not run" where the model does not.
 
-
-def judged(case: Case, prepared: Prepared, outcome: Outcome, models: Path) -> Outcome:
-    """The outcome with size and metric; "does not run" where the model does not."""
+    `ask`: whether to evaluate a file that was not evaluated yet, which takes longest of all; else its metric is None.
+    """
     if outcome["outcome"] != "ok":
         return outcome
     path = Path(outcome["file"])
+    outcome = outcome | {"size_bytes": file_size_bytes(path), "metric": None}
     kept = prepared.folder / "front" / "metrics" / f"{model_digest(path)}.json"
     if not kept.exists():
+        if not ask:
+            return outcome
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(_evaluated(case, path, models)), "utf-8")
-    return outcome | json.loads(kept.read_text("utf-8")) | {"size_bytes": file_size_bytes(path)}
+        say(f"{case.name}: {outcome['tool']}, {outcome['name']}: {kept.read_text('utf-8')[:200]}")
+    return outcome | json.loads(kept.read_text("utf-8"))
 
 
 def _evaluated(case: Case, path: Path, models: Path) -> Outcome:
@@ -100,16 +103,23 @@ def _evaluated(case: Case, path: Path, models: Path) -> Outcome:
         return {"outcome": "does not run", "error": " ".join(str(error).split())[-300:]}
 
 
-def measure(case: Case, prepared: Prepared, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(case: Case, prepared: Prepared, rounds: int, budget_s: float, arguments: argparse.Namespace) -> Outcome:
     """All figures of one model."""
-    outcomes = [judged(case, prepared, outcome, arguments.models) for outcome in outcomes_of(prepared)]
+
+    def judge(outcome: Outcome) -> Outcome:
+        return judged(case, prepared, outcome, arguments.models)
+
     itself = {"tool": FLOAT, "name": "the model itself", "outcome": "ok", "error": "", "file": str(prepared.model)}
-    original = judged(case, prepared, itself, arguments.models)
-    say(f"{case.name}: timing {sum(one['outcome'] == 'ok' for one in outcomes)} points")
+    mine = [judge(outcome) for outcome in (itself, *kept_points(prepared))]
+    theirs = [
+        judged(case, prepared, outcome, arguments.models, ask=arguments.all_metrics)
+        for outcome in kept_outcomes(prepared)
+    ]
+    say(f"{case.name}: timing {sum(one['outcome'] == 'ok' for one in (*mine, *theirs))} points")
     return {
         "metric_name": case.metric,
         "environment": environment() | {"measured_on": datetime.date.today().isoformat()},
-        **figures_of([original, *outcomes], prepared.held_out(), arguments.rounds, arguments.budget),
+        **figures_of([*mine, *theirs], prepared.held_out(), rounds, budget_s, judge),
     }
 
 
@@ -140,6 +150,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=8.0, help="GiB of resident memory for one point")
     parser.add_argument("--rounds", type=int, default=200, help="most timed rounds")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds of timing for a model")
+    parser.add_argument("--all-metrics", action="store_true", help="evaluate also what is matched whatever it loses")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--points-only", action="store_true", help="make points and metrics, and stop")
     which.add_argument("--time-only", action="store_true", help="time what the cache has, and make nothing")
@@ -174,7 +185,7 @@ def run(results: dict[str, Any], arguments: argparse.Namespace) -> None:
             if not arguments.time_only:
                 make_points(case, prepared, tools, arguments)
             if not arguments.points_only:
-                results["models"][case.name] = measure(case, prepared, arguments)
+                results["models"][case.name] = measure(case, prepared, arguments.rounds, arguments.budget, arguments)
         except Exception as error:  # noqa: BLE001 - one model that fails must not hide the others
             say(f"{case.name}: FAILED: {type(error).__name__}: {error}")
             continue

@@ -35,7 +35,8 @@ reaches down to 1. What a metric has above the float model's is luck and is not 
 least as good in all three by the figures themselves. The float model is everybody's. What loses over
 {100 * DAMAGE:g} points is another model. The **volume** is the share of the box from nothing to the float model's size,
 {WORST_TIME:g} times its time and a loss of {100 * DAMAGE:g} points that the points of a side cover; * marks the points
-of the common front.
+of the common front. Where one of ours that loses nothing matches one of theirs whatever that one loses, its metric was
+not asked for (-), and the volume counts it as if it lost nothing.
 """
 
 
@@ -149,7 +150,7 @@ def _figures(row: Row) -> list[str]:
     return [
         f"{row['place']['size']:.3f}",
         f"{time['median']:.3f} [{time['low']:.3f}, {time['high']:.3f}]",
-        "" if row["metric"] is None or math.isnan(row["metric"]) else f"{row['metric']:.4f}",
+        "-" if row["metric"] is None or math.isnan(row["metric"]) else f"{row['metric']:.4f}",
     ]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from frontier_ours import OURS
-from frontier_verdict import DAMAGE, Place, Point, front, hypervolume, surely_beaten, verdict
+from frontier_verdict import DAMAGE, Place, Point, front, hypervolume, surely_matched, verdict
 from modelpress_compression.errors import CompressionError
 from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.feeds import batches
@@ -24,17 +24,21 @@ MINE = (OURS, FLOAT)  # the float model is everybody's
 FIRST_ROUNDS = 20
 FIRST_SHARE = 0.4  # of the budget
 Row = dict[str, Any]
+Ask = Callable[[Row], Row]  # from an outcome to the same with its metric
 
 
-def figures_of(outcomes: Sequence[Row], data: InputData, rounds: int, budget_s: float) -> Row:
+def figures_of(outcomes: Sequence[Row], data: InputData, rounds: int, budget_s: float, ask: Ask) -> Row:
     """`outcomes`: the float model first, then ours. Gives `points`, the rows of the table, and the two volumes.
 
-    Points with the same file are one point, of whoever comes first.
+    Points with the same file are one point, of whoever comes first. A point of theirs may come without a metric: it
+    counts as if it lost nothing, and where one of ours does not match it even so, `ask` is asked.
     """
     rows = [dict(outcome) for outcome in outcomes]
     files = _distinct(rows, data)
     load_before = os.getloadavg()[0]
     first = _timed(rows, files, data, FIRST_ROUNDS, budget_s * FIRST_SHARE)
+    _ask(rows, first.undecided(), ask)
+    first = first.with_metrics_of(rows)
     closer = {digest: files[digest] for digest in first.undecided()}
     second = _timed(rows, closer, data, rounds, budget_s * (1 - FIRST_SHARE))
     shown = [_shown(row, second if row.get("digest") in closer else first) for row in rows]
@@ -52,6 +56,15 @@ def figures_of(outcomes: Sequence[Row], data: InputData, rounds: int, budget_s: 
             "theirs": hypervolume([Place(**row["place"]) for row in shown if "place" in row and row["tool"] != OURS]),
         },
     }
+
+
+def _ask(rows: list[Row], undecided: Sequence[str], ask: Ask) -> None:
+    """Metrics of those that may not be matched, into their rows."""
+    for row in rows:
+        if row.get("digest") in undecided and row["metric"] is None:
+            row.update(ask(row))
+            if row["outcome"] != "ok":
+                del row["digest"]
 
 
 def _distinct(rows: list[Row], data: InputData) -> dict[str, Path]:
@@ -89,13 +102,24 @@ class _Race:
     def mine(self) -> list[Point]:
         return [point for point in self.points.values() if point.side in MINE]
 
+    def with_metrics_of(self, rows: Sequence[Row]) -> _Race:
+        """Without the points that turned out not to run."""
+        metrics = {row["digest"]: row["metric"] for row in rows if row.get("metric") is not None and "digest" in row}
+        alive = {row["digest"] for row in rows if "digest" in row}
+        points = {
+            digest: replace(point, metric=metrics.get(digest, point.metric))
+            for digest, point in self.points.items()
+            if digest in alive
+        }
+        return _Race(points, self.rounds)
+
     def undecided(self) -> list[str]:
-        """The float model, ours, and what is neither surely beaten by ours nor another model."""
+        """The float model, ours, and what is neither surely matched by ours nor another model."""
         least = self.original.metric - DAMAGE
         return [
             digest
             for digest, point in self.points.items()
-            if point.side in MINE or (point.metric >= least and not surely_beaten(point, self.mine))
+            if point.side in MINE or (point.metric >= least and not surely_matched(point, self.mine, self.original))
         ]
 
 
@@ -104,11 +128,13 @@ def _timed(rows: Sequence[Row], files: Mapping[str, Path], data: InputData, roun
         list(files.values()), data, threads=1, batch_size=1, rounds=rounds, budget_s=budget_s, together=True
     )
     times = dict(zip(files, timings.times_s, strict=True))
+    original_metric = rows[0]["metric"]
     points: dict[str, Point] = {}
     for row in rows:
         digest = row.get("digest")
         if digest in times and digest not in points:
-            points[digest] = Point(row["tool"], row["name"], row["size_bytes"], row["metric"], times[digest])
+            metric = original_metric if row["metric"] is None else row["metric"]
+            points[digest] = Point(row["tool"], row["name"], row["size_bytes"], metric, times[digest])
     return _Race(points, timings.rounds)
 
 

@@ -90,12 +90,10 @@ def _distance(one: Verdict, theirs: Point, float_point: Point) -> float:
     return max(one.by.size_bytes / theirs.size_bytes - 1, one.time.median - 1, 100 * lower * SHARE_OF_A_POINT)
 
 
-def surely_beaten(theirs: Point, ours: Sequence[Point]) -> bool:
-    """Whether more rounds can change nothing: smaller, as good, and faster beyond the interval."""
-    return any(
-        one.size_bytes <= theirs.size_bytes and one.metric >= theirs.metric and one.time_over(theirs).high < 1
-        for one in ours
-    )
+def surely_matched(theirs: Point, ours: Sequence[Point], float_point: Point) -> bool:
+    """Whether more rounds can change nothing: one of ours matches it, and is faster beyond the interval."""
+    found = (_against(theirs, one, float_point) for one in ours)
+    return any(one.matched and one.time.high < 1 for one in found)
 
 
 @dataclass(frozen=True)

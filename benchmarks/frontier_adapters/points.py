@@ -49,7 +49,7 @@ class Job:
         with np.load(self.calibration) as arrays:
             stacked = dict(arrays)
         count = len(next(iter(stacked.values())))
-        return [{name: array[index] for name, array in stacked.items()} for index in range(count)]
+        return [{name: np.asarray(array[index]) for name, array in stacked.items()} for index in range(count)]
 
 
 Point = Callable[[Job], None]
