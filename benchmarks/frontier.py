@@ -125,8 +125,19 @@ def measure(case: Case, prepared: Prepared, rounds: int, budget_s: float, argume
 
 def write(results: dict[str, Any]) -> None:
     """Both files."""
-    RESULTS.write_text(json.dumps(_rounded(results), indent=1) + "\n", "utf-8")
+    RESULTS.write_text(_as_lines(_rounded(results)), "utf-8")
     PAGE.write_text(page(results), "utf-8")
+
+
+def _as_lines(results: dict[str, Any]) -> str:
+    """JSON with a line for each point."""
+    models = []
+    for name, model in results["models"].items():
+        about = json.dumps({key: value for key, value in model.items() if key != "points"})
+        points = ",\n".join(json.dumps(point) for point in model["points"])
+        models.append(f'{json.dumps(name)}: {about[:-1]}, "points": [\n{points}\n]}}')
+    missing = json.dumps(results.get("missing", {}))
+    return f'{{"missing": {missing},\n"models": {{\n' + ",\n".join(models) + "}}\n"
 
 
 def _rounded(value: Any) -> Any:
