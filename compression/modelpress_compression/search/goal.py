@@ -24,7 +24,7 @@ import numpy as np
 
 from modelpress_compression.measure.fidelity import Fidelity
 from modelpress_compression.measure.latency import SESSION_SPREAD, Times
-from modelpress_compression.measure.task import GivenScores, OwnMetric, Task, model_digest
+from modelpress_compression.measure.task import GivenScores, Task, model_digest
 from modelpress_compression.memory import Memory
 from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.passes.base import Context, Skip
@@ -399,10 +399,8 @@ class GoalSearch:
         self.entries += [_Entry(self._proven(candidate), before) for candidate in candidates]
 
     def _proven(self, candidate: Candidate) -> Candidate:
-        """Ranges of static quantization come from the data; made-up data can vouch for none."""
-        # A metric of the user's own runs the model on inputs of theirs.
-        vouched = self.context.data.vouches or isinstance(self.judge.task, OwnMetric | GivenScores)
-        if candidate.reason or candidate.scheme != "static" or vouched:
+        """Ranges of static quantization come from the data."""
+        if candidate.reason or candidate.scheme != "static" or self.judge.trusts_ranges:
             return candidate
         reason = "its ranges come from inputs that cannot vouch for real ones; give representative ones with --data"
         return replace(candidate, reason=reason, unproven=True)

@@ -33,7 +33,7 @@ from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.accuracy import Evaluation, accuracy_after
 from modelpress_compression.measure.fidelity import Fidelity, KnownOutputs, compare_outputs
 from modelpress_compression.measure.latency import Speedup, Times, Timings, ratio_interval, time_interleaved
-from modelpress_compression.measure.task import NotScoredError, Task, model_digest
+from modelpress_compression.measure.task import GivenScores, NotScoredError, OwnMetric, Task, model_digest
 from modelpress_compression.model import file_size_bytes
 from modelpress_compression.passes.base import Context
 from modelpress_compression.recipe import Recipe
@@ -105,6 +105,12 @@ class Judge:
     def backend(self) -> Backend:
         """What candidates run in: the target's. The original's answers are those of onnxruntime."""
         return backend_of(self.context.target)
+
+    @property
+    def trusts_ranges(self) -> bool:
+        """Whether a model with ranges from this data may be taken: made-up data can vouch for none."""
+        # A metric of the user's own runs the model on inputs of theirs.
+        return self.context.data.vouches or isinstance(self.task, OwnMetric | GivenScores)
 
     def answers(self, candidate: Candidate) -> Candidate:
         """The candidate with its fidelity, and with the reason if it does not keep the answers.

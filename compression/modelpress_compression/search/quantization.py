@@ -103,7 +103,8 @@ class SchemeSearch:
     @cached_property
     def _quantizer(self) -> StaticQuantizer | None:
         """Calibrated when it is first needed, for all choices of layers."""
-        return prepare_static(self.model, self._config("static"), self._part(_DYNAMIC, _STATIC))
+        part = self._part(_DYNAMIC, _STATIC)
+        return prepare_static(self.model, self._config("static"), part, for_time_alone=not self.judge.trusts_ranges)
 
     def _static(self, choose: Callable[[StaticQuantizer], StaticQuantizer]) -> Callable[[], PassResult]:
         """Makes the model of a choice of layers."""

@@ -169,7 +169,7 @@ def test_candidates_that_disagree_are_dropped(
         return PassResult(work, {"ruined": 1})
 
     monkeypatch.setattr(quantization, "Quantize", lambda config: lambda model, context: ruined(model))
-    monkeypatch.setattr(quantization, "prepare_static", lambda model, config, context: None)
+    monkeypatch.setattr(quantization, "prepare_static", lambda model, config, context, **_: None)
     recipe = Recipe.from_dict({"version": 1, "steps": [{"quantize": {"scheme": "auto"}}], "benchmark": {"rounds": 5}})
     result = compress(digits, recipe, data=samples)
     assert result.report["size_ratio"] == 1.0

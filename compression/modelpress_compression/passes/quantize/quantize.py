@@ -102,9 +102,12 @@ def _rounded(model: Model) -> list[onnx_ir.Node]:
     return [node for node in model.graph if is_op(node, "Conv", "MatMul", "Gemm") and is_constant(node.inputs[1])]
 
 
-def prepare_static(model: Model, config: QuantizeConfig, context: Context) -> StaticQuantizer | None:
+def prepare_static(
+    model: Model, config: QuantizeConfig, context: Context, *, for_time_alone: bool = False
+) -> StaticQuantizer | None:
     """Calibrates a clone of the model for static quantization, once for as many results as are wanted.
 
+    `for_time_alone`: nobody will use the answers of the results, and their errors are not measured.
     None: the model cannot be quantized; the pass says why. Raises ModelNotRunnableError, TimeLimitError.
     """
     if _why_not(model):
@@ -112,7 +115,7 @@ def prepare_static(model: Model, config: QuantizeConfig, context: Context) -> St
     findings = Findings(warnings=_unmatched(model, config.exclude))
     work = model.clone()
     _expand(work, config, findings)
-    return prepare(work, config, context, findings)
+    return prepare(work, config, context, findings, for_time_alone=for_time_alone)
 
 
 def _expand(work: Model, config: QuantizeConfig, findings: Findings) -> None:

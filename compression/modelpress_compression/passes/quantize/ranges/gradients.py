@@ -7,8 +7,8 @@ traces, arXiv:1911.03852):
     |J (Q(x) - x)|^2  =  E[ (v^T J (Q(x) - x))^2 ],    v^T J: one backward pass, for all x at once
 
 So the work no longer grows with the number of trials. An estimate from n samples and p projections has a standard
-deviation of sqrt(2 / (n p)); trials of the same activation meet the same v, so that they can be told apart more closely
-than that. Where the model has no more than p outputs, unit vectors take the place of signs, and nothing is random.
+deviation of sqrt(2 / (n p)): more samples need fewer projections each. Trials of the same activation meet the same v,
+so that they can be told apart more closely than that. Where the model has no more than p outputs, unit vectors take the place of signs, and nothing is random.
 
 What the first order does not see (steps, as those of Round or ArgMax; clipping of most of an activation) is caught by
 who compares the sum of all errors with what the whole model errs by.
@@ -67,6 +67,7 @@ class GradientProbe:
     ) -> None:
         self.setup, self._executor, self._samples = setup, executor, samples
         self._outputs, self._activations, self._weights = outputs, activations, weights
+        self._projections = min(PROJECTIONS, -(-SAMPLES * PROJECTIONS // max(1, len(samples))))
 
     def errors(self, trials: Sequence[Trial], done: Listener | None = None) -> list[float] | None:
         """The error of each trial; None: gradients are not finite. Raises ModelNotRunnableError, TimeLimitError."""
@@ -87,7 +88,7 @@ class GradientProbe:
         """Of one sample: the square of each trial's error, and the power of the outputs."""
         results = self._executor(feed)
         outputs = {name: results[name].detach().numpy() for name in self._outputs}
-        directions = _directions(outputs, feed, np.random.default_rng((_SEED, number)))
+        directions = _directions(outputs, feed, np.random.default_rng((_SEED, number)), self._projections)
         return self._squares(trials, results, directions), power(counted_outputs(outputs, feed))
 
     def _squares(
@@ -225,21 +226,23 @@ def _key(trial: Trial) -> tuple[str, bool]:
     return trial.name, trial.is_weight
 
 
-def _directions(outputs: Mapping[str, Array], feed: Feeds, generator: np.random.Generator) -> list[list[Array]]:
+def _directions(
+    outputs: Mapping[str, Array], feed: Feeds, generator: np.random.Generator, count: int
+) -> list[list[Array]]:
     """One array for each output, so that the squares along them add up to the squared distance of the outputs.
 
-    Random signs over all elements that count, or one element after the other where these are few.
+    `count` random signs over all elements that count, or one element after the other where these are no more.
     """
     mask = counted_positions(feed)
     counted = [_counted(array, mask) for array in outputs.values()]
     ends = np.cumsum([counts.size for counts in counted])
     places = np.flatnonzero(np.concatenate([counts.ravel() for counts in counted]))
-    if len(places) <= PROJECTIONS:
+    if len(places) <= PROJECTIONS:  # exact, and hardly more work
         flat = np.zeros((len(places), ends[-1]), np.float32)
         flat[np.arange(len(places)), places] = 1.0
     else:
-        flat = np.zeros((PROJECTIONS, ends[-1]), np.float32)
-        flat[:, places] = generator.choice((-1.0, 1.0), (PROJECTIONS, len(places))) / math.sqrt(PROJECTIONS)
+        flat = np.zeros((count, ends[-1]), np.float32)
+        flat[:, places] = generator.choice((-1.0, 1.0), (count, len(places))) / math.sqrt(count)
     return [
         [part.reshape(counts.shape) for part, counts in zip(np.split(row, ends[:-1]), counted, strict=True)]
         for row in flat

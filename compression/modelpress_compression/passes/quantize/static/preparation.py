@@ -72,8 +72,12 @@ _EQUALIZED, _SMOOTH_QUANT, _GPTQ = "equalize", "smooth_quant", "gptq"
 Histograms = Mapping[str, Histogram]
 
 
-def prepare(model: Model, config: QuantizeConfig, context: Context, findings: Findings) -> StaticQuantizer:
-    """Works in place. Raises ModelNotRunnableError if the model does not run on the data, TimeLimitError."""
+def prepare(
+    model: Model, config: QuantizeConfig, context: Context, findings: Findings, *, for_time_alone: bool = False
+) -> StaticQuantizer:
+    """Works in place. `for_time_alone`: steps 4 and 5, which are for the answers, are left out.
+
+    Raises ModelNotRunnableError if the model does not run on the data, TimeLimitError."""
     take_in_biases(model, config.exclude)
     if config.weights == "int2":
         findings.warnings.append("Static quantization has no products of 2 bits: weights have 4 bits here.")
@@ -84,7 +88,7 @@ def prepare(model: Model, config: QuantizeConfig, context: Context, findings: Fi
     rounder = RememberingRounder(make_rounder(model, config, context, findings), plan.layers)
     setup = QuantizationSetup(model, plan, config, rounder, context)
     quantizer = StaticQuantizer(setup, start_ranges(plan, histograms, config), findings)
-    if plan.layers:
+    if plan.layers and not for_time_alone:
         quantizer = _with_better_ranges(quantizer, histograms)
         if config.rounding == "auto" and not config.is_narrow and context.data.provided:
             quantizer = _with_better_rounding(quantizer)
