@@ -99,7 +99,7 @@ class Goal(Config):
         None, 7, "Seconds after which no further candidate is begun; not set: until all have been tried.", gt=0
     )
     techniques: tuple[str, ...] = option(
-        ("fuse", "prune", "quantize"),
+        ("fuse", "prune", "factorize", "distill", "quantize"),
         8,
         "Techniques that candidates may use.",
         choices=tuple(TECHNIQUES),

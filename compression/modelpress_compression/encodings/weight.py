@@ -37,6 +37,12 @@ class QuantizedWeight:
     reduced: int = 0
 
     @property
+    def stored_bytes(self) -> int:
+        """What levels, scales and zero points take in a file; one zero point for all takes nothing."""
+        parameters = int(self.scale.nbytes) + (self.zero_point.size * self.bits // 8 if self.zero_point.ndim else 0)
+        return self.levels.size * self.bits // 8 + parameters
+
+    @property
     def signed(self) -> bool:
         return self.levels.dtype.kind == "i"
 

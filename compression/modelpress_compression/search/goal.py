@@ -5,7 +5,8 @@
                                         for `accurate` once more, closer than anybody could tell
     dynamic, static, and less static    8 bits where they keep the answers (quantization.py), the rest stored
     blocks                              weights in 8 and 4 bits that products read as they are: where size counts
-    pruned                              with data and labels: a tenth or a quarter of the channels gone, and repaired
+    cut                                 with data and labels: channels gone, layers factorized, repaired and trained,
+                                        as far as the answers permit (levers.py)
 
 Each candidate is judged by its answers (judge.py); those that keep them run in the same rounds as the original, and
 `choice.choose` decides. What the goal did not take, but another option would have, becomes advice.
@@ -14,10 +15,12 @@ Each candidate is judged by its answers (judge.py); those that keep them run in 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,7 +32,6 @@ from modelpress_compression.memory import Memory
 from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.passes.base import Context, Skip
 from modelpress_compression.passes.fuse.config import FuseConfig
-from modelpress_compression.passes.prune.config import PruneConfig
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.quantize import Quantize
 from modelpress_compression.passes.quantize.weight_only.storage import store_all
@@ -38,14 +40,14 @@ from modelpress_compression.search.candidates import Candidate, pareto_set
 from modelpress_compression.search.choice import Choice, Figures, Limits, choose, contenders
 from modelpress_compression.search.family import ORIGINAL, FamilyMember, family
 from modelpress_compression.search.judge import FLOAT_FLOOR_DB, Judge
+from modelpress_compression.search.levers import FEW_CUTS, LEVERS, MANY_CUTS, LeverSearch, time_left
+from modelpress_compression.search.mixed_bits import MixedBitsSearch
 from modelpress_compression.search.quantization import SchemeSearch
 from modelpress_compression.search.recall import Prices, Recall
 from modelpress_compression.search.steps import StepRecord, apply_step, scaled
 from modelpress_compression.target import DEVICES, Target
 
-# Shares of channels that go, the first that does not keep the answers ends the row.
-PRUNED_SHARES = (0.1, 0.25)
-# Where a metric of the client's judges, it is asked before more goes.
+# Of channels that go where a metric of the client's judges: it is asked before more goes.
 SCORED_SHARES = (0.1, 0.25, 0.4, 0.55)
 ROUNDS, FIRST_ROUNDS = 60, 20
 CHECKED_ROUNDS = 15  # of a winner by remembered times
@@ -54,7 +56,7 @@ BUDGET_S = 20.0  # of timing, for each batch size
 CLOSE_FLOOR_DB = 43.0
 # Of size or time: less is not worth another command.
 _WORTH_ADVICE = 1.1
-_BUILT = 0.8  # share of the progress when all candidates are built and judged
+_WHOLE, _BUILT = 0.3, 0.8  # shares of the progress when candidates of the whole model, and all, are built and judged
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,17 @@ def pursue(
     return search.choose()
 
 
+# What a step before a candidate's own is called in its name; "" where that says nothing.
+_BRIEFLY: Mapping[str, Callable[[Any], str]] = MappingProxyType(
+    {
+        "fuse": lambda config: "",
+        "prune": lambda config: f"prune {100 * config.sparsity:.0f} %",
+        "factorize": lambda config: f"factorize {100 - 100 * config.budget:.0f} %",
+        "distill": lambda config: "distill",
+    }
+)
+
+
 @dataclass(frozen=True)
 class _Entry:
     """A candidate, and the steps before its own."""
@@ -102,10 +115,8 @@ class _Entry:
 
     @property
     def name(self) -> str:
-        steps = [
-            f"prune {record.step.config.sparsity:.0%}" for record in self.before if record.step.technique == "prune"
-        ]
-        return ", ".join([*steps, self.candidate.name])
+        steps = [_BRIEFLY[record.step.technique](record.step.config) for record in self.before]
+        return ", ".join([*filter(None, steps), self.candidate.name])
 
 
 @dataclass
@@ -123,6 +134,7 @@ class GoalSearch:
     judge: Judge
     entries: list[_Entry] = field(default_factory=list)
     began_s: float = field(default_factory=time.monotonic)
+    numbers: Iterator[int] = field(default_factory=count)  # of folders
 
     def build(self) -> None:
         """All candidates, judged by their answers."""
@@ -131,24 +143,41 @@ class GoalSearch:
         if fused.changes:
             self._enter([self.judge.answers(Candidate("", fused, file_size_bytes(fused.path), technique="fuse"))])
         if "quantize" in self.goal.techniques:
-            self._quantized(fused.model, fused.path, before, self._part(0.1, 0.5 if self._prunes else _BUILT))
-        if self._prunes:
-            self._pruned(fused, before)
+            self._quantized(fused.model, fused.path, before, self._part(0.1, _WHOLE if self._cuts else _BUILT))
+        if self._cuts:
+            self._cut(fused, before)
 
     @property
-    def _prunes(self) -> bool:
-        """Channels go only where data repairs them and labels show what it cost.
+    def _cuts(self) -> bool:
+        """Levers are pulled only where data repairs them and labels show what it cost.
 
         The samples that repair fits say nothing of others: judged by them, a net for pictures of clothes kept 97 % of
         its classes with a quarter of its channels gone, and lost 3.2 points on 10,000 other pictures.
         """
-        judged = self.judge.task is not None
-        return judged and "prune" in self.goal.techniques and self.context.data.vouches
+        return self.judge.task is not None and bool(self._levers) and self.context.data.vouches
+
+    @property
+    def _levers(self) -> list[str]:
+        """Those that the goal may pull, in their order. Only who asks for more than a balance waits for all of them."""
+        if isinstance(self.judge.task, GivenScores) or not self._is_deep:
+            return [name for name in ("prune",) if name in self.goal.techniques]
+        return [name for name in LEVERS if name in self.goal.techniques]
+
+    @property
+    def _is_deep(self) -> bool:
+        """Whether the search goes as far as it can, which takes minutes."""
+        limits = self.recipe.limits
+        asked = (limits.max_size_bytes, limits.min_ratio, limits.max_latency_ms, limits.min_speedup)
+        wants_more = self.goal.objective in (SMALLEST, FASTEST) or any(limit is not None for limit in asked)
+        return wants_more or self.goal.search_time_s is not None
 
     @property
     def _has_time(self) -> bool:
-        limit_s = self.goal.search_time_s
-        return limit_s is None or time.monotonic() - self.began_s < limit_s
+        left_s = self._left_s()
+        return left_s is None or left_s > 0
+
+    def _left_s(self) -> float | None:
+        return time_left(self.goal.search_time_s, self.began_s)
 
     def _fused(self) -> StepRecord:
         step = Step("fuse", FuseConfig())
@@ -168,17 +197,17 @@ class GoalSearch:
         target = self._folder(f"quantize-{len(self.entries)}")
         step = Step("quantize", QuantizeConfig())
         search = SchemeSearch(step, model, path, context, target, self.judge, self.judge.recall)
-        for candidates in self._schemes(search, sized=not before or before[-1].step.technique == "fuse"):
+        for candidates in self._schemes(search, whole=not before or before[-1].step.technique == "fuse"):
             self._enter(candidates, before)
             if not self._has_time:
                 break
 
-    def _schemes(self, search: SchemeSearch, *, sized: bool) -> Iterator[list[Candidate]]:
-        """The candidates of one scheme after the other. `sized`: with those for size alone."""
+    def _schemes(self, search: SchemeSearch, *, whole: bool) -> Iterator[list[Candidate]]:
+        """The candidates of one scheme after the other. `whole`: nothing was cut from the model before."""
         config = QuantizeConfig(scheme="weight_only")
         search.context.progress(0.0, "storing weights in fewer bits")
         floors = {"weights stored in fewer bits, computing in float32": FLOAT_FLOOR_DB}
-        if self.goal.objective == ACCURATE and sized:
+        if self.goal.objective == ACCURATE and whole:
             floors["weights stored so that nobody could tell"] = CLOSE_FLOOR_DB
         for variant, floor_db in floors.items():
             store = partial(store_all, search.model, config, search.context, floor_db)
@@ -192,40 +221,49 @@ class GoalSearch:
         count = len(search.candidates)
         search.smaller()
         yield search.candidates[count:]
-        if sized and self._wants_size:
-            for bits in ("int8", "int4"):
-                quantize = partial(Quantize(replace(config, weights=bits)), search.model, search.context)
-                yield [search.add("weight_only", quantize, f"{bits[3:]} bits in blocks")]
+        if self._wants_size and (whole or self._is_deep):
+            quantize = partial(Quantize(config), search.model, search.context)
+            yield [search.add("weight_only", quantize, "8 bits in blocks")]
+            if self._is_deep:
+                yield from ([candidate] for candidate in MixedBitsSearch(search).candidates())
+            else:
+                quantize = partial(Quantize(replace(config, weights="int4")), search.model, search.context)
+                yield [search.add("weight_only", quantize, "4 bits in blocks")]
 
     @property
     def _wants_size(self) -> bool:
         limits = self.recipe.limits
         return self.goal.objective in (SMALLEST, BALANCED) or bool(limits.max_size_bytes or limits.min_ratio)
 
-    def _pruned(self, fused: StepRecord, before: tuple[StepRecord, ...]) -> None:
-        kept: StepRecord | None = None
-        shares = SCORED_SHARES if isinstance(self.judge.task, GivenScores) else PRUNED_SHARES
-        for number, share in enumerate(shares):
-            if not self._has_time:
+    def _cut(self, fused: StepRecord, before: tuple[StepRecord, ...]) -> None:
+        """Pulls the levers one after the other, and quantizes what went the furthest."""
+        scored = isinstance(self.judge.task, GivenScores)
+        start, kept = before or (fused,), []
+        levers = self._levers
+        width = (0.6 - _WHOLE) / len(levers)
+        for number, technique in enumerate(levers):
+            lever = LeverSearch(
+                technique,
+                self.goal.objective,
+                self._part(_WHOLE + width * number, _WHOLE + width * (number + 1)),
+                apply=lambda record, context: self._applied(record, context, self._folder(f"cut-{next(self.numbers)}")),
+                judge=self.judge.answers,
+                left_s=self._left_s,
+                trains=self._is_deep and not scored and "distill" in self.goal.techniques,
+                cuts=MANY_CUTS if self._is_deep else FEW_CUTS,
+            )
+            for cut in lever.cuts(start, SCORED_SHARES if scored else ()):
+                self._enter([cut.candidate], cut.before)
+                if not cut.candidate.reason or cut.candidate.unscored:
+                    kept.append(cut)
+            start = kept[-1].chain if kept else start
+        for cut in reversed(kept[-2:]):
+            if not self._has_time or "quantize" not in self.goal.techniques:
                 break
-            step = Step("prune", PruneConfig(structure="channel", sparsity=share, criterion="l2"))
-            width = 0.2 / len(shares)
-            part = self._part(0.5 + width * number, 0.5 + width * (number + 1))
-            before_it = StepRecord(step, fused.model, fused.path)
-            variant = f"{share:.0%} of the channels"
-            with self.context.span("candidate", f"prune {variant}"):
-                record = self._applied(before_it, part, self._folder(f"prune-{number}"))
-                if not record.changes:
-                    break
-                judged = self.judge.answers(Candidate(variant, record, file_size_bytes(record.path), technique="prune"))
-            self._enter([judged], before)
-            if judged.reason and not judged.unscored:
-                break
-            kept = record
-            if judged.unscored:
-                break  # how much more may go is known when this has been scored
-        if kept is not None and self._has_time and "quantize" in self.goal.techniques:
-            self._quantized(kept.model, kept.path, (*before, kept), self._part(0.7, _BUILT))
+            record, built = cut.candidate.record, len(self.entries)
+            self._quantized(record.model, record.path, cut.chain, self._part(0.6, _BUILT))
+            if any(not entry.candidate.reason or entry.candidate.unscored for entry in self.entries[built:]):
+                break  # else what was cut less may leave room for it
 
     def choose(self) -> Pursuit:
         """Times the candidates that keep the answers in the rounds of the original, and decides."""

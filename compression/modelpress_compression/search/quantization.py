@@ -117,7 +117,7 @@ class SchemeSearch:
     def static(self) -> None:
         """Static quantization of all layers, and of fewer where that does not keep the answers."""
         self.context.progress(_DYNAMIC, "trying static quantization")
-        forms = self._known("static forms", self._static_forms)
+        forms = self.known("static forms", self._static_forms)
         if not forms["possible"]:
             return
         tried = [self.add("static", self._static(lambda plain: plain))]
@@ -126,7 +126,7 @@ class SchemeSearch:
             tried.append(self.add("static", full, "memory-bound layers and sums too"))
         if not all(item.reason and item.record.changes for item in tried) or not self.context.data.vouches:
             return
-        order = self._known("orders", self._order)["layers"]
+        order = self.known("orders", self._order)["layers"]
 
         def keeps(count: int) -> bool:
             self.context.check_time()
@@ -148,7 +148,7 @@ class SchemeSearch:
     def _order(self) -> dict[str, list[str]]:
         return {"layers": [] if self._quantizer is None else order_of(self._quantizer, self.context)}
 
-    def _known(self, kind: str, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    def known(self, kind: str, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Facts about the float model under this step's configuration."""
         return self.recall.facts(kind, [model_digest(self.path), self._config("static").to_dict()], make)
 

@@ -39,10 +39,12 @@ def test_the_whole_way(digits: Model, samples: InputData, labelled: EvaluationDa
     assert report["accuracy"]["original"] >= 0.97
     assert report["accuracy"]["drop"] <= 0.01
     assert report["fidelity"]["data"] == "provided"
-    assert [step["name"] for step in report["steps"]] == ["fuse", "prune", "quantize"]
+    names = [step["name"] for step in report["steps"]]
+    assert (names[0], names[-1]) == ("fuse", "quantize")
     (chosen,) = [candidate for candidate in result.candidates if candidate["chosen"]]
-    assert chosen["name"].startswith("prune 25%, quantize ")
-    assert report["size_ratio"] > 1.5
+    assert "quantize " in chosen["name"]
+    assert any(candidate["name"].startswith("prune ") for candidate in result.candidates)
+    assert report["size_ratio"] > 4
     written = {artifact.kind: artifact.files for artifact in result.write(tmp_path)}
     assert json.loads(written["report.json"][0].read_text()) == report
     content = written["model"][0].read_bytes()

@@ -21,7 +21,7 @@ from modelpress_compression.passes.distill.augmentation import transforms
 from modelpress_compression.passes.distill.augmentation.kinds import IMAGE, SIGNAL, TOKENS, InputKind, input_kinds
 from modelpress_compression.passes.distill.config import Augmentation
 
-__all__ = ["Augmenter", "make_augmenter"]
+__all__ = ["Augmenter", "fitting", "make_augmenter"]
 
 Transform = Callable[[Tensor, float, Generator], Tensor]
 
@@ -49,6 +49,11 @@ _MOVING = frozenset(("horizontal_flip", "vertical_flip", "rotation", "random_res
 class _Change:
     kind: InputKind
     augmentation: Augmentation
+
+
+def fitting(model: Model, data: InputData) -> frozenset[str]:
+    """The names of the augmentations that change one of the model's inputs at least."""
+    return frozenset(name for kind in input_kinds(model, data) for name in _FITTING.get(kind.kind, ()))
 
 
 class Augmenter:

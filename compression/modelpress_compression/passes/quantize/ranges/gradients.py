@@ -8,7 +8,8 @@ traces, arXiv:1911.03852):
 
 So the work no longer grows with the number of trials. An estimate from n samples and p projections has a standard
 deviation of sqrt(2 / (n p)): more samples need fewer projections each. Trials of the same activation meet the same v,
-so that they can be told apart more closely than that. Where the model has no more than p outputs, unit vectors take the place of signs, and nothing is random.
+so that they can be told apart more closely than that. Where the model has no more than p outputs, unit vectors take the
+place of signs, and nothing is random.
 
 What the first order does not see (steps, as those of Round or ArgMax; clipping of most of an activation) is caught by
 who compares the sum of all errors with what the whole model errs by.

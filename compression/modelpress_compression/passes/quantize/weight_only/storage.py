@@ -26,7 +26,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -186,6 +187,41 @@ def _error(model: Model, result: PassResult, context: Context, known: KnownOutpu
     return output_distances(model, result.model, context, known).error if result.changed else 0.0
 
 
+@contextmanager
+def weight_probe(
+    model: Model, names: Sequence[str], context: Context
+) -> Iterator[Callable[[str, NDArray[np.float32]], float]]:
+    """Gives the error at the outputs, as a share of their power, with one initializer of the main graph changed alone.
+
+    `names`: those that will be asked about. Raises ModelNotRunnableError.
+    """
+    probe = without_softmax(model)
+    # Inputs with default values, of which a run is given one.
+    probe.graph.inputs.extend(probe.graph.initializers[name] for name in names)
+    feeds = list(context.data.spread(PROBE_SAMPLES).feeds(batch_size=1))
+    with session_of(probe) as session:
+        exact = [counted_outputs(run(session, feed), feed) for feed in feeds]
+        signal = sum(map(power, exact))
+
+        def error(name: str, changed: NDArray[np.float32]) -> float:
+            context.check_time()
+            runs = run_all(session, (feed | {name: changed} for feed in feeds))
+            answers = (counted_outputs(outputs, feed) for outputs, feed in zip(runs, feeds, strict=True))
+            total = sum(squared_distance(*pair) for pair in zip(exact, answers, strict=True))
+            return total / signal if signal else 0.0
+
+        yield error
+
+
+def own_weights(model: Model, config: QuantizeConfig) -> dict[str, onnx_ir.Value]:
+    """By their names, the weights of the main graph that can be stored in fewer bits, and that a probe can change."""
+    return {
+        weight.name: weight
+        for graph, weight in storable_weights(model, config)
+        if graph is model.graph and weight.is_initializer() and weight.name
+    }
+
+
 def _errors_of_weights(
     model: Model, config: QuantizeConfig, context: Context
 ) -> dict[str, tuple[float, float, float, float]]:
@@ -194,34 +230,16 @@ def _errors_of_weights(
     That of float16, a ten-thousandth of 8 bits' or less, counts as none. A weight whose rows have no blocks errs in
     them as it does by channels, and so moves on to float16.
     """
-    probe = without_softmax(model)
-    weights = {
-        weight.name: weight
-        for graph, weight in storable_weights(model, config)
-        if graph is model.graph and weight.is_initializer() and weight.name
-    }
+    weights = own_weights(model, config)
     constants = {
         constant.name: constant
         for graph, constant in other_constants(model, config)
         if graph is model.graph and constant.is_initializer() and constant.name
     }
-    # Inputs with default values, of which a run is given one.
-    probe.graph.inputs.extend(probe.graph.initializers[name] for name in (*weights, *constants))
-    feeds = list(context.data.spread(PROBE_SAMPLES).feeds(batch_size=1))
     errors: Errors = {}
-    with session_of(probe) as session:
-        exact = [counted_outputs(run(session, feed), feed) for feed in feeds]
-        signal = sum(map(power, exact))
-
-        def error(name: str, rounded: NDArray[np.float32]) -> float:
-            runs = run_all(session, (feed | {name: rounded} for feed in feeds))
-            changed = (counted_outputs(outputs, feed) for outputs, feed in zip(runs, feeds, strict=True))
-            total = sum(squared_distance(*pair) for pair in zip(exact, changed, strict=True))
-            return total / signal if signal else 0.0
-
+    with weight_probe(model, (*weights, *constants), context) as error:
         # One weight after the other: all of them rounded are twice a model.
         for name, weight in weights.items():
-            context.check_time()
             by_channel = error(name, rounded_to_8_bits(weight, config))
             errors[name] = (by_channel, error(name, rounded_in_blocks(weight, config)), 0.0, 0.0)
         for name, constant in constants.items():

@@ -98,23 +98,25 @@ class WeightWriter:
             self._folded(graph, weight, _direct_use(weight))
 
     def _products(self, graph: onnx_ir.Graph, weight: onnx_ir.Value, nodes: Sequence[onnx_ir.Node]) -> None:
-        bits = {"int4": 4, "int2": 2}.get(self.config.weights, 8)
         stored: dict[tuple[bool, float], StoredWeight] = {}
         for node in nodes:
             transposed, alpha = _is_transposed(node), float(attribute(node, "alpha", 1.0))
             if (transposed, alpha) not in stored:
-                array = WeightStore.array(weight)
-                rounding = self.rounder.rounding(node)
-                if not transposed:
-                    array, rounding = array.T, _turned(rounding)
-                size = block_size(array.shape[1], bits, self.config.block_size)
-                blocks = quantize_blocks(array, bits, size, rounding)
+                blocks = self._blocks(node, WeightStore.array(weight))
                 blocks = replace(blocks, scale=blocks.scale * np.float32(alpha))
                 stored[transposed, alpha] = n_bits.store_matrix(self.editor, graph, blocks, weight.name or "weight")
             bias = input_of(node, 2) if node.op_type == "Gemm" else None
             if bias is not None:
                 bias = self._bias(node, bias, len(stored[transposed, alpha].weight.levels))
             self._replace(node, n_bits.write_product(self.editor, node, stored[transposed, alpha], bias))
+
+    def _blocks(self, node: onnx_ir.Node, array: NDArray[np.float32]) -> QuantizedWeight:
+        """The weight of a product, [N, K]."""
+        bits = {"int4": 4, "int2": 2}.get(self.config.weights, 8)
+        rounding = self.rounder.rounding(node)
+        if not _is_transposed(node):
+            array, rounding = array.T, _turned(rounding)
+        return quantize_blocks(array, bits, block_size(array.shape[1], bits, self.config.block_size), rounding)
 
     def _bias(self, node: onnx_ir.Node, bias: onnx_ir.Value, outputs: int) -> onnx_ir.Value:
         array = WeightStore.array(bias)
@@ -125,33 +127,52 @@ class WeightWriter:
         return self.editor.constant(graph_of(node), numbers, f"{bias.name}_scaled")
 
     def _embeddings(self, graph: onnx_ir.Graph, weight: onnx_ir.Value, nodes: Sequence[onnx_ir.Node]) -> None:
-        array = WeightStore.array(weight)
-        # Two levels share a byte, and rows begin with a new one.
-        bits = 4 if self.config.is_narrow and array.shape[1] % 2 == 0 else 8
-        self._count(bits)
-        blocks = quantize_blocks(array, bits, self.config.block_size)
+        blocks = self._table(WeightStore.array(weight))
+        self._count(blocks.bits)
         stored = n_bits.store_table(self.editor, graph, blocks, weight.name or "weight")
         for node in nodes:
             self._replace(node, n_bits.write_lookup(self.editor, node, stored))
 
+    def _table(self, array: NDArray[np.float32]) -> QuantizedWeight:
+        # Two levels share a byte, and rows begin with a new one.
+        bits = 4 if self.config.is_narrow and array.shape[1] % 2 == 0 else 8
+        return quantize_blocks(array, bits, self.config.block_size)
+
     def _folded(self, graph: onnx_ir.Graph, weight: onnx_ir.Value, use: tuple[onnx_ir.Node, int] | None) -> None:
         """`use`: one that reads the weight as it is, if there is one."""
+        array, name = WeightStore.array(weight), weight.name or "weight"
+        quantized = self._rows(array, use)
+        self._count(quantized.bits)
+        if quantized.bits == 4:
+            real = folded.write_4_bits(self.editor, graph, quantized, array.shape, name)
+        else:
+            real = folded.write_8_bits(self.editor, graph, quantized, name)
+        real.type, real.shape = weight.type, weight.shape
+        onnx_ir.convenience.replace_all_uses_with(weight, real)
+
+    def _rows(self, array: NDArray[np.float32], use: tuple[onnx_ir.Node, int] | None) -> QuantizedWeight:
+        """4 bits in blocks [rows, columns], or 8 bits in the weight's own shape where rows are short."""
         axes = _scaled_axes(use)
         rounds = use is not None and use[1] == 1 and is_op(use[0], "Conv", "MatMul", "Gemm")
         rounding = self.rounder.rounding(use[0]) if use is not None and rounds else nearest
-        array, name = WeightStore.array(weight), weight.name or "weight"
         columns = _columns(array.shape, axes)
         if self.config.is_narrow and columns >= MIN_4_BIT_COLUMNS:
-            self._count(4)
             size = block_size(columns, 4, self.config.block_size)
-            blocks = quantize_blocks(array.reshape(-1, columns), 4, size, _reshaped(rounding, array.shape))
-            real = folded.write_4_bits(self.editor, graph, blocks, array.shape, name)
+            return quantize_blocks(array.reshape(-1, columns), 4, size, _reshaped(rounding, array.shape))
+        return _in_8_bits(array, axes if self.config.per_channel else (), rounding)
+
+    def quantized(self, weight: onnx_ir.Value) -> tuple[NDArray[np.float32], QuantizedWeight]:
+        """The numbers that a weight has once `store` has stored it, in its own shape, and what is stored."""
+        uses, array = list(weight.uses()), WeightStore.array(weight)
+        if not self.folded and all(_is_blocked(*use) for use in uses):
+            blocks = self._blocks(uses[0].node, array)
+            values = blocks.dequantize()
+            return (values if _is_transposed(uses[0].node) else values.T), blocks
+        if not self.folded and all(_is_embedding(*use) for use in uses):
+            blocks = self._table(array)
         else:
-            self._count(8)
-            levels = _in_8_bits(array, axes if self.config.per_channel else (), rounding)
-            real = folded.write_8_bits(self.editor, graph, levels, name)
-        real.type, real.shape = weight.type, weight.shape
-        onnx_ir.convenience.replace_all_uses_with(weight, real)
+            blocks = self._rows(array, _direct_use(weight))
+        return blocks.dequantize().reshape(array.shape), blocks
 
     def _count(self, bits: int) -> None:
         self.in_8_bits += bits == 8

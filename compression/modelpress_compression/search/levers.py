@@ -1,0 +1,179 @@
+"""Techniques that take a little, or more and more, of a model away: each as far as the answers permit.
+
+    prune        a share of the channels, those of the least activations for what they cost, wherever they are; repaired
+    factorize    layers as products of smaller ones, until a share of the cost is gone; repaired
+
+How far a lever goes is found by measuring: the share grows until the answers are lost, and then the gap is halved. What
+has lost its answers, but still resembles the original, is trained towards it (`distill`) and judged once more where the
+goal permits training; the original is the teacher. Each lever begins where the one before it ended.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from modelpress_compression.errors import TimeLimitError, UnsupportedOperatorError
+from modelpress_compression.model import Model, file_size_bytes
+from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.distill.config import Augmentation, DistillConfig
+from modelpress_compression.passes.factorize.config import FactorizeConfig
+from modelpress_compression.passes.prune.config import PruneConfig
+from modelpress_compression.recipe import SMALLEST, Step
+from modelpress_compression.search.candidates import Candidate
+from modelpress_compression.search.steps import StepRecord
+
+# A goal looks for a share with so many models, a longer search with more.
+FEW_CUTS, MANY_CUTS = 3, 5
+FIRST_SHARE, STEP, MOST = 0.25, 0.2, 0.9
+# Shares that differ by less are the same.
+CLOSE_ENOUGH = 0.04
+# Training takes this part of the time that is left for the search, or of that of a search without a limit.
+TRAINING_SHARE = 0.25
+USUAL_SEARCH_S = 240.0
+# What resembles the original less is beyond what training brings back in such a time.
+LEAST_COSINE = 0.6
+# The teacher answers what it is shown, so that any change of an input is one more sample.
+AUGMENTATIONS: Mapping[str, float] = MappingProxyType(
+    {"mixup": 1.0, "random_resized_crop": 0.8, "noise": 0.05, "time_masking": 0.1, "token_masking": 0.1}
+)
+EPOCHS, PATIENCE = 200, 30
+
+
+def _pruned(share: float, of: str) -> Step:
+    return Step(
+        "prune",
+        PruneConfig(structure="channel", scope="global", sparsity=share, criterion="activation", normalize=of),
+    )
+
+
+def _factorized(share: float, of: str) -> Step:
+    return Step("factorize", FactorizeConfig(budget=1 - share, budget_of=of))
+
+
+# Each makes the step that takes a share away, by MACs or by parameters.
+LEVERS: Mapping[str, Callable[[float, str], Step]] = MappingProxyType({"prune": _pruned, "factorize": _factorized})
+_TAKEN = MappingProxyType({"prune": "of the channels", "factorize": "of the cost, by factors"})
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A candidate that a lever made. `before`: the steps before its own."""
+
+    candidate: Candidate
+    before: tuple[StepRecord, ...]
+
+    @property
+    def chain(self) -> tuple[StepRecord, ...]:
+        """All steps that made it."""
+        return (*self.before, self.candidate.record)
+
+
+class LeverSearch:
+    """One lever on one model. `trains`: whether candidates may be trained; `cuts`: how many shares are tried.
+
+    `apply`: runs a step on the model of the record; `judge`: a candidate's answers. `left_s`: seconds that the search
+    still has; None: no limit.
+    """
+
+    def __init__(
+        self,
+        technique: str,
+        objective: str,
+        context: Context,
+        *,
+        apply: Callable[[StepRecord, Context], StepRecord],
+        judge: Callable[[Candidate], Candidate],
+        left_s: Callable[[], float | None],
+        trains: bool,
+        cuts: int,
+    ) -> None:
+        self._technique, self._context = technique, context
+        self._of = "parameters" if objective == SMALLEST else "macs"
+        self._apply, self._judge, self._left_s = apply, judge, left_s
+        self._trains, self._cuts = trains, cuts
+
+    def cuts(self, start: tuple[StepRecord, ...], shares: tuple[float, ...] = ()) -> Iterator[Cut]:
+        """Candidates on the model that `start` ends with; those that keep the answers come with rising shares.
+
+        `shares`: those to try, in place of looking for them. Ends early where nothing is left to take, or one waits for
+        its score.
+        """
+        kept, lost = 0.0, MOST + STEP
+        for number in range(len(shares) or self._cuts):
+            share = shares[number] if shares else _next_share(kept, lost)
+            if lost - kept < CLOSE_ENOUGH or self._is_over:
+                return
+            step = LEVERS[self._technique](share, self._of)
+            variant = f"{100 * share:.0f} % {_TAKEN[self._technique]}"
+            with self._context.span("candidate", f"{self._technique} {variant}"):
+                record = self._apply(replace(start[-1], step=step, changes={}), self._context)
+                if not record.changes:
+                    return
+                found = self._judged(record, start, variant)
+            yield from found
+            last = found[-1].candidate
+            if last.unscored:
+                return  # how much more may go is known when this has been scored
+            if last.reason:
+                if shares:
+                    return
+                lost = share
+            else:
+                kept = share
+
+    def _judged(self, record: StepRecord, start: tuple[StepRecord, ...], variant: str) -> list[Cut]:
+        """The candidate; and, where it has lost its answers, the same after training."""
+        before = start if start[-1].changes else start[:-1]
+        candidate = Candidate(variant, record, file_size_bytes(record.path), technique=self._technique)
+        found = [Cut(self._judge(candidate), before)]
+        judged = found[0].candidate
+        if not self._trains or not judged.reason or judged.unscored or judged.cosine < LEAST_COSINE or self._is_over:
+            return found
+        trained = self._trained(record)
+        if trained is not None:
+            again = Candidate("", trained, file_size_bytes(trained.path), technique="distill")
+            found.append(Cut(self._judge(again), (*before, record)))
+        return found
+
+    def _trained(self, record: StepRecord) -> StepRecord | None:
+        """The model trained towards the original; None where that brought nothing, or cannot be done."""
+        left_s = self._left_s()
+        budget_s = TRAINING_SHARE * (USUAL_SEARCH_S if left_s is None else left_s)
+        deadline = self._context.clock() + budget_s
+        if self._context.deadline is not None:
+            deadline = min(deadline, self._context.deadline)
+        step = Step("distill", self._training(record.model))
+        try:
+            trained = self._apply(replace(record, step=step, changes={}), replace(self._context, deadline=deadline))
+        except (UnsupportedOperatorError, TimeLimitError) as error:
+            self._context.check_time()
+            self._context.log(f"not trained: {error.message}")
+            return None
+        return trained if trained.changes else None
+
+    def _training(self, model: Model) -> DistillConfig:
+        from modelpress_compression.passes.distill.augmentation import fitting  # torch: only who trains needs it
+
+        names = fitting(model, self._context.data)
+        augment = tuple(Augmentation(name, amount) for name, amount in AUGMENTATIONS.items() if name in names)
+        return DistillConfig(epochs=EPOCHS, patience=PATIENCE, augment=augment)
+
+    @property
+    def _is_over(self) -> bool:
+        left_s = self._left_s()
+        return left_s is not None and left_s <= 0
+
+
+def _next_share(kept: float, lost: float) -> float:
+    """The next share to try, between what kept the answers and what lost them."""
+    if lost > MOST:  # nothing has lost them yet
+        return min(MOST, kept + STEP) if kept else FIRST_SHARE
+    return (kept + lost) / 2
+
+
+def time_left(limit_s: float | None, began_s: float) -> float | None:
+    """Seconds of a search that began then, on `time.monotonic()`; None: it has no limit."""
+    return None if limit_s is None else limit_s - (time.monotonic() - began_s)

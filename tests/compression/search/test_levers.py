@@ -1,0 +1,137 @@
+"""How far a lever goes is found by measuring, and training comes where the answers were lost by a little."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from modelpress_compression import InputData, Model
+from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.fuse.config import FuseConfig
+from modelpress_compression.recipe import BALANCED, SMALLEST, Step
+from modelpress_compression.search.candidates import Candidate
+from modelpress_compression.search.levers import MOST, Cut, LeverSearch
+from modelpress_compression.search.steps import StepRecord
+
+
+@pytest.fixture
+def start(digits: Model, tmp_path: Path) -> tuple[StepRecord, ...]:
+    digits.save(tmp_path / "digits.onnx")
+    return (StepRecord(Step("fuse", FuseConfig()), digits, tmp_path / "digits.onnx"),)
+
+
+class Bench:
+    """A lever on a model whose answers are lost where more than `limit` of it is gone; training adds `gain` to that."""
+
+    def __init__(self, samples: InputData, folder: Path, limit: float, gain: float = 0.0) -> None:
+        self.context = Context(samples, folder)
+        self.limit, self.gain = limit, gain
+        self.asked: list[tuple[str, float]] = []
+        self.left_s: float | None = None
+
+    def apply(self, before: StepRecord, context: Context) -> StepRecord:
+        """Changes nothing but the record."""
+        return replace(before, changes={"done": 1})
+
+    def judge(self, candidate: Candidate) -> Candidate:
+        trained = candidate.technique == "distill"
+        share = self.asked[-1][1] if trained else _share(candidate.record.step)
+        self.asked.append((candidate.technique, share))
+        lost = share > self.limit + (self.gain if trained else 0.0)
+        return replace(candidate, reason="lost" if lost else "")
+
+    def cuts(self, start: tuple[StepRecord, ...], *, trains: bool = False, cuts: int = 5) -> list[Cut]:
+        search = LeverSearch(
+            "prune",
+            BALANCED,
+            self.context,
+            apply=self.apply,
+            judge=self.judge,
+            left_s=lambda: self.left_s,
+            trains=trains,
+            cuts=cuts,
+        )
+        return list(search.cuts(start))
+
+
+def _share(step: Step) -> float:
+    return float(step.config.sparsity)
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.3, 0.62, 0.9])
+def test_it_comes_near_to_what_the_answers_permit(
+    start: tuple[StepRecord, ...], samples: InputData, tmp_path: Path, limit: float
+) -> None:
+    """The largest share that is kept is within a tenth of the limit, after five models; kept shares only rise."""
+    found = Bench(samples, tmp_path, limit).cuts(start)
+    kept = [_share(cut.candidate.record.step) for cut in found if not cut.candidate.reason]
+    assert len(found) <= 5
+    assert kept == sorted(kept)
+    assert max(kept, default=0.0) == pytest.approx(min(limit, MOST), abs=0.1)
+
+
+def test_training_wins_back_what_was_lost_by_a_little(
+    start: tuple[StepRecord, ...], samples: InputData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where the cut alone has lost; and the chain of what is kept then ends with the training."""
+    monkeypatch.setattr(Candidate, "cosine", property(lambda self: 0.9))
+    bench = Bench(samples, tmp_path, limit=0.3, gain=0.2)
+    found = bench.cuts(start, trains=True)
+    trained = [cut for cut in found if cut.candidate.technique == "distill" and not cut.candidate.reason]
+    assert trained
+    assert [record.step.technique for record in trained[-1].chain] == ["prune", "distill"]
+    assert all(share > 0.3 for technique, share in bench.asked if technique == "distill")
+
+
+def test_a_ruin_is_not_trained(
+    start: tuple[StepRecord, ...], samples: InputData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not resemble the original any more would take longer than anybody waits."""
+    monkeypatch.setattr(Candidate, "cosine", property(lambda self: 0.1))
+    bench = Bench(samples, tmp_path, limit=0.1, gain=0.5)
+    bench.cuts(start, trains=True)
+    assert all(technique == "prune" for technique, _ in bench.asked)
+
+
+def test_it_ends_with_the_time(start: tuple[StepRecord, ...], samples: InputData, tmp_path: Path) -> None:
+    """No further model is begun."""
+    bench = Bench(samples, tmp_path, limit=0.5)
+    bench.left_s = 0.0
+    assert bench.cuts(start) == []
+
+
+@pytest.mark.parametrize("change", [lambda record: replace(record, changes={}), None])
+def test_where_nothing_can_go_it_ends(
+    start: tuple[StepRecord, ...], samples: InputData, tmp_path: Path, change: Callable[[StepRecord], StepRecord] | None
+) -> None:
+    """A lever that moves nothing is not pulled again; one that does, is."""
+    bench = Bench(samples, tmp_path, limit=0.5)
+    if change is not None:
+        bench.apply = lambda before, context: change(before)  # type: ignore[method-assign]
+    assert bool(bench.cuts(start)) == (change is None)
+
+
+def test_parameters_count_for_the_smallest(start: tuple[StepRecord, ...], samples: InputData, tmp_path: Path) -> None:
+    """Channels go by what they take in the file there, by their multiplications elsewhere."""
+    steps = []
+
+    def apply(before: StepRecord, context: Context) -> StepRecord:
+        steps.append(before.step)
+        return replace(before, changes={"done": 1})
+
+    bench = Bench(samples, tmp_path, limit=0.5)
+    for objective in (SMALLEST, BALANCED):
+        lever = LeverSearch(
+            "prune",
+            objective,
+            bench.context,
+            apply=apply,
+            judge=bench.judge,
+            left_s=lambda: None,
+            trains=False,
+            cuts=1,
+        )
+        list(lever.cuts(start))
+    assert [step.config.normalize for step in steps] == ["parameters", "macs"]
