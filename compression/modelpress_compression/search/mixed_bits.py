@@ -1,4 +1,4 @@
-"""The smallest file that keeps the answers: 4 or 8 bits for each weight, chosen by what they take and what they err.
+"""The smallest file that keeps the answers: 2, 4 or 8 bits for each weight, chosen by what they take and what they err.
 
 1. Prices: of every weight in every form, its bytes, and the error at the outputs with it alone in that form.
 2. Solver: the fewest bytes for which the errors add up to no more than a budget (solver.py).
@@ -75,9 +75,11 @@ class MixedBitsSearch:
 
     def _built(self, forms: Mapping[str, Form]) -> Candidate:
         names = {name: form.name for name, form in forms.items()}
-        four = sum(name not in (EIGHT, FLOAT) for name in names.values())
+        few = sum(name not in (EIGHT, FLOAT) for name in names.values())
         predicted = sum(form.error for form in forms.values())
-        variant = f"{four} of {len(names)} weights in blocks of 4 bits, priced at {-10 * math.log10(predicted):.0f} dB"
+        variant = (
+            f"{few} of {len(names)} weights in blocks of 4 bits or less, priced at {-10 * math.log10(predicted):.0f} dB"
+        )
         return self._search.add("weight_only", lambda: self._bits.store(names), variant, asked=[sorted(names.items())])
 
 

@@ -88,9 +88,11 @@ def _start(linker: wasmtime.Linker, store: wasmtime.Store, module: wasmtime.Modu
         assert isinstance(start, wasmtime.Func)  # noqa: S101  every WASI program has it
         start(store)
     except wasmtime.ExitTrap as trap:
-        return trap if trap.code else None
+        failed: Exception | None = trap if trap.code else None
+        return failed
     except (wasmtime.Trap, wasmtime.WasmtimeError) as error:
-        return error
+        broken: Exception = error
+        return broken
     return None
 
 

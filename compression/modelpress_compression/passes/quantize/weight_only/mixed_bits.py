@@ -1,9 +1,9 @@
-"""Weights in 4 bits, 8 bits or float32, each as its caller says; and what each form of each weight costs.
+"""Weights in 2, 4 or 8 bits or float32, each as its caller says; and what each form of each weight costs.
 
     options    of every weight: bytes, and the error at the outputs with it alone in that form
     store      a model with each weight in the form chosen for it
 
-Forms are those of `scheme: weight_only` with `weights: int4` and `int8`: products over many inputs in blocks, tables in
+Forms are those of `scheme: weight_only` with `weights: int2`, `int4` and `int8`: products over many inputs in blocks, tables in
 blocks, everything else in the arithmetic that is folded when the model is loaded. 4 bits are rounded by GPTQ where
 there is data; that is done once, and remembered for every model that is made.
 """
@@ -27,10 +27,16 @@ from modelpress_compression.passes.quantize.weight_only.storage import own_weigh
 from modelpress_compression.passes.quantize.weight_only.store import storable_weights
 from modelpress_compression.passes.quantize.weight_only.writer import WeightWriter
 
-FOUR, LONG_FOUR, EIGHT, FLOAT = "4 bits", "4 bits in long blocks", "8 bits", "float32"
+TWO, FOUR, LONG_FOUR, EIGHT, FLOAT = "2 bits", "4 bits", "4 bits in long blocks", "8 bits", "float32"
+_BITS: Mapping[str, int] = MappingProxyType({TWO: 2, FOUR: 4, LONG_FOUR: 4, EIGHT: 8})
 # A scale for 128 weights instead of 32: 4.3 bits a weight, not 5.1.
 _CHANGES: Mapping[str, Mapping[str, str | int]] = MappingProxyType(
-    {FOUR: {"weights": "int4"}, LONG_FOUR: {"weights": "int4", "block_size": 128}, EIGHT: {"weights": "int8"}}
+    {
+        TWO: {"weights": "int2"},
+        FOUR: {"weights": "int4"},
+        LONG_FOUR: {"weights": "int4", "block_size": 128},
+        EIGHT: {"weights": "int8"},
+    }
 )
 
 
@@ -52,11 +58,11 @@ class MixedBits:
         self._config, self._context = replace(config, scheme="weight_only"), context
         self._model = model.clone()
         hide_views(self._model, turned=False)
-        four = self._four_bit_rounder()
-        self._rounders = {FOUR: four, LONG_FOUR: four, EIGHT: NearestRounder()}
+        four = self._narrow_rounder()
+        self._rounders = {TWO: four, FOUR: four, LONG_FOUR: four, EIGHT: NearestRounder()}
         self.options = self._measured()
 
-    def _four_bit_rounder(self) -> Rounder:
+    def _narrow_rounder(self) -> Rounder:
         """GPTQ where there is data, which does its work once."""
         config = replace(self._config, weights="int4")
         rounder = make_rounder(self._model, config, self._context, Findings())
@@ -79,7 +85,7 @@ class MixedBits:
                 forms = []
                 for form, writer in writers.items():
                     values, stored = writer.quantized(weight)
-                    if form == EIGHT or stored.bits == 4:
+                    if stored.bits == _BITS[form]:
                         forms.append(Form(form, stored.stored_bytes, error(name, values)))
                 tensor = constant_tensor(weight)
                 found[name] = (*forms, Form(FLOAT, tensor.nbytes if tensor is not None else 0, 0.0))
@@ -99,7 +105,7 @@ class MixedBits:
             if form != FLOAT:
                 self._context.check_time()
                 writers[form].store(graph, weight)
-                findings.changes["weights_in_8_bits" if form == EIGHT else "weights_in_4_bits"] += 1
+                findings.changes[f"weights_in_{_BITS[form]}_bits"] += 1
         clean(work)
         restore_views(work)
         return findings.result(work)
