@@ -3,9 +3,9 @@
     options    of every weight: bytes, and the error at the outputs with it alone in that form
     store      a model with each weight in the form chosen for it
 
-Forms are those of `scheme: weight_only` with `weights: int2`, `int4` and `int8`: products over many inputs in blocks, tables in
-blocks, everything else in the arithmetic that is folded when the model is loaded. 4 bits are rounded by GPTQ where
-there is data; that is done once, and remembered for every model that is made.
+Forms are those of `scheme: weight_only` with `weights: int2`, `int4` and `int8`: products over many inputs in blocks,
+tables in blocks, everything else in the arithmetic that is folded when the model is loaded. Fewer than 8 bits are
+rounded by GPTQ where there is data; that is done once, and remembered for every model that is made.
 """
 
 from __future__ import annotations
