@@ -3,6 +3,8 @@
     python protos/generate.py           write them
     python protos/generate.py --check   exit 1 where a committed file differs from what would be written
     python protos/generate.py --lint    run `buf lint`
+    python protos/generate.py --breaking    run `buf breaking` against the API of the last release, released.binpb
+    python protos/generate.py --release     write released.binpb: what clients of this release know
 
 The engine's configuration classes become recipe.proto, and its table of formats becomes an enum. The modules that check
 a recipe and tell a file's format are copied (COPIES): so the client does both as the engine does, without the engine.
@@ -29,6 +31,8 @@ from recipe_messages import RECIPE, recipe_proto
 ROOT = Path(__file__).resolve().parent
 # Files of others that ours import, google/protobuf/ left out: with them the folder is all that a client needs.
 THIRD_PARTY = ROOT / "modelpress_protos/third_party"
+# The API as the last release has it: clients that know it must be able to talk to this server.
+RELEASED = ROOT / "released.binpb"
 # Modules and packages of the engine that stand on the standard library alone -> their copies.
 COPIES = {
     "modelpress_compression.errors": "modelpress_protos.errors",
@@ -114,8 +118,8 @@ def check() -> int:
     return 1 if stale else 0
 
 
-def lint() -> int:
-    """Runs `buf lint` in a copy that has the files of others as a module beside ours, so that no registry is needed."""
+def buf(*arguments: str) -> int:
+    """Runs buf in a copy that has the files of others as a module beside ours, so that no registry is needed."""
     with tempfile.TemporaryDirectory() as folder:
         copy_sources(Path(folder) / "protos")
         shutil.copytree(THIRD_PARTY, Path(folder) / "third_party")
@@ -128,18 +132,36 @@ def lint() -> int:
             )
         )
         (Path(folder) / "buf.yaml").write_text(config)
-        return subprocess.run(["buf", "lint"], cwd=folder, check=False).returncode
+        return subprocess.run(["buf", *arguments], cwd=folder, check=False).returncode
+
+
+def breaking() -> int:
+    """Runs `buf breaking` on the public API, image against image."""
+    with tempfile.TemporaryDirectory() as folder:
+        now = Path(folder) / "now.binpb"
+        if (code := buf("build", "--output", str(now))) != 0:
+            return code
+        # internal: between a server and its own workers, of the same version.
+        config = '{"version": "v2", "breaking": {"use": ["FILE"], "ignore": ["modelpress_protos/internal"]}}'
+        command = ["buf", "breaking", str(now), "--against", str(RELEASED), "--config", config]
+        return subprocess.run(command, check=False).returncode
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Generates what the protos take from the engine, and the stubs.")
     parser.add_argument("--check", action="store_true", help="compare with the committed files instead of writing")
     parser.add_argument("--lint", action="store_true", help="run buf lint")
+    parser.add_argument("--breaking", action="store_true", help="run buf breaking against the last release")
+    parser.add_argument("--release", action="store_true", help="write what the last release is")
     arguments = parser.parse_args()
     # protoc's plug-ins and buf lie beside the interpreter, whose folder need not be on PATH (.venv/bin/pytest).
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if arguments.lint:
-        return lint()
+        return buf("lint")
+    if arguments.breaking:
+        return breaking()
+    if arguments.release:
+        return buf("build", "--exclude-source-info", "--output", str(RELEASED))
     if arguments.check:
         return check()
     generate(ROOT)

@@ -37,6 +37,7 @@ from modelpress_server.membership import Membership
 from modelpress_server.observation.changes import ChangeLog
 from modelpress_server.observation.meter import Meter
 from modelpress_server.observation.tracer import Tracer
+from modelpress_server.pace import Pace
 from modelpress_server.projects import Projects
 from modelpress_server.reflection import enable_reflection
 from modelpress_server.runs import RunResources
@@ -251,7 +252,13 @@ class Server:
         models, jobs, index = SqlModelStore(database), SqlJobStore(database, made_by()), SqlBlobIndex(database)
         usage, prometheus = SqlUsage(database), _prometheus_meter(settings)
         meter, self._tracer = prometheus or Meter(), _tracer(settings)
-        database.on_change = ChangeLog(meter).note
+        pace, log = Pace(settings.workers), ChangeLog(meter)
+
+        def changed(change: StateChange) -> None:
+            log.note(change)
+            pace.note(change)
+
+        database.on_change = changed
         if settings.webhooks is not None:
             self._build_webhooks(settings.webhooks, meter)
         self._executor = self._make_executor(settings)
@@ -294,7 +301,16 @@ class Server:
         model_service = ModelService(settings, self._projects, models, self._scheduler, findings)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(model_service, self._grpc)
         job_service = JobService(
-            settings, self._projects, jobs, models, index, self._blobs, self._scheduler, self._notifier, self._clock
+            settings,
+            self._projects,
+            jobs,
+            models,
+            index,
+            self._blobs,
+            self._scheduler,
+            self._notifier,
+            self._clock,
+            pace,
         )
         job_service_pb2_grpc.add_JobServiceServicer_to_server(job_service, self._grpc)
         server_service = ServerService(settings, self._projects, jobs, usage, findings, self._executor)

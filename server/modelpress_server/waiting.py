@@ -31,6 +31,10 @@ async def uninterrupted(work: Coroutine[Any, Any, Result]) -> Result:
         raise
 
 
+# The key of those who wait for news of any job.
+ANY_NEWS = ""
+
+
 class Notifier:
     """Wakes those who wait for news of a job.
 
@@ -57,7 +61,7 @@ class Notifier:
 
     def notify(self, key: str) -> None:
         """There is news of `key`."""
-        for event in self._waiting.get(key, ()):
+        for event in (*self._waiting.get(key, ()), *self._waiting.get(ANY_NEWS, ())):
             event.set()
 
     def notify_all(self) -> None:

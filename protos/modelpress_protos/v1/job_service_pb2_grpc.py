@@ -56,6 +56,11 @@ class JobServiceStub(object):
                 request_serializer=modelpress__protos_dot_v1_dot_job__service__pb2.WatchJobRequest.SerializeToString,
                 response_deserializer=modelpress__protos_dot_v1_dot_job__service__pb2.WatchJobResponse.FromString,
                 _registered_method=True)
+        self.WatchJobs = channel.unary_stream(
+                '/modelpress.v1.JobService/WatchJobs',
+                request_serializer=modelpress__protos_dot_v1_dot_job__service__pb2.WatchJobsRequest.SerializeToString,
+                response_deserializer=modelpress__protos_dot_v1_dot_job__service__pb2.WatchJobsResponse.FromString,
+                _registered_method=True)
         self.WaitJob = channel.unary_unary(
                 '/modelpress.v1.JobService/WaitJob',
                 request_serializer=modelpress__protos_dot_v1_dot_job__service__pb2.WaitJobRequest.SerializeToString,
@@ -112,6 +117,15 @@ class JobServiceServicer(object):
     def WatchJob(self, request, context):
         """A snapshot, then every event after after_sequence, heartbeats while idle; ends when the job has ended.
         After a cut, call again with the last sequence seen.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchJobs(self, request, context):
+        """The jobs of a project as they change: first those that have not ended, then each one that has changed, as it then
+        is, at most once a second. Heartbeats while idle. After a cut, call again, and list what ended meanwhile
+        (`end_time >= ...`). UNAVAILABLE: the server shuts down.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -174,6 +188,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.WatchJob,
                     request_deserializer=modelpress__protos_dot_v1_dot_job__service__pb2.WatchJobRequest.FromString,
                     response_serializer=modelpress__protos_dot_v1_dot_job__service__pb2.WatchJobResponse.SerializeToString,
+            ),
+            'WatchJobs': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchJobs,
+                    request_deserializer=modelpress__protos_dot_v1_dot_job__service__pb2.WatchJobsRequest.FromString,
+                    response_serializer=modelpress__protos_dot_v1_dot_job__service__pb2.WatchJobsResponse.SerializeToString,
             ),
             'WaitJob': grpc.unary_unary_rpc_method_handler(
                     servicer.WaitJob,
@@ -310,6 +329,33 @@ class JobService(object):
             '/modelpress.v1.JobService/WatchJob',
             modelpress__protos_dot_v1_dot_job__service__pb2.WatchJobRequest.SerializeToString,
             modelpress__protos_dot_v1_dot_job__service__pb2.WatchJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/modelpress.v1.JobService/WatchJobs',
+            modelpress__protos_dot_v1_dot_job__service__pb2.WatchJobsRequest.SerializeToString,
+            modelpress__protos_dot_v1_dot_job__service__pb2.WatchJobsResponse.FromString,
             options,
             channel_credentials,
             insecure,

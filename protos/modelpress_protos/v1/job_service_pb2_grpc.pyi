@@ -46,6 +46,11 @@ class JobServiceStub:
     """A snapshot, then every event after after_sequence, heartbeats while idle; ends when the job has ended.
     After a cut, call again with the last sequence seen.
     """
+    WatchJobs: _grpc.UnaryStreamMultiCallable[_job_service_pb2.WatchJobsRequest, _job_service_pb2.WatchJobsResponse]
+    """The jobs of a project as they change: first those that have not ended, then each one that has changed, as it then
+    is, at most once a second. Heartbeats while idle. After a cut, call again, and list what ended meanwhile
+    (`end_time >= ...`). UNAVAILABLE: the server shuts down.
+    """
     WaitJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.WaitJobRequest, _job_service_pb2.Job]
     """Waits up to timeout for the end and returns the job as it then is; for clients without streams."""
     UpdateJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.UpdateJobRequest, _job_service_pb2.Job]
@@ -73,6 +78,11 @@ class JobServiceAsyncStub(JobServiceStub):
     WatchJob: _aio.UnaryStreamMultiCallable[_job_service_pb2.WatchJobRequest, _job_service_pb2.WatchJobResponse]  # type: ignore[assignment]
     """A snapshot, then every event after after_sequence, heartbeats while idle; ends when the job has ended.
     After a cut, call again with the last sequence seen.
+    """
+    WatchJobs: _aio.UnaryStreamMultiCallable[_job_service_pb2.WatchJobsRequest, _job_service_pb2.WatchJobsResponse]  # type: ignore[assignment]
+    """The jobs of a project as they change: first those that have not ended, then each one that has changed, as it then
+    is, at most once a second. Heartbeats while idle. After a cut, call again, and list what ended meanwhile
+    (`end_time >= ...`). UNAVAILABLE: the server shuts down.
     """
     WaitJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.WaitJobRequest, _job_service_pb2.Job]  # type: ignore[assignment]
     """Waits up to timeout for the end and returns the job as it then is; for clients without streams."""
@@ -122,6 +132,17 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_job_service_pb2.WatchJobResponse], _abc.AsyncIterator[_job_service_pb2.WatchJobResponse]]:
         """A snapshot, then every event after after_sequence, heartbeats while idle; ends when the job has ended.
         After a cut, call again with the last sequence seen.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchJobs(
+        self,
+        request: _job_service_pb2.WatchJobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_job_service_pb2.WatchJobsResponse], _abc.AsyncIterator[_job_service_pb2.WatchJobsResponse]]:
+        """The jobs of a project as they change: first those that have not ended, then each one that has changed, as it then
+        is, at most once a second. Heartbeats while idle. After a cut, call again, and list what ended meanwhile
+        (`end_time >= ...`). UNAVAILABLE: the server shuts down.
         """
 
     @_abc_1.abstractmethod

@@ -37,7 +37,7 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return NOT_MEASURED
     if seconds < 60:
-        return f"{max(seconds, 0.0):.1f} s"
+        return f"{max(seconds, 0)} s" if isinstance(seconds, int) else f"{max(seconds, 0.0):.1f} s"
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 

@@ -15,7 +15,7 @@ from modelpress_protos.printable import printable
 from modelpress_protos.v1 import job_service_pb2
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
-from modelpress_server.console.figures import percent
+from modelpress_server.console.figures import duration, percent
 from modelpress_server.console.visitor import Visitor
 from modelpress_server.errors import ServiceError
 from modelpress_server.stores.base import ENDED_STATES
@@ -65,11 +65,13 @@ def shown(job: job_service_pb2.Job) -> dict[str, Any]:
     """What a page shows of a job's progress; the script puts each text where it belongs."""
     progress, waits = job.progress, job.state == job_service_pb2.JOB_STATE_QUEUED
     ahead = f"{progress.queue_position} ahead" if progress.queue_position else "the next one"
+    left = duration(round(progress.eta.ToMilliseconds() / 1000)) if progress.HasField("eta") else ""
     return {
         "state": job_state_name(job.state),
         "fraction": round(progress.fraction, 3),
         "percent": percent(progress.fraction),
         "stage": ahead if waits else printable(progress.stage.replace("_", " ")),
         "message": printable(progress.message),
+        "left": left and (f"begins in about {left}" if waits else f"about {left} left"),
         "ended": job.state in ENDED_STATES,
     }

@@ -16,9 +16,11 @@ from modelpress_server.filters import Fields
 from modelpress_server.interceptors import check_project, check_projects, current_trace_parent, draining
 from modelpress_server.listing import fitted, list_query, page_token, wrong_field
 from modelpress_server.names import parse_name, parse_project, parse_projects
+from modelpress_server.pace import Pace
 from modelpress_server.projects import Projects
 from modelpress_server.scheduler import Scheduler
 from modelpress_server.services.job_requests import blobs_of, check_job, new_job
+from modelpress_server.services.job_watch import JobsWatch
 from modelpress_server.stores.base import BlobIndex, BlobStore, JobRecord, JobStore, ModelStore
 from modelpress_server.stores.records import now_us
 from modelpress_server.stores.sql_jobs import refuse_rejected
@@ -51,6 +53,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         scheduler: Scheduler,
         notifier: Notifier,
         clock: Clock,
+        pace: Pace,
     ) -> None:
         self._settings = settings
         self._projects = projects
@@ -61,6 +64,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         self._scheduler = scheduler
         self._notifier = notifier
         self._clock = clock
+        self._pace = pace
 
     async def CreateJob(  # noqa: N802  # the name of the method in the API
         self, request: job_service_pb2.CreateJobRequest, context: Any
@@ -89,6 +93,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
             is_there=self._blobs.is_there,
         )
         self._scheduler.wake()
+        self._notifier.notify(created.id)
         return await self._message(created)
 
     async def GetJob(  # noqa: N802
@@ -104,7 +109,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         page = await self._jobs.list_page(query)
         queued = any(record.message.state == QUEUED for record in page.items)
         positions = await self._jobs.queue_positions() if queued else {}
-        messages = [record.to_message(positions.get(record.id, 0)) for record in page.items]
+        messages = [self._shown(record, positions.get(record.id, 0)) for record in page.items]
         found, more = fitted(messages, has_more=page.has_more)
         token = page_token(scope, request.filter, page.items[len(found) - 1].id) if more else ""
         return job_service_pb2.ListJobsResponse(jobs=found, next_page_token=token)
@@ -131,6 +136,8 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
                 record = await self._get(request.name)
                 while events := await self._jobs.events(record.id, after, BATCH):
                     for event in events:
+                        if event.sequence == record.last_sequence and event.HasField("progress"):
+                            event.progress.CopyFrom((await self._message(record)).progress)
                         yield event
                     after = events[-1].sequence
                 if record.ended:
@@ -147,6 +154,21 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
                     yield _event(heartbeat=job_service_pb2.Heartbeat())
         finally:
             self._notifier.drop(record.id, ticket)
+
+    async def WatchJobs(  # noqa: N802
+        self, request: job_service_pb2.WatchJobsRequest, context: Any
+    ) -> AsyncIterator[job_service_pb2.WatchJobsResponse]:
+        parent = parse_projects(request.parent)
+        query = list_query(check_projects(parent), 0, "", request.filter, FIELDS)
+        watch = JobsWatch(self._jobs, self._notifier, self._clock, query, self._settings.heartbeat_s)
+
+        def check() -> None:
+            if check_projects(parent).projects != query.projects:
+                raise errors.PermissionDeniedError("The projects that you may read are others now. Watch again.")
+
+        async for response in watch.changes(check, self._shown):
+            yield response
+        raise draining()
 
     async def WaitJob(  # noqa: N802
         self, request: job_service_pb2.WaitJobRequest, context: Any
@@ -184,6 +206,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         checks.finish()
         labels = dict(request.job.labels) if "labels" in paths else None
         record = await self._jobs.set_labels(check_project(project), job_id, request.job.etag, labels)
+        self._notifier.notify(job_id)
         return await self._message(record)
 
     async def CancelJob(  # noqa: N802
@@ -237,8 +260,13 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
 
     async def _message(self, record: JobRecord) -> job_service_pb2.Job:
         if record.message.state != QUEUED:
-            return record.to_message()
-        return record.to_message((await self._jobs.queue_positions()).get(record.id, 0))
+            return self._shown(record)
+        return self._shown(record, (await self._jobs.queue_positions()).get(record.id, 0))
+
+    def _shown(self, record: JobRecord, queue_position: int = 0) -> job_service_pb2.Job:
+        message = record.to_message(queue_position)
+        self._pace.tell(message)
+        return message
 
 
 def _event(**kind: Any) -> job_service_pb2.WatchJobResponse:

@@ -70,6 +70,7 @@ jobs = Table(
     Index("ix_jobs_state_project_id", "state", "project", "id"),
     Index("ix_jobs_state_queue_deadline_us", "state", "queue_deadline_us"),
     Index("ix_jobs_model_id", "model_id"),
+    Index("ix_jobs_end_time_us", "end_time_us"),
 )
 
 # Servers that share this database, each until its lease ends. What others own is nobody's any more.
