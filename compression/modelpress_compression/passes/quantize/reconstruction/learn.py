@@ -53,7 +53,8 @@ from modelpress_compression.passes.repair.paired import is_held_out
 MAX_SAMPLES = 256
 MAX_KEPT_BYTES = 256 * 1024**2  # 256 MiB of activations, of each of the two models
 BATCH = 16
-LEARNING_RATE = 0.1
+# Of Adam, whose steps are about as long as this: V can cross its range in as many as there are.
+LEARNING_RATE, WAY = 0.1, 50.0
 # lambda: less of it leaves weights between two levels, where rounding them in the end undoes what was learned.
 DECIDING = 300.0
 DROPPED = 0.5  # of the activations, under brecq
@@ -291,7 +292,7 @@ class _Trial:
         soft = {name: SoftRounding(grid, device) for name, grid in self._grids.items()}
         base = {name: _tensor(grid.real(grid.levels), self._executor) for name, grid in self._grids.items()}
         scale = self._mean_error(samples, base)
-        optimizer = torch.optim.Adam([item.offsets for item in soft.values()], lr=LEARNING_RATE)
+        optimizer = torch.optim.Adam([item.offsets for item in soft.values()], lr=max(LEARNING_RATE, WAY / steps))
         began, step, share = time.monotonic(), 0, 0.0
         random = torch.random.fork_rng(devices=[])
         with random:
