@@ -1,6 +1,6 @@
 """Random faults over a stream of uploads and jobs, and what must hold for all that.
 
-    python tests/faults/campaign.py --kills 1000 [--seed 1] [--folder DIR]
+    python tests/faults/campaign.py --kills 1000 [--seed 1] [--folder DIR] [--shared]
 
 Kills (SIGKILL) a server, its workers and its clients at random moments, while the disk fills up and empties, blobs rot,
 the clock is set by days and back, and workers cannot start. Then it takes all faults away and checks:
@@ -9,6 +9,8 @@ the clock is set by days and back, and workers cannot start. Then it takes all f
 - nothing failed, except jobs whose model rotted, which succeed when the file has been uploaded again, and jobs that
   were killed at each of their ten attempts, which are counted
 - the database and all blobs are sound, besides those that were made to rot; no process and no folder is left
+
+With --shared two servers are killed, on one PostgreSQL and one S3 bucket; there nothing rots.
 
 Root may give the data folder a small file system of its own; without, disks do not fill up.
 """
@@ -20,6 +22,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
 import random
 import socket
 import subprocess
@@ -27,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ import grpc
 import grpc.aio
 import psutil
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
 sys.path.insert(0, str(Path(__file__).parent))
 from fault_client import MAX_ATTEMPTS, content_of
 from fault_tasks import BROKEN, result_of
@@ -47,6 +51,9 @@ from modelpress_protos.v1.job_service_pb2_grpc import JobServiceStub
 from modelpress_protos.v1.model_service_pb2_grpc import ModelServiceStub
 from modelpress_protos.v1.upload_service_pb2_grpc import UploadServiceStub
 from modelpress_server.scrub import Scrub
+from postgres_server import postgres_server
+from s3_server import BUCKET, environment, s3_server
+from shared_stores import new_database
 
 HERE = Path(__file__).parent
 DISK_BYTES = 128 * 1024**2
@@ -55,6 +62,7 @@ DAY_S = 24 * 3600
 # What has ended is deleted when it is so old: then its blobs may go at once.
 DELETE_AFTER_S = 65.0
 PATIENCE_S = 600.0
+NO_ENVIRONMENT: Mapping[str, str] = {}
 
 S = job_service_pb2
 M = model_service_pb2
@@ -92,8 +100,9 @@ class Outcome:
 class Process:
     """A child process that is started again and again."""
 
-    def __init__(self, command: Callable[[], list[str]], log: Path) -> None:
+    def __init__(self, command: Callable[[], list[str]], log: Path, environment: Mapping[str, str]) -> None:
         self._command = command
+        self._environment = {**os.environ, **environment}
         self._log = log
         self._process: asyncio.subprocess.Process | None = None
 
@@ -106,7 +115,7 @@ class Process:
         """Starts it; what it prints."""
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *self._command(), stdout=asyncio.subprocess.PIPE, stderr=log
+                *self._command(), stdout=asyncio.subprocess.PIPE, stderr=log, env=self._environment
             )
         assert self._process.stdout is not None
         return self._process.stdout
@@ -127,9 +136,15 @@ class Process:
 
 
 class Campaign:
-    """One campaign in `folder`; `disk`: the data folder's own small file system, if it has one."""
+    """One campaign in `folder`; `own_disk`: the data folder has a small file system of its own.
 
-    def __init__(self, folder: Path, *, seed: int, own_disk: bool, pause_s: float) -> None:
+    `shared`: the environment of servers that share their stores; empty: there is one server, with a data folder.
+    """
+
+    def __init__(
+        self, folder: Path, *, seed: int, own_disk: bool, pause_s: float, shared: Mapping[str, str] = NO_ENVIRONMENT
+    ) -> None:
+        self._shared = bool(shared)
         self._random = random.Random(seed)
         self._folder = folder
         self._data_dir = folder / "disk" / "data"
@@ -138,10 +153,11 @@ class Campaign:
         self._clock_file = folder / "clock"
         self._own_disk = own_disk
         self._pause_s = pause_s
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._address = f"127.0.0.1:{free.getsockname()[1]}"
-        self._server = Process(self._server_command, folder / "server.log")
-        self._clients = [Process(self._client_command, folder / "client.log") for _ in range(CLIENTS)]
+        self._address = _free_address()
+        self._server = Process(self._server_command, folder / "server.log", shared)
+        # One that nobody calls: it runs jobs of the first one, and sweeps at times.
+        self._other = Process(self._other_command, folder / "other.log", shared)
+        self._clients = [Process(self._client_command, folder / "client.log", {}) for _ in range(CLIENTS)]
         self._next_seed = seed * 1_000_000
         self._models: dict[str, int] = {}
         self._jobs: dict[str, Job] = {}
@@ -154,11 +170,13 @@ class Campaign:
         try:
             return await self._run(kills)
         finally:
-            for process in (self._server, *self._clients):
+            for process in (self._server, self._other, *self._clients):
                 await process.kill()
 
     async def _run(self, kills: int) -> Outcome:
-        await self._start_server()
+        await self._start_server(self._server)
+        if self._shared:
+            await self._start_server(self._other)
         for client in self._clients:
             await self._start_client(client)
         async with grpc.aio.insecure_channel(self._address) as channel:
@@ -182,9 +200,10 @@ class Campaign:
                 left = [job.name for job in self._jobs.values() if not job.verified]
                 self._violated(f"{len(left)} jobs did not end within {PATIENCE_S:g} s, the first is {left[:1]}")
             await self._heal()
-        status = await self._server.terminate()
-        if status != 0:
-            self._violated(f"the server ended with {status} at SIGTERM")
+        for server in (self._server, self._other) if self._shared else (self._server,):
+            status = await server.terminate()
+            if status != 0:
+                self._violated(f"the server ended with {status} at SIGTERM")
         self._check_what_is_left()
         return self.outcome
 
@@ -193,9 +212,10 @@ class Campaign:
     async def _fault(self) -> None:
         faults: list[tuple[int, Callable[[], Awaitable[None]]]] = [
             (25, self._kill_server),
+            (15 if self._shared else 0, self._kill_other),
             (35, self._kill_worker),
             (25, self._kill_client),
-            (4, self._rot_a_blob),
+            (0 if self._shared else 4, self._rot_a_blob),
             (4, self._set_the_clock),
             (3, self._break_workers),
             (4 if self._own_disk else 0, self._fill_the_disk),
@@ -206,11 +226,17 @@ class Campaign:
     async def _kill_server(self) -> None:
         await self._server.kill()
         self.outcome.faults["kill server"] += 1
-        await self._start_server()
+        await self._start_server(self._server)
+
+    async def _kill_other(self) -> None:
+        await self._other.kill()
+        self.outcome.faults["kill other server"] += 1
+        await self._start_server(self._other)
 
     async def _kill_worker(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            workers = [child for child in psutil.Process(self._server.pid).children() if _is_worker(child)]
+            server = self._random.choice((self._server, self._other)) if self._shared else self._server
+            workers = [child for child in psutil.Process(server.pid).children() if _is_worker(child)]
             if workers:
                 self._random.choice(workers).kill()
                 self.outcome.faults["kill worker"] += 1
@@ -265,22 +291,22 @@ class Campaign:
     # Processes
 
     def _server_command(self) -> list[str]:
-        return [
-            sys.executable,
-            str(HERE / "fault_server.py"),
-            self._address,
-            str(self._data_dir),
-            str(self._clock_file),
-        ]
+        return self._serve(self._address, self._data_dir)
+
+    def _other_command(self) -> list[str]:
+        return self._serve("127.0.0.1:0", self._data_dir.with_name("other"))
+
+    def _serve(self, address: str, data_dir: Path) -> list[str]:
+        return [sys.executable, str(HERE / "fault_server.py"), address, str(data_dir), str(self._clock_file)]
 
     def _client_command(self) -> list[str]:
         self._next_seed += 1000
         files = str(self._folder / "files")
         return [sys.executable, str(HERE / "fault_client.py"), self._address, files, str(self._next_seed)]
 
-    async def _start_server(self) -> None:
+    async def _start_server(self, server: Process) -> None:
         while True:
-            output = await self._server.start()
+            output = await server.start()
             if (await output.readline()).startswith(b"listening"):
                 return
             # The port of the dead server may be taken for a moment still.
@@ -426,15 +452,16 @@ class Campaign:
                     self._violated(f"the rotten model of seed {seeds[name]} does not heal: {error}")
 
     def _check_what_is_left(self) -> None:
-        found = Scrub(self._data_dir).run(set_aside=False, on_progress=lambda _: None)
-        self.outcome.seen["blobs"] = found.blobs
-        self.outcome.violations += [f"damaged: {name}" for name in found.damaged if name not in self._rotten]
-        self.outcome.violations += [f"missing: {name}" for name in found.missing if name not in self._rotten]
-        self.outcome.violations += [*found.database, *found.uploads]
+        if not self._shared:
+            found = Scrub(self._data_dir).run(set_aside=False, on_progress=lambda _: None)
+            self.outcome.seen["blobs"] = found.blobs
+            self.outcome.violations += [f"damaged: {name}" for name in found.damaged if name not in self._rotten]
+            self.outcome.violations += [f"missing: {name}" for name in found.missing if name not in self._rotten]
+            self.outcome.violations += [*found.database, *found.uploads]
         for process in psutil.process_iter(["cmdline"]):
-            if any(str(self._data_dir) in part for part in process.info["cmdline"] or ()):
+            if any(str(self._data_dir.parent) in part for part in process.info["cmdline"] or ()):
                 self._violated(f"process {process.pid} is left: {process.info['cmdline'][:3]}")
-        left = list((self._data_dir / "work").iterdir())
+        left = list(self._data_dir.parent.glob("*/work/*"))
         if left:
             self._violated(f"{len(left)} working folders are left")
 
@@ -464,11 +491,27 @@ def small_disk(folder: Path) -> Iterator[bool]:
             subprocess.run(["umount", str(disk)], check=True)
 
 
-def run_campaign(folder: Path, *, kills: int, seed: int, pause_s: float) -> Outcome:
-    """A whole campaign in an empty folder."""
-    with small_disk(folder) as own_disk:
-        campaign = Campaign(folder, seed=seed, own_disk=own_disk, pause_s=pause_s)
+def run_campaign(folder: Path, *, kills: int, seed: int, pause_s: float, shared: bool = False) -> Outcome:
+    """A whole campaign in an empty folder. `shared`: on servers that share their stores. Raises NotHereError."""
+    with small_disk(folder) as own_disk, shared_servers(shared) as given:
+        campaign = Campaign(folder, seed=seed, own_disk=own_disk, pause_s=pause_s, shared=given)
         return asyncio.run(campaign.run(kills))
+
+
+@contextlib.contextmanager
+def shared_servers(wanted: bool) -> Iterator[Mapping[str, str]]:
+    """A PostgreSQL and a bucket, and the environment of a server that uses them; an empty one if not wanted."""
+    if not wanted:
+        yield {}
+        return
+    with postgres_server() as server, s3_server() as endpoint:
+        stores = {"COMPRESS_SERVER_DATABASE": new_database(server), "COMPRESS_SERVER_BLOBS": f"s3://{BUCKET}/faults"}
+        yield {**stores, **environment(endpoint)}
+
+
+def _free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def main() -> None:
@@ -478,9 +521,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--pause", type=float, default=1.0, help="longest pause between two faults, in seconds")
     parser.add_argument("--folder", type=Path, help="an empty folder; by default a temporary one")
+    parser.add_argument("--shared", action="store_true", help="two servers on one PostgreSQL and one bucket")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="faults-"))
-    outcome = run_campaign(folder, kills=arguments.kills, seed=arguments.seed, pause_s=arguments.pause)
+    outcome = run_campaign(
+        folder, kills=arguments.kills, seed=arguments.seed, pause_s=arguments.pause, shared=arguments.shared
+    )
     print(outcome)
     sys.exit(1 if outcome.violations else 0)
 

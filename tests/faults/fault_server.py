@@ -1,9 +1,13 @@
-"""A server whose clock can be set: `fault_server.py ADDRESS DATA_DIR CLOCK_FILE`; the file holds seconds to add."""
+"""A server whose clock can be set: `fault_server.py ADDRESS DATA_DIR CLOCK_FILE`; the file holds seconds to add.
+
+The environment may name stores that it shares with others: COMPRESS_SERVER_DATABASE, COMPRESS_SERVER_BLOBS.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 import time
@@ -40,6 +44,9 @@ async def main(address: str, data_dir: Path) -> None:
     settings = Settings(
         listen=address,
         data_dir=data_dir,
+        database=os.environ.get("COMPRESS_SERVER_DATABASE"),
+        blobs=os.environ.get("COMPRESS_SERVER_BLOBS"),
+        lease_s=3.0,
         workers=2,
         reserve_bytes=MIB,
         ack_interval_bytes=64 * 1024,
