@@ -42,6 +42,7 @@ from modelpress_compression.search.family import ORIGINAL, FamilyMember, family
 from modelpress_compression.search.judge import FLOAT_FLOOR_DB, Judge
 from modelpress_compression.search.levers import FEW_CUTS, LEVERS, MANY_CUTS, LeverSearch, time_left
 from modelpress_compression.search.mixed_bits import MixedBitsSearch
+from modelpress_compression.search.mixed_schemes import MixedSchemeSearch
 from modelpress_compression.search.quantization import SchemeSearch
 from modelpress_compression.search.recall import Prices, Recall
 from modelpress_compression.search.steps import StepRecord, apply_step, scaled
@@ -218,6 +219,8 @@ class GoalSearch:
         count = len(search.candidates)
         search.static()
         yield search.candidates[count:]
+        if self._is_deep and self.context.data.vouches:
+            yield from ([candidate] for candidate in MixedSchemeSearch(search).candidates())
         count = len(search.candidates)
         search.smaller()
         yield search.candidates[count:]

@@ -101,7 +101,7 @@ class SchemeSearch:
         self.add("dynamic", lambda: Quantize(config)(self.model, self._part(0.0, _DYNAMIC)), asked=config.exclude)
 
     @cached_property
-    def _quantizer(self) -> StaticQuantizer | None:
+    def quantizer(self) -> StaticQuantizer | None:
         """Calibrated when it is first needed, for all choices of layers."""
         part = self._part(_DYNAMIC, _STATIC)
         return prepare_static(self.model, self._config("static"), part, for_time_alone=not self.judge.trusts_ranges)
@@ -110,7 +110,7 @@ class SchemeSearch:
         """Makes the model of a choice of layers."""
 
         def make() -> PassResult:
-            return PassResult(self.model) if self._quantizer is None else choose(self._quantizer).result()
+            return PassResult(self.model) if self.quantizer is None else choose(self.quantizer).result()
 
         return make
 
@@ -133,20 +133,29 @@ class SchemeSearch:
             self.context.progress(_STATIC, f"trying static quantization with {count} layers in float32")
             variant = f"{count} layer{'s' if count > 1 else ''} in float32"
             kept = order[:count]
-            make = self._static(lambda plain: plain.keeping_in_float(kept))
-            return not self.add("static", make, variant, asked=kept).reason
+            return not self.add_static(variant, kept).reason
 
         fewest_in_float(len(order), keeps)
 
+    def add_static(self, variant: str, kept: Sequence[str]) -> Candidate:
+        """A candidate of static quantization with the layers of these outputs in float32."""
+        make = self._static(lambda plain: plain.keeping_in_float(kept))
+        return self.add("static", make, variant, asked=kept)
+
+    @property
+    def threads(self) -> int:
+        """Those that layers are timed with."""
+        return self.judge.recipe.benchmark.threads[0]
+
     def _static_forms(self) -> dict[str, bool]:
         """Whether there is a static form at all, and one with more in 8 bits than pays layer by layer."""
-        if self._quantizer is None:
+        if self.quantizer is None:
             return {"possible": False, "fuller": False}
-        full = replace(self._quantizer, full=True)
-        return {"possible": True, "fuller": len(full.plan.nodes) > len(self._quantizer.plan.nodes)}
+        full = replace(self.quantizer, full=True)
+        return {"possible": True, "fuller": len(full.plan.nodes) > len(self.quantizer.plan.nodes)}
 
     def _order(self) -> dict[str, list[str]]:
-        return {"layers": [] if self._quantizer is None else order_of(self._quantizer, self.context)}
+        return {"layers": [] if self.quantizer is None else order_of(self.quantizer, self.context)}
 
     def known(self, kind: str, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Facts about the float model under this step's configuration."""
