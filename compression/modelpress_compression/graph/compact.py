@@ -6,6 +6,7 @@
     shapes of constants, which stand with them already,
     of values between standard operators, and names of
     nodes that came without                              left out: whoever loads the file finds them
+    names of values between nodes that passes made       a letter and a number
 
 onnxruntime computes the first two when it loads the model, so that latency and memory stay as they are. Passes work on
 plain constants; it is only what is written that is compact.
@@ -14,6 +15,7 @@ plain constants; it is only what is written that is compact.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from itertools import count
 
 import ml_dtypes
 import numpy as np
@@ -43,6 +45,7 @@ def compacted(model: Model, *, weights: bool = True) -> Model:
     for graph in list(clone.graphs()):
         _merge_small(graph)
         _forget_derived(graph)
+    _shorten_names(clone)
     return clone
 
 
@@ -120,3 +123,16 @@ def _forget_derived(graph: onnx_ir.Graph) -> None:
         for value in node.outputs if not node.domain else ():
             if not value.is_graph_output():
                 value.shape = value.type = None
+
+
+def _shorten_names(model: Model) -> None:
+    """A value's name stands with its maker and with each reader. Those that came with the model stay, and those of
+    constants, which say what weight they are of; `Editor.make` names values after the nodes that it makes."""
+    taken = {value.name for graph in model.graphs() for value in (*graph.inputs, *graph.initializers.values())}
+    taken.update(value.name for node in model.nodes() for value in node.outputs)
+    short = (name for number in count() if (name := f"v{number}") not in taken)
+    for node in model.nodes():
+        made = f"_{node.op_type}".join((node.name or "").rsplit(f"/{node.op_type}", 1))
+        for value in node.outputs:
+            if made != node.name and value.name and value.name.startswith(made) and not value.is_graph_output():
+                value.name = next(short)

@@ -61,6 +61,24 @@ def test_shapes_of_constants_are_written_once(channel_model, outputs_of) -> None
     np.testing.assert_array_equal(outputs_of(small, x), outputs_of(model, x))
 
 
+def test_names_of_values_that_passes_made_are_short(channel_model, outputs_of) -> None:  # type: ignore[no-untyped-def]
+    """New ones meet none that is there; those of users, of outputs, of constants and of nodes stay."""
+    nodes = [
+        helper.make_node("Relu", ["x"], ["v0"], "relu"),
+        helper.make_node("Neg", ["v0"], ["long_Neg"], "long/Neg"),
+        helper.make_node("MatMul", ["long_Neg", "w"], ["own"], "product"),
+        helper.make_node("Abs", ["own"], ["y"], "y/Abs"),
+    ]
+    model = channel_model(nodes, {"w": EXACT}, ["n", 64], ["n", 64])
+    small = compacted(model, weights=False)
+    assert [node.outputs[0].name for node in small.graph] == ["v0", "v1", "own", "y"]
+    assert [node.name for node in small.graph] == ["relu", "long/Neg", "product", "y/Abs"]
+    assert list(small.graph.initializers) == ["w"]
+    assert model.graph.node(1).outputs[0].name == "long_Neg"
+    x = RNG.standard_normal((3, 64)).astype(np.float32)
+    np.testing.assert_array_equal(outputs_of(small, x), outputs_of(model, x))
+
+
 def test_equal_small_constants_become_one(channel_model, outputs_of) -> None:  # type: ignore[no-untyped-def]
     """Two biases of the same numbers are written once; outputs keep their shapes, values between lose theirs."""
     bias = RNG.standard_normal(64).astype(np.float32)
