@@ -1,11 +1,12 @@
 """The front of our candidates beside the points of other tools, on real models: size, latency and task metric.
 
-    python benchmarks/frontier.py --models DIR [--cache DIR] [--tools DIR] [--only NAME ...] [--skip TOOL ...]
-                                  [--points-only | --time-only | --render]
+    python benchmarks/frontier.py --models DIR [--cache DIR] [--tools DIR] [--labelled DIR] [--only NAME ...]
+                                  [--skip TOOL ...] [--points-only | --time-only | --render]
 
 DIR holds trained models and one `eval_NAME.py` for each, as for real_models.py. Every tool works in an environment of
 its own (frontier_tools.py), every point in a process of its own; all take the same ONNX file and the same calibration
-inputs. Ours are the models that jobs for each goal let be downloaded (frontier_ours.py).
+inputs. Ours are the models that jobs for each goal let be downloaded (frontier_ours.py); where --labelled has data of a
+model, also those of jobs with labels, which the page names as such.
 
 Points and their metrics stay in the cache and are made again only when what they depend on has changed; --points-only
 stops there. Times are measured anew, all points of a model in one process and in the same interleaved rounds:
@@ -40,6 +41,7 @@ from quantization_measuring import metric
 from quantization_process import GIB, Limits
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+OUR_TIME = 6  # times the limit of one point: a job makes ten
 RESULTS = DOCS / "frontier.json"
 PAGE = DOCS / "frontier.md"
 
@@ -67,7 +69,10 @@ def make_points(case: Case, prepared: Prepared, tools: list[Installed], argument
     """All points of a model into the cache, with the metrics that decide."""
     limits = Limits(arguments.timeout, int(arguments.memory * GIB))
     for job in JOBS if OURS not in arguments.skip else ():
-        outcome = our_points(job, prepared, Limits(arguments.timeout * 3, limits.memory_bytes))
+        labelled = arguments.labelled / f"{case.name}.npz" if job.labels and arguments.labelled else None
+        if job.labels and not (labelled and labelled.exists()):
+            continue
+        outcome = our_points(job, prepared, Limits(arguments.timeout * OUR_TIME, limits.memory_bytes), labelled)
         say(f"{case.name}: ours, {job.name}: {outcome['outcome']} {outcome['error']} {outcome['wall_s']:.0f} s")
     for one in tools:
         outcomes = made_by(one, prepared, limits)
@@ -155,6 +160,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, help="folder with the models and their eval_NAME.py")
     parser.add_argument("--cache", type=Path, default=temporary / "modelpress-frontier")
     parser.add_argument("--tools", type=Path, default=temporary / "modelpress-frontier-tools", help="environments")
+    parser.add_argument("--labelled", type=Path, help="folder of NAME.npz, labelled data as for --eval")
     parser.add_argument("--only", nargs="*", default=[], help="parts of models' names")
     parser.add_argument("--skip", nargs="*", default=[], help="tools to leave out, or ours")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one point")

@@ -2,10 +2,10 @@
 
 As a script it is one job in a process of its own:
 
-    python benchmarks/frontier_ours.py FOLDER OUTPUT JOB
+    python benchmarks/frontier_ours.py FOLDER OUTPUT JOB [LABELLED]
 
-FOLDER is a prepared case (quantization_cases.py), JOB the name of one of JOBS. Writes what `Result.write` writes into
-OUTPUT, and OUTPUT/points.json with name and file of each model.
+FOLDER is a prepared case (quantization_cases.py), JOB the name of one of JOBS, LABELLED an .npz as for `--eval`. Writes
+what `Result.write` writes into OUTPUT, and OUTPUT/points.json with name and file of each model.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from modelpress_compression import Memory, Recipe, compress, load
-from quantization_cases import Prepared
+from quantization_cases import Prepared, file_digest
 from quantization_contenders import engine_digest
 from quantization_process import Limits, watch
 
@@ -31,10 +32,11 @@ SMALLEST_1 = "smallest-1"  # as `compress-client upload --goal smallest --max-dr
 
 @dataclass(frozen=True)
 class Job:
-    """`goal` as in a recipe."""
+    """`goal` as in a recipe. `labels`: with labelled data, by which channels, ranks and training are judged."""
 
     name: str
     goal: dict[str, Any] = field(default_factory=dict)
+    labels: bool = False
 
 
 JOBS = (
@@ -47,18 +49,21 @@ JOBS = (
     Job("smallest-10", {"objective": "smallest", "max_drop": 0.1}),
     Job("fastest-3", {"objective": "fastest", "max_drop": 0.03}),
     Job("fastest-10", {"objective": "fastest", "max_drop": 0.1}),
+    *(Job(f"{name}-labels", {"objective": name}, labels=True) for name in ("balanced", "smallest", "fastest")),
 )
 
 
-def our_points(job: Job, prepared: Prepared, limits: Limits) -> dict[str, Any]:
+def our_points(job: Job, prepared: Prepared, limits: Limits, labelled: Path | None = None) -> dict[str, Any]:
     """Runs the job unless the cache has it, by this engine on this model. `outcome` as for the tools' points."""
     folder = _folder(prepared, job)
     kept, key = folder / "outcome.json", f"{prepared.digest} {engine_digest()} {json.dumps(job.goal)}"
+    if labelled is not None:
+        key += f" {file_digest(labelled)}"
     if kept.exists():
         outcome: dict[str, Any] = json.loads(kept.read_text("utf-8"))
         if outcome["key"] == key:
             return outcome
-    outcome = _run(job, prepared, folder, limits) | {"key": key}
+    outcome = _run(job, prepared, folder, limits, labelled) | {"key": key}
     kept.write_text(json.dumps(outcome), "utf-8")
     return outcome
 
@@ -80,10 +85,11 @@ def _folder(prepared: Prepared, job: Job) -> Path:
     return prepared.folder / "front" / OURS / job.name
 
 
-def _run(job: Job, prepared: Prepared, folder: Path, limits: Limits) -> dict[str, Any]:
+def _run(job: Job, prepared: Prepared, folder: Path, limits: Limits, labelled: Path | None) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     command = [sys.executable, __file__, str(prepared.folder), str(folder), job.name]
+    command += [] if labelled is None else [str(labelled.resolve())]
     began = time.monotonic()
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -104,7 +110,11 @@ def main() -> None:
     recipe = Recipe.from_dict({"version": 1, "goal": job.goal})
     # Jobs on one model remember each other, as on a server.
     memory = Memory(folder / "memory")
-    result = compress(load(prepared.model), recipe, data=prepared.calibration(), memory=memory)
+    model, labelled = load(prepared.model), None
+    if job.labels:
+        with np.load(sys.argv[4]) as arrays:
+            labelled = dict(arrays)
+    result = compress(model, recipe, data=prepared.calibration(), eval_data=labelled, memory=memory)
     result.write(output)
     points = [
         {"name": member["name"], "file": f"model.{member.id}.onnx", "chosen": member["chosen"]}

@@ -24,7 +24,8 @@ Written by `benchmarks/frontier.py`; do not edit.
 
 Every model goes as the same ONNX file, with the same calibration inputs and without labels, to every tool, in an
 environment of its own: [what stands in each](#the-tools). Ours are the models that jobs for the four goals let be
-downloaded, with the drop that is permitted left alone and set to 3 and to 10 %. Size is that of the files on the disk;
+downloaded, with the drop that is permitted left alone and set to 1, 3 and 10 %; jobs named so had labels as well, of
+samples that are in neither set. Size is that of the files on the disk;
 the metric is that of the model's own evaluation set, which nobody saw; **time** is that over the float model, one
 thread, one sample: all points of a model run in one process, one run each in random order in every round. All run in
 {FIRST_ROUNDS} rounds; what these leave open runs on, in as many as the table says. Points with the same file are one.

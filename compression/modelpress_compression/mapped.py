@@ -99,6 +99,11 @@ def write(ir: onnx_ir.Model, path: Path, data_path: Path | None = None, *, finis
 
 
 def _serialized(light: onnx_ir.Model, finish: Finish) -> bytes:
+    """`light` loses the shapes of its constants, which stand with the constants themselves."""
+    for graph in (light.graph, *light.graph.subgraphs()):
+        for value in graph.initializers.values():
+            if value.const_value is not None and not value.is_graph_input() and not value.is_graph_output():
+                value.shape = value.type = None
     proto = onnx_ir.to_proto(light)
     finish(proto)
     return proto.SerializeToString()

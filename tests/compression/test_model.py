@@ -59,6 +59,15 @@ def test_save_and_run(threshold_bytes: int, tmp_path: Path, monkeypatch: pytest.
     )
 
 
+def test_shapes_of_weights_are_written_once(tmp_path: Path) -> None:
+    """With the weight: no value_info repeats them. The model in memory keeps them, and who reads the file has them."""
+    model = affine()
+    files = model.save(tmp_path / "m.onnx")
+    assert not onnx.load(files[0]).graph.value_info
+    assert list(model.graph.initializers["w"].shape or ()) == [3, 2]
+    assert list(model_module.read_graph(files[0]).initializers["w"].shape or ()) == [3, 2]
+
+
 def test_external_weights_are_taken_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model read with external data is whole again when it is saved elsewhere."""
     monkeypatch.setattr(model_module, "EXTERNAL_DATA_THRESHOLD_BYTES", 0)

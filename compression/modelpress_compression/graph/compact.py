@@ -3,9 +3,8 @@
     a float32 constant that is one number throughout     Expand(number, shape)
     a float32 constant that 16 bits hold exactly         Cast(float16 or bfloat16)
     small constants that are equal                       one
-    shapes of constants, which stand with them already,
-    of values between standard operators, and names of
-    nodes that came without                              left out: whoever loads the file finds them
+    shapes of values between standard operators, and
+    names of nodes that came without                     left out: whoever loads the file finds them
     names of values between nodes that passes made       a letter and a number
 
 onnxruntime computes the first two when it loads the model, so that latency and memory stay as they are. Passes work on
@@ -112,11 +111,7 @@ def _merge_small(graph: onnx_ir.Graph) -> None:
 
 
 def _forget_derived(graph: onnx_ir.Graph) -> None:
-    """Names that the loader makes, and shapes of constants and of what operators make that ONNX itself knows; of others
-    nobody else can tell."""
-    for value in graph.initializers.values():
-        if not value.is_graph_input() and not value.is_graph_output() and value.const_value is not None:
-            value.shape = value.type = None
+    """Names that the loader makes, and shapes of operators that ONNX itself knows; of others nobody else can tell."""
     for node in graph:
         if node.name == node.meta.get(GIVEN_NAME):
             node.name = None

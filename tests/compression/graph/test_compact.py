@@ -6,7 +6,6 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import onnx_ir
 import pytest
 from modelpress_compression.graph.compact import compacted, stored_bytes
 from modelpress_compression.model import Model
@@ -46,19 +45,6 @@ def test_weights_may_stay(channel_model) -> None:  # type: ignore[no-untyped-def
     """Of a model that is given back as it was, the types of its weights are kept."""
     model = compacted(_model(channel_model, EXACT), weights=False)
     assert [node.op_type for node in model.graph] == ["MatMul", "Relu"]
-
-
-def test_shapes_of_constants_are_written_once(channel_model, outputs_of) -> None:  # type: ignore[no-untyped-def]
-    """With the constant: no value_info repeats them. The model that it came from stays as it was."""
-    weight = RNG.standard_normal((64, 64)).astype(np.float32)
-    model = _model(channel_model, weight)
-    small = compacted(model)
-    proto = onnx_ir.to_proto(small.ir)
-    assert not proto.graph.value_info
-    assert [list(tensor.dims) for tensor in proto.graph.initializer] == [[64, 64]]
-    assert model.graph.initializers["w"].shape is not None
-    x = RNG.standard_normal((3, 64)).astype(np.float32)
-    np.testing.assert_array_equal(outputs_of(small, x), outputs_of(model, x))
 
 
 def test_names_of_values_that_passes_made_are_short(channel_model, outputs_of) -> None:  # type: ignore[no-untyped-def]
