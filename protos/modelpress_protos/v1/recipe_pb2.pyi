@@ -352,8 +352,8 @@ class QuantizeStep(_message.Message):
     """
     rounding: _builtins.str
     """How weights are rounded: gptq makes later weights take up the error of earlier ones; adaround learns it layer by
-    layer, brecq block by block, which takes minutes; all three need representative inputs. auto takes gptq for 4 bits,
-    and under static where weights make much of the error.
+    layer, brecq block by block, which takes minutes; all three need representative inputs. auto takes gptq for less
+    than 8 bits, and under static layer by layer where that helps the outputs.
     """
     rounding_steps: _builtins.int
     """adaround and brecq: steps of gradient descent for each layer or block."""

@@ -70,7 +70,7 @@ class QuantizeConfig(Config):
         11,
         "How weights are rounded: gptq makes later weights take up the error of earlier ones; adaround learns it "
         "layer by layer, brecq block by block, which takes minutes; all three need representative inputs. auto takes "
-        "gptq for 4 bits, and under static where weights make much of the error.",
+        "gptq for less than 8 bits, and under static layer by layer where that helps the outputs.",
         choices=("auto", "nearest", "gptq", "adaround", "brecq"),
     )
     rounding_steps: int = option(

@@ -85,12 +85,14 @@ def prepare(
     _move_scales(model, layers, config, context, findings)
     plan, histograms = _calibrate(model, layers, context, findings)
     # Weights are rounded as they are now: with the scales that have moved into them.
-    rounder = RememberingRounder(make_rounder(model, config, context, findings), plan.layers)
+    # Under auto, layer by layer, by the error at the outputs (see below), once that is known.
+    first = replace(config, rounding="nearest") if config.rounding == "auto" else config
+    rounder = RememberingRounder(make_rounder(model, first, context, findings), plan.layers)
     setup = QuantizationSetup(model, plan, config, rounder, context)
     quantizer = StaticQuantizer(setup, start_ranges(plan, histograms, config), findings)
     if plan.layers and not for_time_alone:
         quantizer = _with_better_ranges(quantizer, histograms)
-        if config.rounding == "auto" and not config.is_narrow and context.data.provided:
+        if config.rounding == "auto" and context.data.provided:
             quantizer = _with_better_rounding(quantizer)
         quantizer = _without_catastrophes(_with_wide_weights(quantizer))
         # What follows is judged by the outputs of the whole model, which only representative inputs can tell.
@@ -181,7 +183,8 @@ def _with_better_ranges(quantizer: StaticQuantizer, histograms: Histograms) -> S
 def _with_better_rounding(quantizer: StaticQuantizer) -> StaticQuantizer:
     """GPTQ for the weights that make most of the error, if weights matter at all; kept where it helps."""
     setup, ranges, findings = quantizer.setup, quantizer.ranges, Findings()
-    names = worst_weights(ranges)
+    # In 4 bits every weight matters.
+    names = list(ranges.weight_errors) if setup.config.is_narrow else worst_weights(ranges)
     chosen = [layer for layer in setup.plan.layers if layer.outputs[0].name in names]
     if not chosen:
         return quantizer
