@@ -21,6 +21,7 @@ from modelpress_compression.channels.fixes import (
     Count,
     Extents,
     Fix,
+    Number,
     Parts,
     Places,
     Positions,
@@ -118,6 +119,8 @@ class _Cut:
             return
         if isinstance(fix, Count):
             fix.node.attributes[fix.attribute] = onnx_ir.AttrInt64(fix.attribute, self.left(fix.labels))
+        elif isinstance(fix, Number):
+            self._number(fix)
         elif isinstance(fix, Extents):
             self._target(fix)
         elif isinstance(fix, Parts):
@@ -138,6 +141,10 @@ class _Cut:
     def _replace(self, node: onnx_ir.Node, position: int, array: Small) -> None:
         old = node.inputs[position]
         node.replace_input_with(position, self._constant(f"{(old.name if old else None) or label(node)}_cut", array))
+
+    def _number(self, fix: Number) -> None:
+        (made,) = fix.node.outputs
+        made.replace_all_uses_with(self._constant(f"{made.name}_kept", fix.number))
 
     def _parts(self, fix: Parts) -> None:
         sizes = np.asarray([self.left(part) for part in fix.parts], np.int64)

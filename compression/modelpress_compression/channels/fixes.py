@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir
 
+from modelpress_compression.channels.integers import Small
 from modelpress_compression.channels.labels import AxisLabels, Ints, ValueLabels
 
 
@@ -66,13 +67,27 @@ class Places:
     axes: ValueLabels
 
 
-Fix = Count | Extents | Parts | SliceBounds | Positions | Places
+@dataclass(frozen=True)
+class Number:
+    """The node computes a float from the extents of axes with these labels, such as the scale of attention.
+
+    It is `number` in the full network, and what is left of that still computes with it.
+    """
+
+    node: onnx_ir.Node
+    number: Small
+    labels: tuple[Ints, ...]
+
+
+Fix = Count | Extents | Parts | SliceBounds | Positions | Places | Number
 
 
 def labels_of(fix: Fix) -> tuple[AxisLabels, ...]:
     """All labels that a fix depends on."""
     if isinstance(fix, Count):
         return (fix.labels,)
+    if isinstance(fix, Number):
+        return fix.labels
     if isinstance(fix, Extents | Places):
         return fix.axes
     if isinstance(fix, Parts):

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.channels.fixes import Fix
+from modelpress_compression.channels.fixes import Fix, Number
 from modelpress_compression.channels.grids import Grid
 from modelpress_compression.channels.groups import Kind, Role
 from modelpress_compression.channels.integers import Small, evaluate, is_structural, small_constant
@@ -226,8 +226,12 @@ class Tracer:
         self._axes[output] = (None,) * result.ndim
         if sources := self._trace(node, result):
             self._sources[output] = sources
-        if result.dtype.kind == "f":
-            self.use(output, node)
+        if result.dtype.kind == "f" and sources:
+            if self.is_fixed(output):
+                self.fixes.append(Number(node, result, tuple(self.sources(output))))
+                del self._sources[output]
+            else:
+                self.use(output, node)
         return True
 
     def _about_shapes(self, node: onnx_ir.Node) -> bool:

@@ -136,6 +136,17 @@ def test_a_computed_target_of_a_reshape_is_mended(graph: Any, check_cut: Any) ->
     assert (group.kind, group.units, group.align) == ("head", 4, 5)
 
 
+def test_a_scale_of_the_extent_stays_what_it_was(graph: Any, check_cut: Any) -> None:
+    """As the older exporter writes attention: h / sqrt(extent of h), which the cut network still divides by."""
+    scale = "s = Shape<start=1>(h) f = Cast<to=1>(s) d = Sqrt(f)"
+    model = graph(
+        "n,4", "n,3", f"h = MatMul(x, a) {scale} r = Div(h, d) y = MatMul(r, b)", a=normal(4, 6), b=normal(6, 3)
+    )
+    analysis, _ = check_cut(model, {"x": normal(2, 4)})
+    (group,) = analysis.groups
+    assert group.units == 6
+
+
 def test_branches_see_what_is_cut_outside(graph: Any, check_cut: Any, shapes_of: Any) -> None:
     """Both branches of an If read the same hidden units, and their outputs are tied."""
     nodes = """h = MatMul(x, a) m = ReduceSum(x) c = Greater(m, zero)
@@ -213,7 +224,7 @@ COMPUTED_ONE = "i = Cast<to=7>(x) k = ReduceMax<keepdims=0>(i) z = Sub(k, k) e =
         ("r = Softmax<axis=-1>(h)", "Softmax over the axis"),
         ("r = CumSum(h, one)", "CumSum depends on every index"),
         ("m = ReduceMax<keepdims=1>(h, last) r = Sub(h, m)", "ReduceMax over the axis"),
-        ("s = Shape<start=1>(h) f = Cast<to=1>(s) r = Div(h, f)", "calculates with the extent"),
+        ("s = Size(h) f = Cast<to=1>(s) r = Div(h, f)", "calculates with the extent"),
         ('r = Einsum<equation="...i->...i">(h)', "Einsum is not traced"),
         (f"{COMPUTED_ONE} r = Slice(h, zero, six, axis, u)", "bounds of the slice are computed"),
         (f"{COMPUTED_ONE} r = Slice(h, zero, six, u)", "axes of the slice are computed"),
