@@ -5,6 +5,7 @@
 - an initializer that is an input too is a default that callers may override; weights that an exporter listed among the
   inputs are weights alone;
 - tensors of Constant nodes are initializers, in subgraphs too;
+- strided views are Reshapes where they are nothing else;
 - every node has a name, and no two values of a graph share one;
 - shapes and types are inferred as far as ONNX can.
 """
@@ -20,6 +21,7 @@ from onnx_ir.passes import common
 from modelpress_compression.errors import CompressionError, ModelNotRunnableError, RejectedModelError
 from modelpress_compression.graph.shapes import infer_shapes, values_of
 from modelpress_compression.loaders.quiet import quiet
+from modelpress_compression.loaders.strided_views import reshape_strided_views
 from modelpress_compression.loaders.verify import Disagreement, compare_models
 from modelpress_compression.model import GIVEN_NAME, MAX_IR_VERSION, MAX_OPSET, Model
 
@@ -58,6 +60,7 @@ def normalize(model: Model) -> Model:
         _tidy(model.ir)
     name_nodes(model)
     infer_shapes(model.ir)
+    reshape_strided_views(model)
     return model
 
 

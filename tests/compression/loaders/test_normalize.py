@@ -184,3 +184,24 @@ def test_negative_dimensions_are_unknown(tmp_path: Path, make: SimpleNamespace) 
     )
     model = load(make.write_onnx(proto, tmp_path / "m.onnx"))
     assert model.inputs[0].shape == (None, 3)
+
+
+def test_strided_views_become_reshapes(tmp_path: Path, make: SimpleNamespace) -> None:
+    """A Gather of 0, 1, 2, ... from a flat view is a Reshape; one in another order stays."""
+    places = np.arange(8).reshape(2, 1, 4)
+    nodes = [
+        constant("flat", np.array([-1])),
+        constant("places", places),
+        constant("turned", places[:, :, ::-1].copy()),
+        helper.make_node("Reshape", ["x", "flat"], ["row"]),
+        helper.make_node("Gather", ["row", "places"], ["view"]),
+        helper.make_node("Gather", ["row", "turned"], ["back"]),
+        helper.make_node("Sub", ["view", "back"], ["y"]),
+    ]
+    model = load(
+        make.write_onnx(make.onnx_model(nodes, inputs={"x": [2, 4]}, outputs={"y": [2, 1, 4]}), tmp_path / "m.onnx")
+    )
+    assert [node.op_type for node in model.nodes()].count("Reshape") == 2
+    assert [node.op_type for node in model.nodes()].count("Gather") == 1
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    np.testing.assert_array_equal(run_onnx(model, [{"x": x}])[0]["y"], (x - x[:, ::-1])[:, None])
