@@ -15,6 +15,7 @@ so that a weight which the exporter cut into pieces and put together again becom
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -62,12 +63,15 @@ def fold_constants(scope: Scope) -> int:
     model = scope.ir
     lift_constants(model)
     before = sum(1 for _ in model.graph.all_nodes())
-    folding.FoldConstantsPass(
+    follow = folding.FoldConstantsPass(
         shape_inference=True,
         input_size_limit=_SMALL_BYTES // 8,
         output_size_limit=_SMALL_BYTES // 8,
         should_fold=lambda node: None if _small(node) and _foldable(node, scope) else False,
-    )(model)
+    )
+    # It stops at a node that it cannot follow, such as SplitToSequence by a scalar input; what it did by then holds.
+    with contextlib.suppress(RuntimeError):
+        follow(model)
     lift_constants(model)
     for region in _regions(scope):
         _evaluate(region, scope)

@@ -159,7 +159,15 @@ def _run(group: _Group, model: Model, exclude: tuple[str, ...], check_time: Call
     if group.clean_up:
         _count(tally, "duplicate_initializer", merge_initializers(Scope(candidate, exclude)))
     _drop_unused_opset(candidate.ir)
+    _keep_outputs(candidate.ir, model.ir)
     return candidate, tally
+
+
+def _keep_outputs(ir: onnx_ir.Model, given: onnx_ir.Model) -> None:
+    """What a file says of its outputs stays: inference may know more, and callers rely on what was written."""
+    for mine, theirs in zip(ir.graph.outputs, given.graph.outputs, strict=True):
+        mine.type = theirs.type
+        mine.shape = None if theirs.shape is None else theirs.shape.copy()
 
 
 def _concerns(group: _Group, model: Model) -> bool:

@@ -121,3 +121,30 @@ def test_excluded_nodes_stay(build: Any, fuse: Any, ops: Any, rng: Any) -> None:
     model = build(nodes, {"w": rng.standard_normal((8, 8))}, shape=("n", 8))
     assert ops(fuse(model, FuseConfig(exclude=("keep",)))) == ["Exp", "Log", "MatMul"]
     assert ops(fuse(model)) == ["MatMul"]
+
+
+def test_what_folding_cannot_follow_stays(build: Any, fuse: Any, ops: Any) -> None:
+    """A sequence whose length an input decides; what stands beside it is folded all the same."""
+    nodes = [
+        helper.make_node("Neg", ["one"], ["minus"]),
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("ReduceMin", ["shape"], ["size"], keepdims=0),
+        helper.make_node("SplitToSequence", ["x", "size"], ["parts"], axis=0),
+        helper.make_node("ConcatFromSequence", ["parts"], ["whole"], axis=0),
+        helper.make_node("Mul", ["whole", "minus"], ["y"]),
+    ]
+    result = fuse(build(nodes, {"one": np.ones(4, np.float32)}, shape=("n", 4)))
+    assert ops(result) == ["Shape", "ReduceMin", "SplitToSequence", "ConcatFromSequence", "Mul"]
+
+
+def test_outputs_keep_their_written_shapes(build: Any, fuse: Any) -> None:
+    """Folding a sequence away tells more about the output than the file says: callers see what was written."""
+    nodes = [
+        helper.make_node("Identity", ["x"], ["same"]),
+        helper.make_node("SequenceConstruct", ["same", "x"], ["parts"]),
+        helper.make_node("ConcatFromSequence", ["parts"], ["y"], axis=0),
+    ]
+    model = build(nodes, {}, shape=(2, 4))
+    result = fuse(model)
+    assert result.changes
+    assert result.model.outputs == model.outputs
