@@ -114,7 +114,7 @@ def _forget_derived(graph: onnx_ir.Graph) -> None:
     """Names that the loader makes, and shapes of operators that ONNX itself knows; of others nobody else can tell."""
     for node in graph:
         if node.name == node.meta.get(GIVEN_NAME):
-            node.name = None
+            node.name = ""  # None has a copy make up one
         for value in node.outputs if not node.domain else ():
             if not value.is_graph_output():
                 value.shape = value.type = None
