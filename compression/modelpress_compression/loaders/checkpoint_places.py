@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from modelpress_compression.errors import InvalidInputsError, UnsupportedFormatError
+from modelpress_compression.errors import InvalidInputsError
 from modelpress_compression.loaders.checkpoint_file import module_weights
+from modelpress_compression.loaders.formats.refusals import refused
 from modelpress_compression.loaders.weight_names import Weights, without_wrapper_parts, without_wrappers
 
 _MAX_DEPTH = 6
@@ -60,9 +61,7 @@ def places(checkpoint: Any) -> list[Place]:
         what = type(checkpoint).__name__
         if isinstance(checkpoint, Mapping):
             what = ", ".join(str(key)[:60] for key in list(checkpoint)[:_LISTED]) or "nothing"
-        raise UnsupportedFormatError(
-            f"The file holds no weights of a network, only {what}. Save them with torch.save(model.state_dict(), PATH)."
-        )
+        raise refused("NO_WEIGHTS", listed=what)
     return found
 
 

@@ -21,6 +21,7 @@ from modelpress_compression.errors import (
 from modelpress_compression.graph.metadata import clear_debug_metadata
 from modelpress_compression.graph.precision import compute_in_float32, computes_in
 from modelpress_compression.graph.shapes import infer_shapes
+from modelpress_compression.loaders.formats.refusals import refused
 from modelpress_compression.loaders.normalize import name_nodes, normalize
 from modelpress_compression.loaders.onnx_check import check_external_data, check_graph, check_operators
 from modelpress_compression.loaders.onnx_old import raise_from_before_7
@@ -114,9 +115,7 @@ def from_exporter(path: str | os.PathLike[str], provenance: Provenance) -> Model
 
 def _parse(path: Path) -> onnx.ModelProto:
     if path.stat().st_size > _MAX_PROTOBUF_BYTES:
-        raise UnsupportedFormatError(
-            "The ONNX file has more than 2 GiB, which protobuf cannot read; save it with external data."
-        )
+        raise refused("PROTOBUF_SIZE")
     try:
         # Without its external data: their paths are not checked yet.
         proto = mapped.read(path)

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from modelpress_compression.errors import InvalidInputsError, UnsupportedFormatError
+from modelpress_compression.errors import InvalidInputsError
+from modelpress_compression.loaders.formats.refusals import refused
 from modelpress_compression.loaders.formats.weight_files import read_json
 from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.loaders.weight_fit import Fit, fit_report
@@ -52,15 +53,11 @@ def build_auto(config: Path | None) -> torch.nn.Module:
     model_class = getattr(transformers, name, None)
     if model_class is None:
         custom = (
-            " It comes with code of its own (auto_map in config.json), which is not run."
+            "It comes with code of its own (auto_map in config.json), which is not run; "
             if "auto_map" in settings
             else ""
         )
-        raise UnsupportedFormatError(
-            f"config.json names the class {name[:80]!r}, which transformers {transformers.__version__} does not have."
-            f"{custom} Name the code that builds the network with --architecture package.module:factory, or install "
-            "the release of transformers that has it."
-        )
+        raise refused("UNKNOWN_CLASS", name=name[:80], version=transformers.__version__, custom=custom)
     try:
         with quiet():
             found = transformers.AutoConfig.from_pretrained(str(config.parent), local_files_only=True)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from modelpress_compression.archive import Archive
-from modelpress_compression.errors import UnsupportedFormatError
 from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.loaders.checked_copy import checked_copy
 from modelpress_compression.loaders.exporters import ExportRequest, export_plain, export_program
 from modelpress_compression.loaders.exporting import export_checked
+from modelpress_compression.loaders.formats.refusals import refused
 from modelpress_compression.loaders.program_check import check_archive
 from modelpress_compression.loaders.program_inputs import match_specs, number_inputs, program_specs
 from modelpress_compression.loaders.program_state import output_name, without_state
@@ -41,12 +41,25 @@ def load_torch_export(source: Source, specs: Sequence[TensorSpec]) -> Model:
 def _read(path: Path) -> torch.export.ExportedProgram:
     try:
         with quiet():
-            return torch.export.load(str(path))
+            program = torch.export.load(str(path))
+            _forget_ranges_of_expressions(program)
+            return program
     except Exception as error:
-        raise UnsupportedFormatError(
-            f"torch {torch.__version__} cannot read the torch.export archive ({first_line(error)}); "
-            f"save it again with this version of torch, or as ONNX."
-        ) from error
+        raise refused("PROGRAM_VERSION", version=torch.__version__, reason=first_line(error)) from error
+
+
+def _forget_ranges_of_expressions(program: torch.export.ExportedProgram) -> None:
+    """torch 2.13 counts a dimension such as 2*b among its symbols when it reads a program, where its exporter stops.
+
+    The range of an expression follows from those of its symbols.
+    """
+    for node in program.graph.nodes:
+        environment = getattr(getattr(node.meta.get("val"), "fake_mode", None), "shape_env", None)
+        if environment is None:
+            continue
+        for key in [key for key in environment.var_to_range if not key.is_symbol]:
+            del environment.var_to_range[key]
+        return  # all values of a program share one
 
 
 def convert_program(

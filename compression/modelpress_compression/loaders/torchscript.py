@@ -12,11 +12,12 @@ import torch
 
 from modelpress_compression.agreement import ATOL, FLOAT16_ATOL, QUANTIZED_ATOL
 from modelpress_compression.archive import Archive
-from modelpress_compression.errors import InvalidInputsError, UnsupportedFormatError
+from modelpress_compression.errors import InvalidInputsError
 from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.loaders.checked_copy import checked_copy
 from modelpress_compression.loaders.exporters import SCRIPT_EXPORTERS
 from modelpress_compression.loaders.exporting import export_checked
+from modelpress_compression.loaders.formats.refusals import refused
 from modelpress_compression.loaders.hints import suggest_inputs
 from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.loaders.script_check import check_script
@@ -92,10 +93,7 @@ def read_script(path: Path) -> torch.jit.ScriptModule:
             )
             module.eval()
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise UnsupportedFormatError(
-            f"torch {torch.__version__} cannot read the TorchScript archive ({first_line(error)}); "
-            f"save it again with torch.jit.save."
-        ) from error
+        raise refused("SCRIPT_VERSION", version=torch.__version__, reason=first_line(error)) from error
     return module
 
 

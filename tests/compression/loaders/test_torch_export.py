@@ -363,6 +363,15 @@ def test_roots_and_dimensions(dim: Any, tmp_path: Path, make: SimpleNamespace) -
     assert check_same(path, module, [(torch.randn(3, 6),), (torch.randn(7, 6),)]) == []
 
 
+def test_dimensions_that_are_multiples(tmp_path: Path, make: SimpleNamespace) -> None:
+    """A batch of pairs, 2 * half: sizes that the program takes, all even, are one dynamic dimension."""
+    module = odd_names()
+    dim = 2 * torch.export.Dim("half", max=32)
+    path = make.save_program(module.eval(), (torch.randn(4, 6),), tmp_path / "m.pt2", ({0: dim},))
+    assert load(path).inputs[0].shape == ("batch", 6)
+    assert check_same(path, module, [(torch.randn(6, 6),), (torch.randn(10, 6),)]) == []
+
+
 def test_arguments_that_are_constants(tmp_path: Path, make: SimpleNamespace) -> None:
     """None, flags and numbers are part of the program; they are no inputs and no outputs."""
 
