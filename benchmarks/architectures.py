@@ -29,7 +29,7 @@ Exporter = Literal["dynamo", "torchscript"]
 EXPORTERS: tuple[Exporter, ...] = ("dynamo", "torchscript")
 TORCHSCRIPT_OPSET = 17
 # Part of the name of cached exports: raise it when anything here changes what is exported.
-VERSION = 1
+VERSION = 2
 BATCH = "batch"
 TOKENS = "tokens"
 
@@ -209,9 +209,10 @@ def _set_statistics(module: nn.Module, architecture: Architecture) -> None:
     norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return
+    module.eval()  # detectors ask for targets in training, dropout draws
     for norm in norms:
         norm.momentum = 1.0
-    module.train()
+        norm.train()
     module(*(torch.cat([draw() for _ in range(4)]) for draw in architecture.inputs.values()))
     for norm in norms:
         if norm.running_mean is None or norm.running_var is None:

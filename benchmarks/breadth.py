@@ -1,41 +1,50 @@
 """Many architectures, as many producers write them, through the engine: what loads, and what comes back.
 
-    python benchmarks/breadth.py --cache FILE [--only WORD ...] [--again] [--time SECONDS] [--docs]
+    python benchmarks/breadth.py --cache FILE [--only WORD ...] [--recipes ...] [--again] [--time SECONDS] [--docs]
 
-A cell is a model in small (`breadth_cases`: few layers, narrow, random weights) in a form that a producer writes. It
-runs in a process of its own, bounded in time and memory: the model is written, loaded, and held against what torch
-gives, at the extents that it was written with and, where dimensions are dynamic, at others. Then it goes through four
-recipes. FILE has one line of JSON for each cell, so that a run can be stopped and continued; `--docs` writes
-docs/breadth.md from what FILE holds.
+A cell (`breadth_cases`) runs in a process of its own, bounded in time and memory, which is forked from this one: the
+libraries are imported once. FILE has one line of JSON for each cell, so that a run can be stopped and continued;
+`--docs` writes docs/breadth.md from what FILE holds.
 
-Needs `pip install -e '.[benchmarks]'`; skl2onnx, onnxmltools, lightgbm and xgboost for the classifiers.
+Needs `pip install -e '.[benchmarks]'`, torchvision; skl2onnx, onnxmltools, lightgbm, xgboost for the classifiers.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+from breadth_page import WRONG, document
+from breadth_page import cells as cells_of_row
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "breadth.md"
-CELL_TIME_S = 420.0
-CELL_MEMORY_BYTES = 6 * 1024**3  # 6 GiB, resident
-POLL_S = 0.2
-# The default recipe's search ends here: cells are many.
+CELL_CPU_S = 150.0
+CELL_WALL_S = 1800.0
+CELL_MEMORY_BYTES = 4 * 1024**3  # 4 GiB, resident
+POLL_S = 0.1
+# The default recipe's search ends here: cells are many, and training would take most of the time.
 SEARCH_TIME_S = 20.0
+TECHNIQUES = ("fuse", "prune", "factorize", "quantize")
 _QUICK = {"rounds": 5}
 RECIPES: Mapping[str, dict[str, Any]] = {
-    "default": {"version": 1, "goal": {"objective": "balanced", "search_time_s": SEARCH_TIME_S}, "benchmark": _QUICK},
+    "default": {
+        "version": 1,
+        "goal": {"objective": "balanced", "search_time_s": SEARCH_TIME_S, "techniques": [*TECHNIQUES]},
+        "benchmark": _QUICK,
+    },
     "static": {"version": 1, "steps": [{"fuse": {}}, {"quantize": {"scheme": "static"}}], "benchmark": _QUICK},
     "prune": {
         "version": 1,
@@ -50,10 +59,9 @@ RECIPES: Mapping[str, dict[str, Any]] = {
 }
 # Least cosine of outputs with the original's at which a result counts as close; pruned channels take answers along.
 CLOSE: Mapping[str, float | None] = {"default": 0.98, "static": 0.95, "prune": None, "int4": 0.9}
-_WRONG = ("error", "wrong")
 
 
-def measure(name: str, producer: str) -> dict[str, Any]:
+def measure(name: str, producer: str, recipes: Sequence[str] = tuple(RECIPES)) -> dict[str, Any]:
     """The cell's figures, in this process."""
     from breadth_cases import NotMade, made
 
@@ -62,10 +70,10 @@ def measure(name: str, producer: str) -> dict[str, Any]:
             one = made(name, producer, Path(folder))
         except NotMade as error:
             return {"load": {"outcome": "not written", "why": str(error)}}
-        return _through_the_engine(one, name, Path(folder))
+        return _through_the_engine(one, name, Path(folder), recipes)
 
 
-def _through_the_engine(one: Any, name: str, folder: Path) -> dict[str, Any]:
+def _through_the_engine(one: Any, name: str, folder: Path, recipes: Sequence[str]) -> dict[str, Any]:
     from modelpress_compression.errors import CompressionError
 
     row: dict[str, Any] = {}
@@ -75,17 +83,23 @@ def _through_the_engine(one: Any, name: str, folder: Path) -> dict[str, Any]:
     except CompressionError as error:
         row["load"] = {"outcome": "refused", "why": error.message[:400]}
     except Exception as error:  # noqa: BLE001  what is looked for
-        row["load"] = {"outcome": "error", "why": f"{type(error).__name__}: {error}"[:400]}
+        row["load"] = _failed(error)
     if row["load"]["outcome"] != "equal":
         return row
-    for recipe in RECIPES:
+    for recipe in recipes:
         try:
             row[recipe] = _compressed(one, model, recipe, folder)
         except CompressionError as error:
             row[recipe] = {"outcome": "refused", "why": error.message[:400]}
         except Exception as error:  # noqa: BLE001  what is looked for
-            row[recipe] = {"outcome": "error", "why": f"{type(error).__name__}: {error}"[:400]}
+            row[recipe] = _failed(error)
     return row
+
+
+def _failed(error: Exception) -> dict[str, Any]:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(where.filename).name}:{where.lineno}"
+    return {"outcome": "error", "why": f"{type(error).__name__}: {error}"[:300] + f" ({place})"}
 
 
 def _load(one: Any, name: str, folder: Path) -> Any:
@@ -188,45 +202,74 @@ def _cosine(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
     return least
 
 
-def cell(name: str, producer: str) -> dict[str, Any]:
+def cell(name: str, producer: str, recipes: Sequence[str]) -> dict[str, Any]:
     """The cell's figures, from a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--cell", name, producer]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    with tempfile.TemporaryFile("w+") as answer, tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=answer, stderr=log, env=environment, cwd=Path(__file__).parent)
+    with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
+        answer, log = Path(folder) / "answer", Path(folder) / "log"
+        arguments = (name, producer, recipes, answer, log)
+        process = multiprocessing.get_context("fork").Process(target=_in_child, args=arguments)
+        process.start()
         stopped = _watch(process)
-        answer.seek(0)
-        log.seek(0)
-        lines, noise = answer.read().splitlines(), log.read()
-    if stopped:
-        return {"load": {"outcome": "stopped", "why": stopped}}
-    if process.returncode != 0 or not lines:
-        last = " ".join(noise.strip().splitlines()[-1:])[:300]
-        return {"load": {"outcome": "error", "why": f"the process ended with {process.returncode}: {last}"}}
-    row: dict[str, Any] = json.loads(lines[-1])
-    return row
+        if stopped:
+            return {"load": {"outcome": "stopped", "why": stopped}}
+        if not answer.exists():
+            last = " ".join(log.read_text("utf-8", "replace").strip().splitlines()[-1:])[:300]
+            return {"load": {"outcome": "error", "why": f"the process ended with {process.exitcode}: {last}"}}
+        row: dict[str, Any] = json.loads(answer.read_text("utf-8"))
+        return row
 
 
-def _watch(process: subprocess.Popen[bytes]) -> str:
-    """Waits for the end; why it was stopped, if it was."""
-    watched, end = psutil.Process(process.pid), time.monotonic() + CELL_TIME_S
-    while process.poll() is None:
+def _in_child(name: str, producer: str, recipes: Sequence[str], answer: Path, log: Path) -> None:
+    with log.open("w") as sink:
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+        row = measure(name, producer, recipes)
+        partial = answer.with_suffix(".partial")
+        partial.write_text(json.dumps(row), "utf-8")
+        partial.replace(answer)
+
+
+def _watch(process: multiprocessing.process.BaseProcess) -> str:
+    """Waits for the end; why it was stopped, if it was. Time is the process's own: the machine may do other work."""
+    watched, end = psutil.Process(process.pid), time.monotonic() + CELL_WALL_S
+    while process.is_alive():
+        process.join(POLL_S)
         try:
-            resident = watched.memory_info().rss
+            resident, times = watched.memory_info().rss, watched.cpu_times()
         except psutil.NoSuchProcess:
             continue
-        if resident > CELL_MEMORY_BYTES or time.monotonic() > end:
+        reason = (
+            f"over {CELL_MEMORY_BYTES >> 30} GiB" if resident > CELL_MEMORY_BYTES
+            else f"over {CELL_CPU_S:g} s of CPU" if times.user + times.system > CELL_CPU_S
+            else f"over {CELL_WALL_S:g} s" if time.monotonic() > end
+            else ""
+        )  # fmt: skip
+        if reason:
             process.kill()
-            process.wait()
-            return f"over {CELL_MEMORY_BYTES >> 30} GiB" if resident > CELL_MEMORY_BYTES else f"over {CELL_TIME_S:g} s"
-        time.sleep(POLL_S)
+            process.join()
+            return reason
     return ""
+
+
+def _import_all() -> None:
+    """What every cell imports; no session is opened and nothing trained, since threads do not come along in a fork."""
+    from breadth_cases import warm_up
+
+    importlib.import_module("modelpress_compression.pipeline")
+    warm_up()
+    gc.collect()
+    gc.freeze()  # else each collection in a cell walks over all of this again
 
 
 def read(cache: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """The rows of the file by model and producer; of two for one cell the later counts."""
     lines = cache.read_text("utf-8").splitlines() if cache.exists() else []
     return {(row["model"], row["producer"]): row for row in map(json.loads, lines)}
+
+
+def _lacks(row: Mapping[str, Any] | None, recipes: Sequence[str]) -> bool:
+    """Whether the file has less of the cell than is asked for."""
+    return row is None or (row["load"]["outcome"] == "equal" and any(recipe not in row for recipe in recipes))
 
 
 def in_turns(everything: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -242,90 +285,48 @@ def in_turns(everything: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     return [one for _, one in sorted(order, key=lambda pair: pair[0])]
 
 
-def document(rows: Sequence[Mapping[str, Any]], number: int) -> str:
-    """The page."""
-    written = [row for row in rows if row["load"]["outcome"] != "not written"]
-    loaded = [row for row in written if row["load"]["outcome"] == "equal"]
-    treated = [row[recipe] for row in loaded for recipe in RECIPES if recipe in row]
-    good = sum(one["outcome"] in ("equal", "close") for one in treated)
-    failures = Counter(_kind(row, part) for row in written for part in ("load", *RECIPES) if _kind(row, part))
-    text = (__doc__ or "").strip().split("\n\n")[2]
-    lines = [
-        "# Breadth",
-        "",
-        "Written by `python benchmarks/breadth.py --docs`; do not edit.",
-        "",
-        text.partition(" FILE has")[0],
-        "",
-        f"- Cells run: {len(rows)} of {number}; {len(rows) - len(written)} of them the producer refuses to write.",
-        f"- Loaded and equal: {len(loaded)} of {len(written)} ({len(loaded) / max(1, len(written)):.1%}).",
-        f"- Results equal or close, with names, types, dynamic dimensions and metadata kept: {good} of {len(treated)}.",
-        "",
-        "A recipe's column: size over the loaded model's, and least cosine of an output with the loaded model's, at "
-        "other extents than the calibrated ones where the model has dynamic dimensions.",
-        "",
-        *_table(["model", "producer", "load", *RECIPES], [_cells(row) for row in rows]),
-        "",
-        "## What fails",
-        "",
-        *_table(["cells", "what"], [[str(count), kind] for kind, count in failures.most_common()]),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _kind(row: Mapping[str, Any], part: str) -> str:
-    one = row.get(part, {"outcome": "equal"})
-    if one["outcome"] in ("equal", "close", "not written"):
-        return ""
-    return f"{part}: {one['outcome']}: {one['why'][:200]}"
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    texts = [_figures(row[recipe]) if recipe in row else "" for recipe in RECIPES]
-    return [row["model"], row["producer"], row["load"]["outcome"], *texts]
-
-
-def _figures(one: Mapping[str, Any]) -> str:
-    figures = f"{one['ratio']:.2f}, {one['cosine']:.3f}" if "ratio" in one else ""
-    return figures if one["outcome"] in ("equal", "close") else f"**{one['outcome']}** {figures}".strip()
-
-
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [heading, ["---"] * len(heading), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Many architectures by many producers through the engine.")
     parser.add_argument("--cell", nargs=2, metavar=("MODEL", "PRODUCER"), help="one cell, in this process, as JSON")
     parser.add_argument("--cache", type=Path, help="a file for the cells, to go on from")
     parser.add_argument("--only", nargs="*", default=[], help="words in MODEL/PRODUCER; all of them")
+    parser.add_argument("--recipes", nargs="*", default=[*RECIPES], choices=[*RECIPES], help="none: loading alone")
     parser.add_argument("--again", action="store_true", help="also cells that the file has")
     parser.add_argument("--time", type=float, default=float("inf"), help="seconds after which no cell is begun")
     parser.add_argument("--docs", action="store_true", help=f"write {DOCS.name} in docs")
     arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
     if arguments.cell:
-        print(json.dumps(measure(*arguments.cell)))
+        print(json.dumps(measure(*arguments.cell), indent=1))
         return 0
     if arguments.cache is None:
         parser.error("--cache is needed")
     from breadth_cases import cells
 
+    everything = cells()
     rows, end = read(arguments.cache), time.monotonic() + arguments.time
-    for name, producer in in_turns(cells()):
-        wanted = all(word in f"{name}/{producer}" for word in arguments.only)
-        if not wanted or ((name, producer) in rows and not arguments.again) or time.monotonic() > end:
-            continue
-        row = {"model": name, "producer": producer, **cell(name, producer)}
+    wanted = [
+        one
+        for one in in_turns(everything)
+        if all(word in "/".join(one) for word in arguments.only)
+        and (arguments.again or _lacks(rows.get(one), arguments.recipes))
+    ]
+    if wanted:
+        _import_all()
+    for name, producer in wanted:
+        if time.monotonic() > end:
+            break
+        row = {"model": name, "producer": producer, **cell(name, producer, arguments.recipes)}
         rows[name, producer] = row
         with arguments.cache.open("a", encoding="utf-8") as sink:
             print(json.dumps(row), file=sink)
-        print("|".join(_cells(row)), row["load"].get("why", ""), flush=True)
-    ordered = [rows[key] for key in cells() if key in rows]
+        why = "; ".join(row[part]["why"] for part in ("load", *RECIPES) if "why" in row.get(part, {}))
+        print("|".join(cells_of_row(row, [*RECIPES])), why, flush=True)
+    ordered = [rows[key] for key in everything if key in rows]
     if arguments.docs:
-        DOCS.write_text(document(ordered, len(cells())), "utf-8")
-    return 1 if any(row.get(part, {}).get("outcome") in _WRONG for row in ordered for part in ("load", *RECIPES)) else 0
+        DOCS.write_text(document(ordered, everything, [*RECIPES]), "utf-8")
+    outcomes = {row.get(part, {}).get("outcome") for row in ordered for part in ("load", *RECIPES)}
+    return 1 if outcomes & set(WRONG) else 0
 
 
 if __name__ == "__main__":

@@ -36,13 +36,18 @@ def vision_operators() -> Iterator[None]:
     make: Any = torch.library.Library  # torch leaves it untyped
     library = make("torchvision", "FRAGMENT")
     try:
-        for schema in (*_SCHEMAS, *_UNUSED_SCHEMAS):
-            library.define(schema)
-        library.impl("nms", nms, "CPU")
-        library.impl("roi_align", roi_align, "CPU")
+        define(library)
         yield
     finally:
         library._destroy()
+
+
+def define(library: Any) -> None:
+    """The operators in `library`, a fragment of the namespace `torchvision`, for CPU."""
+    for schema in (*_SCHEMAS, *_UNUSED_SCHEMAS):
+        library.define(schema)
+    library.impl("nms", nms, "CPU")
+    library.impl("roi_align", roi_align, "CPU")
 
 
 def nms(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
