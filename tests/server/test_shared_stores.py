@@ -206,37 +206,6 @@ async def test_a_database_that_went_away(start: Start) -> None:
     assert (await one.client.wait(later)).state == S.JOB_STATE_SUCCEEDED
 
 
-async def test_the_janitor_sweeps_a_bucket(start: Start) -> None:
-    """What nothing uses goes from the bucket when its time is over, and parts of an upload with it; the rest stays."""
-    one, other = await start(), await start()
-    leader = one if await one.server._database.leads("janitor") else other
-    kept = await one.client.wait(await one.client.job(await one.client.model()))
-    loose = await other.client.upload(b"nobody uses this")
-    upload = await other.client.start_upload(CONTENT)
-    await other.client.send(chunks(upload.name, CONTENT[:MIB], finish=False))
-    blobs = leader.server._blobs
-    later = now_us() + round(leader.settings.blob_ttl_s * 1e6) + 60 * 10**6
-    assert await blobs.partial_ids() == {upload.name.rpartition("/")[2]}
-    await leader.server._janitor.sweep(later)
-    left = {blob.sha256 for blob in await blobs.older_than(1e12)}
-    assert loose.sha256 not in left
-    assert {file.digest.sha256 for artifact in kept.artifacts for file in artifact.files} <= left
-    assert await blobs.partial_ids() == set()
-
-
-async def test_a_bucket_with_jobs_in_a_file(serve: Serve, s3: str) -> None:
-    """S3 without PostgreSQL: one server, started again on the same folder, has its files and results still."""
-    async with serve(blobs=s3) as running:
-        job = await running.client.wait(await running.client.job(await running.client.model()))
-        upload = await running.client.start_upload(CONTENT)
-        await running.client.send(chunks(upload.name, CONTENT[: 9 * MIB], finish=False))
-    async with serve(blobs=s3) as running:
-        assert await running.client.read(job.artifacts[0].files[0].digest) == b"small"
-        await running.client.send(chunks(upload.name, CONTENT, start=9 * MIB))
-        assert await running.client.read(digest_of(CONTENT)) == CONTENT
-        assert not (running.settings.data_dir / "blobs").exists()
-
-
 async def test_one_janitor(start: Start) -> None:
     """Of two servers one sweeps what they share."""
     one, other = await start(), await start()

@@ -104,7 +104,7 @@ class S3BlobStore:
 
         with answers():
             try:
-                return bool(obstore.head(self._store, key_of(blob))["size"] == blob.size_bytes)
+                return obstore.head(self._store, key_of(blob))["size"] == blob.size_bytes
             except FileNotFoundError:
                 return False
 
@@ -361,7 +361,7 @@ class S3Reader:
             return b""
         end = min(max(end, offset + PART_BYTES), self._blob.size_bytes)
         try:
-            return bytes(self._store.get(key_of(self._blob), offset, end))
+            return self._store.get(key_of(self._blob), offset, end).to_bytes()
         except FileNotFoundError:
             raise missing(self._blob) from None
 
