@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,9 @@ from modelpress_compression.backends.base import BuildRequest, Built
 from modelpress_compression.backends.fpga import forms, project
 from modelpress_compression.backends.fpga.emulator import Design, check_exact, run, sum_bits
 from modelpress_compression.backends.fpga.estimate import estimate
+from modelpress_compression.backends.fpga.folded import FoldedDesign, build_folded, stream_through
 from modelpress_compression.backends.fpga.formats import Reals
+from modelpress_compression.backends.fpga.gates import Netlist
 from modelpress_compression.backends.fpga.network import Network, read_network
 from modelpress_compression.backends.fpga.parallel import ParallelDesign, build_parallel
 from modelpress_compression.backends.fpga.parts import PARTS, Part
@@ -44,11 +46,18 @@ _COST_PER_LUT = 1.5
 
 @dataclass(frozen=True)
 class _Checked:
-    """Samples, and how many of them a netlist answered exactly as the emulator."""
+    """Samples, and how many of them a netlist answered exactly as the emulator; None: not simulated. `latency`,
+    `interval`: in cycles."""
 
     samples: int
     as_written: int
     synthesized: int | None
+    latency: int
+    interval: int
+
+    def exact(self) -> dict[str, int | None]:
+        """The report's `bit_exact`."""
+        return {"samples": self.samples, "as_written": self.as_written, "synthesized": self.synthesized}
 
 
 def build(request: BuildRequest, target: Target) -> Built:
@@ -62,10 +71,7 @@ def build(request: BuildRequest, target: Target) -> Built:
     answers, expected = run(network, samples, design), run(network, samples)
     loss = loss_of(answers, expected)
     request.log(f"fixed point: {loss.sqnr_db:.1f} dB, {_agreement(loss)}")
-    _refuse_too_large(network, design, part)
-    request.progress(0.1, "building the pipeline")
-    hardware = build_parallel(network, design, target.stage_adders)
-    request.log(f"pipeline: {hardware.latency} cycles, about {hardware.adders:.0f} lookup tables")
+    hardware = _hardware(network, design, part, target, request)
     if not is_ready(YOSYS):
         request.log("yosys is being prepared, which takes minutes; see docs/targets.md on how to do it once for all")
     read = write_sources(hardware.sources, request.folder)
@@ -79,7 +85,7 @@ def build(request: BuildRequest, target: Target) -> Built:
     output = onnx.load(str(request.path), load_external_data=False).graph.output[0].name
     onnx.save(forms.plain_onnx(network, design, output), str(plain))
     archive = project.write(request.folder, network, design, hardware, part, target.clock_mhz, section, samples, output)
-    latency_ms = None if routed is None else hardware.latency / routed.fmax_mhz / 1e3
+    latency_ms = None if routed is None else checked.latency / routed.fmax_mhz / 1e3
     return Built(
         model=plain,
         project=archive,
@@ -99,45 +105,60 @@ def samples_of(request: BuildRequest, network: Network) -> Reals:
     return np.concatenate(feeds).astype(np.float64).reshape(-1, *network.input_shape)
 
 
-def _refuse_too_large(network: Network, design: Design, part: Part) -> None:
-    """Before da4ml would take hours for what never fits."""
+def _hardware(
+    network: Network, design: Design, part: Part, target: Target, request: BuildRequest
+) -> ParallelDesign | FoldedDesign:
+    """All products at once, where the part has room for that; else in turns. Raises UnsupportedOperatorError."""
     luts = cost(network, design) / _COST_PER_LUT
     if luts <= _HOPE * part.luts:
-        return
-    folded = estimate(network, design, part)
-    raise UnsupportedOperatorError(
-        f"The network does not fit on {part.title} with all its products at once: it would take about {luts:,.0f} "
-        f"lookup tables, and {part.luts:,} are there. {folded.words()} Take a larger part (--set target.part=...), "
-        f"fewer bits (a larger --max-drop), or a smaller network (--recipe channel-pruned).",
-        op_type="",
-    )
+        request.progress(0.1, "building the pipeline")
+        pipeline = build_parallel(network, design, target.stage_adders)
+        request.log(f"pipeline: {pipeline.latency} cycles, about {pipeline.adders:.0f} lookup tables")
+        return pipeline
+    request.log(f"all products at once would take about {luts:,.0f} lookup tables; they take turns")
+    request.progress(0.1, "folding")
+    try:
+        return build_folded(network, design, part)
+    except UnsupportedOperatorError as error:
+        words = estimate(network, design, part).words()
+        raise UnsupportedOperatorError(
+            f"{error.message} With all its products at once it would take about {luts:,.0f} lookup tables, and "
+            f"{part.luts:,} are there. {words}",
+            op_type="",
+        ) from error
 
 
 def _proven(
     network: Network,
     design: Design,
-    hardware: ParallelDesign,
+    hardware: ParallelDesign | FoldedDesign,
     read: str,
     part: Part,
     samples: Reals,
     request: BuildRequest,
 ) -> tuple[_Checked, Resources]:
-    """Simulates the design as it was written, and as it was synthesized, on the samples."""
+    """Simulates the design as it was written, and a pipeline as it was synthesized, on the samples."""
     given = design.values[network.input].round_input(samples).reshape(len(samples), -1)
     expected = run(network, samples, design).reshape(len(samples), -1)
-    request.progress(0.2, "simulating the pipeline")
-    as_written = answered(gates_as_written(read, TOP, request.folder, request.time_left_s()), hardware, given, expected)
+    request.progress(0.2, "simulating the design")
+    gates = gates_as_written(read, TOP, request.folder, request.time_left_s())
+    if isinstance(hardware, FoldedDesign):
+        seen = stream_through(gates, hardware, given, request.check_time)
+        exact = int((seen.answers == expected).all(axis=1).sum())
+        checked = _Checked(len(samples), exact, None, seen.latency, seen.interval)
+    else:
+        exact = answered(gates, hardware, given, expected)
+        checked = _Checked(len(samples), exact, None, hardware.latency, hardware.interval)
     request.progress(0.4, f"synthesizing for {part.title}")
     resources = synthesize(read, TOP, part, request.folder, request.time_left_s())
-    synthesized = None
-    if part.family == "ecp5":
+    if part.family == "ecp5" and isinstance(hardware, ParallelDesign):
         request.progress(0.6, "simulating what was synthesized")
         gates = gates_synthesized(TOP, part, request.folder, request.time_left_s())
-        synthesized = answered(gates, hardware, given, expected)
-    return _Checked(len(samples), as_written, synthesized), resources
+        checked = replace(checked, synthesized=answered(gates, hardware, given, expected))
+    return checked, resources
 
 
-def answered(gates: Any, hardware: ParallelDesign, given: Reals, expected: Reals) -> int:
+def answered(gates: Netlist, hardware: ParallelDesign, given: Reals, expected: Reals) -> int:
     """Of how many samples every bit of the answer is right, one sample in each cycle."""
     bits = stream(hardware.given.bits(given), LANES)
     seen = gates.run({hardware.given.name: bits}, hardware.made.name, len(bits) + hardware.latency)
@@ -171,7 +192,7 @@ def layer_rows(network: Network, design: Design) -> list[dict[str, str | int | f
 def _section(
     part: Part,
     loss: Loss,
-    hardware: ParallelDesign,
+    hardware: ParallelDesign | FoldedDesign,
     resources: Resources,
     routed: Routed | None,
     checked: _Checked,
@@ -182,24 +203,23 @@ def _section(
         "device": "fpga",
         "part": part.name,
         "part_title": part.title,
-        "form": "parallel",
+        "form": "parallel" if isinstance(hardware, ParallelDesign) else "folded",
         "fidelity": {"sqnr_db": loss.sqnr_db, "agreement": loss.agreement},
         "input_bits": design.values[network.input].width,
         "resources": {name: getattr(resources, name) for name in ("luts", "flip_flops", "dsps", "brams")},
         "shares": resources.shares(part),
         "fits": resources.fits(part),
         "cells": dict(resources.cells),
-        "latency_cycles": hardware.latency,
-        "interval_cycles": hardware.interval,
+        "latency_cycles": checked.latency,
+        "interval_cycles": checked.interval,
         "routed": None,
-        "bit_exact": asdict(checked),
-        "expected_luts": hardware.adders,
+        "bit_exact": checked.exact(),
     }
     if routed is not None:
         section["routed"] = {
             "fmax_mhz": routed.fmax_mhz,
-            "latency_us": hardware.latency / routed.fmax_mhz,
-            "samples_per_s": routed.fmax_mhz * 1e6 / hardware.interval,
+            "latency_us": checked.latency / routed.fmax_mhz,
+            "samples_per_s": routed.fmax_mhz * 1e6 / checked.interval,
             "used": dict(routed.used),
             "available": dict(routed.available),
         }
@@ -211,7 +231,9 @@ def _headline(section: Mapping[str, Any]) -> str:
     routed = section["routed"]
     if routed is None:
         return f"{section['latency_cycles']} cycles, {shares}"
-    return f"{routed['latency_us'] * 1e3:.0f} ns at {routed['fmax_mhz']:.0f} MHz, {shares}"
+    latency_us = routed["latency_us"]
+    took = f"{latency_us * 1e3:.0f} ns" if latency_us < 1 else f"{latency_us:.1f} \N{MICRO SIGN}s"
+    return f"{took} at {routed['fmax_mhz']:.0f} MHz, {shares}"
 
 
 def _notes(section: Mapping[str, Any], network: Network) -> Sequence[str]:

@@ -67,6 +67,31 @@ class Fixed:
         return f"{'s' if self.signed else 'u'}{self.integer}.{self.fraction}"
 
 
+@dataclass(frozen=True)
+class Port:
+    """`count` numbers side by side, the first in the lowest bits, each as `form` says."""
+
+    name: str
+    count: int
+    form: Fixed
+
+    @property
+    def width(self) -> int:
+        return self.count * self.form.width
+
+    def bits(self, values: Reals) -> NDArray[np.bool_]:
+        """[..., count] numbers as [..., width] bits."""
+        integers = self.form.integers(values)[..., None] >> np.arange(self.form.width)
+        return (integers & 1).astype(np.bool_).reshape(*values.shape[:-1], self.width)
+
+    def values(self, bits: NDArray[np.bool_]) -> Reals:
+        """The inverse of `bits`."""
+        weights = 2.0 ** (np.arange(self.form.width) - self.form.fraction)
+        if self.form.signed:
+            weights[-1] *= -1
+        return bits.reshape(*bits.shape[:-1], self.count, self.form.width) @ weights
+
+
 def integer_bits(largest: float) -> int:
     """Before the point, for magnitudes up to `largest`."""
     return math.frexp(largest)[1] if largest > 0 else 0

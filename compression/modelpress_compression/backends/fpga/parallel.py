@@ -25,37 +25,12 @@ from modelpress_compression.backends.fpga.emulator import (
     fraction_of_values,
     mean_factor,
 )
-from modelpress_compression.backends.fpga.formats import Fixed, Reals
+from modelpress_compression.backends.fpga.formats import Fixed, Port, Reals
 from modelpress_compression.backends.fpga.network import Add, Layer, Linear, Network, Pool, Relu, Shape, Transpose
 
 TOP = "network"
 _BLOCKS = ("shift_adder.v", "negative.v", "mux.v", "multiplier.v", "binop.v")  # that its Verilog is made of
 _UNIT_ADDERS = HWConfig(1, -1, -1)  # each adder costs a unit of time, whatever its width
-
-
-@dataclass(frozen=True)
-class Port:
-    """`count` numbers side by side, the first in the lowest bits, each as `form` says."""
-
-    name: str
-    count: int
-    form: Fixed
-
-    @property
-    def width(self) -> int:
-        return self.count * self.form.width
-
-    def bits(self, values: Reals) -> NDArray[np.bool_]:
-        """[..., count] numbers as [..., width] bits."""
-        integers = self.form.integers(values)[..., None] >> np.arange(self.form.width)
-        return (integers & 1).astype(np.bool_).reshape(*values.shape[:-1], self.width)
-
-    def values(self, bits: NDArray[np.bool_]) -> Reals:
-        """The inverse of `bits`."""
-        weights = 2.0 ** (np.arange(self.form.width) - self.form.fraction)
-        if self.form.signed:
-            weights[-1] *= -1
-        return bits.reshape(*bits.shape[:-1], self.count, self.form.width) @ weights
 
 
 @dataclass(frozen=True)

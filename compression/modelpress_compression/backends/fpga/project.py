@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 
 from modelpress_compression.backends.fpga import forms
 from modelpress_compression.backends.fpga.emulator import Design, run
-from modelpress_compression.backends.fpga.formats import Fixed, Reals
+from modelpress_compression.backends.fpga.folded import FoldedDesign
+from modelpress_compression.backends.fpga.formats import Fixed, Port, Reals
 from modelpress_compression.backends.fpga.network import Network
-from modelpress_compression.backends.fpga.parallel import ParallelDesign, Port
+from modelpress_compression.backends.fpga.parallel import ParallelDesign
 from modelpress_compression.backends.fpga.parts import Part
 
 TOP = "network_wrapper"
@@ -39,7 +40,7 @@ def write(
     folder: Path,
     network: Network,
     design: Design,
-    hardware: ParallelDesign,
+    hardware: ParallelDesign | FoldedDesign,
     part: Part,
     clock_mhz: float,
     section: Mapping[str, Any],
@@ -54,18 +55,10 @@ def write(
     texts |= {
         "README.md": _readme(network, hardware, part, section),
         "report.json": json.dumps(section, indent=1),
-        "interface.json": json.dumps(_interface(network, design, hardware), indent=1),
-        "tb/testbench.v": _TEST_BENCH.format(
-            samples=len(tested),
-            given=hardware.given.width - 1,
-            made=hardware.made.width - 1,
-            latency=hardware.latency,
-            given_name=hardware.given.name,
-            made_name=hardware.made.name,
-            top=TOP,
-        ),
-        "tb/given.hex": _hex(hardware.given, given),
-        "tb/expected.hex": _hex(hardware.made, expected),
+        "interface.json": json.dumps(_interface(network, design, hardware, section), indent=1),
+        "tb/testbench.v": _test_bench(hardware, len(tested)),
+        "tb/given.hex": _hex(hardware.given, _lines(hardware, given)),
+        "tb/expected.hex": _hex(hardware.made, _lines(hardware, expected)),
         "constraints/clock.sdc": _SDC.format(period_ns=1e3 / clock_mhz),
         "constraints/clock.xdc": _SDC.format(period_ns=1e3 / clock_mhz),
         "build_ecp5.sh": _BUILD_ECP5.format(
@@ -100,12 +93,37 @@ def _hex(port: Port, values: Reals) -> str:
     return "\n".join(f"{line:0{digits}x}" for line in lines) + "\n"
 
 
-def _interface(network: Network, design: Design, hardware: ParallelDesign) -> dict[str, Any]:
+def _lines(hardware: ParallelDesign | FoldedDesign, values: Reals) -> Reals:
+    """What goes in at once, or comes out, in a row of its own."""
+    return values if isinstance(hardware, ParallelDesign) else values.reshape(-1, 1)
+
+
+def _test_bench(hardware: ParallelDesign | FoldedDesign, samples: int) -> str:
+    given, made = hardware.given.width - 1, hardware.made.width - 1
+    if isinstance(hardware, FoldedDesign):
+        return _FOLDED_TEST_BENCH.format(
+            samples=samples, given=given, made=made, inputs=hardware.inputs, outputs=hardware.outputs, top=TOP
+        )
+    return _TEST_BENCH.format(
+        samples=samples,
+        given=given,
+        made=made,
+        latency=hardware.latency,
+        given_name=hardware.given.name,
+        made_name=hardware.made.name,
+        top=TOP,
+    )
+
+
+def _interface(
+    network: Network, design: Design, hardware: ParallelDesign | FoldedDesign, section: Mapping[str, Any]
+) -> dict[str, Any]:
     def numbers(port: Port, shape: tuple[int, ...], rounding: str, form: Fixed) -> dict[str, Any]:
         return {
             "name": port.name,
             "width": port.width,
-            "order": "the first number in the lowest bits; a sample's elements in row-major order",
+            "order": "a sample's elements in row-major order, "
+            + ("the first in the lowest bits" if isinstance(hardware, ParallelDesign) else "one after the other"),
             "shape": list(shape),
             "bits_of_each": port.form.width,
             "signed": port.form.signed,
@@ -116,8 +134,8 @@ def _interface(network: Network, design: Design, hardware: ParallelDesign) -> di
 
     return {
         "clock": "clk, rising edge; no reset: the first answer comes `latency_cycles` after the first sample",
-        "latency_cycles": hardware.latency,
-        "interval_cycles": hardware.interval,
+        "latency_cycles": section["latency_cycles"],
+        "interval_cycles": section["interval_cycles"],
         "input": numbers(
             hardware.given, network.input_shape, "to the nearest, halves to even", design.values[network.input]
         ),
@@ -131,31 +149,42 @@ def _interface(network: Network, design: Design, hardware: ParallelDesign) -> di
     }
 
 
-def _readme(network: Network, hardware: ParallelDesign, part: Part, section: Mapping[str, Any]) -> str:
+def _readme(network: Network, hardware: ParallelDesign | FoldedDesign, part: Part, section: Mapping[str, Any]) -> str:
     routed = section["routed"]
     figures = (
         f"{routed['fmax_mhz']:.1f} MHz after placement and routing" if routed else "the clock is for the vendor's tool"
     )
+    given, made = hardware.given, hardware.made
+    if isinstance(hardware, ParallelDesign):
+        ports = (
+            f"`{given.name}` takes {given.count} numbers of {given.form.width} bits, `{made.name}` gives {made.count} "
+            f"of {made.form.width} bits, the first in the lowest bits."
+        )
+    else:
+        ports = (
+            f"`in_data` takes {hardware.inputs} numbers of {given.form.width} bits one after the other, while "
+            f"`in_ready`; `out_data` gives {hardware.outputs} of {made.form.width} bits with `out_valid`, and "
+            f"`out_index` says which."
+        )
     host = f"\nThe host computes {network.host[0][0]} of the output.\n" if network.host else ""
     return _README.format(
         part=part.title,
-        luts=section["resources"]["luts"],
-        flip_flops=section["resources"]["flip_flops"],
-        latency=hardware.latency,
+        ports=ports,
         figures=figures,
         host=host,
-        given=hardware.given,
-        made=hardware.made,
+        interval=section["interval_cycles"],
+        latency=section["latency_cycles"],
+        **section["resources"],
     )
 
 
 _README = """# A network in hardware
 
-For {part}: {luts} lookup tables, {flip_flops} flip-flops, {latency} cycles from a sample to its answer, one sample in
-every cycle; {figures}. `report.json` has all figures, `interface.json` the ports and the formats of the numbers.
+For {part}: {luts} lookup tables, {flip_flops} flip-flops, {dsps} DSPs, {brams} block RAMs; {latency} cycles from a
+sample to its answer, a sample every {interval}; {figures}. `report.json` has all figures, `interface.json` the ports
+and the formats of the numbers.
 
-`{given.name}` takes {given.count} numbers of {given.form.width} bits, `{made.name}` gives {made.count} of
-{made.form.width} bits, the first in the lowest bits. A number is k / 2^f, for the integer k in its bits.
+{ports} A number is k / 2^f, for the integer k in its bits.
 {host}
 ## Simulate
 
@@ -196,6 +225,49 @@ module testbench;
         for (cycle = 0; cycle < {samples} + {latency}; cycle = cycle + 1) begin
             {given_name} = given[cycle < {samples} ? cycle : {samples} - 1];
             if (cycle >= {latency} && {made_name} === expected[cycle - {latency}]) right = right + 1;
+            @(posedge clk);
+            #1;
+        end
+        $display("%0d of {samples} samples answered exactly", right);
+        $finish;
+    end
+endmodule
+"""
+
+_FOLDED_TEST_BENCH = """`timescale 1ns / 1ps
+
+// Gives samples as fast as they are taken, and compares the answers with the fixed-point model's.
+module testbench;
+    reg clk = 0;
+    always #5 clk = ~clk;
+
+    reg [{given}:0] given[0:{samples}*{inputs}-1];
+    reg [{made}:0] expected[0:{samples}*{outputs}-1];
+    reg [{given}:0] in_data;
+    reg in_valid = 0;
+    wire in_ready, out_valid;
+    wire [31:0] out_index;
+    wire [{made}:0] out_data;
+    {top} dut (.clk(clk), .in_valid(in_valid), .in_ready(in_ready), .in_data(in_data), .out_valid(out_valid),
+        .out_index(out_index), .out_data(out_data));
+
+    integer put = 0, got = 0, sample = 0, right = 0, wrong = 0;
+    initial begin
+        $readmemh("given.hex", given);
+        $readmemh("expected.hex", expected);
+        while (sample < {samples}) begin
+            in_valid = put < {samples} * {inputs};
+            in_data = given[in_valid ? put : 0];
+            #1;
+            if (out_valid) begin
+                if (out_data !== expected[sample * {outputs} + out_index]) wrong = wrong + 1;
+                got = got + 1;
+                if (got == {outputs}) begin
+                    if (wrong == 0) right = right + 1;
+                    got = 0; wrong = 0; sample = sample + 1;
+                end
+            end
+            if (in_valid && in_ready) put = put + 1;
             @(posedge clk);
             #1;
         end

@@ -110,7 +110,8 @@ def place_and_route(part: Part, clock_mhz: float, folder: Path, time_left_s: flo
 
 def gates_as_written(read: str, top: str, folder: Path, time_left_s: float | None = None) -> Netlist:
     """The design as gates, before anything is optimized."""
-    script = f"{read}; hierarchy -top {top}; {_TO_GATES}; write_json {WORK}/gates.json"
+    script = f"{read}; hierarchy -top {top}; {_TO_GATES.replace('memory_map', 'memory_collect')}; "
+    script += f"write_json {WORK}/gates.json"
     run_tool(YOSYS, ["-q", "-p", script], folder, time_left_s)
     return Netlist(folder / "gates.json", top)
 

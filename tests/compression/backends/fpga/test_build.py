@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import zipfile
@@ -102,7 +103,8 @@ def test_gates_are_simulated(tmp_path: Path) -> None:
     def cell(kind: str, output: str, **pins: int) -> dict[str, object]:
         return {"type": kind, "connections": {name: [net] for name, net in pins.items()} | {output: [pins[output]]}}
 
-    module = {
+    module: dict[str, dict[str, object]] = {
+        "netnames": {"first": {"bits": [6], "attributes": {"init": "1"}}},
         "ports": {"a": {"bits": [2, 3]}, "b": {"bits": [4, 5]}, "y": {"bits": [6, 7, "0"]}},
         "cells": {
             "low": cell("$_XOR_", "Y", A=2, B=4, Y=8),
@@ -118,9 +120,9 @@ def test_gates_are_simulated(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 4, (2, 9, 100))  # operands, cycles, lanes
     bits = (values[..., None] >> np.arange(2) & 1).astype(bool)
     seen = Netlist(path, "top").run({"a": bits[0], "b": bits[1]}, "y", 10)
-    assert not seen[0].any()
+    assert (seen[0] == [True, False, False]).all()
     np.testing.assert_array_equal(seen[1:] @ [1, 2, 4], values.sum(axis=0) % 4)
-    module["cells"]["memory"] = cell("$mem_v2", "Y", A=2, Y=13)
+    module["cells"]["memory"] = cell("$_TBUF_", "Y", A=2, Y=13)
     path.write_text(json.dumps({"modules": {"top": module}}))
     with pytest.raises(ValueError, match="memory is a"):
         Netlist(path, "top")
@@ -128,21 +130,64 @@ def test_gates_are_simulated(tmp_path: Path) -> None:
 
 @installed
 def test_networks_that_do_not_fit_are_refused(model_from_text: Callable[..., Model]) -> None:
-    """At once, with what they would take, and an estimate of another form that says that it is one."""
+    """Before anything is built, neither at once nor folded, with what they would take."""
     rng = np.random.default_rng(0)
     large = model_from_text(
         HEAD + "g (float[n,256] x) => (float[n,10] y) { h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }",
         {
-            "w": rng.standard_normal((256, 128)).astype(np.float32),
-            "v": rng.standard_normal((128, 10)).astype(np.float32),
+            "w": rng.standard_normal((256, 512)).astype(np.float32),
+            "v": rng.standard_normal((512, 10)).astype(np.float32),
         },
     )
     samples = InputData.from_arrays({"x": rng.standard_normal((64, 256)).astype(np.float32)}, large.inputs)
     recipe = Recipe.from_dict({**FPGA, "target": {"device": "fpga", "part": "lfe5u-25f"}})
     with pytest.raises(UnsupportedOperatorError, match="does not fit on Lattice ECP5 LFE5U-25F") as raised:
         compress(large, recipe, data=samples)
-    assert "by FINN's cost formulas and not built here" in raised.value.message
+    assert re.search(r"take about \d+ block RAMs, and 56 are there", raised.value.message)
     assert "24,288 are there" in raised.value.message
+    assert "by FINN's cost formulas, which are estimates" in raised.value.message
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_folded_designs_answer_as_the_emulator(model_from_text: Callable[..., Model], tmp_path: Path) -> None:
+    """Gate by gate, two samples at a time in memories of two banks: padding, strides, pooling, dense layers. The next
+    sample comes after as many cycles as the slowest unit has, and a few for its pipeline."""
+    from modelpress_compression.backends.fpga.emulator import run
+    from modelpress_compression.backends.fpga.folded import build_folded, stream_through
+    from modelpress_compression.backends.fpga.folded_verilog import TOP
+    from modelpress_compression.backends.fpga.network import read_network
+    from modelpress_compression.backends.fpga.parts import PARTS
+    from modelpress_compression.backends.fpga.search import choose_formats
+    from modelpress_compression.backends.fpga.synthesis import gates_as_written, write_sources
+
+    rng = np.random.default_rng(3)
+    model_from_text(
+        HEAD
+        + """g (float[n,2,8,8] x) => (float[n,3] y) {
+        a = Conv<pads=[1,1,1,1]>(x, w, b)  m = MaxPool<kernel_shape=[2,2], strides=[2,2]>(a)  r = Relu(m)
+        e = Conv<pads=[1,1,1,1], strides=[2,2]>(r, d)  s = Relu(e)  f = Flatten(s)
+        h = MatMul(f, v)  t = Relu(h)  y = MatMul(t, u) }""",
+        {
+            "w": rng.standard_normal((5, 2, 3, 3)).astype(np.float32),
+            "b": rng.standard_normal(5).astype(np.float32),
+            "d": rng.standard_normal((4, 5, 3, 3)).astype(np.float32),
+            "v": rng.standard_normal((16, 7)).astype(np.float32),
+            "u": rng.standard_normal((7, 3)).astype(np.float32),
+        },
+    ).save(tmp_path / "model.onnx")
+    network = read_network(tmp_path / "model.onnx")
+    samples = rng.standard_normal((101, 2, 8, 8))
+    design, _ = choose_formats(network, samples)
+    folded = build_folded(network, design, PARTS["lfe5u-25f"])
+    netlist = gates_as_written(write_sources(folded.sources, tmp_path), TOP, tmp_path)
+    given = design.values["x"].round_input(2 * samples)  # saturation counts as well
+    seen = stream_through(netlist, folded, given.reshape(len(given), -1), lambda: None)
+    np.testing.assert_array_equal(seen.answers, run(network, given, design))
+    slowest = max(unit.cycles for unit in folded.units)
+    assert slowest <= seen.interval <= slowest + 40
+    assert seen.latency <= sum(unit.cycles for unit in folded.units) + 128 + 200
 
 
 @installed
