@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,12 +30,12 @@ import onnx
 import psutil
 import yaml
 from onnx import TensorProto, helper
+from sampling import Sampled
 from server_process import running_server
 
 MB, GB = 10**6, 10**9
 BOUND_FACTOR, BOUND_BYTES = 1.5, GB
 SINGLE_FILE_BYTES = 1.5 * GB
-POLL_S = 0.02
 RECIPES = {
     "load": None,
     "fuse": "[{fuse: {}}]",
@@ -168,29 +167,18 @@ def make_model(path: Path, size_bytes: int) -> list[Path]:
 
 
 @dataclass
-class Peak:
+class Peak(Sampled):
     """The most that each of some processes, and their children, held: `own` of its own, `files` of mapped files."""
 
     roots: dict[str, int]
     own: dict[str, int] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
 
-    def __enter__(self) -> Peak:
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(POLL_S):
-            for name, pid in self._processes():
-                own, files = held_bytes(pid)
-                self.own[name] = max(self.own.get(name, 0), own)
-                self.files[name] = max(self.files.get(name, 0), files)
+    def look(self) -> None:
+        for name, pid in self._processes():
+            own, files = held_bytes(pid)
+            self.own[name] = max(self.own.get(name, 0), own)
+            self.files[name] = max(self.files.get(name, 0), files)
 
     def _processes(self) -> Iterator[tuple[str, int]]:
         for name, pid in self.roots.items():

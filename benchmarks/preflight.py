@@ -6,37 +6,14 @@ python benchmarks/preflight.py MODEL [--data FILE.npz] [--recipe PRESET] [--inpu
 from __future__ import annotations
 
 import argparse
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from modelpress_compression import InputData, Model, Recipe, compress, load
 from modelpress_compression.pipeline import preflight, run
-
-POLL_S = 0.05
-
-
-class Peak:
-    """The largest that was seen of a figure."""
-
-    def __init__(self, figure: Callable[[], int]) -> None:
-        self.largest, self._figure, self._ended = 0, figure, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Peak:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(POLL_S):
-            self.largest = max(self.largest, self._figure())
+from sampling import Largest
 
 
 def folder_bytes(folder: Path) -> int:
@@ -70,8 +47,8 @@ def main() -> None:
     run.needs = needs
     with (
         TemporaryDirectory() as folder,
-        Peak(preflight.held_bytes) as memory,
-        Peak(lambda: folder_bytes(Path(folder))) as disk,
+        Largest(preflight.held_bytes) as memory,
+        Largest(lambda: folder_bytes(Path(folder))) as disk,
     ):
         began = time.process_time()
         compress(model, Recipe.preset(asked.recipe), data=arrays, work_directory=Path(folder))
