@@ -23,7 +23,15 @@ from modelpress_server.toolchain import toolchain
 OTHER = "other"
 # Projects with series of their own: the first that had a queue. A series that comes and goes would be of no use.
 MAX_PROJECTS = 100
-STAGES = (START_WORKER, "load", *(field.name for field in Step.DESCRIPTOR.fields), "search", "build", "measure", "report")
+STAGES = (
+    START_WORKER,
+    "load",
+    *(field.name for field in Step.DESCRIPTOR.fields),
+    "search",
+    "build",
+    "measure",
+    "report",
+)
 disable_created_metrics()  # type: ignore[no-untyped-call]  # of the whole process: each counter would bring a series that says when it began
 RPC_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
 TASK_BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
