@@ -69,7 +69,8 @@ TOOLS = (
         "olive",
         "Olive",
         "olive_tool.py",
-        ("torch==2.13.0", "olive-ai==0.13.0", "onnxruntime==1.31.1"),
+        ("torch==2.13.0", "olive-ai==0.13.0", "onnxruntime==1.31.1", "requests"),
+        "requests is imported and not declared",
     ),
     Tool("quark", "Quark", "quark_tool.py", ("torch==2.13.0", "amd-quark==0.13", "onnxruntime==1.31.1")),
 )
