@@ -175,6 +175,59 @@ _REFUSALS = (
         "Such a program is not read here.", EXPORT_ONNX,
     ),
     Refusal(
+        "SCRIPT_VERSION", "torch {version} cannot read the TorchScript archive ({reason}).", "",
+        "Save it again with torch.jit.save.", error=UnsupportedFormatError,
+    ),
+    Refusal(
+        "PROGRAM_VERSION", "torch {version} cannot read the torch.export archive ({reason}).", "",
+        "Save it again with this version of torch, or as ONNX.", error=UnsupportedFormatError,
+    ),
+    Refusal(
+        "NO_WEIGHTS", "The file holds no weights of a network, only {listed}.", "",
+        "Save them with torch.save(model.state_dict(), PATH).", error=UnsupportedFormatError,
+    ),
+    Refusal(
+        "SEVERAL_WEIGHTS", "{folder!r} is a folder with {count} files of weights ({listed}).", "",
+        "Name the one to read.", error=UnsupportedFormatError,
+    ),
+    Refusal(
+        "ADAPTER", "{folder!r} is a folder with an adapter (PEFT, LoRA).", "It is no model without its base.",
+        "Merge it with merge_and_unload() and save_pretrained(), and give the folder that this writes.",
+        error=UnsupportedFormatError,
+    ),
+    Refusal(
+        "DISTRIBUTED", "{folder!r} is a distributed checkpoint of torch.", _NO_READER,
+        "Turn it into one file with 'python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER "
+        "weights.pt', and give that.", error=UnsupportedFormatError,
+    ),
+    Refusal(
+        "NO_MODEL_IN_FOLDER", "{folder!r} is a folder without a model or weights in it.", "", "Name the file.",
+        error=UnsupportedFormatError,
+    ),
+    Refusal(
+        "SHARD_ALONE", "{shard!r} is one shard of several, and {index!r}, which lists them, is not beside it.", "",
+        "Put all files of the model into one folder, and name the folder.", error=UnsupportedFormatError,
+    ),
+    Refusal(
+        "SHARDS_ELSEWHERE", "{index!r} names files outside of its folder.", "Shards are read from beside their index.",
+        "Put all files of the model into one folder, and name the folder.", error=UnsupportedFormatError,
+    ),
+    Refusal(
+        "SHARDS_MISSING", "{index!r} lists {count} shards, of which {missing} are missing: {listed}.", "",
+        "Fetch them into the same folder.", error=UnsupportedFormatError,
+    ),
+    Refusal(
+        "UNKNOWN_CLASS", "config.json names the class {name!r}.",
+        "{custom}transformers {version} does not have it.",
+        "Name the code that builds the network with --architecture package.module:factory, or install the release of "
+        "transformers that has it.", error=UnsupportedFormatError,
+    ),
+    Refusal(
+        "PROTOBUF_SIZE", "The ONNX file has more than 2 GiB.", "protobuf cannot read it.",
+        'Save it with external data: onnx.save(model, "model.onnx", save_as_external_data=True).',
+        error=UnsupportedFormatError,
+    ),
+    Refusal(
         "FOREIGN_OPERATOR", "The program uses the operator {op_type!r} of a library that is not part of torch.",
         "That library is not here, and what its operator computes is not known.",
         "Export the model with torch's own operators, or to ONNX where the library is.", error=UnsupportedOperatorError,

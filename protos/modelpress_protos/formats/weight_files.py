@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from modelpress_protos.errors import UnsupportedFormatError
+from modelpress_protos.formats.refusals import refused
 
 INDEX_SUFFIX = ".index.json"
 CONFIG_NAME = "config.json"
@@ -89,20 +90,12 @@ def _in_folder(folder: Path) -> Path:
         return found[0]
     if found:
         names = ", ".join(item.name for item in found[:5])
-        raise UnsupportedFormatError(
-            f"{folder.name!r} is a folder with {len(found)} files of weights ({names}); name the one to read."
-        )
+        raise refused("SEVERAL_WEIGHTS", folder=folder.name, count=len(found), listed=names)
     if (folder / "adapter_config.json").is_file():
-        raise UnsupportedFormatError(
-            f"{folder.name!r} is a folder with an adapter (PEFT, LoRA), which is no model without its base. Merge it "
-            "with merge_and_unload() and save_pretrained(), and give the folder that this writes."
-        )
+        raise refused("ADAPTER", folder=folder.name)
     if any(folder.glob("*.distcp")):
-        raise UnsupportedFormatError(
-            f"{folder.name!r} is a distributed checkpoint of torch. Turn it into one file with "
-            "'python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER weights.pt', and give that."
-        )
-    raise UnsupportedFormatError(f"{folder.name!r} is a folder without a model or weights in it; name the file.")
+        raise refused("DISTRIBUTED", folder=folder.name)
+    raise refused("NO_MODEL_IN_FOLDER", folder=folder.name)
 
 
 def _index_of(main: Path) -> Path | None:
@@ -112,10 +105,7 @@ def _index_of(main: Path) -> Path | None:
         return None
     index = main.parent / f"{match['stem']}{match['suffix']}{INDEX_SUFFIX}"
     if not index.is_file():
-        raise UnsupportedFormatError(
-            f"{main.name!r} is one shard of several, and {index.name!r}, which lists them, is not beside it. Put all "
-            "files of the model into one folder, and name the folder."
-        )
+        raise refused("SHARD_ALONE", shard=main.name, index=index.name)
     return index
 
 
@@ -125,13 +115,9 @@ def _shards(index: Path) -> tuple[Path, ...]:
         raise UnsupportedFormatError(f"{index.name!r} is no index of shards: it has no 'weight_map'.")
     names = list(dict.fromkeys(weight_map.values()))
     if len(names) > _MAX_SHARDS or any(name != Path(name).name or name in ("", "..") for name in names):
-        raise UnsupportedFormatError(
-            f"{index.name!r} names files outside of its folder; shards lie beside their index."
-        )
+        raise refused("SHARDS_ELSEWHERE", index=index.name)
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise UnsupportedFormatError(
-            f"{index.name!r} lists {len(names)} shards, of which {len(missing)} are missing: "
-            f"{', '.join(missing[:5])}. Fetch them into the same folder."
-        )
+        listed = ", ".join(missing[:5])
+        raise refused("SHARDS_MISSING", index=index.name, count=len(names), missing=len(missing), listed=listed)
     return tuple(index.parent / name for name in names)
