@@ -463,7 +463,8 @@ class Campaign:
                 self._violated(f"process {process.pid} is left: {process.info['cmdline'][:3]}")
         left = list(self._data_dir.parent.glob("*/work/*"))
         if left:
-            self._violated(f"{len(left)} working folders are left")
+            held = sorted(path.name for path in left[0].glob("*"))
+            self._violated(f"{len(left)} working folders are left, the first is {left[0]} with {held}")
 
 
 def _was_killed(job: S.Job) -> bool:
