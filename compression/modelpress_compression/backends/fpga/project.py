@@ -102,7 +102,13 @@ def _test_bench(hardware: ParallelDesign | FoldedDesign, samples: int) -> str:
     given, made = hardware.given.width - 1, hardware.made.width - 1
     if isinstance(hardware, FoldedDesign):
         return _FOLDED_TEST_BENCH.format(
-            samples=samples, given=given, made=made, inputs=hardware.inputs, outputs=hardware.outputs, top=TOP
+            samples=samples,
+            given=given,
+            made=made,
+            inputs=hardware.inputs,
+            outputs=hardware.outputs,
+            index=hardware.units[-1].target.address_bits - 1,
+            top=TOP,
         )
     return _TEST_BENCH.format(
         samples=samples,
@@ -246,7 +252,7 @@ module testbench;
     reg [{given}:0] in_data;
     reg in_valid = 0;
     wire in_ready, out_valid;
-    wire [31:0] out_index;
+    wire [{index}:0] out_index;
     wire [{made}:0] out_data;
     {top} dut (.clk(clk), .in_valid(in_valid), .in_ready(in_ready), .in_data(in_data), .out_valid(out_valid),
         .out_index(out_index), .out_data(out_data));

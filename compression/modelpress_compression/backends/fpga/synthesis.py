@@ -67,7 +67,11 @@ def write_sources(sources: Mapping[str, str], folder: Path) -> str:
 
 def synthesize(read: str, top: str, part: Part, folder: Path, time_left_s: float | None = None) -> Resources:
     """What `top` takes of the part, by yosys; the netlist lies in `folder`/netlist.json afterwards."""
-    command = f"synth_ecp5 -top {top}" if part.family == "ecp5" else f"synth_xilinx -family {part.family} -top {top}"
+    command = (
+        f"synth_ecp5 -top {top}"
+        if part.family == "ecp5"
+        else f"synth_xilinx -family {part.family} -noiopad -noclkbuf -top {top}"
+    )
     script = f"{read}; {command} -flatten; write_json {WORK}/netlist.json; tee -q -o {WORK}/stat.json stat -json"
     if part.family == "ecp5":
         script = script.replace(" -flatten", "")  # it always does
