@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from frontier_ours import OURS, SMALLEST_1
-from frontier_times import FIRST_ROUNDS, FLOAT, MINE
+from frontier_times import FIRST_ROUNDS, FLOAT, MINE, OPENINGS
 from frontier_tools import TOOLS
 from frontier_verdict import DAMAGE, SAME_METRIC, WORST_TIME
 from modelpress_compression.measure.latency import SESSION_SPREAD
@@ -28,7 +28,9 @@ downloaded, with the drop that is permitted left alone and set to 1, 3 and 10 %;
 samples that are in neither set. Size is that of the files on the disk;
 the metric is that of the model's own evaluation set, which nobody saw; **time** is that over the float model, one
 thread, one sample: all points of a model run in one process, one run each in random order in every round. All run in
-{FIRST_ROUNDS} rounds; what these leave open runs on, in as many as the table says. Points with the same file are one.
+{FIRST_ROUNDS} rounds; what these leave open runs on, in as many as stand above each table. All sessions are opened anew
+{OPENINGS} times meanwhile, for the place in memory that one gets is worth more than the interval of its rounds. Points
+with the same file are one.
 
 One of ours **matches** one of theirs if it is at most {100 * SAME_SIZE:g} % larger, at most {100 * SAME_METRIC:g}
 points worse, and not surely slower: the 95 % interval of our time over theirs, widened by {100 * SESSION_SPREAD:g} %,

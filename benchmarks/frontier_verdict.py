@@ -23,6 +23,7 @@ from modelpress_compression.search.candidates import SAME_SIZE
 
 SAME_METRIC = 0.001
 DAMAGE = 0.1
+SURELY = 1.25
 # Where the volume ends: nothing larger than the float model or slower than this many times its time counts, and nothing
 # that loses more than DAMAGE.
 WORST_TIME = 1.5
@@ -91,9 +92,9 @@ def _distance(one: Verdict, theirs: Point, float_point: Point) -> float:
 
 
 def surely_matched(theirs: Point, ours: Sequence[Point], float_point: Point) -> bool:
-    """Whether more rounds can change nothing: one of ours matches it, and is faster beyond the interval."""
+    """Whether more rounds can change nothing: one of ours matches it, and is faster by far beyond the interval."""
     found = (_against(theirs, one, float_point) for one in ours)
-    return any(one.matched and one.time.high < 1 for one in found)
+    return any(one.matched and one.time.high * SURELY < 1 for one in found)
 
 
 @dataclass(frozen=True)
