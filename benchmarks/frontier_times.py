@@ -24,8 +24,8 @@ MINE = (OURS, FLOAT)  # the float model is everybody's
 # All points run in so many rounds, then those that could still be decided otherwise in as many as there is time for.
 FIRST_ROUNDS = 20
 FIRST_SHARE = 0.3  # of the budget
-# How often all sessions are opened anew: where one happens to lie in memory was worth 1.4 times the time of a small model
-# among 140 others, as long as the session lived. The interval sees it, since it goes by blocks of rounds.
+# How often all sessions are opened anew: where one happens to lie in memory was worth 1.4 times the time of a small
+# model among 140 others, as long as the session lived. The interval sees it, since it goes by blocks of rounds.
 FIRST_OPENINGS, OPENINGS = 2, 8
 Row = dict[str, Any]
 Ask = Callable[[Row], Row]  # from an outcome to the same with its metric
