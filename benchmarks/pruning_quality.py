@@ -19,11 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from curves import Panel, render_svg
-from model_evaluation import evaluate
+from model_evaluation import evaluate, representative
 from modelpress_compression import load
-from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.prune.config import PruneConfig
@@ -71,13 +69,7 @@ def measure(case: Case, models: Path, scope: str, samples: int | None) -> Result
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = load(models / case.file, case.inputs)
-        evaluate(case.name, models, "--make-calib", str(folder / "data.npz"))
-        with np.load(folder / "data.npz") as arrays:
-            names = {spec.name for spec in model.inputs}
-            single = len(names) == 1
-            data = InputData.from_arrays(
-                {name: arrays[name] for name in arrays.files if single or name in names}, model.inputs
-            )
+        data = representative(case.name, models, model, folder)
         data = data if samples is None else data.spread(samples)
         context = Context(data, folder)
         found: Results = {"samples": len(data), "metric": case.metric, "base": metric_of(model, case, models, folder)}
