@@ -28,7 +28,8 @@ class Named(nn.Module):
         super().__init__()
         self.model, self.names, self.keys, self.options = model, tuple(names), keys, options
 
-    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, first: Tensor, second: Tensor | None = None) -> tuple[Tensor, ...]:
+        values = (first,) if second is None else (first, second)
         found = self.model(**dict(zip(self.names, values, strict=True)), **self.options)
         return tuple(found[key] for key in self.keys)
 
