@@ -160,6 +160,17 @@ class Recipe(Config):
         stated = {name: value for name in names if (value := getattr(self.goal, name)) is not None}
         return replace(self.constraints, **stated)
 
+    @property
+    def searches_far(self) -> bool:
+        """Whether the goal asks for more than a balance, so that its search goes as far as it can: minutes, not
+        seconds."""
+        if self.goal is None:
+            return False
+        limits = self.limits
+        asked = (limits.max_size_bytes, limits.min_ratio, limits.max_latency_ms, limits.min_speedup)
+        wants_more = self.goal.objective in (SMALLEST, FASTEST) or any(limit is not None for limit in asked)
+        return wants_more or self.goal.search_time_s is not None
+
     @classmethod
     def preset(cls, name: str) -> Recipe:
         """A ready-made recipe; `presets()` lists them. Raises InvalidRecipeError for an unknown name."""

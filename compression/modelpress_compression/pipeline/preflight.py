@@ -35,6 +35,7 @@ from modelpress_compression.passes.quantize.reconstruction.rounders import METHO
 from modelpress_compression.recipe import Recipe, Step
 from modelpress_compression.report.formats import size
 from modelpress_compression.runtime import SPARE_BYTES, fit_together, open_session, run
+from modelpress_compression.search.levers import EPOCHS, TRAINING_SHARE, USUAL_SEARCH_S
 
 # Samples beyond these are not looked at by the passes and the judge.
 MOST_SAMPLES = 128
@@ -74,6 +75,9 @@ class Cost:
 
 GOAL = Cost(100, 60, 10.0, 3.0, gradients=True)
 MEASURING = Cost(300, 4, 4.0, 0.0)
+# Of a goal that searches as far as it can: some ten models are cut and judged, and two of them quantized.
+LEVERS = Cost(800, 500, 10.0, 8.0, gradients=True)
+TRAININGS = 5  # of cut models, in such a search
 _LIGHT = Cost(20, 1, 4.0, 1.0)
 _STEPS = {
     "quantize auto": Cost(100, 45, 10.0, 4.0, gradients=True),
@@ -103,14 +107,17 @@ class Needs:
         return f"about {_duration(self.time_s)}, {size(self.memory_bytes)} of memory, {size(self.disk_bytes)} of disk"
 
 
-def needs(recipe: Recipe, model: Model, path: Path, data: InputData) -> Needs:
+def needs(recipe: Recipe, model: Model, path: Path, data: InputData, *, judged: bool = False) -> Needs:
     """The estimate for the `model` in the file `path`, whose cost is measured in a few runs.
+
+    `judged`: labels or a metric of the user's own say what an answer is worth, so that a goal may pull its levers.
 
     Raises ModelNotRunnableError.
     """
     run_s, working_bytes = _one_run(path, data)
     samples = min(MOST_SAMPLES, len(data))
-    costs = list(_costs(recipe))
+    levers = judged and data.vouches and recipe.searches_far and not recipe.steps
+    costs = [*_costs(recipe), *([LEVERS] if levers else ())]
     runs = sum(cost.runs + cost.runs_per_sample * samples for cost in costs)
     runs += sum(TRAINING_RUNS * step.config.epochs * len(data) for step in recipe.steps if step.technique == "distill")
     learned = [step.config for step in recipe.steps if _learns(step)]
@@ -126,7 +133,12 @@ def needs(recipe: Recipe, model: Model, path: Path, data: InputData) -> Needs:
         copies_bytes += min(LEARNING_BYTES, kept)
     memory_bytes = held_bytes() + fixed_bytes + copies_bytes
     disk_bytes = model_bytes * (1 + sum(cost.disk for cost in costs))
-    return Needs(torch * TORCH_S + runs * (run_s + OVERHEAD_S), round(memory_bytes), round(disk_bytes))
+    time_s = runs * (run_s + OVERHEAD_S)
+    if levers:
+        training_s = TRAINING_RUNS * EPOCHS * len(data) * (run_s + OVERHEAD_S)
+        time_s += TRAININGS * min(training_s, TRAINING_SHARE * USUAL_SEARCH_S)
+        time_s = min(time_s, (recipe.goal and recipe.goal.search_time_s) or time_s)
+    return Needs(torch * TORCH_S + time_s, round(memory_bytes), round(disk_bytes))
 
 
 def check_room(needs: Needs, work_directory: Path, memory_limit_bytes: int | None) -> list[str]:

@@ -257,7 +257,7 @@ def _randomness(model: Model) -> list[str]:
 
 def _with_room(run: _Run, memory_limit_bytes: int | None) -> _Run:
     """Says what the job will take. Raises MemoryLimitError, DiskSpaceError where it cannot fit."""
-    expected = needs(run.recipe, run.model, run.path, run.context.data)
+    expected = needs(run.recipe, run.model, run.path, run.context.data, judged=run.task is not None)
     run.context.log(f"expected: {expected}")
     run.progress.update(1.0, f"expected: {expected}")
     found = check_room(expected, run.context.work_directory, memory_limit_bytes)

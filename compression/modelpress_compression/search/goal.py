@@ -160,17 +160,9 @@ class GoalSearch:
     @property
     def _levers(self) -> list[str]:
         """Those that the goal may pull, in their order. Only who asks for more than a balance waits for all of them."""
-        if isinstance(self.judge.task, GivenScores) or not self._is_deep:
+        if isinstance(self.judge.task, GivenScores) or not self.recipe.searches_far:
             return [name for name in ("prune",) if name in self.goal.techniques]
         return [name for name in LEVERS if name in self.goal.techniques]
-
-    @property
-    def _is_deep(self) -> bool:
-        """Whether the search goes as far as it can, which takes minutes."""
-        limits = self.recipe.limits
-        asked = (limits.max_size_bytes, limits.min_ratio, limits.max_latency_ms, limits.min_speedup)
-        wants_more = self.goal.objective in (SMALLEST, FASTEST) or any(limit is not None for limit in asked)
-        return wants_more or self.goal.search_time_s is not None
 
     @property
     def _has_time(self) -> bool:
@@ -219,15 +211,15 @@ class GoalSearch:
         count = len(search.candidates)
         search.static()
         yield search.candidates[count:]
-        if self._is_deep and self.context.data.vouches:
+        if self.recipe.searches_far and self.context.data.vouches:
             yield from ([candidate] for candidate in MixedSchemeSearch(search).candidates())
         count = len(search.candidates)
         search.smaller()
         yield search.candidates[count:]
-        if self._wants_size and (whole or self._is_deep):
+        if self._wants_size and (whole or self.recipe.searches_far):
             quantize = partial(Quantize(config), search.model, search.context)
             yield [search.add("weight_only", quantize, "8 bits in blocks")]
-            if self._is_deep:
+            if self.recipe.searches_far:
                 yield from ([candidate] for candidate in MixedBitsSearch(search).candidates())
             else:
                 quantize = partial(Quantize(replace(config, weights="int4")), search.model, search.context)
@@ -252,8 +244,8 @@ class GoalSearch:
                 apply=lambda record, context: self._applied(record, context, self._folder(f"cut-{next(self.numbers)}")),
                 judge=self.judge.answers,
                 left_s=self._left_s,
-                trains=self._is_deep and not scored and "distill" in self.goal.techniques,
-                cuts=MANY_CUTS if self._is_deep else FEW_CUTS,
+                trains=self.recipe.searches_far and not scored and "distill" in self.goal.techniques,
+                cuts=MANY_CUTS if self.recipe.searches_far else FEW_CUTS,
             )
             for cut in lever.cuts(start, SCORED_SHARES if scored else ()):
                 self._enter([cut.candidate], cut.before)

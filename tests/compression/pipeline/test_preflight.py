@@ -134,3 +134,17 @@ def test_gradients_hold_the_values_of_whole_samples(digits: Model, path: Path, s
     light = needs(steps({"quantize": {"scheme": "dynamic"}}), digits, path, samples)
     static = needs(steps({"quantize": {"scheme": "static"}}), digits, path, samples)
     assert static.memory_bytes > light.memory_bytes + values_bytes(digits, samples)
+
+
+def test_a_search_that_goes_far_is_counted(digits: Model, samples: InputData, tmp_path: Path) -> None:
+    """Levers and their trainings, where labels judge; a search time bounds it."""
+    path = tmp_path / "digits.onnx"
+    digits.save(path)
+
+    def time_s(judged: bool, **goal: object) -> float:
+        recipe = Recipe.from_dict({"version": 1, "goal": goal})
+        return needs(recipe, digits, path, samples, judged=judged).time_s
+
+    assert time_s(True, objective="smallest") > 2 * time_s(False, objective="smallest")
+    assert time_s(True, objective="balanced") < 1.5 * time_s(False, objective="balanced")
+    assert time_s(True, objective="smallest", search_time_s=1.0) < 5.0
