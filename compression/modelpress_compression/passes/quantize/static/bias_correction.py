@@ -23,7 +23,7 @@ from modelpress_compression.passes.quantize.plan import Plan
 from modelpress_compression.passes.quantize.setup import QuantizationSetup
 from modelpress_compression.passes.quantize.static.qdq import Parameters, QdqWriter
 
-MAX_SAMPLES = 64
+MAX_SAMPLES = 32  # each has many positions in most layers
 
 Shifts = Mapping[str, NDArray[np.float64]]  # [channels], by the name of the layer's output
 
