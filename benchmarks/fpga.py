@@ -1,4 +1,4 @@
-"""Networks as FPGA designs: accuracy, resources, clock and latency, beside what others have published.
+"""Networks as FPGA designs: accuracy, resources, clock and latency.
 
     python benchmarks/fpga.py [--only NAME ...] [--part PART ...]
 
@@ -34,11 +34,6 @@ SAMPLES = 1000
 HEADER = (
     "| network | part | accuracy float, fixed | LUT | FF | DSP | BRAM | Fmax MHz | cycles | latency ns | exact, as "
     "written and synthesized |\n|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|"
-)
-# As published: trained for few bits, on the jet data, by Vivado on UltraScale parts at 200 MHz.
-PUBLISHED = (
-    "| 16-64-32-32-5, hls4ml, 70 % pruned (arXiv 1804.06913) | KU115 | | | | 954 | | 200 | 15 | 75 | |",
-    "| 16-64-32-32-5, QKeras Q6, hls4ml (arXiv 2006.10159) | VU9P | 0.748 | 39,782 | 8,128 | 124 | | 200 | 11 | 55 | |",
 )
 
 
@@ -146,7 +141,6 @@ def rows(names: list[str], parts: list[str]) -> Iterator[str]:
         case = CASES[name]()
         for part in parts:
             yield row(case, part)
-    yield from PUBLISHED
 
 
 if __name__ == "__main__":
