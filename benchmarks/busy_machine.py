@@ -73,7 +73,7 @@ class Built:
     def choice(self) -> tuple[str, Path]:
         """Times all candidates and takes one: its name and its file."""
         pursuit = self.search.choose()
-        taken = next((row["name"] for row in pursuit.rows if row["chosen"]), "the original")
+        taken = next((row["name"] for row in pursuit.candidates if row["chosen"]), "the original")
         return taken, pursuit.records[-1].path if pursuit.records else self.search.path
 
 

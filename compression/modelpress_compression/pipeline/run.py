@@ -45,8 +45,9 @@ from modelpress_compression.report.build import ReportInputs, StepRow, build_rep
 from modelpress_compression.report.environment import environment
 from modelpress_compression.report.ledger import Ledger, errors, left_alone
 from modelpress_compression.runtime import fit_together
+from modelpress_compression.search.decision import Pursuit
 from modelpress_compression.search.family import FamilyMember, family
-from modelpress_compression.search.goal import Pursuit, pursue
+from modelpress_compression.search.goal import pursue
 from modelpress_compression.search.steps import StepRecord, apply_step, broken, save
 from modelpress_compression.target import DEVICES
 from modelpress_compression.techniques import TECHNIQUES

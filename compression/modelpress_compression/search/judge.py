@@ -112,6 +112,13 @@ class Judge:
         # A metric of the user's own runs the model on inputs of theirs.
         return self.context.data.vouches or isinstance(self.task, OwnMetric | GivenScores)
 
+    def proven(self, candidate: Candidate) -> Candidate:
+        """The candidate, refused where its ranges come from inputs that cannot vouch for them."""
+        if candidate.reason or candidate.scheme != "static" or self.trusts_ranges:
+            return candidate
+        reason = "its ranges come from inputs that cannot vouch for real ones; give representative ones with --data"
+        return replace(candidate, reason=reason, unproven=True)
+
     def answers(self, candidate: Candidate) -> Candidate:
         """The candidate with its fidelity, and with the reason if it does not keep the answers.
 

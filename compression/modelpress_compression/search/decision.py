@@ -1,0 +1,255 @@
+"""Which candidate of a goal is taken: all that keep the answers are timed in the rounds of the original.
+
+A few rounds show which candidates can win; those run on. `choice.choose` decides, what it takes is compared once more
+on all samples, and what it did not take, but another option would have, becomes advice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelpress_compression.measure.fidelity import Fidelity
+from modelpress_compression.measure.latency import SESSION_SPREAD, Times
+from modelpress_compression.measure.task import GivenScores, model_digest
+from modelpress_compression.model import Model, file_size_bytes
+from modelpress_compression.passes.base import Context, Skip
+from modelpress_compression.recipe import FASTEST, SMALLEST, Constraints, Goal, Recipe
+from modelpress_compression.search.candidates import pareto_set
+from modelpress_compression.search.choice import Choice, Figures, Limits, choose, contenders
+from modelpress_compression.search.entries import Entry, size_change
+from modelpress_compression.search.family import ORIGINAL, FamilyMember, family
+from modelpress_compression.search.judge import Judge
+from modelpress_compression.search.recall import Prices
+from modelpress_compression.search.steps import StepRecord
+from modelpress_compression.target import DEVICES, Target
+
+ROUNDS, FIRST_ROUNDS = 60, 20
+CHECKED_ROUNDS = 15  # of a winner by remembered times
+BUDGET_S = 20.0  # of timing, for each batch size
+# Of size or time: less is not worth another command.
+_WORTH_ADVICE = 1.1
+BUILT = 0.8  # share of a goal's progress when all candidates are built and judged
+
+
+@dataclass(frozen=True)
+class Pursuit:
+    """What came of a goal. `records`: the steps that made the result, none where the original is the best.
+
+    `candidates`: all that were tried, with those models that can be had. `advice`: what would have been better, each
+    with `text` and `command`.
+    `reused`: how much of each kind earlier jobs had found out. `fidelity`: of the result, as this job has compared it;
+    None: the result is the original.
+    """
+
+    records: tuple[StepRecord, ...]
+    candidates: tuple[FamilyMember, ...]
+    advice: tuple[dict[str, str], ...] = ()
+    reused: Mapping[str, int] = field(default_factory=dict)
+    fidelity: Fidelity | None = None
+
+
+@dataclass
+class Decision:
+    """Between the `entries`, whose candidates were judged; what is found out of them on the way is put in their places.
+
+    `path`: file of the original `model`.
+    """
+
+    recipe: Recipe
+    goal: Goal
+    model: Model
+    path: Path
+    context: Context
+    judge: Judge
+    entries: list[Entry]
+
+    def pursuit(self) -> Pursuit:
+        """Times the candidates that keep the answers in the rounds of the original, and decides."""
+        racers = [
+            entry
+            for entry in self.entries
+            if entry.candidate.record.changes and (entry.candidate.unscored or not entry.candidate.reason)
+        ]
+        figures, remembered = self._priced(racers)
+        choice = self._confirmed_choice(racers, figures)
+        if remembered and choice.taken and not self._holds(racers[choice.taken - 1], figures, choice.taken):
+            self.context.log("what was remembered of the times does not hold any more: all are timed again")
+            figures, _ = self._priced(racers, anew=True)
+            choice = self._confirmed_choice(racers, figures)
+        if choice.taken:
+            self._tell_taken(racers[choice.taken - 1], figures[0], figures[choice.taken])
+        shown = self._shown(racers, figures, choice)
+        for row in shown:
+            self.context.log(f"{row['name']}: {row['reason'] or 'taken'}")
+        records = () if choice.taken == 0 else _steps(racers[choice.taken - 1], tuple(shown))
+        models: list[Model | None] = [entry.candidate.record.model for entry in self.entries]
+        if isinstance(self.judge.task, GivenScores):
+            shown, models = self._with_digests(shown), [*models, self.model]
+        members = family(shown, models, file_size_bytes(self.path))
+        advice = tuple(self._advice(figures, choice, racers))
+        fidelity = racers[choice.taken - 1].candidate.fidelity if choice.taken else None
+        return Pursuit(records, members, advice, dict(self.judge.recall.reused), fidelity)
+
+    def _priced(self, racers: list[Entry], *, anew: bool = False) -> tuple[list[Figures], bool]:
+        """The figures of the original and of all racers, and whether some of the times are remembered.
+
+        A few rounds show which candidates can win. Where those are several, they and the original run on.
+        """
+        first = self._prices(racers, FIRST_ROUNDS, anew=anew)
+        original = Figures("the original", file_size_bytes(self.path), first.times_s[0], 0.0)
+        figures = [_figures(entry, one) for entry, one in zip(racers, first.times_s[1:], strict=True)]
+        figures = [original, *(self._refused(one, original) for one in figures)]
+        left = contenders(figures, 0, self.goal.objective, _limits(self.recipe.limits))
+        if len(left) == 1:
+            return figures, first.remembered
+        places = [place for place in left if place]
+        more = self._prices([racers[place - 1] for place in places], ROUNDS - FIRST_ROUNDS, anew=anew)
+        for place, times_s in zip([0, *places], more.times_s, strict=True):
+            figures[place] = replace(figures[place], times_s=np.concatenate([figures[place].times_s, times_s]))
+        return figures, first.remembered or more.remembered
+
+    def _holds(self, entry: Entry, figures: Sequence[Figures], place: int) -> bool:
+        """Whether the entry is still as fast, against the original, as its remembered times say."""
+        remembered = figures[0].times_of(figures[place])
+        now = self.judge.timed([entry.candidate.record.path], CHECKED_ROUNDS, BUDGET_S / 4).speedup(1)
+        now, remembered = (one.widened(SESSION_SPREAD) for one in (now, remembered))
+        return now.low <= remembered.high and remembered.low <= now.high
+
+    def _with_digests(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows with what names each model in the scores of who computes the metric; the original comes last."""
+        original: dict[str, Any] = {
+            "id": ORIGINAL,
+            "name": "the original, as ONNX",
+            "size_bytes": file_size_bytes(self.path),
+            "speedup": {"median": 1.0, "low": 1.0, "high": 1.0},
+            "agreement": 1.0,
+            "expected_drop": None,
+            "cosine": 1.0,
+            "drop": 0.0,
+            "pareto": True,
+            "chosen": all(not row["chosen"] for row in rows),
+            "reason": "",
+            "sha256": model_digest(self.path),
+        }
+        digests = [model_digest(entry.candidate.record.path) for entry in self.entries]
+        leads = [one.unscored and one.technique == "prune" for one in (entry.candidate for entry in self.entries)]
+        named = [
+            {**row, "sha256": digest, "leads_further": further}
+            for row, digest, further in zip(rows, digests, leads, strict=True)
+        ]
+        return [*named, original]
+
+    def _confirmed_choice(self, racers: list[Entry], figures: list[Figures]) -> Choice:
+        """The best of those that keep the answers on all samples; the lists get what is found out on the way.
+
+        Few samples cleared the candidates of doubt, or an earlier job did; what is taken must run on all of them, now.
+        """
+        while True:
+            choice = choose(figures, 0, self.goal.objective, _limits(self.recipe.limits))
+            if choice.taken == 0:
+                return choice
+            entry = racers[choice.taken - 1]
+            if not (entry.candidate.screened or entry.candidate.remembered):
+                return choice
+            self.context.check_time()
+            judged = self.judge.proven(self.judge.confirmed(entry.candidate, anew=True))
+            racers[choice.taken - 1] = self.entries[self._place(entry)] = replace(entry, candidate=judged)
+            if judged.reason:
+                figures[choice.taken] = replace(figures[choice.taken], refusal=judged.reason)
+
+    def _tell_taken(self, entry: Entry, original: Figures, taken: Figures) -> None:
+        number = 1 + self._place(entry)
+        size = size_change(taken.size_bytes, original.size_bytes)
+        speed = f"{original.time_s / taken.time_s:.2f}x"
+        self.context.progress(0.99, f"candidate {number} of {len(self.entries)}: {size}, {speed}; taken")
+
+    def _place(self, entry: Entry) -> int:
+        return next(place for place, other in enumerate(self.entries) if other is entry)
+
+    def _prices(self, racers: Sequence[Entry], rounds: int, *, anew: bool = False) -> Prices:
+        """Times of the original, at place 0, and of all racers."""
+        self.context.check_time()
+        self.context.progress(BUILT, f"timing {len(racers)} candidates")
+        budget_s = BUDGET_S * rounds / ROUNDS
+        return self.judge.prices([entry.candidate.record.path for entry in racers], rounds, budget_s, anew=anew)
+
+    def _refused(self, figures: Figures, original: Figures) -> Figures:
+        """A result larger than the original is for those who ask for speed alone."""
+        if figures.refusal or self.goal.objective == FASTEST or figures.size_bytes <= original.size_bytes:
+            return figures
+        return replace(figures, refusal="its file is larger than the original")
+
+    def _shown(self, racers: list[Entry], figures: list[Figures], choice: Choice) -> list[dict[str, Any]]:
+        """The report's rows: those that were timed with their speed, the others with what spoke against them."""
+        timed = {
+            id(entry): (
+                replace(entry.candidate, speedup=figures[0].times_of(one), reason=reason),
+                choice.taken == place,
+            )
+            for place, (entry, one, reason) in enumerate(
+                zip(racers, figures[1:], choice.reasons[1:], strict=True), start=1
+            )
+        }
+        shown = [(entry, *timed.get(id(entry), (entry.candidate, False))) for entry in self.entries]
+        fronts = pareto_set([candidate for _, candidate, _ in shown])
+        return [
+            candidate.to_dict(taken, front) | {"name": entry.name}
+            for (entry, candidate, taken), front in zip(shown, fronts, strict=True)
+        ]
+
+    def _advice(self, figures: list[Figures], choice: Choice, racers: list[Entry]) -> Iterator[dict[str, str]]:
+        """What other options would have brought, from what was measured."""
+        taken, original = figures[choice.taken], figures[0]
+        sound = [one for one in figures if not one.refusal]
+        device = DEVICES[self.recipe.target.device]
+        asked = device.measured and device.name != Target().device
+        command = f"compress-client upload MODEL{f' --target {device.name}' if asked else ''}"
+        if not self.context.data.vouches and (faster := self._unproven_speedup()) is not None:
+            gain = faster * taken.time_s / original.time_s
+            if gain >= _WORTH_ADVICE:
+                yield {
+                    "text": f"Representative inputs would let 8-bit arithmetic be used: about {gain:.1f} times faster.",
+                    "command": f"{command} --data FILE.npz",
+                }
+        for objective, best in (
+            (SMALLEST, min(sound, key=lambda one: one.size_bytes)),
+            (FASTEST, min(sound, key=lambda one: one.time_s)),
+        ):
+            smaller, faster_by = taken.size_bytes / best.size_bytes, taken.time_s / best.time_s
+            if max(smaller if objective == SMALLEST else 0, faster_by if objective == FASTEST else 0) >= _WORTH_ADVICE:
+                size, speed = best.size_bytes / 1e6, original.time_s / best.time_s
+                yield {
+                    "text": f"Another goal would give {size:.3g} MB at {speed:.2f} times the original's speed.",
+                    "command": f"{command} --goal {objective}",
+                }
+
+    def _unproven_speedup(self) -> float | None:
+        """Of the fastest candidate that only lacks data that vouches for it."""
+        unproven = [entry.candidate for entry in self.entries if entry.candidate.unproven]
+        if not unproven:
+            return None
+        times_s = self.judge.prices([one.record.path for one in unproven], ROUNDS // 4, BUDGET_S / 4).times_s
+        return float(max(np.median(times_s[0] / one) for one in times_s[1:]))
+
+
+def _figures(entry: Entry, times_s: Times) -> Figures:
+    candidate = entry.candidate
+    fidelity = candidate.fidelity
+    drop = candidate.drop if candidate.drop is not None else fidelity.expected_drop if fidelity is not None else None
+    return Figures(entry.name, candidate.size_bytes, times_s, 1 - candidate.cosine, drop or 0.0, candidate.reason)
+
+
+def _limits(constraints: Constraints) -> Limits:
+    return Limits(**{name: value for name, value in asdict(constraints).items() if name in Limits.__annotations__})
+
+
+def _steps(entry: Entry, rows: tuple[dict[str, Any], ...]) -> tuple[StepRecord, ...]:
+    """What made the candidate; the rows of all candidates stand with its last step."""
+    skips = tuple(Skip(row["name"], row["reason"]) for row in rows if row["reason"])
+    last = entry.candidate.record
+    return (*entry.before, replace(last, skipped=(*last.skipped, *skips), candidates=rows))
