@@ -22,9 +22,10 @@ _EXACT = 1e-9
 
 
 def by_budget(
-    parts: Sequence[Sequence[Option]], build: Callable[[Sequence[int]], Candidate], halvings: int = HALVINGS
+    parts: Sequence[Sequence[Option]], build: Callable[[Sequence[int]], Candidate | None], halvings: int = HALVINGS
 ) -> Iterator[Candidate]:
-    """Candidates of cheaper and dearer choices, each built and judged by `build`, which gets the option of each part.
+    """Candidates of cheaper and dearer choices, each built and judged by `build`, which gets the option of each part;
+    None: that choice, and all that are dearer, is not worth building.
 
     The last one that keeps the answers is the cheapest that was found.
     """
@@ -39,6 +40,8 @@ def by_budget(
             return
         tried.add(tuple(choice))
         candidate = build(choice)
+        if candidate is None:
+            return
         yield candidate
         if candidate.reason:
             low = budget_db

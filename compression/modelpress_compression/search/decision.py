@@ -93,7 +93,7 @@ class Decision:
         members = family(shown, models, file_size_bytes(self.path))
         advice = tuple(self._advice(figures, choice, racers))
         fidelity = racers[choice.taken - 1].candidate.fidelity if choice.taken else None
-        return Pursuit(records, members, advice, dict(self.judge.recall.reused), fidelity)
+        return Pursuit(records, members, advice, dict(+self.judge.recall.reused), fidelity)
 
     def _priced(self, racers: list[Entry], *, anew: bool = False) -> tuple[list[Figures], bool]:
         """The figures of the original and of all racers, and whether some of the times are remembered.

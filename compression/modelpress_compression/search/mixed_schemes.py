@@ -61,15 +61,13 @@ class MixedSchemeSearch:
                 rows.append(row)
         return {"layers": rows}
 
-    def _built(self, choice: Sequence[int]) -> Candidate:
+    def _built(self, choice: Sequence[int]) -> Candidate | None:
         chosen = list(zip(self._prices, choice, strict=True))
         kept = [row[0] for row, place in chosen if place == _FLOAT]
         error = sum(row[3] for row, place in chosen if place == _EIGHT_BITS)
-        ms = sum(row[1 + place] for row, place in chosen)
-        variant = (
-            f"{len(kept)} of {len(chosen)} layers in float32 by their times, priced at {ms:.3g} ms and "
-            f"{decibels(error):.0f} dB"
-        )
+        if len(kept) == len(chosen):
+            return None
+        variant = f"{len(kept)} of {len(chosen)} layers in float32 by their times, priced at {decibels(error):.0f} dB"
         return self._search.add_static(variant, kept)
 
 

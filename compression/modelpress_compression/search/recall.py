@@ -49,11 +49,13 @@ class Prices:
 
 @dataclass(frozen=True)
 class Recall:
-    """`scope`: the digest that everything stands below. `reused`: how much of each kind was found."""
+    """`scope`: the digest that everything stands below. `reused`: how much of each kind earlier jobs had found out;
+    `own`: keys of what this one has."""
 
     memory: Memory | None = None
     scope: str = ""
     reused: Counter[str] = field(default_factory=Counter)
+    own: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, memory: Memory | None, original: Path, context: Context) -> Recall:
@@ -70,10 +72,11 @@ class Recall:
         key = key_of(self.scope, kind, *parts)
         entry = self.memory.get(key)
         if entry is not None:
-            self.reused[kind] += 1
+            self.reused[kind] += key not in self.own
             return entry.facts
         found = make()
         self.memory.put(key, found)
+        self.own.add(key)
         return found
 
     def step(
@@ -89,9 +92,10 @@ class Recall:
         key = key_of(self.scope, "step", model_digest(before.path), step.technique, step.config.to_dict(), *parts)
         entry = self.memory.get(key)
         if entry is not None and (record := _restored(entry, before, target)) is not None:
-            self.reused["candidates"] += 1
+            self.reused["candidates"] += key not in self.own
             return record
         record = make()
+        self.own.add(key)
         self.memory.put(key, _facts_of(record), _files_of(target) if record.path == target else ())
         return record
 
