@@ -204,8 +204,9 @@ class GoalSearch:
                 break
             record, built = cut.candidate.record, len(self.entries)
             self._quantized(record.model, record.path, cut.chain, self._part(0.6, BUILT))
-            if any(not entry.candidate.reason or entry.candidate.unscored for entry in self.entries[built:]):
-                break  # else what was cut less may leave room for it
+            held = any(not entry.candidate.reason or entry.candidate.unscored for entry in self.entries[built:])
+            if held and not self.recipe.searches_far:
+                break  # else what was cut less may leave more room for it
 
     def choose(self) -> Pursuit:
         """Times the candidates that keep the answers, and takes one; it may be asked again."""
