@@ -36,7 +36,8 @@ def mean_output(model: Model, images: Images) -> NDArray[np.float64]:
 
 
 def test_means_are_right_at_the_end(cnn: Model, quantizer: StaticQuantizer, images: Images) -> None:
-    """What is left of the outputs' mean error is below a tenth of what it was, all layers before included."""
+    """What is left of the outputs' mean error is below 15 % of what it was, all layers before included; the means come
+    from a part of the images."""
     plan = quantizer.plan
     shifts = full_shifts(replace(quantizer.setup, plan=plan), quantizer.ranges.on(plan))
     wanted = mean_output(cnn, images)
@@ -44,7 +45,7 @@ def test_means_are_right_at_the_end(cnn: Model, quantizer: StaticQuantizer, imag
         mean_output(one.quantize()[0], images) - wanted for one in (quantizer, replace(quantizer, shifts=shifts))
     )
     assert sorted(shifts) == sorted(layer.outputs[0].name or "" for layer in plan.layers)
-    assert np.linalg.norm(corrected) < 0.1 * np.linalg.norm(plain)
+    assert np.linalg.norm(corrected) < 0.15 * np.linalg.norm(plain)
 
 
 def test_the_model_is_left_alone(cnn: Model, quantizer: StaticQuantizer, images: Images) -> None:
