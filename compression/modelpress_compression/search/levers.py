@@ -5,7 +5,9 @@
 
 How far a lever goes is found by measuring: the share grows until the answers are lost, and then the gap is halved. What
 has lost its answers, but still resembles the original, is trained towards it (`distill`) and judged once more where the
-goal permits training; the original is the teacher. Each lever begins where the one before it ended.
+goal permits training; the original is the teacher. Further cuts are made into what training has saved, in rounds, which
+costs less than one deep cut (Han et al., arXiv:1506.02626); where nothing was trained they are made into the whole
+model, whose answers repair knows. Each lever begins where the one before it ended.
 """
 
 from __future__ import annotations
@@ -42,9 +44,14 @@ AUGMENTATIONS: Mapping[str, float] = MappingProxyType(
 EPOCHS, PATIENCE = 200, 30
 
 
+# What goes counts by what it costs: where time counts by measured time, since a quarter of the channels of a small
+# ResNet saves 24 % of it when they are chosen so, and 15 % when they are chosen by multiplications. Times differ a
+# little from run to run, and what is chosen by them may; all other objectives choose by what is counted.
+_COSTS = MappingProxyType({SMALLEST: "parameters", FASTEST: "latency"})
+
+
 def _pruned(share: float, objective: str) -> Step:
-    # Not by times, which differ a little from run to run: the same question shall have the same answer.
-    cost = "parameters" if objective == SMALLEST else "macs"
+    cost = _COSTS.get(objective, "macs")
     return Step(
         "prune",
         PruneConfig(structure="channel", scope="global", sparsity=share, criterion="activation", normalize=cost),
@@ -52,9 +59,7 @@ def _pruned(share: float, objective: str) -> Step:
 
 
 def _factorized(share: float, objective: str) -> Step:
-    # By times where time counts: factors of half the multiplications are often slower.
-    cost = {SMALLEST: "parameters", FASTEST: "latency"}.get(objective, "macs")
-    return Step("factorize", FactorizeConfig(budget=1 - share, budget_of=cost))
+    return Step("factorize", FactorizeConfig(budget=1 - share, budget_of=_COSTS.get(objective, "macs")))
 
 
 # Each makes the step that takes a share away, for an objective.
@@ -106,17 +111,19 @@ class LeverSearch:
         its score.
         """
         kept, lost = 0.0, MOST + STEP
+        base, gone = start, 0.0  # what is cut, and the share that has gone from it before
         for number in range(len(shares) or self._cuts):
             share = shares[number] if shares else _next_share(kept, lost)
             if lost - kept < CLOSE_ENOUGH or self._is_over:
                 return
-            step = LEVERS[self._technique](share, self._objective)
-            variant = f"{100 * share:.0f} % {_TAKEN[self._technique]}"
+            left = (share - gone) / (1 - gone)
+            step = LEVERS[self._technique](left, self._objective)
+            variant = f"{100 * left:.0f} % {_TAKEN[self._technique]}"
             with self._context.span("candidate", f"{self._technique} {variant}"):
-                record = self._apply(replace(start[-1], step=step, changes={}), self._context)
+                record = self._apply(replace(base[-1], step=step, changes={}), self._context)
                 if not record.changes:
                     return
-                found = self._judged(record, start, variant)
+                found = self._judged(record, base, variant)
             yield from found
             last = found[-1].candidate
             if last.unscored:
@@ -127,6 +134,8 @@ class LeverSearch:
                 lost = share
             else:
                 kept = share
+                if last.technique == "distill":
+                    base, gone = found[-1].chain, share
 
     def _judged(self, record: StepRecord, start: tuple[StepRecord, ...], variant: str) -> list[Cut]:
         """The candidate; and, where it has lost its answers, the same after training."""
