@@ -11,6 +11,10 @@ random order, on the same inputs.
   *duration* for every model, so that all are preempted alike, and rounds in which the process was preempted are left
   out while enough others remain.
 
+Where a session happens to lie in memory moves the times of a small model by more than its rounds scatter. So the rounds
+are split into blocks, and all sessions are opened anew for each, as often as that takes a small part of the time: the
+median and the interval see several of them.
+
 Models too large to be in memory at once (`runtime.fit_together`) take turns instead: in each of some blocks, every
 model has a session for as many timings in a row. Round i is made of the i-th timing of each, so that its timings are
 further apart and drifts of the machine weigh more; the interval sees them.
@@ -54,8 +58,9 @@ CONFIDENCE = 0.95
 DEFAULT_BUDGET_S = 60.0
 # Distinct feeds that the rounds go through in turn: times may depend on the values.
 FEEDS = 8
-# A timing shorter than this is repeated within the round, so that neither the clock nor the call itself matters.
-MIN_TIMING_S = 1e-4  # 0.1 ms
+# A timing shorter than this is repeated within the round, so that neither the clock nor the call itself matters, nor
+# that the other models have emptied the caches before the first run.
+MIN_TIMING_S = 1e-3  # 1 ms
 MAX_RUNS_PER_ROUND = 50
 # Wall time over CPU time beyond which the machine counts as busy. Reading two clocks and cold caches make 1 or 2 %.
 BUSY = 1.05
@@ -65,6 +70,8 @@ SESSION_SPREAD, BUSY_SPREAD = 0.02, 0.03
 # Blocks of successive rounds whose medians tell how far the ratio drifts, and the fewest rounds of one.
 BLOCKS, MIN_BLOCK_ROUNDS = 8, 3
 _T_975 = 2.365  # 97.5 % quantile of Student's t with BLOCKS - 1 degrees of freedom
+# Blocks of rounds with sessions of their own, at most; opening them may take this share of the time.
+OPENINGS, OPENING_SHARE = BLOCKS, 0.1
 WARM_UP_SHARE = 0.2
 WARM_UP_MAX_S = 3.0
 WARM_UP_MAX_RUNS = 50
@@ -225,7 +232,9 @@ def time_interleaved(
         plan = _Plan(models, data, threads, batch_size, rounds, budget_s, backend)
         return _time_in_turn(plan, random.Random(seed))  # noqa: S311  # an order, not a secret
     began = time.perf_counter()
-    runners = open_together(models, [partial(backend.open, threads=threads)] * len(models))
+    openers = [partial(backend.open, threads=threads)] * len(models)
+    runners = open_together(models, openers)
+    opened_s = time.perf_counter() - began
     feeds, size = _accepted_feeds(runners, data, batch_size)
     with _no_garbage_collection():
         warm_up_s = min(WARM_UP_MAX_S, budget_s * WARM_UP_SHARE / len(runners))
@@ -233,9 +242,17 @@ def time_interleaved(
         runs = _runs_per_round(once_s, alike=threads > 1)
         count = _rounds_within(budget_s - (time.perf_counter() - began), once_s, runs, rounds)
         shuffler = random.Random(seed)  # noqa: S311  # an order, not a secret
-        timers = [_Timer(runner, feeds, times) for runner, times in zip(runners, runs, strict=True)]
-        samples = _rounds(timers, count, shuffler=shuffler, deadline=began + budget_s)
-    return robust_timings(samples, size, runs, threads)
+        blocks = max(1, min(OPENINGS, count // MIN_BLOCK_ROUNDS, int(OPENING_SHARE * budget_s / opened_s)))
+        timed: list[list[_Sample]] = []
+        for block in range(blocks):
+            if block:
+                runners = open_together(models, openers)
+                for runner, one_s in zip(runners, once_s, strict=True):
+                    _warm_up(runner, feeds, one_s * WARM_UP_RUNS)
+            timers = [_Timer(runner, feeds, times) for runner, times in zip(runners, runs, strict=True)]
+            own = range(block * count // blocks, (block + 1) * count // blocks)
+            timed += _rounds(timers, own, shuffler=shuffler, deadline=began + budget_s)
+    return robust_timings(_samples(timed), size, runs, threads)
 
 
 @dataclass(frozen=True)
@@ -421,17 +438,19 @@ def _preemptions() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
-def _rounds(timers: Sequence[_Timer], count: int, *, shuffler: random.Random, deadline: float) -> Samples:
+def _rounds(
+    timers: Sequence[_Timer], indices: Sequence[int], *, shuffler: random.Random, deadline: float
+) -> list[list[_Sample]]:
     """Times every model once a round; stops early when the time is up and there are enough rounds."""
     rounds: list[list[_Sample]] = []
     order = list(range(len(timers)))
-    for index in range(count):
+    for index in indices:
         if index >= MIN_ROUNDS and time.perf_counter() > deadline:
             break
         shuffler.shuffle(order)
         timed = {which: timers[which].time(index) for which in order}
         rounds.append([timed[which] for which in range(len(timers))])
-    return _samples(rounds)
+    return rounds
 
 
 def _samples(rounds: Sequence[Sequence[_Sample]]) -> Samples:
