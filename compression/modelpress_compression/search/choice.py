@@ -170,11 +170,11 @@ def _within_limits(
 
 
 def _not_slower(places: list[int], candidates: Sequence[Figures], original: int, reasons: dict[int, str]) -> list[int]:
-    """Without the candidates that surely take more time than the original, and clearly more."""
+    """Without the candidates that take clearly more time than the original."""
     kept = []
     for place in places:
         slowdown = candidates[place].times_of(candidates[original])
-        if place == original or slowdown.median <= MAX_SLOWDOWN or slowdown.low <= 1 + SAME_TIME:
+        if place == original or slowdown.median <= MAX_SLOWDOWN:
             kept.append(place)
         else:
             reasons[place] = f"{slowdown.median:.2f} times the original's time"
