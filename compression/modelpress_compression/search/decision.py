@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from modelpress_compression.measure.fidelity import Fidelity
 from modelpress_compression.measure.latency import SESSION_SPREAD, Times
 from modelpress_compression.measure.task import GivenScores, model_digest
 from modelpress_compression.model import Model, file_size_bytes
-from modelpress_compression.passes.base import Context, Skip
-from modelpress_compression.recipe import FASTEST, SMALLEST, Constraints, Goal, Recipe
+from modelpress_compression.passes.base import Skip
+from modelpress_compression.recipe import FASTEST, SMALLEST, Constraints, Goal
 from modelpress_compression.search.candidates import pareto_set
 from modelpress_compression.search.choice import Choice, Figures, Limits, choose, contenders
 from modelpress_compression.search.entries import Entry, size_change
@@ -57,14 +56,11 @@ class Pursuit:
 class Decision:
     """Between the `entries`, whose candidates were judged; what is found out of them on the way is put in their places.
 
-    `path`: file of the original `model`.
+    `model`: the original, whose file is the judge's.
     """
 
-    recipe: Recipe
     goal: Goal
     model: Model
-    path: Path
-    context: Context
     judge: Judge
     entries: list[Entry]
 
@@ -78,19 +74,19 @@ class Decision:
         figures, remembered = self._priced(racers)
         choice = self._confirmed_choice(racers, figures)
         if remembered and choice.taken and not self._holds(racers[choice.taken - 1], figures, choice.taken):
-            self.context.log("what was remembered of the times does not hold any more: all are timed again")
+            self.judge.context.log("what was remembered of the times does not hold any more: all are timed again")
             figures, _ = self._priced(racers, anew=True)
             choice = self._confirmed_choice(racers, figures)
         if choice.taken:
             self._tell_taken(racers[choice.taken - 1], figures[0], figures[choice.taken])
         shown = self._shown(racers, figures, choice)
         for row in shown:
-            self.context.log(f"{row['name']}: {row['reason'] or 'taken'}")
+            self.judge.context.log(f"{row['name']}: {row['reason'] or 'taken'}")
         records = () if choice.taken == 0 else _steps(racers[choice.taken - 1], tuple(shown))
         models: list[Model | None] = [entry.candidate.record.model for entry in self.entries]
         if isinstance(self.judge.task, GivenScores):
             shown, models = self._with_digests(shown), [*models, self.model]
-        members = family(shown, models, file_size_bytes(self.path))
+        members = family(shown, models, file_size_bytes(self.judge.original))
         advice = tuple(self._advice(figures, choice, racers))
         fidelity = racers[choice.taken - 1].candidate.fidelity if choice.taken else None
         return Pursuit(records, members, advice, dict(+self.judge.recall.reused), fidelity)
@@ -101,10 +97,10 @@ class Decision:
         A few rounds show which candidates can win. Where those are several, they and the original run on.
         """
         first = self._prices(racers, FIRST_ROUNDS, anew=anew)
-        original = Figures("the original", file_size_bytes(self.path), first.times_s[0], 0.0)
+        original = Figures("the original", file_size_bytes(self.judge.original), first.times_s[0], 0.0)
         figures = [_figures(entry, one) for entry, one in zip(racers, first.times_s[1:], strict=True)]
         figures = [original, *(self._refused(one, original) for one in figures)]
-        left = contenders(figures, 0, self.goal.objective, _limits(self.recipe.limits))
+        left = contenders(figures, 0, self.goal.objective, _limits(self.judge.recipe.limits))
         if len(left) == 1:
             return figures, first.remembered
         places = [place for place in left if place]
@@ -125,7 +121,7 @@ class Decision:
         original: dict[str, Any] = {
             "id": ORIGINAL,
             "name": "the original, as ONNX",
-            "size_bytes": file_size_bytes(self.path),
+            "size_bytes": file_size_bytes(self.judge.original),
             "speedup": {"median": 1.0, "low": 1.0, "high": 1.0},
             "agreement": 1.0,
             "expected_drop": None,
@@ -134,7 +130,7 @@ class Decision:
             "pareto": True,
             "chosen": all(not row["chosen"] for row in rows),
             "reason": "",
-            "sha256": model_digest(self.path),
+            "sha256": model_digest(self.judge.original),
         }
         digests = [model_digest(entry.candidate.record.path) for entry in self.entries]
         leads = [one.unscored and one.technique == "prune" for one in (entry.candidate for entry in self.entries)]
@@ -150,13 +146,13 @@ class Decision:
         Few samples cleared the candidates of doubt, or an earlier job did; what is taken must run on all of them, now.
         """
         while True:
-            choice = choose(figures, 0, self.goal.objective, _limits(self.recipe.limits))
+            choice = choose(figures, 0, self.goal.objective, _limits(self.judge.recipe.limits))
             if choice.taken == 0:
                 return choice
             entry = racers[choice.taken - 1]
             if not (entry.candidate.screened or entry.candidate.remembered):
                 return choice
-            self.context.check_time()
+            self.judge.context.check_time()
             judged = self.judge.proven(self.judge.confirmed(entry.candidate, anew=True))
             racers[choice.taken - 1] = self.entries[self._place(entry)] = replace(entry, candidate=judged)
             if judged.reason:
@@ -166,15 +162,15 @@ class Decision:
         number = 1 + self._place(entry)
         size = size_change(taken.size_bytes, original.size_bytes)
         speed = f"{original.time_s / taken.time_s:.2f}x"
-        self.context.progress(0.99, f"candidate {number} of {len(self.entries)}: {size}, {speed}; taken")
+        self.judge.context.progress(0.99, f"candidate {number} of {len(self.entries)}: {size}, {speed}; taken")
 
     def _place(self, entry: Entry) -> int:
         return next(place for place, other in enumerate(self.entries) if other is entry)
 
     def _prices(self, racers: Sequence[Entry], rounds: int, *, anew: bool = False) -> Prices:
         """Times of the original, at place 0, and of all racers."""
-        self.context.check_time()
-        self.context.progress(BUILT, f"timing {len(racers)} candidates")
+        self.judge.context.check_time()
+        self.judge.context.progress(BUILT, f"timing {len(racers)} candidates")
         budget_s = BUDGET_S * rounds / ROUNDS
         return self.judge.prices([entry.candidate.record.path for entry in racers], rounds, budget_s, anew=anew)
 
@@ -206,10 +202,10 @@ class Decision:
         """What other options would have brought, from what was measured."""
         taken, original = figures[choice.taken], figures[0]
         sound = [one for one in figures if not one.refusal]
-        device = DEVICES[self.recipe.target.device]
+        device = DEVICES[self.judge.recipe.target.device]
         asked = device.measured and device.name != Target().device
         command = f"compress-client upload MODEL{f' --target {device.name}' if asked else ''}"
-        if not self.context.data.vouches and (faster := self._unproven_speedup()) is not None:
+        if not self.judge.context.data.vouches and (faster := self._unproven_speedup()) is not None:
             gain = faster * taken.time_s / original.time_s
             if gain >= _WORTH_ADVICE:
                 yield {

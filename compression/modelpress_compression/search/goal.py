@@ -34,7 +34,7 @@ from modelpress_compression.search.candidates import Candidate
 from modelpress_compression.search.decision import BUILT, Decision, Pursuit
 from modelpress_compression.search.entries import Entry, size_change
 from modelpress_compression.search.judge import FLOAT_FLOOR_DB, Judge
-from modelpress_compression.search.levers import FEW_CUTS, LEVERS, MANY_CUTS, LeverSearch, time_left
+from modelpress_compression.search.levers import FEW_CUTS, LEVERS, MANY_CUTS, LeverSearch
 from modelpress_compression.search.mixed_bits import MixedBitsSearch
 from modelpress_compression.search.mixed_schemes import MixedSchemeSearch
 from modelpress_compression.search.quantization import SchemeSearch
@@ -117,7 +117,9 @@ class GoalSearch:
         return left_s is None or left_s > 0
 
     def _left_s(self) -> float | None:
-        return time_left(self.goal.search_time_s, self.began_s)
+        """Seconds of the search; None: it has no limit."""
+        limit_s = self.goal.search_time_s
+        return None if limit_s is None else limit_s - (time.monotonic() - self.began_s)
 
     def _fused(self) -> StepRecord:
         step = Step("fuse", FuseConfig())
@@ -210,7 +212,7 @@ class GoalSearch:
 
     def choose(self) -> Pursuit:
         """Times the candidates that keep the answers, and takes one; it may be asked again."""
-        return Decision(self.recipe, self.goal, self.model, self.path, self.context, self.judge, self.entries).pursuit()
+        return Decision(self.goal, self.model, self.judge, self.entries).pursuit()
 
     def _enter(self, candidates: Sequence[Candidate], before: tuple[StepRecord, ...] = ()) -> None:
         self.entries += [Entry(self.judge.proven(candidate), before) for candidate in candidates]

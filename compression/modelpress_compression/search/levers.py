@@ -12,7 +12,6 @@ model, whose answers repair knows. Each lever begins where the one before it end
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -99,8 +98,7 @@ class LeverSearch:
         trains: bool,
         cuts: int,
     ) -> None:
-        self._technique, self._context = technique, context
-        self._objective = objective
+        self._technique, self._objective, self._context = technique, objective, context
         self._apply, self._judge, self._left_s = apply, judge, left_s
         self._trains, self._cuts = trains, cuts
 
@@ -185,8 +183,3 @@ def _next_share(kept: float, lost: float) -> float:
     if lost > MOST:  # nothing has lost them yet
         return min(MOST, kept + STEP) if kept else FIRST_SHARE
     return (kept + lost) / 2
-
-
-def time_left(limit_s: float | None, began_s: float) -> float | None:
-    """Seconds of a search that began then, on `time.monotonic()`; None: it has no limit."""
-    return None if limit_s is None else limit_s - (time.monotonic() - began_s)
