@@ -18,7 +18,6 @@ import onnx_ir
 from modelpress_compression.encodings.operands import is_quantized
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.precision import OTHER_FLOATS, compute_in_float32, computes_in
-from modelpress_compression.graph.read import is_constant, is_op
 from modelpress_compression.graph.shapes import infer_shapes
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded
@@ -30,7 +29,7 @@ from modelpress_compression.passes.quantize.float16 import store_in_float16
 from modelpress_compression.passes.quantize.reconstruction.rounders import METHODS, learn_rounding
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.gptq import make_rounder
-from modelpress_compression.passes.quantize.rounding.rounder import RememberingRounder, Rounder
+from modelpress_compression.passes.quantize.rounding.rounder import RememberingRounder, Rounder, rounded_nodes
 from modelpress_compression.passes.quantize.static.preparation import prepare
 from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
 from modelpress_compression.passes.quantize.views import hide_views, restore_views
@@ -72,7 +71,7 @@ class Quantize:
         rounder = make_rounder(work, config, context, findings)
         if config.rounding in METHODS and context.data.provided:
             rounder, _ = learn_rounding(
-                work, work.clone(), RememberingRounder(rounder, _rounded(work)),
+                work, work.clone(), RememberingRounder(rounder, rounded_nodes(work)),
                 {"as it is": lambda rounder: self._written(work.clone(), rounder, context, Findings())},
                 config, context, findings,
             )  # fmt: skip
@@ -95,11 +94,6 @@ class Quantize:
         clean(work)
         restore_views(work)
         return work
-
-
-def _rounded(model: Model) -> list[onnx_ir.Node]:
-    """Nodes whose weights can be rounded in other ways than to the nearest level."""
-    return [node for node in model.graph if is_op(node, "Conv", "MatMul", "Gemm") and is_constant(node.inputs[1])]
 
 
 def prepare_static(

@@ -14,6 +14,9 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.graph.read import is_constant, is_op
+from modelpress_compression.model import Model
+
 Numbers = NDArray[np.floating[Any]]
 # (weight, scale, low, high) -> whole numbers in [low, high], of the weight's shape: weight ~ levels * scale.
 Rounding = Callable[[Numbers, Numbers, Numbers, Numbers], Numbers]
@@ -39,6 +42,11 @@ class NearestRounder:
     def rounding(self, node: onnx_ir.Node) -> Rounding:
         """The same for all nodes."""
         return nearest
+
+
+def rounded_nodes(model: Model) -> list[onnx_ir.Node]:
+    """Nodes of the main graph whose weights can be rounded in other ways than to the nearest level."""
+    return [node for node in model.graph if is_op(node, "Conv", "MatMul", "Gemm") and is_constant(node.inputs[1])]
 
 
 class RememberingRounder:

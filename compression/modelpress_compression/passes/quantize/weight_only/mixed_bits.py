@@ -15,13 +15,18 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from modelpress_compression.graph.edit import Editor, clean
-from modelpress_compression.graph.read import constant_tensor, is_op
+from modelpress_compression.graph.read import constant_tensor
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.gptq import make_rounder
-from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder, RememberingRounder, Rounder
+from modelpress_compression.passes.quantize.rounding.rounder import (
+    NearestRounder,
+    RememberingRounder,
+    Rounder,
+    rounded_nodes,
+)
 from modelpress_compression.passes.quantize.views import hide_views, restore_views
 from modelpress_compression.passes.quantize.weight_only.storage import own_weights, weight_probe
 from modelpress_compression.passes.quantize.weight_only.store import storable_weights
@@ -68,9 +73,7 @@ class MixedBits:
         rounder = make_rounder(self._model, config, self._context, Findings())
         if isinstance(rounder, NearestRounder):
             return rounder
-        nodes = [node for node in self._model.graph if is_op(node, "Conv", "MatMul", "Gemm") and len(node.inputs) > 1]
-        weights = {id(weight) for weight in own_weights(self._model, config).values()}
-        return RememberingRounder(rounder, [node for node in nodes if id(node.inputs[1]) in weights])
+        return RememberingRounder(rounder, rounded_nodes(self._model))
 
     def _writer(self, form: str, model: Model) -> WeightWriter:
         config = replace(self._config, **_CHANGES[form])  # type: ignore[arg-type]
