@@ -93,7 +93,7 @@ def main() -> None:
         authority = Authority(folder)
         cert, key = authority.issue("server")
         add = [sys.executable, "-m", "modelpress_server", "token", "--data-dir", str(folder / "on"), "add", "bench"]
-        idle = ["--spare-workers", "0"]
+        idle = ["--worker-start", "exec"]
         grants = ["--grant", "default:submitter"]
         token = subprocess.run([*add, *grants], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
         secured = ["--tls-cert", str(cert), "--tls-key", str(key), "--audit-log", str(folder / "audit.log")]

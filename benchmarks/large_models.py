@@ -260,7 +260,7 @@ def compress_remotely(path: Path, size_bytes: int, name: str) -> bool:
     """Upload, compression and download by a server and a client."""
     recipe, target = path.with_name("recipe.yaml"), path.with_name("downloaded.onnx")
     recipe.write_text(recipe_text(name))
-    with running_server(path.parent / "server", "--spare-workers", "0") as server:
+    with running_server(path.parent / "server", "--worker-start", "exec") as server:
         command = [sys.executable, "-m", "modelpress_client", "--server", server.address, "-q", "upload", str(path)]
         began = time.monotonic()
         client = subprocess.Popen(

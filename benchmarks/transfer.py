@@ -111,7 +111,7 @@ def run_round(folder: Path, size_bytes: int) -> dict[tuple[str, str], Measured]:
             results["bare", "download"] = transfer("bare", "download", address, fetched, pid)
         fetched.unlink()
         shutil.rmtree(folder / "bare")
-        with running_server(folder / "data", "--spare-workers", "0") as server:
+        with running_server(folder / "data", "--worker-start", "exec") as server:
             pid = server.process.pid
             results["modelpress", "upload"] = transfer("modelpress", "upload", server.address, source, pid)
             results["modelpress", "download"] = transfer("modelpress", "download", server.address, fetched, pid)

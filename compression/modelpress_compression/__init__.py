@@ -12,8 +12,12 @@ Importing this package is cheap: torch, onnx and onnxruntime are loaded with the
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# onnxruntime would report names and hashes of users' models to its makers, by a thread that starts with its import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from modelpress_compression.errors import CompressionError

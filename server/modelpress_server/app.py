@@ -102,7 +102,7 @@ def local_executor(settings: Settings) -> Executor:
     from modelpress_server.executors.local import LocalExecutor
 
     return LocalExecutor(
-        spares=settings.spare_workers,
+        fork=settings.worker_start == "fork",
         sandbox=settings.sandbox,
         measure_cores=settings.measure_core_numbers,
         temp_root=settings.data_dir / "work",

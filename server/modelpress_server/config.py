@@ -18,6 +18,7 @@ GIB = 1024 * MIB
 
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 TOKENS_NAME = "tokens.json"  # in the data folder; kept by `compress-server token`
+WORKER_STARTS = ("fork", "exec")
 SANDBOX_MODES = ("auto", "require", "off")
 # One gRPC message must hold a chunk and its frame; above this, gRPC answers RESOURCE_EXHAUSTED by itself.
 MAX_MESSAGE_BYTES = 4 * MIB
@@ -113,7 +114,12 @@ class Settings:
     workers: int = _setting(
         1, "Jobs that run at the same time. Each measures latency: more than one disturb each other."
     )
-    spare_workers: int = _setting(1, "Idle worker processes kept warm, so that a job need not wait for imports.")
+    worker_start: str = _setting(
+        "fork",
+        "fork: workers come from a process that has done their imports, which keeps some 400 MB; exec: each does its "
+        "own, in seconds.",
+        choices=WORKER_STARTS,
+    )
     measure_cores: str | None = _setting(
         None, "Processors that latency is measured on, as 2,3 or 2-3; best ones that nothing else is given."
     )
@@ -260,7 +266,7 @@ class Settings:
             self._require(getattr(self, name) >= 0, name, "at least 0")
         for name in ("job_ttl_s", "model_ttl_s"):
             self._require(getattr(self, name) >= 0, name, "at least 0")
-        for name in ("spare_workers", "worker_memory_bytes", "reserve_bytes", "drain_grace_s", "upload_takeover_s"):
+        for name in ("worker_memory_bytes", "reserve_bytes", "drain_grace_s", "upload_takeover_s"):
             self._require(getattr(self, name) >= 0, name, "at least 0")
         for name in ("run_time_limit_s", "inspect_time_limit_s", "upload_idle_timeout_s", "upload_ttl_s", "blob_ttl_s"):
             self._require(getattr(self, name) > 0, name, "more than 0")
@@ -272,6 +278,7 @@ class Settings:
             1024 <= self.max_chunk_bytes <= MAX_MESSAGE_BYTES - 64 * KIB, "max_chunk_bytes", "1 KiB to 3.9 MiB"
         )
         self._require(self.sandbox in SANDBOX_MODES, "sandbox", " or ".join(SANDBOX_MODES))
+        self._require(self.worker_start in WORKER_STARTS, "worker_start", " or ".join(WORKER_STARTS))
         if unusable := sorted(set(self.measure_core_numbers) - os.sched_getaffinity(0)):
             may = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
             raise SettingsError(f"measure_cores: the server may not run on {unusable[0]}; it may on {may}.")

@@ -57,7 +57,7 @@ class ServerUnderTest:
             "--data-dir",
             str(self.data_dir),
         ]
-        command += ["--spare-workers", "0", "--ack-interval-bytes", "1MiB"]
+        command += ["--worker-start", "exec", "--ack-interval-bytes", "1MiB"]
         with (self.data_dir.parent / "server.log").open("a") as log:
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         assert self._process.stdout is not None

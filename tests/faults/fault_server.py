@@ -36,7 +36,7 @@ def set_clock_by(path: Path) -> None:
 def make_executor(settings: Settings) -> Executor:
     """Real worker processes with light tasks."""
     tasks = str(Path(__file__).with_name("fault_tasks.py"))
-    return LocalExecutor(spares=1, sandbox="off", temp_root=settings.data_dir / "work", tasks=tasks)
+    return LocalExecutor(fork=True, sandbox="off", temp_root=settings.data_dir / "work", tasks=tasks)
 
 
 async def main(address: str, data_dir: Path) -> None:

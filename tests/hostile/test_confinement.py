@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(landlock_version() == 0, reason="this kernel has
 def serve(data: Path, import_path: Path, *options: str) -> subprocess.Popen[str]:
     """`compress-server` with one more entry of the import path, which workers must be able to read."""
     return subprocess.Popen(
-        [sys.executable, "-m", "modelpress_server", "--listen", "127.0.0.1:0", "--spare-workers", "0",
+        [sys.executable, "-m", "modelpress_server", "--listen", "127.0.0.1:0", "--worker-start", "exec",
          "--data-dir", str(data), *options],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(import_path)},
     )  # fmt: skip

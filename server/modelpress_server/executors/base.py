@@ -50,10 +50,14 @@ class TurnFigures:
 
 @dataclass(frozen=True)
 class Figures:
-    """What an executor has done and does. `pids`: leaders of the workers that have a task, where they run here."""
+    """What an executor has done and does.
+
+    `pids`: leaders of the workers that have a task, where they run here. `imported`: whether a worker that is started
+    now has its imports done already.
+    """
 
     pids: tuple[int, ...] = ()
-    spares: int = 0
+    imported: bool = False
     starts: int = 0
     failed_starts: int = 0
     turns: TurnFigures = field(default_factory=TurnFigures)

@@ -7,20 +7,18 @@ import contextlib
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
-from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from modelpress_protos.internal.v1 import worker_pb2
 
 from modelpress_server.executors.output import LineSplitter
+from modelpress_server.executors.process import Pipes, Starter, StartError, WorkerProcess, open_pipes
 from modelpress_server.executors.process_tree import kill_tree
 from modelpress_server.sandbox.worker_user import WorkerUser
-from modelpress_server.worker.framing import MAX_FRAME_BYTES, FramingError, encode_frame, read_frame_async
+from modelpress_server.worker.framing import FramingError, encode_frame, read_frame_async
 from modelpress_server.worker.own_time import write_paused_s
 
 PREFIX = "worker-"
@@ -30,116 +28,10 @@ _START_OUTPUT_CHARS = 2000
 _READ_BYTES = 64 * 1024
 
 
-class StartError(Exception):
-    """A worker did not get ready; the message holds the end of its output, for the server's log."""
-
-
-@dataclass(frozen=True)
-class WorkerCommand:
-    """How workers are started.
-
-    `root`: folder of their private folders; `tasks`: module or file that runs tasks; `private`: what none may read.
-    """
-
-    root: Path
-    sandbox: str
-    tasks: str
-    private: tuple[Path, ...] = ()
-
-    def arguments(self, requests_fd: int, events_fd: int, directory: Path, user: WorkerUser | None) -> list[str]:
-        """The command line of one worker."""
-        return [
-            *python_command("modelpress_server.worker"),
-            f"--parent-pid={os.getpid()}",
-            f"--requests-fd={requests_fd}",
-            f"--events-fd={events_fd}",
-            f"--root={self.root}",
-            f"--directory={directory}",
-            f"--sandbox={self.sandbox}",
-            f"--user={user or ''}",
-            f"--tasks={self.tasks}",
-            *(f"--private={path}" for path in self.private),
-        ]
-
-
-def python_command(module: str) -> list[str]:
-    """Runs one of our modules with this interpreter: neither the current folder nor the user's own is looked in."""
-    return [sys.executable, "-P", "-s", "-m", module]
-
-
-def child_environment(directory: Path) -> dict[str, str]:
-    """All that a worker gets of the environment: no tokens, no proxies, no settings of libraries.
-
-    The import path is the server's own, so that every kind of installation works.
-    """
-    import_path = [entry for entry in sys.path if Path(entry).is_absolute() and Path(entry).exists()]
-    return {
-        "PATH": "/usr/local/bin:/usr/bin:/bin",
-        "LANG": "C.UTF-8",
-        "HOME": str(directory),
-        "TMPDIR": str(directory),
-        "PYTHONPATH": os.pathsep.join(import_path),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-
-
-@dataclass(frozen=True)
-class Pipes:
-    """The server's ends: the protocol's two pipes, and what the worker prints.
-
-    Not `asyncio.subprocess.PIPE`: a process that the worker started may hold that open, and `wait` would wait for it.
-    """
-
-    requests: asyncio.WriteTransport
-    events: asyncio.StreamReader
-    output: asyncio.StreamReader
-    read_transports: tuple[asyncio.BaseTransport, ...]
-
-    def close(self) -> None:
-        """Closes all, without waiting for what was not yet sent."""
-        if not self.requests.is_closing():
-            self.requests.abort()
-        for transport in self.read_transports:
-            transport.close()
-
-
-@dataclass(frozen=True)
-class ChildEnds:
-    """Descriptors of the worker's ends."""
-
-    requests: int
-    events: int
-    output: int
-
-    def close(self) -> None:
-        """The worker has its own by now."""
-        for descriptor in (self.requests, self.events, self.output):
-            os.close(descriptor)
-
-
-async def _open_pipes() -> tuple[ChildEnds, Pipes]:
-    loop = asyncio.get_running_loop()
-    requests_read, requests_write = os.pipe()
-    requests, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, os.fdopen(requests_write, "wb", 0))
-    events_write, events, events_transport = await _open_reading_pipe()
-    output_write, output, output_transport = await _open_reading_pipe()
-    pipes = Pipes(requests, events, output, (events_transport, output_transport))
-    return ChildEnds(requests_read, events_write, output_write), pipes
-
-
-async def _open_reading_pipe() -> tuple[int, asyncio.StreamReader, asyncio.BaseTransport]:
-    read, write = os.pipe()
-    reader = asyncio.StreamReader(limit=MAX_FRAME_BYTES)
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read, "rb", 0)
-    )
-    return write, reader, transport
-
-
 class Worker:
     """A started worker. Make one with `Worker.start`; end it with `end`, whatever happened."""
 
-    def __init__(self, process: Process, directory: Path, pipes: Pipes, user: WorkerUser | None) -> None:
+    def __init__(self, process: WorkerProcess, directory: Path, pipes: Pipes, user: WorkerUser | None) -> None:
         self.user = user
         self.sandbox = worker_pb2.Ready()  # what it said of its confinement
         self._process = process
@@ -154,13 +46,16 @@ class Worker:
         self._output = asyncio.create_task(self._read_output())
 
     @classmethod
-    async def start(cls, command: WorkerCommand, user: WorkerUser | None = None) -> Worker:
-        """Starts a worker and waits until it is ready. Raises StartError, OSError; cancellation kills it."""
-        directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=command.root))
+    async def start(cls, starter: Starter, root: Path, user: WorkerUser | None = None) -> Worker:
+        """Starts a worker and waits until it is ready. Raises StartError, OSError; cancellation kills it.
+
+        `root`: where it gets its private folder.
+        """
+        directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
         try:
             if user is not None:
                 user.own(directory)
-            worker = await cls._spawn(command, directory, user)
+            worker = await cls._spawn(starter, directory, user)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
@@ -172,19 +67,10 @@ class Worker:
         return worker
 
     @classmethod
-    async def _spawn(cls, command: WorkerCommand, directory: Path, user: WorkerUser | None) -> Worker:
-        ends, pipes = await _open_pipes()
+    async def _spawn(cls, starter: Starter, directory: Path, user: WorkerUser | None) -> Worker:
+        ends, pipes = await open_pipes()
         try:
-            process = await asyncio.create_subprocess_exec(
-                *command.arguments(ends.requests, ends.events, directory, user),
-                stdin=DEVNULL,
-                stdout=ends.output,
-                stderr=ends.output,
-                env=child_environment(directory),
-                cwd=directory,
-                pass_fds=(ends.requests, ends.events),
-                start_new_session=True,
-            )
+            process = await starter.start(ends, directory, user)
         except BaseException:
             pipes.close()
             raise
@@ -212,6 +98,11 @@ class Worker:
     def alive(self) -> bool:
         """Whether it has not ended, as far as is known."""
         return self._process.returncode is None
+
+    @property
+    def lost_parent(self) -> bool:
+        """Whether it ended with the process that it was forked from, which is no fault of its own."""
+        return self._process.lost_parent
 
     @property
     def directory(self) -> Path:

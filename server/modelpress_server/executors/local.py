@@ -1,6 +1,6 @@
 """Runs each task in a child process of this machine.
 
-    take a warm worker -> limit its memory -> hand over the task -> pass events on -> kill the process group
+    fork a worker -> limit its memory -> hand over the task -> pass events on -> kill the process group
 
 Nothing that a worker does is trusted: frames are bounded, log lines and progress are rationed, and the process group is
 killed when the task has ended, however it ended.
@@ -24,17 +24,14 @@ from modelpress_server.clock import Clock, Waited
 from modelpress_server.config import SettingsError
 from modelpress_server.executors import lost
 from modelpress_server.executors.base import START_WORKER, Figures, Limits, WorkerLostError, WorkerUnavailableError
-from modelpress_server.executors.child import (
-    PREFIX,
-    StartError,
-    Worker,
-    WorkerCommand,
-)
+from modelpress_server.executors.child import PREFIX, Worker
 from modelpress_server.executors.output import EventFilter
 from modelpress_server.executors.probing import Probe, run_probe
+from modelpress_server.executors.process import ExecStarter, Starter, StartError, WorkerCommand
 from modelpress_server.executors.process_tree import CpuMeter, memory_bytes
-from modelpress_server.executors.spares import SparePool
 from modelpress_server.executors.turns import MeasuringTurns
+from modelpress_server.executors.zygote import PREFIX as ZYGOTE_PREFIX
+from modelpress_server.executors.zygote import ForkStarter
 from modelpress_server.sandbox.confinement import LEVEL_FILES_AND_NETWORK
 from modelpress_server.sandbox.worker_user import WorkerUser, WorkerUsers, barrier, may_change_user
 from modelpress_server.shortage import storage_full
@@ -62,10 +59,11 @@ OnEvent = Callable[[worker_pb2.WorkerEvent], None]
 
 
 class LocalExecutor:
-    """The embedded executor: one child process a task, `spares` of them kept warm.
+    """The embedded executor: one child process a task.
 
-    `temp_root`: folder that holds the workers' private folders and, somewhere below it, the folders of all tasks: a
-    sandboxed worker sees nothing else. `sandbox`: auto, require or off. `tasks`: module (or file) that runs the tasks.
+    `fork`: workers are forked from a process that has done their imports, where that is possible; else each does its
+    own. `temp_root`: folder that holds the workers' private folders and, somewhere below it, the folders of all tasks:
+    a sandboxed worker sees nothing else. `sandbox`: auto, require or off. `tasks`: module (or file) that runs them.
     `measure_cores`: the processors that measuring is pinned to; none: wherever the kernel likes.
     `private`: files and folders that no worker may read. `first_uid`: workers run as users from this one on, where the
     server may change users; 0: as the server's own.
@@ -74,7 +72,7 @@ class LocalExecutor:
     def __init__(
         self,
         *,
-        spares: int,
+        fork: bool,
         sandbox: str,
         temp_root: Path,
         tasks: str = DEFAULT_TASKS,
@@ -93,12 +91,8 @@ class LocalExecutor:
         self._running: set[Worker] = set()
         self._starts = self._failed_starts = 0
         self._turns = MeasuringTurns(lambda: self._running, self._clock, measure_cores)
-        self._spares = SparePool(spares, lambda: self._start_worker(command), self._clock)
-
-    @property
-    def ready_spares(self) -> int:
-        """How many warm workers wait for a task."""
-        return self._spares.ready
+        self._starter: Starter = ForkStarter(command) if fork else ExecStarter(command)
+        self._opening: asyncio.Task[None] | None = None
 
     @property
     def separate_users(self) -> bool:
@@ -109,19 +103,19 @@ class LocalExecutor:
         """See `Executor.figures`."""
         return Figures(
             pids=tuple(worker.pid for worker in self._running),
-            spares=self._spares.ready,
+            imported=self._starter.ready,
             starts=self._starts,
             failed_starts=self._failed_starts,
             turns=self._turns.figures(),
         )
 
     async def start(self) -> None:
-        """Removes what an earlier server left, finds the sandbox level, begins to warm spares.
+        """Removes what an earlier server left, finds the sandbox level, begins with the imports of the workers.
 
         Raises SettingsError where the sandbox is required and does not hold, OSError.
         """
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for left in self._root.glob(f"{PREFIX}*"):
+        for left in (*self._root.glob(f"{PREFIX}*"), *self._root.glob(f"{ZYGOTE_PREFIX}*")):
             await asyncio.to_thread(shutil.rmtree, left, ignore_errors=True)
         if self._users is not None:
             self._users.open(self._root)
@@ -137,24 +131,24 @@ class LocalExecutor:
             raise SettingsError(f"sandbox: level {found.level} is all that workers reach: {found.fault}.")
         if found.level < LEVEL_FILES_AND_NETWORK and self._sandbox == "auto":
             logger.warning("workers are confined to level %d only: %s", found.level, found.fault)
-        self._spares.open()
+        self._opening = asyncio.create_task(self._open_starter())
 
     async def try_start(self) -> None:
         """See `Executor.try_start`."""
         try:
-            await self._spares.warm()
+            worker = await self._start_worker()
         except (StartError, OSError) as error:
             raise _unavailable(error) from error
+        await worker.end()
 
     async def run(
         self, request: worker_pb2.WorkerRequest, *, limits: Limits, on_event: OnEvent
     ) -> worker_pb2.WorkerEvent:
         """See `Executor.run`."""
         paths = self._check_folders(request)
-        if not self._spares.ready or self._turns.taken:
-            on_event(_starting_worker(WAITS_FOR_TURN if self._turns.taken else "its process loads the libraries"))
+        on_event(_starting_worker(self._what_a_start_waits_for()))
         try:
-            worker = await self._spares.take()
+            worker = await self._start_worker()
         except (StartError, OSError) as error:
             raise _unavailable(error) from error
         try:
@@ -182,23 +176,39 @@ class LocalExecutor:
         return event
 
     async def close(self) -> None:
-        """Kills whatever runs, and the spares; their tasks end with WorkerLostError."""
+        """Kills whatever runs; its tasks end with WorkerLostError."""
         for worker in self._running:
             worker.kill()
-        await self._spares.close()
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+        await self._starter.close()
 
-    async def _start_worker(self, command: WorkerCommand) -> Worker:
+    async def _open_starter(self) -> None:
+        """The first task need not wait for the imports then."""
         try:
-            worker = await self._started_worker(command)
+            async with self._turns.starting():
+                await self._starter.open()
+        except (StartError, OSError) as error:
+            logger.error("no worker could be started: %s", error)
+
+    def _what_a_start_waits_for(self) -> str:
+        if self._turns.taken:
+            return WAITS_FOR_TURN
+        return "" if self._starter.ready else "its process loads the libraries"
+
+    async def _start_worker(self) -> Worker:
+        try:
+            worker = await self._started_worker()
         except (StartError, OSError):
             self._failed_starts += 1
             raise
         self._starts += 1
         return worker
 
-    async def _started_worker(self, command: WorkerCommand) -> Worker:
+    async def _started_worker(self) -> Worker:
         async with self._turns.starting():
-            worker = await Worker.start(command, self._users.next() if self._users else None)
+            worker = await Worker.start(self._starter, self._root, self._users.next() if self._users else None)
         level, fault = worker.sandbox.sandbox_level, worker.sandbox.sandbox_fault
         if level < LEVEL_FILES_AND_NETWORK and self._sandbox == "require":
             await worker.end()
@@ -377,6 +387,8 @@ class _Run:
         await self._worker.wait_output()
         if self._memory_was_short:
             return lost.out_of_memory(self._limits.memory_bytes)
+        if self._worker.lost_parent:
+            return lost.orphaned()
         if not ended:
             return lost.broken_protocol()
         return lost.crashed(end.result(), beside_larger=self._beside_larger())

@@ -62,6 +62,13 @@ def crashed(status: int, *, beside_larger: bool = False) -> WorkerLostError:
     return WorkerLostError(CRASHED, f"The worker process {how}.")
 
 
+def orphaned() -> WorkerLostError:
+    """The process that it was forked from has ended, and the kernel killed it for that."""
+    return WorkerLostError(
+        CRASHED, "The process that workers are forked from has ended, and this one with it.", own=False
+    )
+
+
 def broken_protocol() -> WorkerLostError:
     """What it sent is not the protocol."""
     return WorkerLostError(CRASHED, "The worker process sent what is no message of the protocol; it was stopped.")

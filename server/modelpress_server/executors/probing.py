@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelpress_server.executors.child import child_environment, python_command
+from modelpress_server.executors.process import child_environment, python_command
 from modelpress_server.sandbox.confinement import LEVEL_ALWAYS
 from modelpress_server.sandbox.worker_user import WorkerUser
 

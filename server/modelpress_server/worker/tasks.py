@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pkgutil
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 import modelpress_compression
+import threadpoolctl
 from modelpress_compression.errors import RejectedModelError
 from modelpress_compression.inputs import EvaluationData, InputData
 from modelpress_compression.inspection import inspect_model
@@ -42,11 +44,15 @@ _LAZY = (
 
 
 _BACKENDS = "modelpress_compression.backends."
+# Its library starts threads when it is imported, and no worker could be forked beside them: see `worker.zygote`.
+_WITH_THREADS = ("modelpress_compression.backends.openvino",)
 
 
 def preload() -> None:
     """Imports everything that a task touches, so that it need not wait for that."""
     for module in pkgutil.walk_packages(modelpress_compression.__path__, "modelpress_compression."):
+        if module.name.startswith(_WITH_THREADS):
+            continue
         try:
             import_module(module.name)
         except ModuleNotFoundError as error:
@@ -61,11 +67,17 @@ def preload() -> None:
 
 def run(request: worker_pb2.WorkerRequest, context: TaskContext) -> worker_pb2.WorkerEvent:
     """The terminal event of a task that went well. Raises CompressionError, and whatever a bug raises."""
+    _start_threads()
     if request.WhichOneof("task") == "inspect":
         return _inspect(request.inspect, context)
     if request.WhichOneof("task") == "compress":
         return _compress(request.compress, context)
     raise ValueError("the request holds no task that this worker knows; server and worker differ in version")
+
+
+def _start_threads() -> None:
+    """Has numpy compute on all cores: at its import it was told to start no threads (`executors.process`)."""
+    threadpoolctl.threadpool_limits(len(os.sched_getaffinity(0)), user_api="blas")
 
 
 def _inspect(task: worker_pb2.InspectTask, context: TaskContext) -> worker_pb2.WorkerEvent:

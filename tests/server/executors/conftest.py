@@ -69,7 +69,7 @@ async def start_bench(tmp_path: Path) -> AsyncIterator[StartBench]:
 
     async def start(
         *,
-        spares: int = 0,
+        fork: bool = False,
         sandbox: str = "off",
         tasks: str = FAKE_TASKS,
         clock: Clock | None = None,
@@ -77,7 +77,7 @@ async def start_bench(tmp_path: Path) -> AsyncIterator[StartBench]:
         **options: Any,
     ) -> Bench:
         root = root or tmp_path / f"work-{len(started)}"
-        executor = LocalExecutor(spares=spares, sandbox=sandbox, temp_root=root, tasks=tasks, clock=clock, **options)
+        executor = LocalExecutor(fork=fork, sandbox=sandbox, temp_root=root, tasks=tasks, clock=clock, **options)
         bench = Bench(executor, root)
         await bench.executor.start()
         started.append(bench)

@@ -45,6 +45,10 @@ def _describe(context: TaskContext, output: Path, argument: str) -> Any:
     print("to stderr", file=sys.stderr)
     return {
         "pid": os.getpid(),
+        "parent": os.getppid(),
+        "session": os.getsid(0),
+        "group": os.getpgid(0),
+        "cwd": str(Path.cwd()),
         "directory": str(context.directory),
         "environment": dict(os.environ),
         "level": context.sandbox.level,

@@ -6,6 +6,8 @@ import asyncio
 import json
 import logging
 import os
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,10 @@ from modelpress_server.executors.output import MAX_LINE_CHARS, MAX_LINES
 from server_harness import until
 
 MIB = 1024 * 1024
+FAKE_TASKS = Path(__file__).with_name("fake_tasks.py").read_text("utf-8")
+# Goes behind what fake_tasks.py holds.
+THREADED = "\n\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+BOTH_WAYS = pytest.mark.parametrize("fork", [True, False], ids=["fork", "exec"])
 
 
 def runs(pid: int) -> bool:
@@ -52,9 +58,10 @@ class TestATaskThatEndsWell:
         assert max(busy) == 1
         assert bench.executor.figures() == Figures(starts=1)
 
-    async def test_its_events_come_in_order_without_paths(self, start_bench: Any) -> None:
+    @BOTH_WAYS
+    async def test_its_events_come_in_order_without_paths(self, start_bench: Any, fork: bool) -> None:
         """Progress, log lines and printed lines arrive; folders of this machine are taken out of every text."""
-        bench = await start_bench()
+        bench = await start_bench(fork=fork)
         await bench.answer("describe")
         progress = [event.progress for event in bench.events if event.WhichOneof("event") == "progress"]
         assert [item.stage for item in progress] == ["start_worker", "stage 0.0", "stage 0.5", "stage 1.0"]
@@ -63,32 +70,41 @@ class TestATaskThatEndsWell:
         assert {"first", "second x", "printed in lib.py", "to stderr"} <= set(bench.lines)
         assert "printed before the task" not in bench.lines
 
-    async def test_the_environment_is_empty(self, start_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    @BOTH_WAYS
+    async def test_the_environment_is_empty(
+        self, start_bench: Any, monkeypatch: pytest.MonkeyPatch, fork: bool
+    ) -> None:
         """A worker sees neither the server's settings nor its tokens."""
         monkeypatch.setenv("COMPRESS_SERVER_TOKEN", "secret")
-        answer = await (await start_bench()).answer("describe")
-        assert set(answer["environment"]) == {"PATH", "LANG", "HOME", "TMPDIR", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE"}
+        answer = await (await start_bench(fork=fork)).answer("describe")
+        assert set(answer["environment"]) == {
+            "PATH", "LANG", "HOME", "TMPDIR", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "OPENBLAS_NUM_THREADS",
+            "ORT_DISABLE_TELEMETRY",
+        }  # fmt: skip
         assert answer["environment"]["TMPDIR"] == answer["environment"]["HOME"] == answer["directory"]
 
-    async def test_it_has_no_powers(self, start_bench: Any) -> None:
+    @BOTH_WAYS
+    async def test_it_has_no_powers(self, start_bench: Any, fork: bool) -> None:
         """No capabilities, no way to new ones; no descriptors but its own: 0, 1, 2, two pipes, and the listing's."""
-        answer = await (await start_bench()).answer("describe")
+        answer = await (await start_bench(fork=fork)).answer("describe")
         status = dict(line.split(":\t", 1) for line in answer["status"].splitlines())
         assert status["NoNewPrivs"].strip() == "1"
         assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
         assert answer["descriptors"] == 6
 
-    async def test_its_private_folder_is_removed(self, start_bench: Any) -> None:
+    @BOTH_WAYS
+    async def test_its_private_folder_is_removed(self, start_bench: Any, fork: bool) -> None:
         """What it wrote beside its artifacts is gone when `run` returns, and so is the process."""
-        bench = await start_bench()
+        bench = await start_bench(fork=fork)
         answer = await bench.answer("describe")
         assert answer["directory"].startswith(str(bench.root))
         assert list(bench.root.glob("worker-*")) == []
         assert not runs(answer["pid"])
 
-    async def test_a_process_that_it_started_does_not_outlive_it(self, start_bench: Any) -> None:
+    @BOTH_WAYS
+    async def test_a_process_that_it_started_does_not_outlive_it(self, start_bench: Any, fork: bool) -> None:
         """A task that ends well cannot leave anything running."""
-        bench = await start_bench()
+        bench = await start_bench(fork=fork)
         await bench.run("grandchildren:end")
         pids = json.loads((bench.output / "pids").read_text("ascii"))
         assert pids
@@ -205,9 +221,10 @@ class TestAWorkerThatIsLost:
 
 
 class TestCancelling:
-    async def test_it_kills_the_whole_tree_at_once(self, start_bench: Any) -> None:
+    @BOTH_WAYS
+    async def test_it_kills_the_whole_tree_at_once(self, start_bench: Any, fork: bool) -> None:
         """Cancelling the awaiting task ends the worker, its children, and those that left its group."""
-        bench = await start_bench()
+        bench = await start_bench(fork=fork)
         task = asyncio.create_task(bench.run("grandchildren"))
         await until((bench.output / "pids").exists)
         pids = json.loads((bench.output / "pids").read_text("ascii"))
@@ -229,9 +246,10 @@ class TestCancelling:
             await task
         await until(lambda: not list(bench.root.glob("worker-*")))
 
-    async def test_closing_ends_what_runs(self, start_bench: Any) -> None:
+    @BOTH_WAYS
+    async def test_closing_ends_what_runs(self, start_bench: Any, fork: bool) -> None:
         """After `close` the task has ended as a crash and its process is gone."""
-        bench = await start_bench()
+        bench = await start_bench(fork=fork)
         task = asyncio.create_task(bench.run("sleep"))
         (pid,) = await until(bench.sleepers)
         await bench.executor.close()
@@ -260,48 +278,74 @@ class TestAWorkerThatTalksTooMuch:
         assert {event.progress.fraction for event in progress} == {0.0}
 
 
-class TestSpares:
-    async def test_a_ready_one_is_taken_and_replaced(self, start_bench: Any) -> None:
-        """The task runs in a process that was started before it came; another one gets ready afterwards."""
-        bench = await start_bench(spares=1)
-        await until(lambda: bench.executor.ready_spares == 1)
-        (folder,) = bench.root.glob("worker-*")
-        answer = await bench.answer("describe")
-        assert answer["directory"] == str(folder)
-        assert "start_worker" not in {event.progress.stage for event in bench.events}
-        await until(lambda: bench.executor.ready_spares == 1)
-        assert (await bench.answer("describe"))["pid"] != answer["pid"]
+class TestForking:
+    async def test_workers_come_from_one_process(self, start_bench: Any) -> None:
+        """Each task has a process, a session and a folder of its own; they have one parent, which is not the server."""
+        bench = await start_bench(fork=True)
+        found = [await bench.answer("describe") for _ in range(2)]
+        assert found[0]["pid"] != found[1]["pid"]
+        assert found[0]["directory"] != found[1]["directory"]
+        assert found[0]["parent"] == found[1]["parent"] != os.getpid()
+        assert all(answer["session"] == answer["group"] == answer["pid"] for answer in found)
+        assert [answer["cwd"] for answer in found] == [answer["directory"] for answer in found]
 
-    async def test_a_dead_one_is_replaced(self, start_bench: Any) -> None:
-        """A spare that dies while it waits does not meet a task."""
-        bench = await start_bench(spares=1)
-        await until(lambda: bench.executor.ready_spares == 1)
-        (worker,) = bench.executor._spares._ready
-        os.kill(worker.pid, 9)
-        await until(lambda: bench.executor.ready_spares == 1 and bench.executor._spares._ready != [worker])
-        assert (await bench.answer("describe"))["pid"] != worker.pid
-
-    async def test_more_tasks_than_spares(self, start_bench: Any) -> None:
-        """Tasks beyond the spares get workers of their own; none waits for another to end."""
-        bench = await start_bench(spares=1)
-        await until(lambda: bench.executor.ready_spares == 1)
+    async def test_tasks_side_by_side(self, start_bench: Any) -> None:
+        """None waits for another to end, and the end of one harms no other."""
+        bench = await start_bench(fork=True)
         tasks = [asyncio.create_task(bench.run("sleep")) for _ in range(3)]
-        await until(lambda: len(bench.sleepers()) == 3)
+        pids = await until(lambda: len(bench.sleepers()) == 3 and bench.sleepers())
+        os.kill(pids[0], signal.SIGSEGV)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        assert sorted(runs(pid) for pid in pids) == [False, True, True]
         for task in tasks:
             task.cancel()
-        ends = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(isinstance(end, asyncio.CancelledError) for end in ends)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert not any(runs(pid) for pid in pids)
 
-    async def test_workers_that_never_start_are_tried_less_and_less(
-        self, start_bench: Any, caplog: pytest.LogCaptureFixture, clock: ManualClock
+    async def test_a_zygote_that_dies(self, start_bench: Any) -> None:
+        """Its workers end with it, which is not their tasks' fault; the next task has another one."""
+        bench = await start_bench(fork=True)
+        before = await bench.answer("describe")
+        task = asyncio.create_task(bench.run("sleep"))
+        (pid,) = await until(bench.sleepers)
+        os.kill(before["parent"], signal.SIGKILL)
+        with pytest.raises(WorkerLostError) as caught:
+            await task
+        assert not caught.value.own
+        await until(lambda: not runs(pid))
+        assert (await bench.answer("describe"))["parent"] not in (before["parent"], os.getpid())
+
+    async def test_a_second_thread_forbids_it(
+        self, start_bench: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A broken installation does not keep the machine busy: after each failure the pool waits twice as long."""
-        await start_bench(spares=1, tasks="no_such_module_of_tasks", clock=clock)
-        for failures, pause_s in enumerate((1.0, 2.0, 4.0), start=1):
-            await until(lambda: clock.sleeping)
-            assert clock.sleeping == [pytest.approx(clock.now_s() + pause_s)]
-            assert caplog.text.count("before it was ready") == failures
-            clock.advance(pause_s)
+        """Where an import starts one, workers do their own imports, and the log says so once."""
+        threaded = tmp_path / "threaded_tasks.py"
+        threaded.write_text(FAKE_TASKS + THREADED, "utf-8")
+        bench = await start_bench(fork=True, tasks=str(threaded))
+        assert [(await bench.answer("describe"))["parent"] for _ in range(2)] == [os.getpid()] * 2
+        assert caplog.text.count("workers cannot be forked here") == 1
+        assert "there are 2 threads" in caplog.text
+
+    async def test_imports_that_fail(self, start_bench: Any, caplog: pytest.LogCaptureFixture) -> None:
+        """No worker can be started, and the log says why; each try is a new one."""
+        bench = await start_bench(fork=True, tasks="no_such_module_of_tasks")
+        for _ in range(2):
+            with pytest.raises(WorkerUnavailableError, match="could not be started"):
+                await bench.run("describe")
+        assert "no_such_module_of_tasks" in caplog.text
+        assert bench.executor.figures().failed_starts == 2
+
+    async def test_no_process_for_another_worker(self, start_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What the kernel says to the zygote is what the scheduler hears; the next one may go well."""
+        bench = await start_bench(fork=True, first_uid=0)
+        await bench.answer("describe")
+        zygote = bench.executor._starter._zygote
+        resource.prlimit(zygote._process.pid, resource.RLIMIT_NOFILE, (3, 4096))
+        with pytest.raises(WorkerUnavailableError):
+            await bench.run("describe")
+        resource.prlimit(zygote._process.pid, resource.RLIMIT_NOFILE, (4096, 4096))
+        await bench.answer("describe")
+        assert bench.executor._starter._zygote is zygote
 
 
 class TestStarting:

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from modelpress_server.config import SettingsError
 from modelpress_server.executors.base import WorkerUnavailableError
-from modelpress_server.executors.child import WorkerCommand
+from modelpress_server.executors.process import ExecStarter, WorkerCommand
+from modelpress_server.executors.zygote import ForkStarter
 from modelpress_server.sandbox import seccomp
 from modelpress_server.sandbox.landlock import landlock_version
 from modelpress_server.sandbox.worker_user import WorkerUser, barrier, may_change_user
@@ -38,9 +39,10 @@ def listener() -> Iterator[int]:
 
 @needs_level_2
 class TestLevel2:
-    async def test_what_it_forbids_and_what_it_leaves(self, start_bench: Any, listener: int) -> None:
+    @pytest.mark.parametrize("fork", [True, False], ids=["fork", "exec"])
+    async def test_what_it_forbids_and_what_it_leaves(self, start_bench: Any, listener: int, fork: bool) -> None:
         """No network, programs, processes, foreign files or signals; its own files and threads work as ever."""
-        bench = await start_bench(sandbox="auto")
+        bench = await start_bench(sandbox="auto", fork=fork)
         assert bench.executor.sandbox_level == 2
         other = bench.root / "other-task"
         other.mkdir()
@@ -50,12 +52,6 @@ class TestLevel2:
         assert allowed == {
             "thread", "signal self", "read model", "write output", "rename output", "write private",
         }, found  # fmt: skip
-
-    async def test_spares_are_confined_as_well(self, start_bench: Any, listener: int) -> None:
-        """A warm worker is confined no less than a fresh one."""
-        bench = await start_bench(sandbox="require", spares=1)
-        found = await bench.answer(f"break-out:{listener}")
-        assert found["connect"] == found["read system"] == "PermissionError"
 
 
 @needs_level_2
@@ -82,12 +78,11 @@ class TestWhatAWorkerReports:
         assert f"level 1 only: {below_import_path} lies below" in caplog.text
         assert (await bench.answer("describe"))["level"] == 1
 
-    async def test_a_worker_that_falls_short_later(self, start_bench: Any, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("starter", [ForkStarter, ExecStarter])
+    async def test_a_worker_that_falls_short_later(self, start_bench: Any, starter: Any) -> None:
         """With "require" it is not used, also where the try at the start went well."""
         bench = await start_bench(sandbox="require")
-        bench.executor._spares._start = lambda: bench.executor._start_worker(
-            WorkerCommand(bench.root, "require", FAKE_TASKS, (Path("/usr/lib"),))
-        )
+        bench.executor._starter = starter(WorkerCommand(bench.root, "require", FAKE_TASKS, (Path("/usr/lib"),)))
         with pytest.raises(WorkerUnavailableError, match="could not be started"):
             await bench.run("describe")
 
@@ -122,7 +117,8 @@ class TestUsers:
             blob.parent.mkdir(parents=True)
             (data / "blobs").chmod(0o700)
             blob.write_bytes(b"of another project")
-            bench = await start_bench(sandbox="auto", first_uid=60_600, root=data / "work", private=[data / "blobs"])
+            options = {"first_uid": 60_600, "root": data / "work", "private": [data / "blobs"]}
+            bench = await start_bench(sandbox="auto", fork=True, **options)
             if not bench.executor.separate_users:
                 pytest.skip("other users cannot run this Python installation")
             found = await bench.answer(f"stat:{blob}")

@@ -26,8 +26,8 @@ LIMITS = Limits(time_s=120.0, memory_bytes=8 * 1024**3)
 
 @pytest.fixture
 async def executor(tmp_path: Path) -> AsyncIterator[LocalExecutor]:
-    """One without spares: each test pays for one worker or two."""
-    made = LocalExecutor(spares=0, sandbox="auto", temp_root=tmp_path)
+    """One as the server has it: workers are forked."""
+    made = LocalExecutor(fork=True, sandbox="auto", temp_root=tmp_path)
     await made.start()
     yield made
     await made.close()

@@ -530,3 +530,176 @@ class ProducedArtifact(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ProducedArtifact: _TypeAlias = ProducedArtifact  # noqa: Y015
+
+@_typing.final
+class ForkRequest(_message.Message):
+    """Between the server and its zygote, the process that workers are forked from: one message a datagram of their socket.
+
+    Server to zygote: fork a worker. With it come three descriptors: where the worker reads its requests, where it writes
+    its events, and where it prints to.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    DIRECTORY_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Stands in the answer."""
+    directory: _builtins.str
+    """The worker's private folder."""
+    user: _builtins.str
+    """UID:GID that the worker becomes; empty: it stays the server's user."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        directory: _builtins.str = ...,
+        user: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory", b"directory", "number", b"number", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkRequest: _TypeAlias = ForkRequest  # noqa: Y015
+
+@_typing.final
+class ZygoteEvent(_message.Message):
+    """Zygote to server."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMPORTED_FIELD_NUMBER: _builtins.int
+    UNFIT_FIELD_NUMBER: _builtins.int
+    FORKED_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def imported(self) -> Global___Imported:
+        """Imports are done, and it has one thread: workers can be forked."""
+
+    @_builtins.property
+    def unfit(self) -> Global___Unfit:
+        """Imports are done, but nothing can be forked; it ends."""
+
+    @_builtins.property
+    def forked(self) -> Global___Forked:
+        """Answer to a request."""
+
+    @_builtins.property
+    def ended(self) -> Global___WorkerEnd:
+        """A worker has ended."""
+
+    def __init__(
+        self,
+        *,
+        imported: Global___Imported | None = ...,
+        unfit: Global___Unfit | None = ...,
+        forked: Global___Forked | None = ...,
+        ended: Global___WorkerEnd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "event", b"event", "forked", b"forked", "imported", b"imported", "unfit", b"unfit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "event", b"event", "forked", b"forked", "imported", b"imported", "unfit", b"unfit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["imported", "unfit", "forked", "ended"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___ZygoteEvent: _TypeAlias = ZygoteEvent  # noqa: Y015
+
+@_typing.final
+class Imported(_message.Message):
+    """A zygote is ready."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Imported: _TypeAlias = Imported  # noqa: Y015
+
+@_typing.final
+class Unfit(_message.Message):
+    """A zygote is of no use."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHY_FIELD_NUMBER: _builtins.int
+    why: _builtins.str
+    """Why, for the server's operator."""
+    def __init__(
+        self,
+        *,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Unfit: _TypeAlias = Unfit  # noqa: Y015
+
+@_typing.final
+class Forked(_message.Message):
+    """A worker was forked, or could not be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Of the request."""
+    pid: _builtins.int
+    """Process id of the worker, and of its process group."""
+    error: _builtins.int
+    """Why there is none, as errno; 0: there is one."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        pid: _builtins.int = ...,
+        error: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "number", b"number", "pid", b"pid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Forked: _TypeAlias = Forked  # noqa: Y015
+
+@_typing.final
+class WorkerEnd(_message.Message):
+    """A worker has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PID_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    pid: _builtins.int
+    """Its process id."""
+    status: _builtins.int
+    """Its exit status; negative for a signal."""
+    def __init__(
+        self,
+        *,
+        pid: _builtins.int = ...,
+        status: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pid", b"pid", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerEnd: _TypeAlias = WorkerEnd  # noqa: Y015
