@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import logging
+import os
 import subprocess
 import sys
+import termios
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 
 import grpc.aio
 import pytest
-from modelpress_protos.v1 import server_service_pb2
+from modelpress_protos.v1 import job_service_pb2, server_service_pb2
 from modelpress_server import logs
 from server_harness import Client, Serve, failing
 from server_process import launched
@@ -74,6 +77,47 @@ async def test_state_changes_are_told(serve: Serve, caplog: pytest.LogCaptureFix
     created = [record.fields for record in calls if record.fields["method"].endswith("/CreateJob")]
     assert [entry["code"] for entry in created] == ["OK"]
     assert all(record.levelno == logging.DEBUG for record in calls)
+
+
+def test_lines_that_nobody_reads_are_dropped_and_counted() -> None:
+    """What fits is written once somebody reads, whole and in order; where others are missing a line says how many."""
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    handler = logs.PipeHandler(writing, max_held_bytes=20_000)
+    handler.setFormatter(logs.PrintableFormatter())
+    for number in range(1000):
+        handler.emit(logging.makeLogRecord({"name": "n", "levelname": "INFO", "msg": f"line {number} {'x' * 90}"}))
+    accounted = written = 0
+    with os.fdopen(reading, "r") as pipe:
+        while accounted < 1000:
+            line = pipe.readline()
+            if "of the log were dropped here" in line:
+                accounted += int(line.split(": ")[1].split()[0])
+            else:
+                assert line.endswith(f"INFO n: line {accounted} {'x' * 90}\n")
+                accounted, written = accounted + 1, written + 1
+    handler.flush()
+    assert accounted == 1000
+    assert 0 < written < 300
+
+
+async def test_a_log_that_nobody_reads(tmp_path: Path) -> None:
+    """A server whose stderr is a full pipe serves, runs jobs, and ends in time with what it was told to end with."""
+    with launched("--data-dir", str(tmp_path), "--log-level", "debug") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        fcntl.fcntl(process.stderr.fileno(), fcntl.F_SETPIPE_SZ, 4096)
+        address = (await asyncio.to_thread(process.stdout.readline)).removeprefix("listening on ").strip()
+        async with grpc.aio.insecure_channel(address) as channel:
+            client = Client(channel)
+            for _ in range(100):
+                await client.info.GetServerInfo(server_service_pb2.GetServerInfoRequest())
+            job = await client.wait(await client.job(await client.model()))
+            assert job.state == job_service_pb2.JOB_STATE_SUCCEEDED
+        unread = fcntl.ioctl(process.stderr.fileno(), termios.FIONREAD, bytes(4))
+        assert int.from_bytes(unread, sys.byteorder) > 4096 - 500
+        process.terminate()
+        assert await asyncio.to_thread(process.wait) == 0
 
 
 async def one_job(address: str, token: str) -> None:
