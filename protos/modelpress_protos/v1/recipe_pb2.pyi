@@ -208,7 +208,8 @@ class PruneStep(_message.Message):
     """Share of the weights that become zero, or of the channels that go; not used by n:m."""
     criterion: _builtins.str
     """How importance is judged: magnitude (l1; channel also l2), channel also magnitude times activation or by gradients
-    of the answers (taylor; both need data), or random as a control.
+    of the answers (taylor; both need data), or random as a control. auto: activation for channels where data is given,
+    l2 for them where not, and l1 for single weights.
     """
     scope: _builtins.str
     """Whether each layer loses the same share, or the least important of the whole model go."""

@@ -23,11 +23,12 @@ class PruneConfig(Config):
         0.5, 2, "Share of the weights that become zero, or of the channels that go; not used by n:m.", gte=0, lt=1
     )
     criterion: str = option(
-        "l1",
+        "auto",
         3,
         "How importance is judged: magnitude (l1; channel also l2), channel also magnitude times activation or by "
-        "gradients of the answers (taylor; both need data), or random as a control.",
-        choices=("l1", "l2", "activation", "taylor", "random"),
+        "gradients of the answers (taylor; both need data), or random as a control. auto: activation for channels "
+        "where data is given, l2 for them where not, and l1 for single weights.",
+        choices=("auto", "l1", "l2", "activation", "taylor", "random"),
         needs=Needs(("l2", "activation", "taylor"), "structure", "channel"),
     )
     scope: str = option(

@@ -2,7 +2,7 @@
 
 Zeroed are any weights (unstructured) or n of every m neighbours along the input axis (n:m):
 
-    l1        the smallest magnitudes go (Han et al., arXiv:1506.02626)
+    l1        the smallest magnitudes go (Han et al., arXiv:1506.02626); `auto` is the same
     random    a control: what does the choice of weights matter?
     layer     every layer loses the same share
     global    one threshold for all layers: the least important weights of the model go
@@ -122,7 +122,7 @@ class Prune:
     def _scores(self, weight: PrunableWeight, array: Array) -> Scores:
         """Importance, at least 0; weights that are zero already have 0."""
         magnitudes: Scores = np.abs(array).astype(np.float32)
-        if self._config.criterion == "l1":
+        if self._config.criterion != "random":
             return magnitudes
         # The seed belongs to the weight's name, so that other layers do not change what is drawn for this one.
         generator = np.random.default_rng([self._config.seed, zlib.crc32(weight.name.encode())])

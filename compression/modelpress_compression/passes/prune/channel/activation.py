@@ -5,7 +5,8 @@ score of Wanda (Sun et al., arXiv:2306.11695), squared and summed over a whole c
 taken relative to the sum over its inputs: what counts is the share of its answer that goes. Readers whose inputs cannot
 be observed (in a branch of If, or inside a recurrent layer) are judged by their weights alone.
 
-Activations are streamed: one running sum for each channel is kept.
+Activations are streamed: one running sum for each channel is kept. Positions that an attention mask leaves out do not
+count.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.channels import Group, Member
+from modelpress_compression.graph.padding import counted_among, counted_positions
 from modelpress_compression.graph.read import MICROSOFT, int_attribute, is_op
 from modelpress_compression.graph.watch import observable, stream
 from modelpress_compression.inputs import Array
@@ -115,14 +117,28 @@ def _data_of(node: onnx_ir.Node, weight: onnx_ir.Value) -> tuple[onnx_ir.Value |
 
 def _powers(sources: Iterable[_Source], model: Model, context: Context) -> dict[_Source, NDArray[np.float64]]:
     """Mean square of every channel over samples and positions."""
-    wanted = list(sources)
+    wanted, samples = list(sources), context.data.spread(MAX_SAMPLES)
     sums: dict[_Source, NDArray[np.float64]] = {}
     counts: dict[_Source, int] = {}
     names = [source.value for source in wanted]
-    for values in stream(model, names, context.data.spread(MAX_SAMPLES), context.check_time):
+    seen = stream(model, names, samples, context.check_time)
+    for feed, values in zip(samples.feeds(batch_size=1), seen, strict=True):
+        mask = counted_positions(feed)
         for source in wanted:
-            rows = along(values[source.value], source.axis).astype(np.float64)
+            rows = _rows(values[source.value], source.axis, mask)
             squares = np.einsum("cr,cr->c", rows, rows)
             sums[source] = sums[source] + squares if source in sums else squares
             counts[source] = counts.get(source, 0) + rows.shape[1]
     return {source: np.nan_to_num(total / max(1, counts[source])) for source, total in sums.items()}
+
+
+def _rows(array: Array, axis: int, mask: NDArray[np.bool_] | None) -> NDArray[np.float64]:
+    """The values of each channel [channels, positions], without those at padding."""
+    rows = along(array, axis)
+    counted = counted_among(np.delete(array.shape, axis).tolist(), mask)
+    return (rows if counted is None else rows[:, _spread(counted, rows.shape[1])]).astype(np.float64)
+
+
+def _spread(counted: NDArray[np.bool_], positions: int) -> NDArray[np.bool_]:
+    """The mask of an activation's first two extents, over all that lies within them."""
+    return np.repeat(counted.reshape(-1), positions // counted.size)

@@ -46,7 +46,7 @@ def prune_channels(model: Model, config: PruneConfig, context: Context) -> PassR
     Raises InvalidDataError where the criterion or the repair needs data and none is given, ModelNotRunnableError,
     TimeLimitError.
     """
-    criterion = CRITERIA[config.criterion](config)
+    criterion = CRITERIA[_criterion_name(config, context)](config)
     _require_data(criterion, config, context)
 
     context.progress(0.0, "looking for channels that go together")
@@ -78,6 +78,17 @@ def prune_channels(model: Model, config: PruneConfig, context: Context) -> PassR
         (*warnings, *repaired.warnings),
         details,
     )
+
+
+def _criterion_name(config: PruneConfig, context: Context) -> str:
+    """The criterion that the configuration stands for.
+
+    Of those that read data, `auto` takes the one whose cuts keep most on trained networks at the cost of one run
+    (docs/pruning_quality.md).
+    """
+    if config.criterion != "auto":
+        return config.criterion
+    return "activation" if context.data.provided else "l2"
 
 
 def _require_data(criterion: Criterion, config: PruneConfig, context: Context) -> None:

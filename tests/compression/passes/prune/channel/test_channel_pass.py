@@ -106,6 +106,17 @@ def test_needs_data(options: dict[str, Any], conv_net: Any, prune_channels_of: A
         prune_channels_of(conv_net(), **options)
 
 
+@pytest.mark.parametrize(("given", "criterion"), [(True, "activation"), (False, "l2")])
+def test_auto_criterion(given: bool, criterion: str, conv_net: Any, images: Any, prune_channels_of: Any) -> None:
+    """Channels are judged by their activations where there is data, else by magnitude: the same ones go."""
+    arguments = ({"x": images(16)},) if given else ()
+    automatic, named = (
+        prune_channels_of(conv_net(), *arguments, sparsity=0.5, criterion=one) for one in ("auto", criterion)
+    )
+    for name, value in automatic.model.graph.initializers.items():
+        np.testing.assert_array_equal(value.const_value.numpy(), named.model.graph.initializers[name].const_value.numpy())
+
+
 def test_through_the_pipeline(conv_net: Any, images: Any) -> None:
     """A recipe cuts the model; the report has the figures, and fewer parameters and MACs."""
     options = {"structure": "channel", "sparsity": 0.5, "overrides": {"conv1": 0.25}}

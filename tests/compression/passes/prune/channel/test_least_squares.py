@@ -107,8 +107,9 @@ def test_layers_without_bias_get_one(channel_model: Any, prune_channels_of: Any,
     ]
     model = channel_model(nodes, weights, ["n", 3, 6, 6], ["n", 5, 4, 4])
     x = rng.standard_normal((40, 3, 6, 6)).astype(np.float32)
-    fitted = prune_channels_of(model, {"x": x[:30]}, sparsity=0.5, round_to=4)
-    plain = prune_channels_of(model, {"x": x[:30]}, sparsity=0.5, round_to=4, repair="none")
+    options = {"sparsity": 0.5, "round_to": 4, "criterion": "l1"}
+    fitted = prune_channels_of(model, {"x": x[:30]}, **options)
+    plain = prune_channels_of(model, {"x": x[:30]}, repair="none", **options)
     expected = outputs_of(model, x[30:])
     before, after = (distance(outputs_of(result.model, x[30:]), expected) for result in (plain, fitted))
     assert after < before / 2
