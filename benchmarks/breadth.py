@@ -6,7 +6,8 @@ A cell (`breadth_cases`) runs in a process of its own, bounded in time and memor
 libraries are imported once. FILE has one line of JSON for each cell, so that a run can be stopped and continued;
 `--docs` writes docs/breadth.md from what FILE holds.
 
-Needs `pip install -e '.[benchmarks]'`, torchvision; skl2onnx, onnxmltools, lightgbm, xgboost for the classifiers.
+Needs `pip install -e '.[benchmarks]'`. TensorFlow (with keras and tf2onnx) and Paddle (with paddle2onnx) are in
+environments of their own, whose Pythons MODELPRESS_TENSORFLOW_PYTHON and MODELPRESS_PADDLE_PYTHON name.
 """
 
 from __future__ import annotations

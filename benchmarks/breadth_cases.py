@@ -1,13 +1,17 @@
 """The models of `breadth`, and what writes them to files.
 
 The networks of `breadth_vision` and `breadth_language`; classifiers of scikit-learn, LightGBM and XGBoost, whose own
-exporters write them.
+exporters write them; networks of Keras and Paddle, which a Python of their own writes (`breadth_foreign`), named by the
+variables MODELPRESS_TENSORFLOW_PYTHON and MODELPRESS_PADDLE_PYTHON.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import architectures
+import breadth_foreign
 import breadth_language
 import breadth_vision
 import numpy as np
@@ -55,6 +60,8 @@ def made(name: str, producer: str, folder: Path) -> Made:
     """The model of that name as that producer writes it. Raises NotMade."""
     if name in CLASSIFIERS:
         return CLASSIFIERS[name](folder)
+    if name in breadth_foreign.KERAS or name in breadth_foreign.PADDLE:
+        return _foreign(name, producer, folder)
     architecture = NETWORKS[name]
     with quiet():
         module, inputs = architectures.make(architecture)
@@ -261,6 +268,34 @@ CLASSIFIERS: Mapping[str, Callable[[Path], Made]] = {
 }
 
 
+# The Python that has what a producer needs; of another producer ours has it.
+_PYTHONS = {
+    "tf2onnx": "MODELPRESS_TENSORFLOW_PYTHON",
+    "keras on tensorflow": "MODELPRESS_TENSORFLOW_PYTHON",
+    "paddle2onnx": "MODELPRESS_PADDLE_PYTHON",
+}
+
+
+def _foreign(name: str, producer: str, folder: Path) -> Made:
+    """A network of another library. What the file gives in onnxruntime is what counts: no outputs come along."""
+    variable = _PYTHONS.get(producer)
+    python = os.environ.get(variable, "") if variable else sys.executable
+    if not python:
+        raise NotMade(f"{variable} names no Python that has the library")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" or variable is None}
+    script = str(Path(breadth_foreign.__file__).resolve())
+    command = [python, script, producer, name, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise NotMade(_plain(" ".join(done.stderr.strip().splitlines()[-1:]))[:300])
+    feeds: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(folder / "feeds.npz") as arrays:
+        for key in arrays:
+            number, _, of = key.partition("/")
+            feeds.setdefault(number, {})[of] = arrays[key]
+    return Made(folder / "model.onnx", (), tuple(feeds.values()), ((),) * len(feeds), dynamic=True)
+
+
 def warm_up() -> None:
     """Everything that a cell imports is imported: exporters do so as they run."""
     breadth_vision.vision_library()
@@ -278,4 +313,6 @@ def cells() -> list[tuple[str, str]]:
     return [
         *((name, producer) for name in NETWORKS for producer in PRODUCERS),
         *((name, "onnx") for name in CLASSIFIERS),
+        *((name, producer) for name in breadth_foreign.KERAS for producer in breadth_foreign.KERAS_PRODUCERS),
+        *((name, producer) for name in breadth_foreign.PADDLE for producer in breadth_foreign.PADDLE_PRODUCERS),
     ]

@@ -114,7 +114,9 @@ def test_auto_criterion(given: bool, criterion: str, conv_net: Any, images: Any,
         prune_channels_of(conv_net(), *arguments, sparsity=0.5, criterion=one) for one in ("auto", criterion)
     )
     for name, value in automatic.model.graph.initializers.items():
-        np.testing.assert_array_equal(value.const_value.numpy(), named.model.graph.initializers[name].const_value.numpy())
+        np.testing.assert_array_equal(
+            value.const_value.numpy(), named.model.graph.initializers[name].const_value.numpy()
+        )
 
 
 def test_through_the_pipeline(conv_net: Any, images: Any) -> None:
