@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class Chooser(NamedTuple):
-    """What runs a step that leaves a choice open: where `option` is `value`, the function (`module:name`) decides."""
+    """What runs a step that is more than one run of its pass: where `runs` says so of its configuration, the function
+    (`module:name`)."""
 
-    option: str
-    value: str
+    runs: Callable[[Any], bool]
     function: str
 
 
@@ -53,8 +53,8 @@ class Technique:
         return made
 
     def chooser_for(self, config: Any) -> Callable[..., Any] | None:
-        """What decides for a step with this configuration (see `pipeline`); None where nothing is left open."""
-        if self.chooser is None or getattr(config, self.chooser.option) != self.chooser.value:
+        """What runs a step with this configuration (see `pipeline`) in place of its pass; None: the pass alone."""
+        if self.chooser is None or not self.chooser.runs(config):
             return None
         function: Callable[..., Any] = _imported(self.chooser.function)
         return function
@@ -96,6 +96,7 @@ TECHNIQUES = MappingProxyType(
                 "Removes weights or whole channels by importance.",
                 PruneConfig,
                 "modelpress_compression.passes.prune.prune:Prune",
+                Chooser(lambda config: config.in_rounds, "modelpress_compression.search.rounds:prune_in_rounds"),
             ),
             Technique(
                 "quantize",
@@ -103,7 +104,10 @@ TECHNIQUES = MappingProxyType(
                 "Stores weights, and computes where it pays, in fewer bits.",
                 QuantizeConfig,
                 "modelpress_compression.passes.quantize.quantize:Quantize",
-                Chooser("scheme", "auto", "modelpress_compression.search.quantization:choose_quantization"),
+                Chooser(
+                    lambda config: config.scheme == "auto",
+                    "modelpress_compression.search.quantization:choose_quantization",
+                ),
             ),
             Technique(
                 "distill",

@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir
@@ -119,7 +119,7 @@ def needs(recipe: Recipe, model: Model, path: Path, data: InputData, *, judged: 
     levers = judged and data.vouches and recipe.searches_far and not recipe.steps
     costs = [*_costs(recipe), *([LEVERS] if levers else ())]
     runs = sum(cost.runs + cost.runs_per_sample * samples for cost in costs)
-    runs += sum(TRAINING_RUNS * step.config.epochs * len(data) for step in recipe.steps if step.technique == "distill")
+    runs += sum(TRAINING_RUNS * epochs * len(data) for epochs in map(_epochs, recipe.steps))
     learned = [step.config for step in recipe.steps if _learns(step)]
     runs += sum(LEARNING_RUNS * config.rounding_steps for config in learned) if data.provided else 0
     model_bytes = file_size_bytes(path)
@@ -166,7 +166,22 @@ def _costs(recipe: Recipe) -> Iterator[Cost]:
     if recipe.goal is not None and not recipe.steps:
         yield GOAL
     for step in recipe.steps:
-        yield _STEPS.get(_kind(step), _LIGHT)
+        cost, count = _STEPS.get(_kind(step), _LIGHT), _rounds(step)
+        yield replace(
+            cost, runs=count * cost.runs, runs_per_sample=count * cost.runs_per_sample, disk=count * cost.disk
+        )
+
+
+def _rounds(step: Step) -> int:
+    """How often the step runs its pass."""
+    return step.config.rounds if step.technique == "prune" and step.config.in_rounds else 1
+
+
+def _epochs(step: Step) -> int:
+    """Of training, in all."""
+    if step.technique == "distill":
+        return int(step.config.epochs)
+    return int(step.config.epochs) * _rounds(step) if _rounds(step) > 1 else 0
 
 
 def _learns(step: Step) -> bool:

@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from modelpress_compression.errors import TimeLimitError, UnsupportedOperatorError
-from modelpress_compression.model import Model, file_size_bytes
+from modelpress_compression.model import file_size_bytes
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.distill.config import Augmentation, DistillConfig
 from modelpress_compression.passes.factorize.config import FactorizeConfig
 from modelpress_compression.passes.prune.config import PruneConfig
 from modelpress_compression.recipe import FASTEST, SMALLEST, Step
 from modelpress_compression.search.candidates import Candidate
+from modelpress_compression.search.recovery import recovery
 from modelpress_compression.search.steps import StepRecord
 
 # A goal looks for a share with so many models, a longer search with more.
@@ -36,10 +36,6 @@ TRAINING_SHARE = 0.25
 USUAL_SEARCH_S = 240.0
 # What resembles the original less is beyond what training brings back in such a time.
 LEAST_COSINE = 0.6
-# The teacher answers what it is shown, so that any change of an input is one more sample.
-AUGMENTATIONS: Mapping[str, float] = MappingProxyType(
-    {"mixup": 1.0, "random_resized_crop": 0.8, "noise": 0.05, "time_masking": 0.1, "token_masking": 0.1}
-)
 EPOCHS, PATIENCE = 200, 30
 
 
@@ -156,7 +152,7 @@ class LeverSearch:
         deadline = self._context.clock() + budget_s
         if self._context.deadline is not None:
             deadline = min(deadline, self._context.deadline)
-        step = Step("distill", self._training(record.model))
+        step = recovery(record.model, self._context.data, EPOCHS, PATIENCE)
         try:
             trained = self._apply(replace(record, step=step, changes={}), replace(self._context, deadline=deadline))
         except (UnsupportedOperatorError, TimeLimitError) as error:
@@ -164,13 +160,6 @@ class LeverSearch:
             self._context.log(f"not trained: {error.message}")
             return None
         return trained if trained.changes else None
-
-    def _training(self, model: Model) -> DistillConfig:
-        from modelpress_compression.passes.distill.augmentation import fitting  # torch: only who trains needs it
-
-        names = fitting(model, self._context.data)
-        augment = tuple(Augmentation(name, amount) for name, amount in AUGMENTATIONS.items() if name in names)
-        return DistillConfig(epochs=EPOCHS, patience=PATIENCE, augment=augment)
 
     @property
     def _is_over(self) -> bool:

@@ -200,6 +200,9 @@ class PruneStep(_message.Message):
     NORMALIZE_FIELD_NUMBER: _builtins.int
     REPAIR_FIELD_NUMBER: _builtins.int
     OVERRIDES_FIELD_NUMBER: _builtins.int
+    SPARSITY_OF_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
     structure: _builtins.str
     """What is removed: single weights, n of every m neighbouring ones, or whole channels, heads and hidden units; only
     channel makes the model faster.
@@ -231,6 +234,14 @@ class PruneStep(_message.Message):
     """channel only: least_squares fits the layers behind a cut to the uncut model's answers on the data; auto does so
     where data is given.
     """
+    sparsity_of: _builtins.str
+    """channel only: what sparsity is a share of: the channels, or the parameters or MACs of the whole model, for which the
+    share of channels is found that takes them away.
+    """
+    rounds: _builtins.int
+    """channel only: rounds in which the share goes. From two on, each ends with training towards the original."""
+    epochs: _builtins.int
+    """Passes over the data, at most, of the training that ends each of several rounds; 0: none."""
     @_builtins.property
     def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of nodes or weights to leave alone, with * and ?."""
@@ -257,13 +268,18 @@ class PruneStep(_message.Message):
         normalize: _builtins.str | None = ...,
         repair: _builtins.str | None = ...,
         overrides: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        sparsity_of: _builtins.str | None = ...,
+        rounds: _builtins.int | None = ...,
+        epochs: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_criterion", b"_criterion", "_m", b"_m", "_min_channels", b"_min_channels", "_n", b"_n", "_normalize", b"_normalize", "_repair", b"_repair", "_round_to", b"_round_to", "_scope", b"_scope", "_seed", b"_seed", "_sparsity", b"_sparsity", "_structure", b"_structure", "criterion", b"criterion", "m", b"m", "min_channels", b"min_channels", "n", b"n", "normalize", b"normalize", "repair", b"repair", "round_to", b"round_to", "scope", b"scope", "seed", b"seed", "sparsity", b"sparsity", "structure", b"structure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_criterion", b"_criterion", "_epochs", b"_epochs", "_m", b"_m", "_min_channels", b"_min_channels", "_n", b"_n", "_normalize", b"_normalize", "_repair", b"_repair", "_round_to", b"_round_to", "_rounds", b"_rounds", "_scope", b"_scope", "_seed", b"_seed", "_sparsity", b"_sparsity", "_sparsity_of", b"_sparsity_of", "_structure", b"_structure", "criterion", b"criterion", "epochs", b"epochs", "m", b"m", "min_channels", b"min_channels", "n", b"n", "normalize", b"normalize", "repair", b"repair", "round_to", b"round_to", "rounds", b"rounds", "scope", b"scope", "seed", b"seed", "sparsity", b"sparsity", "sparsity_of", b"sparsity_of", "structure", b"structure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_criterion", b"_criterion", "_m", b"_m", "_min_channels", b"_min_channels", "_n", b"_n", "_normalize", b"_normalize", "_repair", b"_repair", "_round_to", b"_round_to", "_scope", b"_scope", "_seed", b"_seed", "_sparsity", b"_sparsity", "_structure", b"_structure", "criterion", b"criterion", "exclude", b"exclude", "m", b"m", "min_channels", b"min_channels", "n", b"n", "normalize", b"normalize", "overrides", b"overrides", "repair", b"repair", "round_to", b"round_to", "scope", b"scope", "seed", b"seed", "sparsity", b"sparsity", "structure", b"structure"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_criterion", b"_criterion", "_epochs", b"_epochs", "_m", b"_m", "_min_channels", b"_min_channels", "_n", b"_n", "_normalize", b"_normalize", "_repair", b"_repair", "_round_to", b"_round_to", "_rounds", b"_rounds", "_scope", b"_scope", "_seed", b"_seed", "_sparsity", b"_sparsity", "_sparsity_of", b"_sparsity_of", "_structure", b"_structure", "criterion", b"criterion", "epochs", b"epochs", "exclude", b"exclude", "m", b"m", "min_channels", b"min_channels", "n", b"n", "normalize", b"normalize", "overrides", b"overrides", "repair", b"repair", "round_to", b"round_to", "rounds", b"rounds", "scope", b"scope", "seed", b"seed", "sparsity", b"sparsity", "sparsity_of", b"sparsity_of", "structure", b"structure"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__criterion: _TypeAlias = _typing.Literal["criterion"]  # noqa: Y015
     _WhichOneofArgType__criterion: _TypeAlias = _typing.Literal["_criterion", b"_criterion"]  # noqa: Y015
+    _WhichOneofReturnType__epochs: _TypeAlias = _typing.Literal["epochs"]  # noqa: Y015
+    _WhichOneofArgType__epochs: _TypeAlias = _typing.Literal["_epochs", b"_epochs"]  # noqa: Y015
     _WhichOneofReturnType__m: _TypeAlias = _typing.Literal["m"]  # noqa: Y015
     _WhichOneofArgType__m: _TypeAlias = _typing.Literal["_m", b"_m"]  # noqa: Y015
     _WhichOneofReturnType__min_channels: _TypeAlias = _typing.Literal["min_channels"]  # noqa: Y015
@@ -276,16 +292,22 @@ class PruneStep(_message.Message):
     _WhichOneofArgType__repair: _TypeAlias = _typing.Literal["_repair", b"_repair"]  # noqa: Y015
     _WhichOneofReturnType__round_to: _TypeAlias = _typing.Literal["round_to"]  # noqa: Y015
     _WhichOneofArgType__round_to: _TypeAlias = _typing.Literal["_round_to", b"_round_to"]  # noqa: Y015
+    _WhichOneofReturnType__rounds: _TypeAlias = _typing.Literal["rounds"]  # noqa: Y015
+    _WhichOneofArgType__rounds: _TypeAlias = _typing.Literal["_rounds", b"_rounds"]  # noqa: Y015
     _WhichOneofReturnType__scope: _TypeAlias = _typing.Literal["scope"]  # noqa: Y015
     _WhichOneofArgType__scope: _TypeAlias = _typing.Literal["_scope", b"_scope"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__sparsity: _TypeAlias = _typing.Literal["sparsity"]  # noqa: Y015
     _WhichOneofArgType__sparsity: _TypeAlias = _typing.Literal["_sparsity", b"_sparsity"]  # noqa: Y015
+    _WhichOneofReturnType__sparsity_of: _TypeAlias = _typing.Literal["sparsity_of"]  # noqa: Y015
+    _WhichOneofArgType__sparsity_of: _TypeAlias = _typing.Literal["_sparsity_of", b"_sparsity_of"]  # noqa: Y015
     _WhichOneofReturnType__structure: _TypeAlias = _typing.Literal["structure"]  # noqa: Y015
     _WhichOneofArgType__structure: _TypeAlias = _typing.Literal["_structure", b"_structure"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__criterion) -> _WhichOneofReturnType__criterion | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epochs) -> _WhichOneofReturnType__epochs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__m) -> _WhichOneofReturnType__m | None: ...
     @_typing.overload
@@ -299,11 +321,15 @@ class PruneStep(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__round_to) -> _WhichOneofReturnType__round_to | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rounds) -> _WhichOneofReturnType__rounds | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__scope) -> _WhichOneofReturnType__scope | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sparsity) -> _WhichOneofReturnType__sparsity | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sparsity_of) -> _WhichOneofReturnType__sparsity_of | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__structure) -> _WhichOneofReturnType__structure | None: ...
 

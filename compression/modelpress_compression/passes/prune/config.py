@@ -12,6 +12,11 @@ from modelpress_compression.schema import LessThan, Needs
 class PruneConfig(Config):
     """Zeroing of weights, or removal of channels. `overrides`: pairs of a glob and the sparsity of what matches it."""
 
+    @property
+    def in_rounds(self) -> bool:
+        """Whether the step is more than one run of the pass."""
+        return self.structure == "channel" and self.rounds > 1
+
     structure: str = option(
         "unstructured",
         1,
@@ -77,4 +82,26 @@ class PruneConfig(Config):
         '{"layer4*": 0.3}; the longest match counts.',
         gte=0,
         lt=1,
+    )
+    sparsity_of: str = option(
+        "channels",
+        14,
+        "channel only: what sparsity is a share of: the channels, or the parameters or MACs of the whole model, for "
+        "which the share of channels is found that takes them away.",
+        choices=("channels", "parameters", "macs"),
+        needs=Needs(("parameters", "macs"), "structure", "channel"),
+    )
+    rounds: int = option(
+        1,
+        15,
+        "channel only: rounds in which the share goes. From two on, each ends with training towards the original.",
+        gte=1,
+        lte=32,
+    )
+    epochs: int = option(
+        20,
+        16,
+        "Passes over the data, at most, of the training that ends each of several rounds; 0: none.",
+        gte=0,
+        lte=10_000,
     )

@@ -12,6 +12,7 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.prune.channel import report
 from modelpress_compression.passes.prune.channel.activation import ActivationMagnitude
+from modelpress_compression.passes.prune.channel.budget import Budget, budget_of
 from modelpress_compression.passes.prune.channel.costs import COSTS
 from modelpress_compression.passes.prune.channel.criteria import Criterion, Magnitude, Random
 from modelpress_compression.passes.prune.channel.limits import Limits, permitted
@@ -54,12 +55,15 @@ def prune_channels(model: Model, config: PruneConfig, context: Context) -> PassR
     groups, excluded = permitted(analysis.groups, config)
 
     context.progress(_FOUND, f"judging {len(groups)} groups of channels")
-    selection = _select(model, groups, criterion, config, context)
+    budget = budget_of(model, config, context)
+    selection = _select(model, groups, criterion, config, budget, context)
+    gone = budget.gone(selection) if budget is not None else 0.0
     skipped = (*report.frozen(analysis), *excluded, *report.whole(groups, selection, config))
     warnings = (
         *report.unmatched(model, analysis, config),
         *_device_warnings(config, context),
         *report.held_back(selection, config),
+        *(budget.warnings(gone) if budget is not None and selection.kept else ()),
     )
     if not selection.kept:
         return PassResult(model, {}, skipped, (*warnings, report.nothing_cut(analysis, groups, config)))
@@ -71,9 +75,12 @@ def prune_channels(model: Model, config: PruneConfig, context: Context) -> PassR
     context.progress(_FITTED, "timing layers")
     details = report.details(model, repaired, analysis, selection, context)
     context.progress(1.0, "pruned")
+    changes = report.changes(model, repaired, analysis, groups, selection)
+    if budget is not None and budget.unit == "macs":
+        changes["macs_removed_share"] = gone
     return PassResult(
         repaired.model,
-        report.changes(model, repaired, analysis, selection),
+        changes,
         (*skipped, *repaired.skipped),
         (*warnings, *repaired.warnings),
         details,
@@ -104,17 +111,26 @@ def _require_data(criterion: Criterion, config: PruneConfig, context: Context) -
 
 
 def _select(
-    model: Model, groups: Sequence[Group], criterion: Criterion, config: PruneConfig, context: Context
+    model: Model,
+    groups: Sequence[Group],
+    criterion: Criterion,
+    config: PruneConfig,
+    budget: Budget | None,
+    context: Context,
 ) -> Selection:
-    """Which units stay."""
-    limits = Limits.of(groups, config)
-    if not any(limits.sparsity.values()):
+    """Which units stay. `budget`: what the sparsity is a share of; None: of the channels."""
+    if not any(Limits.of(groups, config).sparsity.values()):
         return Selection({}, ())  # before the criterion runs the model for nothing
     scores = criterion(model, groups, context)
-    if config.scope == "layer":
-        return select_by_layer(groups, scores, limits)
-    costs = COSTS[config.normalize](model, groups, context)
-    return select_globally(groups, scores, costs, config.sparsity, limits)
+    costs = COSTS[config.normalize](model, groups, context) if config.scope == "global" else {}
+
+    def selected(sparsity: float) -> Selection:
+        limits = Limits.of(groups, replace(config, sparsity=sparsity))
+        if config.scope == "layer":
+            return select_by_layer(groups, scores, limits)
+        return select_globally(groups, scores, costs, sparsity, limits)
+
+    return selected(config.sparsity) if budget is None else budget.nearest(selected)
 
 
 def _device_warnings(config: PruneConfig, context: Context) -> tuple[str, ...]:

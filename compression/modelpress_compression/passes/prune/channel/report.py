@@ -93,13 +93,16 @@ def _why_nothing(analysis: Analysis, groups: Sequence[Group], config: PruneConfi
     )
 
 
-def changes(model: Model, repaired: Repair, analysis: Analysis, selection: Selection) -> dict[str, int | float]:
-    """Totals of the pass."""
+def changes(
+    model: Model, repaired: Repair, analysis: Analysis, groups: Sequence[Group], selection: Selection
+) -> dict[str, int | float]:
+    """Totals of the pass. `groups`: those that the recipe permits to cut."""
     before, after = (sum(tensor.size for tensor in item.tensors()) for item in (model, repaired.model))
     cuts = [_channels_of(analysis.group(name), kept) for name, kept in selection.kept.items()]
     totals: dict[str, int | float] = {
         "groups": len(analysis.groups),
         "groups_cut": len(selection.kept),
+        "channels": sum(group.units * group.align for group in groups),
         "channels_removed": sum(channels - left for channels, left in cuts),
         "parameters_removed_share": 1 - after / max(1, before),
     }

@@ -29,6 +29,7 @@ def test_cuts_and_reports(conv_net: Any, prune_channels_of: Any, outputs_of: Any
     assert result.changes == {
         "groups": 2,
         "groups_cut": 2,
+        "channels": 64,
         "channels_removed": 32,
         "parameters_removed_share": pytest.approx(1 - after / before),
     }
