@@ -46,6 +46,8 @@ from modelpress_server.services.job_service import JobService
 from modelpress_server.services.model_service import ModelService
 from modelpress_server.services.server_service import ServerService
 from modelpress_server.services.upload_service import UploadService
+from modelpress_server.sites.base import Site
+from modelpress_server.sites.machine import ThisMachine
 from modelpress_server.space import Space
 from modelpress_server.stores.base import BlobStore, StateChange
 from modelpress_server.stores.database import Database
@@ -58,7 +60,6 @@ from modelpress_server.stores.sql_outbox import SqlOutbox
 from modelpress_server.stores.sql_overview import SqlOverview
 from modelpress_server.stores.sql_servers import SqlServerStore
 from modelpress_server.stores.sql_usage import SqlUsage
-from modelpress_server.toolchain import made_by
 from modelpress_server.waiting import Notifier
 
 if TYPE_CHECKING:
@@ -108,6 +109,32 @@ def local_executor(settings: Settings) -> Executor:
         temp_root=settings.data_dir / "work",
         private=private_paths(settings),
         first_uid=settings.worker_uid,
+    )
+
+
+def _ray_cluster(settings: Settings, server_id: str, clock: Clock, meter: Meter) -> Site:
+    """The nodes of a cluster. Nothing secret goes there: their keys of the bucket are their own."""
+    from modelpress_server.sites.ray_cluster import RayCluster
+    from modelpress_server.sites.ray_node import NodeSettings
+
+    nodes = NodeSettings(
+        blobs=settings.blobs or "",
+        slots=settings.node_workers,
+        worker_start=settings.worker_start,
+        sandbox=settings.sandbox,
+        worker_uid=settings.worker_uid,
+        reserve_bytes=settings.reserve_bytes,
+        max_blob_bytes=settings.max_blob_bytes,
+        folder=settings.node_dir,
+    )
+    return RayCluster(
+        settings.ray_address or "",
+        nodes,
+        measure_on=settings.measure_on,
+        server_id=server_id,
+        lease_s=settings.lease_s,
+        clock=clock,
+        meter=meter,
     )
 
 
@@ -186,7 +213,7 @@ class Server:
             await self._open_stores()
             self._build(authenticator)
             self._bind(credentials)
-            await self._executor.start()
+            await self._site.start()
             await self._set_serving(True)
             await self._membership.join()
             if self._news is not None:
@@ -223,7 +250,7 @@ class Server:
         await self._janitor.close()
         if self._scrub is not None:
             await self._scrub.close()
-        await self._executor.close()
+        await self._site.close()
         if self._http is not None:  # so long, probes are told that the server ends
             await self._http.close()
         if self._dispatcher is not None:
@@ -249,7 +276,7 @@ class Server:
 
     def _build(self, authenticator: Authenticator) -> None:
         settings, database = self._settings, self._database
-        models, jobs, index = SqlModelStore(database), SqlJobStore(database, made_by()), SqlBlobIndex(database)
+        models, index = SqlModelStore(database), SqlBlobIndex(database)
         usage, prometheus = SqlUsage(database), _prometheus_meter(settings)
         meter, self._tracer = prometheus or Meter(), _tracer(settings)
         pace, log = Pace(settings.workers), ChangeLog(meter)
@@ -261,17 +288,26 @@ class Server:
         database.on_change = changed
         if settings.webhooks is not None:
             self._build_webhooks(settings.webhooks, meter)
-        self._executor = self._make_executor(settings)
-        space = Space(settings.data_dir, settings.reserve_bytes, index, uploads=not self._blobs.shared)
+        space = Space(settings.data_dir, settings.reserve_bytes, None if self._blobs.shared else index)
         findings = Findings(settings.data_dir / "findings", self._projects, self._blobs, space)
-        work = settings.data_dir / "work"
-        resources = RunResources(
-            settings, self._executor, self._blobs, space, usage, findings, work, meter, self._tracer
-        )
-        host = Host(self._executor, self._clock, self._set_serving)
         self._membership = Membership(
             SqlServerStore(database), settings.data_dir, settings.lease_s, self._clock, shared=database.shared
         )
+        if settings.ray_address is not None:
+            self._site: Site = _ray_cluster(settings, self._membership.server_id, self._clock, meter)
+        else:
+            self._site = ThisMachine(
+                self._make_executor(settings),
+                self._blobs,
+                space,
+                settings.data_dir / "work",
+                findings=findings,
+                meter=meter,
+                max_blob_bytes=settings.max_blob_bytes,
+            )
+        jobs = SqlJobStore(database, self._site.kinds)
+        resources = RunResources(settings, self._site, usage, meter, self._tracer)
+        host = Host(self._site, self._clock, self._set_serving)
         self._scheduler = Scheduler(
             resources, self._projects, models, jobs, self._notifier, host, self._clock, self._membership.server_id
         )
@@ -313,7 +349,7 @@ class Server:
             pace,
         )
         job_service_pb2_grpc.add_JobServiceServicer_to_server(job_service, self._grpc)
-        server_service = ServerService(settings, self._projects, jobs, usage, findings, self._executor)
+        server_service = ServerService(settings, self._projects, jobs, usage, findings, self._site)
         server_service_pb2_grpc.add_ServerServiceServicer_to_server(server_service, self._grpc)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs know the synchronous one
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -348,8 +384,8 @@ class Server:
         from modelpress_server.observation.look import Lookout
         from modelpress_server.observation.readiness import Readiness
 
-        lookout = Lookout(settings.data_dir, overview, self._executor, host, clock)
-        readiness = Readiness(overview, self._blobs, self._executor, host, self._gate, clock)
+        lookout = Lookout(settings.data_dir, overview, self._site, host, clock)
+        readiness = Readiness(overview, self._blobs, self._site, host, self._gate, clock)
         pages: list[Route] = []
         if settings.console:
             from modelpress_server.console.app import Console

@@ -124,6 +124,22 @@ class Settings:
         None, "Processors that latency is measured on, as 2,3 or 2-3; best ones that nothing else is given."
     )
 
+    ray_address: str | None = _setting(
+        None,
+        "Run jobs on the nodes of a Ray cluster, such as ray://HOST:10001; needs --blobs. Not set: on this machine.",
+    )
+    node_workers: int = _setting(1, "With --ray-address: tasks at a time on each node, which must have as many CPUs.")
+    node_dir: Path | None = _setting(
+        None,
+        "With --ray-address: folder on each node for working folders; not set: one in its folder for temporary files.",
+        kind="path",
+    )
+    measure_on: str | None = _setting(
+        None,
+        "With --ray-address: label of the nodes that measure, KEY or KEY=VALUE; jobs run on these alone. Not set: on "
+        "all.",
+    )
+
     tls_cert: Path | None = _setting(
         None, "Certificate chain of the server (PEM); with --tls-key, turns TLS on.", kind="path"
     )
@@ -286,6 +302,7 @@ class Settings:
             raise SettingsError(
                 "database: servers that share a database share their files as well: set --blobs s3://BUCKET/PREFIX."
             )
+        self._check_cluster()
         # Workers have a current folder of their own: a relative path would be another one there.
         object.__setattr__(self, "data_dir", self.data_dir.expanduser().absolute())
         self._check_exposure()
@@ -330,6 +347,18 @@ class Settings:
         """Whether a client must send a token, whatever its certificate."""
         given = (self.token, self.token_file, self.jwt_issuer)
         return any(value is not None for value in given) or (self.data_dir / TOKENS_NAME).exists()
+
+    def _check_cluster(self) -> None:
+        self._require(self.node_workers >= 1, "node_workers", "at least 1")
+        if self.ray_address is not None and self.blobs is None:
+            raise SettingsError("ray_address: nodes take files from a bucket: set --blobs s3://BUCKET/PREFIX.")
+        for name in ("node_dir", "measure_on"):
+            if getattr(self, name) is not None and self.ray_address is None:
+                raise SettingsError(f"{name} is for the nodes of a cluster: set --ray-address as well.")
+        if self.measure_on is not None:
+            self._require(bool(self.measure_on.partition("=")[0]), "measure_on", "KEY or KEY=VALUE")
+        if self.node_dir is not None and not self.node_dir.is_absolute():
+            raise SettingsError(f"node_dir: {self.node_dir} is not absolute, as a folder on other machines must be.")
 
     def _check_exposure(self) -> None:
         self._require(_is_address(self.listen), "listen", "HOST:PORT")

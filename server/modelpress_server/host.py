@@ -9,7 +9,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from modelpress_server.clock import Clock
-from modelpress_server.executors.base import Executor, WorkerUnavailableError
+from modelpress_server.executors.base import WorkerHost, WorkerUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ OnChange = Callable[[bool], Awaitable[None]]
 class Host:
     """`on_change` is told whenever the host begins or ceases to be able to run tasks."""
 
-    def __init__(self, executor: Executor, clock: Clock, on_change: OnChange) -> None:
+    def __init__(self, executor: WorkerHost, clock: Clock, on_change: OnChange) -> None:
         self._executor = executor
         self._clock = clock
         self._on_change = on_change

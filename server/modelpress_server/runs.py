@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import grpc
 from google.rpc import status_pb2
-from modelpress_protos.internal.v1 import worker_pb2
+from modelpress_protos.internal.v1 import site_pb2, worker_pb2
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2
 
 from modelpress_server import errors
 from modelpress_server.config import Settings
-from modelpress_server.executors.base import Executor, Limits, WorkerLostError, WorkerUnavailableError
+from modelpress_server.executors.base import WorkerLostError
 from modelpress_server.executors.lost import CRASHED
-from modelpress_server.findings import Findings
 from modelpress_server.observation.meter import Meter
 from modelpress_server.observation.stages import StageTimes
 from modelpress_server.observation.tracer import Tracer
 from modelpress_server.recorder import JobRecorder
-from modelpress_server.sandbox.confinement import LEVEL_FILES_AND_NETWORK
-from modelpress_server.shortage import shortage_of, storage_full
-from modelpress_server.space import Promise, Space
+from modelpress_server.sites.base import Postpone, PostponedError, Site, TaskFailedError, postponement_of
+from modelpress_server.sites.machine import OUT_OF_DISK
 from modelpress_server.stores.base import (
     MAX_EXCUSED_LOSSES,
     BlobKey,
-    BlobStore,
     JobRecord,
     JobStore,
     Lease,
@@ -41,7 +36,6 @@ from modelpress_server.stores.base import (
     UsageStore,
 )
 from modelpress_server.stores.records import job_state_name, now_us, unique
-from modelpress_server.task_folder import TaskFolder, inspection_need_bytes, job_need_bytes, task_folder
 from modelpress_server.waiting import Notifier, uninterrupted
 
 logger = logging.getLogger(__name__)
@@ -49,8 +43,6 @@ logger = logging.getLogger(__name__)
 SUCCEEDED = job_service_pb2.JOB_STATE_SUCCEEDED
 FAILED = job_service_pb2.JOB_STATE_FAILED
 CANCELLED = job_service_pb2.JOB_STATE_CANCELLED
-STORAGE_FULL = "STORAGE_FULL"
-OUT_OF_DISK = "WORKER_OUT_OF_DISK"
 INSPECT_ATTEMPTS = 3
 STORE_RETRY_S = 2.0
 # What a run has used is stored so often, so that it counts although the server is killed.
@@ -72,27 +64,10 @@ class RunResources:
     """All that every run needs, besides its own job."""
 
     settings: Settings
-    executor: Executor
-    blobs: BlobStore
-    space: Space
+    site: Site
     usage: UsageStore
-    findings: Findings
-    work: Path
     meter: Meter
     tracer: Tracer
-
-
-class Postpone(enum.Enum):
-    """Why a task is put off: it was not its doing, and costs it nothing."""
-
-    HOST = "no worker could be started"
-    ROOM = "the disk has no room for it"
-    MORE_ROOM = "it needs more room than the disk has now"
-    BUSY = "the server is short of descriptors, processes or memory"
-    DAMAGE = "a file of it was damaged on the server's disk"
-    DRAIN = "the server shut down"
-    LOSS = "its worker was lost"
-    TAKEN = "another server has taken it over"
 
 
 @dataclass(frozen=True)
@@ -126,7 +101,6 @@ class JobRun:
         self._notifier = notifier
         self._postponed = postponed
         self._growth = growth
-        self._outgrown = False  # it wrote more than it was promised
         self._stop: Literal["cancel", "drain", "lost"] | None = None
         self._bill = Bill(resources.usage, record.project, count_run=True)
         self._work: asyncio.Task[Outcome] | None = None
@@ -181,50 +155,12 @@ class JobRun:
             why = postponement_of(error)
             if why is None:
                 return Outcome(FAILED, error=_status_of(error, f"job {self._record.id}"))
-            if why is Postpone.ROOM and self._outgrown:
-                why = Postpone.MORE_ROOM
             if not self._postponed:
                 recorder.log("WARNING", f"The job waits: {why.value}. This costs it no attempt.")
             return Again(why)
 
     async def _attempt(self, recorder: JobRecorder) -> Outcome:
-        resources, job = self._resources, self._record.message
         recorder.start()
-        findings_bytes = resources.findings.limit_bytes(self._record.project)
-        need_bytes = self._growth * job_need_bytes(job.spec, self._record.manifest, findings_bytes)
-        async with (
-            task_folder(resources.work, resources.blobs, link=_links(resources)) as folder,
-            resources.space.promised(need_bytes, folder.root) as promise,
-        ):
-            try:
-                artifacts, summary = await self._compress(folder, promise, recorder)
-            except Exception:
-                self._outgrown = await promise.outgrown()
-                raise
-        files = [entry for artifact in artifacts for entry in artifact.files]
-        return Outcome(
-            SUCCEEDED,
-            artifacts=tuple(artifacts),
-            summary=summary,
-            blobs=unique(BlobKey.of(entry.digest) for entry in files),
-        )
-
-    async def _compress(
-        self, folder: TaskFolder, promise: Promise, recorder: JobRecorder
-    ) -> tuple[list[job_service_pb2.Artifact], job_service_pb2.ReportSummary]:
-        """Artifacts and summary. Raises TaskFailedError for what the worker says went wrong."""
-        resources, job = self._resources, self._record.message
-        time_s = resources.settings.run_time_limit_s
-        if job.spec.HasField("run_timeout"):
-            time_s = min(time_s, job.spec.run_timeout.ToMilliseconds() / 1000)
-        limits = Limits(time_s, resources.settings.worker_memory_bytes, promise.limit_bytes)
-        project, manifest, findings = self._record.project, self._record.manifest, resources.findings
-        findings_bytes = findings.limit_bytes(project)
-        request = await folder.compress_request(job, manifest, limits, findings_bytes)
-        request.compress.traced = self._trace.asks
-        if findings_bytes and not job.spec.skip_cache:
-            found = await findings.lay_out(project, job.spec, manifest, folder.known, link=_links(resources))
-            resources.meter.findings_looked_up(found)
 
         def on_event(event: worker_pb2.WorkerEvent) -> None:
             self._trace.on_event(event)
@@ -235,13 +171,31 @@ class JobRun:
             else:
                 recorder.on_event(event)
 
-        event = await _run_task(resources, request, limits, promise, on_event)
-        if event.WhichOneof("event") != "compressed":
-            raise WorkerLostError(CRASHED, "The worker ended without a result.")
-        artifacts = await folder.collect(event.compressed.artifacts, resources.settings.max_blob_bytes)
-        if findings_bytes:
-            await findings.collect(project, job.spec, manifest, folder.found)
-        return artifacts, event.compressed.summary
+        with StageTimes(self._resources.meter, "compress", on_event) as times:
+            done = await self._resources.site.compress(self._assignment(), times.on_event)
+        files = [entry for artifact in done.artifacts for entry in artifact.files]
+        return Outcome(
+            SUCCEEDED,
+            artifacts=tuple(done.artifacts),
+            summary=done.summary,
+            blobs=unique(BlobKey.of(entry.digest) for entry in files),
+            made_by=done.made_by,
+        )
+
+    def _assignment(self) -> site_pb2.Assignment:
+        settings, job = self._resources.settings, self._record.message
+        time_s = settings.run_time_limit_s
+        if job.spec.HasField("run_timeout"):
+            time_s = min(time_s, job.spec.run_timeout.ToMilliseconds() / 1000)
+        return site_pb2.Assignment(
+            job=job,
+            model=self._record.manifest,
+            project=self._record.project,
+            time_limit_s=time_s,
+            memory_limit_bytes=settings.worker_memory_bytes,
+            traced=self._trace.asks,
+            growth=self._growth,
+        )
 
     async def _keep_inspection(self, found: worker_pb2.InspectResult) -> None:
         try:
@@ -293,37 +247,6 @@ def _told(ending: Outcome | Again) -> tuple[str, str]:
     if isinstance(ending, Again):
         return "QUEUED", ending.why.name
     return job_state_name(ending.state), errors.reason_of(ending.error) if ending.error is not None else ""
-
-
-class TaskFailedError(Exception):
-    """The worker says what is wrong with a task, which is the task's own fault."""
-
-    def __init__(self, status: status_pb2.Status) -> None:
-        super().__init__(status.message)
-        self.status = status
-
-
-class PostponedError(Exception):
-    """A model cannot be inspected now, which is not its fault."""
-
-    def __init__(self, why: Postpone) -> None:
-        super().__init__(why.value)
-        self.why = why
-
-
-def postponement_of(error: BaseException) -> Postpone | None:
-    """Why a task that ended with this error is to be put off; None: the error is its own."""
-    if isinstance(error, WorkerUnavailableError):
-        return Postpone.HOST
-    shortage = shortage_of(error)
-    if shortage is not None:
-        return Postpone.ROOM if isinstance(shortage, errors.StorageFullError) else Postpone.BUSY
-    return None
-
-
-def _links(resources: RunResources) -> bool:
-    """Whether workers may be given the stored files themselves: only where they cannot change them."""
-    return resources.executor.sandbox_level >= LEVEL_FILES_AND_NETWORK
 
 
 class Bill:
@@ -398,8 +321,6 @@ async def inspect_model(
             return _Model(state=_Model.STATE_REJECTED, error=error.status)
         except PostponedError:
             raise
-        except (errors.BlobDamagedError, errors.BlobMissingError) as error:
-            raise PostponedError(Postpone.DAMAGE) from error
         except Exception as error:  # whatever it is, the model must not stay PROCESSING for ever
             why = postponement_of(error)
             if why is not None:
@@ -410,58 +331,15 @@ async def inspect_model(
 async def _inspect_once(
     resources: RunResources, record: ModelRecord, on_event: Callable[[worker_pb2.WorkerEvent], None], growth: int
 ) -> model_service_pb2.Model:
-    need_bytes = growth * inspection_need_bytes(record.message)
-    async with (
-        task_folder(resources.work, resources.blobs, link=_links(resources)) as folder,
-        resources.space.promised(need_bytes, folder.root) as promise,
-    ):
-        request = await folder.inspect_request(record.message)
-        settings = resources.settings
-        limits = Limits(settings.inspect_time_limit_s, settings.worker_memory_bytes, promise.limit_bytes)
-        try:
-            event = await _run_task(resources, request, limits, promise, on_event)
-        except errors.StorageFullError as error:
-            # One that fills the disk itself is given more and more, until it is more than there is.
-            raise PostponedError(Postpone.MORE_ROOM if await promise.outgrown() else Postpone.ROOM) from error
-    if event.WhichOneof("event") != "inspected":
-        raise WorkerLostError(CRASHED, "The worker ended without a result.")
-    return _judged(event.inspected)
-
-
-async def _run_task(
-    resources: RunResources,
-    request: worker_pb2.WorkerRequest,
-    limits: Limits,
-    promise: Promise,
-    on_event: Callable[[worker_pb2.WorkerEvent], None],
-) -> worker_pb2.WorkerEvent:
-    """The terminal event of a task that did not fail.
-
-    Raises TaskFailedError, WorkerLostError, and StorageFullError where the disk is to blame for either.
-    """
-    times = StageTimes(resources.meter, request.WhichOneof("task") or "", on_event)
-    try:
-        with times:
-            event = await resources.executor.run(request, limits=limits, on_event=times.on_event)
-    except WorkerLostError as error:
-        resources.meter.worker_lost(error.reason)
-        # Writing to a mapped file on a full disk ends a process with SIGBUS.
-        if await _disk_is_to_blame(resources, promise, error.reason):
-            raise storage_full() from error
-        raise
-    if event.WhichOneof("event") == "failed":
-        status = errors.sanitized(event.failed)
-        if await _disk_is_to_blame(resources, promise, errors.reason_of(status)):
-            raise storage_full()
-        raise TaskFailedError(status)
-    return event
-
-
-async def _disk_is_to_blame(resources: RunResources, promise: Promise, reason: str) -> bool:
-    if reason == STORAGE_FULL or (reason == OUT_OF_DISK and promise.cut):
-        return True
-    # A library whose file was cut short reports anything.
-    return reason in ("INTERNAL", CRASHED) and await resources.space.is_full()
+    task = site_pb2.Assignment(
+        model=record.message,
+        project=record.project,
+        time_limit_s=resources.settings.inspect_time_limit_s,
+        memory_limit_bytes=resources.settings.worker_memory_bytes,
+        growth=growth,
+    )
+    with StageTimes(resources.meter, "inspect", on_event) as times:
+        return _judged(await resources.site.inspect(task, times.on_event))
 
 
 def _judged(found: worker_pb2.InspectResult) -> model_service_pb2.Model:

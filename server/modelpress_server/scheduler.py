@@ -22,7 +22,8 @@ from modelpress_server.executors.base import START_WORKER
 from modelpress_server.fairness import FairShare
 from modelpress_server.host import Host
 from modelpress_server.projects import Projects
-from modelpress_server.runs import Bill, JobRun, Postpone, PostponedError, RunResources, inspect_model
+from modelpress_server.runs import Bill, JobRun, RunResources, inspect_model
+from modelpress_server.sites.base import Postpone, PostponedError
 from modelpress_server.stores.base import JobRecord, JobStore, Lease, ModelRecord, ModelStore
 from modelpress_server.stores.records import now_us
 from modelpress_server.waiting import Notifier, Waits

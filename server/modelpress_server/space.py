@@ -43,14 +43,13 @@ class Promise:
 class Space:
     """The room of the file system that holds `root`. `reserve_bytes`: what nobody is promised.
 
-    `uploads`: whether uploads are stored there, too.
+    `uploads`: the records of the uploads that are stored there, too; None: they are stored elsewhere.
     """
 
-    def __init__(self, root: Path, reserve_bytes: int, index: BlobIndex, *, uploads: bool = True) -> None:
+    def __init__(self, root: Path, reserve_bytes: int, uploads: BlobIndex | None = None) -> None:
         self._root = root
         self._uploads = uploads
         self._reserve_bytes = reserve_bytes
-        self._index = index
         self._promises: set[Promise] = set()
         # Called when somebody was refused room.
         self.on_short: Callable[[], None] = lambda: None
@@ -70,7 +69,7 @@ class Space:
     @asynccontextmanager
     async def left_for_uploads(self) -> AsyncIterator[int]:
         """`left`, of the place that uploads are stored in."""
-        if not self._uploads:
+        if self._uploads is None:
             yield sys.maxsize
             return
         async with self.left() as left_bytes:
@@ -99,7 +98,7 @@ class Space:
         return await asyncio.to_thread(disk_is_full, self._root)
 
     async def _left_bytes(self) -> int:
-        uploads_bytes = await self._index.awaited_bytes() if self._uploads else 0
+        uploads_bytes = await self._uploads.awaited_bytes() if self._uploads is not None else 0
         return await asyncio.to_thread(self._measure) - uploads_bytes
 
     def _measure(self) -> int:

@@ -35,10 +35,20 @@ def made_by() -> bytes:
 
     Times are measured, and what pays is chosen by them: what one type of processor found does not hold for another.
     """
+    names = ("vendor_id", "model name", "flags", "CPU part")
+    kind = [line for line in _first_processor() if line.partition("\t")[0] in names]
+    return hashlib.sha256(toolchain_hash() + repr([platform.machine(), *kind]).encode()).digest()
+
+
+def processor_name() -> str:
+    """The type of this machine's processor, for people."""
+    names = [line.partition(": ")[2] for line in _first_processor() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _first_processor() -> list[str]:
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
     except OSError:
         text = ""
-    first = text.partition("\n\n")[0].splitlines()
-    kind = [line for line in first if line.partition("\t")[0] in ("vendor_id", "model name", "flags", "CPU part")]
-    return hashlib.sha256(toolchain_hash() + repr([platform.machine(), *kind]).encode()).digest()
+    return text.partition("\n\n")[0].splitlines()

@@ -36,14 +36,17 @@ def blob_of(content: bytes) -> BlobKey:
     return BlobKey(hashlib.sha256(content).digest(), len(content))
 
 
-def succeeded(*contents: bytes) -> Outcome:
+KIND = b"one kind of processor"
+
+
+def succeeded(*contents: bytes, made_by: bytes = KIND) -> Outcome:
     """An end with one artifact for each content."""
     blobs = tuple(blob_of(content) for content in contents)
     artifacts = tuple(
         job_service_pb2.Artifact(files=[common_pb2.FileEntry(path="model.onnx", digest=blob.to_digest())])
         for blob in blobs
     )
-    return Outcome(job_service_pb2.JOB_STATE_SUCCEEDED, artifacts=artifacts, blobs=blobs)
+    return Outcome(job_service_pb2.JOB_STATE_SUCCEEDED, artifacts=artifacts, blobs=blobs, made_by=made_by)
 
 
 @dataclass
@@ -52,10 +55,10 @@ class Stores:
 
     database: Database
     server_id: str = field(default_factory=new_id)
-    made_by: bytes = b"one kind of processor"
+    kinds: tuple[bytes, ...] = (KIND,)
 
     def __post_init__(self) -> None:
-        self.jobs, self.models = SqlJobStore(self.database, self.made_by), SqlModelStore(self.database)
+        self.jobs, self.models = SqlJobStore(self.database, lambda: self.kinds), SqlModelStore(self.database)
         self.index, self.servers = SqlBlobIndex(self.database), SqlServerStore(self.database)
 
     async def upload(self, content: bytes, project: str = "p") -> UploadRecord:

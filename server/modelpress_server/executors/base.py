@@ -50,21 +50,22 @@ class TurnFigures:
 
 @dataclass(frozen=True)
 class Figures:
-    """What an executor has done and does.
+    """What a host of workers has done and does.
 
-    `pids`: leaders of the workers that have a task, where they run here. `imported`: whether a worker that is started
-    now has its imports done already.
+    `pids`: leaders of the workers that have a task, where they run here; `elsewhere`: how many run on other machines.
+    `imported`: whether a worker that is started now has its imports done already.
     """
 
     pids: tuple[int, ...] = ()
+    elsewhere: int = 0
     imported: bool = False
     starts: int = 0
     failed_starts: int = 0
     turns: TurnFigures = field(default_factory=TurnFigures)
 
 
-class Executor(Protocol):
-    """Runs tasks, each in its own child process."""
+class WorkerHost(Protocol):
+    """Has workers, each in a process of its own."""
 
     @property
     def sandbox_level(self) -> int:
@@ -81,12 +82,20 @@ class Executor(Protocol):
         ...
 
     async def start(self) -> None:
-        """Gets ready; called once, before the first `run`."""
+        """Gets ready; called once, before the first task."""
         ...
 
     async def try_start(self) -> None:
         """Has a worker ready for the next task. Raises WorkerUnavailableError."""
         ...
+
+    async def close(self) -> None:
+        """Kills whatever runs."""
+        ...
+
+
+class Executor(WorkerHost, Protocol):
+    """Runs tasks, each in its own child process."""
 
     async def run(
         self,
@@ -102,8 +111,4 @@ class Executor(Protocol):
         failed on a full disk. Cancelling the awaiting task kills the child's whole process group before CancelledError
         propagates.
         """
-        ...
-
-    async def close(self) -> None:
-        """Kills whatever runs."""
         ...

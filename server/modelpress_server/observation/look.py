@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from modelpress_server.clock import Clock
-from modelpress_server.executors.base import Executor, Figures
+from modelpress_server.executors.base import Figures, WorkerHost
 from modelpress_server.executors.process_tree import memory_bytes
 from modelpress_server.host import Host
 from modelpress_server.stores.base import StoreFigures, StoreOverview
@@ -36,7 +36,7 @@ class Look:
 class Lookout:
     """Looks at a server."""
 
-    def __init__(self, data_dir: Path, store: StoreOverview, executor: Executor, host: Host, clock: Clock) -> None:
+    def __init__(self, data_dir: Path, store: StoreOverview, executor: WorkerHost, host: Host, clock: Clock) -> None:
         self._data_dir = data_dir
         self._store = store
         self._executor = executor

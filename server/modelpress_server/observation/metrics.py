@@ -174,7 +174,7 @@ class LookCollector(Collector):
         yield InfoMetricFamily("modelpress", "The server.", {"version": self._version})
         yield from self._of_queue()
         yield _gauge("modelpress_workers_available", "1: workers can be started here; 0: they cannot.", look.able)
-        yield _gauge("modelpress_workers_busy", "Workers that have a task.", len(figures.pids))
+        yield _gauge("modelpress_workers_busy", "Workers that have a task.", len(figures.pids) + figures.elsewhere)
         yield _gauge("modelpress_worker_imports_done", "1: a worker that is started has its imports.", figures.imported)
         yield _gauge("modelpress_worker_memory_bytes", "Memory that workers with a task hold.", look.memory_bytes)
         starts = CounterMetricFamily(

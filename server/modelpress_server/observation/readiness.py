@@ -10,7 +10,7 @@ from typing import Any
 
 from modelpress_server.clock import Clock
 from modelpress_server.errors import ServiceError
-from modelpress_server.executors.base import Executor
+from modelpress_server.executors.base import WorkerHost
 from modelpress_server.host import Host
 from modelpress_server.interceptors import Gate
 from modelpress_server.stores.base import BlobStore, StoreOverview
@@ -37,7 +37,7 @@ class Readiness:
         self,
         store: StoreOverview,
         blobs: BlobStore,
-        executor: Executor,
+        executor: WorkerHost,
         host: Host,
         gate: Gate,
         clock: Clock,

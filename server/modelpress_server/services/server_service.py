@@ -11,7 +11,7 @@ from modelpress_protos.formats import FORMATS
 from modelpress_protos.v1 import common_pb2, job_service_pb2, server_service_pb2, server_service_pb2_grpc
 
 from modelpress_server.config import Settings
-from modelpress_server.executors.base import Executor
+from modelpress_server.executors.base import WorkerHost
 from modelpress_server.findings import Findings
 from modelpress_server.interceptors import check_project
 from modelpress_server.names import parse_project
@@ -35,7 +35,7 @@ class ServerService(server_service_pb2_grpc.ServerServiceServicer):
         jobs: JobStore,
         usage: UsageStore,
         findings: Findings,
-        executor: Executor,
+        executor: WorkerHost,
     ) -> None:
         self._projects = projects
         self._usage = usage

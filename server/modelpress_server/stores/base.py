@@ -182,7 +182,10 @@ class LogLine:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a job ended: `state` with an `error`, or with artifacts, whose blobs become the project's."""
+    """How a job ended: `state` with an `error`, or with artifacts, whose blobs become the project's.
+
+    `made_by`: what a result depends on besides what was asked for, by which it is found again (`toolchain.made_by`).
+    """
 
     state: job_service_pb2.JobState.ValueType
     error: status_pb2.Status | None = None
@@ -190,6 +193,7 @@ class Outcome:
     summary: job_service_pb2.ReportSummary | None = None
     blobs: tuple[BlobKey, ...] = ()
     log: tuple[LogLine, ...] = ()
+    made_by: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

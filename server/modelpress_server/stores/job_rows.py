@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2
@@ -149,8 +149,8 @@ def append_log(connection: Connection, job_id: str, lines: Sequence[LogLine]) ->
     note_news(connection, job_id)
 
 
-def finish_job(connection: Connection, record: JobRecord, outcome: Outcome, made_by: bytes = b"") -> None:
-    """Ends a job: artifacts, references, cache entry and state at once. `made_by`: what ran it, if it was run."""
+def finish_job(connection: Connection, record: JobRecord, outcome: Outcome) -> None:
+    """Ends a job: artifacts, references, cache entry and state at once."""
     append_log(connection, record.id, outcome.log)
     message = record.message
     if outcome.state == job_service_pb2.JOB_STATE_SUCCEEDED:
@@ -164,7 +164,7 @@ def finish_job(connection: Connection, record: JobRecord, outcome: Outcome, made
         message.progress.fraction = 1.0
         message.ClearField("error")
         if not message.from_cache:
-            key = result_key(record.cache_key, made_by)
+            key = result_key(record.cache_key, outcome.made_by)
             entry = {"project": record.project, "cache_key": key, "job_id": record.id}
             insert_missing(connection, result_cache, entry)
     if outcome.error is not None:
@@ -177,12 +177,14 @@ def result_key(cache_key: bytes, made_by: bytes) -> bytes:
     return hashlib.sha256(cache_key + made_by).digest()
 
 
-def cached_result(connection: Connection, project: str, cache_key: bytes, made_by: bytes) -> JobRecord | None:
-    """The job of the project that had the same to do and succeeded, on servers like this one."""
+def cached_result(connection: Connection, project: str, cache_key: bytes, kinds: Collection[bytes]) -> JobRecord | None:
+    """The last job of the project that had the same to do and succeeded, on a machine of one of these kinds."""
+    keys = [result_key(cache_key, made_by) for made_by in kinds]
     row = connection.execute(
         select(jobs)
         .join(result_cache, result_cache.c.job_id == jobs.c.id)
-        .where(result_cache.c.project == project, result_cache.c.cache_key == result_key(cache_key, made_by))
+        .where(result_cache.c.project == project, result_cache.c.cache_key.in_(keys))
+        .order_by(jobs.c.id.desc())
     ).first()
     return record_of(row) if row is not None else None
 

@@ -41,11 +41,11 @@ _QUEUE_ORDER = (jobs.c.priority.desc(), jobs.c.id)
 
 
 class SqlJobStore:
-    """JobStore on a Database. `made_by`: what results depend on besides what was asked for (`toolchain.made_by`)."""
+    """JobStore on a Database. `kinds`: what a result that serves a new job may be made by (`toolchain.made_by`)."""
 
-    def __init__(self, database: Database, made_by: bytes = b"") -> None:
+    def __init__(self, database: Database, kinds: Callable[[], Collection[bytes]] = lambda: ()) -> None:
         self._database = database
-        self._made_by = made_by
+        self._kinds = kinds
 
     async def create(
         self,
@@ -59,7 +59,7 @@ class SqlJobStore:
     ) -> JobRecord:
         return await self._database.write(
             lambda connection: _create(
-                connection, record, blobs, request, max_queued, max_stored_bytes, is_there, self._made_by
+                connection, record, blobs, request, max_queued, max_stored_bytes, is_there, self._kinds()
             )
         )
 
@@ -185,7 +185,7 @@ class SqlJobStore:
             if record.message.state == CANCELLING:
                 job_rows.finish_job(connection, record, Outcome(CANCELLED, log=outcome.log))
             else:
-                job_rows.finish_job(connection, record, outcome, self._made_by)
+                job_rows.finish_job(connection, record, outcome)
             return True
 
         return await self._database.write(work, must=True)
@@ -247,7 +247,7 @@ def _create(
     max_queued: int,
     max_stored_bytes: int,
     is_there: Callable[[BlobKey], bool],
-    made_by: bytes,
+    kinds: Collection[bytes],
 ) -> JobRecord:
     project = record.project
     hold(connection, project)
@@ -258,7 +258,7 @@ def _create(
     model = fetch_model(connection, project, record.message.spec.model.rpartition("/")[2])
     refuse_rejected(model.message)
     spec = record.message.spec
-    cached = None if spec.skip_cache else job_rows.cached_result(connection, project, record.cache_key, made_by)
+    cached = None if spec.skip_cache else job_rows.cached_result(connection, project, record.cache_key, kinds)
     if cached is not None and not all(is_there(blob) for blob in _result_blobs(cached)):
         job_rows.forget_result(connection, cached)
         cached = None

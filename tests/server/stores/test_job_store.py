@@ -14,7 +14,7 @@ from modelpress_server.names import new_id
 from modelpress_server.stores.base import Lease, ListQuery, LogLine, Outcome, RequestKey, Term
 from modelpress_server.stores.database import Database
 from modelpress_server.stores.records import now_us
-from store_rows import Stores, blob_of, succeeded
+from store_rows import KIND, Stores, blob_of, succeeded
 
 QUEUED = job_service_pb2.JOB_STATE_QUEUED
 RUNNING = job_service_pb2.JOB_STATE_RUNNING
@@ -272,13 +272,24 @@ async def test_identical_jobs_share_a_result(one: Stores, other: Stores) -> None
 
 
 async def test_results_are_those_of_a_kind_of_server(one: Stores, database: Database) -> None:
-    """What one type of processor, or another version, has found does not serve servers with another."""
+    """What one type of processor, or another version, has found does not serve servers that have none of it."""
     model = await one.model()
     await one.job(model)
     await one.jobs.finish((await one.claimed()).lease, succeeded(b"small"))
-    strange = Stores(database, made_by=b"another kind")
+    strange, both = Stores(database, kinds=(b"another kind",)), Stores(database, kinds=(b"another kind", KIND))
     assert (await strange.job(model)).message.state == QUEUED
+    assert (await Stores(database, kinds=()).job(model)).message.state == QUEUED
     assert (await one.job(model)).message.from_cache
+    assert (await both.job(model)).message.from_cache
+
+
+async def test_a_result_is_kept_for_the_kind_that_made_it(one: Stores, database: Database) -> None:
+    """Of a server with nodes of several kinds, each result serves those of its own kind."""
+    model, both = await one.model(), Stores(database, kinds=(KIND, b"another kind"))
+    await both.job(model)
+    await one.jobs.finish((await one.claimed()).lease, succeeded(b"small", made_by=b"another kind"))
+    assert (await one.job(model)).message.state == QUEUED
+    assert (await Stores(database, kinds=(b"another kind",)).job(model)).message.from_cache
 
 
 async def test_queue_timeout(one: Stores) -> None:

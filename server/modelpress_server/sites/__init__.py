@@ -1,0 +1,1 @@
+"""Where tasks are done: on this machine, or on the nodes of a cluster."""

@@ -1,0 +1,106 @@
+"""Two servers and two nodes of a Ray cluster on one PostgreSQL and one bucket: jobs run on both, one node is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from modelpress_client import Client
+from modelpress_protos.v1 import job_service_pb2, job_service_pb2_grpc
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
+import postgres_server
+import ray_nodes
+import s3_server
+from shared_servers import ENDED, compress_server, ended, until
+from shared_stores import new_database
+
+S = job_service_pb2
+MNIST = Path(__file__).parents[2] / "examples" / "mnist" / "model.onnx"
+# As many as one has time for.
+JOBS = int(os.environ.get("MODELPRESS_KILLED_JOBS", "8"))
+RECIPE = {"version": 1, "steps": [], "benchmark": {"rounds": 50}}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+def places(logs: list[Path]) -> dict[str, list[str]]:
+    """The nodes that each job was begun on, in order, as the servers' logs say: eight digits of their ids."""
+    found: dict[str, list[str]] = {}
+    lines = [json.loads(line) for log in logs for line in log.read_text().splitlines() if line.endswith("}")]
+    for line in sorted(lines, key=lambda line: line["time"]):
+        if (node := re.search(r"runs on node \S+ \(([0-9a-f]{8})\)", line["message"])) and "job" in line:
+            found.setdefault(line["job"], []).append(node[1])
+    return found
+
+
+def test_a_node_killed_among_many_jobs(tmp_path: Path) -> None:
+    """Jobs run on both nodes. One is killed in the middle of a job: each job ends once, with its files, and the one
+    that was lost there costs no attempt of its own."""
+    with ExitStack() as stack:
+        try:
+            database = new_database(stack.enter_context(postgres_server.postgres_server()))
+            keys = s3_server.environment(stack.enter_context(s3_server.s3_server()))
+            cluster = stack.enter_context(ray_nodes.ray_cluster(keys))
+        except (postgres_server.NotHereError, s3_server.NotHereError, ray_nodes.NotHereError) as error:
+            pytest.skip(str(error))
+        nodes = [cluster.add_node(name) for name in ("first", "second")]
+        ids = [ray_nodes.node_id(node)[:8] for node in nodes]
+        options = ["--blobs", f"s3://{s3_server.BUCKET}/shared", "--lease-s", "10", "--log-format", "json"]
+        options += ["--ray-address", cluster.address, "--node-dir", str(tmp_path / "nodes"), "--workers", "2"]
+        servers = [
+            stack.enter_context(
+                compress_server(tmp_path / name, *options, **{"COMPRESS_SERVER_DATABASE": database, **keys})
+            )
+            for name in ("one", "other")
+        ]
+        logs = [tmp_path / "one.log", tmp_path / "other.log"]
+        with Client(servers[0][1]) as one, Client(servers[1][1]) as other:
+            model = one.upload(MNIST)
+            names = {
+                (one, other)[number % 2].compress(model.name, recipe=RECIPE, skip_cache=True).name
+                for number in range(JOBS)
+            }
+            stub = job_service_pb2_grpc.JobServiceStub(stack.enter_context(grpc.insecure_channel(servers[1][1])))
+
+            def states() -> dict[str, Any]:
+                return {name.rpartition("/")[2]: stub.GetJob(S.GetJobRequest(name=name)).state for name in names}
+
+            def runs_on_doomed() -> bool:
+                now = states()
+                seen = places(logs)
+                both = {node for nodes in seen.values() for node in nodes} == set(ids)
+                doomed = any(now[job] == S.JOB_STATE_RUNNING and on[-1] == ids[0] for job, on in seen.items())
+                return both and doomed and sum(state in ENDED for state in now.values()) >= JOBS // 4
+
+            until(runs_on_doomed, "no job ran on the node to be killed")
+            ray_nodes.kill_node(nodes[0])
+            jobs = {name: until(lambda name=name: ended(stub, name), f"{name} did not end") for name in names}
+            assert {job.state for job in jobs.values()} == {S.JOB_STATE_SUCCEEDED}
+            seen = places(logs)
+            again = 0
+            for name, job in jobs.items():
+                events = [event for event in stub.WatchJob(S.WatchJobRequest(name=name)) if event.sequence]
+                assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+                told = [event.state for event in events if event.WhichOneof("event") == "state"]
+                assert sum(state in ENDED for state in told) == 1, told
+                again += job.excused_losses
+                on = seen[name.rpartition("/")[2]]
+                assert len(on) == 1 + job.excused_losses
+                assert job.attempt == 1
+                other.job(name).download(tmp_path / f"{name.rpartition('/')[2]}.onnx")
+            assert again >= 1
+            runs = Counter(node for on in seen.values() for node in on)
+            print(f"\n{JOBS} jobs, runs by node {dict(runs)}, runs lost with the node {again}")
+        for log in logs:
+            assert "Traceback" not in log.read_text()
+            assert "not-so-secret-key" not in log.read_text()
