@@ -103,7 +103,7 @@ def local_executor(settings: Settings) -> Executor:
     from modelpress_server.executors.local import LocalExecutor
 
     return LocalExecutor(
-        fork=settings.worker_start == "fork",
+        fork=settings.worker_start == "fork" and settings.workers > 0,
         sandbox=settings.sandbox,
         measure_cores=settings.measure_core_numbers,
         temp_root=settings.data_dir / "work",
@@ -311,8 +311,8 @@ class Server:
         self._scheduler = Scheduler(
             resources, self._projects, models, jobs, self._notifier, host, self._clock, self._membership.server_id
         )
-        self._membership.on_beat = self._beat
-        self._news = News(settings.database, self._hear) if settings.database is not None else None
+        self._membership.on_beat = self._scheduler.beat
+        self._news = News(settings.database, self._scheduler.hear) if settings.database is not None else None
         self._gate = Gate(authenticator, self._projects, self._audit, meter, self._clock, self._tracer)
         options = (*OPTIONS, *connection_options(settings))
         self._grpc = grpc.aio.server(interceptors=[self._gate], options=options)
@@ -409,23 +409,6 @@ class Server:
         self.address = f"{host}:{port}"
         if self._http is not None:
             self._http.bind()
-
-    def _hear(self, name: str, state: str) -> None:
-        """Another server, or this one, told of a job or a model."""
-        if state == "CANCELLING":
-            self._scheduler.cancel(name)
-        if state == "PROCESSING":
-            self._scheduler.expect_job()
-        elif name and not state:
-            self._notifier.notify(name)
-        else:  # the queue is another one
-            self._notifier.notify_all()
-            self._scheduler.wake()
-
-    async def _beat(self) -> None:
-        await self._scheduler.recover()
-        await self._scheduler.compare()
-        self._scheduler.wake()  # what another server told of may have been lost
 
     async def _set_serving(self, able: bool) -> None:
         """`able`: whether workers can be started; uploads and downloads are served without them."""

@@ -19,6 +19,7 @@ from modelpress_server.backup_commands import backup, restore
 from modelpress_server.check_command import check
 from modelpress_server.config import GIB, KIB, MIB, Settings, SettingsError
 from modelpress_server.token_commands import token
+from modelpress_server.work_command import work
 
 ENV_PREFIX = "COMPRESS_SERVER_"
 _UNITS = {"": 1, "B": 1, "KIB": KIB, "K": KIB, "MIB": MIB, "M": MIB, "GIB": GIB, "G": GIB}
@@ -112,6 +113,7 @@ command.add_command(token)
 command.add_command(check)
 command.add_command(backup)
 command.add_command(restore)
+command.add_command(work)
 
 
 async def _serve(settings: Settings) -> None:

@@ -112,7 +112,9 @@ class Settings:
         kind="seconds",
     )
     workers: int = _setting(
-        1, "Jobs that run at the same time. Each measures latency: more than one disturb each other."
+        1,
+        "Jobs that run at the same time. Each measures latency: more than one disturb each other. 0, with --database: "
+        "none, and models are not looked at either; others do that (`compress-server work`).",
     )
     worker_start: str = _setting(
         "fork",
@@ -266,7 +268,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._require(0 <= self.worker_uid < 2**31, "worker_uid", "a user id or 0")
-        for name in ("workers", "max_connections", "max_queued_jobs", "max_open_uploads"):
+        self._require(self.workers >= 0, "workers", "at least 0")
+        if self.workers == 0 and self.database is None:
+            raise SettingsError("workers: with none here others must share the jobs: set --database as well.")
+        for name in ("max_connections", "max_queued_jobs", "max_open_uploads"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_blob_bytes", "ack_interval_bytes"):
             self._require(getattr(self, name) >= 1, name, "at least 1")

@@ -53,7 +53,7 @@ class Pace:
     def _wait_s(self, ahead: int) -> float | None:
         """Those ahead take a worker each, and those that run now are half done, on average."""
         with self._lock:
-            if len(self._runs_s) < FEWEST:
+            if len(self._runs_s) < FEWEST or not self._workers:  # others run the jobs, nobody knows how many
                 return None
             run_s = statistics.median(self._runs_s)
         return (ahead + 0.5) * run_s / self._workers

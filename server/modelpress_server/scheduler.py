@@ -37,7 +37,7 @@ FAULT_PAUSE_S = 2.0
 
 
 class Scheduler:
-    """Runs up to `settings.workers` jobs at the same time; projects take turns."""
+    """Runs up to `settings.workers` jobs at the same time, with 0 no task at all; projects take turns."""
 
     def __init__(
         self,
@@ -103,6 +103,32 @@ class Scheduler:
             await self._jobs.requeue(lease, count_attempt=False)
         self._strays = unknown
 
+    async def beat(self) -> None:
+        """This server was heard of again: takes up what dead ones left, and compares."""
+        await self.recover()
+        await self.compare()
+        self.wake()  # what another server told of may have been lost
+
+    def hear(self, name: str, state: str) -> None:
+        """Another server, or this one, told of a job or a model; see `stores.news.News`."""
+        if state == "CANCELLING":
+            self.cancel(name)
+        if state == "PROCESSING":
+            self.expect_job()
+        elif name and not state:
+            self._notifier.notify(name)
+        else:  # the queue is another one
+            self._notifier.notify_all()
+            self.wake()
+
+    async def take_one(self) -> bool:
+        """Does one task to its end, a job or else an inspection, instead of `start`. False: there was none."""
+        await self.recover()
+        if not (await self._begin_job() or await self._begin_inspection()):
+            return False
+        await asyncio.wait(self._tasks)
+        return True
+
     def wake(self) -> None:
         """There may be something to do."""
         self._wake.set()
@@ -164,44 +190,54 @@ class Scheduler:
             return pause_s
         pause_s = min(IDLE_S, self._waits.next_s())  # before anything is claimed, lest one comes due unseen
         while len(self._runs) < self._resources.settings.workers and not self._draining:
-            claim = await self._jobs.claim(now_us(), self._job_share.rank, self._server_id, self._waits.names())
-            for job_id in claim.ended:
-                self._notifier.notify(job_id)
-            if claim.job is None and claim.ended:
-                continue
-            if claim.job is None:
+            if not await self._begin_job():
                 break
-            self._notifier.notify_all()  # those behind it have another place in the queue
-            run = JobRun(
-                self._resources,
-                claim.job,
-                self._jobs,
-                self._models,
-                self._notifier,
-                postponed=self._waits.knows(claim.job.id),
-                growth=self._waits.growth(claim.job.id),
-            )
-            self._runs[claim.job.id] = run
-            self._job_share.started(claim.job.project)
-            self._spawn(claim.job.id, self._run(run, claim.job))
         else:
             # All workers are busy: nobody claims, so overdue jobs are looked for by their deadline.
             await self._expire_overdue()
-        await self._begin_inspections()
+        while self._resources.settings.workers and len(self._inspecting) < INSPECTION_SLOTS and not self._draining:
+            if not await self._begin_inspection():
+                break
         deadline_us = await self._jobs.next_queue_deadline_us()
         if deadline_us is None:
             return pause_s
         return min(max((deadline_us - now_us()) / 1e6, 0.01), pause_s)
 
-    async def _begin_inspections(self) -> None:
-        while len(self._inspecting) < INSPECTION_SLOTS and not self._draining:
-            busy = (*self._inspecting, *self._waits.names())
-            model = await self._models.claim_inspection(busy, self._inspection_share.rank, self._server_id)
-            if model is None:
+    async def _begin_job(self) -> bool:
+        """False: none is queued."""
+        while True:
+            claim = await self._jobs.claim(now_us(), self._job_share.rank, self._server_id, self._waits.names())
+            for job_id in claim.ended:
+                self._notifier.notify(job_id)
+            if claim.job is not None:
                 break
-            self._inspecting[model.id] = model_service_pb2.INSPECTION_STAGE_RUNNING
-            self._inspection_share.started(model.project)
-            self._spawn(model.id, self._inspect(model))
+            if not claim.ended:
+                return False
+        self._notifier.notify_all()  # those behind it have another place in the queue
+        run = JobRun(
+            self._resources,
+            claim.job,
+            self._jobs,
+            self._models,
+            self._notifier,
+            postponed=self._waits.knows(claim.job.id),
+            growth=self._waits.growth(claim.job.id),
+        )
+        self._runs[claim.job.id] = run
+        self._job_share.started(claim.job.project)
+        self._spawn(claim.job.id, self._run(run, claim.job))
+        return True
+
+    async def _begin_inspection(self) -> bool:
+        """False: no model waits for one."""
+        busy = (*self._inspecting, *self._waits.names())
+        model = await self._models.claim_inspection(busy, self._inspection_share.rank, self._server_id)
+        if model is None:
+            return False
+        self._inspecting[model.id] = model_service_pb2.INSPECTION_STAGE_RUNNING
+        self._inspection_share.started(model.project)
+        self._spawn(model.id, self._inspect(model))
+        return True
 
     async def _expire_overdue(self) -> None:
         for job_id in await self._jobs.expire_overdue(now_us()):

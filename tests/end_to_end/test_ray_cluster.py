@@ -7,7 +7,9 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import grpc
 import pytest
 from modelpress_client import Client
 from modelpress_protos.v1 import job_service_pb2, job_service_pb2_grpc
+from modelpress_server.toolchain import processor_name
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
@@ -43,25 +46,46 @@ def places(logs: list[Path]) -> dict[str, list[str]]:
     return found
 
 
-def test_a_node_killed_among_many_jobs(tmp_path: Path) -> None:
-    """Jobs run on both nodes. One is killed in the middle of a job: each job ends once, with its files, and the one
-    that was lost there costs no attempt of its own."""
+@dataclass(frozen=True)
+class Shared:
+    """What servers share: URL of a PostgreSQL server, keys of a bucket, the cluster."""
+
+    postgres: str
+    keys: dict[str, str]
+    cluster: ray_nodes.RayProcesses
+
+    def server(self, folder: Path, database: str, *options: str) -> Any:
+        """A server that runs its jobs on the cluster."""
+        stores = ["--blobs", f"s3://{s3_server.BUCKET}/{database.rpartition('/')[2]}", "--log-format", "json"]
+        nodes = ["--ray-address", self.cluster.address, "--node-dir", str(folder.parent / "nodes")]
+        environment = {"COMPRESS_SERVER_DATABASE": database, **self.keys}
+        return compress_server(folder, *stores, *nodes, "--lease-s", "10", *options, **environment)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Shared]:
+    """A cluster without nodes, and the stores. Skipped where one of the three cannot be had."""
     with ExitStack() as stack:
         try:
-            database = new_database(stack.enter_context(postgres_server.postgres_server()))
+            postgres = stack.enter_context(postgres_server.postgres_server())
             keys = s3_server.environment(stack.enter_context(s3_server.s3_server()))
             cluster = stack.enter_context(ray_nodes.ray_cluster(keys))
         except (postgres_server.NotHereError, s3_server.NotHereError, ray_nodes.NotHereError) as error:
             pytest.skip(str(error))
-        nodes = [cluster.add_node(name) for name in ("first", "second")]
+        yield Shared(postgres, keys, cluster)
+
+
+def test_a_node_killed_among_many_jobs(shared: Shared, tmp_path: Path) -> None:
+    """Jobs run on both nodes. One is killed in the middle of a job: each job ends once, with its files, and the one
+    that was lost there costs no attempt of its own."""
+    with ExitStack() as stack:
+        nodes = [shared.cluster.add_node(name) for name in ("first", "second")]
+        for node in nodes:
+            stack.callback(ray_nodes.kill_node, node)
         ids = [ray_nodes.node_id(node)[:8] for node in nodes]
-        options = ["--blobs", f"s3://{s3_server.BUCKET}/shared", "--lease-s", "10", "--log-format", "json"]
-        options += ["--ray-address", cluster.address, "--node-dir", str(tmp_path / "nodes"), "--workers", "2"]
+        database = new_database(shared.postgres)
         servers = [
-            stack.enter_context(
-                compress_server(tmp_path / name, *options, **{"COMPRESS_SERVER_DATABASE": database, **keys})
-            )
-            for name in ("one", "other")
+            stack.enter_context(shared.server(tmp_path / name, database, "--workers", "2")) for name in ("one", "other")
         ]
         logs = [tmp_path / "one.log", tmp_path / "other.log"]
         with Client(servers[0][1]) as one, Client(servers[1][1]) as other:
@@ -104,3 +128,23 @@ def test_a_node_killed_among_many_jobs(tmp_path: Path) -> None:
         for log in logs:
             assert "Traceback" not in log.read_text()
             assert "not-so-secret-key" not in log.read_text()
+
+
+def test_jobs_run_on_nodes_that_measure(shared: Shared, tmp_path: Path) -> None:
+    """With --measure-on, jobs run on nodes with the label alone. The report names the processor of the node, and the
+    same job is answered with what such a node has found."""
+    with ExitStack() as stack:
+        plain = shared.cluster.add_node("plain")
+        measuring = shared.cluster.add_node("measuring", labels="bench=quiet")
+        for node in (plain, measuring):
+            stack.callback(ray_nodes.kill_node, node)
+        options = ["--workers", "2", "--measure-on", "bench=quiet"]
+        _, address = stack.enter_context(shared.server(tmp_path / "server", new_database(shared.postgres), *options))
+        with Client(address) as client:
+            model = client.upload(MNIST)
+            jobs = [client.compress(model.name, recipe=RECIPE, skip_cache=True) for _ in range(3)]
+            reports = [job.wait() for job in jobs]
+            assert client.compress(model.name, recipe=RECIPE).wait().to_dict() == reports[-1].to_dict()
+        on = [node for nodes in places([tmp_path / "server.log"]).values() for node in nodes]
+        assert on == [ray_nodes.node_id(measuring)[:8]] * 3
+        assert {report.to_dict()["environment"]["cpu"] for report in reports} == {processor_name()}

@@ -27,3 +27,17 @@ def test_cores_to_measure_on() -> None:
             Settings(measure_cores=wrong)
     with pytest.raises(SettingsError, match="may not run on 99999"):
         Settings(measure_cores="99999")
+
+
+def test_nodes_of_a_cluster() -> None:
+    """They take files from a bucket; what is for nodes alone is refused without them."""
+    cluster = {"ray_address": "ray://head:10001", "blobs": "s3://models"}
+    assert Settings(**cluster, measure_on="bench=quiet", node_dir=Path("/var/tmp/x")).node_workers == 1
+    with pytest.raises(SettingsError, match="ray_address: nodes take files from a bucket"):
+        Settings(ray_address="auto")
+    for wrong in ({"measure_on": "=quiet"}, {"node_workers": 0}, {"node_dir": Path("relative")}):
+        with pytest.raises(SettingsError, match=next(iter(wrong))):
+            Settings(**cluster, **wrong)
+    for alone in ({"measure_on": "bench"}, {"node_dir": Path("/var/tmp/x")}):
+        with pytest.raises(SettingsError, match="set --ray-address"):
+            Settings(**alone)

@@ -105,6 +105,11 @@ class Node:
         self._unused_since_s = self._clock.now_s()
         self._watch: asyncio.Task[None] | None = None
 
+    @property
+    def tasks(self) -> list[str]:
+        """Ids of the tasks that it has."""
+        return list(self._tasks)
+
     async def open(self, server_id: str, lease_s: float) -> bytes:
         """Gets ready, once; the NodeInfo. Raises SettingsError."""
         self._hear(server_id, lease_s)
