@@ -11,6 +11,8 @@ FROM ${PYTHON_IMAGE} AS build
 ARG TORCH_SPEC="torch==2.13.0"
 # Further arguments of every `pip install`, for example another index.
 ARG PIP_EXTRA_ARGS=""
+# Optional parts; with `ray` besides, it is an image for the nodes of a Ray cluster and their servers.
+ARG EXTRAS="server,postgres,s3"
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python -m venv /opt/modelpress
@@ -25,7 +27,7 @@ COPY client/modelpress_client client/modelpress_client
 COPY compression/modelpress_compression compression/modelpress_compression
 COPY server/modelpress_server server/modelpress_server
 # hadolint ignore=SC2086
-RUN pip install ${PIP_EXTRA_ARGS} --constraint constraints.txt ".[server,postgres,s3]"
+RUN pip install ${PIP_EXTRA_ARGS} --constraint constraints.txt ".[${EXTRAS}]"
 
 FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="modelpress" \

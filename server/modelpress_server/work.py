@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 from modelpress_server.app import local_executor
 from modelpress_server.clock import Clock
 from modelpress_server.config import Settings, SettingsError
-from modelpress_server.executors.base import Executor
+from modelpress_server.executors.base import Executor, WorkerUnavailableError
 from modelpress_server.findings import Findings
 from modelpress_server.host import Host
 from modelpress_server.janitor import clear_work_folders
@@ -39,6 +40,10 @@ from modelpress_server.waiting import Notifier
 
 logger = logging.getLogger(__name__)
 
+# In the data folder: written so often while the process gets on, for whoever watches it.
+ALIVE_FILE = "alive"
+ALIVE_INTERVAL_S = 15.0
+
 
 class Work:
     """Takes tasks; `start`, then `stop` once. Or `once` alone."""
@@ -59,24 +64,32 @@ class Work:
         self._make_executor = make_executor
         self._clock = clock or Clock()
         self._lock = DataDirLock(settings.data_dir)
+        self._telling: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Begins to take tasks. Raises SettingsError."""
         await self._open()
         await self._scheduler.start(machine_restarted=self._lock.machine_restarted)
         self._lock.note_boot()
+        self._telling = asyncio.create_task(self._tell_alive())
 
     async def once(self) -> bool:
-        """Does one task, and closes. False: there was none, or no worker could be started for it."""
+        """Does one task, and closes. False: there was none. Raises WorkerUnavailableError, SettingsError."""
         await self._open()
         try:
-            return await self._scheduler.take_one() and self._host.able
+            done = await self._scheduler.take_one()
+            if not self._host.able:
+                raise WorkerUnavailableError("No worker can be started here; the log says why. The task waits.")
+            return done
         finally:
             await self.stop()
 
     async def stop(self) -> None:
         """Takes no more; what runs may finish within the grace, or is queued again. Then closes everything."""
         await self.drain()
+        if self._telling is not None:
+            self._telling.cancel()
+            await asyncio.wait([self._telling])
         await self._news.close()
         await self._membership.leave()
         await self._site.close()
@@ -87,6 +100,12 @@ class Work:
     async def drain(self) -> None:
         """Takes no more; what runs may finish within the grace, or is queued again."""
         await self._scheduler.drain(self._settings.drain_grace_s)
+
+    async def _tell_alive(self) -> None:
+        while True:
+            with suppress(OSError):  # a full disk
+                (self._settings.data_dir / ALIVE_FILE).write_text("")
+            await asyncio.sleep(ALIVE_INTERVAL_S)
 
     async def _open(self) -> None:
         settings, clock = self._settings, self._clock

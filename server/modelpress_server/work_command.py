@@ -12,8 +12,9 @@ import click
 
 from modelpress_server import logs
 from modelpress_server.config import Settings, SettingsError
+from modelpress_server.executors.base import WorkerUnavailableError
 
-NOTHING_DONE = 75  # EX_TEMPFAIL: try again later
+UNAVAILABLE = 75  # EX_TEMPFAIL: try again later
 
 
 @click.command()
@@ -22,8 +23,8 @@ NOTHING_DONE = 75  # EX_TEMPFAIL: try again later
     is_flag=True,
     envvar="COMPRESS_SERVER_WORK_ONCE",
     show_envvar=True,
-    help="Do one task, a job or else the inspection of a model, and end: 0 when it was done, whatever became of it; 75 "
-    "when there was none.",
+    help="Do one task, a job or else the inspection of a model, and end with 0, whatever became of it, or if there was "
+    "none; with 75 where no worker can be started.",
 )
 @click.pass_context
 def work(ctx: click.Context, once: bool) -> None:
@@ -37,13 +38,15 @@ def work(ctx: click.Context, once: bool) -> None:
     try:
         settings = Settings(**values)
         logs.configure(settings.log_level, settings.log_format)
-        done = asyncio.run(_once(settings) if once else _always(settings))
+        asyncio.run(_once(settings) if once else _always(settings))
     except SettingsError as error:
         raise click.UsageError(str(error)) from error
-    ctx.exit(0 if done else NOTHING_DONE)
+    except WorkerUnavailableError as error:
+        click.echo(f"Error: {error}", err=True)
+        ctx.exit(UNAVAILABLE)
 
 
-async def _once(settings: Settings) -> bool:
+async def _once(settings: Settings) -> None:
     from modelpress_server.work import Work
 
     process = Work(replace(settings, worker_start="exec"))  # a process that forks pays with the second task
@@ -52,10 +55,11 @@ async def _once(settings: Settings) -> bool:
     stopping: list[asyncio.Task[None]] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: stopping.append(asyncio.create_task(process.drain())))
-    return await task
+    if not await task:
+        print("nothing to do", flush=True)
 
 
-async def _always(settings: Settings) -> bool:
+async def _always(settings: Settings) -> None:
     from modelpress_server.work import Work
 
     stopped = asyncio.Event()
@@ -67,4 +71,3 @@ async def _always(settings: Settings) -> bool:
     await stopped.wait()
     logging.getLogger(__name__).info("shutting down; running jobs have %g s", settings.drain_grace_s)
     await process.stop()
-    return True

@@ -144,7 +144,8 @@ def test_jobs_run_on_nodes_that_measure(shared: Shared, tmp_path: Path) -> None:
             model = client.upload(MNIST)
             jobs = [client.compress(model.name, recipe=RECIPE, skip_cache=True) for _ in range(3)]
             reports = [job.wait() for job in jobs]
-            assert client.compress(model.name, recipe=RECIPE).wait().to_dict() == reports[-1].to_dict()
+            # Found again, by the kind of processor that the nodes have told.
+            assert client.compress(model.name, recipe=RECIPE).wait().to_dict() in [one.to_dict() for one in reports]
         on = [node for nodes in places([tmp_path / "server.log"]).values() for node in nodes]
         assert on == [ray_nodes.node_id(measuring)[:8]] * 3
         assert {report.to_dict()["environment"]["cpu"] for report in reports} == {processor_name()}

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2
 from modelpress_server import cli
 from modelpress_server.config import Settings, SettingsError
+from modelpress_server.executors.base import WorkerUnavailableError
 from modelpress_server.work import Work
 from scripted_executor import ScriptedExecutor
 from server_harness import Running, Serve, until
@@ -31,6 +33,16 @@ def worker(front: Running, folder: Path, executor: ScriptedExecutor, workers: in
     return Work(settings, lambda _: executor)
 
 
+def waiting(front: Running) -> int:
+    """What the manifest for KEDA asks the database for."""
+    import psycopg
+
+    path = Path(__file__).parents[2] / "deploy" / "kubernetes" / "scaled-job.yaml"
+    query = list(yaml.safe_load_all(path.read_text("utf-8")))[1]["spec"]["triggers"][0]["metadata"]["query"]
+    with psycopg.connect(front.settings.database) as connection:
+        return int(connection.execute(query).fetchone()[0])
+
+
 async def test_one_task_a_process(serve: Serve, tmp_path: Path) -> None:
     """Each does a job, or where none is queued looks at a model, or says that there is nothing to do."""
     async with serve(workers=0) as front:
@@ -38,6 +50,7 @@ async def test_one_task_a_process(serve: Serve, tmp_path: Path) -> None:
         jobs = [await front.client.job(model, skip_cache=True) for _ in range(2)]
         other = await front.client.model(inspect="ok", compress="fail")
         executor = ScriptedExecutor()
+        assert waiting(front) == 4
         for _ in jobs:
             assert await worker(front, tmp_path / "work", executor).once()
         ended = [await front.client.wait(job) for job in jobs]
@@ -47,6 +60,7 @@ async def test_one_task_a_process(serve: Serve, tmp_path: Path) -> None:
         found = await front.client.models.GetModel(model_service_pb2.GetModelRequest(name=other.name))
         assert found.state == model_service_pb2.Model.STATE_ACTIVE
         assert not await worker(front, tmp_path / "work", executor).once()
+        assert waiting(front) == 0
         assert front.executor.started == front.executor.inspecting == []
 
 
@@ -56,7 +70,8 @@ async def test_a_job_that_fails_was_done(serve: Serve, tmp_path: Path) -> None:
         job = await front.client.job(await front.client.model(compress="fail"))
         executor = ScriptedExecutor()
         executor.broken = True
-        assert not await worker(front, tmp_path / "work", executor).once()
+        with pytest.raises(WorkerUnavailableError, match="The task waits"):
+            await worker(front, tmp_path / "work", executor).once()
         assert (await front.client.jobs.GetJob(S.GetJobRequest(name=job.name))).state == S.JOB_STATE_QUEUED
         executor.broken = False
         assert await worker(front, tmp_path / "work", executor).once()
@@ -69,6 +84,7 @@ async def test_work_goes_on_until_it_is_stopped(serve: Serve, tmp_path: Path) ->
         executor = ScriptedExecutor()
         process = worker(front, tmp_path / "work", executor)
         await process.start()
+        await until((tmp_path / "work" / "alive").exists)
         model = await front.client.model(compress="wait")
         job = await front.client.job(model)
         await until(lambda: executor.started == [job.name])
