@@ -82,7 +82,7 @@ def _through_the_engine(one: Any, name: str, folder: Path, recipes: Sequence[str
         model = _load(one, name, folder)
         row["load"] = _loaded(one, model, folder)
     except CompressionError as error:
-        row["load"] = {"outcome": "refused", "why": error.message[:400]}
+        row["load"] = _refused(one.path, error.message)
     except Exception as error:  # noqa: BLE001  what is looked for
         row["load"] = _failed(error)
     if row["load"]["outcome"] != "equal":
@@ -95,6 +95,19 @@ def _through_the_engine(one: Any, name: str, folder: Path, recipes: Sequence[str
         except Exception as error:  # noqa: BLE001  what is looked for
             row[recipe] = _failed(error)
     return row
+
+
+def _refused(path: Path, why: str) -> dict[str, Any]:
+    """An ONNX file that onnxruntime does not run either is none that anybody has a use for."""
+    from modelpress_compression.errors import CompressionError
+    from modelpress_compression.runtime import open_session
+
+    if path.suffix == ".onnx":
+        try:
+            open_session(path)
+        except CompressionError as error:
+            return {"outcome": "not written", "why": f"what is written does not run: {error.message}"[:400]}
+    return {"outcome": "refused", "why": why[:400]}
 
 
 def _failed(error: Exception) -> dict[str, Any]:

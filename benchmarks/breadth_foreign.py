@@ -154,6 +154,8 @@ def _write_keras(name: str, path: Path, producer: str) -> dict[str, np.ndarray]:
     keras.utils.set_random_seed(0)
     model = KERAS[name]()
     _lively_keras(model)
+    feeds = _feeds({one.name: (tuple(one.shape[1:]), one.dtype) for one in model.inputs})
+    model(next(iter(feeds.values())))  # Keras exports what was called
     if producer == "tf2onnx":
         import tensorflow as tf
         import tf2onnx
@@ -164,7 +166,7 @@ def _write_keras(name: str, path: Path, producer: str) -> dict[str, np.ndarray]:
         )
     else:
         model.export(str(path), format="onnx", verbose=False)
-    return _feeds({one.name: (tuple(one.shape[1:]), one.dtype) for one in model.inputs})
+    return feeds
 
 
 def _write_paddle(name: str, path: Path, producer: str) -> dict[str, np.ndarray]:
