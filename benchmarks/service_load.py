@@ -51,7 +51,7 @@ from modelpress_protos.v1 import (
     upload_service_pb2,
     upload_service_pb2_grpc,
 )
-from server_process import MemoryWatch, running_server
+from server_process import running_server
 
 MNIST = Path(__file__).parent.parent / "examples" / "mnist"
 PROCESSES = 4
@@ -297,7 +297,6 @@ def load_phase(options: argparse.Namespace, model: Path, folder: Path, workers: 
     ):
         server.wait_for_warm_worker()
         assert bare.stdout is not None
-        watch = MemoryWatch(server.process.pid)
         before_mib = rss_mib(server.process.pid, "VmRSS")
         arguments = ["--role", "clients", "--model", str(model), "--address", server.address, "--minutes",
                      str(options.minutes), "--patience-s", str(options.patience_s), "--bare",
@@ -310,7 +309,6 @@ def load_phase(options: argparse.Namespace, model: Path, folder: Path, workers: 
         for process in clients:
             output, _ = process.communicate()
             figures.add(json.loads(output))
-        grown_mib = watch.growth_bytes() / 2**20
         peak_mib = rss_mib(server.process.pid, "VmHWM")
         bare.communicate()
     print(f"\n{options.clients} clients for {options.minutes:g} min, {workers} worker(s)\n")
@@ -321,8 +319,7 @@ def load_phase(options: argparse.Namespace, model: Path, folder: Path, workers: 
     refused = ", ".join(f"{number} x {what}" for what, number in sorted(figures.refusals.items())) or "none"
     print(f"\nRefusals: {refused}")
     print(f"Jobs: {dict(figures.ends)}; downloads: {figures.downloads}")
-    print(f"Memory of the server: {before_mib:.0f} MiB before, {peak_mib:.0f} MiB at most (RSS), of its own {grown_mib:.0f} "
-          "MiB more than before", flush=True)  # fmt: skip
+    print(f"Memory of the server: {before_mib:.0f} MiB before, {peak_mib:.0f} MiB at most (RSS)", flush=True)
 
 
 def rss_mib(pid: int, name: str) -> float:
@@ -342,6 +339,7 @@ async def feed(address: str, variants: Variants, recipe: Any, at_once: int, minu
     async with grpc.aio.insecure_channel(address) as channel:
         client = LoadClient(channel, channel, "jobs", figures)
         ends: list[tuple[float, float]] = []
+        begun = asyncio.Event()
 
         async def one() -> None:
             while True:
@@ -350,10 +348,11 @@ async def feed(address: str, variants: Variants, recipe: Any, at_once: int, minu
                     raise SystemExit(f"a job did not succeed: {job}")
                 ran_s = (job.end_time.ToMicroseconds() - job.start_time.ToMicroseconds()) / 1e6
                 ends.append((time.monotonic(), ran_s))
+                begun.set()
 
         feeding = [asyncio.create_task(one()) for _ in range(at_once)]
-        while not ends and not any(task.done() for task in feeding):
-            await asyncio.sleep(0.1)
+        first = asyncio.create_task(begun.wait())
+        await asyncio.wait([first, *feeding], return_when=asyncio.FIRST_COMPLETED)
         began_s = time.monotonic()  # the first has ended: from here on the workers are always busy
         await asyncio.wait(feeding, timeout=60 * minutes, return_when=asyncio.FIRST_EXCEPTION)
         for task in feeding:
@@ -407,9 +406,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Many clients of one server, and its jobs a minute.")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=10.0, help="for which the clients call; 0: leave them out")
-    parser.add_argument(
-        "--patience-s", type=float, default=30.0, help="a client that waits longer for a job cancels it"
-    )
+    parser.add_argument("--patience-s", type=float, default=30.0, help="after which a client cancels its job")
     parser.add_argument("--job-minutes", type=float, default=2.0, help="for each row of jobs; 0: leave them out")
     parser.add_argument("--presets", nargs="*", default=["lossless", "default"])
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])

@@ -18,12 +18,13 @@ def preset(name: str) -> recipe_pb2.Recipe:
     return from_dict(EngineRecipe.preset(name).to_dict())
 
 
-def preset_messages() -> list[server_service_pb2.Preset]:
-    """All presets."""
-    return [
+@cache
+def preset_messages() -> tuple[server_service_pb2.Preset, ...]:
+    """All presets; treat them as read-only."""
+    return tuple(
         server_service_pb2.Preset(name=name, summary=summary, recipe=preset(name))
         for name, summary in presets().items()
-    ]
+    )
 
 
 def canonical(recipe: recipe_pb2.Recipe) -> recipe_pb2.Recipe:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,9 @@ from modelpress_server.waiting import Notifier, Waits
 logger = logging.getLogger(__name__)
 
 INSPECTION_SLOTS = 1
-INSPECTION_DELAY_S = 0.3
+# How long a new model waits for a job to inspect it on the way, unless somebody asks what it is.
+JOB_EXPECTED_S = 3.0
+MAX_EXPECTED = 100
 IDLE_S = 60.0
 FAULT_PAUSE_S = 2.0
 
@@ -67,6 +69,7 @@ class Scheduler:
         self._loop: asyncio.Task[None] | None = None
         self._runs: dict[str, JobRun] = {}
         self._strays: set[Lease] = set()  # claims in the store that no run here knows
+        self._expected: dict[str, float] = {}  # models that a job may follow: until when
         self._inspecting: dict[str, model_service_pb2.InspectionStage.ValueType] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -114,11 +117,15 @@ class Scheduler:
         if state == "CANCELLING":
             self.cancel(name)
         if state == "PROCESSING":
-            self.expect_job()
+            self.expect_job(name)
         elif name and not state:
             self._notifier.notify(name)
         else:  # the queue is another one
-            self._notifier.notify_all()
+            if name:
+                self._notifier.notify(name)
+            else:
+                self._notifier.notify_all()
+            self._notifier.notify_queue()
             self.wake()
 
     async def take_one(self) -> bool:
@@ -133,9 +140,18 @@ class Scheduler:
         """There may be something to do."""
         self._wake.set()
 
-    def expect_job(self) -> None:
-        """A model has come. Mostly a job for it follows at once and inspects it on the way, with the warm worker."""
-        asyncio.get_running_loop().call_later(INSPECTION_DELAY_S, self.wake)
+    def expect_job(self, model_id: str) -> None:
+        """A model has come. Mostly a job for it follows, after its data, and inspects it on the way."""
+        loop = asyncio.get_running_loop()
+        self._expected[model_id] = loop.time() + JOB_EXPECTED_S
+        if len(self._expected) > MAX_EXPECTED:
+            del self._expected[next(iter(self._expected))]
+        loop.call_later(JOB_EXPECTED_S, self.wake)
+
+    def inspect_soon(self, model_id: str) -> None:
+        """Somebody asks what it is."""
+        if self._expected.pop(model_id, None) is not None:
+            self.wake()
 
     def inspection_stage(self, model: ModelRecord) -> model_service_pb2.InspectionStage.ValueType:
         """Where the inspection of a model that is PROCESSING stands."""
@@ -213,7 +229,7 @@ class Scheduler:
                 break
             if not claim.ended:
                 return False
-        self._notifier.notify_all()  # those behind it have another place in the queue
+        self._notifier.notify_queue()  # those behind it have another place in it
         run = JobRun(
             self._resources,
             claim.job,
@@ -230,7 +246,7 @@ class Scheduler:
 
     async def _begin_inspection(self) -> bool:
         """False: no model waits for one."""
-        busy = (*self._inspecting, *self._waits.names())
+        busy = (*self._inspecting, *self._waits.names(), *self._awaited())
         model = await self._models.claim_inspection(busy, self._inspection_share.rank, self._server_id)
         if model is None:
             return False
@@ -238,6 +254,12 @@ class Scheduler:
         self._inspection_share.started(model.project)
         self._spawn(model.id, self._inspect(model))
         return True
+
+    def _awaited(self) -> Collection[str]:
+        """Models that a job may still come for."""
+        now_s = asyncio.get_running_loop().time()
+        self._expected = {name: until_s for name, until_s in self._expected.items() if until_s > now_s}
+        return self._expected
 
     async def _expire_overdue(self) -> None:
         for job_id in await self._jobs.expire_overdue(now_us()):

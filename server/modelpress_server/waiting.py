@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from modelpress_server.clock import Clock
 
@@ -31,8 +31,45 @@ async def uninterrupted(work: Coroutine[Any, Any, Result]) -> Result:
         raise
 
 
+class SharedLook(Generic[Result]):
+    """One look at a time for all who ask: who comes while one is under way shares the next, so that none is stale."""
+
+    def __init__(self, look: Callable[[], Awaitable[Result]]) -> None:
+        self._look = look
+        self._current: asyncio.Task[Result] | None = None
+        self._next: asyncio.Task[Result] | None = None
+
+    async def __call__(self) -> Result:
+        """What a look finds that begins after this call. Raises what the look raises."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._after(self._current))
+            # Whoever asked may be gone when it fails.
+            self._next.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(self._next)
+
+    async def _after(self, previous: asyncio.Task[Result] | None) -> Result:
+        if previous is not None:
+            await ended(previous)
+        self._current, self._next = self._next, None
+        return await self._look()
+
+
 # The key of those who wait for news of any job.
 ANY_NEWS = ""
+# How often those who show a place in the queue are told that it is another one: each change concerns all in the queue.
+QUEUE_NEWS_S = 1.0
+
+
+class Ticket(asyncio.Event):
+    """Set when there is news. `own`: of the job itself, not of the queue alone."""
+
+    own = True
+
+    def take(self) -> bool:
+        """Clears it; whether there was news of the job itself."""
+        own, self.own = self.own, False
+        self.clear()
+        return own
 
 
 class Notifier:
@@ -42,18 +79,20 @@ class Notifier:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[str, set[asyncio.Event]] = defaultdict(set)
+        self._waiting: dict[str, set[Ticket]] = defaultdict(set)
+        self._queue_told_s = -math.inf
+        self._queue_news: asyncio.TimerHandle | None = None
         self.closed = False
 
-    def ticket(self, key: str) -> asyncio.Event:
+    def ticket(self, key: str) -> Ticket:
         """An event that is set when there is news of `key`."""
-        event = asyncio.Event()
+        event = Ticket()
         if self.closed:
             event.set()
         self._waiting[key].add(event)
         return event
 
-    def drop(self, key: str, event: asyncio.Event) -> None:
+    def drop(self, key: str, event: Ticket) -> None:
         """Gives a ticket back."""
         self._waiting[key].discard(event)
         if not self._waiting[key]:
@@ -62,10 +101,24 @@ class Notifier:
     def notify(self, key: str) -> None:
         """There is news of `key`."""
         for event in (*self._waiting.get(key, ()), *self._waiting.get(ANY_NEWS, ())):
+            event.own = True
             event.set()
 
+    def notify_queue(self) -> None:
+        """Jobs have other places in the queue: told soon, together with what else happens to it until then."""
+        loop = asyncio.get_running_loop()
+        if self._queue_news is None and not self.closed:
+            self._queue_news = loop.call_at(max(self._queue_told_s + QUEUE_NEWS_S, loop.time()), self._tell_queue)
+
     def notify_all(self) -> None:
-        """There is news of the queue as a whole."""
+        """There may be news of every job."""
+        for events in self._waiting.values():
+            for event in events:
+                event.own = True
+                event.set()
+
+    def _tell_queue(self) -> None:
+        self._queue_news, self._queue_told_s = None, asyncio.get_running_loop().time()
         for events in self._waiting.values():
             for event in events:
                 event.set()
@@ -73,6 +126,8 @@ class Notifier:
     def close(self) -> None:
         """Wakes everybody: the server shuts down."""
         self.closed = True
+        if self._queue_news is not None:
+            self._queue_news.cancel()
         self.notify_all()
 
 

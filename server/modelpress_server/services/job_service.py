@@ -25,7 +25,7 @@ from modelpress_server.stores.base import BlobIndex, BlobStore, JobRecord, JobSt
 from modelpress_server.stores.records import now_us
 from modelpress_server.stores.sql_jobs import refuse_rejected
 from modelpress_server.validation import Checks, update_paths
-from modelpress_server.waiting import Notifier, wait_until
+from modelpress_server.waiting import Notifier, SharedLook, wait_until
 
 STATES = {
     name.removeprefix("JOB_STATE_"): number
@@ -58,6 +58,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         self._settings = settings
         self._projects = projects
         self._jobs = jobs
+        self._positions = SharedLook(jobs.queue_positions)
         self._models = models
         self._index = index
         self._blobs = blobs
@@ -108,7 +109,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         query = list_query(scope, request.page_size, request.page_token, request.filter, FIELDS)
         page = await self._jobs.list_page(query)
         queued = any(record.message.state == QUEUED for record in page.items)
-        positions = await self._jobs.queue_positions() if queued else {}
+        positions = await self._positions() if queued else {}
         messages = [self._shown(record, positions.get(record.id, 0)) for record in page.items]
         found, more = fitted(messages, has_more=page.has_more)
         token = page_token(scope, request.filter, page.items[len(found) - 1].id) if more else ""
@@ -131,10 +132,11 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         ticket = self._notifier.ticket(record.id)
         try:
             while True:
-                ticket.clear()
-                # The record first: an ended job has no events after those that are read next.
-                record = await self._get(request.name)
-                while events := await self._jobs.events(record.id, after, BATCH):
+                own = ticket.take()
+                if own:
+                    # The record first: an ended job has no events after those that are read next.
+                    record = await self._get(request.name)
+                while own and (events := await self._jobs.events(record.id, after, BATCH)):
                     for event in events:
                         if event.sequence == record.last_sequence and event.HasField("progress"):
                             event.progress.CopyFrom((await self._message(record)).progress)
@@ -151,6 +153,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
                         position = queued.queue_position
                         yield _event(progress=queued)
                 if not await wait_until(ticket, self._settings.heartbeat_s):
+                    ticket.own = True  # what was not told is seen now
                     yield _event(heartbeat=job_service_pb2.Heartbeat())
         finally:
             self._notifier.drop(record.id, ticket)
@@ -160,7 +163,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
     ) -> AsyncIterator[job_service_pb2.WatchJobsResponse]:
         parent = parse_projects(request.parent)
         query = list_query(check_projects(parent), 0, "", request.filter, FIELDS)
-        watch = JobsWatch(self._jobs, self._notifier, self._clock, query, self._settings.heartbeat_s)
+        watch = JobsWatch(self._jobs, self._positions, self._notifier, self._clock, query, self._settings.heartbeat_s)
 
         def check() -> None:
             if check_projects(parent).projects != query.projects:
@@ -215,7 +218,8 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         project, job_id = parse_name(request.name, "jobs")
         record = await self._jobs.request_cancel(check_project(project), job_id)
         self._scheduler.cancel(job_id)
-        self._notifier.notify_all()
+        self._notifier.notify(job_id)
+        self._notifier.notify_queue()
         return await self._message(record)
 
     async def DeleteJob(  # noqa: N802
@@ -261,7 +265,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
     async def _message(self, record: JobRecord) -> job_service_pb2.Job:
         if record.message.state != QUEUED:
             return self._shown(record)
-        return self._shown(record, (await self._jobs.queue_positions()).get(record.id, 0))
+        return self._shown(record, (await self._positions()).get(record.id, 0))
 
     def _shown(self, record: JobRecord, queue_position: int = 0) -> job_service_pb2.Job:
         message = record.to_message(queue_position)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 
 from modelpress_protos.v1 import job_service_pb2
@@ -31,10 +31,22 @@ Seen = tuple[int, int, int]  # version, last sequence, place in the queue
 
 
 class JobsWatch:
-    """One watch. `query`: which jobs; its page size and its place in the list are of no matter."""
+    """One watch. `query`: which jobs; its page size and its place in the list are of no matter.
 
-    def __init__(self, jobs: JobStore, notifier: Notifier, clock: Clock, query: ListQuery, heartbeat_s: float) -> None:
+    `positions`: gives the places of all jobs in the queue.
+    """
+
+    def __init__(
+        self,
+        jobs: JobStore,
+        positions: Callable[[], Awaitable[Mapping[str, int]]],
+        notifier: Notifier,
+        clock: Clock,
+        query: ListQuery,
+        heartbeat_s: float,
+    ) -> None:
         self._jobs = jobs
+        self._positions = positions
         self._notifier = notifier
         self._clock = clock
         self._query = replace(query, page_size=PAGE_SIZE, before_id=None)
@@ -66,7 +78,7 @@ class JobsWatch:
 
     async def _look(self, first: bool) -> AsyncIterator[tuple[JobRecord, int]]:
         began_us = now_us()
-        positions = await self._jobs.queue_positions()
+        positions = await self._positions()
         # Those at work first: one that ends meanwhile is among the ended then.
         async for record in self._pages((_AT_WORK,)):
             position = positions.get(record.id, 0)

@@ -26,6 +26,7 @@ from modelpress_server.validation import (
     request_key,
     update_paths,
 )
+from modelpress_server.waiting import SharedLook
 
 _Model = model_service_pb2.Model
 STATES = {
@@ -46,6 +47,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         self._projects = projects
         self._settings = settings
         self._models = models
+        self._ahead = SharedLook(models.processing_positions)
         self._scheduler = scheduler
         self._findings = findings
 
@@ -68,7 +70,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         limits = self._projects.limits(project)
         quota = ModelQuota(limits.max_models, limits.max_pending_models)
         created = await self._models.create(record, blobs, request_id, most=quota)
-        self._scheduler.expect_job()
+        self._scheduler.expect_job(record.id)
         return created.to_message()
 
     async def GetModel(  # noqa: N802
@@ -78,9 +80,10 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         record = await self._models.get(check_project(project), model_id)
         message = record.to_message()
         if message.state == _Model.STATE_PROCESSING:
+            self._scheduler.inspect_soon(model_id)
             message.inspection_stage = self._scheduler.inspection_stage(record)
             if message.inspection_stage == model_service_pb2.INSPECTION_STAGE_QUEUED:
-                message.inspections_ahead = await self._models.processing_before(model_id)
+                message.inspections_ahead = (await self._ahead()).get(model_id, 0)
         return message
 
     async def ListModels(  # noqa: N802

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from modelpress_compression.options import schema_of
@@ -61,7 +62,7 @@ class ServerService(server_service_pb2_grpc.ServerServiceServicer):
             formats=_formats(confined=confined),
             techniques=_techniques(),
             presets=preset_messages(),
-            devices=measured_devices(),
+            devices=_devices(),
             sandbox_level=self._executor.sandbox_level,
             separate_worker_users=self._executor.separate_users,
             toolchain=toolchain(),
@@ -107,8 +108,15 @@ def _formats(*, confined: bool) -> list[common_pb2.ModelFormat.ValueType]:
     return [common_pb2.ModelFormat.Value(row.proto_name) for row in sorted(rows, key=lambda row: row.number)]
 
 
-def _techniques() -> list[server_service_pb2.Technique]:
-    return [
+@cache
+def _devices() -> tuple[str, ...]:
+    """They are looked for among what is installed, which takes long enough to look once."""
+    return measured_devices()
+
+
+@cache
+def _techniques() -> tuple[server_service_pb2.Technique, ...]:
+    return tuple(
         server_service_pb2.Technique(
             name=technique.name,
             summary=technique.summary,
@@ -125,4 +133,4 @@ def _techniques() -> list[server_service_pb2.Technique]:
             ],
         )
         for technique in TECHNIQUES.values()
-    ]
+    )

@@ -323,8 +323,8 @@ class ModelStore(Protocol):
         """
         ...
 
-    async def processing_before(self, model_id: str) -> int:
-        """About how many inspections come before that of this model, when projects take turns one by one."""
+    async def processing_positions(self) -> dict[str, int]:
+        """About how many inspections come before that of each model, when projects take turns one by one."""
         ...
 
     async def finish_inspection(self, model_id: str, found: model_service_pb2.Model) -> None:

@@ -123,11 +123,11 @@ class SqlModelStore:
 
         return await self._database.write(work)
 
-    async def processing_before(self, model_id: str) -> int:
-        def work(connection: Connection) -> int:
+    async def processing_positions(self) -> dict[str, int]:
+        def work(connection: Connection) -> dict[str, int]:
             processing = select(models.c.id, models.c.project).where(models.c.state == _State.STATE_PROCESSING)
             rows = connection.execute(processing.order_by(models.c.id))
-            return records.positions_in_turns((str(row.project), str(row.id)) for row in rows).get(model_id, 0)
+            return records.positions_in_turns((str(row.project), str(row.id)) for row in rows)
 
         return await self._database.read(work)
 
