@@ -6,11 +6,6 @@ neither torch nor onnx, and a crash of the user's code is no crash of the client
 
 from __future__ import annotations
 
-import asyncio
-import importlib.util
-import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +14,12 @@ from modelpress_protos.formats import FORMATS, TRUST_PICKLE, Format
 from modelpress_protos.v1.common_pb2 import Digest, ModelFormat, TensorSpec
 from modelpress_protos.v1.model_service_pb2 import SourceFile
 
-from modelpress_client.errors import MissingExtraError, ServerError, UnusableInputError, UsageError
+from modelpress_client.engine import run_engine
+from modelpress_client.errors import ServerError, UsageError
 from modelpress_client.inputs import format_input
 
 ENGINE_MODULE = "modelpress_compression.convert"
 ENGINE_PACKAGES = ("modelpress_compression", "torch", "onnx", "onnx_ir", "onnxscript")
-MAX_SHOWN_CHARS = 2000  # of what a conversion that broke has printed
 
 
 @dataclass(frozen=True)
@@ -70,11 +65,6 @@ async def convert(path: Path, target: Path, wanted: Conversion) -> Converted:
 
     Raises MissingExtraError without the engine, and UnusableInputError when the conversion does not succeed.
     """
-    missing = [name for name in ENGINE_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(
-            f"Converting {path} needs {', '.join(missing)} on this machine. Run: pip install 'modelpress[engine]'"
-        )
     arguments = [str(path), "--output", str(target), "--json"]
     for spec in wanted.inputs:
         arguments += ["--input", format_input(spec)]
@@ -86,49 +76,10 @@ async def convert(path: Path, target: Path, wanted: Conversion) -> Converted:
         arguments += ["--ignore-weights", pattern]
     if wanted.trust_pickle:
         arguments.append("--trust-pickle")
-    document = await _run(path, arguments)
-    return Converted(_source_file(path, document), tuple(map(str, document.get("warnings") or ())))
-
-
-async def _run(path: Path, arguments: Sequence[str]) -> dict[str, Any]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", ENGINE_MODULE, *arguments),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+    document = await run_engine(
+        ENGINE_MODULE, arguments, doing=f"Converting {path}", packages=ENGINE_PACKAGES, broke="CONVERSION_BROKE"
     )
-    try:
-        output, errors = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    document = _last_json_object(output.decode(errors="replace"))
-    if document is None or (process.returncode and "error" not in document):
-        tail = errors.decode(errors="replace").strip()[-MAX_SHOWN_CHARS:]
-        raise ServerError(
-            f"Converting {path} broke with exit code {process.returncode}. It printed:\n{tail or '(nothing)'}",
-            reason="CONVERSION_BROKE",
-        )
-    if "error" in document:
-        error = document["error"]
-        raise UnusableInputError(
-            f"Cannot convert {path}: {error.get('message', 'no message')}", reason=str(error.get("reason", ""))
-        )
-    return document
-
-
-def _last_json_object(text: str) -> dict[str, Any] | None:
-    """The user's own code may print; the document is the last line, or everything."""
-    for candidate in (text.strip().rsplit("\n", 1)[-1], text):
-        try:
-            document = json.loads(candidate)
-        except ValueError:
-            continue
-        if isinstance(document, dict):
-            return document
-    return None
+    return Converted(_source_file(path, document), tuple(map(str, document.get("warnings") or ())))
 
 
 def _source_file(path: Path, document: dict[str, Any]) -> SourceFile:

@@ -36,6 +36,9 @@ _RANDOM_NAMES = tuple(sorted({name.removesuffix("Like").encode() for name in RAN
 
 Opened = TypeVar("Opened")
 
+Provider = str | tuple[str, dict[str, Any]]  # its name, and its options
+CPU_ALONE: tuple[Provider, ...] = (EXECUTION_PROVIDER,)
+
 ort.set_default_logger_severity(3)  # errors only: warnings of onnxruntime speak of its internals
 
 
@@ -45,8 +48,10 @@ def open_session(
     threads: int = 1,
     optimize: bool = True,
     profile: Path | None = None,
+    providers: Sequence[Provider] = CPU_ALONE,
 ) -> ort.InferenceSession:
-    """A session on the file. Raises UnsupportedOperatorError or ModelNotRunnableError.
+    """A session on the file, in the first of the `providers` as far as it goes. Raises UnsupportedOperatorError or
+    ModelNotRunnableError.
 
     `optimize=False` runs the graph as it is written, for what must not depend on onnxruntime's own rewriting.
     `profile`: what the name of a profile begins with, which `end_profiling` of the session writes.
@@ -55,13 +60,13 @@ def open_session(
     """
     options = _options(threads, optimize, profile)
     if not mapped.is_large(path.stat().st_size):
-        return _session(str(path), options)
+        return _session(str(path), options, providers=providers)
     path = path.resolve()
     try:
         proto = mapped.from_file(path, path.name)
     except (DecodeError, ValueError) as error:
         raise explain(error) from error
-    return _session(proto, options, path.parent)
+    return _session(proto, options, path.parent, providers)
 
 
 def _options(threads: int, optimize: bool, profile: Path | None = None) -> ort.SessionOptions:
@@ -79,13 +84,18 @@ def _options(threads: int, optimize: bool, profile: Path | None = None) -> ort.S
     return options
 
 
-def _session(model: str | bytes, options: ort.SessionOptions, folder: Path | None = None) -> ort.InferenceSession:
+def _session(
+    model: str | bytes,
+    options: ort.SessionOptions,
+    folder: Path | None = None,
+    providers: Sequence[Provider] = CPU_ALONE,
+) -> ort.InferenceSession:
     """`folder`: where a serialized model, which may be large then, finds its external data."""
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         _give_back_memory()  # of what was before
     try:
-        session = ort.InferenceSession(model, options, providers=[EXECUTION_PROVIDER])
+        session = ort.InferenceSession(model, options, providers=list(providers))
     except Exception as error:  # onnxruntime raises a dozen unrelated classes, all mean the same here
         raise explain(error) from error
     if folder is not None:
@@ -157,13 +167,13 @@ def fit_together(sizes_bytes: Iterable[int]) -> bool:
     return len(sizes) * max(sizes) <= 1.5 * max(sizes) + SPARE_BYTES
 
 
-def open_comparable(path: Path) -> ort.InferenceSession:
+def open_comparable(path: Path, providers: Sequence[Provider] = CPU_ALONE) -> ort.InferenceSession:
     """A session on the file whose outputs can be compared with another model's: random operators draw the same numbers
     in every run. Raises as `open_session`."""
     fixed = with_fixed_noise(path)
     if fixed is None:
-        return open_session(path)
-    return _session(fixed, _options(1, optimize=True), path.resolve().parent)
+        return open_session(path, providers=providers)
+    return _session(fixed, _options(1, optimize=True), path.resolve().parent, providers)
 
 
 def with_fixed_noise(path: Path) -> bytes | None:

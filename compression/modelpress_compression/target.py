@@ -6,9 +6,11 @@ reads it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 
 from modelpress_compression.options import Config, option
@@ -19,10 +21,16 @@ class Device:
     """One row.
 
     `name`: as a recipe spells it. `title`: what people call it. `backend`: the class (`module:name`) of
-    `modelpress_compression.backends`, imported when it is first used. `package`: what must be importable for it, and
-    `extra`: what of modelpress installs that; empty where nothing more is needed. `measured`: whether models are timed
-    on the device itself. `built`: whether it runs what is built from a model (`backends.base.Builder`), and nothing is
-    timed.
+    `modelpress_compression.backends`, imported when it is first used. `package`: what must be importable for it,
+    `file`: what must lie in that package, and `extra`: what of modelpress installs that; empty where nothing more is
+    needed.
+    `nodes`: files of Linux of which one is there with the hardware; none: any machine has it. `spare`: whether jobs run
+    on the CPU, with a warning, where it is not there. `built`: whether it runs what is built from a model
+    (`backends.base.Builder`), and nothing is timed.
+
+    What passes need to know: `trains`: whether torch computes on it (CUDA); `half`: whether it computes in float16;
+    `symmetric`: whether 8-bit layers have no zero points there, and biases in float; `finds_ranges`: whether it has
+    kernels for ranges that are found in each run.
     """
 
     name: str
@@ -31,26 +39,70 @@ class Device:
     help: str = ""
     package: str = ""
     extra: str = ""
-    measured: bool = True
+    file: str = ""
+    nodes: tuple[str, ...] = ()
+    spare: bool = False
     built: bool = False
+    trains: bool = False
+    half: bool = False
+    symmetric: bool = False
+    finds_ranges: bool = True
+
+    @property
+    def missing(self) -> str:
+        """Why models cannot be timed on it here, and what to do; empty: they can, as far as files tell."""
+        install = f"pip install 'modelpress[{self.extra}]' there."
+        found = find_spec(self.package) if self.package else None
+        if self.package and found is None:
+            return f"{self.title} is not installed where the models run: {install}"
+        if self.file and not any(Path(folder, self.file).exists() for folder in _folders(found)):
+            return f"{self.package} has no {self.title} where the models run: {install}"
+        if self.nodes and not any(Path(node).exists() for node in self.nodes):
+            return f"{self.title} needs a GPU, and there is none where the models run."
+        return ""
 
     @property
     def fault(self) -> str:
-        """Why there is no such device here, and what to do; empty: it is there."""
-        if not self.package or find_spec(self.package) is not None:
-            return ""
-        return f"{self.title} is not installed where the models run: pip install 'modelpress[{self.extra}]' there."
+        """Why jobs for it are refused here; empty: they are not."""
+        return "" if self.spare else self.missing
 
 
+def _folders(found: ModuleSpec | None) -> Iterable[str]:
+    return () if found is None else found.submodule_search_locations or ()
+
+
+_GPUS = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg")  # a card, Jetson, WSL
 _ROWS = (
     Device("cpu", "onnxruntime", "modelpress_compression.backends.cpu:OnnxRuntime"),
     Device(
         "cuda",
         "CUDA",
-        "modelpress_compression.backends.cpu:OnnxRuntime",
-        "distill and the criterion taylor compute on a GPU where torch sees one, else on the CPU with a warning; "
-        "onnxruntime measures on the CPU all the same.",
-        measured=False,
+        "modelpress_compression.backends.cuda:Cuda",
+        "onnxruntime on an NVIDIA GPU: models are timed and compared there, times on the CPU stand beside them, and "
+        "what needs gradients computes on the GPU where torch sees it. Without one, everything runs on the CPU, with "
+        "a warning.",
+        package="onnxruntime",
+        extra="cuda",
+        file="capi/libonnxruntime_providers_cuda.so",
+        nodes=_GPUS,
+        spare=True,
+        trains=True,
+        half=True,
+        finds_ranges=False,
+    ),
+    Device(
+        "tensorrt",
+        "TensorRT",
+        "modelpress_compression.backends.cuda.tensorrt:TensorRt",
+        "the same by onnxruntime's provider for TensorRT, and 8-bit layers in the form that it fuses: symmetric, with "
+        "biases in float.",
+        package="tensorrt",
+        extra="tensorrt",
+        nodes=_GPUS,
+        trains=True,
+        half=True,
+        symmetric=True,
+        finds_ranges=False,
     ),
     Device(
         "openvino",
@@ -79,7 +131,7 @@ DEVICES: Mapping[str, Device] = MappingProxyType({row.name: row for row in _ROWS
 
 def measured_devices() -> tuple[str, ...]:
     """Names of the devices that models are timed on here."""
-    return tuple(row.name for row in DEVICES.values() if row.measured and not row.fault)
+    return tuple(row.name for row in DEVICES.values() if not row.missing)
 
 
 @dataclass(frozen=True)
@@ -102,8 +154,9 @@ class Target(Config):
     precision: str = option(
         "default",
         3,
-        "In which OpenVINO computes what is in float32. default: bfloat16 on CPUs that have it, which may change "
-        "answers; onnxruntime computes in float32 whatever stands here.",
+        "In which the target computes what is in float32. default: its own choice, which may change answers: bfloat16 "
+        "in OpenVINO on CPUs that have it, TF32 on GPUs that have it; onnxruntime on the CPU computes in float32 "
+        "whatever stands here. bfloat16: OpenVINO alone.",
         choices=("default", "float32", "bfloat16"),
     )
     part: str = option(
@@ -117,3 +170,8 @@ class Target(Config):
     stage_adders: int = option(
         3, 6, "Adders of a design between two registers: fewer make a faster clock and more cycles.", gte=1, lte=64
     )
+
+    @property
+    def saturates(self) -> bool:
+        """Whether it may be a CPU whose sums of 8-bit products saturate: 8-bit layers are kept from that."""
+        return self.cpu == "generic" and not DEVICES[self.device].symmetric

@@ -123,7 +123,7 @@ def test_target(run_cli: RunCli, fake_server: Any, model_file: Path) -> None:
     ran = run_cli("upload", model_file, "--target", "cuda", *at)
     assert ran.code == 2
     assert "measures on cpu alone" in ran.err
-    assert "--set target.device=cuda" in ran.err
+    assert "modelpress[cuda]" in ran.err
     assert fake_server.seen == ["GetServerInfo"]
     ran = run_cli("upload", model_file, "--target", "openvino", *at)
     assert ran.code == 2

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from modelpress_client import AsyncClient, MissingExtraError, UnusableInputError, UsageError, convert
 from modelpress_client.convert import Conversion, needs_conversion
+from modelpress_client.engine import last_json_object
 from modelpress_client.inputs import parse_inputs
 from modelpress_protos.formats import FORMATS
 
@@ -78,4 +79,4 @@ def test_options_must_fit_the_file() -> None:
 )
 def test_finds_the_document(text: str, expected: object) -> None:
     """The last line counts: the user's code may have printed before."""
-    assert convert._last_json_object(text) == expected
+    assert last_json_object(text) == expected

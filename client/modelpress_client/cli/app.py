@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from modelpress_client.cli import compressing, listing, results, serving
+from modelpress_client.cli import compressing, listing, results, serving, verifying
 from modelpress_client.cli.options import SharedHelpGroup
 from modelpress_client.cli.output import Output
 from modelpress_client.cli.session import InterruptedCommandError, interrupted
@@ -40,7 +40,7 @@ def cli() -> None:
     proves it."""
 
 
-for _command in (*compressing.COMMANDS, *results.COMMANDS, *listing.COMMANDS, *serving.COMMANDS):
+for _command in (*compressing.COMMANDS, *results.COMMANDS, *listing.COMMANDS, *serving.COMMANDS, *verifying.COMMANDS):
     cli.add_command(_command)
 
 

@@ -240,16 +240,9 @@ async def _recipe(session: Session, wanted: Wanted) -> Recipe:
     return recipe
 
 
-_TARGET_HINTS = {
-    "cuda": " A GPU for training alone is --set target.device=cuda.",
-    "fpga": " A server has it where modelpress[fpga] is installed.",
-    "openvino": " A server has it where modelpress[openvino] is installed.",
-}
-
-
 def _check_target(target: str | None, devices: Collection[str]) -> None:
     if target not in devices:
-        hint = _TARGET_HINTS.get(target or "", "")
+        hint = f" A server has it where modelpress[{target}] is installed, and the hardware is there."
         raise UsageError(
             f"This server measures on {', '.join(devices) or 'nothing'} alone, so it cannot say what a model for "
             f"{target} would gain. Leave --target out, or ask a server that has {target}; 'info' lists what one has."

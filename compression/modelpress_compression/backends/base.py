@@ -32,7 +32,8 @@ class Backend(Protocol):
     """A runtime, with what a target says of it.
 
     `label`: the report's `execution_provider`. `remark`: a sentence, without its full stop, on how it computes here,
-    for the job's log; empty: as the model says.
+    for the job's log; empty: as the model says. `elsewhere`: whether it computes outside of this CPU, whose clock then
+    tells nothing of its time.
     """
 
     @property
@@ -40,6 +41,9 @@ class Backend(Protocol):
 
     @property
     def remark(self) -> str: ...
+
+    @property
+    def elsewhere(self) -> bool: ...
 
     def open(self, path: Path, *, threads: int = 1, comparable: bool = False) -> Runner:
         """The model in the file. `comparable`: random operators draw the same numbers in every run.

@@ -20,6 +20,7 @@ from modelpress_compression.graph.read import constant_tensor
 from modelpress_compression.graph.subgraphs import needed_nodes
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
+from modelpress_compression.target import DEVICES
 
 
 class Executor(nn.Module):
@@ -180,15 +181,13 @@ def _array(value: Any, dtype: onnx_ir.DataType | None) -> Any:
 
 
 def device_for(wanted: str) -> torch.device:
-    """CUDA where a recipe asks for it and torch sees one, else the CPU. `wanted`: `target.device` of the recipe."""
-    return torch.device("cuda" if wanted == "cuda" and torch.cuda.is_available() else "cpu")
+    """CUDA where a recipe asks for a target on a GPU and torch sees one, else the CPU. `wanted`: `target.device`."""
+    return torch.device("cuda" if DEVICES[wanted].trains and torch.cuda.is_available() else "cpu")
 
 
 def device_warning(wanted: str) -> str:
     """A sentence for people if another device than the wanted one is used; else empty."""
-    if wanted != "cuda" or device_for(wanted).type == wanted:
+    if not DEVICES[wanted].trains or device_for(wanted).type == "cuda":
         return ""
-    return (
-        f"target.device is {wanted}, but torch {torch.__version__} sees no such device here: what needs gradients ran "
-        f"on the CPU."
-    )
+    seen = f"torch {torch.__version__} sees no GPU here"
+    return f"target.device is {wanted}, but {seen}: what needs gradients ran on the CPU."

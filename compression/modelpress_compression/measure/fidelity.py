@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -170,10 +170,19 @@ def compare_outputs(
     pair = _Pair(original, optimized, known if known is not None else KnownOutputs(0), backend)
     classes = classification_outputs(read_graph(original))
     deadline = math.inf if budget_s is None else time.monotonic() + budget_s
+    return compare_answers(pair.answers(data.feeds(1, limit), deadline), classes, data)
+
+
+Answers = tuple[Feeds, Mapping[str, Array], Mapping[str, Array]]
+
+
+def compare_answers(answers: Iterable[Answers], classes: Collection[str], data: InputData) -> Fidelity:
+    """The same of answers that are there: for each feed of the `data`, outputs before and after. `classes`: names of
+    the outputs that hold classes."""
     sums: dict[str, _OutputSums] = {}
     partners: dict[str, str] = {}
     samples = 0
-    for feed, before, after in pair.answers(data.feeds(1, limit), deadline):
+    for feed, before, after in answers:
         if not sums:
             sums = {name: _OutputSums() for name in before}
             partners = _partners(list(before), list(after))
@@ -182,9 +191,6 @@ def compare_outputs(
             total.add(before[name], after.get(partners.get(name, "")), name in classes, mask)
         samples += data.fixed_batch or 1
     return _summary("provided" if data.provided else "synthetic", samples, sums)
-
-
-Answers = tuple[Feeds, Mapping[str, Array], Mapping[str, Array]]
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,7 @@ def time_interleaved(
             timers = [_Timer(runner, feeds, times) for runner, times in zip(runners, runs, strict=True)]
             own = range(block * count // blocks, (block + 1) * count // blocks)
             timed += _rounds(timers, own, shuffler=shuffler, deadline=began + budget_s)
-    return robust_timings(_samples(timed), size, runs, threads)
+    return robust_timings(_samples(timed), size, runs, threads, elsewhere=backend.elsewhere)
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,8 @@ def _time_in_turn(plan: _Plan, shuffler: random.Random) -> Timings:
                 timer = _Timer(runner, feeds, runs[which])
                 timed[which] += [timer.time(index) for index in rounds]
             del runner, timer
-    return robust_timings(_samples(list(zip(*timed, strict=True))), size, runs, plan.threads)
+    samples = _samples(list(zip(*timed, strict=True)))
+    return robust_timings(samples, size, runs, plan.threads, elsewhere=plan.backend.elsewhere)
 
 
 def _rounds_within(budget_s: float, once_s: Sequence[float], runs: Sequence[int], rounds: int) -> int:
@@ -318,10 +319,13 @@ def _runs_per_round(once_s: Sequence[float], *, alike: bool) -> tuple[int, ...]:
     return tuple(max(1, min(MAX_RUNS_PER_ROUND, round(least_s / max(one_s, 1e-7)))) for one_s in once_s)
 
 
-def robust_timings(samples: Samples, batch_size: int, runs: tuple[int, ...], threads: int) -> Timings:
-    """The times that other work on the machine moves least."""
+def robust_timings(
+    samples: Samples, batch_size: int, runs: tuple[int, ...], threads: int, *, elsewhere: bool = False
+) -> Timings:
+    """The times that other work on the machine moves least. `elsewhere`: whether another device than the CPU computes,
+    which this thread only waits for."""
     wall_s, cpu_s = samples.wall_s, samples.cpu_s
-    if threads == 1:
+    if threads == 1 and not elsewhere:
         contention = float(wall_s.sum() / max(cpu_s.sum(), 1e-9))
         busy = contention > BUSY
         return Timings(batch_size, runs, cpu_s if busy else wall_s, contention, "cpu" if busy else "wall")

@@ -18,7 +18,7 @@ _PACKAGES = ("modelpress", "torch", "onnx", "onnxruntime", "openvino", "numpy")
 def environment() -> dict[str, Any]:
     """The report's `environment`. `cores` are those that this process may use; a version is "" where not installed."""
     processors = _processors()
-    flags = set(re.findall(r"[\w]+", _field(processors, "flags") or _field(processors, "Features")))
+    flags = _flags(processors)
     return {
         "cpu": _field(processors, "model name") or platform.processor() or platform.machine(),
         "cores": available_cores(),
@@ -27,6 +27,15 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
     }
+
+
+def cpu_flags() -> set[str]:
+    """The features of the CPU, as Linux spells them; none where it does not say."""
+    return _flags(_processors())
+
+
+def _flags(processors: str) -> set[str]:
+    return set(re.findall(r"[\w]+", _field(processors, "flags") or _field(processors, "Features")))
 
 
 def _processors() -> str:

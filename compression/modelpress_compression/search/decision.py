@@ -203,7 +203,7 @@ class Decision:
         taken, original = figures[choice.taken], figures[0]
         sound = [one for one in figures if not one.refusal]
         device = DEVICES[self.judge.recipe.target.device]
-        asked = device.measured and device.name != Target().device
+        asked = not device.missing and device.name != Target().device
         command = f"compress-client upload MODEL{f' --target {device.name}' if asked else ''}"
         if not self.judge.context.data.vouches and (faster := self._unproven_speedup()) is not None:
             gain = faster * taken.time_s / original.time_s

@@ -155,6 +155,7 @@ class GoalSearch:
             store = partial(store_all, search.model, config, search.context, floor_db)
             yield [search.add("weight_only", store, variant, asked=[floor_db])]
         count = len(search.candidates)
+        search.half()
         search.dynamic()
         yield search.candidates[count:]
         count = len(search.candidates)

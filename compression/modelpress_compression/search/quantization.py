@@ -39,6 +39,7 @@ from modelpress_compression.search.judge import Judge
 from modelpress_compression.search.mixed import fewest_in_float, order_of
 from modelpress_compression.search.recall import Recall
 from modelpress_compression.search.steps import StepRecord, keep, scaled
+from modelpress_compression.target import DEVICES, Device
 
 # Shares of the step's progress when dynamic, static and the mixed candidates are built and judged.
 _DYNAMIC, _STATIC, _MIXED = 0.15, 0.6, 0.85
@@ -61,6 +62,7 @@ def choose_quantization(
     """
     began = time.monotonic()
     search = SchemeSearch(step, model, path, context, target, Judge(original, path, context, recipe, task))
+    search.half()
     search.dynamic()
     search.static()
     search.smaller()
@@ -94,7 +96,21 @@ class SchemeSearch:
         kept = tuple(map(_pattern, self.heads)) if scheme == "dynamic" else ()
         return replace(config, scheme=scheme, exclude=(*config.exclude, *kept))
 
+    @property
+    def device(self) -> Device:
+        """What the target computes with."""
+        return DEVICES[self.context.target.device]
+
+    def half(self) -> None:
+        """Arithmetic in float16, where the target is fast at it."""
+        if self.device.half:
+            config = self._config("float16")
+            self.add("float16", lambda: Quantize(config)(self.model, self._part(0.0, _DYNAMIC)), asked=config.exclude)
+
     def dynamic(self) -> None:
+        """Ranges that are found in each run, where the target has kernels for it."""
+        if not self.device.finds_ranges:
+            return
         self.context.progress(0.0, "trying dynamic quantization")
         self.context.check_time()
         config = self._config("dynamic")

@@ -768,19 +768,22 @@ class Target(_message.Message):
     CLOCK_MHZ_FIELD_NUMBER: _builtins.int
     STAGE_ADDERS_FIELD_NUMBER: _builtins.int
     device: _builtins.str
-    """cuda: distill and the criterion taylor compute on a GPU where torch sees one, else on the CPU with a warning;
-    onnxruntime measures on the CPU all the same. openvino: OpenVINO on the CPU: models are timed and compared in it,
-    its times decide, and those of onnxruntime stand beside them. fpga: a design in fixed point for the part that `part`
-    names, simulated, synthesized, and on ECP5 parts placed and routed: its cycles and its clock count, and nothing is
-    timed here.
+    """cuda: onnxruntime on an NVIDIA GPU: models are timed and compared there, times on the CPU stand beside them, and
+    what needs gradients computes on the GPU where torch sees it. Without one, everything runs on the CPU, with a
+    warning. tensorrt: the same by onnxruntime's provider for TensorRT, and 8-bit layers in the form that it fuses:
+    symmetric, with biases in float. openvino: OpenVINO on the CPU: models are timed and compared in it, its times
+    decide, and those of onnxruntime stand beside them. fpga: a design in fixed point for the part that `part` names,
+    simulated, synthesized, and on ECP5 parts placed and routed: its cycles and its clock count, and nothing is timed
+    here.
     """
     cpu: _builtins.str
     """generic: 8-bit layers give the same answers on CPUs without VNNI, whose products saturate; vnni: such CPUs do not
     matter.
     """
     precision: _builtins.str
-    """In which OpenVINO computes what is in float32. default: bfloat16 on CPUs that have it, which may change answers;
-    onnxruntime computes in float32 whatever stands here.
+    """In which the target computes what is in float32. default: its own choice, which may change answers: bfloat16 in
+    OpenVINO on CPUs that have it, TF32 on GPUs that have it; onnxruntime on the CPU computes in float32 whatever stands
+    here. bfloat16: OpenVINO alone.
     """
     part: _builtins.str
     """The FPGA that a design is for: Lattice ECP5 (lfe5u), which is placed and routed, or AMD Artix-7 (xc7a), Zynq-7000

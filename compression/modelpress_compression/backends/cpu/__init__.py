@@ -35,6 +35,7 @@ class OnnxRuntime:
 
     label: str = EXECUTION_PROVIDER
     remark: str = ""
+    elsewhere: bool = False
 
     @classmethod
     def of(cls, target: Target) -> OnnxRuntime:

@@ -27,6 +27,7 @@ class Fpga:
     target: Target
     label: str = EXECUTION_PROVIDER
     remark: str = ""
+    elsewhere: bool = False
 
     @classmethod
     def of(cls, target: Target) -> Fpga:

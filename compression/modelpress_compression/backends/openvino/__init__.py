@@ -130,6 +130,7 @@ class OpenVino:
     """See `base.Backend`. `precision`: as in the recipe's target."""
 
     precision: str = "default"
+    elsewhere: bool = False
 
     @classmethod
     def of(cls, target: Target) -> OpenVino:

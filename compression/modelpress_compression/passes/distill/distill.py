@@ -113,7 +113,7 @@ def _proven(
     if result.improved:
         written = unfolded.fold(result.student, model) if unfolded.latents else result.student
         target = task.context.target
-        if unfolded.integers_multiplied and target.cpu == "generic":
+        if unfolded.integers_multiplied and target.saturates:
             keep_within_limits(written)
         before, after = _losses(model, written, task)
         if after < before:

@@ -91,8 +91,9 @@ def certified(result: PassResult, target: Target) -> PassResult:
 def summary(certificates: tuple[Certificate, ...], target: Target) -> str:
     """One sentence for people."""
     count = f"{sum(item.certified for item in certificates)} of {len(certificates)} layers certified"
-    if target.cpu == "vnni":
-        return f"Saturation without VNNI was allowed (target.cpu: vnni): {count} to be free of it"
+    if not target.saturates:
+        why = "target.cpu: vnni" if target.cpu == "vnni" else f"target.device: {target.device}"
+        return f"Saturation without VNNI was allowed ({why}): {count} to be free of it"
     reduced = sum(item.reduced for item in certificates)
     channels = sum(item.channels for item in certificates)
     given_up = f"; {reduced} of {channels} channels gave up resolution for it" if reduced else ""

@@ -19,13 +19,14 @@ from modelpress_compression.encodings.operands import is_quantized
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.precision import OTHER_FLOATS, compute_in_float32, computes_in
 from modelpress_compression.graph.shapes import infer_shapes
+from modelpress_compression.mapped import is_large
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded
 from modelpress_compression.passes.integers.certificate import certified
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.dynamic import quantize_nodes
 from modelpress_compression.passes.quantize.expand import expand_fused
-from modelpress_compression.passes.quantize.float16 import store_in_float16
+from modelpress_compression.passes.quantize.float16 import compute_in_float16, store_in_float16
 from modelpress_compression.passes.quantize.reconstruction.rounders import METHODS, learn_rounding
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.gptq import make_rounder
@@ -35,6 +36,7 @@ from modelpress_compression.passes.quantize.static.quantizer import StaticQuanti
 from modelpress_compression.passes.quantize.views import hide_views, restore_views
 from modelpress_compression.passes.quantize.weight_only.store import store_weights
 from modelpress_compression.passes.quantize.weights import WeightStore
+from modelpress_compression.target import DEVICES
 
 # Per-axis scales came with opset 13.
 MIN_OPSET = 13
@@ -65,6 +67,8 @@ class Quantize:
         config = self._config
         if config.scheme == "float16":
             _widen(work, (onnx_ir.DataType.DOUBLE,), findings)
+            if DEVICES[context.target.device].half and not is_large(work.weight_bytes()):
+                return compute_in_float16(work, config.exclude, findings)
             store_in_float16(work, config.exclude, findings)
             return work
         _expand(work, config, findings)

@@ -134,7 +134,7 @@ class WeightStore:
 
     def _saturating(self, quantized: QuantizedWeight, summation: Summation) -> NDArray[np.bool_] | None:
         """Which slices can saturate; None: nothing can, or it does not matter."""
-        if self.target.cpu == "vnni" or not summation.paired or quantized.levels.dtype != np.int8:
+        if not self.target.saturates or not summation.paired or quantized.levels.dtype != np.int8:
             return None
         found = bounds(quantized.levels.astype(np.int8, copy=False), summation)
         return np.asarray(found.saturates.any(axis=1))
@@ -293,7 +293,7 @@ class WeightStore:
 
     def _least_scale(self, source: onnx_ir.Value) -> NDArray[np.float64] | None:
         """With levels so small no pair of products saturates, whichever way it is summed up."""
-        if self.target.cpu == "vnni" or self.config.weights == "uint8" or not self._both_ways(source):
+        if not self.target.saturates or self.config.weights == "uint8" or not self._both_ways(source):
             return None
         return np.asarray(np.abs(self.array(source)).max(initial=0) / _SAFE_LEVEL, np.float64)
 

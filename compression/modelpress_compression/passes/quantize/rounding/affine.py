@@ -20,6 +20,7 @@ from modelpress_compression.passes.quantize.rounding.rounder import Rounding, ne
 # Smallest scale: below it 1 / scale is no longer a normal float32 with some room.
 MIN_SCALE = 1e-30
 _LEVELS = 255
+_LARGEST_INT8 = 127
 LARGEST_4_BIT_LEVEL = 7
 _CUTS = tuple(percent / 100 for percent in range(100, 45, -5))
 
@@ -44,6 +45,13 @@ class ActivationParameters:
         smallest = _smallest(self.dtype)
         levels = np.clip(np.rint(values / self.scale) + self.zero_point, smallest, smallest + _LEVELS)
         return np.asarray((levels - self.zero_point) * self.scale, np.float32)
+
+    @property
+    def symmetric(self) -> ActivationParameters:
+        """Those of int8 without a zero point whose range holds this one: up to half of the levels go unused."""
+        smallest = _smallest(self.dtype) - self.zero_point
+        largest = max(-smallest, smallest + _LEVELS) / _LARGEST_INT8
+        return ActivationParameters(np.float32(self.scale * largest), 0, np.dtype(np.int8))
 
 
 def activation_parameters(value_range: Range, dtype: str) -> ActivationParameters:

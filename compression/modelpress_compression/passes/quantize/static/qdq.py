@@ -2,6 +2,8 @@
 
     x -> Q -> DQ -> Conv(., DQ(Wq), DQ(bq)) -> [Relu] -> Q -> DQ -> ...
 
+For TensorRT (`target.DEVICES`: symmetric) activations are int8 without zero points, and b stays in float32.
+
 Wq: 8 bits, a scale per output channel: axis 0 of [out_channels, in_channels / group, ...], the last axis of MatMul's
 [K, N]. bq: int32 of scale `x_scale * w_scale`, added to the accumulator as it is; a weight's scale is raised where its
 bias would not fit otherwise (a channel of nearly zero weights).
@@ -31,10 +33,14 @@ Parameters = Mapping[str, ActivationParameters]  # by the name of a plan's activ
 
 @dataclass
 class QdqWriter:
-    """Writes into a graph that belongs to the caller; weights go through `store`, so that shared ones stay shared."""
+    """Writes into a graph that belongs to the caller; weights go through `store`, so that shared ones stay shared.
+
+    `float_biases`: biases stay as they are, as TensorRT wants them.
+    """
 
     editor: Editor
     store: WeightStore
+    float_biases: bool = False
     _weights: dict[tuple[object, ...], StoredWeight] = field(default_factory=dict)
 
     def write(self, plan: Plan, parameters: Parameters) -> None:
@@ -84,9 +90,8 @@ class QdqWriter:
             graph.insert_after(producer, pair)
         return pair[1].outputs[0]
 
-    @staticmethod
-    def _bias(node: onnx_ir.Node) -> NDArray[np.float32] | None:
-        constant = constant_array(input_of(node, 2)) if node.op_type != "MatMul" else None
+    def _bias(self, node: onnx_ir.Node) -> NDArray[np.float32] | None:
+        constant = constant_array(input_of(node, 2)) if node.op_type != "MatMul" and not self.float_biases else None
         return None if constant is None else np.asarray(constant, np.float32)
 
     def _weight(self, node: onnx_ir.Node, least: NDArray[np.float64] | None) -> StoredWeight:

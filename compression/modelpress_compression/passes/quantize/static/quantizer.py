@@ -28,6 +28,7 @@ from modelpress_compression.passes.quantize.static.bias_correction import Shifts
 from modelpress_compression.passes.quantize.static.forms import guard_float_nodes, keep_sums_apart
 from modelpress_compression.passes.quantize.static.qdq import QdqWriter
 from modelpress_compression.passes.quantize.views import restore_views, root_of
+from modelpress_compression.target import DEVICES
 
 # A name in the changes, besides those of operators.
 CORRECTED = "bias_correction"
@@ -88,10 +89,14 @@ class StaticQuantizer:
         rest = self._rest(work, plan)
         if count := correct(plan, self.shifts, editor):
             findings.changes[CORRECTED] = count
-        QdqWriter(editor, store).write(plan, self.ranges.on(plan))
+        device, parameters = DEVICES[self.setup.context.target.device], self.ranges.on(plan)
+        if device.symmetric:
+            parameters = {name: one.symmetric for name, one in parameters.items()}
+        QdqWriter(editor, store, device.symmetric).write(plan, parameters)
         guard_float_nodes(work.graph, editor)
         findings.changes.update(node.op_type for node in plan.nodes)
-        dynamic.quantize_nodes(rest, self.setup.config, editor, store, findings)
+        if device.finds_ranges:
+            dynamic.quantize_nodes(rest, self.setup.config, editor, store, findings)
         store.finish()
         fuse_products(work, editor)
         keep_sums_apart(work.graph)

@@ -1,0 +1,181 @@
+"""Where results answer as they do here: docs/portability.md, a row for each result and a column for each place.
+
+    python benchmarks/portability.py --models DIR --cache DIR [--page FILE] [--only NAME ...] [--samples N]
+                                     [--qemu NAME ...] [--built]
+
+Results are those of portability_results.py, kept in the folder `--cache`, as the environments are; --built takes those
+that lie there and makes none. --qemu: models whose results are run under QEMU's Haswell besides, to hold the one way of
+standing in for a CPU against the other; it takes minutes for each. Needs modelpress[verify], qemu-user, pip and apt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from modelpress_compression.portability import Wanted, verify
+from portability_results import CASES, FORMS, Case, build, path_of, samples_of
+
+VERSIONS = ("1.18.1", "1.20.1", "1.22.1", "1.24.4", "1.27.0", "latest")
+CPUS = ("haswell", "skylake-x", "ice-lake", "aarch64")
+PAGE = """# Portability
+
+Whether a result answers on another machine as it did where it was made. One file can answer otherwise there for two
+reasons: kernels add up in another order, which moves floats by their last digits, and, on x86 CPUs without VNNI, sums
+of two products of 8 bits saturate at 16 bits, which changes answers. Against the second 8-bit layers carry a
+certificate, or give up resolution until they can ([quantization.md](quantization.md)); this page is the test of it.
+
+```
+compress-client verify model.optimized.onnx --data samples.npz
+```
+
+runs a file in other versions of onnxruntime and on other CPUs, and exits with 6 where it answers otherwise. It asks
+no server: a result is yours to run. `pip install 'modelpress[verify]'` where it runs.
+
+| verdict | means |
+|---|---|
+| equal | the same numbers, bit for bit but for the signs of zeros |
+| close | no further apart than rounding takes it (see below) |
+| differs | further apart |
+| refused | onnxruntime does not load or run the file there |
+| not had | there is no such place here; the command says what is missing |
+
+Rounding may move a float by 0.1 % of itself and 0.01 % of the output's largest; in models that compute in 8 bits by 3
+% of the largest, since a sum that is rounded the other way is one step in 255 away, and that goes on through the
+layers.
+
+## Places
+
+- **Versions**: `--onnxruntime VERSION`, each installed by pip for this Python in an environment of its own, which is
+  kept in the user's cache.
+- **x86 CPUs**: onnxruntime chooses its kernels by the instruction `cpuid`. In a copy of it `cpuid` is replaced by an
+  instruction that traps, and answered without the features that the other CPU lacks. The same kernels then run as
+  there, at full speed: Haswell (AVX2), Skylake-X (AVX-512 without VNNI) and Ice Lake (with VNNI), as far as this CPU
+  has what they have. QEMU, which translates instructions, knows no AVX-512 up to today: its Skylake and Ice Lake
+  models are AVX2 CPUs. `--qemu` takes it all the same, for Haswell.
+- **AArch64**: a Neoverse N1 by qemu-aarch64, with a Python from Debian's packages and onnxruntime's wheel, unpacked
+  and not installed. It is slow: a run takes tens of times as long. (onnxruntime reads `/proc/cpuinfo` there and
+  crashes on that of an x86 host; the environment has one of its own.)
+
+A product whose pairs saturate (255 · 127 + 255 · 127) is told by these means: equal on Ice Lake, other numbers on
+Haswell and Skylake-X, and the same numbers under QEMU's Haswell.
+
+## Results
+
+"""
+
+
+def cell(place: dict[str, Any]) -> str:
+    """A verdict, with its distance where answers are not equal."""
+    verdict = str(place["verdict"])
+    if verdict not in ("close", "differs"):
+        return verdict
+    far = "" if place["sqnr_db"] is None else f" {place['sqnr_db']:.0f} dB"
+    changed = place["top1_agreement"]
+    classes = "" if changed in (None, 1.0) else f", {1 - changed:.1%} other classes"
+    return f"{verdict}{far}{classes}"
+
+
+def documents(options: argparse.Namespace) -> Iterator[tuple[Case, str, dict[str, Any]]]:
+    """What `verify` says of each result; kept beside it."""
+    for case in CASES:
+        if options.only and case.name not in options.only:
+            continue
+        if not options.built:
+            for problem in build(case, options.models.resolve(), options.cache):
+                print(problem, flush=True)
+        for form in FORMS:
+            path = path_of(options.cache, case, form)
+            if path.exists():
+                yield case, form, seen(case, path, options)
+
+
+def seen(case: Case, path: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The document, from the folder where it is that of this file and these samples."""
+    kept = path.with_suffix(".verified.json")
+    if kept.exists():
+        document: dict[str, Any] = json.loads(kept.read_text("utf-8"))
+        if document["asked"] == options.samples:
+            return document
+    wanted = Wanted(VERSIONS, CPUS, samples=options.samples)
+    samples = samples_of(options.cache, case)
+    document = verify(path, samples, wanted, options.cache / "environments")
+    if case.name in options.qemu:
+        emulated = Wanted((), ("haswell",), emulated=True, samples=options.samples)
+        document["places"] += verify(path, samples, emulated, options.cache / "environments")["places"]
+    document["asked"] = options.samples
+    kept.write_text(json.dumps(document, indent=1), "utf-8")
+    return document
+
+
+def table(found: Sequence[tuple[Case, str, dict[str, Any]]]) -> Iterator[str]:
+    """The matrix; a place that one result alone was run in has an empty cell for the others."""
+    names = list(dict.fromkeys(place["place"] for _, _, document in found for place in document["places"]))
+    yield "| result | " + " | ".join(name.replace("onnxruntime ", "ort ") for name in names) + " |"
+    yield "|---" * (len(names) + 1) + "|"
+    for case, form, document in found:
+        cells = {place["place"]: cell(place) for place in document["places"]}
+        yield f"| {case.name}, {form} | " + " | ".join(cells.get(name, "") for name in names) + " |"
+
+
+def summary(found: Sequence[tuple[Case, str, dict[str, Any]]]) -> str:
+    """What the table says, counted."""
+    lines = []
+    for name, title in (("version", "versions of onnxruntime"), ("cpu", "other CPUs")):
+        verdicts = [
+            place["verdict"] for _, _, document in found for place in document["places"] if place["kind"] == name
+        ]
+        counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(sorted(verdicts)))
+        lines.append(f"Runs in {title}: {counts}.")
+    return " ".join(lines)
+
+
+def remarks(found: Sequence[tuple[Case, str, dict[str, Any]]]) -> Iterator[str]:
+    """Reasons of cells that are neither equal nor close, each once."""
+    said: set[str] = set()
+    for case, form, document in found:
+        for place in document["places"]:
+            text = f"{place['place']}: {place['verdict']}: {place['detail']}"
+            if place["verdict"] in ("differs", "refused", "not had") and text not in said:
+                said.add(text)
+                yield f"- {case.name}, {form}, {text}"
+
+
+def page(found: Sequence[tuple[Case, str, dict[str, Any]]]) -> str:
+    """docs/portability.md."""
+    here = found[0][2]["here"]
+    samples = sorted({document["samples"] for _, _, document in found})
+    intro = (
+        f"Compared with onnxruntime {here['onnxruntime']} on {here['cpu']} ({', '.join(here['instructions'])}), on "
+        f"{' or '.join(map(str, samples))} representative samples of each model. `float32` is the model with its "
+        "operators fused alone: how far places are apart whatever is done. `static` and `weight_only` are those "
+        "schemes of 8 bits, `goal` is what a job gives that asks for nothing. dB: the signal over the difference, of "
+        "the worst output."
+    )
+    notes = "\n".join(remarks(found))
+    reasons = f"\nWhat stands behind other verdicts:\n\n{notes}\n" if notes else ""
+    made = "\nMade by `python benchmarks/portability.py`.\n"
+    return f"{PAGE}{intro}\n\n" + "\n".join(table(found)) + f"\n\n{summary(found)}\n{reasons}{made}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Where results answer as they do here.")
+    parser.add_argument("--models", type=Path, required=True, help="folder with the models and their eval_NAME.py")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for results and environments")
+    parser.add_argument("--page", type=Path, help="where the page goes; without it the table is printed alone")
+    parser.add_argument("--only", nargs="*", default=[], help="names of the models")
+    parser.add_argument("--qemu", nargs="*", default=[], help="names of models to run under QEMU's Haswell, too")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--built", action="store_true", help="make no results")
+    options = parser.parse_args()
+    found = list(documents(options))
+    print("\n".join(table(found)))
+    if options.page:
+        options.page.write_text(page(found), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
