@@ -72,7 +72,7 @@ class Findings:
                 limit_bytes = min(self.limit_bytes(project), left_bytes)
                 target = self._folder(project, spec, model)
                 await self._blobs.run(_collect, found, target, limit_bytes)
-                await self._blobs.run(shrink, target.parent, self.limit_bytes(project))
+            await self._blobs.run(shrink, target.parent, self.limit_bytes(project))
         except Exception as error:  # noqa: BLE001  # as the docstring says
             logger.warning("project %s: what a job has found out could not be kept: %s", project, error)
 

@@ -7,9 +7,11 @@ the server.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,6 +26,9 @@ from modelpress_server.stores.base import BlobIndex
 # samples may be compressed well.
 LIMIT_FACTOR = 4
 LIMIT_EXTRA_BYTES = 1 * GIB
+# Where there is more than this, those who come at once share a look at the disk, for so long.
+PLENTY_BYTES = 4 * GIB
+LOOK_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -55,31 +60,38 @@ class Space:
         self.on_short: Callable[[], None] = lambda: None
         # Between the look at what is left and the promise nobody else may promise it.
         self._lock = asyncio.Lock()
+        self._seen_bytes = 0  # at the last look, less what was promised since
+        self._seen_s = -math.inf
 
     @asynccontextmanager
-    async def left(self) -> AsyncIterator[int]:
-        """Bytes that are neither used nor promised; nobody else promises any meanwhile."""
+    async def left(self, need_bytes: int = 0) -> AsyncIterator[int]:
+        """Bytes that are neither used nor promised; nobody else promises any meanwhile.
+
+        `need_bytes`: what is promised then, unless an error ends this.
+        """
+        waits = self._lock.locked()
         async with self._lock:
             try:
-                yield await self._left_bytes()
+                yield await self._left_bytes(need_bytes, share=waits)
             except StorageFullError:
                 self.on_short()
                 raise
+            self._seen_bytes -= need_bytes
 
     @asynccontextmanager
-    async def left_for_uploads(self) -> AsyncIterator[int]:
+    async def left_for_uploads(self, need_bytes: int) -> AsyncIterator[int]:
         """`left`, of the place that uploads are stored in."""
         if self._uploads is None:
             yield sys.maxsize
             return
-        async with self.left() as left_bytes:
+        async with self.left(need_bytes) as left_bytes:
             yield left_bytes
 
     @asynccontextmanager
     async def promised(self, need_bytes: int, folder: Path) -> AsyncIterator[Promise]:
         """Room for a task that writes below `folder`. Raises StorageFullError, DiskTooSmallError."""
         total_bytes = (await asyncio.to_thread(shutil.disk_usage, self._root)).total
-        async with self.left() as left_bytes:
+        async with self.left(need_bytes) as left_bytes:
             if need_bytes > total_bytes - self._reserve_bytes:
                 raise _too_small(need_bytes, total_bytes, self._reserve_bytes)
             if need_bytes > left_bytes:
@@ -97,9 +109,14 @@ class Space:
         """Whether there is next to nothing left, whoever used it up."""
         return await asyncio.to_thread(disk_is_full, self._root)
 
-    async def _left_bytes(self) -> int:
+    async def _left_bytes(self, need_bytes: int, *, share: bool) -> int:
+        """`share`: others were before, and may have looked a moment ago."""
+        now_s = time.monotonic()
+        if share and now_s - self._seen_s < LOOK_S and self._seen_bytes - need_bytes > PLENTY_BYTES:
+            return self._seen_bytes
         uploads_bytes = await self._uploads.awaited_bytes() if self._uploads is not None else 0
-        return await asyncio.to_thread(self._measure) - uploads_bytes
+        self._seen_bytes, self._seen_s = await asyncio.to_thread(self._measure) - uploads_bytes, now_s
+        return self._seen_bytes
 
     def _measure(self) -> int:
         free_bytes = shutil.disk_usage(self._root).free - self._reserve_bytes

@@ -99,7 +99,7 @@ class UploadService(upload_service_pb2_grpc.UploadServiceServicer):
     async def _create(self, record: UploadRecord, *, present: bool) -> UploadRecord:
         limits = self._projects.limits(record.project)
         most = StorageQuota(limits.max_open_uploads, limits.max_stored_bytes)
-        async with self._space.left_for_uploads() as left_bytes:
+        async with self._space.left_for_uploads(record.blob.size_bytes) as left_bytes:
             return await self._index.create_upload(record, present=present, most=most, left_bytes=left_bytes)
 
     async def _drop_idle(self, project: str, now: int) -> bool:
