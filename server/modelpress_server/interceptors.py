@@ -197,7 +197,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
         _call.set(call)
         logs.bind(request_id=call.request_id)
         if not call.path.startswith(HEALTH_PREFIX):
-            call.caller = await self._authenticator.caller(authorization, call.peer, _certificate_name(context))
+            call.caller = await self._authenticator.caller(authorization, call.peer, self._certificate_name(context))
         call.take_request = self._take_request
         if self._draining and call.method in NEW_WORK:
             raise draining()
@@ -228,9 +228,14 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
             outcome=outcome,
         )
 
+    def _certificate_name(self, context: Any) -> str:
+        names = context.auth_context().get("x509_common_name", ()) if self._authenticator.reads_certificates else ()
+        return names[0].decode("utf-8", "replace") if names else ""
+
     async def _check_again(self, call: Call, authorization: str, context: Any) -> None:
         """Raises UnauthenticatedError, ResourceNotFoundError, PermissionDeniedError where a token holds no longer."""
-        call.caller = await self._authenticator.caller(authorization, call.peer, _certificate_name(context), known=True)
+        name = self._certificate_name(context)
+        call.caller = await self._authenticator.caller(authorization, call.peer, name, known=True)
         if call.project:
             _check_role(call, call.project)
 
@@ -373,11 +378,6 @@ async def _pump(answers: AsyncGenerator[Any, None], queue: asyncio.Queue[Any]) -
 def _outcome(error: Exception) -> str:
     known = errors.STATUS.get(type(error))  # type: ignore[arg-type]  # others are not in it
     return errors.reason_name(known[1]) if known is not None else "INTERNAL"
-
-
-def _certificate_name(context: Any) -> str:
-    names = context.auth_context().get("x509_common_name", ())
-    return names[0].decode("utf-8", "replace") if names else ""
 
 
 def draining() -> errors.DrainingError:

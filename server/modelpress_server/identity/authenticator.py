@@ -23,6 +23,8 @@ class Authenticator:
     def __init__(self, settings: Settings, clock: Clock) -> None:
         """Raises SettingsError."""
         self._clock = clock
+        # Whether callers may have certificates: reading them takes a twentieth of a small call.
+        self.reads_certificates = settings.tls_client_ca is not None
         self._tokens = Tokens(settings)
         self._wrong = Throttle()
         self._jwt: Any = None
