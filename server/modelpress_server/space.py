@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,21 +62,30 @@ class Space:
         self._lock = asyncio.Lock()
         self._seen_bytes = 0  # at the last look, less what was promised since
         self._seen_s = -math.inf
+        self._set_aside_bytes = 0  # of those who look at what is left, and have not promised it yet
 
     @asynccontextmanager
     async def left(self, need_bytes: int = 0) -> AsyncIterator[int]:
-        """Bytes that are neither used nor promised; nobody else promises any meanwhile.
+        """Bytes that are neither used nor promised; nobody else promises them meanwhile.
 
-        `need_bytes`: what is promised then, unless an error ends this.
+        `need_bytes`: what is promised then, unless an error ends this. Where there is plenty it is set aside, and
+        others need not wait; where room is short they do.
         """
         waits = self._lock.locked()
-        async with self._lock:
+        async with AsyncExitStack() as held:
+            await held.enter_async_context(self._lock)
+            left_bytes = await self._left_bytes(need_bytes, share=waits)
+            self._seen_bytes -= need_bytes
+            self._set_aside_bytes += need_bytes
+            if left_bytes - need_bytes > PLENTY_BYTES:
+                await held.aclose()
             try:
-                yield await self._left_bytes(need_bytes, share=waits)
+                yield left_bytes
             except StorageFullError:
                 self.on_short()
                 raise
-            self._seen_bytes -= need_bytes
+            finally:
+                self._set_aside_bytes -= need_bytes
 
     @asynccontextmanager
     async def left_for_uploads(self, need_bytes: int) -> AsyncIterator[int]:
@@ -115,7 +124,8 @@ class Space:
         if share and now_s - self._seen_s < LOOK_S and self._seen_bytes - need_bytes > PLENTY_BYTES:
             return self._seen_bytes
         uploads_bytes = await self._uploads.awaited_bytes() if self._uploads is not None else 0
-        self._seen_bytes, self._seen_s = await asyncio.to_thread(self._measure) - uploads_bytes, now_s
+        left_bytes = await asyncio.to_thread(self._measure) - uploads_bytes
+        self._seen_bytes, self._seen_s = left_bytes - self._set_aside_bytes, now_s
         return self._seen_bytes
 
     def _measure(self) -> int:
