@@ -4,10 +4,10 @@
 
 Clients: so many, in four processes, each again and again: uploads a model of its own (about 100 kB), has it compressed
 (`lossless`), watches the job, asks for it, for the model and for lists meanwhile, and downloads the result; whoever
-waits for longer than `--patience-s` cancels. Told are the times of unary calls by method as the clients see them, the
-server's memory, and refusals by their reason: a failed call without one is a fault. Beside each question to the server
-goes one to a bare gRPC server, which answers with the same message and does nothing: its times are what machine, gRPC
-and clients cost under the same load.
+waits for longer than about `--patience-s` cancels. They begin one by one within that time. Told are the times of unary
+calls by method as the clients see them, the server's memory, and refusals by their reason: a failed call without one is
+a fault. Beside each question to the server goes one to a bare gRPC server, which answers with the same message and does
+nothing: its times are what machine, gRPC and clients cost under the same load.
 
 Jobs: the queue is never empty, and each job has a model that was never seen. Raw is the same compression without a
 server, in as many processes as the server has workers, each with one model after the other; the imports are done.
@@ -221,10 +221,12 @@ class LoadClient:
 
     async def repeat(self, variants: Variants, recipe: Any, patience_s: float, until_s: float) -> None:
         chance = random.Random()
-        await asyncio.sleep(chance.uniform(0, min(5.0, patience_s)))
+        await asyncio.sleep(chance.uniform(0, patience_s))
         while (left_s := until_s - time.monotonic()) > 0:
             try:
-                await self.round(variants.next(), recipe, min(patience_s, max(left_s, 1.0)), chance)
+                await self.round(
+                    variants.next(), recipe, min(patience_s * chance.uniform(0.5, 1.5), max(left_s, 1.0)), chance
+                )
             except RefusedError as refused:
                 await asyncio.sleep(min(refused.pause_s, MAX_PAUSE_S) * chance.uniform(1.0, 1.5))
 
