@@ -5,9 +5,9 @@
 Clients: so many, in four processes, each again and again: uploads a model of its own (about 100 kB), has it compressed
 (`lossless`), watches the job, asks for it, for the model and for lists meanwhile, and downloads the result; whoever
 waits for longer than about `--patience-s` cancels. They begin one by one within that time. Told are the times of unary
-calls by method as the clients see them, the server's memory, and refusals by their reason: a failed call without one is
-a fault. Beside each question to the server goes one to a bare gRPC server, which answers with the same message and does
-nothing: its times are what machine, gRPC and clients cost under the same load.
+calls by method as the clients see them, the server's memory and processor time, and refusals by their reason: a failed
+call without one is a fault. Beside each question to the server goes one to a bare gRPC server, which answers with the
+same message and does nothing: its times are what machine, gRPC and clients cost under the same load.
 
 Jobs: the queue is never empty, and each job has a model that was never seen. Raw is the same compression without a
 server, in as many processes as the server has workers, each with one model after the other; the imports are done.
@@ -38,6 +38,7 @@ from typing import Any, TypeVar
 
 import google_crc32c
 import grpc.aio
+import psutil
 from google.rpc import error_details_pb2, status_pb2
 from modelpress_protos.recipe import from_dict
 from modelpress_protos.v1 import (
@@ -300,6 +301,7 @@ def load_phase(options: argparse.Namespace, model: Path, folder: Path, workers: 
         server.wait_for_warm_worker()
         assert bare.stdout is not None
         before_mib = rss_mib(server.process.pid, "VmRSS")
+        before_s = sum(psutil.Process(server.process.pid).cpu_times()[:2])
         arguments = ["--role", "clients", "--model", str(model), "--address", server.address, "--minutes",
                      str(options.minutes), "--patience-s", str(options.patience_s), "--bare",
                      bare.stdout.readline().strip()]  # fmt: skip
@@ -312,6 +314,7 @@ def load_phase(options: argparse.Namespace, model: Path, folder: Path, workers: 
             output, _ = process.communicate()
             figures.add(json.loads(output))
         peak_mib = rss_mib(server.process.pid, "VmHWM")
+        used_s = sum(psutil.Process(server.process.pid).cpu_times()[:2]) - before_s
         bare.communicate()
     print(f"\n{options.clients} clients for {options.minutes:g} min, {workers} worker(s)\n")
     print("| call | number | p50 ms | p99 ms |\n|---|---:|---:|---:|")
@@ -321,6 +324,7 @@ def load_phase(options: argparse.Namespace, model: Path, folder: Path, workers: 
     refused = ", ".join(f"{number} x {what}" for what, number in sorted(figures.refusals.items())) or "none"
     print(f"\nRefusals: {refused}")
     print(f"Jobs: {dict(figures.ends)}; downloads: {figures.downloads}")
+    print(f"Processor time of the server: {used_s:.1f} s, {1000 * used_s / len(everything):.1f} ms a unary call")
     print(f"Memory of the server: {before_mib:.0f} MiB before, {peak_mib:.0f} MiB at most (RSS)", flush=True)
 
 
