@@ -170,6 +170,13 @@ class Target(Config):
     stage_adders: int = option(
         3, 6, "Adders of a design between two registers: fewer make a faster clock and more cycles.", gte=1, lte=64
     )
+    hls: str = option(
+        "vitis",
+        7,
+        "The tool for high-level synthesis that the design is written for as well, in C++ by hls4ml: Vitis HLS, Vivado "
+        "HLS, oneAPI or Catapult; none: for none.",
+        choices=("vitis", "vivado", "oneapi", "catapult", "none"),
+    )
 
     @property
     def saturates(self) -> bool:

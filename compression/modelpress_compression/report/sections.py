@@ -51,24 +51,31 @@ def hardware(target: Mapping[str, Any] | None) -> str:
         return ""
     names = {"luts": "lookup tables", "flip_flops": "flip-flops", "dsps": "DSPs", "brams": "block RAMs"}
     rows = [
-        [name, escape(number(target["resources"][key])), percent(target["shares"][key])] for key, name in names.items()
+        [name, escape(number(target["resources"][key])), percent(target["shares"][key])]
+        for key, name in names.items()
+        if key in target["resources"]
     ]
+    listed = definitions({"part": escape(target.get("part_title") or target["part"]), **_cycles(target)})
+    return table(("Resource", "Taken", "Of the part"), rows, numeric=(1, 2)) + listed
+
+
+def _cycles(target: Mapping[str, Any]) -> dict[str, str]:
+    """What is known of a design's speed, and of how exact it is."""
+    between = {"cycles between samples": escape(number(target["interval_cycles"]))}
     routed, checked = target["routed"], target["bit_exact"]
+    if checked is None:
+        return {"built": "nothing; all figures are estimates", **between}
     clock = f"{routed['fmax_mhz']:.1f} MHz" if routed else NOT_MEASURED
     synthesized = NOT_MEASURED if checked["synthesized"] is None else number(checked["synthesized"])
-    listed = definitions(
-        {
-            "part": escape(target.get("part_title") or target["part"]),
-            "clock after routing": escape(clock),
-            "cycles from a sample to its answer": escape(number(target["latency_cycles"])),
-            "cycles between samples": escape(number(target["interval_cycles"])),
-            "a sample takes": escape(f"{routed['latency_us']:.3f} \N{MICRO SIGN}s" if routed else NOT_MEASURED),
-            "samples a second": escape(f"{routed['samples_per_s']:,.0f}" if routed else NOT_MEASURED),
-            "answered exactly, as written": escape(f"{checked['as_written']} of {checked['samples']}"),
-            "answered exactly, as synthesized": escape(f"{synthesized} of {checked['samples']}"),
-        }
-    )
-    return table(("Resource", "Taken", "Of the part"), rows, numeric=(1, 2)) + listed
+    return {
+        "clock after routing": escape(clock),
+        "cycles from a sample to its answer": escape(number(target["latency_cycles"])),
+        **between,
+        "a sample takes": escape(f"{routed['latency_us']:.3f} \N{MICRO SIGN}s" if routed else NOT_MEASURED),
+        "samples a second": escape(f"{routed['samples_per_s']:,.0f}" if routed else NOT_MEASURED),
+        "answered exactly, as written": escape(f"{checked['as_written']} of {checked['samples']}"),
+        "answered exactly, as synthesized": escape(f"{synthesized} of {checked['samples']}"),
+    }
 
 
 def steps(report: Mapping[str, Any]) -> str:

@@ -767,6 +767,7 @@ class Target(_message.Message):
     PART_FIELD_NUMBER: _builtins.int
     CLOCK_MHZ_FIELD_NUMBER: _builtins.int
     STAGE_ADDERS_FIELD_NUMBER: _builtins.int
+    HLS_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """cuda: onnxruntime on an NVIDIA GPU: models are timed and compared there, times on the CPU stand beside them, and
     what needs gradients computes on the GPU where torch sees it. Without one, everything runs on the CPU, with a
@@ -793,6 +794,10 @@ class Target(_message.Message):
     """The clock that the design shall reach, in MHz."""
     stage_adders: _builtins.int
     """Adders of a design between two registers: fewer make a faster clock and more cycles."""
+    hls: _builtins.str
+    """The tool for high-level synthesis that the design is written for as well, in C++ by hls4ml: Vitis HLS, Vivado HLS,
+    oneAPI or Catapult; none: for none.
+    """
     def __init__(
         self,
         *,
@@ -802,10 +807,11 @@ class Target(_message.Message):
         part: _builtins.str | None = ...,
         clock_mhz: _builtins.float | None = ...,
         stage_adders: _builtins.int | None = ...,
+        hls: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clock_mhz", b"_clock_mhz", "_cpu", b"_cpu", "_device", b"_device", "_part", b"_part", "_precision", b"_precision", "_stage_adders", b"_stage_adders", "clock_mhz", b"clock_mhz", "cpu", b"cpu", "device", b"device", "part", b"part", "precision", b"precision", "stage_adders", b"stage_adders"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clock_mhz", b"_clock_mhz", "_cpu", b"_cpu", "_device", b"_device", "_hls", b"_hls", "_part", b"_part", "_precision", b"_precision", "_stage_adders", b"_stage_adders", "clock_mhz", b"clock_mhz", "cpu", b"cpu", "device", b"device", "hls", b"hls", "part", b"part", "precision", b"precision", "stage_adders", b"stage_adders"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clock_mhz", b"_clock_mhz", "_cpu", b"_cpu", "_device", b"_device", "_part", b"_part", "_precision", b"_precision", "_stage_adders", b"_stage_adders", "clock_mhz", b"clock_mhz", "cpu", b"cpu", "device", b"device", "part", b"part", "precision", b"precision", "stage_adders", b"stage_adders"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clock_mhz", b"_clock_mhz", "_cpu", b"_cpu", "_device", b"_device", "_hls", b"_hls", "_part", b"_part", "_precision", b"_precision", "_stage_adders", b"_stage_adders", "clock_mhz", b"clock_mhz", "cpu", b"cpu", "device", b"device", "hls", b"hls", "part", b"part", "precision", b"precision", "stage_adders", b"stage_adders"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clock_mhz: _TypeAlias = _typing.Literal["clock_mhz"]  # noqa: Y015
     _WhichOneofArgType__clock_mhz: _TypeAlias = _typing.Literal["_clock_mhz", b"_clock_mhz"]  # noqa: Y015
@@ -813,6 +819,8 @@ class Target(_message.Message):
     _WhichOneofArgType__cpu: _TypeAlias = _typing.Literal["_cpu", b"_cpu"]  # noqa: Y015
     _WhichOneofReturnType__device: _TypeAlias = _typing.Literal["device"]  # noqa: Y015
     _WhichOneofArgType__device: _TypeAlias = _typing.Literal["_device", b"_device"]  # noqa: Y015
+    _WhichOneofReturnType__hls: _TypeAlias = _typing.Literal["hls"]  # noqa: Y015
+    _WhichOneofArgType__hls: _TypeAlias = _typing.Literal["_hls", b"_hls"]  # noqa: Y015
     _WhichOneofReturnType__part: _TypeAlias = _typing.Literal["part"]  # noqa: Y015
     _WhichOneofArgType__part: _TypeAlias = _typing.Literal["_part", b"_part"]  # noqa: Y015
     _WhichOneofReturnType__precision: _TypeAlias = _typing.Literal["precision"]  # noqa: Y015
@@ -825,6 +833,8 @@ class Target(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cpu) -> _WhichOneofReturnType__cpu | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__device) -> _WhichOneofReturnType__device | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__hls) -> _WhichOneofReturnType__hls | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__part) -> _WhichOneofReturnType__part | None: ...
     @_typing.overload

@@ -10,16 +10,23 @@ import numpy as np
 import onnx
 
 from modelpress_compression.backends.base import BuildRequest, Built
-from modelpress_compression.backends.fpga import forms, project
+from modelpress_compression.backends.fpga import forms, hls, project
 from modelpress_compression.backends.fpga.emulator import Design, check_exact, run, sum_bits
-from modelpress_compression.backends.fpga.estimate import estimate
+from modelpress_compression.backends.fpga.estimate import Estimate, estimate
 from modelpress_compression.backends.fpga.folded import FoldedDesign, build_folded, stream_through
 from modelpress_compression.backends.fpga.formats import Reals
 from modelpress_compression.backends.fpga.gates import Netlist
 from modelpress_compression.backends.fpga.network import Network, read_network
 from modelpress_compression.backends.fpga.parallel import ParallelDesign, build_parallel
 from modelpress_compression.backends.fpga.parts import PARTS, Part
-from modelpress_compression.backends.fpga.search import Loss, choose_formats, cost, loss_of
+from modelpress_compression.backends.fpga.search import (
+    LEAST_SAMPLES,
+    Loss,
+    choose_formats,
+    cost,
+    is_large,
+    loss_of,
+)
 from modelpress_compression.backends.fpga.synthesis import (
     Resources,
     Routed,
@@ -31,17 +38,22 @@ from modelpress_compression.backends.fpga.synthesis import (
     unstream,
     write_sources,
 )
-from modelpress_compression.backends.fpga.tools import YOSYS, is_ready
-from modelpress_compression.errors import UnsupportedOperatorError
+from modelpress_compression.backends.fpga.tools import YOSYS, ToolError, is_ready
+from modelpress_compression.errors import InvalidDataError, TimeLimitError, UnsupportedOperatorError
 from modelpress_compression.target import Target
 
 TOP = "network_wrapper"
 CHECKED_SAMPLES = 1000
+HLS_SAMPLES = 256  # of the test bench for high-level synthesis
 LANES = 64
 # What a part takes at once of what da4ml expects: synthesis finds more to share, or less.
 _HOPE = 1.5
 # Of `search.cost`, for each lookup table that da4ml makes of it: found on dense networks of 16 to 784 inputs.
 _COST_PER_LUT = 1.5
+# Of the time that is left, kept back from routing for what comes after it: a share, and seconds at least.
+_TO_FINISH, _TO_FINISH_S = 0.1, 30.0
+
+Hardware = ParallelDesign | FoldedDesign | Estimate
 
 
 @dataclass(frozen=True)
@@ -61,54 +73,133 @@ class _Checked:
 
 
 def build(request: BuildRequest, target: Target) -> Built:
-    """See `base.Builder`."""
+    """See `base.Builder`. What has no room on the part is estimated: see `estimate`."""
     part = PARTS[target.part]
     network = read_network(request.path)
     samples = samples_of(request, network)
     request.progress(0.0, "choosing bits for each layer")
     design, _ = choose_formats(network, samples, request.max_drop, request.check_time)
     check_exact(network, design)
-    answers, expected = run(network, samples, design), run(network, samples)
-    loss = loss_of(answers, expected)
+    judged = samples[: LEAST_SAMPLES if is_large(network) else None]
+    loss = loss_of(run(network, judged, design), run(network, judged))
     request.log(f"fixed point: {loss.sqnr_db:.1f} dB, {_agreement(loss)}")
     hardware = _hardware(network, design, part, target, request)
-    if not is_ready(YOSYS):
-        request.log("yosys is being prepared, which takes minutes; see docs/targets.md on how to do it once for all")
-    read = write_sources(hardware.sources, request.folder)
-    checked, resources = _proven(network, design, hardware, read, part, samples[:CHECKED_SAMPLES], request)
-    routed = None
-    if part.routed and resources.fits(part):
-        request.progress(0.7, f"placing and routing on {part.title}")
-        routed = place_and_route(part, target.clock_mhz, request.folder, request.time_left_s())
-    section = _section(part, loss, hardware, resources, routed, checked, network, design)
+    section: dict[str, Any] = {
+        "device": "fpga",
+        "part": part.name,
+        "part_title": part.title,
+        "fidelity": {"sqnr_db": loss.sqnr_db, "agreement": loss.agreement},
+        "input_bits": design.values[network.input].width,
+    }
+    if isinstance(hardware, Estimate):
+        figures, warnings = _estimated(hardware), [hardware.words()]
+    else:
+        figures, warnings = _made(network, design, hardware, part, samples, target, request)
+    section |= figures
+    hls = _for_hls(network, design, hardware, part, target, samples, request, section)
+    if not request.data.provided:
+        warnings.append("Bits were chosen on synthetic inputs: give --data, or ranges may not be those of real inputs.")
     plain = request.folder / "fixed_point.onnx"
     output = onnx.load(str(request.path), load_external_data=False).graph.output[0].name
     onnx.save(forms.plain_onnx(network, design, output), str(plain))
-    archive = project.write(request.folder, network, design, hardware, part, target.clock_mhz, section, samples, output)
-    latency_ms = None if routed is None else checked.latency / routed.fmax_mhz / 1e3
+    archive = project.write(
+        request.folder, network, design, hardware, part, target.clock_mhz, section, samples, output, hls
+    )
+    routed = section["routed"]
     return Built(
         model=plain,
         project=archive,
         changes={"layers_in_fixed_point": len(network.linear())},
         section=section,
         headline=_headline(section),
-        latency_ms=latency_ms,
+        latency_ms=None if routed is None else routed["latency_us"] / 1e3,
         details=tuple(layer_rows(network, design)),
         notes=tuple(_notes(section, network)),
-        warnings=tuple(_warnings(part, resources, checked, request)),
+        warnings=tuple(warnings),
     )
 
 
+def _made(
+    network: Network,
+    design: Design,
+    hardware: ParallelDesign | FoldedDesign,
+    part: Part,
+    samples: Reals,
+    target: Target,
+    request: BuildRequest,
+) -> tuple[dict[str, Any], list[str]]:
+    """The figures of a design, proven and measured, and warnings."""
+    if not is_ready(YOSYS):
+        request.log("yosys is being prepared, which takes minutes; see docs/targets.md on how to do it once for all")
+    read = write_sources(hardware.sources, request.folder)
+    checked, resources = _proven(network, design, hardware, read, part, samples[:CHECKED_SAMPLES], request)
+    warnings = list(_warnings(part, resources, checked))
+    routed = None
+    if part.routed and resources.fits(part):
+        request.progress(0.7, f"placing and routing on {part.title}")
+        left_s = request.time_left_s()
+        limit_s = None if left_s is None else left_s - max(_TO_FINISH * left_s, _TO_FINISH_S)
+        try:
+            routed = place_and_route(part, TOP, target.clock_mhz, request.folder, limit_s)
+        except (ToolError, TimeLimitError) as error:
+            request.check_time()
+            warnings.append(f"The design was not placed and routed, so that its clock is not known. {error.message}")
+    return _section(part, hardware, resources, routed, checked), warnings
+
+
+def _for_hls(
+    network: Network,
+    design: Design,
+    hardware: Hardware,
+    part: Part,
+    target: Target,
+    samples: Reals,
+    request: BuildRequest,
+    section: dict[str, Any],
+) -> hls.Project | None:
+    """The project for high-level synthesis; `section` says what became of it."""
+    section["hls"] = None
+    if target.hls == "none" or isinstance(hardware, Estimate):
+        return None
+    title = hls.TOOLS[target.hls].title
+    request.progress(0.95, f"writing the project for {title}")
+    folder = request.folder / "hls"
+    try:
+        made = hls.write_project(network, design, target.hls, part, target.clock_mhz, samples[:HLS_SAMPLES], folder)
+    except hls.NotTakenError as error:
+        section["hls"] = {"tool": title, "part": None, "refused": str(error)}
+        return None
+    section["hls"] = {"tool": title, "part": made.part, "refused": None}
+    return made
+
+
+def _estimated(found: Estimate) -> dict[str, Any]:
+    resources = {"luts": found.luts, "brams": found.brams}
+    return {
+        "form": "estimated",
+        "resources": resources,
+        "shares": {"luts": found.luts / found.part.luts, "brams": found.brams / found.part.brams},
+        "fits": found.fits,
+        "cells": {},
+        "latency_cycles": found.latency_cycles,
+        "interval_cycles": found.cycles,
+        "routed": None,
+        "bit_exact": None,
+        "units": found.rows(),
+    }
+
+
 def samples_of(request: BuildRequest, network: Network) -> Reals:
-    """[samples, *shape] of the network's input."""
+    """[samples, *shape] of the network's input. Raises InvalidDataError where numbers are not finite."""
     feeds = [feed[network.input] for feed in request.data.feeds(64, limit=4096)]
-    return np.concatenate(feeds).astype(np.float64).reshape(-1, *network.input_shape)
+    samples = np.concatenate(feeds).astype(np.float64).reshape(-1, *network.input_shape)
+    if not np.isfinite(samples).all():
+        raise InvalidDataError(f"Samples of {network.input!r} have numbers that are not finite; fixed point has none.")
+    return samples
 
 
-def _hardware(
-    network: Network, design: Design, part: Part, target: Target, request: BuildRequest
-) -> ParallelDesign | FoldedDesign:
-    """All products at once, where the part has room for that; else in turns. Raises UnsupportedOperatorError."""
+def _hardware(network: Network, design: Design, part: Part, target: Target, request: BuildRequest) -> Hardware:
+    """All products at once, where the part has room for that; else in turns; else an estimate."""
     luts = cost(network, design) / _COST_PER_LUT
     if luts <= _HOPE * part.luts:
         request.progress(0.1, "building the pipeline")
@@ -120,12 +211,8 @@ def _hardware(
     try:
         return build_folded(network, design, part)
     except UnsupportedOperatorError as error:
-        words = estimate(network, design, part).words()
-        raise UnsupportedOperatorError(
-            f"{error.message} With all its products at once it would take about {luts:,.0f} lookup tables, and "
-            f"{part.luts:,} are there. {words}",
-            op_type="",
-        ) from error
+        request.log(error.message)
+        return estimate(network, design, part)
 
 
 def _proven(
@@ -191,21 +278,13 @@ def layer_rows(network: Network, design: Design) -> list[dict[str, str | int | f
 
 def _section(
     part: Part,
-    loss: Loss,
     hardware: ParallelDesign | FoldedDesign,
     resources: Resources,
     routed: Routed | None,
     checked: _Checked,
-    network: Network,
-    design: Design,
 ) -> dict[str, Any]:
     section: dict[str, Any] = {
-        "device": "fpga",
-        "part": part.name,
-        "part_title": part.title,
         "form": "parallel" if isinstance(hardware, ParallelDesign) else "folded",
-        "fidelity": {"sqnr_db": loss.sqnr_db, "agreement": loss.agreement},
-        "input_bits": design.values[network.input].width,
         "resources": {name: getattr(resources, name) for name in ("luts", "flip_flops", "dsps", "brams")},
         "shares": resources.shares(part),
         "fits": resources.fits(part),
@@ -229,6 +308,8 @@ def _section(
 def _headline(section: Mapping[str, Any]) -> str:
     shares = f"{section['shares']['luts']:.0%} of the lookup tables of {section['part_title']}"
     routed = section["routed"]
+    if section["form"] == "estimated":
+        return f"not built: by estimate {section['interval_cycles']:,} cycles a sample, {shares}"
     if routed is None:
         return f"{section['latency_cycles']} cycles, {shares}"
     latency_us = routed["latency_us"]
@@ -239,6 +320,12 @@ def _headline(section: Mapping[str, Any]) -> str:
 def _notes(section: Mapping[str, Any], network: Network) -> Sequence[str]:
     taken = section["resources"]
     shares = section["shares"]
+    if section["form"] == "estimated":
+        return [
+            f"By FINN's cost formulas, on {section['part_title']}: about {taken['luts']:,} lookup tables "
+            f"({shares['luts']:.0%}) and {taken['brams']:,} block RAMs ({shares['brams']:.0%}), a sample every "
+            f"{section['interval_cycles']:,} cycles. Nothing of this was built."
+        ]
     said = [
         f"{section['part_title']}: {taken['luts']:,} lookup tables ({shares['luts']:.1%}), {taken['flip_flops']:,} "
         f"flip-flops ({shares['flip_flops']:.1%}), {taken['dsps']} DSPs, {taken['brams']} block RAMs.",
@@ -255,12 +342,18 @@ def _notes(section: Mapping[str, Any], network: Network) -> Sequence[str]:
         f"fixed-point model"
         + (f", what was synthesized {checked['synthesized']}." if checked["synthesized"] is not None else ".")
     )
+    if made := section["hls"]:
+        said.append(
+            f"hls4ml does not take the network for {made['tool']}: {made['refused']}."
+            if made["refused"]
+            else f"The project has the network in C++ for {made['tool']} as well, by hls4ml, for {made['part']}."
+        )
     if network.host:
         said.append(f"{network.host[0][0]} at the end is left to the host; the hardware gives what goes into it.")
     return said
 
 
-def _warnings(part: Part, resources: Resources, checked: _Checked, request: BuildRequest) -> Sequence[str]:
+def _warnings(part: Part, resources: Resources, checked: _Checked) -> Sequence[str]:
     said = []
     if not resources.fits(part):
         said.append(f"The design does not fit on {part.title}; it was synthesized, and not placed and routed.")
@@ -268,8 +361,6 @@ def _warnings(part: Part, resources: Resources, checked: _Checked, request: Buil
         said.append(f"No open tool places and routes {part.title}: its clock is not known until the vendor's tool did.")
     if checked.as_written < checked.samples or (checked.synthesized or checked.samples) < checked.samples:
         said.append("The hardware does not answer every sample as the fixed-point model does: do not use it.")
-    if not request.data.provided:
-        said.append("Bits were chosen on synthetic inputs: give --data, or ranges may not be those of real inputs.")
     return said
 
 

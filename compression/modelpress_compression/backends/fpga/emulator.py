@@ -24,8 +24,9 @@ from modelpress_compression.backends.fpga.network import (
     Shape,
     Transpose,
 )
+from modelpress_compression.errors import UnsupportedOperatorError
 
-_CHUNK = 64  # samples at a time: windows of convolutions take room
+_CHUNK, _CHUNK_VALUES = 64, 2**26  # samples at a time, and values of all layers that they may have
 MEAN_BITS = 10  # of the factor that stands for a division by a number that is no power of two
 
 
@@ -44,6 +45,11 @@ class Design:
         """Bits behind the point of a layer's sums, whose input has `fraction`."""
         return fraction + self.weights[layer.name].fraction
 
+    def ceiling(self, layer: Layer) -> float:
+        """The largest number that a layer with a format gives."""
+        form = self.values[layer.output]
+        return min(form.high, float(form.round(np.array(layer.ceiling))))
+
     def rounded_bias(self, layer: Layer, operation: Linear, fraction: int) -> Reals:
         """On the steps of the sums."""
         steps = 2.0 ** self.sum_fraction(layer, fraction)
@@ -55,9 +61,11 @@ def run(
     network: Network, samples: Reals, design: Design | None = None, watch: Callable[[str, Reals], None] | None = None
 ) -> Reals:
     """Outputs [samples, *shape]; None: of the float network. `watch` sees each value that has, or may get, a format."""
+    size = sum(prod(layer.shape) for layer in network.layers)
+    chunk = max(min(_CHUNK, _CHUNK_VALUES // size), 1)
     parts = []
-    for start in range(0, len(samples), _CHUNK):
-        parts.append(_run(network, np.asarray(samples[start : start + _CHUNK], np.float64), design, watch))
+    for start in range(0, len(samples), chunk):
+        parts.append(_run(network, np.asarray(samples[start : start + chunk], np.float64), design, watch))
     return np.concatenate(parts)
 
 
@@ -78,7 +86,7 @@ def _run(network: Network, samples: Reals, design: Design | None, watch: Callabl
         sources = [values[name] for name in layer.inputs]
         result = compute(layer, sources, design, fractions.get(layer.inputs[0], 0))
         if layer.relu:
-            result = np.maximum(result, 0.0)
+            result = np.clip(result, 0.0, layer.ceiling)
         values[layer.output] = rounded(layer.output, result) if layer.rounds else result
     return values[network.output]
 
@@ -97,7 +105,8 @@ def compute(layer: Layer, sources: list[Reals], design: Design | None, fraction:
     if isinstance(operation, Add):
         return first + others[0]
     if isinstance(operation, Relu):
-        return np.maximum(first, 0.0)
+        high = operation.ceiling if design is None else operation.ceiling_at(fraction)
+        return np.clip(first, 0.0, high)
     if isinstance(operation, Transpose):
         return first.transpose(0, *(axis + 1 for axis in operation.axes))
     return first.reshape(len(first), *layer.shape)
@@ -107,14 +116,19 @@ def _linear(x: Reals, operation: Linear, weight: Reals, bias: Reals) -> Reals:
     if not operation.kernel:
         dense: Reals = x @ weight.T + bias
         return dense
-    windows = _windows(x, operation.kernel, operation.strides, operation.pads, operation.dilations)
+    import torch
+    from torch.nn import functional
+
     axes = len(operation.kernel)
-    groups = windows.reshape(len(x), operation.group, -1, *windows.shape[2:])
-    outputs = []
-    for index, part in enumerate(np.split(weight, operation.group)):
-        columns = np.moveaxis(groups[:, index], 1, axes + 1).reshape(len(x), *windows.shape[2 : 2 + axes], -1)
-        outputs.append(columns @ part.reshape(len(part), -1).T)
-    return np.moveaxis(np.concatenate(outputs, axis=-1) + bias, -1, 1)
+    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[axes - 1]
+    wide = [(0, 0), (0, 0), *((operation.pads[axis], operation.pads[axes + axis]) for axis in range(axes))]
+    with torch.inference_mode():
+        given, weights, biases = (
+            torch.from_numpy(np.ascontiguousarray(array)) for array in (np.pad(x, wide), weight, bias)
+        )
+        made = convolve(given, weights, biases, operation.strides, 0, operation.dilations, operation.group)
+    convolved: Reals = made.numpy()
+    return convolved
 
 
 def _windows(x: Reals, kernel: Shape, strides: Shape, pads: Shape, dilations: Shape, fill: float = 0.0) -> Reals:
@@ -177,10 +191,14 @@ def sum_bits(network: Network, design: Design) -> dict[str, int]:
 
 
 def check_exact(network: Network, design: Design) -> None:
-    """Raises ValueError where sums could have more bits than float64 keeps apart."""
+    """Raises UnsupportedOperatorError where sums could have more bits than float64 keeps apart."""
     for name, bits in sum_bits(network, design).items():
         if bits > MOST_BITS:
-            raise ValueError(f"the sums of {name} have {bits} bits, more than {MOST_BITS}")
+            raise UnsupportedOperatorError(
+                f"The network has no form in fixed point: sums of {name} would have {bits} bits, and {MOST_BITS} are "
+                "the most. Weights, biases or samples lie far out of the others' range.",
+                op_type="",
+            )
 
 
 def _largest(form: Fixed) -> float:

@@ -1,14 +1,16 @@
 """What a folded design would take: products in turns, weights in memory. An estimate, by the formulas of FINN.
 
 Each layer is a matrix-vector unit of P outputs and Q inputs at a time; its cycles, lookup tables and block RAMs follow
-from its sizes and bits. Reference: FINN-R (arXiv 1809.04570), section 4, and `finn.custom_op.fpgadataflow` of FINN,
-whose constants these are.
+from its sizes and bits. Convolutions keep as many rows of their input as their kernel is high. Reference: FINN-R
+(arXiv 1809.04570), section 4, and `finn.custom_op.fpgadataflow` of FINN, whose constants these are. Pooling, sums and
+the FIFOs between the units are not counted.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import ceil, log2
+from dataclasses import asdict, dataclass
+from math import ceil, log2, prod
+from typing import Any
 
 from modelpress_compression.backends.fpga.emulator import Design
 from modelpress_compression.backends.fpga.network import Layer, Linear, Network
@@ -48,6 +50,15 @@ class Estimate:
     @property
     def cycles(self) -> int:
         return max(unit.cycles for unit in self.units)
+
+    @property
+    def latency_cycles(self) -> int:
+        """Of one sample through all units in turn; they overlap, so that it is less."""
+        return sum(unit.cycles for unit in self.units)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each unit, JSON types only."""
+        return [asdict(unit) for unit in self.units]
 
     @property
     def fits(self) -> bool:
@@ -114,7 +125,12 @@ def _unit(
     alpha = log2(inputs) + both - 1
     accumulator = ceil(alpha + log2(1 + 2**-alpha) + 1)
     luts = int(_BASE_LUTS + _LUT_FACTOR * pe * (products + tree + accumulator))
-    return Unit(layer.name, pe, simd, cycles, luts, _brams(outputs * inputs // (pe * simd), simd * weight_bits * pe))
+    brams = _brams(outputs * inputs // (pe * simd), simd * weight_bits * pe)
+    if operation.kernel and operation.kernel[0] > 1:
+        channels, *sizes = network.shape_of(layer.inputs[0])
+        lines, wide = (operation.kernel[0] - 1) * prod(sizes[1:]) + operation.kernel[-1], min(simd, channels)
+        brams += _brams(ceil(lines * channels / wide), wide * input_bits)
+    return Unit(layer.name, pe, simd, cycles, luts, brams)
 
 
 def _brams(words: int, width: int) -> int:

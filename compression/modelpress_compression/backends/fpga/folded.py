@@ -61,8 +61,9 @@ class Memory:
 @dataclass(frozen=True)
 class Unit:
     """A layer as hardware. `weights` [outputs, K] and `biases` are whole numbers, in steps of the sum; `biases` with
-    half a step of the output. `shift`: bits that are cut off. `offsets` [K]: of the inputs of a window. `window`:
-    offsets of the pooling's places. `rows`, `columns` of its outputs, and how far the base moves for each."""
+    half a step of the output. `shift`: bits that are cut off. `ceiling`: the largest result, in steps of the output.
+    `offsets` [K]: of the inputs of a window. `window`: offsets of the pooling's places. `rows`, `columns` of its
+    outputs, and how far the base moves for each."""
 
     name: str
     weights: NDArray[np.int64]
@@ -71,6 +72,7 @@ class Unit:
     sum_bits: int
     shift: int
     relu: bool
+    ceiling: int
     source: Memory
     target: Memory
     offsets: NDArray[np.int64]
@@ -276,6 +278,7 @@ def _unit(
         sum_bits=bits + missing.bit_length(),
         shift=shift,
         relu=layer.relu,
+        ceiling=int(own.integers(np.array(design.ceiling(layer)))),
         source=source,
         target=target,
         offsets=offsets,

@@ -72,7 +72,7 @@ def _saturated(unit: Unit) -> str:
     not looked at."""
     out, reach = unit.target.form, 2 ** (unit.sum_bits - 1)
     low = 0 if unit.relu or not out.signed else -(2 ** (out.width - 1))
-    high = 2 ** (out.width - 1) - 1 if out.signed else 2**out.width - 1
+    high = unit.ceiling
     text = "cut"
     if high < reach - 1:
         text = f"cut > {unit.sum_bits}'sd{high} ? {unit.sum_bits}'sd{high} : {text}"

@@ -9,6 +9,7 @@ even (ROUND). Reference: QONNX, arXiv 2206.07527, and the node's definition in t
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ class _Writer:
         last = names[network.output]
         for place, (operator, attributes) in enumerate(network.host if host else ()):
             last = self._node(operator, [last], f"host_{place}", **attributes)
-        self._nodes.append(helper.make_node("Identity", [last], [output]))
+        self._end(last, output)
         # FINN and hls4ml know one sample at a time.
         batch = 1 if self._quant_nodes else "batch"
         given = helper.make_tensor_value_info(network.input, TensorProto.FLOAT, [batch, *network.input_shape])
@@ -79,6 +80,14 @@ class _Writer:
         onnx.checker.check_model(proto)
         return proto
 
+    def _end(self, last: str, output: str) -> None:
+        """The value `last` becomes the model's output; hls4ml takes no Identity for one."""
+        for node in self._nodes:
+            for names in (node.input, node.output):
+                for place, name in enumerate(names):
+                    if name == last:
+                        names[place] = output
+
     def _layer(self, layer: Layer, sources: list[str]) -> str:
         operation, name = layer.operation, layer.output
         if isinstance(operation, Linear):
@@ -88,7 +97,7 @@ class _Writer:
         elif isinstance(operation, Add):
             result = self._node("Add", sources, f"{name}_sum")
         elif isinstance(operation, Relu):
-            return self._node("Relu", sources, f"{name}_relu")
+            return self._rectified(f"{name}_relu", sources[0], operation.ceiling_at(self._fractions[layer.output]))
         elif isinstance(operation, Transpose):
             return self._node("Transpose", sources, f"{name}_t", perm=[0, *(axis + 1 for axis in operation.axes)])
         else:
@@ -99,7 +108,7 @@ class _Writer:
         if not isinstance(operation, Linear):
             half = self._constant(f"{name}_half", _float32(self._half(layer)))
             result = self._node("Add", [result, half], f"{name}_raised")
-        return self._rounded(name, result, relu=layer.relu)
+        return self._rounded(name, result, relu=layer.relu, ceiling=self._design.ceiling(layer))
 
     def _linear(self, layer: Layer, operation: Linear, source: str) -> str:
         fraction = self._fractions[layer.inputs[0]]
@@ -144,19 +153,26 @@ class _Writer:
         factor = self._constant(f"{layer.output}_{count}th", _float32(mean_factor(operation)))
         return self._node("Mul", [total, factor], f"{layer.output}_mean")
 
-    def _rounded(self, name: str, source: str, *, given: bool = False, relu: bool = False) -> str:
-        """The `source` in the format of the value `name`."""
+    def _rectified(self, name: str, source: str, ceiling: float) -> str:
+        """Between 0 and the `ceiling`."""
+        if ceiling == inf:
+            return self._node("Relu", [source], name)
+        ends = [self._constant(f"{name}_{end}", _float32(value)) for end, value in (("low", 0.0), ("high", ceiling))]
+        return self._node("Clip", [source, *ends], name)
+
+    def _rounded(self, name: str, source: str, *, given: bool = False, relu: bool = False, ceiling: float = inf) -> str:
+        """The `source` in the format of the value `name`, not above the `ceiling`."""
         form = self._design.values[name]
         if self._quant_nodes:
             if relu:
-                source = self._node("Relu", [source], f"{name}_relu")
+                source = self._rectified(f"{name}_relu", source, ceiling if ceiling < form.high else inf)
             return self._quant(f"{name}_quant", source, form, "ROUND" if given else "FLOOR")
         steps = self._node("Mul", [source, self._constant(f"{name}_steps", _float32(2.0**form.fraction))], f"{name}_up")
         whole = self._node("Round" if given else "Floor", [steps], f"{name}_whole")
         low = max(form.low, 0.0) if relu else form.low
         ends = [
             self._constant(f"{name}_{end}", _float32(value * 2.0**form.fraction))
-            for end, value in (("low", low), ("high", form.high))
+            for end, value in (("low", low), ("high", min(form.high, ceiling)))
         ]
         inside = self._node("Clip", [whole, *ends], f"{name}_inside")
         return self._node("Mul", [inside, self._constant(f"{name}_step", _float32(form.step))], f"{name}_fixed")

@@ -5,7 +5,8 @@
     MaxPool, MeanPool, Relu, Reshape, Transpose
 
 Batches are gone: shapes are those of one sample. A Relu behind a layer belongs to it, also where a MaxPool stands
-between: both orders give the same numbers, and this one pools fewer bits. What turns answers into probabilities at the
+between: both orders give the same numbers, and this one pools fewer bits. So does a Clip that begins at 0 (Relu6): it
+is a Relu with a ceiling. What turns answers into probabilities at the
 end (Softmax and its kind) stays with the host.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import floor, inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ Shape = tuple[int, ...]
 # Done by the host at the very end; the order of the classes does not depend on them.
 HOST_OPERATORS = ("Softmax", "LogSoftmax", "Sigmoid")
 _NOTHING_DONE = ("Identity", "Dropout", "Cast")
+# Of sizes, which exported networks compute from a value's shape where they flatten it.
+_OF_SIZES = ("Shape", "Gather", "Unsqueeze", "Squeeze", "Concat", "Slice", "Cast")
 _LEAST_RANK = 2
 
 
@@ -64,7 +67,13 @@ class Add:
 
 @dataclass(frozen=True)
 class Relu:
-    """On its own: where others take the value before it as well."""
+    """On its own: where others take the value before it as well. `ceiling`: larger results become it."""
+
+    ceiling: float = inf
+
+    def ceiling_at(self, fraction: int) -> float:
+        """The nearest with so many bits behind the point."""
+        return self.ceiling if self.ceiling == inf else floor(self.ceiling * 2.0**fraction + 0.5) / 2.0**fraction
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,8 @@ Operation = Linear | Pool | Add | Relu | Reshape | Transpose
 
 @dataclass(frozen=True)
 class Layer:
-    """`name`: of its output, unless the node has one. `shape`: of its output. `relu`: negative results become 0."""
+    """`name`: of its output, unless the node has one. `shape`: of its output. `relu`: negative results become 0, and
+    those above `ceiling` become it."""
 
     name: str
     operation: Operation
@@ -92,6 +102,7 @@ class Layer:
     output: str
     shape: Shape
     relu: bool = False
+    ceiling: float = inf
 
     @property
     def rounds(self) -> bool:
@@ -143,6 +154,7 @@ class _Reader:
         self._host: list[tuple[str, Mapping[str, Any]]] = []
         self._names: dict[str, str] = {}  # of values that are others
         self._shapes: dict[str, Shape] = {}
+        self._sizes: dict[str, list[int]] = {}  # values that are sizes; 0: the batch
         self._end = ""
 
     def read(self) -> Network:
@@ -176,6 +188,8 @@ class _Reader:
             return
         if self._end:
             raise _refusal(f"{operator} stands behind {self._host[-1][0]}, which the host does", operator)
+        if operator in _OF_SIZES and not node.domain and self._take_sizes(node):
+            return
         if operator in _NOTHING_DONE:
             self._names[node.outputs[0].name or ""] = self._value(node.inputs[0])
             return
@@ -193,6 +207,26 @@ class _Reader:
         axis = node.attributes.get_int("axis", -1)
         self._host.append((node.op_type, {} if node.op_type == "Sigmoid" else {"axis": axis}))
         self._end = node.outputs[0].name or ""
+
+    def _take_sizes(self, node: onnx_ir.Node) -> bool:
+        """Whether the node computes with sizes, as far as is known."""
+        operator, name = node.op_type, node.outputs[0].name or ""
+        if operator == "Shape":
+            self._sizes[name] = [0, *self._shape(node.inputs[0])]
+            return True
+        known = [self._sizes_of(value) for value in node.inputs]
+        if known[0] is None or not any((value.name or "") in self._sizes for value in node.inputs if value is not None):
+            return False
+        if any(sizes is None for sizes in known):
+            raise _refusal(f"{name!r} is a size that depends on more than the shape of a value", operator)
+        self._sizes[name] = _SIZES[operator](*(sizes for sizes in known if sizes is not None))
+        return True
+
+    def _sizes_of(self, value: onnx_ir.Value | None) -> list[int] | None:
+        if value is not None and (value.name or "") in self._sizes:
+            return self._sizes[value.name or ""]
+        found = self._known(value)
+        return None if found is None else [int(number) for number in np.atleast_1d(found)]
 
     # Operators, by their names in lower case.
 
@@ -284,6 +318,23 @@ class _Reader:
         self._shapes[output] = layer.shape
 
     def _take_relu(self, node: onnx_ir.Node) -> None:
+        self._rectify(node, inf)
+
+    def _take_clip(self, node: onnx_ir.Node) -> None:
+        low, high = (self._bound(node, place) for place in (1, 2))
+        if low != 0 or high is None or high <= 0:
+            raise _refusal(f"{node.name} clips to {low} ... {high}, and only a Clip that begins at 0 is a Relu", "Clip")
+        self._rectify(node, high)
+
+    def _bound(self, node: onnx_ir.Node, place: int) -> float | None:
+        """Of a Clip: an input, and an attribute before opset 11; None: there is none."""
+        name = ("min", "max")[place - 1]
+        if name in node.attributes:
+            return node.attributes.get_float(name)
+        value = node.inputs[place] if place < len(node.inputs) else None
+        return None if value is None else float(self._constant(node, place))
+
+    def _rectify(self, node: onnx_ir.Node, ceiling: float) -> None:
         value = node.inputs[0]
         name, alone = self._value(value), self._uses(value) == 1
         while alone:
@@ -291,14 +342,15 @@ class _Reader:
             if layer is None:
                 break
             if layer.rounds:
-                self._layers[self._layers.index(layer)] = replace(layer, relu=True)
+                lowest = min(layer.ceiling, ceiling)
+                self._layers[self._layers.index(layer)] = replace(layer, relu=True, ceiling=lowest)
                 self._names[node.outputs[0].name or ""] = self._value(value)
                 return
             if isinstance(layer.operation, Relu):
                 break
             name = layer.inputs[0]
             alone = sum(each.inputs.count(name) for each in self._layers) == 1
-        self._append(node, Relu(), self._shape(value))
+        self._append(node, Relu(ceiling), self._shape(value))
 
     def _take_flatten(self, node: onnx_ir.Node) -> None:
         if node.attributes.get_int("axis", 1) != 1:
@@ -306,7 +358,9 @@ class _Reader:
         self._append(node, Reshape(), (prod(self._shape(node.inputs[0])),))
 
     def _take_reshape(self, node: onnx_ir.Node) -> None:
-        source, wanted = self._shape(node.inputs[0]), [int(size) for size in self._constant(node, 1)]
+        computed = self._sizes_of(node.inputs[1])
+        source = self._shape(node.inputs[0])
+        wanted = [int(size) for size in self._constant(node, 1)] if computed is None else computed
         sizes = [source[place - 1] if size == 0 and place else size for place, size in enumerate(wanted)][1:]
         if -1 in sizes:
             known = prod(size for size in sizes if size != -1)
@@ -360,13 +414,26 @@ class _Reader:
         if found is None:
             name = node.name or node.outputs[0].name
             raise _refusal(f"{name} ({node.op_type}) takes two values that both depend on the input", node.op_type)
-        return np.asarray(found, np.float64)
+        numbers = np.asarray(found, np.float64)
+        if not np.isfinite(numbers).all():
+            raise _refusal(f"{node.name or node.outputs[0].name} has a weight that is no finite number", node.op_type)
+        return numbers
+
+
+_SIZES: Mapping[str, Callable[..., list[int]]] = {
+    "Gather": lambda sizes, places: [sizes[place] for place in places],
+    "Unsqueeze": lambda sizes, *_: sizes,
+    "Squeeze": lambda sizes, *_: sizes,
+    "Cast": lambda sizes: sizes,
+    "Concat": lambda *parts: [size for part in parts for size in part],
+    "Slice": lambda sizes, start, end, *more: sizes[start[0] : end[0] : more[1][0] if len(more) > 1 else 1],
+}
 
 
 def _refusal(reason: str, operator: str = "") -> UnsupportedOperatorError:
     return UnsupportedOperatorError(
-        f"The model does not become an FPGA design: {reason}. Networks of dense layers, convolutions, Relu, pooling, "
-        f"sums and BatchNormalization do; for others take the target cpu.",
+        f"The model does not become an FPGA design: {reason}. Networks of dense layers, convolutions, Relu, Relu6, "
+        f"pooling, sums and BatchNormalization do; for others take the target cpu.",
         op_type=operator,
     )
 

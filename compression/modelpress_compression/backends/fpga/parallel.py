@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,8 @@ def _rounded(result: Any, layer: Layer, design: Design) -> Any:
     raised = result + form.step / 2
     if layer.relu:
         raised = raised.relu(f=np.full(raised.shape, form.fraction))
+    if design.ceiling(layer) < form.high:
+        raised = np.minimum(raised, design.ceiling(layer))
     return raised.quantize(int(form.signed), form.integer, form.fraction, "SAT", "TRN")
 
 
@@ -104,7 +106,8 @@ def _compute(layer: Layer, sources: list[Any], design: Design, fraction: int) ->
     if isinstance(operation, Add):
         return first + others[0]
     if isinstance(operation, Relu):
-        return first.relu()
+        high = operation.ceiling_at(fraction)
+        return first.relu() if high == inf else np.minimum(first.relu(), high)
     return first.transpose(operation.axes) if isinstance(operation, Transpose) else first.reshape(*layer.shape)
 
 

@@ -10,6 +10,9 @@ build_vivado.tcl        synthesis, placement and routing in Vivado
 build_ecp5.sh           the same with yosys and nextpnr
 model/qonnx.onnx        the fixed-point network with Quant nodes, for FINN and hls4ml
 model/fixed_point.onnx  the same in plain ONNX, for onnxruntime
+hls/                    the same in C++ for high-level synthesis, by hls4ml
+
+Of a network that has no room on its part there are the models alone, with an estimate in the README.
 """
 
 from __future__ import annotations
@@ -25,11 +28,14 @@ from numpy.typing import NDArray
 
 from modelpress_compression.backends.fpga import forms
 from modelpress_compression.backends.fpga.emulator import Design, run
+from modelpress_compression.backends.fpga.estimate import Estimate
 from modelpress_compression.backends.fpga.folded import FoldedDesign
 from modelpress_compression.backends.fpga.formats import Fixed, Port, Reals
+from modelpress_compression.backends.fpga.hls import Project as HlsProject
 from modelpress_compression.backends.fpga.network import Network
 from modelpress_compression.backends.fpga.parallel import ParallelDesign
 from modelpress_compression.backends.fpga.parts import Part
+from modelpress_compression.printable import printable
 
 TOP = "network_wrapper"
 TEST_SAMPLES = 256
@@ -40,21 +46,50 @@ def write(
     folder: Path,
     network: Network,
     design: Design,
-    hardware: ParallelDesign | FoldedDesign,
+    hardware: ParallelDesign | FoldedDesign | Estimate,
     part: Part,
     clock_mhz: float,
     section: Mapping[str, Any],
     samples: Reals,
     output: str,
+    hls: HlsProject | None = None,
 ) -> Path:
     """`folder`/fpga.zip. `samples`: some of them become the test bench's. `output`: as the model calls it."""
+    texts = {"report.json": json.dumps(section, indent=1)}
+    if isinstance(hardware, Estimate):
+        texts["README.md"] = _estimate_readme(hardware)
+    else:
+        texts |= _design_texts(network, design, hardware, part, clock_mhz, section, samples, hls)
+    archive = folder / "fpga.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, text in sorted(texts.items()):
+            packed.writestr(_member(name), text)
+        for name, proto in (
+            ("qonnx", forms.qonnx(network, design, output)),
+            ("fixed_point", forms.plain_onnx(network, design, output)),
+        ):
+            packed.writestr(_member(f"model/{name}.onnx"), proto.SerializeToString())
+        for name, content in hls.files.items() if hls is not None else ():
+            packed.writestr(_member(f"hls/{name}"), content)
+    return archive
+
+
+def _design_texts(
+    network: Network,
+    design: Design,
+    hardware: ParallelDesign | FoldedDesign,
+    part: Part,
+    clock_mhz: float,
+    section: Mapping[str, Any],
+    samples: Reals,
+    hls: HlsProject | None,
+) -> dict[str, str]:
+    """All that is text, by its place in the archive."""
     tested = samples[:TEST_SAMPLES]
     given = design.values[network.input].round_input(tested).reshape(len(tested), -1)
     expected = run(network, tested, design).reshape(len(tested), -1)
-    texts = {f"rtl/{name}": text for name, text in hardware.sources.items()}
-    texts |= {
-        "README.md": _readme(network, hardware, part, section),
-        "report.json": json.dumps(section, indent=1),
+    return {f"rtl/{name}": text for name, text in hardware.sources.items()} | {
+        "README.md": _readme(network, hardware, part, section) + (_hls_readme(hls) if hls is not None else ""),
         "interface.json": json.dumps(_interface(network, design, hardware, section), indent=1),
         "tb/testbench.v": _test_bench(hardware, len(tested)),
         "tb/given.hex": _hex(hardware.given, _lines(hardware, given)),
@@ -66,16 +101,6 @@ def write(
         ),
         "build_vivado.tcl": _BUILD_VIVADO.format(top=TOP, part=part.order_code or "xc7a100tcsg324-1"),
     }
-    archive = folder / "fpga.zip"
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
-        for name, text in sorted(texts.items()):
-            packed.writestr(_member(name), text)
-        for name, proto in (
-            ("qonnx", forms.qonnx(network, design, output)),
-            ("fixed_point", forms.plain_onnx(network, design, output)),
-        ):
-            packed.writestr(_member(f"model/{name}.onnx"), proto.SerializeToString())
-    return archive
 
 
 def _member(name: str) -> zipfile.ZipInfo:
@@ -183,6 +208,46 @@ def _readme(network: Network, hardware: ParallelDesign | FoldedDesign, part: Par
         **section["resources"],
     )
 
+
+def _hls_readme(hls: HlsProject) -> str:
+    order = " Images have their channels last there." if hls.channels_last else ""
+    return _HLS_README.format(
+        tool=hls.tool.title, part=hls.part, order=order, commands="\n".join(f"    {line}" for line in hls.tool.commands)
+    )
+
+
+def _estimate_readme(estimate: Estimate) -> str:
+    rows = "\n".join(
+        f"| {printable(unit.layer).replace('|', ' ')} | {unit.pe} | {unit.simd} | {unit.cycles:,} | {unit.luts:,} | {unit.brams:,} |"
+        for unit in estimate.units
+    )
+    return _ESTIMATE_README.format(part=estimate.part.title, words=estimate.words(), rows=rows)
+
+
+_HLS_README = """
+## High-level synthesis
+
+`hls` is the network in C++, written by hls4ml for {tool} and {part} (which its build script names).{order}
+
+{commands}
+
+The test bench gives the samples of `tb_data/tb_input_features.dat`; what comes out, in `tb_data/csim_results.log`,
+should be `tb_data/tb_output_predictions.dat`, number by number.
+"""
+
+_ESTIMATE_README = """# A network that was not built
+
+{words} `report.json` has all figures; `model/qonnx.onnx`, the network in fixed point with QONNX's `Quant` nodes, is
+what FINN starts from, and `model/fixed_point.onnx` the same for onnxruntime.
+
+All that follows is an estimate for {part} by FINN's cost formulas: each layer as a matrix-vector unit of PE outputs
+and SIMD inputs at a time, the slowest unfolded as far as there is room. Pooling, sums and FIFOs are not counted, and
+nothing was synthesized.
+
+| layer | PE | SIMD | cycles of a sample | lookup tables | block RAMs of 18 kbit |
+|---|---:|---:|---:|---:|---:|
+{rows}
+"""
 
 _README = """# A network in hardware
 

@@ -3,7 +3,9 @@
     ranges     integer bits of each value by the largest magnitude that the samples give it, of weights by their own
     start      so many bits behind the point that nothing changes
     greedy     again and again one bit goes, where it saves the most adder bits for what it adds to the error, as long
-               as the answers are kept
+               as the answers are kept. Networks of so many products that this would take hours get one width for all
+               values, and two bits less for all weights: the narrowest that keeps the answers. Of few samples their
+               classes say little, so that the error must be as small as that of outputs that are no classes
 
 Kept answers: of classes, the largest is the same in all but `max_drop` of the samples, and the error stays below
 `FLOOR_DB`; of other outputs, the error alone counts. `cost` stands for what da4ml builds: every nonzero digit of a
@@ -28,7 +30,9 @@ START_BITS = 12  # of values, with the sign; weights have two less
 MAX_START_BITS = 18
 # Signal over noise at the outputs, in dB, below which bits may not go: for classes, and for other outputs.
 CLASS_FLOOR_DB, FLOOR_DB = 10.0, 30.0
-MOST_SAMPLES = 1024
+MOST_SAMPLES, LEAST_SAMPLES = 1024, 16
+MOST_PRODUCTS = 500_000_000  # of all samples, each time that answers are looked at
+LEAST_BITS = 6
 DEFAULT_DROP = 0.01
 
 
@@ -61,7 +65,15 @@ def choose_formats(
 
     `tick` is called now and then, and may raise.
     """
-    return _Search(network, samples[:MOST_SAMPLES], DEFAULT_DROP if max_drop is None else max_drop, tick).best()
+    products = sum(network.products(layer) for layer in network.layers)
+    many = min(max(MOST_PRODUCTS // max(products, 1), LEAST_SAMPLES), MOST_SAMPLES)
+    search = _Search(network, samples[:many], DEFAULT_DROP if max_drop is None else max_drop, tick)
+    return search.alike() if is_large(network) else search.best()
+
+
+def is_large(network: Network) -> bool:
+    """Whether all layers get one width."""
+    return sum(network.products(layer) for layer in network.layers) * LEAST_SAMPLES > MOST_PRODUCTS
 
 
 def cost(network: Network, design: Design) -> float:
@@ -111,6 +123,16 @@ class _Search:
             design, now, spent = tried, loss, price
             heapq.heappush(queue, (-gain, place))
         return design, now
+
+    def alike(self) -> tuple[Design, Loss]:
+        """One width for all values; the widest that there is where none keeps the answers."""
+        for bits in range(LEAST_BITS, MAX_START_BITS + 1):
+            self._tick()
+            design = self._design(bits)
+            loss = self._loss(design)
+            if self._kept(loss) and loss.sqnr_db >= FLOOR_DB:
+                break
+        return design, loss
 
     def _see(self, name: str, values: Reals) -> None:
         self._largest[name] = max(self._largest.get(name, 0.0), float(np.abs(values).max(initial=0.0)))

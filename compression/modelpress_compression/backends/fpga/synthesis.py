@@ -1,7 +1,7 @@
 """From Verilog to figures: yosys synthesizes, nextpnr places and routes on ECP5 parts.
 
-Ports stay inside the part (`--out-of-context`): a network has more of them than a package has pins, and its neighbours
-are in the same part.
+Ports stay inside the part, between registers (`pins`): a network has more of them than a package has pins, and its
+neighbours are in the same part.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from modelpress_compression.backends.fpga.gates import Netlist
 from modelpress_compression.backends.fpga.parts import Part
+from modelpress_compression.backends.fpga.pins import between_pins
 from modelpress_compression.backends.fpga.tools import NEXTPNR_ECP5, WORK, YOSYS, run_tool
 
 # Cells by what they take of the part.
@@ -29,6 +30,7 @@ _LUTS: Mapping[str, float] = {
 _FLIP_FLOPS = ("TRELLIS_FF", "FDRE", "FDSE", "FDCE", "FDPE")
 _DSPS = ("MULT18X18D", "DSP48E1", "DSP48E2")
 _BRAMS: Mapping[str, int] = {"DP16KD": 1, "PDPW16KD": 1, "RAMB18E1": 1, "RAMB36E1": 2, "RAMB18E2": 1, "RAMB36E2": 2}
+_OF_PINS = ("TRELLIS_IO", "DCCA")  # what nextpnr puts at pins and behind the clock's
 # Expands cells into gates by their simulation models, one clock, no enables or resets left.
 _TO_GATES = "proc; flatten; memory_map; opt -fast; techmap; simplemap; dffunmap; opt_clean -purge"
 _MODELS = {"ecp5": "+/ecp5/cells_sim.v", "xc7": "+/xilinx/cells_sim.v"}
@@ -89,27 +91,27 @@ def synthesize(read: str, top: str, part: Part, folder: Path, time_left_s: float
 @dataclass(frozen=True)
 class Routed:
     """`fmax_mhz`: of the slowest path between registers, after routing, at the slow corner of speed grade 6. `used`,
-    `available`: by nextpnr's names."""
+    `available`: by nextpnr's names, without the registers at the pins."""
 
     fmax_mhz: float
     used: Mapping[str, int]
     available: Mapping[str, int]
 
 
-def place_and_route(part: Part, clock_mhz: float, folder: Path, time_left_s: float | None = None) -> Routed:
-    """Of `folder`/netlist.json. Raises ToolError where it does not fit."""
-    arguments = [part.routed, "--package", part.package, "--speed", "6", "--out-of-context", "--seed", "1"]
-    arguments += ["--freq", f"{clock_mhz:g}", "--timing-allow-fail", "--quiet"]
-    arguments += ["--json", f"{WORK}/netlist.json", "--report", f"{WORK}/routed.json"]
+def place_and_route(part: Part, top: str, clock_mhz: float, folder: Path, time_left_s: float | None = None) -> Routed:
+    """Of `folder`/netlist.json. Raises ToolError where it does not fit, TimeLimitError."""
+    added = between_pins(folder / "netlist.json", folder / "pins.json", top)
+    arguments = [part.routed, "--package", part.package, "--speed", "6", "--seed", "1"]
+    # Router1, the default, tears up single nets again and again; router2 negotiates over all of them at once.
+    arguments += ["--router", "router2", "--freq", f"{clock_mhz:g}", "--timing-allow-fail", "--quiet"]
+    arguments += ["--json", f"{WORK}/pins.json", "--report", f"{WORK}/routed.json"]
     run_tool(NEXTPNR_ECP5, arguments, folder, time_left_s)
     report = json.loads((folder / "routed.json").read_text("utf-8"))
     speeds = [clock["achieved"] for clock in report["fmax"].values()]
     rows: Mapping[str, Any] = report["utilization"]
-    return Routed(
-        min(speeds),
-        {name: row["used"] for name, row in rows.items() if row["used"]},
-        {name: row["available"] for name, row in rows.items() if row["used"]},
-    )
+    used = {name: row["used"] - added.get(name, 0) for name, row in rows.items() if name not in _OF_PINS}
+    taken = {name: number for name, number in used.items() if number}
+    return Routed(min(speeds), taken, {name: rows[name]["available"] for name in taken})
 
 
 def gates_as_written(read: str, top: str, folder: Path, time_left_s: float | None = None) -> Netlist:

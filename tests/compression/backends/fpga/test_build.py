@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from modelpress_compression import InputData, Model, Recipe, compress, target
-from modelpress_compression.errors import InvalidRecipeError, TimeLimitError, UnsupportedOperatorError
+from modelpress_compression.errors import InvalidRecipeError, TimeLimitError
 from modelpress_compression.report.build import report_schema
 from modelpress_compression.target import DEVICES
 
@@ -129,23 +129,84 @@ def test_gates_are_simulated(tmp_path: Path) -> None:
 
 
 @installed
-def test_networks_that_do_not_fit_are_refused(model_from_text: Callable[..., Model]) -> None:
-    """Before anything is built, neither at once nor folded, with what they would take."""
+def test_networks_that_do_not_fit_are_estimated(model_from_text: Callable[..., Model], tmp_path: Path) -> None:
+    """Neither at once nor folded: nothing is built, all figures are called estimates, and the fixed-point network comes
+    back."""
     rng = np.random.default_rng(0)
     large = model_from_text(
-        HEAD + "g (float[n,256] x) => (float[n,10] y) { h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }",
+        HEAD + "g (float[n,256] x) => (float[n,10] y) { h = MatMul(x, w)  r = Clip(h, low, high)  y = MatMul(r, v) }",
         {
             "w": rng.standard_normal((256, 512)).astype(np.float32),
             "v": rng.standard_normal((512, 10)).astype(np.float32),
+            "low": np.float32(0),
+            "high": np.float32(6),
         },
     )
-    samples = InputData.from_arrays({"x": rng.standard_normal((64, 256)).astype(np.float32)}, large.inputs)
+    given = rng.standard_normal((64, 256)).astype(np.float32)
+    samples = InputData.from_arrays({"x": given}, large.inputs)
     recipe = Recipe.from_dict({**FPGA, "target": {"device": "fpga", "part": "lfe5u-25f"}})
-    with pytest.raises(UnsupportedOperatorError, match="does not fit on Lattice ECP5 LFE5U-25F") as raised:
-        compress(large, recipe, data=samples)
-    assert re.search(r"take about \d+ block RAMs, and 56 are there", raised.value.message)
-    assert "24,288 are there" in raised.value.message
-    assert "by FINN's cost formulas, which are estimates" in raised.value.message
+    said: list[str] = []
+    result = compress(large, recipe, data=samples, on_log=lambda _, text: said.append(text))
+    jsonschema.validate(result.report, report_schema())
+    section = result.report["target"]
+    assert section["form"] == "estimated"
+    assert section["routed"] is section["bit_exact"] is section["hls"] is None
+    assert [unit["cycles"] for unit in section["units"]] == [
+        256 * 512 // (section["units"][0]["pe"] * section["units"][0]["simd"]),
+        512 * 10 // (section["units"][1]["pe"] * section["units"][1]["simd"]),
+    ]
+    assert section["interval_cycles"] == max(unit["cycles"] for unit in section["units"])
+    assert any(re.search(r"take about \d+ block RAMs, and 56 are there", text) for text in said)
+    assert any("by FINN's cost formulas" in text for text in result.report["warnings"])
+    assert "not built" in result.report["verdict"]
+    (archive,) = [artifact for artifact in result.write(tmp_path) if artifact.kind == "project"]
+    with zipfile.ZipFile(archive.files[0]) as packed:
+        assert sorted(packed.namelist()) == [
+            "fpga/README.md", "fpga/model/fixed_point.onnx", "fpga/model/qonnx.onnx", "fpga/report.json",
+        ]  # fmt: skip
+        assert "A network that was not built" in packed.read("fpga/README.md").decode()
+    (answers,) = ort.InferenceSession(str(tmp_path / "model.onnx")).run(None, {"x": given})
+    assert np.isfinite(answers).all()
+
+
+@installed
+def test_the_ceiling_of_a_relu_is_kept(model_from_text: Callable[..., Model], tmp_path: Path) -> None:
+    """Relu6 in the float network, the emulator, da4ml's pipeline, the unit of a folded design and plain ONNX; between
+    two users of a value as well."""
+    from modelpress_compression.backends.fpga.emulator import run
+    from modelpress_compression.backends.fpga.folded import build_folded
+    from modelpress_compression.backends.fpga.forms import plain_onnx
+    from modelpress_compression.backends.fpga.network import read_network
+    from modelpress_compression.backends.fpga.parallel import trace
+    from modelpress_compression.backends.fpga.parts import PARTS
+    from modelpress_compression.backends.fpga.search import choose_formats
+
+    rng = np.random.default_rng(4)
+    weights = {
+        "w": 2 * rng.standard_normal((5, 8)).astype(np.float32),
+        "v": rng.standard_normal((8, 3)).astype(np.float32),
+        "u": rng.standard_normal((8, 8)).astype(np.float32),
+        "low": np.float32(0),
+        "high": np.float32(6),
+    }
+    chain = "h = MatMul(x, w)  r = Clip(h, low, high)  y = MatMul(r, v)"
+    fork = "h = MatMul(x, w)  r = Clip(h, low, high)  a = MatMul(h, u)  s = Add(a, r)  y = MatMul(s, v)"
+    samples = rng.standard_normal((300, 5)).astype(np.float32)
+    for nodes in (chain, fork):
+        path = tmp_path / "model.onnx"
+        model_from_text(f"{HEAD} g (float[n,5] x) => (float[n,3] y) {{ {nodes} }}", weights).save(path)
+        network = read_network(path)
+        (expected,) = ort.InferenceSession(str(path)).run(None, {"x": samples})
+        np.testing.assert_allclose(run(network, samples), expected, rtol=1e-4, atol=1e-4)
+        design, _ = choose_formats(network, samples)
+        answers = run(network, samples, design)
+        given = design.values["x"].round_input(samples.astype(np.float64))
+        np.testing.assert_array_equal(trace(network, design).predict(given), answers)
+        session = ort.InferenceSession(plain_onnx(network, design, "y").SerializeToString())
+        np.testing.assert_array_equal(session.run(None, {"x": samples})[0], answers)
+        if nodes is chain:
+            first = build_folded(network, design, PARTS["lfe5u-85f"]).units[0]
+            assert first.ceiling == 6 * 2 ** design.values["h"].fraction
 
 
 @installed

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from modelpress_compression import InputData, Model
+from modelpress_compression.backends.fpga import search
 from modelpress_compression.backends.fpga.emulator import Design, check_exact, run, sum_bits
 from modelpress_compression.backends.fpga.estimate import estimate
 from modelpress_compression.backends.fpga.formats import Fixed, fraction_bits, integer_bits
@@ -183,10 +184,13 @@ def _wide(design: Design) -> Design:
                     for part in (design.values, design.weights)))  # fmt: skip
 
 
-def test_qonnx_gives_the_same_numbers(network_of: Callable[..., Network]) -> None:
+def test_qonnx_gives_the_same_numbers(network_of: Callable[..., Network], monkeypatch: pytest.MonkeyPatch) -> None:
     """Executed by the qonnx package, where it is installed."""
+    # It gives onnxruntime single nodes in onnx's newest form, which onnxruntime may not know yet.
+    monkeypatch.setattr("onnx.IR_VERSION", 10)
     wrapper = pytest.importorskip("qonnx.core.modelwrapper", reason="qonnx is not installed: pip install qonnx")
     execute = pytest.importorskip("qonnx.core.onnx_exec").execute_onnx
+    shapes = pytest.importorskip("qonnx.transformation.infer_shapes").InferShapes
     rng = np.random.default_rng(2)
     network = network_of(
         "g (float[n,6] x) => (float[n,3] y) { h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }",
@@ -194,9 +198,9 @@ def test_qonnx_gives_the_same_numbers(network_of: Callable[..., Network]) -> Non
     )
     samples = rng.standard_normal((64, 6)).astype(np.float32)
     design, _ = choose_formats(network, samples)
-    proto = qonnx(network, design, "y")
+    model = wrapper.ModelWrapper(qonnx(network, design, "y")).transform(shapes())
     for sample, expected in zip(samples, run(network, samples, design), strict=True):
-        answer = execute(wrapper.ModelWrapper(proto), {"x": sample[None]})["y"]
+        answer = execute(model, {"x": sample[None]})["y"]
         np.testing.assert_array_equal(answer[0], expected)
 
 
@@ -207,15 +211,64 @@ def test_qonnx_gives_the_same_numbers(network_of: Callable[..., Network]) -> Non
         ("y = MatMul(x, x)", "takes two values that both depend on the input"),
         ("s = Softmax(x)  y = MatMul(s, w)", "MatMul stands behind Softmax, which the host does"),
         ("y = Relu(x)", "no layer with weights"),
+        ("h = MatMul(x, w)  y = Clip(h, one)", r"clips to 1\.0 \.\.\. None"),
+        ("y = MatMul(x, hole)", "a weight that is no finite number"),
         ("h = MatMul(x, w)  y = Reshape(h, flat)", "does not keep samples apart"),
     ],
 )
 def test_what_does_not_become_hardware_is_named(network_of: Callable[..., Network], nodes: str, reason: str) -> None:
     """With the reason, and what to do."""
-    weights = {"w": np.eye(4, dtype=np.float32), "flat": np.array([-1, 2])}
+    weights = {"w": np.eye(4, dtype=np.float32), "flat": np.array([-1, 2]), "one": np.float32(1)}
+    weights["hole"] = np.full((4, 4), np.nan, np.float32)
     with pytest.raises(UnsupportedOperatorError, match=reason) as raised:
         network_of(f"g (float[n,4] x) => (float[n,4] y) {{ {nodes} }}", weights)
     assert "take the target cpu" in raised.value.message
+
+
+def test_sizes_that_are_computed_are_read(network_of: Callable[..., Network]) -> None:
+    """As traced networks flatten: the batch is taken from the value's own shape."""
+    network = network_of(
+        """g (float[n,2,3,3] x) => (float[n,4] y) {
+        c = Conv(x, w)  s = Shape(c)  b = Gather<axis=0>(s, zero)  u = Unsqueeze(b, zeros)  t = Concat<axis=0>(u, rest)
+        f = Reshape(c, t)  y = MatMul(f, v) }""",
+        {
+            "w": np.ones((5, 2, 1, 1), np.float32),
+            "v": np.ones((45, 4), np.float32),
+            "zero": np.array(0),
+            "zeros": np.array([0]),
+            "rest": np.array([-1]),
+        },
+    )
+    assert [layer.shape for layer in network.layers] == [(5, 3, 3), (45,), (4,)]
+
+
+def test_numbers_far_out_of_range_have_no_fixed_point_form(network_of: Callable[..., Network]) -> None:
+    """A bias beyond all that sums can hold: the layer is named."""
+    network = network_of(
+        "g (float[n,4] x) => (float[n,4] y) { h = MatMul(x, w)  y = Add(h, b) }",
+        {"w": np.eye(4, dtype=np.float32), "b": np.full(4, 1e30, np.float32)},
+    )
+    design, _ = choose_formats(network, np.random.default_rng(0).standard_normal((8, 4)))
+    with pytest.raises(UnsupportedOperatorError, match=r"no form in fixed point: sums of .* would have"):
+        check_exact(network, design)
+
+
+def test_large_networks_get_one_width(network_of: Callable[..., Network], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The narrowest that keeps the answers, on a few samples."""
+    rng = np.random.default_rng(5)
+    network = network_of(
+        "g (float[n,6] x) => (float[n,3] y) { h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }",
+        {"w": rng.standard_normal((6, 8)).astype(np.float32), "v": rng.standard_normal((8, 3)).astype(np.float32)},
+    )
+    samples = rng.standard_normal((64, 6))
+    monkeypatch.setattr(search, "MOST_PRODUCTS", 100)
+    assert search.is_large(network)
+    design, loss = choose_formats(network, samples)
+    (width,) = {form.width for form in design.values.values()}
+    assert {form.width for form in design.weights.values()} == {width - 2}
+    assert loss.agreement is not None
+    assert loss.agreement >= 0.99
+    assert loss.sqnr_db >= search.FLOOR_DB
 
 
 def test_inputs_of_unknown_size_are_refused(network_of: Callable[..., Network]) -> None:
