@@ -218,7 +218,8 @@ def _hls_readme(hls: HlsProject) -> str:
 
 def _estimate_readme(estimate: Estimate) -> str:
     rows = "\n".join(
-        f"| {printable(unit.layer).replace('|', ' ')} | {unit.pe} | {unit.simd} | {unit.cycles:,} | {unit.luts:,} | {unit.brams:,} |"
+        f"| {printable(unit.layer).replace('|', ' ')} | {unit.pe} | {unit.simd} | {unit.cycles:,} | {unit.luts:,} | "
+        f"{unit.brams:,} |"
         for unit in estimate.units
     )
     return _ESTIMATE_README.format(part=estimate.part.title, words=estimate.words(), rows=rows)
