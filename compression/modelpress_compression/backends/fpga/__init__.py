@@ -3,8 +3,10 @@
 network     the part of the graph that becomes hardware
 formats, emulator, search    fixed point: what it is, what it computes, how many bits
 forms       the fixed-point network as ONNX, for onnxruntime and for other compilers (QONNX)
+hls         the same in C++ for high-level synthesis (hls4ml)
 parallel    gates: every product at once, a sample in every cycle (da4ml)
-synthesis, gates, tools, parts    yosys, nextpnr, and a simulation of what they make
+folded      products in turns, with weights in memory
+synthesis, pins, gates, tools, parts    yosys, nextpnr, and a simulation of what they make
 estimate    what a design in another form would take, by the formulas of FINN
 project     all of it in one archive
 """
