@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -97,9 +99,15 @@ def write_project(
     # It says what it does on the standard output, and raises whatever it likes where it does not go on.
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            stamp = _write(network, design, tool, built_for, clock_mhz, folder, images=images)
+            try:
+                stamp = _write(network, design, tool, built_for, clock_mhz, folder, images=images)
+            except PermissionError:
+                with _modes_left_alone():
+                    shutil.rmtree(folder / "project")
+                    stamp = _write(network, design, tool, built_for, clock_mhz, folder, images=images)
         except Exception as error:
-            raise NotTakenError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+            words = str(error).replace(f"{folder}/", "") or type(error).__name__
+            raise NotTakenError(words.splitlines()[0]) from error
     # Its name for the project is random, and for Catapult it writes where its files and the samples lay.
     root = folder / "project"
     ours = {
@@ -115,6 +123,16 @@ def write_project(
             content = content.replace(theirs.encode(), own.encode())
         files[path.relative_to(root).as_posix()] = content
     return Project(tool, files, built_for, images)
+
+
+@contextlib.contextmanager
+def _modes_left_alone() -> Iterator[None]:
+    """Copies get the mode that new files have: a confined worker, which does nothing else meanwhile, may not change
+    modes or times of files, and hls4ml copies those of its templates."""
+    with contextlib.ExitStack() as stack:
+        for name in ("os.chmod", "shutil.copymode", "shutil.copystat"):
+            stack.enter_context(mock.patch(name, return_value=None))
+        yield
 
 
 def _write(

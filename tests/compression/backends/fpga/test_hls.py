@@ -58,6 +58,22 @@ def test_each_tool_has_its_project(model_from_text: Callable[..., Model], tool: 
         assert own.part == "xc7z020clg400-1"
 
 
+def test_a_confined_worker_writes_the_same(
+    model_from_text: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where modes and times of files may not be changed, as in the sandbox."""
+    network, design, samples = _dense(model_from_text, tmp_path / "model.onnx")
+    made = hls.write_project(network, design, "vitis", PARTS["xc7z020"], 100.0, samples[:16], tmp_path / "free")
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    for name in ("os.chmod", "os.utime"):
+        monkeypatch.setattr(name, forbidden)
+    again = hls.write_project(network, design, "vitis", PARTS["xc7z020"], 100.0, samples[:16], tmp_path / "confined")
+    assert again == made
+
+
 def test_what_hls4ml_does_not_take_is_told(model_from_text: Callable[..., Model], tmp_path: Path) -> None:
     """A Relu with a ceiling: in its own words, and no project."""
     weights = {"w": 9 * np.eye(5, dtype=np.float32), "low": np.float32(0), "high": np.float32(6)}
