@@ -31,7 +31,7 @@ S = job_service_pb2
 MNIST = Path(__file__).parents[2] / "examples" / "mnist" / "model.onnx"
 # As many as one has time for.
 JOBS = int(os.environ.get("MODELPRESS_KILLED_JOBS", "8"))
-RECIPE = {"version": 1, "steps": [], "benchmark": {"rounds": 50}}
+RECIPE = "lossless"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -76,8 +76,8 @@ def shared() -> Iterator[Shared]:
 
 
 def test_a_node_killed_among_many_jobs(shared: Shared, tmp_path: Path) -> None:
-    """Jobs run on both nodes. One is killed in the middle of a job: each job ends once, with its files, and the one
-    that was lost there costs no attempt of its own."""
+    """Jobs run on both nodes. One is killed in the middle of a job, and another one joins: each job ends once, with its
+    files, and the one that was lost there costs no attempt of its own."""
     with ExitStack() as stack:
         nodes = [shared.cluster.add_node(name) for name in ("first", "second")]
         for node in nodes:
@@ -108,6 +108,8 @@ def test_a_node_killed_among_many_jobs(shared: Shared, tmp_path: Path) -> None:
 
             until(runs_on_doomed, "no job ran on the node to be killed")
             ray_nodes.kill_node(nodes[0])
+            nodes.append(shared.cluster.add_node("third"))
+            stack.callback(ray_nodes.kill_node, nodes[2])
             jobs = {name: until(lambda name=name: ended(stub, name), f"{name} did not end") for name in names}
             assert {job.state for job in jobs.values()} == {S.JOB_STATE_SUCCEEDED}
             seen = places(logs)
@@ -124,7 +126,9 @@ def test_a_node_killed_among_many_jobs(shared: Shared, tmp_path: Path) -> None:
                 other.job(name).download(tmp_path / f"{name.rpartition('/')[2]}.onnx")
             assert again >= 1
             runs = Counter(node for on in seen.values() for node in on)
-            print(f"\n{JOBS} jobs, runs by node {dict(runs)}, runs lost with the node {again}")
+            third = ray_nodes.node_id(nodes[2])[:8]
+            shares = f"first {runs[ids[0]]}, second {runs[ids[1]]}, third {runs[third]}"
+            print(f"\n{JOBS} jobs; runs by node: {shares}; lost with the first: {again}")
         for log in logs:
             assert "Traceback" not in log.read_text()
             assert "not-so-secret-key" not in log.read_text()
@@ -139,13 +143,17 @@ def test_jobs_run_on_nodes_that_measure(shared: Shared, tmp_path: Path) -> None:
         for node in (plain, measuring):
             stack.callback(ray_nodes.kill_node, node)
         options = ["--workers", "2", "--measure-on", "bench=quiet"]
-        _, address = stack.enter_context(shared.server(tmp_path / "server", new_database(shared.postgres), *options))
+        process, address = stack.enter_context(
+            shared.server(tmp_path / "server", new_database(shared.postgres), *options)
+        )
         with Client(address) as client:
             model = client.upload(MNIST)
             jobs = [client.compress(model.name, recipe=RECIPE, skip_cache=True) for _ in range(3)]
             reports = [job.wait() for job in jobs]
             # Found again, by the kind of processor that the nodes have told.
             assert client.compress(model.name, recipe=RECIPE).wait().to_dict() in [one.to_dict() for one in reports]
+        process.terminate()
+        assert process.wait() == 0
         on = [node for nodes in places([tmp_path / "server.log"]).values() for node in nodes]
         assert on == [ray_nodes.node_id(measuring)[:8]] * 3
         assert {report.to_dict()["environment"]["cpu"] for report in reports} == {processor_name()}

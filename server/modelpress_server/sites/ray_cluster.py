@@ -91,6 +91,7 @@ class RayCluster:
         self._members: dict[str, _Member] = {}
         self._keeper: asyncio.Task[None] | None = None
         self._begun = 0
+        self._followed: set[str] = set()  # ids of tasks, from before they are begun until they are forgotten
 
     @property
     def sandbox_level(self) -> int:
@@ -135,8 +136,9 @@ class RayCluster:
         self._keeper = asyncio.create_task(self._keep())
 
     async def try_start(self) -> None:
-        if not self._ready():
-            raise WorkerUnavailableError("No node of the cluster is ready; the server's log says why.")
+        if not any(map(self._measures, self._ready())):
+            label = f" and has the label {''.join(self._measure_on)}" if self._measure_on[0] else ""
+            raise WorkerUnavailableError(f"No node of the cluster is ready{label}; the server's log says more.")
 
     async def close(self) -> None:
         """Leaves the cluster; the actors end when no server speaks to them any more."""
@@ -167,6 +169,15 @@ class RayCluster:
         self, task: site_pb2.Assignment, on_event: OnEvent
     ) -> site_pb2.Compressed | worker_pb2.InspectResult:
         task_id = new_id()
+        self._followed.add(task_id)  # a node stops what is not in here
+        try:
+            return await self._perform_as(task_id, task, on_event)
+        finally:
+            self._followed.discard(task_id)
+
+    async def _perform_as(
+        self, task_id: str, task: site_pb2.Assignment, on_event: OnEvent
+    ) -> site_pb2.Compressed | worker_pb2.InspectResult:
         member = await self._begin(task_id, task, on_event)
         self._begun += 1
         member.tasks += 1
@@ -328,7 +339,7 @@ class RayCluster:
 
         try:
             async with asyncio.timeout(self._lease_s / BEATS_PER_LEASE):
-                await self._ask(member.actor, "beat", self._server_id, self._lease_s)
+                await self._ask(member.actor, "beat", self._server_id, self._lease_s, list(self._followed))
             member.heard_s = self._clock.now_s()
         except ActorUnavailableError as error:  # for the moment, or its node was lost: Ray finds out
             logger.info("node %s: %s", member.address, _shown(error))

@@ -46,6 +46,7 @@ NEWS_EVENTS = 500  # in one answer
 LOOK_S = 0.5
 # A task that was turned away and has not asked again for so long waits no longer.
 WAITS_S = 2.0
+GRACE_S = 5.0
 UNUSED_S = 60.0
 _NAME = "node-"
 
@@ -73,6 +74,7 @@ class _Task:
     """A task of a server, and what it said that the server has not seen."""
 
     server_id: str
+    begun_s: float
     work: asyncio.Task[None] | None = None
     events: list[worker_pb2.WorkerEvent] = field(default_factory=list)
     dropped: int = 0
@@ -124,9 +126,17 @@ class Node:
                 processor=processor_name(),
             ).SerializeToString()
 
-    async def beat(self, server_id: str, lease_s: float) -> None:
-        """The server lives, for so long at least."""
+    async def beat(self, server_id: str, lease_s: float, tasks: list[str]) -> None:
+        """The server lives, for so long at least, and follows these tasks: others of its are stopped.
+
+        It may have given up a node that was slow to answer, and come back to it.
+        """
         self._hear(server_id, lease_s)
+        old_s = self._clock.now_s() - GRACE_S  # younger ones may have been begun after the list was made
+        for task_id, task in list(self._tasks.items()):
+            if task.server_id == server_id and task.begun_s < old_s and task_id not in tasks:
+                logger.warning("task %s is stopped: server %s follows it no longer", task_id, server_id)
+                await self.forget(task_id)
 
     async def begin(self, server_id: str, task_id: str, assignment: bytes) -> bool:
         """Begins a task; False: all slots are taken, and it may ask again: who asked first has the next one.
@@ -142,7 +152,7 @@ class Node:
         if self._site is None or task_id not in list(self._waiting)[: max(free, 0)]:
             return False
         del self._waiting[task_id]
-        task = self._tasks[task_id] = _Task(server_id)
+        task = self._tasks[task_id] = _Task(server_id, now_s)
         task.work = asyncio.create_task(self._perform(self._site, task, site_pb2.Assignment.FromString(assignment)))
         return True
 
@@ -194,6 +204,10 @@ class Node:
 
     async def _open(self) -> None:
         settings, folder = self._settings, self._folder
+        folder.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if folder.parent.is_symlink() or folder.parent.stat().st_uid not in (0, os.getuid()):
+            # In a folder that everybody may write to, another user may have been there first.
+            raise SettingsError(f"node_dir: {folder.parent} belongs to another user.")
         self._lock.acquire()
         _remove_left(folder)
         blobs = S3BlobStore(settings.blobs, folder / "tmp")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from modelpress_protos.internal.v1 import site_pb2, worker_pb2
 from modelpress_protos.v1 import common_pb2
-from modelpress_server.sites.ray_node import UNUSED_S, WAITS_S, Node, NodeSettings
+from modelpress_server.sites.ray_node import GRACE_S, UNUSED_S, WAITS_S, Node, NodeSettings
 from modelpress_server.stores.base import BlobKey
 from modelpress_server.stores.s3 import S3BlobStore
 from modelpress_server.toolchain import made_by
@@ -127,12 +127,12 @@ async def test_slots_go_to_who_asked_first(open_node: Callable[..., Awaitable[Be
 async def test_tasks_of_a_dead_server_are_stopped(open_node: Callable[..., Awaitable[Bench]]) -> None:
     """A server that was not heard of for its lease has nothing running here any more; others keep theirs."""
     bench = await open_node(slots=2)
-    await bench.node.beat(OTHER, 2 * LEASE_S)
+    await bench.node.beat(OTHER, 2 * LEASE_S, [])
     assert await bench.node.begin(SERVER, "lost", bench.assignment("sleep:600"))
     assert await bench.node.begin(OTHER, "kept", bench.assignment("sleep:600"))
     await until(bench.sleeps)
     bench.clock.advance(LEASE_S / 2)
-    await bench.node.beat(SERVER, LEASE_S)
+    await bench.node.beat(SERVER, LEASE_S, ["lost"])
     bench.clock.advance(LEASE_S + 1)
 
     async def is_gone() -> bool:
@@ -141,6 +141,19 @@ async def test_tasks_of_a_dead_server_are_stopped(open_node: Callable[..., Await
 
     await until(is_gone)
     assert bench.node.tasks == ["kept"]
+
+
+async def test_a_task_that_nobody_follows_is_stopped(open_node: Callable[..., Awaitable[Bench]]) -> None:
+    """A server that had given the node up, and comes back, has begun it elsewhere; it does not keep a slot here."""
+    bench = await open_node(slots=2)
+    for task_id in ("given up", "followed"):
+        assert await bench.node.begin(SERVER, task_id, bench.assignment("sleep:600"))
+    await until(bench.sleeps)
+    await bench.node.beat(SERVER, LEASE_S, [])
+    assert bench.node.tasks == ["given up", "followed"]  # they may be younger than the list
+    bench.clock.advance(GRACE_S + 1)
+    await bench.node.beat(SERVER, LEASE_S, ["followed"])
+    assert bench.node.tasks == ["followed"]
 
 
 async def test_a_failing_task_fails_alone(open_node: Callable[..., Awaitable[Bench]]) -> None:
