@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "modelpress"
 CONNECT_TIMEOUT_S = 120.0
 OPEN_TIMEOUT_S = 180.0
-FORGET_TIMEOUT_S = 10.0
+OPEN_TRIES = 3
+TELL_TIMEOUT_S = 10.0
 BEATS_PER_LEASE = 4
 RETRY_S = 0.3
 WAITS_FOR_NODE = "waits for a place on a node of the cluster"
@@ -131,9 +132,18 @@ class RayCluster:
                     f"ray_address: the cluster at {self._address} does not answer: {_shown(error)} Is it started, with "
                     "the same versions of Python and ray as here?"
                 ) from error
-        if opening := [item.opening for item in self._members.values() if item.opening is not None]:
-            await asyncio.wait(opening, timeout=OPEN_TIMEOUT_S)  # a cluster without nodes may get some later
+        await self._wait_for_nodes()
         self._keeper = asyncio.create_task(self._keep())
+
+    async def _wait_for_nodes(self) -> None:
+        """Until those that are there are open, or one is after more than one try; none may be there, and come later."""
+        for _ in range(OPEN_TRIES):
+            if opening := [item.opening for item in self._members.values() if item.opening is not None]:
+                await asyncio.wait(opening, timeout=OPEN_TIMEOUT_S)
+            if self._ready() or not self._members:
+                return
+            await self._clock.sleep(RETRY_S)
+            await self._look()
 
     async def try_start(self) -> None:
         if not any(map(self._measures, self._ready())):
@@ -141,7 +151,7 @@ class RayCluster:
             raise WorkerUnavailableError(f"No node of the cluster is ready{label}; the server's log says more.")
 
     async def close(self) -> None:
-        """Leaves the cluster; the actors end when no server speaks to them any more."""
+        """Leaves the cluster; the actors end when no server is left that speaks to them."""
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.wait([self._keeper])
@@ -150,6 +160,7 @@ class RayCluster:
             task.cancel()
         if opening:
             await asyncio.wait(opening)
+        await self._tell(self._ready(), "leave", self._server_id)
         await self._in_thread(self._disconnect)
         self._threads.shutdown(wait=False)
 
@@ -236,14 +247,18 @@ class RayCluster:
                 return news.ending
 
     async def _forget(self, task_id: str, members: Iterable[_Member]) -> None:
-        """These nodes need not wait for it: what does not reach them now ends with the lease."""
+        """These nodes need not wait for it: who does not hear of it learns so from what this server follows."""
+        await self._tell(members, "forget", task_id)
+
+    async def _tell(self, members: Iterable[_Member], method: str, name: str) -> None:
+        """Tells nodes of something that they find out in any case, later."""
 
         async def tell(member: _Member) -> None:
             try:
-                async with asyncio.timeout(FORGET_TIMEOUT_S):
-                    await self._ask(member.actor, "forget", task_id)
+                async with asyncio.timeout(TELL_TIMEOUT_S):
+                    await self._ask(member.actor, method, name)
             except Exception as error:  # noqa: BLE001  # as the docstring says
-                logger.debug("task %s: %s was not told of its end: %s", task_id, member.address, error)
+                logger.debug("%s %s: %s was not told: %s", method, name, member.address, error)
 
         await asyncio.gather(*(tell(member) for member in members if member.actor is not None))
 
@@ -285,7 +300,9 @@ class RayCluster:
 
     async def _ask(self, actor: Any, method: str, *arguments: Any) -> Any:
         reference = await self._in_thread(lambda: getattr(actor, method).remote(*arguments))
-        return await asyncio.wrap_future(reference.future())
+        answer = asyncio.wrap_future(reference.future())
+        answer.add_done_callback(_seen)
+        return await asyncio.shield(answer)  # Ray's client fails on an answer to what was cancelled
 
     async def _in_thread(self, function: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function)
@@ -402,6 +419,12 @@ class RayCluster:
         import ray
 
         ray.shutdown()
+
+
+def _seen(answer: asyncio.Future[Any]) -> None:
+    """Nobody may have waited for it to its end."""
+    if not answer.cancelled():
+        answer.exception()
 
 
 def _shown(error: BaseException) -> str:

@@ -47,7 +47,7 @@ LOOK_S = 0.5
 # A task that was turned away and has not asked again for so long waits no longer.
 WAITS_S = 2.0
 GRACE_S = 5.0
-UNUSED_S = 60.0
+UNUSED_S = 10.0
 _NAME = "node-"
 
 
@@ -137,6 +137,10 @@ class Node:
             if task.server_id == server_id and task.begun_s < old_s and task_id not in tasks:
                 logger.warning("task %s is stopped: server %s follows it no longer", task_id, server_id)
                 await self.forget(task_id)
+
+    async def leave(self, server_id: str) -> None:
+        """The server ends."""
+        self._heard_until_s.pop(server_id, None)
 
     async def begin(self, server_id: str, task_id: str, assignment: bytes) -> bool:
         """Begins a task; False: all slots are taken, and it may ask again: who asked first has the next one.

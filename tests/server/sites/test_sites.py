@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -63,16 +64,28 @@ class Bench:
         return await asyncio.to_thread(lambda: list(self.folder.glob("**/output/sleeps-*")))
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """What is the same for all tests, so that they share the actor of the node."""
+
+    address: str
+    folder: Path
+    blobs: str
+
+
 @pytest.fixture(scope="module")
-def cluster(s3_endpoint: str) -> Iterator[ray_nodes.RayProcesses]:
+def cluster(s3_endpoint: str) -> Iterator[Cluster]:
     """A node of Ray, with the keys of the bucket."""
     with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mp-nodes-", ignore_cleanup_errors=True)))
         try:
-            made = stack.enter_context(ray_nodes.ray_cluster(s3_server.environment(s3_endpoint)))
+            # Confined workers read what is on Python's path.
+            environment = {**s3_server.environment(s3_endpoint), "PYTHONPATH": str(Path(FAKE_TASKS).parent)}
+            made = stack.enter_context(ray_nodes.ray_cluster(environment))
         except ray_nodes.NotHereError as error:
             pytest.skip(str(error))
         made.add_node("node", cpus=2)
-        yield made
+        yield Cluster(made.address, folder, f"s3://{s3_server.BUCKET}/{new_id()}")
 
 
 def this_machine(folder: Path, blobs: S3BlobStore) -> ThisMachine:
@@ -96,16 +109,14 @@ def on_ray(folder: Path, url: str, address: str) -> RayCluster:
 @pytest.fixture(params=["machine", pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
 async def bench(request: pytest.FixtureRequest, s3: str, tmp_path: Path) -> AsyncIterator[Bench]:
     """Each site, with a model in the bucket."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    blobs = S3BlobStore(s3, tmp_path / "tmp")
+    shared: Cluster | None = request.getfixturevalue("cluster") if request.param == "ray" else None
+    folder = shared.folder if shared else tmp_path / "site"
+    folder.mkdir(exist_ok=True)
+    blobs = S3BlobStore(shared.blobs if shared else s3, tmp_path / "tmp")
     await blobs.open()
     (tmp_path / "model.onnx").write_bytes(b"model")
     model = await blobs.ingest(tmp_path, "model.onnx", max_bytes=100)
-    if request.param == "machine":
-        site: Site = this_machine(folder, blobs)
-    else:
-        site = on_ray(folder, s3, request.getfixturevalue("cluster").address)
+    site: Site = on_ray(folder, shared.blobs, shared.address) if shared else this_machine(folder, blobs)
     await site.start()
     yield Bench(site, blobs, model, folder)
     await site.close()
@@ -124,11 +135,11 @@ async def test_a_task_that_ends_well(bench: Bench) -> None:
     assert sum(event.used.run_seconds for event in bench.events if event.HasField("used")) > 0
 
 
-async def test_workers_are_confined(bench: Bench) -> None:
+async def test_workers_are_confined(bench: Bench, tmp_path: Path) -> None:
     """As far as this kernel allows, and they see nothing of the keys of the bucket."""
     done = await bench.run("describe")
     (entry,) = done.artifacts[0].files
-    target = bench.folder.parent / "answer.json"
+    target = tmp_path / "answer.json"
     await bench.blobs.place(BlobKey.of(entry.digest), target, link=False)
     answer = target.read_text("utf-8")
     assert f'"level": {bench.site.sandbox_level}' in answer
