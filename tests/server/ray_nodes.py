@@ -16,7 +16,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 START_S = 120.0
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "RAY_DISABLE_IMPORT_WARNING": "1"}
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+TRIES = 3  # Ray gives a node 30 s to start, which is little on a busy machine
 _SMALL = ["--object-store-memory=80000000", "--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
 
 
@@ -33,7 +34,7 @@ class RayProcesses:
         self._environment = {**os.environ, **_QUIET, **environment}
         self._gcs, client = free_ports(2)
         self.address = f"ray://127.0.0.1:{client}"
-        self._start(
+        self._head = self._start(
             "head", "--head", f"--port={self._gcs}", f"--ray-client-server-port={client}", "--num-cpus=0",
             "--include-dashboard=false", f"--temp-dir={folder / 'ray'}",
         )  # fmt: skip
@@ -41,11 +42,18 @@ class RayProcesses:
 
     def add_node(self, name: str, *, labels: str = "", cpus: int = 1) -> subprocess.Popen[bytes]:
         """One more node, as a process group; returns when it has joined."""
-        process = self._start(
-            name, f"--address=127.0.0.1:{self._gcs}", f"--num-cpus={cpus}", *([f"--labels={labels}"] if labels else [])
-        )
-        self._wait_for_line(name, process, "This command will now block")
-        return process
+        arguments = [f"--address=127.0.0.1:{self._gcs}", f"--num-cpus={cpus}"]
+        for _ in range(TRIES):
+            process = self._start(name, *arguments, *([f"--labels={labels}"] if labels else []))
+            if self._has_line(name, process, "This command will now block"):
+                return process
+        raise AssertionError(self.log(name))
+
+    def cut_connections(self) -> None:
+        """Kills what serves those that are connected by `address`."""
+        for pid in descendants(self._head.pid):
+            if "specific-server" in Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace"):
+                os.kill(pid, signal.SIGKILL)
 
     def log(self, name: str) -> str:
         """What `ray start` of a node has printed."""
@@ -61,12 +69,15 @@ class RayProcesses:
         self._stack.callback(kill_node, process)
         return process
 
-    def _wait_for_line(self, name: str, process: subprocess.Popen[bytes], line: str) -> None:
+    def _has_line(self, name: str, process: subprocess.Popen[bytes], line: str) -> bool:
+        """Waits for a line in its log; False: it ended before."""
         deadline = time.monotonic() + START_S
         while line not in self.log(name):
-            assert process.poll() is None, self.log(name)
+            if process.poll() is not None:
+                return False
             assert time.monotonic() < deadline, self.log(name)
             time.sleep(0.1)
+        return True
 
 
 def node_id(process: subprocess.Popen[bytes]) -> str:

@@ -1,8 +1,8 @@
 """The site that is a Ray cluster: each task is handed to a node with a free slot, and followed until it ends there.
 
 Actors are found by their names, so that all servers share those of a node (`ray_node`). They belong to no server: one
-that has lost its connection to the cluster comes back to its tasks, within the lease. A node that is gone, or silent
-for so long, costs its tasks a try that is excused, as a worker that others brought down.
+that has lost its connection to the cluster comes back to its tasks. A node that is gone, or silent for too long, costs
+its tasks a try that is excused, as a worker that others brought down.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ OPEN_TIMEOUT_S = 180.0
 OPEN_TRIES = 3
 TELL_TIMEOUT_S = 10.0
 BEATS_PER_LEASE = 4
+# A node and a server that do not hear of each other for so many leases give each other up: a connection that was cut is
+# made anew before. What is dead, Ray tells sooner.
+PATIENCE_LEASES = 4
+# Ray's client tries so long by itself to go on with a connection.
+RAY_GRACE_S = "10"
 RETRY_S = 0.3
 WAITS_FOR_NODE = "waits for a place on a node of the cluster"
 
@@ -66,8 +72,7 @@ class RayCluster:
     """Site on the nodes of a Ray cluster.
 
     `address`: as `ray.init` takes it. `measure_on`: KEY or KEY=VALUE: jobs run on nodes with this label alone, since
-    each measures. `server_id`: whose tasks they are; `lease_s`: a node and a server that do not hear of each other for
-    so long give each other up.
+    each measures. `server_id`: whose tasks they are. `lease_s`: that of the server.
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class RayCluster:
         self._measure_on = (measure_on or "").partition("=")
         self._server_id = server_id
         self._lease_s = lease_s
+        self._patience_s = PATIENCE_LEASES * lease_s
         self._clock = clock
         self._meter = meter
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="ray")  # Ray's own calls block
@@ -113,6 +119,7 @@ class RayCluster:
 
     async def start(self) -> None:
         """Connects to the cluster. Raises SettingsError."""
+        os.environ.setdefault("RAY_CLIENT_RECONNECT_GRACE_PERIOD", RAY_GRACE_S)
         try:
             import ray  # noqa: F401
         except ImportError as error:
@@ -321,8 +328,8 @@ class RayCluster:
                 await self._reconnect()
             now_s = self._clock.now_s()
             for member in list(self._members.values()):
-                if now_s - member.heard_s > self._lease_s and member.opening is None:
-                    logger.warning("node %s was not heard of for %g s", member.address, self._lease_s)
+                if now_s - member.heard_s > self._patience_s and member.opening is None:
+                    logger.warning("node %s was not heard of for %g s", member.address, self._patience_s)
                     self._drop(member)
 
     async def _reconnect(self) -> None:
@@ -356,7 +363,7 @@ class RayCluster:
 
         try:
             async with asyncio.timeout(self._lease_s / BEATS_PER_LEASE):
-                await self._ask(member.actor, "beat", self._server_id, self._lease_s, list(self._followed))
+                await self._ask(member.actor, "beat", self._server_id, self._patience_s, list(self._followed))
             member.heard_s = self._clock.now_s()
         except ActorUnavailableError as error:  # for the moment, or its node was lost: Ray finds out
             logger.info("node %s: %s", member.address, _shown(error))
@@ -378,7 +385,7 @@ class RayCluster:
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 actor = await self._in_thread(lambda: self._actor_on(member.node_id))
-                answer = await self._ask(actor, "open", self._server_id, self._lease_s)
+                answer = await self._ask(actor, "open", self._server_id, self._patience_s)
             first = member.info is None
             member.info = site_pb2.NodeInfo.FromString(answer)
             member.heard_s, member.actor = self._clock.now_s(), actor

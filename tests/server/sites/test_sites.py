@@ -71,6 +71,7 @@ class Cluster:
     address: str
     folder: Path
     blobs: str
+    processes: ray_nodes.RayProcesses
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def cluster(s3_endpoint: str) -> Iterator[Cluster]:
         except ray_nodes.NotHereError as error:
             pytest.skip(str(error))
         made.add_node("node", cpus=2)
-        yield Cluster(made.address, folder, f"s3://{s3_server.BUCKET}/{new_id()}")
+        yield Cluster(made.address, folder, f"s3://{s3_server.BUCKET}/{new_id()}", made)
 
 
 def this_machine(folder: Path, blobs: S3BlobStore) -> ThisMachine:
@@ -186,3 +187,17 @@ async def test_tasks_side_by_side(bench: Bench) -> None:
     for events in (first, second):
         assert [event.progress.stage for event in events if event.HasField("progress")][-1] == "stage 1.0"
         assert sum(event.HasField("progress") and event.progress.stage == "stage 0.0" for event in events) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("bench", ["ray"], indirect=True)
+async def test_a_connection_that_is_cut(bench: Bench, cluster: Cluster) -> None:
+    """The task goes on meanwhile, and the server follows it to the end that it has by itself."""
+    run = asyncio.create_task(bench.run("sleep:600", time_s=60.0))
+    await until(bench.sleeps)
+    cluster.processes.cut_connections()
+    with pytest.raises(WorkerLostError) as lost:
+        await run
+    assert (lost.value.reason, lost.value.own) == ("WORKER_TIMEOUT", True)
+    assert (await bench.run("describe")).artifacts
