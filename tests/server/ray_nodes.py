@@ -1,4 +1,7 @@
-"""A Ray cluster of processes on this machine: a head that runs nothing, and nodes beside it."""
+"""A Ray cluster of processes on this machine: a head that runs nothing, and nodes beside it.
+
+One at a time: what serves the clients of a head has fixed ports (23000 and on), so that two heads would mix them up.
+"""
 
 from __future__ import annotations
 
