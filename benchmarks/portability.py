@@ -1,17 +1,19 @@
 """Where results answer as they do here: docs/portability.md, a row for each result and a column for each place.
 
     python benchmarks/portability.py --models DIR --cache DIR [--page FILE] [--only NAME ...] [--samples N]
-                                     [--qemu NAME ...] [--built]
+                                     [--qemu NAME ...] [--built] [--onnxruntime VERSION ...] [--cpu CPU ...]
 
-Results are those of portability_results.py, kept in the folder `--cache`, as the environments are; --built takes those
-that lie there and makes none. --qemu: models whose results are run under QEMU's Haswell besides, to hold the one way of
-standing in for a CPU against the other; it takes minutes for each. Needs modelpress[verify], qemu-user, pip and apt.
+Results are those of portability_results.py, kept in the folder `--cache`, as the environments are and what was seen in
+each place; --built takes those results that lie there and makes none. --qemu: models whose results are run under QEMU's
+Haswell besides, to hold the one way of standing in for a CPU against the other; it takes minutes for each. Needs
+modelpress[verify], qemu-user, pip and apt.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,31 +96,45 @@ def documents(options: argparse.Namespace) -> Iterator[tuple[Case, str, dict[str
 
 
 def seen(case: Case, path: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The document, from the folder where it is that of this file and these samples."""
+    """The document of a result. What was seen in a place is kept beside the file, and not run again."""
     kept = path.with_suffix(".verified.json")
-    if kept.exists():
-        document: dict[str, Any] = json.loads(kept.read_text("utf-8"))
-        if document["asked"] == options.samples:
-            return document
-    wanted = Wanted(VERSIONS, CPUS, samples=options.samples)
-    samples = samples_of(options.cache, case)
-    document = verify(path, samples, wanted, options.cache / "environments")
-    if case.name in options.qemu:
-        emulated = Wanted((), ("haswell",), emulated=True, samples=options.samples)
-        document["places"] += verify(path, samples, emulated, options.cache / "environments")["places"]
-    document["asked"] = options.samples
-    kept.write_text(json.dumps(document, indent=1), "utf-8")
-    return document
+    document: dict[str, Any] = json.loads(kept.read_text("utf-8")) if kept.exists() else {"rows": {}}
+    for emulated in (False, True) if case.name in options.qemu else (False,):
+        places = {"versions": options.onnxruntime, "levels": options.cpu}
+        if emulated:
+            places = {"versions": (), "levels": ("haswell",)}
+        end = " emulated" if emulated else ""
+        missing = {
+            kind: tuple(name for name in names if f"{kind} {name}{end}" not in document["rows"])
+            for kind, names in places.items()
+        }
+        if not any(missing.values()):
+            continue
+        wanted = Wanted(**missing, emulated=emulated, samples=options.samples)
+        found = verify(path, samples_of(options.cache, case), wanted, options.cache / "environments")
+        keys = [f"{kind} {name}{end}" for kind, names in missing.items() for name in names]
+        rows = dict(zip(keys, found.pop("places"), strict=True))
+        document = {**document, **found, "rows": document["rows"] | rows}
+        kept.write_text(json.dumps(document, indent=1), "utf-8")
+    rows, order = document["rows"], [f"versions {name}" for name in VERSIONS] + [f"levels {name}" for name in CPUS]
+    order += [key for key in rows if key not in order]
+    return {**document, "places": [rows[key] for key in order if key in rows]}
 
 
 def table(found: Sequence[tuple[Case, str, dict[str, Any]]]) -> Iterator[str]:
     """The matrix; a place that one result alone was run in has an empty cell for the others."""
-    names = list(dict.fromkeys(place["place"] for _, _, document in found for place in document["places"]))
+    names = sorted({place["place"] for _, _, document in found for place in document["places"]}, key=_order)
     yield "| result | " + " | ".join(name.replace("onnxruntime ", "ort ") for name in names) + " |"
     yield "|---" * (len(names) + 1) + "|"
     for case, form, document in found:
         cells = {place["place"]: cell(place) for place in document["places"]}
         yield f"| {case.name}, {form} | " + " | ".join(cells.get(name, "") for name in names) + " |"
+
+
+def _order(name: str) -> tuple[bool, list[int], int]:
+    """Versions by number, then CPUs as they are listed, then what else there is."""
+    numbers = [int(part) for part in name.removeprefix("onnxruntime ").split(".") if part.isdecimal()]
+    return not name.startswith("onnxruntime"), numbers, CPUS.index(name) if name in CPUS else len(CPUS)
 
 
 def summary(found: Sequence[tuple[Case, str, dict[str, Any]]]) -> str:
@@ -153,11 +169,12 @@ def page(found: Sequence[tuple[Case, str, dict[str, Any]]]) -> str:
         f"{' or '.join(map(str, samples))} representative samples of each model. `float32` is the model with its "
         "operators fused alone: how far places are apart whatever is done. `static` and `weight_only` are those "
         "schemes of 8 bits, `goal` is what a job gives that asks for nothing. dB: the signal over the difference, of "
-        "the worst output."
+        "the worst output. A place that a result was not run in has an empty cell."
     )
     notes = "\n".join(remarks(found))
     reasons = f"\nWhat stands behind other verdicts:\n\n{notes}\n" if notes else ""
     made = "\nMade by `python benchmarks/portability.py`.\n"
+    intro = textwrap.fill(intro, 118, break_long_words=False, break_on_hyphens=False)
     return f"{PAGE}{intro}\n\n" + "\n".join(table(found)) + f"\n\n{summary(found)}\n{reasons}{made}"
 
 
@@ -168,6 +185,8 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="where the page goes; without it the table is printed alone")
     parser.add_argument("--only", nargs="*", default=[], help="names of the models")
     parser.add_argument("--qemu", nargs="*", default=[], help="names of models to run under QEMU's Haswell, too")
+    parser.add_argument("--onnxruntime", nargs="*", default=VERSIONS, help="versions to run in")
+    parser.add_argument("--cpu", nargs="*", default=CPUS, choices=CPUS, help="CPUs to run on")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--built", action="store_true", help="make no results")
     options = parser.parse_args()

@@ -124,7 +124,7 @@ def main(path: str) -> None:
     except Exception as error:  # noqa: BLE001  # of a dozen classes, which say why the model does not run here
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
         return
-    np.savez(task["outputs"], allow_pickle=False, **found)
+    np.savez(task["outputs"], **found)
     print(json.dumps({"onnxruntime": onnxruntime.__version__}))
 
 

@@ -37,6 +37,7 @@ from modelpress_compression.noise import fix_noise, random_nodes
 from modelpress_compression.portability.environments import HERE, LATEST, Environments, NotHadError, Place, Tell
 from modelpress_compression.portability.levels import LEVELS
 from modelpress_compression.report.environment import cpu_flags, environment
+from modelpress_compression.runtime import explain
 
 RUNNER = Path(__file__).parent / "runner.py"
 DEFAULT_VERSIONS = ("1.20.1", "1.23.2", LATEST)
@@ -143,7 +144,7 @@ class Bench:
             if "missing" in said:
                 raise NotHadError(said["missing"])
             if "error" in said:
-                return " ".join(str(said["error"]).split())[:_REASON_CHARS]
+                return explain(RuntimeError(str(said["error"]))).message[:_REASON_CHARS]
             if done.returncode or not outputs.exists():
                 return f"its process ended with code {done.returncode}: {done.stderr.strip()[-_REASON_CHARS:]}"
             with np.load(outputs) as arrays:
@@ -162,7 +163,8 @@ def _bench(path: Path, model: Model, data: InputData, work: Path, wanted: Wanted
     feeds = list(data.feeds(1, limit=wanted.samples))
     files = [work / f"feeds-{number}.npz" for number in range(len(feeds))]
     for file, feed in zip(files, feeds, strict=True):
-        np.savez(file, allow_pickle=False, **feed)
+        arrays: dict[str, Any] = feed
+        np.savez(file, **arrays)
     steps = any(is_integer_operator(node.op_type) or node.op_type == "QuantizeLinear" for node in model.nodes())
     return Bench(
         path,
