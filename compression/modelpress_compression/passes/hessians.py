@@ -2,6 +2,9 @@
 
     X [g, R, K]: rows of inputs, a Conv's being its patches (graph/linear.py);   H [g, K, K], float64
 
+Every fifth sample can be held out: what was fitted to an H errs less on it than on other data, and only an H of other
+samples says by how much.
+
 Samples go one at a time through the float model. Kept are the sums of as many weights at a time, in the order of the
 graph, as fit into 512 MiB; the data runs once for each such batch, when its first sum is asked for. Weights that read
 the same input the same way (query, key and value) have one H; a weight with several users has the sum of theirs.
@@ -19,11 +22,14 @@ from numpy.typing import NDArray
 from modelpress_compression.graph.linear import Convolution, Linear, Matrix, Places, linear_of
 from modelpress_compression.graph.read import constant_tensor, is_constant, is_op
 from modelpress_compression.graph.watch import observable, stream
-from modelpress_compression.inputs import Array
+from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.repair.paired import is_held_out
 
-MAX_SAMPLES = 64
+MAX_SAMPLES = 128
+# Fewer that are held out say too little.
+MIN_HELD_OUT = 4
 MAX_SUMS_BYTES = 512 * 1024**2  # 512 MiB: of one batch
 # Factorizing takes some four copies more, so that the largest stays within 1 GiB.
 MAX_BYTES = 200 * 1024**2  # 200 MiB: of one H, 5120 inputs
@@ -51,16 +57,28 @@ class _Job:
         return 8 * self.groups * self.inputs**2
 
 
+def held_out_samples(data: InputData) -> InputData | None:
+    """The samples of `data` that `Hessians` holds out; None where these are too few to judge by."""
+    samples = data.spread(MAX_SAMPLES)
+    count = len(samples) // (samples.fixed_batch or 1)
+    places = [index for index in range(count) if is_held_out(index, count)]
+    return samples.only(places) if len(places) >= MIN_HELD_OUT else None
+
+
 class Hessians:
     """Of the second inputs of a model's MatMul, Gemm and Conv nodes; the model may be changed once this is made."""
 
-    def __init__(self, model: Model, context: Context, only: Collection[str] | None = None) -> None:
-        """`only`: names of the weights that will be asked for; None: any."""
+    def __init__(
+        self, model: Model, context: Context, only: Collection[str] | None = None, *, holds_out: bool = False
+    ) -> None:
+        """`only`: names of the weights that will be asked for; None: any. `holds_out`: whether a part of the samples is
+        kept for `held_out`, where there are enough."""
         self._context = context
+        self._holds_out = holds_out and held_out_samples(context.data) is not None
         self._reasons: dict[onnx_ir.Value, str] = {}
         self._linears: dict[onnx_ir.Value, Linear] = {}
         self._jobs: dict[onnx_ir.Value, _Job] = {}
-        self._sums: dict[frozenset[Reading], Matrix] = {}
+        self._sums: dict[frozenset[Reading], tuple[Matrix, Matrix | None]] = {}
         users: dict[onnx_ir.Value, list[onnx_ir.Node]] = {}
         for node in model.graph:
             weight = node.inputs[1] if is_op(node, "MatMul", "Gemm", "Conv") else None
@@ -68,7 +86,8 @@ class Hessians:
                 users.setdefault(weight, []).append(node)
         for weight, nodes in users.items():
             self._plan(weight, nodes, model)
-        self._batches = _batches(list({job.readings: job for job in self._jobs.values()}.values()))
+        copies = 2 if self._holds_out else 1
+        self._batches = _batches(list({job.readings: job for job in self._jobs.values()}.values()), copies)
         self._model = model.clone()
 
     def _plan(self, weight: onnx_ir.Value, nodes: Sequence[onnx_ir.Node], model: Model) -> None:
@@ -96,13 +115,23 @@ class Hessians:
         return self._linears.get(weight) or self._reasons.get(weight, _NO_SUCH_USER)
 
     def of(self, weight: onnx_ir.Value) -> Matrix:
-        """H [g, K, K] of a weight for which `linear` gave one. Raises ModelNotRunnableError, TimeLimitError."""
+        """H [g, K, K] of a weight for which `linear` gave one, without what is held out.
+
+        Raises ModelNotRunnableError, TimeLimitError.
+        """
+        return self._of(weight)[0]
+
+    def held_out(self, weight: onnx_ir.Value) -> Matrix | None:
+        """The same of the samples held out; None where there are none. Raises as `of`."""
+        return self._of(weight)[1]
+
+    def _of(self, weight: onnx_ir.Value) -> tuple[Matrix, Matrix | None]:
         wanted = self._jobs[weight].readings
         if wanted not in self._sums:
             self._sums.clear()
             for batch in self._batches:
                 if any(job.readings == wanted for job in batch):
-                    self._sums = _gather(self._model, batch, self._context)
+                    self._sums = _gather(self._model, batch, self._context, holds_out=self._holds_out)
         return self._sums[wanted]
 
 
@@ -117,31 +146,36 @@ def _extents(linear: Linear, weight: onnx_ir.Value) -> tuple[int, int]:
     return 1, tensor.size // linear.matrix(np.empty(shape, np.bool_)).shape[2]
 
 
-def _batches(jobs: Sequence[_Job]) -> list[list[_Job]]:
+def _batches(jobs: Sequence[_Job], copies: int) -> list[list[_Job]]:
+    """Those that are gathered together; `copies`: how many sums there are of each."""
     batches: list[list[_Job]] = []
     used = MAX_SUMS_BYTES
     for job in jobs:
-        if used + job.size_bytes > MAX_SUMS_BYTES:
+        if used + copies * job.size_bytes > MAX_SUMS_BYTES:
             batches.append([])
             used = 0
         batches[-1].append(job)
-        used += job.size_bytes
+        used += copies * job.size_bytes
     return batches
 
 
-def _gather(model: Model, batch: Sequence[_Job], context: Context) -> dict[frozenset[Reading], Matrix]:
-    """Streams the samples through the model."""
+def _gather(
+    model: Model, batch: Sequence[_Job], context: Context, *, holds_out: bool
+) -> dict[frozenset[Reading], tuple[Matrix, Matrix | None]]:
+    """Streams the samples through the model; the second sums are of those held out."""
     samples = context.data.spread(MAX_SAMPLES)
     count = max(1, len(samples) // (samples.fixed_batch or 1))
     readings = {reading: output for job in batch for reading, output in job.outputs}
-    sums = {job.readings: _Sum(job, count) for job in batch}
+    sums = {job.readings: (_Sum(job, count), _Sum(job, count) if holds_out else None) for job in batch}
     names = {name for (data, _), output in readings.items() for name in (data, output)}
     for index, found in enumerate(stream(model, sorted(names), samples, context.check_time)):
         for job in batch:
+            fitted, kept = sums[job.readings]
+            total = kept if kept is not None and is_held_out(index, count) else fitted
             for (data, linear), output in job.outputs:
-                sums[job.readings].take(linear, found[data], found[output], index)
+                total.take(linear, found[data], found[output], index)
         context.progress((index + 1) / count, f"weighing inputs, sample {index + 1} of {count}")
-    return {key: total.finish() for key, total in sums.items()}
+    return {key: (total.finish(), kept.finish() if kept is not None else None) for key, (total, kept) in sums.items()}
 
 
 class _Sum:

@@ -272,6 +272,14 @@ class WeightStore:
         packs = source.name not in self.wide
         return self.quantize(self.array(source), self.summation(node), least_scale, rounding, packs=packs)
 
+    def is_narrow(self, node: onnx_ir.Node) -> bool:
+        """Whether the weight of a Conv, MatMul or Gemm is stored in less than 8 bits."""
+        source = required(node, 1)
+        axis = self.summation(node).axis
+        return (
+            self.config.is_narrow and source.name not in self.wide and self._fits_4_bits(self.array(source).shape, axis)
+        )
+
     def summation(self, node: onnx_ir.Node) -> Summation:
         """How a layer sums over its weight, and the axis of its scales."""
         weight = self.array(required(node, 1))

@@ -15,7 +15,7 @@ Steps 4 to 6 map one StaticQuantizer to the next.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +27,7 @@ from modelpress_compression.graph.read import label, required
 from modelpress_compression.graph.watch import Listener
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, is_excluded
+from modelpress_compression.passes.hessians import held_out_samples
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.plan import LAYER_OPERATORS, Plan, make_plan, why_not_static
 from modelpress_compression.passes.quantize.ranges.choice import (
@@ -57,9 +58,12 @@ from modelpress_compression.passes.quantize.static.forms import take_in_biases
 from modelpress_compression.passes.quantize.static.full_bias_correction import full_shifts
 from modelpress_compression.passes.quantize.static.qdq import Parameters, QdqWriter
 from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
+from modelpress_compression.passes.quantize.weights import WeightStore
 
 # A layer that alone takes the outputs below this is a catastrophe, not a compression.
 FLOOR_DB = 15.0
+# What weights in 4 bits may take the outputs to, all together.
+NARROW_DB = 18.0
 # The errors of the parts are measured on few samples: too few, if the whole errs by more than this times their sum.
 _ADDS_UP = 1.5
 # Far beyond that the gradients did not see what 8 bits do to this model.
@@ -167,10 +171,16 @@ def _is_broken(layer: onnx_ir.Node, broken: set[str], histograms: Histograms, fi
     return bad is not None
 
 
+def _probe(setup: QuantizationSetup) -> SensitivityProbe:
+    """Measures on samples that no rounding was fitted to, where there are enough: on others GPTQ errs by far less."""
+    held_out = held_out_samples(setup.context.data) if setup.context.data.provided else None
+    return SensitivityProbe(setup, held_out.spread(MAX_SAMPLES) if held_out is not None else None)
+
+
 def _with_better_ranges(quantizer: StaticQuantizer, histograms: Histograms) -> StaticQuantizer:
     """Sensitivity, the error of each activation and each weight; and better ranges for the worst activations."""
     context = quantizer.setup.context
-    probe = SensitivityProbe(quantizer.setup)
+    probe = _probe(quantizer.setup)
     measuring = _part(context, _CALIBRATED, _MEASURED, "measuring the sensitivity of each layer")
     measured = measure_errors(quantizer.ranges, probe, measuring)
     if measured is None:
@@ -191,7 +201,7 @@ def _with_better_rounding(quantizer: StaticQuantizer) -> StaticQuantizer:
     setup.context.progress(_REFINED, f"rounding the weights of {len(chosen)} layers by GPTQ")
     weights = {required(layer, 1).name or "" for layer in chosen}
     rounder = RememberingRounder(make_rounder(setup.model, setup.config, setup.context, findings, weights), chosen)
-    better = improved_weights(ranges, names, SensitivityProbe(replace(setup, rounder=rounder)))
+    better = improved_weights(ranges, names, _probe(replace(setup, rounder=rounder)))
     kept = [layer for layer in chosen if layer.outputs[0].name in better]
     if kept:
         findings.changes[_GPTQ] = len(kept)
@@ -201,23 +211,42 @@ def _with_better_rounding(quantizer: StaticQuantizer) -> StaticQuantizer:
 
 
 def _with_wide_weights(quantizer: StaticQuantizer) -> StaticQuantizer:
-    """Weights that alone would be a catastrophe in 4 bits have 8."""
+    """Of the weights in 4 bits, those that err most for their size have 8, until the rest leave `NARROW_DB`."""
     setup, ranges, findings = quantizer.setup, quantizer.ranges, Findings()
     if not setup.config.is_narrow:
         return quantizer
-    low = {name: error for name, error in ranges.weight_errors.items() if decibels(error) < FLOOR_DB}
-    layers = [layer for layer in setup.plan.layers if layer.outputs[0].name in low]
+    store = setup.weight_store(Editor(setup.model.clone()))
+    narrow = [layer for layer in setup.plan.layers if store.is_narrow(layer)]
+    layers = _too_narrow(narrow, ranges.weight_errors)
     if not layers:
         return quantizer
     for layer in layers:
-        error = decibels(low[layer.outputs[0].name or ""])
+        error = decibels(ranges.weight_errors[layer.outputs[0].name or ""])
         findings.skip(layer, f"8 bits instead of 4, which here alone would leave the outputs {error:.1f} dB")
     wide = setup.wide | {required(layer, 1).name or "" for layer in layers}
     setup = replace(setup, wide=wide)
-    errors = SensitivityProbe(setup).errors([Trial(name, is_weight=True) for name in low])
+    names = [layer.outputs[0].name or "" for layer in layers]
+    errors = _probe(setup).errors([Trial(name, is_weight=True) for name in names])
     if errors is not None:
-        ranges = replace(ranges, weight_errors={**ranges.weight_errors, **dict(zip(low, errors, strict=True))})
+        ranges = replace(ranges, weight_errors={**ranges.weight_errors, **dict(zip(names, errors, strict=True))})
     return replace(quantizer, setup=setup, ranges=ranges, findings=quantizer.findings.plus(findings))
+
+
+def _too_narrow(layers: Sequence[onnx_ir.Node], errors: Mapping[str, float]) -> list[onnx_ir.Node]:
+    """The layers whose weights get more bits, in their order. `errors`: of weights, by the names of outputs.
+
+    First those that alone would be a catastrophe, then by the error that a byte takes away.
+    """
+    sizes = {layer.outputs[0].name or "": WeightStore.array(required(layer, 1)).size for layer in layers}
+    known = {name: error for name, error in errors.items() if name in sizes}
+    left = sum(error for error in known.values() if math.isfinite(error))
+    chosen = []
+    for name in sorted(known, key=lambda name: known[name] / max(1, sizes[name]), reverse=True):
+        catastrophe = decibels(known[name]) < FLOOR_DB
+        if catastrophe or decibels(left) < NARROW_DB:
+            chosen.append(name)
+            left -= known[name] if math.isfinite(known[name]) else 0.0
+    return [layer for layer in layers if layer.outputs[0].name in chosen]
 
 
 def _without_catastrophes(quantizer: StaticQuantizer) -> StaticQuantizer:

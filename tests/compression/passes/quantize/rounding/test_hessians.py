@@ -40,6 +40,23 @@ def test_depthwise_patches(cnn, images, context) -> None:  # type: ignore[no-unt
     assert hessians.of(weight_of(cnn, "conv_1")).shape == (1, 72, 72)
 
 
+def test_what_is_held_out(mlp, vectors, rng, context) -> None:  # type: ignore[no-untyped-def]
+    """Every fifth of 20 samples has sums of its own, and both together are those of all (rtol 1e-5); of 10 samples none
+    is held out."""
+    x = rng.standard_normal((20, *vectors["x"].shape[1:])).astype(np.float32)
+    weight = weight_of(mlp, "fc1")
+    both = Hessians(mlp, context(mlp, {"x": x}), holds_out=True)
+    kept = both.held_out(weight)
+    assert kept is not None
+    rows = x[4::5].reshape(-1, 32).astype(np.float64)
+    np.testing.assert_allclose(kept[0], rows.T @ rows, rtol=1e-5, atol=1e-4)
+    whole = Hessians(mlp, context(mlp, {"x": x})).of(weight)
+    np.testing.assert_allclose(both.of(weight) + kept, whole, rtol=1e-5, atol=1e-4)
+    few = Hessians(mlp, context(mlp, {"x": x[:10]}), holds_out=True)
+    assert few.held_out(weight) is None
+    assert module.held_out_samples(context(mlp, {"x": x[:10]}).data) is None
+
+
 def test_a_small_budget_makes_batches_and_changes_nothing(  # type: ignore[no-untyped-def]
     cnn, images, context, monkeypatch: pytest.MonkeyPatch
 ) -> None:

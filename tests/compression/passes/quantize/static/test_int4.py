@@ -110,6 +110,21 @@ def test_catastrophes_have_eight_bits(
     assert len(widths(result.model)) == 3
 
 
+def test_the_dearest_errors_have_eight_bits(wide: Model) -> None:
+    """Weights that together err by more than they may: those that err most for their size have 8 bits, no more of them
+    than it takes; a catastrophe always has."""
+    layers = [node for node in wide.graph if node.op_type in ("Conv", "Gemm")]
+
+    def chosen(**errors: float) -> list[str | None]:
+        return [layer.name for layer in preparation._too_narrow(layers, errors)]
+
+    assert chosen(c1=0.005, c2=0.005, y=0.005) == []
+    assert chosen(c1=0.01, c2=0.02, y=0.001) == ["conv_2"]
+    assert chosen(c1=0.01, c2=0.001, y=0.01) == ["head"]
+    assert chosen(c1=0.015, c2=0.015, y=0.015) == ["conv_2", "head"]
+    assert chosen(c1=0.001, c2=0.001, y=np.inf) == ["head"]
+
+
 def test_short_rows_have_eight_bits(quantize: Apply, cnn: Model, images: Any) -> None:
     """Depthwise convolutions and heads of few inputs are stored in 8 bits, the rest in 4."""
     assert widths(quantize(cnn, images, scheme="static", weights="int4").model) == [4, 8, 4, 8]
