@@ -477,6 +477,7 @@ class DistillStep(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     AUGMENT_FIELD_NUMBER: _builtins.int
     EXCLUDE_FIELD_NUMBER: _builtins.int
+    SCALES_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     """end_to_end trains all weights towards the original's outputs; layerwise fits block after block to the original's
     activations, which is cheaper.
@@ -507,6 +508,8 @@ class DistillStep(_message.Message):
     """Training ends after so many epochs without a gain on the samples held out."""
     seed: _builtins.int
     """Seed of the order of samples, the share held out, and augmentation."""
+    scales: _builtins.bool
+    """end_to_end: of a model in 8 bits, the scales of activations and weights are trained too (LSQ)."""
     @_builtins.property
     def augment(self) -> _containers.RepeatedCompositeFieldContainer[Global___Augmentation]:
         """Random changes of the inputs, which both models see: names, or names with a number, as in [horizontal_flip,
@@ -536,10 +539,11 @@ class DistillStep(_message.Message):
         seed: _builtins.int | None = ...,
         augment: _abc.Iterable[Global___Augmentation] | None = ...,
         exclude: _abc.Iterable[_builtins.str] | None = ...,
+        scales: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_epochs", b"_epochs", "_feature_weight", b"_feature_weight", "_hold_out", b"_hold_out", "_label_weight", b"_label_weight", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_method", b"_method", "_optimizer", b"_optimizer", "_patience", b"_patience", "_seed", b"_seed", "_temperature", b"_temperature", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "epochs", b"epochs", "feature_weight", b"feature_weight", "hold_out", b"hold_out", "label_weight", b"label_weight", "learning_rate", b"learning_rate", "loss", b"loss", "method", b"method", "optimizer", b"optimizer", "patience", b"patience", "seed", b"seed", "temperature", b"temperature", "warmup", b"warmup", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_epochs", b"_epochs", "_feature_weight", b"_feature_weight", "_hold_out", b"_hold_out", "_label_weight", b"_label_weight", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_method", b"_method", "_optimizer", b"_optimizer", "_patience", b"_patience", "_scales", b"_scales", "_seed", b"_seed", "_temperature", b"_temperature", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "epochs", b"epochs", "feature_weight", b"feature_weight", "hold_out", b"hold_out", "label_weight", b"label_weight", "learning_rate", b"learning_rate", "loss", b"loss", "method", b"method", "optimizer", b"optimizer", "patience", b"patience", "scales", b"scales", "seed", b"seed", "temperature", b"temperature", "warmup", b"warmup", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_epochs", b"_epochs", "_feature_weight", b"_feature_weight", "_hold_out", b"_hold_out", "_label_weight", b"_label_weight", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_method", b"_method", "_optimizer", b"_optimizer", "_patience", b"_patience", "_seed", b"_seed", "_temperature", b"_temperature", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "augment", b"augment", "batch_size", b"batch_size", "epochs", b"epochs", "exclude", b"exclude", "feature_weight", b"feature_weight", "hold_out", b"hold_out", "label_weight", b"label_weight", "learning_rate", b"learning_rate", "loss", b"loss", "method", b"method", "optimizer", b"optimizer", "patience", b"patience", "seed", b"seed", "temperature", b"temperature", "warmup", b"warmup", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_epochs", b"_epochs", "_feature_weight", b"_feature_weight", "_hold_out", b"_hold_out", "_label_weight", b"_label_weight", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_method", b"_method", "_optimizer", b"_optimizer", "_patience", b"_patience", "_scales", b"_scales", "_seed", b"_seed", "_temperature", b"_temperature", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "augment", b"augment", "batch_size", b"batch_size", "epochs", b"epochs", "exclude", b"exclude", "feature_weight", b"feature_weight", "hold_out", b"hold_out", "label_weight", b"label_weight", "learning_rate", b"learning_rate", "loss", b"loss", "method", b"method", "optimizer", b"optimizer", "patience", b"patience", "scales", b"scales", "seed", b"seed", "temperature", b"temperature", "warmup", b"warmup", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -561,6 +565,8 @@ class DistillStep(_message.Message):
     _WhichOneofArgType__optimizer: _TypeAlias = _typing.Literal["_optimizer", b"_optimizer"]  # noqa: Y015
     _WhichOneofReturnType__patience: _TypeAlias = _typing.Literal["patience"]  # noqa: Y015
     _WhichOneofArgType__patience: _TypeAlias = _typing.Literal["_patience", b"_patience"]  # noqa: Y015
+    _WhichOneofReturnType__scales: _TypeAlias = _typing.Literal["scales"]  # noqa: Y015
+    _WhichOneofArgType__scales: _TypeAlias = _typing.Literal["_scales", b"_scales"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
@@ -589,6 +595,8 @@ class DistillStep(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__optimizer) -> _WhichOneofReturnType__optimizer | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__patience) -> _WhichOneofReturnType__patience | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scales) -> _WhichOneofReturnType__scales | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload

@@ -127,3 +127,8 @@ class DistillConfig(Config):
         kind=AUGMENTATIONS,
     )
     exclude: tuple[str, ...] = option((), 16, "Names of nodes or weights that are not trained, with * and ?.")
+    scales: bool = option(
+        False,
+        17,
+        "end_to_end: of a model in 8 bits, the scales of activations and weights are trained too (LSQ).",
+    )

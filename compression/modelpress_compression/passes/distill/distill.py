@@ -39,7 +39,7 @@ from modelpress_compression.passes.distill.samples import DataSplit, split
 from modelpress_compression.passes.distill.task import DistillationResult, DistillationTask, stop_time
 from modelpress_compression.passes.distill.teacher import Outputs, Teacher
 from modelpress_compression.passes.distill.training import validation_loss
-from modelpress_compression.passes.integers.certificate import certified, keep_within_limits
+from modelpress_compression.passes.integers.certificate import certified, certify, keep_within_limits
 
 _TRAINING_SHARE = 0.95  # of the pass's progress; the rest is the proof
 
@@ -63,9 +63,11 @@ class Distill:
         """
         if context.original is None:
             raise ValueError("distill needs the original model in the context")
-        unfolded = unfold(model, self._config.exclude)
+        by_layer = self._config.method == "layerwise"
+        # A block sees no scales that are computed outside of it.
+        unfolded = unfold(model, self._config.exclude, scales=self._config.scales and not by_layer)
         task, notes = self._prepare(unfolded, context.original, context)
-        method = layerwise if self._config.method == "layerwise" else end_to_end
+        method = layerwise if by_layer else end_to_end
         return _proven(model, task, method.train(task), unfolded, notes)
 
     def _prepare(self, unfolded: Unfolded, original: Model, context: Context) -> tuple[DistillationTask, _Notes]:
@@ -116,11 +118,20 @@ def _proven(
         if unfolded.integers_multiplied and target.saturates:
             keep_within_limits(written)
         before, after = _losses(model, written, task)
+        if lost := _no_longer_certified(model, written) if unfolded.integers_multiplied else 0:
+            reason = f"With the trained weights {lost} layers could saturate without VNNI; the model stays as it was."
+            return PassResult(model, {}, notes.skipped, (*warnings, reason))
         if after < before:
             changes = _changes(result, unfolded, before, after)
             return certified(PassResult(written, changes, notes.skipped, warnings, result.details), target)
     reason = "Training did not bring the model nearer to the original, so it stays as it was."
     return PassResult(model, {}, notes.skipped, (*warnings, reason))
+
+
+def _no_longer_certified(model: Model, written: Model) -> int:
+    """How many layers could not saturate before, and can now: sums may leave 32 bits where scales have shrunk."""
+    sound = {item.node for item in certify(model) if item.certified}
+    return sum(item.node in sound and not item.certified for item in certify(written))
 
 
 def _first_outputs(original: Model, samples: DataSplit) -> Outputs:
@@ -131,7 +142,11 @@ def _first_outputs(original: Model, samples: DataSplit) -> Outputs:
 
 
 def _trainable(config: DistillConfig, unfolded: Unfolded) -> Selector:
+    learned = unfolded.scales.trained
+
     def trainable(value: onnx_ir.Value) -> bool:
+        if value.name in learned or value.name in unfolded.fixed:
+            return value.name in learned
         return value.name in unfolded.latents or (weights(value) and not _excluded(value, config.exclude))
 
     return trainable
@@ -166,5 +181,7 @@ def _written_loss(model: Model, task: DistillationTask) -> float:
 
 def _changes(result: DistillationResult, unfolded: Unfolded, before: float, after: float) -> dict[str, int | float]:
     quantized = {"quantized_weights_trained": len(unfolded.latents)} if unfolded.latents else {}
+    if unfolded.scales.trained:
+        quantized["scales_trained"] = len(unfolded.scales.trained)
     losses = {"loss_before": before, "loss_after": after}
     return {"weights_trained": result.weights, **quantized, **result.changes, **losses}

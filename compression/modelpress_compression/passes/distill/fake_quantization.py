@@ -2,7 +2,8 @@
 
     unfold    a copy of the model in which every quantized weight is a float weight ("latent") that fake quantization
               brings onto its grid; gradients pass as they are (straight-through, Bengio et al., arXiv:1308.3432)
-    fold      the model as it was, with the integers of the trained weights; scales, zero points and nodes stay
+    fold      the model as it was, with the integers of the trained weights, and scales where they were trained too
+              (learned_scales); zero points and nodes stay
 
 So that a model that was quantized after training becomes one that was trained for its quantization (QAT). What computes
 in integers itself, as dynamic quantization does, passes no gradient: it is left as it is, with a reason.
@@ -43,10 +44,13 @@ from modelpress_compression.graph.read import (
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Skip, is_excluded
+from modelpress_compression.passes.distill.learned_scales import BIAS_BITS, LearnedScales, factors
+
+# Makes what is stored of a trained constant, and of the factors of its scales [R] where these were trained.
+Pack = Callable[[Array, NDArray[np.float32] | None], Array]
 
 # Quantization along an axis came with this version.
 _LEAST_OPSET = 13
-_BIAS_BITS = 32
 _INT32 = np.iinfo(np.int32)
 # The last node of each format whose weights are trained.
 _TRAINED = ("DequantizeLinear", "Mul", "Reshape", "MatMulNBits", "GatherBlockQuantized")
@@ -59,11 +63,14 @@ _NO_GRADIENT = (
 @dataclass(frozen=True)
 class Unfolded:
     """`model`: what is trained. `latents`: by the name of each trained constant, the constant that stores it in the
-    model as it was, and how its integers are made. `skipped`: nodes without gradients."""
+    model as it was, and how its integers are made. `scales`: those that are trained too. `skipped`: nodes without
+    gradients."""
 
     model: Model
-    latents: dict[str, tuple[str, Callable[[Array], Array]]]
+    latents: dict[str, tuple[str, Pack]]
     skipped: tuple[Skip, ...]
+    scales: LearnedScales
+    fixed: frozenset[str]  # constants that were not in the model as it was, and are not trained
     integers_multiplied: bool = False  # whether 8-bit weights meet 8-bit activations, as under static quantization
 
     def fold(self, trained: Model, into: Model) -> Model:
@@ -74,19 +81,34 @@ class Unfolded:
             found = constant_tensor(theirs.get(name))
             if found is not None and found.dtype.is_floating_point() and found is not constant_tensor(value):
                 replace_numbers(value, np.asarray(found.numpy()))
+
+        def numbers_of(name: str) -> Array | None:
+            return constant_array(theirs.get(name))
+
+        biases: dict[str, Array] = {}
         for latent, (stored, pack) in self.latents.items():
-            numbers = constant_array(theirs[latent])
+            numbers = numbers_of(latent)
             if numbers is not None:
-                replace_numbers(mine[stored], pack(numbers))
+                replace_numbers(mine[stored], pack(numbers, factors(numbers_of(self.scales.weights.get(stored, "")))))
+                if mine[stored].dtype == onnx_ir.DataType.INT32:
+                    biases[stored] = numbers
+        if self.scales.trained:
+            self.scales.write(written, numbers_of, biases)
         return written
 
 
-def unfold(model: Model, exclude: tuple[str, ...]) -> Unfolded:
-    """Weights that match `exclude`, by their own name or that of a node that uses them, stay as they are."""
+def unfold(model: Model, exclude: tuple[str, ...], *, scales: bool = False) -> Unfolded:
+    """Weights that match `exclude`, by their own name or that of a node that uses them, stay as they are.
+
+    `scales`: whether scales are trained too.
+    """
     work = model.clone()
     editor = Editor(work)
     split_products(work, editor)
-    unfolding = _Unfolding(editor)
+    learned = LearnedScales(editor)
+    if scales and work.opset >= _LEAST_OPSET:
+        learned.learn_activations(work, exclude)
+    unfolding = _Unfolding(editor, learned if scales else None)
     skipped, multiplied = [], False
     for node in list(work.nodes()):
         if computes_in_integers(node):
@@ -97,26 +119,31 @@ def unfold(model: Model, exclude: tuple[str, ...]) -> Unfolded:
                     multiplied = multiplied or is_op(node, "DequantizeLinear")
     clean(work)
     latents = {made.name or "": (stored.name or "", pack) for stored, (made, pack) in unfolding.latents.items()}
-    return Unfolded(work, latents, tuple(skipped), multiplied)
+    given = {name for name, _ in _constants(model)}
+    fixed = frozenset(name for name, _ in _constants(work)) - given - latents.keys() - learned.trained
+    return Unfolded(work, latents, tuple(skipped), learned, fixed, multiplied)
 
 
 @dataclass
 class _Unfolding:
     """Puts latents in the place of quantized weights.
 
-    `latents`: for each constant that stores levels, the trained one and how its numbers are stored.
+    `learned`: where their scales are trained too; None: they stay. `latents`: for each constant that stores levels, the
+    trained one and how its numbers are stored.
     """
 
     editor: Editor
-    latents: dict[onnx_ir.Value, tuple[onnx_ir.Value, Callable[[Array], Array]]] = field(default_factory=dict)
+    learned: LearnedScales | None = None
+    latents: dict[onnx_ir.Value, tuple[onnx_ir.Value, Pack]] = field(default_factory=dict)
+    _scales: dict[onnx_ir.Value, onnx_ir.Value] = field(default_factory=dict)
 
     def replace(self, node: onnx_ir.Node, stored: StoredWeight) -> bool:
         """Lets those who use the node's weight read its latent; False for numbers that cannot be trained like this."""
         weight = stored.weight
         if weight.scale.dtype != np.float32 or weight.zero_point.dtype.kind not in "iu":
             return False
-        if weight.bits == _BIAS_BITS:
-            latent = self._latent(stored, weight.dequantize(), lambda trained: _whole(trained, weight))
+        if weight.bits == BIAS_BITS:
+            latent = self._latent(stored, weight.dequantize(), lambda trained, _: _whole(trained, weight))
             onnx_ir.convenience.replace_all_uses_with(node.outputs[0], latent)
             return True
         if weight.bits > 8 or not weight.levels.ndim:
@@ -124,14 +151,29 @@ class _Unfolding:
         rows = _Rows.of(weight)
         grid = _Grid.of(weight, rows)
         real = rows.deal(weight.dequantize())
-        latent = self._latent(stored, real, lambda trained: stored.pack(rows.collect(grid.quantize(trained))))
+        latent = self._latent(
+            stored, real, lambda trained, factor: stored.pack(rows.collect(grid.scaled(factor).quantize(trained)))
+        )
         spot = Spot(self.editor, node, f"{label(node)}__trained")
-        value = rows.collected(spot, grid.fake_quantized(spot, latent))
+        value = rows.collected(spot, grid.fake_quantized(spot, latent, self._scale(node, stored, grid)))
         # Under its name an output is an output still, and matched with the original's.
         self.editor.hand_over(node.outputs[0], _in_place_of(node, value, spot))
         return True
 
-    def _latent(self, stored: StoredWeight, real: Array, pack: Callable[[Array], Array]) -> onnx_ir.Value:
+    def _scale(self, node: onnx_ir.Node, stored: StoredWeight, grid: _Grid) -> onnx_ir.Value | None:
+        """The trained scales of a weight [R], one for all who share the stored levels; None: they stay."""
+        plain = is_op(node, "DequantizeLinear") and not stored.weight.block and stored.scale is not None
+        if self.learned is None or not plain or stored.weight.scale.size not in (1, grid.scale.size):
+            return None
+        if node.graph is not self.editor.ir.graph or stored.weight.scale.size == 1 < grid.scale.size:
+            return None
+        if stored.values not in self._scales:
+            # Before the first node: those who share the levels may come in any order.
+            spot = Spot(self.editor, self.editor.ir.graph[0], f"{stored.values.name}__trained")
+            self._scales[stored.values] = self.learned.weight_scale(spot, stored.values.name or "", grid.scale)
+        return self._scales[stored.values]
+
+    def _latent(self, stored: StoredWeight, real: Array, pack: Pack) -> onnx_ir.Value:
         """One for all who share the stored levels, in the graph that they lie in."""
         if stored.values not in self.latents:
             producer = stored.values.producer()
@@ -242,17 +284,26 @@ class _Grid:
         whole = np.rint(latent.astype(np.float64) / self.scale[:, None]) + self.zero_point[:, None]
         return np.clip(whole, self.low[:, None], self.high[:, None]).astype(np.int64)
 
-    def fake_quantized(self, spot: Spot, latent: onnx_ir.Value) -> onnx_ir.Value:
-        """[R, S]: the latent weight as the integers of its grid will have it."""
-        low, high = (
-            spot.constant(np.asarray((level - self.zero_point) * self.scale, np.float32)[:, None])
-            for level in (self.low, self.high)
-        )
+    def scaled(self, factor: NDArray[np.float32] | None) -> _Grid:
+        """With trained scales; None: with its own."""
+        return self if factor is None else replace(self, scale=np.asarray(self.scale * factor, np.float32))
+
+    def fake_quantized(self, spot: Spot, latent: onnx_ir.Value, trained: onnx_ir.Value | None = None) -> onnx_ir.Value:
+        """[R, S]: the latent weight as the integers of its grid will have it. `trained`: scales [R] in place of its
+        own."""
+        scale = spot.constant(self.scale) if trained is None else trained
+        low, high = (self._bound(spot, level, trained) for level in (self.low, self.high))
         within = spot.emit("Max", spot.emit("Min", latent, high), low)
-        scale = spot.constant(self.scale)
         zero = spot.constant(self.zero_point.astype(np.int8 if self.signed else np.uint8))
         quantized = spot.emit("QuantizeLinear", within, scale, zero, axis=0)
         return spot.emit("DequantizeLinear", quantized, scale, zero, axis=0)
+
+    def _bound(self, spot: Spot, level: Levels, trained: onnx_ir.Value | None) -> onnx_ir.Value:
+        """[R, 1]: what a level stands for."""
+        distance = np.asarray(level - self.zero_point, np.float32)[:, None]
+        if trained is None:
+            return spot.constant(distance * self.scale[:, None])
+        return spot.emit("Mul", spot.constant(distance), spot.emit("Unsqueeze", trained, _shape(spot, [1])))
 
 
 def _shape(spot: Spot, numbers: Sequence[int]) -> onnx_ir.Value:

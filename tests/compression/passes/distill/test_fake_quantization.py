@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +15,8 @@ from modelpress_compression.executor import Executor
 from modelpress_compression.graph.read import MICROSOFT
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.passes.base import Context, PassResult
+from modelpress_compression.passes.distill.config import DistillConfig
+from modelpress_compression.passes.distill.distill import Distill
 from modelpress_compression.passes.distill.fake_quantization import unfold
 from modelpress_compression.passes.integers.certificate import certify
 from modelpress_compression.passes.quantize.config import QuantizeConfig
@@ -207,3 +210,60 @@ def test_weights_from_elsewhere(form: str, weights_of: Any) -> None:
     for name, array in weights_of(model).items():
         if name != "q" or form == "DequantizeLinear":
             np.testing.assert_array_equal(weights_of(folded)[name], array)
+
+
+@pytest.mark.parametrize("form", ["static", "static, one scale a tensor"])
+def test_learned_scales_come_back(form: str, quantized: Quantized, images: Any) -> None:
+    """Untrained they change nothing; trained ones answer in onnxruntime as in training, to two levels of the outputs:
+    the scales of biases follow those of inputs and weights."""
+    model, x = quantized(form), images(8)
+    unfolded = unfold(model, (), scales=True)
+    learned = unfolded.scales.trained
+    assert len(unfolded.scales.weights) >= 3
+    assert len(unfolded.scales.activations) >= 4
+    names = [*unfolded.latents, *learned]
+    before = Executor(unfolded.model, trainable=names).run({"x": x})["y"]
+    np.testing.assert_allclose(before, Executor(model).run({"x": x})["y"], rtol=0, atol=1e-4 * np.abs(before).max())
+    trained = unfolded.model.clone()
+    rng = np.random.default_rng(0)
+    for name in learned:
+        value = trained.graph.initializers[name]
+        shape = value.const_value.shape.numpy()
+        value.const_value = onnx_ir.tensor(rng.uniform(-0.2, 0.2, shape).astype(np.float32), name=name)
+    expected = Executor(trained, trainable=names).run({"x": x})["y"]
+    assert np.abs(expected - before).max() > 0.02 * np.abs(before).max()
+    with session_of(unfolded.fold(trained, model)) as session:
+        got = run(session, {"x": x})["y"]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+    again = unfolded.fold(unfolded.model, model)
+    with session_of(again) as session, session_of(model) as plain:
+        np.testing.assert_array_equal(run(session, {"x": x})["y"], run(plain, {"x": x})["y"])
+
+
+def test_excluded_scales_stay(quantized: Quantized) -> None:
+    """Those of the activations of a node, by its name, and all that has the same scale; those of a weight."""
+    model = quantized("static")
+    names = {node.name for node in model.graph if node.op_type == "QuantizeLinear"}
+    assert unfold(model, ("*",), scales=True).scales.trained == frozenset()
+    one = sorted(names)[0]
+    assert len(unfold(model, (one,), scales=True).scales.activations) < len(
+        unfold(model, (), scales=True).scales.activations
+    )
+
+
+@pytest.mark.slow
+def test_what_is_trained_is_what_is_written(
+    wide_net: Model, quantized: Quantized, images: Any, context_of: Callable[..., Context]
+) -> None:
+    """With scales and without, the file errs less than before, and about as little as the model did in training:
+    nothing is trained that is not written."""
+    model, losses = quantized("static"), {}
+    context = replace(context_of(model, {"x": images(64)}), original=wide_net)
+    for scales in (False, True):
+        result = Distill(DistillConfig(epochs=8, patience=8, scales=scales, learning_rate=3e-4))(model, context)
+        assert result.changes["loss_after"] < result.changes["loss_before"]
+        assert ("scales_trained" in result.changes) == scales
+        best = min(float(row["held_out_loss"]) for row in result.details if "held_out_loss" in row)
+        losses[scales] = float(result.changes["loss_after"])
+        assert losses[scales] < 1.5 * best
+    assert all(certificate.certified for certificate in certify(result.model))
