@@ -53,7 +53,15 @@ _EXPRESSION_CALLS = frozenset(
         "ceiling", "Abs", "sqrt", "IsNonOverlappingAndDenseIndicator", "BitwiseFn_bitwise_and", "BitwiseFn_bitwise_or",
     }
 )  # fmt: skip
-_GUARD_ATTRIBUTES = frozenset({"size", "stride", "storage_offset", "shape", "inf", "isnan", "sqrt", "floor", "ceil"})
+# What torch's printer of guards writes beside arithmetic: of tensors, of `math` and of `torch`.
+_GUARD_ATTRIBUTES = frozenset(
+    {
+        "size", "stride", "storage_offset", "shape", "inf", "nan", "isnan", "sqrt", "floor", "ceil", "trunc",
+        "sym_float", "_sym_sqrt",
+    }
+)  # fmt: skip
+# Python's own. With a keyword, `max` would call what it is given.
+_GUARD_FUNCTIONS = frozenset({"max", "min", "abs", "round"})
 _PLAIN = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Load, ast.operator, ast.unaryop, ast.boolop,
     ast.cmpop, ast.keyword, ast.Tuple, ast.IfExp,
@@ -147,10 +155,15 @@ def _is_arithmetic(node: ast.AST, *, guard: bool) -> bool:
     if isinstance(node, ast.Name):
         return not node.id.startswith("__")
     if isinstance(node, ast.Call):
-        function = node.func
-        return (isinstance(function, ast.Name) and function.id in _EXPRESSION_CALLS) or (
-            guard and isinstance(function, ast.Attribute) and function.attr in _GUARD_ATTRIBUTES
-        )
+        return _is_known_call(node, guard=guard)
     if guard and isinstance(node, ast.Attribute):
         return node.attr in _GUARD_ATTRIBUTES
     return guard and isinstance(node, ast.Subscript | ast.List)
+
+
+def _is_known_call(node: ast.Call, *, guard: bool) -> bool:
+    function = node.func
+    if isinstance(function, ast.Name):
+        plain = guard and function.id in _GUARD_FUNCTIONS and not node.keywords
+        return plain or function.id in _EXPRESSION_CALLS
+    return guard and isinstance(function, ast.Attribute) and function.attr in _GUARD_ATTRIBUTES

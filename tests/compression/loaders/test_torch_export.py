@@ -272,6 +272,25 @@ def test_other_expressions_do_not(text: str) -> None:
         check_expression(text, guard=False)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(max(1, L['x'].size()[3] // 4)*max(1, L['x'].size()[2] // 4)) != 1",
+        "math.trunc(torch.sym_float(L['x'].size()[0]) / 2.0) > min(2, abs(L['y'].stride()[1]))",
+    ],
+)
+def test_guards_pass(text: str) -> None:
+    """What torch writes of strided convolutions over images of any size, and of rounded extents."""
+    check_expression(text, guard=True)
+
+
+@pytest.mark.parametrize("text", ["max(['exit()'], key=eval)", "eval('exit()')", "max.__call__(1)", "math.sys"])
+def test_other_guards_do_not(text: str) -> None:
+    """Functions of Python's own get numbers alone, and nothing to call."""
+    with pytest.raises(RejectedModelError):
+        check_expression(text, guard=True)
+
+
 class Answer:
     """An output type of a library: a pytree by a registered name, which whoever reads the file need not know."""
 

@@ -20,27 +20,20 @@ more than permitted, weights move on to the next form:
 
 Errors of single weights are measured in one session, whose weights are inputs with defaults: a run is given one of them
 rounded. Only models that need it pay for it: most keep 35 to 50 dB with all weights in 8 bits.
-
-Of a large model the result lies in a file before it is compared: the session unpacks its weights to float32, which
-takes twice the original's room for a while, and what the pass holds would come on top.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression import mapped
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.read import constant_array
 from modelpress_compression.measure.fidelity import KnownOutputs
@@ -90,46 +83,36 @@ def store_all(model: Model, config: QuantizeConfig, context: Context, floor_db: 
     permitted = 10 ** (-floor_db / 10)
     original, model = model, model.clone()
     hide_views(model, turned=False)
-    drafts = _Drafts(context)
-    result = drafts.put(_stored(model, config, {}))
+    result = _stored(model, config, {})
     known = KnownOutputs()
     error = _error(model, result, context, known)
     if error <= permitted:
         return result
-    drafts.drop(result)
     ladder = _Ladder(_errors_of_weights(model, config, context))
     ladder.climb_until(permitted)
     while True:
         context.check_time()
-        result = drafts.put(_stored(model, config, ladder.forms))
+        result = _stored(model, config, ladder.forms)
         error = _error(model, result, context, known)
         if error <= permitted:
-            return _descended(model, config, context, ladder, permitted, known, result, drafts)
-        drafts.drop(result)
+            return _descended(model, config, context, ladder, permitted, known) or result
         if not ladder.climb(1 + math.ceil(_GROWTH * len(ladder.moved))):
             reason = f"stored in float16 its outputs keep {-10 * math.log10(error):.1f} dB alone"
             return PassResult(original, warnings=(f"Weights stay in float32: {reason}.",))
 
 
 def _descended(
-    model: Model,
-    config: QuantizeConfig,
-    context: Context,
-    ladder: _Ladder,
-    permitted: float,
-    known: KnownOutputs,
-    best: PassResult,
-    drafts: _Drafts,
-) -> PassResult:
-    """`best`, or the result with the largest of the moved weights one form back, where that is permitted."""
+    model: Model, config: QuantizeConfig, context: Context, ladder: _Ladder, permitted: float, known: KnownOutputs
+) -> PassResult | None:
+    """The result with the largest of the moved weights one form back, where that is permitted; None: nowhere."""
     sizes = {value.name: tensor.nbytes for value in _initializers(model) if (tensor := value.const_value) is not None}
+    best = None
     for name in sorted(ladder.moved, key=lambda name: -sizes.get(name, 0))[:_DESCENTS]:
         context.check_time()
         forms = {**ladder.forms, name: ladder.forms[name] - 1}
-        result = drafts.put(_stored(model, config, forms))
+        result = _stored(model, config, forms)
         if _error(model, result, context, known) <= permitted:
-            ladder.forms, best, result = forms, result, best
-        drafts.drop(result)
+            ladder.forms, best = forms, result
     return best
 
 
@@ -197,27 +180,6 @@ def _stored(model: Model, config: QuantizeConfig, forms: Forms) -> PassResult:
     clean(work)
     restore_views(work)
     return findings.result(work)
-
-
-class _Drafts:
-    """Results of large models, with their weights in files of the job's. One that is dropped loses its file."""
-
-    def __init__(self, context: Context) -> None:
-        self._context, self._folders = context, dict[int, str]()
-
-    def put(self, result: PassResult) -> PassResult:
-        """The result, in a file where it is large."""
-        if not result.changed or not mapped.is_large(result.model.weight_bytes()):
-            return result
-        folder = tempfile.mkdtemp(prefix="stored-", dir=self._context.work_directory)
-        model = result.model.saved(Path(folder) / "model.onnx")
-        self._folders[id(model)] = folder
-        return replace(result, model=model)
-
-    def drop(self, result: PassResult) -> None:
-        """It is not used any more."""
-        if (folder := self._folders.pop(id(result.model), None)) is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _error(model: Model, result: PassResult, context: Context, known: KnownOutputs) -> float:

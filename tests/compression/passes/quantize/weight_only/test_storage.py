@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx_ir
 import pytest
-from modelpress_compression import mapped
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
@@ -82,20 +80,3 @@ def test_a_floor_beyond_float16_leaves_the_model_alone(uneven: Model, tmp_path: 
     assert not result.changed
     assert result.model is uneven
     assert "float16" in result.warnings[0]
-
-
-@pytest.mark.parametrize(("floor_db", "files"), [(20.0, 1), (55.0, 1), (150.0, 0)])
-def test_large_results_are_compared_from_a_file(
-    uneven: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, floor_db: float, files: int
-) -> None:
-    """What would be in memory twice lies in a file; of those that were tried the result's alone is left."""
-    context = context_of(uneven, tmp_path)
-    usual = store_all(uneven, CONFIG, context, floor_db)
-    monkeypatch.setattr(mapped, "LARGE_BYTES", 0)
-    monkeypatch.setattr(mapped, "MAPPED_BYTES", 512)
-    result = store_all(uneven, CONFIG, context, floor_db)
-    assert result.changes == usual.changes
-    assert len(list(tmp_path.glob("stored-*/model.onnx"))) == files
-    for one, other in zip(usual.model.tensors(), result.model.tensors(), strict=True):
-        np.testing.assert_array_equal(one.numpy(), other.numpy())
-        assert not files or other.nbytes < 512 or isinstance(other, onnx_ir.ExternalTensor)
