@@ -119,7 +119,7 @@ class Convolution:
             inside &= (where >= 0) & (where < data.shape[2 + axis])
             index.append(np.clip(where, 0, data.shape[2 + axis] - 1))
         patches = data[(sample[:, None], slice(None), *index)].astype(np.float32)  # [R, kernel, C]
-        patches *= inside[:, :, None]
+        patches[~inside] = 0  # also where what lies at the border is not finite
         rows, kernel, channels = patches.shape
         grouped = patches.reshape(rows, kernel, self.groups, channels // self.groups).transpose(2, 0, 3, 1)
         return np.ascontiguousarray(grouped).reshape(self.groups, rows, -1)
