@@ -34,6 +34,11 @@ SETTINGS = ("labels_blank", "labels_space")  # classes that mean something to me
 _CHECK_CHUNK_BYTES = 16 * 1024**2  # 16 MiB
 
 
+def values_bytes(values: Mapping[str, Array]) -> int:
+    """How much memory these arrays take."""
+    return sum(array.nbytes for array in values.values())
+
+
 @dataclass(frozen=True)
 class InputData:
     """Samples for every input of a model.

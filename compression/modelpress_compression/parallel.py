@@ -14,6 +14,8 @@ from typing import TypeVar
 
 # Each run at a time holds activations of its own; more cores than this gain little beside that memory.
 MAX_WORKERS = 4
+# What `map_ahead` lets results take that wait or are being made.
+AHEAD_BYTES = 256 * 1024**2  # 256 MiB
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -51,3 +53,23 @@ def map_in_order(function: Callable[[_Item], _Result], items: Iterable[_Item]) -
     finally:
         # A caller that stops early, or an error, leaves nothing running.
         pool.shutdown(cancel_futures=True)
+
+
+def map_ahead(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], bytes_of: Callable[[_Result], int]
+) -> Generator[_Result]:
+    """`map_in_order` for results that may be large: one item at a time where the first result says that several would
+    take more than `AHEAD_BYTES`.
+
+    While the caller works on one result, the next ones are made.
+    """
+    items, several = iter(items), False
+    for item in items:
+        result = function(item)
+        several = (worker_count() + 1) * bytes_of(result) <= AHEAD_BYTES
+        yield result
+        break
+    else:
+        return
+    del result  # it is the caller's alone now
+    yield from map_in_order(function, items) if several else map(function, items)

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from modelpress_compression import parallel
-from modelpress_compression.parallel import map_in_order
+from modelpress_compression.parallel import AHEAD_BYTES, map_ahead, map_in_order
 
 
 @pytest.fixture(params=[1, 3])
@@ -52,3 +52,16 @@ def test_an_error_ends_the_work_and_is_the_callers(cores: int) -> None:
     with pytest.raises(ValueError, match="two"):
         list(map_in_order(work, range(1000)))
     assert len(worked) <= 3 + 2 * cores + 2
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_large_results_are_made_one_at_a_time(large: bool, cores: int) -> None:
+    """What is small is made ahead on several cores; a second large one only when the first is done with."""
+    size, items = AHEAD_BYTES if large else 1, iter(range(1000))
+    results = map_ahead(lambda item: item, items, lambda item: size)
+    assert [next(results), next(results)] == [0, 1]
+    ahead = 0 if large or cores == 1 else cores
+    assert next(items) == 2 + ahead
+    results.close()
+    assert list(map_ahead(str, range(3), len)) == ["0", "1", "2"]
+    assert not list(map_ahead(str, (), len))

@@ -6,20 +6,22 @@
     wavefront    a model in pieces, so that layers may change between them
     shapes       the shape of every value, branches of If included
 
-Memory holds the model and what one sample makes of it, however many samples there are; Wavefront keeps more, by budget.
+Memory holds the model and what one sample makes of it, or a few samples where that is little, however many there are;
+Wavefront keeps more, by budget.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import onnx_ir
 
 from modelpress_compression.graph.padding import counted_positions, without_padding
 from modelpress_compression.graph.watch.extract import extract
-from modelpress_compression.inputs import Array, Feeds, InputData
+from modelpress_compression.inputs import Array, Feeds, InputData, values_bytes
 from modelpress_compression.model import Model
+from modelpress_compression.parallel import map_ahead
 from modelpress_compression.runtime import run, session_of
 
 Taps = Callable[[Feeds], dict[str, Array]]
@@ -63,15 +65,21 @@ def stream(
 
     `padding=False` takes away positions that an attention mask leaves out, and with them the axis of samples.
 
-    Memory holds the model and the activations of one sample: nothing of a sample is kept here once it is handed out.
-    Raises ModelNotRunnableError, UnsupportedOperatorError, and what `check_time` raises.
+    Nothing of a sample is kept here once it is handed out. Where its activations are small, the next samples run while
+    the caller works on it (parallel.map_ahead). Raises ModelNotRunnableError, UnsupportedOperatorError, and what
+    `check_time` raises.
     """
     count = 0
     with taps(model, names) as look:
-        for feed in samples.feeds(batch_size=1):
-            check_time()
+
+        def counted(feed: Feeds) -> dict[str, Array]:
             mask = None if padding else counted_positions(feed)
-            yield {name: without_padding(array, mask) for name, array in look(feed).items()}
-            count += samples.fixed_batch or 1
-            if done is not None:
-                done(min(1.0, count / len(samples)))
+            return {name: without_padding(array, mask) for name, array in look(feed).items()}
+
+        with closing(map_ahead(counted, samples.feeds(batch_size=1), values_bytes)) as seen:
+            for values in seen:
+                check_time()
+                yield values
+                count += samples.fixed_batch or 1
+                if done is not None:
+                    done(min(1.0, count / len(samples)))

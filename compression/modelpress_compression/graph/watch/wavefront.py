@@ -14,16 +14,18 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import chain
 
 import onnx_ir
 
 from modelpress_compression.graph.read import is_op
 from modelpress_compression.graph.subgraphs import needed_nodes, read_values
 from modelpress_compression.graph.watch.extract import extract
-from modelpress_compression.inputs import Array, InputData
+from modelpress_compression.inputs import Array, InputData, values_bytes
 from modelpress_compression.model import Model
+from modelpress_compression.parallel import map_ahead
 from modelpress_compression.runtime import run, session_of
 
 Values = dict[str, Array]
@@ -74,7 +76,7 @@ class Wavefront:
             yield {name: values[name] for name in asked}
             if kept is not None:
                 kept.append({value.name or "": values[value.name or ""] for value in alive})
-                used_bytes += sum(array.nbytes for array in kept[-1].values())
+                used_bytes += values_bytes(kept[-1])
                 kept = kept if used_bytes <= self._budget_bytes else None
         if kept is not None:
             self._kept, self._alive = kept, alive
@@ -83,14 +85,17 @@ class Wavefront:
 
     def _run(self, piece: _Piece) -> Iterator[Values]:
         """Of each sample what was kept, what the piece makes, and the feed."""
+        given = (
+            {**feed, **(self._kept[index] if self._kept else {})}
+            for index, feed in enumerate(self._samples.feeds(batch_size=1))
+        )
         with ExitStack() as stack:
-            session = None
-            for index, feed in enumerate(self._samples.feeds(batch_size=1)):
+            if piece.makes and (first := next(given, None)) is not None:
+                session = stack.enter_context(session_of(self._part(piece, first)))
+                ran = map_ahead(lambda values: values | run(session, values), chain([first], given), values_bytes)
+                given = stack.enter_context(closing(ran))
+            for values in given:
                 self._check_time()
-                values = {**feed, **(self._kept[index] if self._kept else {})}
-                if piece.makes:
-                    session = session or stack.enter_context(session_of(self._part(piece, values)))
-                    values |= run(session, values)
                 yield values
 
     def _piece(self, names: Sequence[str]) -> _Piece:

@@ -33,6 +33,7 @@ MAX_SAMPLES = 256
 BINS = 8192
 _HALF = BINS // 2
 _CHUNK = 1 << 20  # elements: bounds the temporary arrays
+_LARGE = 2.0**100
 # On PP-OCR, EfficientNet-Lite and a ResNet the best mean of 99.99, 99.999, 99.9999 and 100: 99.99 costs PP-OCR 5 dB.
 PERCENTILE = 99.999
 _ENTROPY_STEP = 32  # bins between two thresholds that are tried
@@ -94,7 +95,11 @@ class Histogram:
             self._zeros += chunk.size
             return Range(low, high)
         self._grow(float(2.0 ** np.frexp(largest)[1]) if largest else 0.0)
-        index = np.floor(chunk.astype(np.float64) * (_HALF / self.radius)).astype(np.int64) + _HALF
+        factor = _HALF / self.radius
+        # A power of two loses nothing in float32 where nothing gets so small that it vanishes, nor the factor infinite.
+        scaled = chunk * (np.float32(factor) if 1 <= factor < _LARGE else np.float64(factor))
+        index = np.floor(scaled, out=scaled).astype(np.int64)
+        index += _HALF
         self.counts += np.bincount(index, minlength=BINS)
         return Range(low, high)
 

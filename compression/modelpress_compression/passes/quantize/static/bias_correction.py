@@ -19,6 +19,7 @@ from modelpress_compression.encodings.products import added_bias
 from modelpress_compression.graph.edit import Editor, set_input
 from modelpress_compression.graph.read import constant_array, graph_of, input_of, is_constant, label
 from modelpress_compression.graph.watch import stream
+from modelpress_compression.inputs import Array
 from modelpress_compression.passes.quantize.plan import Plan
 from modelpress_compression.passes.quantize.setup import QuantizationSetup
 from modelpress_compression.passes.quantize.static.qdq import Parameters, QdqWriter
@@ -46,10 +47,9 @@ def mean_shifts(setup: QuantizationSetup, parameters: Parameters) -> Shifts:
     samples = setup.context.data.spread(MAX_SAMPLES)
     for tensors in stream(copy, wanted, samples, setup.context.check_time, padding=False) if twins else ():
         for name, (twin, axis) in twins.items():
-            difference = tensors[twin.name or ""].astype(np.float64) - tensors[name].astype(np.float64)
-            rows = np.moveaxis(difference, axis, -1).reshape(-1, difference.shape[axis])
+            shift, positions = summed_difference(tensors[twin.name or ""], tensors[name], axis)
             total, count = sums[name]
-            sums[name] = (total + rows.sum(axis=0), count + len(rows))
+            sums[name] = (total + shift, count + positions)
     return {name: total / count for name, (total, count) in sums.items() if count and np.isfinite(total).all()}
 
 
@@ -77,6 +77,15 @@ def _add_twin(node: onnx_ir.Node, parameters: Parameters, writer: QdqWriter) -> 
 def channel_axis(node: onnx_ir.Node) -> int:
     """Of a layer's output."""
     return 1 if node.op_type == "Conv" else -1
+
+
+def summed_difference(changed: Array, plain: Array, axis: int) -> tuple[NDArray[np.float64], int]:
+    """What `changed` has more than `plain`, summed over the positions of each channel: [channels]; and how many
+    positions there are."""
+    difference = changed.astype(np.float32, copy=False) - plain.astype(np.float32, copy=False)
+    axis %= difference.ndim
+    sums = difference.sum(axis=tuple(other for other in range(difference.ndim) if other != axis), dtype=np.float64)
+    return np.asarray(sums), difference.size // max(difference.shape[axis], 1)
 
 
 def can_shift(node: onnx_ir.Node) -> bool:

@@ -20,9 +20,14 @@ from modelpress_compression.graph.edit import Editor, replace_numbers
 from modelpress_compression.graph.padding import counted_positions, without_padding
 from modelpress_compression.graph.read import graph_of, label
 from modelpress_compression.graph.watch.wavefront import Wavefront
-from modelpress_compression.inputs import Array
 from modelpress_compression.passes.quantize.setup import QuantizationSetup
-from modelpress_compression.passes.quantize.static.bias_correction import MAX_SAMPLES, Shifts, can_shift, channel_axis
+from modelpress_compression.passes.quantize.static.bias_correction import (
+    MAX_SAMPLES,
+    Shifts,
+    can_shift,
+    channel_axis,
+    summed_difference,
+)
 from modelpress_compression.passes.quantize.static.qdq import Parameters, QdqWriter
 
 MAX_KEPT_BYTES = 256 * 1024**2  # 256 MiB of activations, of each of the two models
@@ -55,8 +60,9 @@ def full_shifts(setup: QuantizationSetup, parameters: Parameters) -> Shifts:
         count, axis = 0, channel_axis(layer)
         for feed, own, plain in zip(samples.feeds(1), mine.advance([own_name]), theirs.advance([name]), strict=True):
             mask = counted_positions(feed)
-            rows = _rows(own[own_name], mask, axis) - _rows(plain[name], mask, axis)
-            total, count = total + rows.sum(axis=0), count + len(rows)
+            pair = without_padding(own[own_name], mask), without_padding(plain[name], mask)
+            shift, positions = summed_difference(*pair, axis)
+            total, count = total + shift, count + positions
         shift = np.asarray(total) / max(count, 1)
         if count and np.isfinite(shift).all():
             found[name] = shift
@@ -83,9 +89,3 @@ def _add_correction(layer: onnx_ir.Node, weight: tuple[int, ...], editor: Editor
 def _columns(layer: onnx_ir.Node, weight: tuple[int, ...]) -> int:
     transposed = "transB" in layer.attributes and bool(layer.attributes["transB"].value)
     return weight[0] if layer.op_type == "Gemm" and transposed else weight[-1]
-
-
-def _rows(array: Array, mask: NDArray[np.bool_] | None, axis: int) -> NDArray[np.float64]:
-    """[positions, channels], without padding."""
-    kept = without_padding(array, mask).astype(np.float64)
-    return np.moveaxis(kept, axis, -1).reshape(-1, kept.shape[axis])
