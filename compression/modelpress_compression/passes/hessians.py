@@ -36,6 +36,7 @@ MAX_BYTES = 200 * 1024**2  # 200 MiB: of one H, 5120 inputs
 # Rows for each input of a layer: more only takes time.
 ROWS_PER_INPUT = 8
 ROWS = (4096, 65536)  # fewest and most rows of a layer, where the data has as many
+DEPTHWISE_ROWS = 1024  # fewest of each group of a depthwise layer: 40 for each of 5 x 5 inputs, of hundreds of groups
 _CHUNK_BYTES = 4 * 1024**2  # 4 MiB: of rows that wait to be added up
 _NO_SUCH_USER = "it multiplies no input that can be observed"
 
@@ -183,20 +184,23 @@ class _Sum:
 
     def __init__(self, job: _Job, samples: int) -> None:
         low, high = ROWS
-        self._rows = -(-int(np.clip(ROWS_PER_INPUT * job.inputs, low, high)) // samples)
+        fewest = low if job.groups == 1 else DEPTHWISE_ROWS
+        self._rows = -(-int(np.clip(ROWS_PER_INPUT * job.inputs, fewest, high)) // samples)
         self._total = np.zeros((job.groups, job.inputs, job.inputs))
         self._waiting: list[NDArray[np.float32]] = []
 
     def take(self, linear: Linear, data: Array, output: Array, index: int) -> None:
         """Rows of one sample; those that are not finite are left out."""
-        total = linear.positions(output)
-        places: Places = np.arange(total)
-        if self._rows < total:
-            places = np.random.default_rng(index).choice(total, self._rows, replace=False, shuffle=False)
+        count = linear.positions(output)
+        places: Places = np.arange(count)
+        if self._rows < count:
+            places = np.random.default_rng(index).choice(count, self._rows, replace=False, shuffle=False)
         # Activations are float32 themselves, and the sums over a chunk keep six digits.
         rows = linear.inputs(data, output, places).astype(np.float32, copy=False)
-        # One sum tells that all are finite, in a fraction of the time of looking at each.
-        if not np.isfinite(rows.sum(dtype=np.float64)):
+        # One sum tells that all are finite, in a fraction of the time of looking at each; infinite, it tells nothing.
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = rows.sum()
+        if not np.isfinite(total):
             rows = rows[:, np.isfinite(rows).all(axis=(0, 2))]
         self._waiting.append(rows)
         if sum(part.nbytes for part in self._waiting) >= _CHUNK_BYTES:

@@ -7,7 +7,7 @@
 
 Each objective is a list of figures that decide one after the other. A figure keeps the candidates that it cannot tell
 from its best: files within 1 % are as large, latencies are as long where the interval of their ratio, taken round by
-round, leaves no more than 2 % between them, and products of size and time within 5 % are as good.
+round, leaves no more than 2 % between them, and products of size and time within 10 % are as good.
 So noise decides nothing that a measured difference in size or in error can decide, and the same model gets the same
 choice again, on a busy machine too.
 
@@ -29,7 +29,9 @@ from modelpress_compression.recipe import ACCURATE, BALANCED, FASTEST, SMALLEST
 # Of the original's time: what `balanced` never takes more than.
 MAX_SLOWDOWN = 1.05
 SAME_TIME = 0.02
-SAME_PRODUCT = 0.05
+SAME_PRODUCT = 0.10
+# How far a few rounds may be off: what misses a bound by no more is timed in all rounds before it is left.
+FEW_ROUNDS_SLACK = 1.05
 SAME_SIZE = 0.01
 # Share of the signal's power, -40 dB: what rounds to the same answer in nearly all cases.
 NEGLIGIBLE_ERROR = 1e-4
@@ -116,7 +118,8 @@ def choose(candidates: Sequence[Figures], original: int, objective: str, limits:
 def contenders(candidates: Sequence[Figures], original: int, objective: str, limits: Limits) -> list[int]:
     """The places that times of more rounds may decide between; one alone: they are enough.
 
-    Under a limit on time those are all that are not refused. Raises ValueError for an unknown objective.
+    Those at the edge of a bound are among them, which the noise of a few rounds would decide; under a limit on time all
+    that are not refused. Raises ValueError for an unknown objective.
     """
     deciders = _deciders(objective)
     reasons = {place: one.refusal for place, one in enumerate(candidates)}
@@ -124,7 +127,12 @@ def contenders(candidates: Sequence[Figures], original: int, objective: str, lim
     if limits.max_latency_ms is not None or limits.min_speedup is not None:
         return [place for place, reason in reasons.items() if not reason]
     last = max(number for number, decider in enumerate(deciders) if decider in (_TIME, _PRODUCT))
-    return _decided(deciders[: last + 1], candidates, original, objective, limits, reasons)
+    loosely = [(what, _LOOSER.get(keep, keep)) for what, keep in deciders[: last + 1]]
+    places: set[int] = set()
+    # Without those that are a little slow as well: among them may be one that outdoes all the others.
+    for most in (MAX_SLOWDOWN, MAX_SLOWDOWN * FEW_ROUNDS_SLACK):
+        places.update(_decided(loosely, candidates, original, objective, limits, dict(reasons), most))
+    return sorted(places)
 
 
 def _deciders(objective: str) -> Sequence[tuple[str, _Keep]]:
@@ -140,13 +148,14 @@ def _decided(
     objective: str,
     limits: Limits,
     reasons: dict[int, str],
+    max_slowdown: float = MAX_SLOWDOWN,
 ) -> list[int]:
     """The places that limits and deciders leave; `reasons` gets why each of the others is not among them."""
     first = candidates[original]
     left = [place for place, reason in reasons.items() if not reason]
     left = _within_limits(left, candidates, first, limits, reasons)
     if objective == BALANCED:
-        left = _not_slower(left, candidates, original, reasons)
+        left = _not_slower(left, candidates, original, reasons, max_slowdown)
     for what, keep in deciders:
         kept = set(keep([candidates[place] for place in left], first))
         for place in left:
@@ -169,12 +178,14 @@ def _within_limits(
     return [place for place in places if excess[place] <= least]
 
 
-def _not_slower(places: list[int], candidates: Sequence[Figures], original: int, reasons: dict[int, str]) -> list[int]:
+def _not_slower(
+    places: list[int], candidates: Sequence[Figures], original: int, reasons: dict[int, str], most: float
+) -> list[int]:
     """Without the candidates that take clearly more time than the original."""
     kept = []
     for place in places:
         slowdown = candidates[place].times_of(candidates[original])
-        if place == original or slowdown.median <= MAX_SLOWDOWN:
+        if place == original or slowdown.median <= most:
             kept.append(place)
         else:
             reasons[place] = f"{slowdown.median:.2f} times the original's time"
@@ -195,12 +206,22 @@ def _least_time(candidates: Sequence[Figures], original: Figures) -> Sequence[Fi
     return [one for one in candidates if one.times_of(best).low <= 1 + SAME_TIME]
 
 
-def _least_product(candidates: Sequence[Figures], original: Figures) -> Sequence[Figures]:
+def _least_product(
+    candidates: Sequence[Figures], original: Figures, same: float = 1 + SAME_PRODUCT
+) -> Sequence[Figures]:
+    """Those that are as good as the best to within `same`, and not worse than the original."""
     best = min(candidates, key=lambda one: one.size_bytes * one.time_s)
-    # Not by the interval, which is wide on a busy machine: more would count as equal there, and the choice be another.
-    return [
-        one for one in candidates if one.times_of(best).median * one.size_bytes <= best.size_bytes * (1 + SAME_PRODUCT)
-    ]
+
+    def over(one: Figures, other: Figures) -> float:
+        # Not by the interval, which is wide on a busy machine: more would count as equal there, and the choice be
+        # another.
+        return one.times_of(other).median * one.size_bytes / other.size_bytes
+
+    return [one for one in candidates if one is best or (over(one, best) <= same and over(one, original) <= 1)]
+
+
+def _nearly_least_product(candidates: Sequence[Figures], original: Figures) -> Sequence[Figures]:
+    return _least_product(candidates, original, (1 + SAME_PRODUCT) * FEW_ROUNDS_SLACK)
 
 
 def _least_error(candidates: Sequence[Figures], original: Figures) -> Sequence[Figures]:
@@ -217,6 +238,7 @@ _SIZE = ("another is smaller", _least_size)
 _TIME = ("another is faster", _least_time)
 _PRODUCT = ("another is better in size and time together", _least_product)
 _ERROR = ("another is as good and closer to the original", _least_error)
+_LOOSER: Mapping[_Keep, _Keep] = MappingProxyType({_least_product: _nearly_least_product})
 # What decides, one after the other, with what is said of those that it leaves behind.
 _DECIDERS: Mapping[str, Sequence[tuple[str, _Keep]]] = MappingProxyType(
     {

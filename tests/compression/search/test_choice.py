@@ -13,6 +13,7 @@ from modelpress_compression.search.choice import (
     Figures,
     Limits,
     choose,
+    contenders,
 )
 
 ROUNDS = 30
@@ -57,6 +58,18 @@ def test_a_slower_file_that_is_hardly_smaller_is_not() -> None:
     choice = choose((ORIGINAL, worse), 0, "balanced")
     assert choice.taken == 0
     assert "time" in choice.reasons[1]
+
+
+def test_what_is_as_good_as_another_must_still_be_better_than_the_original() -> None:
+    """2 % smaller and 4 % slower is no gain, however near the two products lie."""
+    assert choose((ORIGINAL, figures("neither", 980_000, 10.4)), 0, "balanced").taken == 0
+
+
+def test_times_near_a_bound_are_measured_again() -> None:
+    """What is 7 % slower than the original, or 12 % worse than the best, runs on; what is 20 % slower does not."""
+    near, far = figures("near", 260_000, 10.7), figures("far", 200_000, 12.0)
+    second, third = figures("second", 310_000, 10.1), figures("third", 340_000, 10.1)
+    assert contenders((ORIGINAL, STORED, near, far, second, third), 0, "balanced", Limits()) == [1, 2, 4]
 
 
 def test_balanced_is_never_clearly_slower_than_the_original() -> None:
