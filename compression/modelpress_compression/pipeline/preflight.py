@@ -35,6 +35,7 @@ from modelpress_compression.passes.quantize.reconstruction.rounders import METHO
 from modelpress_compression.recipe import Recipe, Step
 from modelpress_compression.report.formats import size
 from modelpress_compression.runtime import SPARE_BYTES, fit_together, open_session, run
+from modelpress_compression.search.held_out import can_hold_out
 from modelpress_compression.search.levers import EPOCHS, TRAINING_SHARE, USUAL_SEARCH_S
 
 # Samples beyond these are not looked at by the passes and the judge.
@@ -110,13 +111,14 @@ class Needs:
 def needs(recipe: Recipe, model: Model, path: Path, data: InputData, *, judged: bool = False) -> Needs:
     """The estimate for the `model` in the file `path`, whose cost is measured in a few runs.
 
-    `judged`: labels or a metric of the user's own say what an answer is worth, so that a goal may pull its levers.
+    `judged`: labels or a metric of the user's own say what an answer is worth, so that all data may be fitted to.
 
     Raises ModelNotRunnableError.
     """
     run_s, working_bytes = _one_run(path, data)
     samples = min(MOST_SAMPLES, len(data))
-    levers = judged and data.vouches and recipe.searches_far and not recipe.steps
+    pulled = data.vouches if judged else can_hold_out(data)
+    levers = pulled and recipe.searches_far and not recipe.steps
     costs = [*_costs(recipe), *([LEVERS] if levers else ())]
     runs = sum(cost.runs + cost.runs_per_sample * samples for cost in costs)
     runs += sum(TRAINING_RUNS * epochs * len(data) for epochs in map(_epochs, recipe.steps))

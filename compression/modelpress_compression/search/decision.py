@@ -153,7 +153,7 @@ class Decision:
             if not (entry.candidate.screened or entry.candidate.remembered):
                 return choice
             self.judge.context.check_time()
-            judged = self.judge.proven(self.judge.confirmed(entry.candidate, anew=True))
+            judged = self.judge.proven(entry.judge.confirmed(entry.candidate, anew=True))
             racers[choice.taken - 1] = self.entries[self._place(entry)] = replace(entry, candidate=judged)
             if judged.reason:
                 figures[choice.taken] = replace(figures[choice.taken], refusal=judged.reason)

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from modelpress_compression.search.candidates import Candidate
+from modelpress_compression.search.judge import Judge
 from modelpress_compression.search.steps import StepRecord
 
 # What a step before a candidate's own is called in its name; "" where that says nothing.
@@ -23,9 +24,10 @@ _BRIEFLY: Mapping[str, Callable[[Any], str]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Entry:
-    """A candidate, and the steps before its own."""
+    """A candidate, the steps before its own, and who has judged it."""
 
     candidate: Candidate
+    judge: Judge
     before: tuple[StepRecord, ...] = ()
 
     @property

@@ -12,6 +12,7 @@ import pytest
 from modelpress_compression import InputData, Model, Recipe, compress
 from modelpress_compression.inputs import EvaluationData
 from modelpress_compression.measure.fidelity import Fidelity, OutputFidelity
+from modelpress_compression.measure.task import Labelled
 from modelpress_compression.recipe import OBJECTIVES
 from modelpress_compression.report.build import report_schema
 from modelpress_compression.search import judge
@@ -55,7 +56,7 @@ def test_ranges_of_made_up_inputs_are_not_taken_but_advised(digits: Model) -> No
 
 
 @pytest.mark.usefixtures("timed_by_size")
-def test_channels_go_only_where_labels_judge(digits: Model, samples: InputData, labelled: EvaluationData) -> None:
+def test_a_balance_prunes_only_where_labels_judge(digits: Model, samples: InputData, labelled: EvaluationData) -> None:
     """With data alone nothing is pruned; with labels it is tried, and taken where the metric holds."""
     names = [row["name"] for row in compress(digits, goal(), data=samples).report["candidates"]]
     assert not any("prune" in name for name in names)
@@ -169,6 +170,26 @@ def test_all_levers_together(digits: Model, samples: InputData, labelled: Evalua
     assert any("in blocks of 4 bits or less" in name for name in names)
     assert result.report["accuracy"]["drop"] <= 0.02
     assert result.report["size_ratio"] > 1.3 * alone.report["size_ratio"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("timed_by_size")
+def test_levers_without_labels(digits: Model, samples: InputData, labelled: EvaluationData, tmp_path: Path) -> None:
+    """`smallest` with nothing but inputs: what is cut is judged on samples that nothing was fitted to, and the
+    accuracy, which the search has not seen, holds."""
+    alone = compress(digits, goal(objective="smallest", techniques=["fuse", "quantize"]), data=samples)
+    told: list[str] = []
+    result = compress(digits, goal(objective="smallest"), data=samples, on_log=lambda level, text: told.append(text))
+    held = -(-len(samples) // 3)
+    assert f"nothing is fitted to {held} of {len(samples)} samples, which judge what is cut" in told
+    chosen = next(row["name"] for row in result.report["candidates"] if row["chosen"])
+    assert "prune" in chosen
+    assert result.report["size_ratio"] > 1.2 * alone.report["size_ratio"]
+    digits.save(tmp_path / "before.onnx")
+    result.model.save(tmp_path / "after.onnx")
+    before, after = (Labelled(labelled, "top1").evaluate(tmp_path / name) for name in ("before.onnx", "after.onnx"))
+    assert after.value >= before.value - 0.01
 
 
 @pytest.mark.usefixtures("timed_by_size")
