@@ -134,16 +134,23 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Quantization beside onnxruntime's own tools.")
+def arguments_of(what: str, kinds: list[str]) -> argparse.ArgumentParser:
+    """The options that say which models there are and what each may take. `kinds`: those that run unless others are
+    asked for."""
+    parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--models", type=Path, help="folder with the models and their eval_NAME.py")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "modelpress-quantization")
-    parser.add_argument("--kinds", nargs="*", default=["real", "packaged"], choices=get_args(Kind))
+    parser.add_argument("--kinds", nargs="*", default=kinds, choices=get_args(Kind))
     parser.add_argument("--only", nargs="*", default=[], help="parts of models' names")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one contender on one model")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB of resident memory for one contender")
     parser.add_argument("--rounds", type=int, default=300, help="most timed rounds")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of timing for a model at one batch size")
+    return parser
+
+
+def _parse() -> argparse.Namespace:
+    parser = arguments_of("Quantization beside onnxruntime's own tools.", ["real", "packaged"])
     parser.add_argument("--again", action="store_true", help="measure again what has not changed")
     parser.add_argument("--render", action="store_true", help="write the page from the gathered figures, and stop")
     arguments = parser.parse_args()
