@@ -63,14 +63,16 @@ def test_labels_judge_in_place_of_samples(make_judge: MakeJudge, samples: InputD
     assert found.data is samples
 
 
-@pytest.mark.parametrize(("agreement", "kept"), [(0.98, False), (0.991, True)])
+@pytest.mark.parametrize(
+    ("agreement", "sqnr_db", "kept"), [(0.98, 27.0, False), (0.991, 27.0, True), (1.0, 22.0, False)]
+)
 def test_answers_of_what_was_cut_must_not_change(
-    make_judge: MakeJudge, samples: InputData, agreement: float, kept: bool
+    make_judge: MakeJudge, samples: InputData, agreement: float, sqnr_db: float, kept: bool
 ) -> None:
-    """Two changed answers in a hundred are too many, though the original thinks little of them; a judge of what was
-    not fitted takes them."""
+    """Two changed answers in a hundred are too many, though the original thinks little of them, and so are outputs that
+    have moved far, though no answer has changed; a judge of what was not fitted takes both."""
     usual = make_judge(samples)
-    outputs = {"y": OutputFidelity(0.999, 27.0, 0.1)}
+    outputs = {"y": OutputFidelity(0.999, sqnr_db, 0.1)}
     fidelity = Fidelity("provided", 90, outputs, agreement, agreement, expected_top1=0.9, expected_drop=0.002)
     assert not usual._disagrees(fidelity)
     assert (not replace(usual, held_out=True)._disagrees(fidelity)) is kept
