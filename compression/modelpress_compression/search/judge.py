@@ -273,8 +273,8 @@ class Judge:
     def _disagrees(self, fidelity: Fidelity, slack: float = 1.0) -> str:
         """Why the answers have changed too much, without labels; empty where they have not."""
         metric, allowed = self.recipe.limits.metric, self.recipe.limits.max_drop
-        if self.held_out and fidelity.sqnr_db < HELD_OUT_FLOOR_DB - 10 * math.log10(slack):
-            return f"its outputs keep {fidelity.sqnr_db:.1f} dB, less than {HELD_OUT_FLOOR_DB:g} dB"
+        if self.held_out and (distance := _too_far(fidelity, HELD_OUT_FLOOR_DB, slack)):
+            return distance
         name, share = fidelity.kept(metric)
         if allowed is None and (name == metric or (self.held_out and fidelity.expected_drop is not None)):
             allowed = DEFAULT_MAX_DROP
@@ -286,8 +286,7 @@ class Judge:
         if not self.context.data.vouches:
             return ""
         if expected is None or drop is None:
-            far = fidelity.sqnr_db < VALUES_FLOOR_DB - 10 * math.log10(slack)
-            return f"its outputs keep {fidelity.sqnr_db:.1f} dB, less than {VALUES_FLOOR_DB:g} dB" if far else ""
+            return _too_far(fidelity, VALUES_FLOOR_DB, slack)
         if drop > slack * MAX_EXPECTED_DROP:
             return (
                 f"by its own probabilities the original would lose {100 * drop:.1f} points of accuracy, more than "
@@ -299,6 +298,12 @@ class Judge:
                 f"from those of an original that hardly tells its classes apart"
             )
         return ""
+
+
+def _too_far(fidelity: Fidelity, floor_db: float, slack: float) -> str:
+    """That the worst output keeps less than the floor; empty: it does not."""
+    far = fidelity.sqnr_db < floor_db - 10 * math.log10(slack)
+    return f"its outputs keep {fidelity.sqnr_db:.1f} dB, less than {floor_db:g} dB" if far else ""
 
 
 def _not_faster(than: str, worst: Speedup) -> str:
