@@ -281,10 +281,13 @@ class Judge:
         if allowed is not None:
             kept = 1.0 - share <= slack * allowed
             return "" if kept else f"its {name} with the original is {share:.4f}, less than {1.0 - allowed:g}"
-        expected, drop = fidelity.expected_top1, fidelity.expected_drop
         # The classes of synthetic inputs say nothing.
-        if not self.context.data.vouches:
-            return ""
+        return self._doubts(fidelity, slack) if self.context.data.vouches else ""
+
+    @staticmethod
+    def _doubts(fidelity: Fidelity, slack: float) -> str:
+        """The same by what the original thinks of its own answers."""
+        expected, drop = fidelity.expected_top1, fidelity.expected_drop
         if expected is None or drop is None:
             return _too_far(fidelity, VALUES_FLOOR_DB, slack)
         if drop > slack * MAX_EXPECTED_DROP:
