@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +25,8 @@ class Candidate:
     """`reason`: why it was not taken, empty while it may be. `variant`: how it differs from the plain scheme, if it
     does. `times_s`: [rounds], measured in turn with the other candidates. `unproven`: only data that vouches for its
     ranges is missing. `screened`: its answers were judged on a few samples alone; `remembered`: by an earlier job.
-    `unscored`: only the score of who computes the metric is missing."""
+    `unscored`: only the score of who computes the metric is missing. `draft`: builds and judges it in full; what is
+    there until then has its size and its times alone."""
 
     scheme: str
     record: StepRecord
@@ -41,6 +42,7 @@ class Candidate:
     screened: bool = False
     unscored: bool = False
     remembered: bool = False
+    draft: Callable[[], Candidate] | None = None
 
     @property
     def name(self) -> str:

@@ -83,7 +83,8 @@ class Decision:
         for row in shown:
             self.judge.context.log(f"{row['name']}: {row['reason'] or 'taken'}")
         records = () if choice.taken == 0 else _steps(racers[choice.taken - 1], tuple(shown))
-        models: list[Model | None] = [entry.candidate.record.model for entry in self.entries]
+        candidates = [entry.candidate for entry in self.entries]
+        models: list[Model | None] = [None if one.draft else one.record.model for one in candidates]
         if isinstance(self.judge.task, GivenScores):
             shown, models = self._with_digests(shown), [*models, self.model]
         members = family(shown, models, file_size_bytes(self.judge.original))
@@ -150,13 +151,14 @@ class Decision:
             if choice.taken == 0:
                 return choice
             entry = racers[choice.taken - 1]
-            if not (entry.candidate.screened or entry.candidate.remembered):
+            candidate = entry.candidate
+            if not (candidate.screened or candidate.remembered or candidate.draft):
                 return choice
             self.judge.context.check_time()
-            judged = self.judge.proven(entry.judge.confirmed(entry.candidate, anew=True))
-            racers[choice.taken - 1] = self.entries[self._place(entry)] = replace(entry, candidate=judged)
-            if judged.reason:
-                figures[choice.taken] = replace(figures[choice.taken], refusal=judged.reason)
+            found = candidate.draft() if candidate.draft else entry.judge.confirmed(candidate, anew=True)
+            judged = replace(entry, candidate=entry.judge.proven(found))
+            racers[choice.taken - 1] = self.entries[self._place(entry)] = judged
+            figures[choice.taken] = _figures(judged, figures[choice.taken].times_s)
 
     def _tell_taken(self, entry: Entry, original: Figures, taken: Figures) -> None:
         number = 1 + self._place(entry)
@@ -202,6 +204,7 @@ class Decision:
         """What other options would have brought, from what was measured."""
         taken, original = figures[choice.taken], figures[0]
         sound = [one for one in figures if not one.refusal]
+        drafts = {id(one) for entry, one in zip(racers, figures[1:], strict=True) if entry.candidate.draft}
         device = DEVICES[self.judge.recipe.target.device]
         asked = not device.missing and device.name != Target().device
         command = f"compress-client upload MODEL{f' --target {device.name}' if asked else ''}"
@@ -219,8 +222,9 @@ class Decision:
             smaller, faster_by = taken.size_bytes / best.size_bytes, taken.time_s / best.time_s
             if max(smaller if objective == SMALLEST else 0, faster_by if objective == FASTEST else 0) >= _WORTH_ADVICE:
                 size, speed = best.size_bytes / 1e6, original.time_s / best.time_s
+                gives = "may give" if id(best) in drafts else "would give"
                 yield {
-                    "text": f"Another goal would give {size:.3g} MB at {speed:.2f} times the original's speed.",
+                    "text": f"Another goal {gives} {size:.3g} MB at {speed:.2f} times the original's speed.",
                     "command": f"{command} --goal {objective}",
                 }
 

@@ -179,8 +179,16 @@ class GoalSearch:
             if self.recipe.searches_far:
                 yield from ([candidate] for candidate in MixedBitsSearch(search).candidates())
             else:
-                quantize = partial(Quantize(replace(config, weights="int4")), search.model, search.context)
-                yield [search.add("weight_only", quantize, "4 bits in blocks")]
+                yield [self._in_4_bits(search, replace(config, weights="int4"))]
+
+    def _in_4_bits(self, search: SchemeSearch, config: QuantizeConfig) -> Candidate:
+        """Rounding them well takes a fifth of the search, and where 8 bits are faster they are hardly ever taken: so it
+        waits until size and times speak for them."""
+        variant, quantize = "4 bits in blocks", partial(Quantize(config), search.model, search.context)
+        if not self.context.data.provided or isinstance(self.judge.task, GivenScores):
+            return search.add("weight_only", quantize, variant)
+        nearest = partial(Quantize(replace(config, rounding="nearest")), search.model, search.context)
+        return search.add_draft("weight_only", nearest, quantize, variant)
 
     @property
     def _wants_size(self) -> bool:

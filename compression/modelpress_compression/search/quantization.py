@@ -18,10 +18,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from glob import escape
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ class SchemeSearch:
     judge: Judge
     recall: Recall = field(default_factory=Recall)
     candidates: list[Candidate] = field(default_factory=list)
+    _numbers: Iterator[int] = field(default_factory=count)  # of folders
 
     @cached_property
     def heads(self) -> dict[str, int]:
@@ -242,19 +244,40 @@ class SchemeSearch:
 
         `asked`: all that `make` depends on, besides the float model, the configuration, the scheme and the variant.
         """
+        self.candidates.append(self._judged(scheme, make, variant, asked))
+        return self.candidates[-1]
+
+    def add_draft(
+        self, scheme: str, sketch: Callable[[], PassResult], make: Callable[[], PassResult], variant: str
+    ) -> Candidate:
+        """The same for what takes long to make: `sketch` makes what is as large and as fast, and `make` has its turn
+        when the candidate is about to be taken."""
+        record = self._record(scheme, sketch, variant, ["a sketch"])
+        candidate = Candidate(scheme, record, file_size_bytes(record.path), variant)
+        if record.changes:
+            candidate = replace(candidate, draft=partial(self._judged, scheme, make, variant))
+        else:
+            candidate = self.judge.answers(candidate)  # which says why
+        self.candidates.append(candidate)
+        return candidate
+
+    def _judged(
+        self, scheme: str, make: Callable[[], PassResult], variant: str, asked: Sequence[object] = ()
+    ) -> Candidate:
+        with self.context.span("candidate", f"quantize {scheme}" + (f", {variant}" if variant else "")):
+            record = self._record(scheme, make, variant, asked)
+            return self.judge.answers(Candidate(scheme, record, file_size_bytes(record.path), variant))
+
+    def _record(self, scheme: str, make: Callable[[], PassResult], variant: str, asked: Sequence[object]) -> StepRecord:
         before = StepRecord(Step(self.step.technique, replace(self.step.config, scheme=scheme)), self.model, self.path)
-        target = self.target.parent / f"candidate-{len(self.candidates)}" / self.target.name
+        target = self.target.parent / f"candidate-{next(self._numbers)}" / self.target.name
 
         def build() -> StepRecord:
             result = make()
             result = replace(result, skipped=tuple(self._explained(skip) for skip in result.skipped))
             return keep(before, result, self.context, target)
 
-        with self.context.span("candidate", f"quantize {scheme}" + (f", {variant}" if variant else "")):
-            record = self.recall.step(before, [variant, list(asked)], target, build)
-            candidate = self.judge.answers(Candidate(scheme, record, file_size_bytes(record.path), variant))
-        self.candidates.append(candidate)
-        return candidate
+        return self.recall.step(before, [variant, list(asked)], target, build)
 
     def _explained(self, skip: Skip) -> Skip:
         if skip.node not in self.heads:
