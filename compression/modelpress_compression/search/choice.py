@@ -7,7 +7,7 @@
 
 Each objective is a list of figures that decide one after the other. A figure keeps the candidates that it cannot tell
 from its best: files within 1 % are as large, latencies are as long where the interval of their ratio, taken round by
-round, leaves no more than 2 % between them, and products of size and time within 10 % are as good.
+round, leaves no more than 2 % between them, and products of size and time within 5 % are as good.
 So noise decides nothing that a measured difference in size or in error can decide, and the same model gets the same
 choice again, on a busy machine too.
 
@@ -23,13 +23,15 @@ from types import MappingProxyType
 
 import numpy as np
 
-from modelpress_compression.measure.latency import Speedup, Times, ratio_interval
+from modelpress_compression.measure.latency import SESSION_SPREAD, Speedup, Times, ratio_interval
 from modelpress_compression.recipe import ACCURATE, BALANCED, FASTEST, SMALLEST
 
-# Of the original's time: what `balanced` never takes more than.
+# Of the original's time: what `balanced` never takes more than; and what may be measured for that, since measured again
+# a ratio comes out otherwise by up to the spread of sessions.
 MAX_SLOWDOWN = 1.05
+MEASURED_SLOWDOWN = MAX_SLOWDOWN / (1 + SESSION_SPREAD)
 SAME_TIME = 0.02
-SAME_PRODUCT = 0.10
+SAME_PRODUCT = 0.05
 # How far a few rounds may be off: what misses a bound by no more is timed in all rounds before it is left.
 FEW_ROUNDS_SLACK = 1.05
 SAME_SIZE = 0.01
@@ -130,7 +132,7 @@ def contenders(candidates: Sequence[Figures], original: int, objective: str, lim
     loosely = [(what, _LOOSER.get(keep, keep)) for what, keep in deciders[: last + 1]]
     places: set[int] = set()
     # Without those that are a little slow as well: among them may be one that outdoes all the others.
-    for most in (MAX_SLOWDOWN, MAX_SLOWDOWN * FEW_ROUNDS_SLACK):
+    for most in (MEASURED_SLOWDOWN, MEASURED_SLOWDOWN * FEW_ROUNDS_SLACK):
         places.update(_decided(loosely, candidates, original, objective, limits, dict(reasons), most))
     return sorted(places)
 
@@ -148,7 +150,7 @@ def _decided(
     objective: str,
     limits: Limits,
     reasons: dict[int, str],
-    max_slowdown: float = MAX_SLOWDOWN,
+    max_slowdown: float = MEASURED_SLOWDOWN,
 ) -> list[int]:
     """The places that limits and deciders leave; `reasons` gets why each of the others is not among them."""
     first = candidates[original]

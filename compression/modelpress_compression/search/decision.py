@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from modelpress_compression.measure.fidelity import Fidelity
-from modelpress_compression.measure.latency import SESSION_SPREAD, Times
+from modelpress_compression.measure.latency import MIN_TIMING_S, SESSION_SPREAD, Times
 from modelpress_compression.measure.task import GivenScores, model_digest
 from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.passes.base import Skip
@@ -28,6 +28,8 @@ from modelpress_compression.search.steps import StepRecord
 from modelpress_compression.target import DEVICES, Target
 
 ROUNDS, FIRST_ROUNDS = 60, 20
+# Those that can win have more rounds where all of these take no longer: small models, whose times scatter the most.
+MOST_ROUNDS, MORE_ROUNDS_S = 240, 1.5
 CHECKED_ROUNDS = 15  # of a winner by remembered times
 BUDGET_S = 20.0  # of timing, for each batch size
 # Of size or time: less is not worth another command.
@@ -105,7 +107,7 @@ class Decision:
         if len(left) == 1:
             return figures, first.remembered
         places = [place for place in left if place]
-        more = self._prices([racers[place - 1] for place in places], ROUNDS - FIRST_ROUNDS, anew=anew)
+        more = self._prices([racers[place - 1] for place in places], _rounds_more(figures, [0, *places]), anew=anew)
         for place, times_s in zip([0, *places], more.times_s, strict=True):
             figures[place] = replace(figures[place], times_s=np.concatenate([figures[place].times_s, times_s]))
         return figures, first.remembered or more.remembered
@@ -173,7 +175,7 @@ class Decision:
         """Times of the original, at place 0, and of all racers."""
         self.judge.context.check_time()
         self.judge.context.progress(BUILT, f"timing {len(racers)} candidates")
-        budget_s = BUDGET_S * rounds / ROUNDS
+        budget_s = BUDGET_S * min(rounds, ROUNDS) / ROUNDS
         return self.judge.prices([entry.candidate.record.path for entry in racers], rounds, budget_s, anew=anew)
 
     def _refused(self, figures: Figures, original: Figures) -> Figures:
@@ -235,6 +237,12 @@ class Decision:
             return None
         times_s = self.judge.prices([one.record.path for one in unproven], ROUNDS // 4, BUDGET_S / 4).times_s
         return float(max(np.median(times_s[0] / one) for one in times_s[1:]))
+
+
+def _rounds_more(figures: Sequence[Figures], places: Sequence[int]) -> int:
+    """How many rounds more these models run."""
+    round_s = sum(max(figures[place].time_s, MIN_TIMING_S) for place in places)
+    return int(np.clip(MORE_ROUNDS_S / round_s, ROUNDS - FIRST_ROUNDS, MOST_ROUNDS - FIRST_ROUNDS))
 
 
 def _figures(entry: Entry, times_s: Times) -> Figures:
