@@ -7,7 +7,7 @@
 
 Each objective is a list of figures that decide one after the other. A figure keeps the candidates that it cannot tell
 from its best: files within 1 % are as large, latencies are as long where the interval of their ratio, taken round by
-round, leaves no more than 2 % between them, and products of size and time within 5 % are as good.
+round, leaves no more than 2 % between them, and products of size and time within 3 % are as good.
 So noise decides nothing that a measured difference in size or in error can decide, and the same model gets the same
 choice again, on a busy machine too.
 
@@ -31,7 +31,7 @@ from modelpress_compression.recipe import ACCURATE, BALANCED, FASTEST, SMALLEST
 MAX_SLOWDOWN = 1.05
 MEASURED_SLOWDOWN = MAX_SLOWDOWN / (1 + SESSION_SPREAD)
 SAME_TIME = 0.02
-SAME_PRODUCT = 0.05
+SAME_PRODUCT = 0.03
 # How far a few rounds may be off: what misses a bound by no more is timed in all rounds before it is left.
 FEW_ROUNDS_SLACK = 1.05
 SAME_SIZE = 0.01

@@ -11,6 +11,7 @@ from modelpress_compression import InputData, Model, Recipe, compress, mapped, r
 from modelpress_compression.errors import DiskSpaceError, MemoryLimitError
 from modelpress_compression.pipeline import preflight
 from modelpress_compression.pipeline.preflight import Needs, check_room, needs, values_bytes
+from modelpress_compression.search.held_out import MIN_SAMPLES
 
 GB = 10**9
 
@@ -137,14 +138,15 @@ def test_gradients_hold_the_values_of_whole_samples(digits: Model, path: Path, s
 
 
 def test_a_search_that_goes_far_is_counted(digits: Model, samples: InputData, tmp_path: Path) -> None:
-    """Levers and their trainings, where labels judge; a search time bounds it."""
-    path = tmp_path / "digits.onnx"
+    """Levers and their trainings, where labels judge, or samples that can be held out; a search time bounds it."""
+    path, few = tmp_path / "digits.onnx", samples.head(MIN_SAMPLES - 1)
     digits.save(path)
 
-    def time_s(judged: bool, **goal: object) -> float:
+    def time_s(judged: bool, data: InputData = few, **goal: object) -> float:
         recipe = Recipe.from_dict({"version": 1, "goal": goal})
-        return needs(recipe, digits, path, samples, judged=judged).time_s
+        return needs(recipe, digits, path, data, judged=judged).time_s
 
     assert time_s(True, objective="smallest") > 2 * time_s(False, objective="smallest")
+    assert time_s(False, samples, objective="smallest") > 2 * time_s(False, samples, objective="balanced")
     assert time_s(True, objective="balanced") < 1.5 * time_s(False, objective="balanced")
     assert time_s(True, objective="smallest", search_time_s=1.0) < 5.0

@@ -9,7 +9,6 @@ EfficientNet-Lite0), and activations beyond 65504 would overflow. Weights that d
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -59,7 +58,8 @@ def compute_in_float16(model: Model, exclude: tuple[str, ...], findings: Finding
     By onnxruntime's own converter, which leaves operators in float32 that have no kernel in float16. Weights beyond the
     type are cut to its largest number: whoever judges the answers sees it.
     """
-    convert = _converter()
+    from onnxruntime.transformers.float16 import convert_float_to_float16 as convert  # of many modules
+
     kept = [node.name for node in model.graph if node.name and is_excluded(node.name, exclude)]
     proto: Any = onnx_ir.to_proto(model.ir)
     before = {value.name for value in proto.graph.initializer if value.data_type == onnx.TensorProto.FLOAT}
@@ -71,16 +71,6 @@ def compute_in_float16(model: Model, exclude: tuple[str, ...], findings: Finding
     ir = onnx_ir.from_proto(made)
     ir.graph.sort()  # the casts of inputs stand behind those who read them
     return replace(model, ir=ir)
-
-
-def _converter() -> Any:
-    """onnxruntime's, whose package puts itself on the search path when it is imported."""
-    path = list(sys.path)
-    try:
-        from onnxruntime.transformers.float16 import convert_float_to_float16
-    finally:
-        sys.path[:] = path
-    return convert_float_to_float16
 
 
 def _is_weight(value: onnx_ir.Value) -> bool:

@@ -146,8 +146,9 @@ def test_fixed_batches_are_run_as_often_as_it_takes(
 
 def test_pruned_and_distilled_in_one_recipe(conv_net: Model, images: Any) -> None:
     """In a recipe the teacher is the model as it was given, and rounds are steps that come again: each prunes what
-    stands by its share."""
-    step = {"prune": {"structure": "channel", "sparsity": 0.25, "round_to": 1, "min_channels": 1}}
+    stands by its share. (By magnitude and without repair, so that training has something to bring back.)"""
+    prune = {"sparsity": 0.25, "round_to": 1, "min_channels": 1, "criterion": "l2", "repair": "none"}
+    step = {"prune": {"structure": "channel", **prune}}
     train = {"distill": {"epochs": 10, "batch_size": 8, "learning_rate": 5e-3}}
     recipe = Recipe.from_dict(
         {
