@@ -60,12 +60,18 @@ def gptq(
     held_out = held_out if held_out is not None and _tells(held_out) else None
     judge = hessian if held_out is None else held_out
     least = output_error(weight - best * scale, judge)
+    powers: tuple[float, float] | None = None
     for levels in _candidates(weight, scale, low, high, hessian):
         difference = weight - levels * scale
         error = output_error(difference, judge)
         best = np.where((error < least)[:, None, :], levels, best)
         least = np.minimum(error, least)
-        if held_out is None or _is_same(weight, difference, hessian, held_out):
+        if held_out is None:
+            break
+        fitted = float(output_error(difference, hessian).sum())
+        powers = powers or (_power(weight, hessian), _power(weight, held_out))
+        # As large a share of the answers' power on what judges: nothing was learned by heart.
+        if float(error.sum()) / powers[1] <= _SAME * fitted / powers[0]:
             break
     return best
 
@@ -91,13 +97,9 @@ def _candidates(weight: Matrix, scale: Matrix, low: Matrix, high: Matrix, hessia
         yield levels
 
 
-def _is_same(weight: Matrix, difference: Matrix, hessian: Matrix, held_out: Matrix) -> bool:
-    """Whether the errors are as large a share of the answers' power on both."""
-    fitted, other = (
-        float(output_error(difference, sums).sum()) / max(float(output_error(weight, sums).sum()), _TINY)
-        for sums in (hessian, held_out)
-    )
-    return other <= _SAME * fitted
+def _power(weight: Matrix, hessian: Matrix) -> float:
+    """Of the answers."""
+    return max(float(output_error(weight, hessian).sum()), _TINY)
 
 
 def output_error(difference: Matrix, hessian: Matrix) -> Matrix:
