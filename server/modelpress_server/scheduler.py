@@ -286,7 +286,8 @@ class Scheduler:
     def _note_stage(self, model_id: str, bill: Bill, event: worker_pb2.WorkerEvent) -> None:
         if event.HasField("used"):
             bill.add(event.used)
-        if event.HasField("progress"):
+        # What is told of a worker that has ended says nothing, and would hold the place of its inspection for ever.
+        if event.HasField("progress") and model_id in self._inspecting:
             starts = event.progress.stage == START_WORKER
             self._inspecting[model_id] = (
                 model_service_pb2.INSPECTION_STAGE_STARTING_WORKER

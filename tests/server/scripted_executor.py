@@ -39,6 +39,9 @@ class ScriptedExecutor:
         self.inspection_gate.set()
         self.worker_gate = asyncio.Event()  # an inspection has its worker when it is set
         self.worker_gate.set()
+        self.tell_late: Callable[[], None] = lambda: (
+            None
+        )  # progress of the last inspection, whether it has ended or not
 
     def figures(self) -> Figures:
         return Figures(starts=len(self.started))
@@ -71,6 +74,7 @@ class ScriptedExecutor:
         if self.raises:
             raise self.raises.pop(0)
         if request.HasField("inspect"):
+            self.tell_late = lambda: _tell_stage(on_event, "load")
             return self._inspect(request.inspect)
         self.started.append(request.compress.job)
         self.running.set()

@@ -194,6 +194,13 @@ async def test_waiting_is_told_apart(running: Running) -> None:
         assert await stage(model) == (model_service_pb2.INSPECTION_STAGE_UNSPECIFIED, None)
 
 
+async def test_what_is_told_after_the_end_holds_nothing_up(running: Running) -> None:
+    """A worker that is let go on after its end, by one that has measured, takes the place of no inspection."""
+    await settled(running.client, await running.client.model(note="first"))
+    running.executor.tell_late()
+    await settled(running.client, await running.client.model(note="second"))
+
+
 async def test_inspection_goes_on_after_a_restart(serve: Serve) -> None:
     """A model that was being inspected when the server stopped is inspected by the next one."""
     async with serve() as running:

@@ -219,9 +219,10 @@ class LocalExecutor:
         return worker
 
     async def _end(self, worker: Worker) -> None:
+        # First of all it runs no more: who measures meanwhile must not stop it, and wake it up after its end.
+        self._running.discard(worker)
         self._turns.forget(worker)
         await worker.end()
-        self._running.discard(worker)
 
     def _check_folders(self, request: worker_pb2.WorkerRequest) -> list[Path]:
         """What the task touches, resolved."""
