@@ -72,6 +72,15 @@ def test_times_near_a_bound_are_measured_again() -> None:
     assert contenders((ORIGINAL, STORED, near, far, second, third), 0, "balanced", Limits()) == [1, 2, 4]
 
 
+def test_what_cannot_be_told_from_the_original_is_not_slow() -> None:
+    """On a busy machine what is as fast may seem 4 % slower in the median: the file comes back smaller all the same."""
+    rng = np.random.default_rng(3)
+    times_s = ORIGINAL.times_s * rng.choice([0.9, 1.04, 1.3], ROUNDS)
+    stored = Figures("stored", 280_000, times_s, 1e-3)
+    assert stored.times_of(ORIGINAL).median > 1.03
+    assert choose((ORIGINAL, stored), 0, "balanced").taken == 1
+
+
 def test_balanced_is_never_clearly_slower_than_the_original() -> None:
     """Half the size at 1.3 times the time has the better product, and is refused all the same."""
     assert choose((ORIGINAL, figures("slow", 500_000, 13.0)), 0, "balanced").taken == 0
