@@ -23,7 +23,7 @@ from modelpress_compression.executor import Executor
 from modelpress_compression.graph.blocks import Block, find_blocks
 from modelpress_compression.graph.padding import counted_positions
 from modelpress_compression.graph.watch import Taps, taps
-from modelpress_compression.inputs import Array, Feeds
+from modelpress_compression.inputs import Array, Feeds, values_bytes
 from modelpress_compression.model import Model
 from modelpress_compression.passes.distill.losses import ValueLoss, relative_mse
 from modelpress_compression.passes.distill.matching import Indices, common_values, corresponding, cut_axis
@@ -162,7 +162,7 @@ class _Recorder:
             if (mask := counted_positions(inputs)) is not None:
                 given[_MASK] = mask.astype(np.int64)
             targets = {self.block.target: _pick(made[self.block.target], self.picked)} if self.block.target else made
-            self.room -= sum(array.nbytes for array in (*given.values(), *targets.values()))
+            self.room -= values_bytes(given) + values_bytes(targets)
             if self.room < 0 and stored:
                 break
             labels = feed.labels if keeps_labels and not self.block.target else None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from modelpress_compression.graph.watch import Taps
-from modelpress_compression.inputs import Array, Feeds
+from modelpress_compression.inputs import Array, Feeds, values_bytes
 from modelpress_compression.passes.distill.samples import Feed
 
 CACHE_BYTES = 256 * 1024**2  # 256 MiB
@@ -40,14 +40,14 @@ class Teacher:
     def _keep(self, indices: Sequence[int], outputs: Outputs) -> None:
         """A feed of one sample is kept as it is. Larger ones are kept row by row, where all outputs have rows."""
         count = len(indices)
-        if sum(array.nbytes for array in outputs.values()) > self._room:
+        if values_bytes(outputs) > self._room:
             return
         if count > 1 and any(array.ndim == 0 or len(array) != count for array in outputs.values()):
             return
         for row, index in enumerate(indices):
             kept = {name: array if count == 1 else array[row : row + 1].copy() for name, array in outputs.items()}
             if self._kept.setdefault(index, kept) is kept:
-                self._room -= sum(array.nbytes for array in kept.values())
+                self._room -= values_bytes(kept)
 
 
 def _joined(rows: Sequence[Outputs]) -> Outputs:

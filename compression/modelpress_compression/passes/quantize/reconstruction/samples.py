@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modelpress_compression.graph.padding import counted_among
-from modelpress_compression.inputs import Array
+from modelpress_compression.inputs import Array, values_bytes
 
 MAX_BYTES = 256 * 1024**2  # 256 MiB: of one block
 MAX_FEED_BYTES = 16 * 1024**2  # 16 MiB: of what runs at once
@@ -48,7 +48,7 @@ def gathered(
     are left out. Exhausts `rows`."""
     room, found = MAX_BYTES, list[Sample]()
     for given, plain, wanted, mask, held_out in rows:
-        size = sum(array.nbytes for values in (given, plain, wanted) for array in values.values())
+        size = sum(map(values_bytes, (given, plain, wanted)))
         if (room < size and found) or not _is_finite(given):
             continue
         room -= size
