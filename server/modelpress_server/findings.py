@@ -7,19 +7,23 @@ server takes from there plain files of the expected names alone, so that no work
 What a worker leaves may be wrong, as whatever it was made to run may have written it: it reaches jobs of the same
 project only, which could as well have been given such a model or such a result.
 
+Entries are taken as they come, while the worker runs: a search whose worker, or whose server, is killed goes on from
+there in its next attempt.
+
 Nothing depends on what is kept. It is bounded for each project, what was not asked for the longest goes first, and it
 goes with the model, after `blob_ttl_s` without use, or when room is short.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -31,11 +35,16 @@ from modelpress_server.projects import Projects
 from modelpress_server.space import Space
 from modelpress_server.stores.base import BlobStore
 from modelpress_server.stores.filesystem import ArtifactError, place_file, take_file
+from modelpress_server.waiting import ended, uninterrupted, wait_until
 
 logger = logging.getLogger(__name__)
 
 MAX_ENTRIES = 1000  # that a job leaves
+COLLECT_EVERY_S = 10.0  # a model is built and judged in about as long
 _ENTRY = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}")
+
+# By the name of each entry that was taken, the file's number and size: the time changes when a worker looks at one.
+Taken = dict[str, tuple[int, int]]
 
 
 class Findings:
@@ -63,17 +72,34 @@ class Findings:
             return await self._blobs.run(_lay_out, self._folder(project, spec, model), target, link)
         return False
 
-    async def collect(
+    @asynccontextmanager
+    async def collecting(
         self, project: str, spec: job_service_pb2.JobSpec, model: model_service_pb2.Model, found: Path
-    ) -> None:
-        """Keeps what a worker that has ended left in the folder `found`. A job does not fail for it."""
+    ) -> AsyncIterator[None]:
+        """Keeps what a worker leaves in the folder `found` as it comes, and all of it when the worker has ended,
+        however that was. A job does not fail for it."""
+        over = asyncio.Event()
+        collecting = asyncio.create_task(self._collect_until(over, project, self._folder(project, spec, model), found))
+        try:
+            yield
+        finally:
+            over.set()
+            await uninterrupted(ended(collecting))
+
+    async def _collect_until(self, over: asyncio.Event, project: str, target: Path, found: Path) -> None:
+        taken: Taken = {}
+        while not await wait_until(over, COLLECT_EVERY_S):
+            await self._collect(project, target, found, taken)
+        await self._collect(project, target, found, taken)
+
+    async def _collect(self, project: str, target: Path, found: Path, taken: Taken) -> None:
         try:
             async with self._space.left() as left_bytes:
                 limit_bytes = min(self.limit_bytes(project), left_bytes)
-                target = self._folder(project, spec, model)
-                await self._blobs.run(_collect, found, target, limit_bytes)
+                if not await self._blobs.run(_collect, found, target, limit_bytes, taken):
+                    return
             await self._blobs.run(shrink, target.parent, self.limit_bytes(project))
-        except Exception as error:  # noqa: BLE001  # as the docstring says
+        except Exception as error:  # noqa: BLE001  # a job does not fail for it
             logger.warning("project %s: what a job has found out could not be kept: %s", project, error)
 
     async def stored_bytes(self, project: str) -> int:
@@ -108,16 +134,17 @@ def _lay_out(folder: Path, target: Path, link: bool) -> bool:
     return found
 
 
-def _collect(found: Path, target: Path, limit_bytes: int) -> None:
+def _collect(found: Path, target: Path, limit_bytes: int, taken: Taken) -> bool:
+    """Takes the entries that are not in `taken` yet, or have changed since; whether there were any."""
     with os.scandir(found) as entries:
-        names = [entry.name for entry in islice(entries, MAX_ENTRIES + 1)]
-    if len(names) > MAX_ENTRIES:
+        some = list(islice(entries, MAX_ENTRIES + 1))
+    if len(some) > MAX_ENTRIES:
         raise ArtifactError(f"the worker left more than {MAX_ENTRIES} files")
-    names = list(filter(_ENTRY.fullmatch, names))
+    new = {entry.name: stamp for entry in some if (stamp := _stamp(entry)) and taken.get(entry.name) != stamp}
     for folder in (target.parent.parent, target.parent, target):
-        if names:
+        if new:
             folder.mkdir(mode=0o700, exist_ok=True)
-    for name in names:
+    for name, stamp in new.items():
         temporary = target / f"{new_id()}.partial"
         try:
             limit_bytes -= take_file(found, name, temporary, limit_bytes).size_bytes
@@ -125,6 +152,17 @@ def _collect(found: Path, target: Path, limit_bytes: int) -> None:
             temporary.replace(target / name)
         finally:
             temporary.unlink(missing_ok=True)
+        taken[name] = stamp
+    return bool(new)
+
+
+def _stamp(entry: os.DirEntry[str]) -> tuple[int, int] | None:
+    """What tells one version of an entry from another; None: it is no entry, or gone by now."""
+    if _ENTRY.fullmatch(entry.name):
+        with suppress(FileNotFoundError):
+            status = entry.stat(follow_symlinks=False)
+            return status.st_ino, status.st_size
+    return None
 
 
 def _remove_older_than(root: Path, time_s: float) -> None:

@@ -23,6 +23,12 @@ MIB = 1024 * 1024
 PATIENCE_S = 280.0
 # Seconds of measuring: long enough to be killed in the middle.
 SLOW_RECIPE = {"version": 1, "steps": [], "benchmark": {"rounds": 4_000}}
+# Builds a dozen models, and then measures as long.
+SLOW_SEARCH = {
+    "version": 1,
+    "goal": {"objective": "smallest", "techniques": ["fuse", "quantize"]},
+    "benchmark": {"rounds": 4_000},
+}
 
 pytestmark = pytest.mark.slow
 
@@ -191,6 +197,34 @@ def test_a_worker_killed_in_mid_job(server: ServerUnderTest, client: Client) -> 
     assert job.message.attempt == 2
     assert report.to_dict()["job"] == job.name
     assert any("SIGKILL" in line.text for line in job.logs())
+
+
+def findings(folder: Path) -> list[Path]:
+    """What a search below this folder has found out so far."""
+    return list(folder.rglob("*.zip"))
+
+
+def test_a_worker_killed_in_mid_search(server: ServerUnderTest, client: Client) -> None:
+    """The second attempt takes the models that the first one has built, and builds the others."""
+    job = client.compress(client.upload(MNIST), recipe=SLOW_SEARCH)
+    until(lambda: len(findings(server.data_dir / "work")) > 3, "nothing was found out")
+    (worker,) = server.workers()
+    worker.kill()
+    report = job.wait(timeout_s=PATIENCE_S).to_dict()
+    assert job.message.attempt == 2
+    assert report["reused"]["candidates"] >= 1
+    assert report["size_ratio"] > 3
+
+
+def test_a_server_killed_in_mid_search(server: ServerUnderTest, client: Client) -> None:
+    """The next server goes on from what the dead one had noted of the search."""
+    job = client.compress(client.upload(MNIST), recipe=SLOW_SEARCH)
+    until(lambda: findings(server.data_dir / "findings"), "nothing was kept")
+    server.kill()
+    server.start()
+    report = job.wait(timeout_s=PATIENCE_S).to_dict()
+    assert report["reused"]["candidates"] >= 1
+    assert report["size_ratio"] > 3
 
 
 def test_a_server_killed_in_mid_job(server: ServerUnderTest, client: Client, tmp_path: Path) -> None:

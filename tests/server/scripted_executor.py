@@ -113,6 +113,7 @@ class ScriptedExecutor:
             on_event(worker_pb2.WorkerEvent(loaded=found()))
         progress = job_service_pb2.Progress(stage="quantize", stage_index=1, stage_count=2, fraction=0.25)
         on_event(worker_pb2.WorkerEvent(progress=progress))
+        self._look_around(task)
         if behaviour == "wait":
             on_event(worker_pb2.WorkerEvent(used=worker_pb2.Used(cpu_seconds=1.0, run_seconds=1.0)))
             await self.gate.wait()
@@ -126,10 +127,12 @@ class ScriptedExecutor:
             raise RuntimeError("secret path /home/somebody")
         return worker_pb2.WorkerEvent(compressed=self._produce(task, behaviour))
 
-    def _produce(self, task: worker_pb2.CompressTask, behaviour: str) -> worker_pb2.CompressResult:
-        output = Path(task.output_directory)
+    def _look_around(self, task: worker_pb2.CompressTask) -> None:
         self.known.append({path.name: path.read_bytes() for path in Path(task.known_directory).iterdir()})
         self.leave(Path(task.found_directory))
+
+    def _produce(self, task: worker_pb2.CompressTask, behaviour: str) -> worker_pb2.CompressResult:
+        output = Path(task.output_directory)
         model = output / "model.onnx"
         if behaviour == "symlink":
             model.symlink_to("/etc/passwd")

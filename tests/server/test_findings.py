@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from modelpress_protos.v1 import model_service_pb2, recipe_pb2, server_service_pb2
+from modelpress_server import findings
 from modelpress_server.stores.records import now_us
-from server_harness import PROJECT, Running, Serve
+from server_harness import PROJECT, Running, Serve, until
 
 NAME = "a" * 64 + ".zip"
 OTHER = "b" * 64 + ".zip"
@@ -67,6 +68,32 @@ async def test_what_is_found_again_takes_the_place_of_what_was(running: Running)
     assert await ask(running, model) == {NAME: b"second"}
     (path,) = (running.settings.data_dir / "findings").rglob(NAME)
     assert path.stat().st_mode & 0o777 == 0o444
+
+
+async def test_what_a_lost_worker_had_found_out_is_given_to_the_next_attempt(running: Running) -> None:
+    """The first attempt crashes after it has left something; the second one is given it."""
+    running.executor.leave = leaving(**{NAME: b"found"})
+    model = await running.client.model(compress="crash_once")
+    job = await running.client.wait(await running.client.job(model))
+    assert job.attempt == 2
+    assert running.executor.known == [{}, {NAME: b"found"}]
+
+
+async def test_they_are_kept_while_the_worker_runs(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a server that is killed loses little; what has changed since is taken once more."""
+    monkeypatch.setattr(findings, "COLLECT_EVERY_S", 0.01)
+    running.executor.leave = leaving(**{NAME: b"found"})
+    model = await running.client.model(compress="wait")
+    job = await running.client.job(model)
+    await running.executor.running.wait()
+    await until(lambda: kept(running) == {NAME})
+    (found,) = (running.settings.data_dir / "work").rglob(NAME)
+    (kept_one,) = (running.settings.data_dir / "findings").rglob(NAME)
+    (found.parent / "new").write_bytes(b"found and changed")
+    (found.parent / "new").replace(found)
+    await until(lambda: kept_one.read_bytes() == b"found and changed")
+    running.executor.gate.set()
+    await running.client.wait(job)
 
 
 def a_link(folder: Path) -> None:

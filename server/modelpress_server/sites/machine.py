@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 from modelpress_protos.internal.v1 import site_pb2, worker_pb2
@@ -107,14 +107,13 @@ class ThisMachine:
         if findings is not None and not spec.skip_cache:
             found = await findings.lay_out(task.project, spec, task.model, folder.known, link=self._links)
             self._meter.findings_looked_up(found)
-        event = await self._run(request, limits, promise, on_event)
+        async with findings.collecting(task.project, spec, task.model, folder.found) if findings else nullcontext():
+            event = await self._run(request, limits, promise, on_event)
         if event.WhichOneof("event") != "compressed":
             raise WorkerLostError(CRASHED, "The worker ended without a result.")
         artifacts: list[job_service_pb2.Artifact] = await folder.collect(
             event.compressed.artifacts, self._max_blob_bytes
         )
-        if findings is not None:
-            await findings.collect(task.project, spec, task.model, folder.found)
         return site_pb2.Compressed(artifacts=artifacts, summary=event.compressed.summary, made_by=made_by())
 
     @property

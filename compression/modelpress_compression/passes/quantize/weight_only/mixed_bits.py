@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 
 from modelpress_compression.graph.edit import Editor, clean
@@ -56,16 +57,14 @@ class Form:
 
 
 class MixedBits:
-    """Of one float model, whose clone it works on. `options`: by the weight's name, the forms that it may have."""
+    """Of one float model, whose clone it works on. Weights are tried out when `options` is first asked for."""
 
     def __init__(self, model: Model, config: QuantizeConfig, context: Context) -> None:
-        """Rounds and tries out every weight in each form. Raises ModelNotRunnableError, TimeLimitError."""
         self._config, self._context = replace(config, scheme="weight_only"), context
         self._model = model.clone()
         hide_views(self._model, turned=False)
         four = self._narrow_rounder()
         self._rounders = {TWO: four, FOUR: four, LONG_FOUR: four, EIGHT: NearestRounder()}
-        self.options = self._measured()
 
     def _narrow_rounder(self) -> Rounder:
         """GPTQ where there is data, which does its work once."""
@@ -79,7 +78,9 @@ class MixedBits:
         config = replace(self._config, **_CHANGES[form])  # type: ignore[arg-type]
         return WeightWriter(Editor(model), config, self._rounders[form])
 
-    def _measured(self) -> dict[str, tuple[Form, ...]]:
+    @cached_property
+    def options(self) -> dict[str, tuple[Form, ...]]:
+        """By the weight's name, the forms that it may have. Raises ModelNotRunnableError, TimeLimitError."""
         weights = own_weights(self._model, self._config)
         writers = {form: self._writer(form, self._model) for form in _CHANGES}
         found = {}
