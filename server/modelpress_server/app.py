@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -192,6 +193,8 @@ class Server:
         self._make_executor = make_executor
         self._clock = clock or Clock()
         self._lock = DataDirLock(settings.data_dir)
+        # What a stop, or a start that fails, has to close, the last opened first.
+        self._opened = AsyncExitStack()
         self._notifier = Notifier()
         self._http: HttpServer | None = None
         self._dispatcher: Dispatcher | None = None
@@ -207,12 +210,16 @@ class Server:
         settings = self._settings
         self._projects = Projects(settings)
         authenticator, credentials = Authenticator(settings, self._clock), server_credentials(settings)
-        self._audit = AuditLog(settings.audit_log)
         self._lock.acquire()
+        self._opened.callback(self._lock.release)
         try:
+            self._audit = AuditLog(settings.audit_log)
+            self._opened.callback(self._audit.close)
             await self._open_stores()
             self._build(authenticator)
             self._bind(credentials)
+            # Closed before what serves HTTP: so long, probes are told that the server ends.
+            self._opened.push_async_callback(self._site.close)
             await self._site.start()
             await self._set_serving(True)
             await self._membership.join()
@@ -224,9 +231,7 @@ class Server:
             if self._http is not None:
                 await self._http.start()
         except BaseException:
-            if self._http is not None:
-                await self._http.close()
-            self._lock.release()
+            await self._opened.aclose()
             raise
         if self._dispatcher is not None:
             self._dispatcher.start()
@@ -250,21 +255,13 @@ class Server:
         await self._janitor.close()
         if self._scrub is not None:
             await self._scrub.close()
-        await self._site.close()
-        if self._http is not None:  # so long, probes are told that the server ends
-            await self._http.close()
-        if self._dispatcher is not None:
-            await self._dispatcher.close()
-        await self._tracer.close()
-        await self._blobs.close()
-        await self._database.close()
-        self._audit.close()
-        self._lock.release()
+        await self._opened.aclose()
 
     async def _open_stores(self) -> None:
         settings, data_dir = self._settings, self._settings.data_dir
         await asyncio.to_thread(clear_work_folders, data_dir / "work")
         self._blobs = _blob_store(settings)
+        self._opened.push_async_callback(self._blobs.close)
         await self._blobs.open()
         self._ballast = Ballast(data_dir / "ballast")
         self._ballast.ease()
@@ -272,6 +269,7 @@ class Server:
             self._database = await asyncio.to_thread(Database.open, data_dir / "modelpress.db", self._ballast)
         else:
             self._database = await asyncio.to_thread(Database.connect, settings.database)
+        self._opened.push_async_callback(self._database.close)
         await asyncio.to_thread(self._ballast.take_on)
 
     def _build(self, authenticator: Authenticator) -> None:
@@ -279,6 +277,7 @@ class Server:
         models, index = SqlModelStore(database), SqlBlobIndex(database)
         usage, prometheus = SqlUsage(database), _prometheus_meter(settings)
         meter, self._tracer = prometheus or Meter(), _tracer(settings)
+        self._opened.push_async_callback(self._tracer.close)
         pace, log = Pace(settings.workers), ChangeLog(meter)
 
         def changed(change: StateChange) -> None:
@@ -363,6 +362,7 @@ class Server:
 
         endpoints, database, log = Endpoints(path), self._database, self._database.on_change
         self._dispatcher = dispatcher = Dispatcher(endpoints, SqlOutbox(database), meter, self._clock)
+        self._opened.push_async_callback(dispatcher.close)
 
         def noted(change: StateChange) -> None:
             log(change)
@@ -394,6 +394,7 @@ class Server:
             services = Services(self._gate, jobs, models, self._uploads, server, overview)
             pages = Console(settings, authenticator, services, clock).routes()
         self._http = HttpServer(settings, authenticator, meter, lookout, readiness, pages)
+        self._opened.push_async_callback(self._http.close)
 
     def _bind(self, credentials: grpc.ServerCredentials | None) -> None:
         listen, host = self._settings.listen, self._settings.listen.rpartition(":")[0]

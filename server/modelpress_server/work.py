@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 
 from modelpress_server.app import local_executor
 from modelpress_server.clock import Clock
@@ -64,6 +64,8 @@ class Work:
         self._make_executor = make_executor
         self._clock = clock or Clock()
         self._lock = DataDirLock(settings.data_dir)
+        # What a stop, or a start that fails, has to close, the last opened first.
+        self._opened = AsyncExitStack()
         self._telling: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -92,10 +94,7 @@ class Work:
             await asyncio.wait([self._telling])
         await self._news.close()
         await self._membership.leave()
-        await self._site.close()
-        await self._blobs.close()
-        await self._database.close()
-        self._lock.release()
+        await self._opened.aclose()
 
     async def drain(self) -> None:
         """Takes no more; what runs may finish within the grace, or is queued again."""
@@ -110,11 +109,14 @@ class Work:
     async def _open(self) -> None:
         settings, clock = self._settings, self._clock
         self._lock.acquire()
+        self._opened.callback(self._lock.release)
         try:
             await asyncio.to_thread(clear_work_folders, settings.data_dir / "work")
             self._blobs = S3BlobStore(self._blobs_url, settings.data_dir / "tmp")
+            self._opened.push_async_callback(self._blobs.close)
             await self._blobs.open()
-            self._database = database = await asyncio.to_thread(Database.connect, self._database_url)
+            database = await asyncio.to_thread(Database.connect, self._database_url)
+            self._opened.push_async_callback(database.close)
             meter, projects = Meter(), Projects(settings)
             database.on_change = ChangeLog(meter).note
             space = Space(settings.data_dir, settings.reserve_bytes)
@@ -143,11 +145,12 @@ class Work:
             )
             self._membership.on_beat = self._scheduler.beat
             self._news = News(self._database_url, self._scheduler.hear)
+            self._opened.push_async_callback(self._site.close)
             await self._site.start()
             await self._membership.join()
             self._news.start()
         except BaseException:
-            self._lock.release()
+            await self._opened.aclose()
             raise
 
 

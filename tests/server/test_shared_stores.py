@@ -229,3 +229,18 @@ async def test_a_wrong_digest_on_two_servers(start: Start) -> None:
     failure = await failing(other.client.send(chunks(upload.name, bytes(len(CONTENT)), start=MIB)))
     assert failure.reason == "DIGEST_MISMATCH"
     assert (await other.client.start_upload(CONTENT)).committed_size == 0
+
+
+async def test_a_start_that_fails_leaves_nothing_open(start: Start, postgres: str, tmp_path: Path) -> None:
+    """Another one has the port: the server that came too late lets go of its folder and of its sessions."""
+    one, database = await start(), new_database(postgres)
+    for _ in range(2):  # the second time the folder is free again
+        with pytest.raises(SettingsError, match="cannot bind"):
+            await start(listen=one.server.address, data_dir=tmp_path / "late", database=database)
+
+    async def no_session_is_left() -> bool:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        async with await psycopg.AsyncConnection.connect(database) as connection:
+            return await (await connection.execute(query)).fetchone() == (0,)
+
+    await until(no_session_is_left)

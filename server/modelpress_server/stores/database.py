@@ -15,13 +15,14 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -67,6 +68,8 @@ class Database:
         self._writer = ThreadPoolExecutor(writers, thread_name_prefix="sql-write")
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="sql-read")
         self._led: dict[str, Connection] = {}
+        # Two threads that ask for the same task must not each open a session for it: one of them would be lost.
+        self._asking_who_leads = Lock()
         # Told of each change of a state once it is committed; called in the thread that wrote, in the writer's context.
         self.on_change: Callable[[StateChange], None] = lambda change: None
         # Names of the places that are told that a job of a project has ended in a state.
@@ -80,7 +83,8 @@ class Database:
         engine = create_engine(URL.create("sqlite", database=str(path)), pool_size=READERS + 1)
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
-        migrate(engine)
+        with _closed_on_failure(engine):
+            migrate(engine)
         return cls(engine, ballast or Ballast(path.with_name("ballast")))
 
     @classmethod
@@ -90,7 +94,7 @@ class Database:
         Raises SettingsError where it cannot be reached.
         """
         engine = postgres.create(url, pool_size=READERS + WRITERS + 1)
-        with postgres.migrating(engine):
+        with _closed_on_failure(engine), postgres.migrating(engine):
             migrate(engine)
         return cls(engine, writers=WRITERS)
 
@@ -112,7 +116,7 @@ class Database:
         if not self.shared:
             return True
         # In a thread that `close` waits for.
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self._leads, task)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._ask_who_leads, task)
 
     async def close(self) -> None:
         """Waits for what runs, then closes."""
@@ -158,6 +162,10 @@ class Database:
             self.on_change(change)
         return result
 
+    def _ask_who_leads(self, task: str) -> bool:
+        with self._asking_who_leads:
+            return self._leads(task)
+
     def _leads(self, task: str) -> bool:
         try:
             if task in self._led:
@@ -176,8 +184,19 @@ class Database:
         connection = self._led.pop(task, None)
         if connection is not None:
             with suppress(DatabaseError, InvalidRequestError):
+                postgres.lead_nothing(connection)
+            with suppress(DatabaseError, InvalidRequestError):
                 connection.detach()  # else it would go back to the pool, with the lock
             connection.close()
+
+
+@contextmanager
+def _closed_on_failure(engine: Engine) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        engine.dispose()
+        raise
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -170,6 +172,28 @@ async def test_one_server_leads(postgres: str) -> None:
     await one.close()
     assert await other.leads("janitor")
     await other.close()
+
+
+async def test_several_ask_at_once_who_leads(postgres: str) -> None:
+    """All callers of one server get the same answer, and no session is left open when it has closed."""
+    url = new_database(postgres)
+
+    async def all_are_told(leads: bool) -> None:
+        database = Database.connect(url)
+        assert await asyncio.gather(*(database.leads("janitor") for _ in range(4))) == [leads] * 4
+        await database.close()
+
+    with warnings.catch_warnings(record=True) as left_open:
+        warnings.simplefilter("always", ResourceWarning)
+        for _ in range(5):
+            await all_are_told(True)
+        leader = Database.connect(url)
+        assert await leader.leads("janitor")
+        for _ in range(5):
+            await all_are_told(False)
+        await leader.close()
+        gc.collect()
+    assert [str(warning.message) for warning in left_open] == []
 
 
 async def test_a_lost_connection_is_told_as_such(postgres: str) -> None:
