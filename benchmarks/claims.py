@@ -23,8 +23,8 @@ from modelpress_protos.v1 import job_service_pb2, model_service_pb2
 from modelpress_server.fairness import FairShare
 from modelpress_server.names import first_id_at, new_id
 from modelpress_server.recipes import DEFAULT_PRESET, preset
-from modelpress_server.stores.base import Outcome
 from modelpress_server.stores.database import WRITERS, Database
+from modelpress_server.stores.jobs import Outcome
 from modelpress_server.stores.records import now_us
 from modelpress_server.stores.sql_jobs import SqlJobStore
 from modelpress_server.stores.sql_servers import SqlServerStore

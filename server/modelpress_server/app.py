@@ -50,10 +50,11 @@ from modelpress_server.services.upload_service import UploadService
 from modelpress_server.sites.base import Site
 from modelpress_server.sites.machine import ThisMachine
 from modelpress_server.space import Space
-from modelpress_server.stores.base import BlobStore, StateChange
+from modelpress_server.stores.blobs import BlobStore
 from modelpress_server.stores.database import Database
 from modelpress_server.stores.filesystem import FileBlobStore
 from modelpress_server.stores.news import News
+from modelpress_server.stores.overview import StateChange
 from modelpress_server.stores.sql_blobs import SqlBlobIndex
 from modelpress_server.stores.sql_jobs import SqlJobStore
 from modelpress_server.stores.sql_models import SqlModelStore

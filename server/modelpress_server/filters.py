@@ -19,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 
 from modelpress_server.errors import InvalidFieldsError, clip
 from modelpress_server.names import parse_name
-from modelpress_server.stores.base import Term
+from modelpress_server.stores.queries import Term
 from modelpress_server.validation import Checks
 
 MAX_FILTER_CHARS = 4096

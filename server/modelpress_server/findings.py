@@ -33,7 +33,7 @@ from modelpress_protos.v1 import job_service_pb2, model_service_pb2
 from modelpress_server.names import new_id
 from modelpress_server.projects import Projects
 from modelpress_server.space import Space
-from modelpress_server.stores.base import BlobStore
+from modelpress_server.stores.blobs import BlobStore
 from modelpress_server.stores.filesystem import ArtifactError, place_file, take_file
 from modelpress_server.waiting import ended, uninterrupted, wait_until
 

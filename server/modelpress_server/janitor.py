@@ -16,7 +16,9 @@ from modelpress_server.errors import ServiceError
 from modelpress_server.findings import Findings
 from modelpress_server.projects import Projects
 from modelpress_server.services.upload_session import UploadSessions
-from modelpress_server.stores.base import BlobIndex, BlobKey, BlobStore, Retention
+from modelpress_server.stores.blob_index import BlobIndex
+from modelpress_server.stores.blobs import BlobKey, BlobStore
+from modelpress_server.stores.usage import Retention
 from modelpress_server.waiting import wait_until
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from modelpress_server.config import MIB
 from modelpress_server.errors import FieldViolation, InvalidFieldsError
 from modelpress_server.filters import Fields, read_filter
 from modelpress_server.names import ANY_PROJECT
-from modelpress_server.stores.base import ListQuery
+from modelpress_server.stores.queries import ListQuery
 from modelpress_server.validation import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, Checks
 
 Item = TypeVar("Item", bound=Message)

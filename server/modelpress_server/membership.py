@@ -13,7 +13,7 @@ from pathlib import Path
 
 from modelpress_server.clock import Clock
 from modelpress_server.names import new_id
-from modelpress_server.stores.base import ServerStore
+from modelpress_server.stores.servers import ServerStore
 
 logger = logging.getLogger(__name__)
 

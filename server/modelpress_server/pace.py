@@ -9,7 +9,7 @@ from collections import deque
 
 from modelpress_protos.v1 import job_service_pb2
 
-from modelpress_server.stores.base import StateChange
+from modelpress_server.stores.overview import StateChange
 
 REMEMBERED = 50
 FEWEST = 3

@@ -12,7 +12,7 @@ from modelpress_protos.printable import printable
 from modelpress_protos.v1 import job_service_pb2
 
 from modelpress_server.errors import clip
-from modelpress_server.stores.base import JobStore, Lease, LogLine
+from modelpress_server.stores.jobs import JobStore, Lease, LogLine
 from modelpress_server.stores.records import now_us
 from modelpress_server.waiting import Notifier, uninterrupted
 

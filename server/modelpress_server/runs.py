@@ -23,19 +23,11 @@ from modelpress_server.observation.tracer import Tracer
 from modelpress_server.recorder import JobRecorder
 from modelpress_server.sites.base import Postpone, PostponedError, Site, TaskFailedError, postponement_of
 from modelpress_server.sites.machine import OUT_OF_DISK
-from modelpress_server.stores.base import (
-    MAX_EXCUSED_LOSSES,
-    BlobKey,
-    JobRecord,
-    JobStore,
-    Lease,
-    LogLine,
-    ModelRecord,
-    ModelStore,
-    Outcome,
-    UsageStore,
-)
+from modelpress_server.stores.blobs import BlobKey
+from modelpress_server.stores.jobs import MAX_EXCUSED_LOSSES, JobRecord, JobStore, Lease, LogLine, Outcome
+from modelpress_server.stores.models import ModelRecord, ModelStore
 from modelpress_server.stores.records import job_state_name, now_us, unique
+from modelpress_server.stores.usage import UsageStore
 from modelpress_server.waiting import Notifier, uninterrupted
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ from modelpress_server.host import Host
 from modelpress_server.projects import Projects
 from modelpress_server.runs import Bill, JobRun, RunResources, inspect_model
 from modelpress_server.sites.base import Postpone, PostponedError
-from modelpress_server.stores.base import JobRecord, JobStore, Lease, ModelRecord, ModelStore
+from modelpress_server.stores.jobs import JobRecord, JobStore, Lease
+from modelpress_server.stores.models import ModelRecord, ModelStore
 from modelpress_server.stores.records import now_us
 from modelpress_server.waiting import Notifier, Waits
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from modelpress_server.config import GIB
 from modelpress_server.errors import DiskTooSmallError, StorageFullError
 from modelpress_server.shortage import FULL_BYTES, storage_full
-from modelpress_server.stores.base import BlobIndex
+from modelpress_server.stores.blob_index import BlobIndex
 
 # A task may write so many times what it was expected to, and so much more, before that counts as a fault of its own:
 # samples may be compressed well.

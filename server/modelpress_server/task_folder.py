@@ -15,7 +15,7 @@ from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2
 from modelpress_server.config import MIB
 from modelpress_server.executors.base import Limits, WorkerLostError
 from modelpress_server.names import new_id, path_fault
-from modelpress_server.stores.base import BlobKey, BlobStore
+from modelpress_server.stores.blobs import BlobKey, BlobStore
 from modelpress_server.stores.filesystem import ArtifactError
 from modelpress_server.waiting import uninterrupted
 

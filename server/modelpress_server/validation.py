@@ -13,7 +13,8 @@ from modelpress_protos.v1 import common_pb2, model_service_pb2
 
 from modelpress_server.errors import FieldViolation, InvalidFieldsError
 from modelpress_server.names import clashing_path, path_fault
-from modelpress_server.stores.base import BlobKey, RequestKey
+from modelpress_server.stores.blobs import BlobKey
+from modelpress_server.stores.queries import RequestKey
 
 MAX_FILES = 1000
 MAX_DIGESTS = 1000

@@ -9,18 +9,12 @@ from typing import Any
 from modelpress_protos.v1 import common_pb2, job_service_pb2, model_service_pb2, upload_service_pb2
 from modelpress_server.names import format_name, new_id
 from modelpress_server.services.job_requests import new_job
-from modelpress_server.stores.base import (
-    BlobKey,
-    Claim,
-    JobRecord,
-    ModelQuota,
-    ModelRecord,
-    Outcome,
-    RequestKey,
-    StorageQuota,
-    UploadRecord,
-)
+from modelpress_server.stores.blob_index import StorageQuota, UploadRecord
+from modelpress_server.stores.blobs import BlobKey
 from modelpress_server.stores.database import Database
+from modelpress_server.stores.jobs import Claim, JobRecord, Outcome
+from modelpress_server.stores.models import ModelQuota, ModelRecord
+from modelpress_server.stores.queries import RequestKey
 from modelpress_server.stores.records import now_us
 from modelpress_server.stores.sql_blobs import SqlBlobIndex
 from modelpress_server.stores.sql_jobs import SqlJobStore

@@ -13,7 +13,7 @@ import pytest
 from modelpress_protos.v1 import job_service_pb2
 from modelpress_server import pace
 from modelpress_server.services import job_watch
-from modelpress_server.stores.base import StateChange
+from modelpress_server.stores.overview import StateChange
 from server_harness import PROJECT, Running, Serve, failing, until
 
 S = job_service_pb2

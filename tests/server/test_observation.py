@@ -25,7 +25,7 @@ from modelpress_server.observation import http, metrics
 from modelpress_server.observation.look import Look
 from modelpress_server.observation.meter import Meter
 from modelpress_server.observation.stages import StageTimes
-from modelpress_server.stores.base import Queue, StoreFigures
+from modelpress_server.stores.overview import Queue, StoreFigures
 from prometheus_client.parser import text_string_to_metric_families
 from scripted_executor import ScriptedExecutor
 from server_harness import DEFAULTS, Running, Serve, failing, until

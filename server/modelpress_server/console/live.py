@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from modelpress_server.console.figures import duration, percent
 from modelpress_server.console.visitor import Visitor
 from modelpress_server.errors import ServiceError
-from modelpress_server.stores.base import ENDED_STATES
+from modelpress_server.stores.jobs import ENDED_STATES
 from modelpress_server.stores.records import job_state_name
 
 MAX_STREAMS = 32  # of the connections that the server takes, the others are for pages

@@ -16,7 +16,7 @@ from modelpress_server.console.candidates import MAX_REPORT_BYTES, plot, read_ca
 from modelpress_server.console.visitor import Visitor
 from modelpress_server.errors import ResourceNotFoundError, ServiceError, reason_of
 from modelpress_server.names import format_name, parse_name, parse_project
-from modelpress_server.stores.base import ENDED_STATES
+from modelpress_server.stores.jobs import ENDED_STATES
 from modelpress_server.stores.records import job_state_name
 
 LOG_LINES = 200

@@ -25,7 +25,7 @@ from modelpress_server.services.job_service import JobService
 from modelpress_server.services.model_service import ModelService
 from modelpress_server.services.server_service import ServerService
 from modelpress_server.services.upload_service import UploadService
-from modelpress_server.stores.base import StoreOverview
+from modelpress_server.stores.overview import StoreOverview
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from modelpress_server.clock import Clock
 from modelpress_server.events.delivery import Answer, post
 from modelpress_server.events.endpoints import MAX_ENDPOINTS, Endpoint, Endpoints
 from modelpress_server.observation.meter import Meter
-from modelpress_server.stores.base import ENDED_STATES, OutboxStore, StateChange, StoredEvent
+from modelpress_server.stores.jobs import ENDED_STATES
+from modelpress_server.stores.outbox import OutboxStore, StoredEvent
+from modelpress_server.stores.overview import StateChange
 from modelpress_server.stores.records import job_state_name, now_us
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from modelpress_server.config import LOOPBACK_HOSTS, SettingsError
 from modelpress_server.names import is_project
-from modelpress_server.stores.base import ENDED_STATES
+from modelpress_server.stores.jobs import ENDED_STATES
 from modelpress_server.stores.records import job_state_name
 from modelpress_server.watched_file import WatchedFile
 

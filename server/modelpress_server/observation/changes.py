@@ -6,7 +6,7 @@ import logging
 
 from modelpress_server.names import format_name
 from modelpress_server.observation.meter import Meter
-from modelpress_server.stores.base import StateChange
+from modelpress_server.stores.overview import StateChange
 
 logger = logging.getLogger(__name__)
 _TOLD = ("reason", "attempt", "from_cache", "wait_s", "run_s")  # where there is something to tell

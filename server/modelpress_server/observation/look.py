@@ -12,7 +12,7 @@ from modelpress_server.clock import Clock
 from modelpress_server.executors.base import Figures, WorkerHost
 from modelpress_server.executors.process_tree import memory_bytes
 from modelpress_server.host import Host
-from modelpress_server.stores.base import StoreFigures, StoreOverview
+from modelpress_server.stores.overview import StoreFigures, StoreOverview
 
 logger = logging.getLogger(__name__)
 

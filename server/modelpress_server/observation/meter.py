@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modelpress_server.stores.base import StateChange
+from modelpress_server.stores.overview import StateChange
 
 
 class Meter:

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from modelpress_server.executors.base import START_WORKER
 from modelpress_server.observation.look import Look
 from modelpress_server.observation.meter import Meter
-from modelpress_server.stores.base import StateChange
+from modelpress_server.stores.overview import StateChange
 from modelpress_server.toolchain import toolchain
 
 OTHER = "other"

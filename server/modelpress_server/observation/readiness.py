@@ -13,7 +13,8 @@ from modelpress_server.errors import ServiceError
 from modelpress_server.executors.base import WorkerHost
 from modelpress_server.host import Host
 from modelpress_server.interceptors import Gate
-from modelpress_server.stores.base import BlobStore, StoreOverview
+from modelpress_server.stores.blobs import BlobStore
+from modelpress_server.stores.overview import StoreOverview
 
 logger = logging.getLogger(__name__)
 

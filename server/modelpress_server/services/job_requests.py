@@ -11,7 +11,9 @@ from modelpress_server.errors import InvalidFieldsError
 from modelpress_server.names import format_name, new_id, parse_name
 from modelpress_server.recipes import DEFAULT_PRESET, canonical, preset
 from modelpress_server.services.model_service import content_of
-from modelpress_server.stores.base import BlobKey, JobRecord, RequestKey
+from modelpress_server.stores.blobs import BlobKey
+from modelpress_server.stores.jobs import JobRecord
+from modelpress_server.stores.queries import RequestKey
 from modelpress_server.stores.records import now_us
 from modelpress_server.validation import Checks, message_hash, request_key
 

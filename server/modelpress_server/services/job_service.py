@@ -21,7 +21,10 @@ from modelpress_server.projects import Projects
 from modelpress_server.scheduler import Scheduler
 from modelpress_server.services.job_requests import blobs_of, check_job, new_job
 from modelpress_server.services.job_watch import JobsWatch
-from modelpress_server.stores.base import BlobIndex, BlobStore, JobRecord, JobStore, ModelStore
+from modelpress_server.stores.blob_index import BlobIndex
+from modelpress_server.stores.blobs import BlobStore
+from modelpress_server.stores.jobs import JobRecord, JobStore
+from modelpress_server.stores.models import ModelStore
 from modelpress_server.stores.records import now_us
 from modelpress_server.stores.sql_jobs import refuse_rejected
 from modelpress_server.validation import Checks, update_paths

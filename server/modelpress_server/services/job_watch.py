@@ -8,7 +8,8 @@ from dataclasses import replace
 from modelpress_protos.v1 import job_service_pb2
 
 from modelpress_server.clock import Clock
-from modelpress_server.stores.base import ENDED_STATES, JobRecord, JobStore, ListQuery, Term
+from modelpress_server.stores.jobs import ENDED_STATES, JobRecord, JobStore
+from modelpress_server.stores.queries import ListQuery, Term
 from modelpress_server.stores.records import now_us
 from modelpress_server.waiting import ANY_NEWS, Notifier, wait_until
 

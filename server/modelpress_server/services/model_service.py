@@ -15,7 +15,8 @@ from modelpress_server.listing import fitted, list_query, page_token
 from modelpress_server.names import format_name, new_id, parse_name, parse_project, parse_projects
 from modelpress_server.projects import Projects
 from modelpress_server.scheduler import Scheduler
-from modelpress_server.stores.base import BlobKey, ModelQuota, ModelRecord, ModelStore
+from modelpress_server.stores.blobs import BlobKey
+from modelpress_server.stores.models import ModelQuota, ModelRecord, ModelStore
 from modelpress_server.stores.records import now_us, unique
 from modelpress_server.toolchain import toolchain_hash
 from modelpress_server.validation import (

@@ -19,7 +19,8 @@ from modelpress_server.names import parse_project
 from modelpress_server.projects import Projects
 from modelpress_server.recipes import preset_messages
 from modelpress_server.sandbox.confinement import LEVEL_FILES_AND_NETWORK
-from modelpress_server.stores.base import ENDED_STATES, JobStore, UsageStore
+from modelpress_server.stores.jobs import ENDED_STATES, JobStore
+from modelpress_server.stores.usage import UsageStore
 from modelpress_server.toolchain import toolchain
 
 API_VERSIONS = ("modelpress.v1",)

@@ -23,8 +23,10 @@ from modelpress_server.projects import Projects
 from modelpress_server.services.upload_session import UploadSession, UploadSessions
 from modelpress_server.services.upload_writer import UploadWriter, next_message, offset_mismatch
 from modelpress_server.space import Space
-from modelpress_server.stores.base import BlobIndex, BlobKey, BlobReader, BlobStore, StorageQuota, Term, UploadRecord
+from modelpress_server.stores.blob_index import BlobIndex, StorageQuota, UploadRecord
+from modelpress_server.stores.blobs import BlobKey, BlobReader, BlobStore
 from modelpress_server.stores.filesystem import damaged
+from modelpress_server.stores.queries import Term
 from modelpress_server.stores.records import now_us
 from modelpress_server.validation import check_digest, check_digests
 from modelpress_server.waiting import ended, uninterrupted

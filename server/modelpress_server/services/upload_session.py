@@ -11,7 +11,8 @@ from modelpress_protos.v1 import upload_service_pb2
 from modelpress_server.clock import Clock
 from modelpress_server.errors import ServiceError, UploadBusyError, UploadExpiredError
 from modelpress_server.names import new_id
-from modelpress_server.stores.base import BlobIndex, BlobStore, PartialBlob, UploadRecord
+from modelpress_server.stores.blob_index import BlobIndex, UploadRecord
+from modelpress_server.stores.blobs import BlobStore, PartialBlob
 from modelpress_server.waiting import uninterrupted
 
 # A stream that was cut needs moments to store what it had: a new one waits so long before it is turned away.

@@ -18,7 +18,7 @@ from modelpress_server.config import Settings
 from modelpress_server.interceptors import check_readable
 from modelpress_server.observation.meter import Meter
 from modelpress_server.services.upload_session import UploadSession, upload_busy
-from modelpress_server.stores.base import BlobIndex, UploadRecord
+from modelpress_server.stores.blob_index import BlobIndex, UploadRecord
 from modelpress_server.stores.records import now_us
 from modelpress_server.waiting import uninterrupted
 

@@ -18,7 +18,7 @@ from modelpress_server.sandbox.confinement import LEVEL_FILES_AND_NETWORK
 from modelpress_server.shortage import storage_full
 from modelpress_server.sites.base import OnEvent, Postpone, PostponedError, TaskFailedError, postponement_of
 from modelpress_server.space import Promise, Space
-from modelpress_server.stores.base import BlobStore
+from modelpress_server.stores.blobs import BlobStore
 from modelpress_server.task_folder import TaskFolder, inspection_need_bytes, job_need_bytes, task_folder
 from modelpress_server.toolchain import made_by
 

@@ -35,7 +35,7 @@ from modelpress_server.ballast import Ballast
 from modelpress_server.errors import ServiceError, StorageFullError
 from modelpress_server.shortage import server_busy, storage_full
 from modelpress_server.stores import postgres
-from modelpress_server.stores.base import StateChange
+from modelpress_server.stores.overview import StateChange
 from modelpress_server.stores.schema import migrate
 from modelpress_server.stores.tables import project_blobs, uploads
 

@@ -30,7 +30,7 @@ from typing import ParamSpec, TypeVar
 from modelpress_server.errors import BlobDamagedError, BlobMissingError, ServerBusyError, StorageFullError
 from modelpress_server.names import new_id
 from modelpress_server.shortage import FULL_BYTES, shortage_of
-from modelpress_server.stores.base import BlobKey
+from modelpress_server.stores.blobs import BlobKey
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")

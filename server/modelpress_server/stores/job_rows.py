@@ -11,8 +11,9 @@ from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from modelpress_server.errors import ResourceNotFoundError, reason_of
 from modelpress_server.stores import records
-from modelpress_server.stores.base import ENDED_STATES, JobRecord, Lease, LogLine, Outcome, StateChange
 from modelpress_server.stores.database import insert_missing, note_change, note_news
+from modelpress_server.stores.jobs import ENDED_STATES, JobRecord, Lease, LogLine, Outcome
+from modelpress_server.stores.overview import StateChange
 from modelpress_server.stores.sql_outbox import store_end
 from modelpress_server.stores.tables import job_events, job_logs, jobs, result_cache
 

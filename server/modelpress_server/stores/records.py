@@ -13,8 +13,9 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, Table, delete, ex
 
 from modelpress_server.errors import BlobMissingError, EtagMismatchError, RequestIdReusedError, StoredQuotaError
 from modelpress_server.names import first_id_at
-from modelpress_server.stores.base import BlobKey, ListQuery, RequestKey, Term, etag
+from modelpress_server.stores.blobs import BlobKey
 from modelpress_server.stores.database import insert_missing
+from modelpress_server.stores.queries import ListQuery, RequestKey, Term, etag
 from modelpress_server.stores.tables import blob_references, labels, project_blobs, request_ids, uploads
 
 # SQLite allows 32,766 bound values in a statement; a manifest has at most 1,000 files.

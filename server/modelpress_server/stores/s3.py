@@ -33,7 +33,7 @@ from modelpress_server.config import SettingsError
 from modelpress_server.errors import ServerBusyError
 from modelpress_server.names import new_id
 from modelpress_server.shortage import BUSY_RETRY_S
-from modelpress_server.stores.base import BlobKey
+from modelpress_server.stores.blobs import BlobKey
 from modelpress_server.stores.filesystem import damaged, full_disk_is_told, missing, take_file
 
 if TYPE_CHECKING:

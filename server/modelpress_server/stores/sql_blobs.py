@@ -11,8 +11,11 @@ from sqlalchemy import Connection, Row, delete, exists, func, insert, select, tu
 from modelpress_server.errors import QuotaExceededError, StorageFullError, UploadExpiredError
 from modelpress_server.shortage import MAKE_ROOM
 from modelpress_server.stores import records
-from modelpress_server.stores.base import ENDED_STATES, BlobKey, ListQuery, Page, StorageQuota, Sweep, UploadRecord
+from modelpress_server.stores.blob_index import StorageQuota, Sweep, UploadRecord
+from modelpress_server.stores.blobs import BlobKey
 from modelpress_server.stores.database import Database, hold, hold_all
+from modelpress_server.stores.jobs import ENDED_STATES
+from modelpress_server.stores.queries import ListQuery, Page
 from modelpress_server.stores.tables import blob_references, job_events, jobs, project_blobs, request_ids, uploads
 
 ACTIVE = upload_service_pb2.Upload.STATE_ACTIVE

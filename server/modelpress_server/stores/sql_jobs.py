@@ -12,21 +12,10 @@ from sqlalchemy import Connection, Row, delete, exists, func, select
 
 from modelpress_server import errors
 from modelpress_server.stores import job_rows, records
-from modelpress_server.stores.base import (
-    ENDED_STATES,
-    MAX_EXCUSED_LOSSES,
-    BlobKey,
-    Claim,
-    JobRecord,
-    Lease,
-    ListQuery,
-    LogLine,
-    Outcome,
-    Page,
-    Rank,
-    RequestKey,
-)
+from modelpress_server.stores.blobs import BlobKey
 from modelpress_server.stores.database import Database, hold, time_us
+from modelpress_server.stores.jobs import ENDED_STATES, MAX_EXCUSED_LOSSES, Claim, JobRecord, Lease, LogLine, Outcome
+from modelpress_server.stores.queries import ListQuery, Page, Rank, RequestKey
 from modelpress_server.stores.sql_models import fetch_model
 from modelpress_server.stores.tables import job_events, job_logs, jobs, models, servers
 

@@ -11,18 +11,12 @@ from sqlalchemy import Connection, Row, and_, delete, exists, func, insert, sele
 
 from modelpress_server.errors import QuotaExceededError, ResourceNotFoundError, reason_of
 from modelpress_server.stores import records
-from modelpress_server.stores.base import (
-    BlobKey,
-    ListQuery,
-    ModelQuota,
-    ModelRecord,
-    Page,
-    Rank,
-    RequestKey,
-    StateChange,
-)
+from modelpress_server.stores.blobs import BlobKey
 from modelpress_server.stores.database import Database, hold, note_change, time_us
 from modelpress_server.stores.job_rows import AT_WORK
+from modelpress_server.stores.models import ModelQuota, ModelRecord
+from modelpress_server.stores.overview import StateChange
+from modelpress_server.stores.queries import ListQuery, Page, Rank, RequestKey
 from modelpress_server.stores.tables import jobs, models, servers
 
 _KIND = "model"

@@ -6,8 +6,9 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 
 from modelpress_server.events.message import cloud_event
 from modelpress_server.names import new_id
-from modelpress_server.stores.base import JobRecord, StoredEvent
 from modelpress_server.stores.database import Database, subscribers
+from modelpress_server.stores.jobs import JobRecord
+from modelpress_server.stores.outbox import StoredEvent
 from modelpress_server.stores.records import job_state_name, now_us
 from modelpress_server.stores.tables import outbox
 

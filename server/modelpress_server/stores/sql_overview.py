@@ -10,8 +10,8 @@ from modelpress_protos.v1 import job_service_pb2, model_service_pb2
 from sqlalchemy import Connection, Table, func, select
 
 from modelpress_server.names import time_of_id_us
-from modelpress_server.stores.base import Queue, StoreFigures
 from modelpress_server.stores.database import Database
+from modelpress_server.stores.overview import Queue, StoreFigures
 from modelpress_server.stores.records import job_state_name, model_state_name, now_us
 from modelpress_server.stores.tables import jobs, models, project_blobs
 

@@ -10,9 +10,10 @@ from sqlalchemy import ColumnElement, Connection, Table, delete, exists, func, s
 
 from modelpress_server.names import first_id_at
 from modelpress_server.stores import records
-from modelpress_server.stores.base import ENDED_STATES, UsageRecord
 from modelpress_server.stores.database import Database, hold, insert_missing
+from modelpress_server.stores.jobs import ENDED_STATES
 from modelpress_server.stores.tables import jobs, labels, models, uploads, usage
+from modelpress_server.stores.usage import UsageRecord
 
 # So labelled, a job or a model stays; unless the label says "false".
 PIN = "pin"

@@ -12,7 +12,7 @@ import pytest
 from modelpress_protos.internal.v1 import site_pb2, worker_pb2
 from modelpress_protos.v1 import common_pb2
 from modelpress_server.sites.ray_node import GRACE_S, UNUSED_S, WAITS_S, Node, NodeSettings
-from modelpress_server.stores.base import BlobKey
+from modelpress_server.stores.blobs import BlobKey
 from modelpress_server.stores.s3 import S3BlobStore
 from modelpress_server.toolchain import made_by
 

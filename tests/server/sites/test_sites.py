@@ -23,7 +23,7 @@ from modelpress_server.sites.machine import ThisMachine
 from modelpress_server.sites.ray_cluster import RayCluster
 from modelpress_server.sites.ray_node import NodeSettings
 from modelpress_server.space import Space
-from modelpress_server.stores.base import BlobKey
+from modelpress_server.stores.blobs import BlobKey
 from modelpress_server.stores.s3 import S3BlobStore
 from modelpress_server.toolchain import made_by
 

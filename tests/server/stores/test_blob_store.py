@@ -13,7 +13,7 @@ import pytest
 from modelpress_server.config import SettingsError
 from modelpress_server.errors import BlobDamagedError, BlobMissingError, ServerBusyError
 from modelpress_server.names import new_id
-from modelpress_server.stores.base import BlobKey, BlobStore
+from modelpress_server.stores.blobs import BlobKey, BlobStore
 from modelpress_server.stores.filesystem import ArtifactError, FileBlobStore
 from modelpress_server.stores.s3 import PART_BYTES, S3BlobStore, covering, key_of, part_key
 from store_rows import blob_of

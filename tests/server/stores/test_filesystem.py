@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from modelpress_server.errors import BlobMissingError, StorageFullError
-from modelpress_server.stores.base import BlobKey
+from modelpress_server.stores.blobs import BlobKey
 from modelpress_server.stores.filesystem import ArtifactError, FileBlobStore, PartialFile
 
 

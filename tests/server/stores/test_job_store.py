@@ -11,8 +11,9 @@ from google.protobuf import duration_pb2
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2
 from modelpress_server import errors
 from modelpress_server.names import new_id
-from modelpress_server.stores.base import Lease, ListQuery, LogLine, Outcome, RequestKey, Term
 from modelpress_server.stores.database import Database
+from modelpress_server.stores.jobs import Lease, LogLine, Outcome
+from modelpress_server.stores.queries import ListQuery, RequestKey, Term
 from modelpress_server.stores.records import now_us
 from store_rows import KIND, Stores, blob_of, succeeded
 

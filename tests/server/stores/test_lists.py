@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from modelpress_server.names import time_of_id_us
-from modelpress_server.stores.base import ListQuery, Term
 from modelpress_server.stores.database import Database
+from modelpress_server.stores.queries import ListQuery, Term
 from modelpress_server.stores.records import now_us
 from modelpress_server.stores.sql_overview import SqlOverview
 from store_rows import Stores, succeeded

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 from modelpress_protos.v1 import model_service_pb2
 from modelpress_server import errors
-from modelpress_server.stores.base import ModelRecord
 from modelpress_server.stores.database import Database
+from modelpress_server.stores.models import ModelRecord
 from store_rows import Stores
 
 ACTIVE = model_service_pb2.Model(state=model_service_pb2.Model.STATE_ACTIVE)
