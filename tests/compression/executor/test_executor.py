@@ -191,6 +191,23 @@ def test_unknown_operators_are_named_without_running(model_from_text: ModelFromT
         Executor(model)
 
 
+@pytest.mark.parametrize(("kind", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+def test_recurrent_states_of_another_batch_are_refused(model_from_text: ModelFromText, kind: str, gates: int) -> None:
+    """A state of one sequence for two: torch's own LSTM would write beyond its end, and take the process with it."""
+    states = "float[1, b, 4] h" + (", float[1, b, 4] c" if kind == "LSTM" else "")
+    read = "h, c" if kind == "LSTM" else "h"
+    text = f"""<ir_version: 9, opset_import: ["": 17]>
+    net (float[t, n, 3] x, {states}) => (float[t, 1, n, 4] y) {{
+        y = {kind} <hidden_size = 4{", linear_before_reset = 1" if kind == "GRU" else ""}> (x, w, r, , , {read})
+    }}"""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (1, 4 * gates, 3), "r": (1, 4 * gates, 4)}
+    model = model_from_text(text, {name: rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()})
+    feeds = {"x": np.zeros((5, 2, 3), "f4"), "h": np.zeros((1, 1, 4), "f4"), "c": np.zeros((1, 1, 4), "f4")}
+    with pytest.raises(ModelNotRunnableError, match=rf"\({kind}\).*state 0 has shape \[1, 1, 4\]"):
+        Executor(model).run(feeds)
+
+
 def test_values_that_do_not_fit_name_the_node(net: Model) -> None:
     """A wrong number of channels."""
     with pytest.raises(ModelNotRunnableError, match=r"'c' \(Conv\)"):

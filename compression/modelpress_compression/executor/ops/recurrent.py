@@ -203,6 +203,7 @@ def recurrent(site: Site, kind: str) -> Function:
             x.new_zeros((directions, x.shape[1], hidden)) if s is None else (s.transpose(0, 1) if batch_first else s)
             for s in rest[:n_states]
         ]
+        _check_extents(x, w, r, bias, states, _STEPS[kind][2])
         if plain and rest[2] is None and x.shape[0]:
             y, last = _native(kind, x, w, r, bias, [state.contiguous() for state in states], hidden)
             y = y.reshape(*y.shape[:2], directions, hidden).transpose(1, 2)
@@ -221,6 +222,25 @@ def recurrent(site: Site, kind: str) -> Function:
         return (y, *last)
 
     return run
+
+
+def _check_extents(
+    x: Tensor, w: Tensor, r: Tensor, bias: Tensor | None, states: Sequence[Tensor], gates: int
+) -> None:
+    """Raises ValueError where a state or a weight is of another size than the sequence [time, batch, features] has.
+
+    torch's own LSTM checks none of them, and reads and writes beyond the end of what is too small.
+    """
+    directions, hidden = r.shape[0], r.shape[-1]
+    wanted = {
+        "W": (w, (directions, gates * hidden, x.shape[-1])),
+        "R": (r, (directions, gates * hidden, hidden)),
+        **({} if bias is None else {"B": (bias, (directions, 2 * gates * hidden))}),
+        **{f"state {number}": (state, (directions, x.shape[1], hidden)) for number, state in enumerate(states)},
+    }
+    for name, (value, shape) in wanted.items():
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name} has shape {list(value.shape)} where the sequence needs {list(shape)}")
 
 
 def replace_hidden(cell: _Cell, hidden: int) -> _Cell:
