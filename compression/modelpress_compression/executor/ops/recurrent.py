@@ -224,9 +224,7 @@ def recurrent(site: Site, kind: str) -> Function:
     return run
 
 
-def _check_extents(
-    x: Tensor, w: Tensor, r: Tensor, bias: Tensor | None, states: Sequence[Tensor], gates: int
-) -> None:
+def _check_extents(x: Tensor, w: Tensor, r: Tensor, bias: Tensor | None, states: Sequence[Tensor], gates: int) -> None:
     """Raises ValueError where a state or a weight is of another size than the sequence [time, batch, features] has.
 
     torch's own LSTM checks none of them, and reads and writes beyond the end of what is too small.
