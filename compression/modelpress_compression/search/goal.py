@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 
+from modelpress_compression.errors import TimeLimitError
 from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.task import GivenScores, Task
 from modelpress_compression.memory import Memory
@@ -146,13 +148,37 @@ class GoalSearch:
         target = self._folder(f"quantize-{len(self.entries)}")
         step = Step("quantize", QuantizeConfig())
         search = SchemeSearch(step, model, path, context, target, judge, judge.recall)
-        for candidates in self._schemes(search, whole=not before or before[-1].step.technique == "fuse"):
-            self._enter(candidates, judge, before)
-            if not self._has_time:
-                break
+        entered = 0
+        with self._while_it_lasts():
+            for _ in self._schemes(search, whole=not before or before[-1].step.technique == "fuse"):
+                self._enter(search.candidates[entered:], judge, before)
+                entered = len(search.candidates)
+                if not self._has_time:
+                    break
+                # From the second on: whatever the time, there is one.
+                search.context = self._limited(search.context)
+        self._enter(search.candidates[entered:], judge, before)
+
+    @contextmanager
+    def _while_it_lasts(self) -> Iterator[None]:
+        """What is begun within ends with the time for the search, not with an error. Raises TimeLimitError where the
+        job's time is up."""
+        try:
+            yield
+        except TimeLimitError:
+            self.context.check_time()
+            self.context.log("the time for the search was up in the middle of a candidate")
+
+    def _limited(self, context: Context) -> Context:
+        """The context, whose time ends with that of the search."""
+        left_s = self._left_s()
+        if left_s is None:
+            return context
+        deadline = context.clock() + left_s
+        return replace(context, deadline=deadline if context.deadline is None else min(context.deadline, deadline))
 
     def _schemes(self, search: SchemeSearch, *, whole: bool) -> Iterator[list[Candidate]]:
-        """The candidates of one scheme after the other. `whole`: nothing was cut from the model before."""
+        """After each scheme, the candidates that it has added. `whole`: nothing was cut from the model before."""
         config = QuantizeConfig(scheme="weight_only")
         search.context.progress(0.0, "storing weights in fewer bits")
         floors = {"weights stored in fewer bits, computing in float32": FLOAT_FLOOR_DB}
@@ -161,25 +187,43 @@ class GoalSearch:
         for variant, floor_db in floors.items():
             store = partial(store_all, search.model, config, search.context, floor_db)
             yield [search.add("weight_only", store, variant, asked=[floor_db])]
-        count = len(search.candidates)
+        # A short time is for what was asked for.
+        parts = (self._in_blocks, self._in_8_bits) if self._size_first else (self._in_8_bits, self._in_blocks)
+        for part in parts:
+            yield from part(search, whole)
+
+    def _in_8_bits(self, search: SchemeSearch, whole: bool) -> Iterator[list[Candidate]]:
+        """Arithmetic in 8 bits, or in half precision, and the same with all weights stored in 8 bits."""
+        stored = [candidate for candidate in search.candidates if "blocks" not in candidate.variant]
+        begun = len(search.candidates)
         search.half()
         search.dynamic()
-        yield search.candidates[count:]
+        yield search.candidates[begun:]
         count = len(search.candidates)
         search.static()
         yield search.candidates[count:]
         if self.recipe.searches_far and self.context.data.vouches:
             yield from ([candidate] for candidate in MixedSchemeSearch(search).candidates())
         count = len(search.candidates)
-        search.smaller()
+        search.smaller([*stored, *search.candidates[begun:]])
         yield search.candidates[count:]
-        if self._wants_size and (whole or self.recipe.searches_far):
-            quantize = partial(Quantize(config), search.model, search.context)
-            yield [search.add("weight_only", quantize, "8 bits in blocks")]
-            if self.recipe.searches_far:
-                yield from ([candidate] for candidate in MixedBitsSearch(search).candidates())
-            else:
-                yield [self._in_4_bits(search, replace(config, weights="int4"))]
+
+    def _in_blocks(self, search: SchemeSearch, whole: bool) -> Iterator[list[Candidate]]:
+        """Weights in blocks of 8, 4 and 2 bits."""
+        if not self._wants_size or not (whole or self.recipe.searches_far):
+            return
+        config = QuantizeConfig(scheme="weight_only")
+        quantize = partial(Quantize(config), search.model, search.context)
+        yield [search.add("weight_only", quantize, "8 bits in blocks")]
+        if not self.recipe.searches_far:
+            yield [self._in_4_bits(search, replace(config, weights="int4"))]
+            return
+        if self.goal.search_time_s is not None:
+            # The prices of bits take long, and may not be through in time.
+            nearest = replace(config, weights="int4", rounding="nearest")
+            quantize = partial(Quantize(nearest), search.model, search.context)
+            yield [search.add("weight_only", quantize, "4 bits in blocks, to the nearest")]
+        yield from ([candidate] for candidate in MixedBitsSearch(search).candidates())
 
     def _in_4_bits(self, search: SchemeSearch, config: QuantizeConfig) -> Candidate:
         """Rounding them well takes a fifth of the search, and where 8 bits are faster they are hardly ever taken: so it
@@ -192,8 +236,13 @@ class GoalSearch:
 
     @property
     def _wants_size(self) -> bool:
+        return self.goal.objective == BALANCED or self._size_first
+
+    @property
+    def _size_first(self) -> bool:
+        """Whether the file is what the goal is about."""
         limits = self.recipe.limits
-        return self.goal.objective in (SMALLEST, BALANCED) or bool(limits.max_size_bytes or limits.min_ratio)
+        return self.goal.objective == SMALLEST or bool(limits.max_size_bytes or limits.min_ratio)
 
     def _cut(self, fused: StepRecord, before: tuple[StepRecord, ...], on: Grounds) -> None:
         """Pulls the levers one after the other, and quantizes what went the furthest."""
@@ -208,7 +257,7 @@ class GoalSearch:
             lever = LeverSearch(
                 technique,
                 self.goal.objective,
-                self._part(_WHOLE + width * number, _WHOLE + width * (number + 1), on.data),
+                self._limited(self._part(_WHOLE + width * number, _WHOLE + width * (number + 1), on.data)),
                 apply=lambda record, context: self._applied(
                     record, context, self._folder(f"cut-{next(self.numbers)}"), on.judge.recall
                 ),
@@ -217,10 +266,11 @@ class GoalSearch:
                 trains=self.recipe.searches_far and not scored and "distill" in self.goal.techniques,
                 cuts=MANY_CUTS if self.recipe.searches_far else FEW_CUTS,
             )
-            for cut in lever.cuts(start, SCORED_SHARES if scored else ()):
-                self._enter([cut.candidate], on.judge, cut.before)
-                if not cut.candidate.reason or cut.candidate.unscored:
-                    kept.append(cut)
+            with self._while_it_lasts():
+                for cut in lever.cuts(start, SCORED_SHARES if scored else ()):
+                    self._enter([cut.candidate], on.judge, cut.before)
+                    if not cut.candidate.reason or cut.candidate.unscored:
+                        kept.append(cut)
             start = kept[-1].chain if kept else start
         for cut in reversed(kept[-2:]):
             if not self._has_time or "quantize" not in self.goal.techniques:

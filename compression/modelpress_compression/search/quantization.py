@@ -179,10 +179,10 @@ class SchemeSearch:
         """Facts about the float model under this step's configuration."""
         return self.recall.facts(kind, [model_digest(self.path), self._config("static").to_dict()], make)
 
-    def smaller(self) -> None:
-        """Each candidate that keeps the answers with the rest of its weights stored in 8 bits; and, with a limit on the
-        size, the float model with all weights stored so."""
-        for candidate in list(self.candidates):
+    def smaller(self, candidates: Sequence[Candidate] | None = None) -> None:
+        """Each of the candidates (None: of all) that keeps the answers with the rest of its weights stored in 8 bits;
+        and, with a limit on the size, the float model with all weights stored so."""
+        for candidate in list(self.candidates if candidates is None else candidates):
             if not candidate.reason:
                 variant = f"{candidate.variant}, all weights stored in 8 bits".removeprefix(", ")
                 self._store_rest(candidate.scheme, candidate.record, variant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from modelpress_compression import InputData, Model, Recipe, compress
 from modelpress_compression.inputs import EvaluationData
 from modelpress_compression.measure.fidelity import Fidelity, OutputFidelity
 from modelpress_compression.measure.task import Labelled
+from modelpress_compression.passes.quantize.weight_only.mixed_bits import Form, MixedBits
 from modelpress_compression.recipe import OBJECTIVES
 from modelpress_compression.report.build import report_schema
 from modelpress_compression.search import judge
@@ -197,3 +199,36 @@ def test_a_short_search_ends_in_time(digits: Model, samples: InputData, labelled
     report = compress(digits, goal(search_time_s=0.001), data=samples, eval_data=labelled).report
     assert len(report["candidates"]) <= 3
     assert report["size_ratio"] > 3
+
+
+@pytest.mark.usefixtures("timed_by_size")
+def test_a_candidate_that_takes_too_long_is_left(
+    digits: Model, samples: InputData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prices of bits would never end: the search does, in its time, with the 4 bits that it began with."""
+
+    def endless(bits: MixedBits) -> dict[str, tuple[Form, ...]]:
+        while True:
+            bits._context.check_time()
+            time.sleep(0.01)
+
+    monkeypatch.setattr(MixedBits, "options", property(endless))
+    report = compress(digits, goal(objective="smallest", search_time_s=10.0), data=samples).report
+    names = [row["name"] for row in report["candidates"]]
+    assert any("4 bits in blocks, to the nearest" in name for name in names)
+    assert not any("priced at" in name for name in names)
+    assert report["size_ratio"] > 3
+
+
+@pytest.mark.usefixtures("timed_by_size")
+def test_who_asks_for_size_gets_blocks_before_arithmetic(digits: Model, samples: InputData) -> None:
+    """A search that ends early has done what was asked for."""
+    orders = {}
+    for objective in ("smallest", "fastest"):
+        report = compress(digits, goal(objective=objective, techniques=["fuse", "quantize"]), data=samples).report
+        names = [row["name"] for row in report["candidates"]]
+        orders[objective] = [
+            "blocks" if "blocks" in name else "static" for name in names if "static" in name or "blocks" in name
+        ]
+    assert orders["smallest"][0] == "blocks"
+    assert orders["fastest"][0] == "static"
