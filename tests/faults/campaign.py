@@ -62,6 +62,9 @@ DAY_S = 24 * 3600
 # What has ended is deleted when it is so old: then its blobs may go at once.
 DELETE_AFTER_S = 65.0
 PATIENCE_S = 600.0
+# A worker lives for so long, and so long one is waited for.
+TASK_S = 0.2
+WORKER_PATIENCE_S = 2.0
 NO_ENVIRONMENT: Mapping[str, str] = {}
 
 S = job_service_pb2
@@ -213,7 +216,8 @@ class Campaign:
         faults: list[tuple[int, Callable[[], Awaitable[None]]]] = [
             (25, self._kill_server),
             (15 if self._shared else 0, self._kill_other),
-            (35, self._kill_worker),
+            (25, self._kill_worker),
+            (10, self._kill_zygote),
             (25, self._kill_client),
             (0 if self._shared else 4, self._rot_a_blob),
             (4, self._set_the_clock),
@@ -234,12 +238,29 @@ class Campaign:
         await self._start_server(self._other)
 
     async def _kill_worker(self) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            server = self._random.choice((self._server, self._other)) if self._shared else self._server
-            workers = [child for child in psutil.Process(server.pid).children() if _is_worker(child)]
+        """One that was forked, at some moment of its task."""
+        deadline_s = time.monotonic() + WORKER_PATIENCE_S
+        while time.monotonic() < deadline_s:
+            workers = [worker for zygote in self._zygotes() for worker in _children(zygote)]
             if workers:
-                self._random.choice(workers).kill()
-                self.outcome.faults["kill worker"] += 1
+                await asyncio.sleep(self._random.random() * TASK_S)
+                self._kill_one_of(workers, "kill worker")
+                return
+            await asyncio.sleep(0.02)
+
+    async def _kill_zygote(self) -> None:
+        """The process that workers are forked from, with what it has forked."""
+        self._kill_one_of(self._zygotes(), "kill zygote")
+
+    def _zygotes(self) -> list[psutil.Process]:
+        servers = (self._server, self._other) if self._shared else (self._server,)
+        return [child for server in servers for child in _children(server.pid) if _is_zygote(child)]
+
+    def _kill_one_of(self, processes: list[psutil.Process], fault: str) -> None:
+        if processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._random.choice(processes).kill()
+                self.outcome.faults[fault] += 1
 
     async def _kill_client(self) -> None:
         client = self._random.choice(self._clients)
@@ -472,9 +493,16 @@ def _was_killed(job: S.Job) -> bool:
     return any(detail.Unpack(info) and info.reason == "WORKER_CRASHED" for detail in job.error.details)
 
 
-def _is_worker(process: psutil.Process) -> bool:
+def _children(process: int | psutil.Process) -> list[psutil.Process]:
+    try:
+        return (psutil.Process(process) if isinstance(process, int) else process).children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _is_zygote(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
-        return "modelpress_server.worker" in process.cmdline()
+        return "modelpress_server.worker.zygote" in process.cmdline()
     return False
 
 
