@@ -38,6 +38,7 @@ class SharedLook(Generic[Result]):
         self._look = look
         self._current: asyncio.Task[Result] | None = None
         self._next: asyncio.Task[Result] | None = None
+        self._last: tuple[float, Result] | None = None  # when it began, by the loop's clock, and what it found
 
     async def __call__(self) -> Result:
         """What a look finds that begins after this call. Raises what the look raises."""
@@ -47,17 +48,28 @@ class SharedLook(Generic[Result]):
             self._next.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(self._next)
 
+    async def since(self, time_s: float) -> Result:
+        """What the last look found, if it began at this time of the loop's clock or later; else as a call."""
+        if self._last is not None and self._last[0] >= time_s:
+            return self._last[1]
+        return await self()
+
     async def _after(self, previous: asyncio.Task[Result] | None) -> Result:
         if previous is not None:
             await ended(previous)
         self._current, self._next = self._next, None
-        return await self._look()
+        began_s = asyncio.get_running_loop().time()
+        found = await self._look()
+        self._last = began_s, found
+        return found
 
 
 # The key of those who wait for news of any job.
 ANY_NEWS = ""
 # How often those who show a place in the queue are told that it is another one: each change concerns all in the queue.
 QUEUE_NEWS_S = 1.0
+# They are told in turns, so many in each: what all answer at once would hold up every other call.
+TOLD_IN_A_TURN, TURN_S = 10, 0.1
 
 
 class Ticket(asyncio.Event):
@@ -80,8 +92,11 @@ class Notifier:
 
     def __init__(self) -> None:
         self._waiting: dict[str, set[Ticket]] = defaultdict(set)
-        self._queue_told_s = -math.inf
-        self._queue_news: asyncio.TimerHandle | None = None
+        # When the queue was as its watchers are told now, by the loop's clock.
+        self.queue_told_s = -math.inf
+        self._queue_changed = False
+        self._untold: list[Ticket] = []
+        self._next_turn: asyncio.TimerHandle | None = None
         self.closed = False
 
     def ticket(self, key: str) -> Ticket:
@@ -106,9 +121,9 @@ class Notifier:
 
     def notify_queue(self) -> None:
         """Jobs have other places in the queue: told soon, together with what else happens to it until then."""
-        loop = asyncio.get_running_loop()
-        if self._queue_news is None and not self.closed:
-            self._queue_news = loop.call_at(max(self._queue_told_s + QUEUE_NEWS_S, loop.time()), self._tell_queue)
+        self._queue_changed = True
+        if self._next_turn is None and not self.closed:
+            self._plan_round()
 
     def notify_all(self) -> None:
         """There may be news of every job."""
@@ -117,17 +132,30 @@ class Notifier:
                 event.own = True
                 event.set()
 
-    def _tell_queue(self) -> None:
-        self._queue_news, self._queue_told_s = None, asyncio.get_running_loop().time()
-        for events in self._waiting.values():
-            for event in events:
-                event.set()
+    def _plan_round(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._next_turn = loop.call_at(max(self.queue_told_s + QUEUE_NEWS_S, loop.time()), self._begin_round)
+
+    def _begin_round(self) -> None:
+        self._queue_changed, self.queue_told_s = False, asyncio.get_running_loop().time()
+        self._untold = [event for events in self._waiting.values() for event in events]
+        self._take_turn()
+
+    def _take_turn(self) -> None:
+        for event in self._untold[:TOLD_IN_A_TURN]:
+            event.set()
+        del self._untold[:TOLD_IN_A_TURN]
+        self._next_turn = None
+        if self._untold:
+            self._next_turn = asyncio.get_running_loop().call_later(TURN_S, self._take_turn)
+        elif self._queue_changed:
+            self._plan_round()
 
     def close(self) -> None:
         """Wakes everybody: the server shuts down."""
         self.closed = True
-        if self._queue_news is not None:
-            self._queue_news.cancel()
+        if self._next_turn is not None:
+            self._next_turn.cancel()
         self.notify_all()
 
 

@@ -151,10 +151,12 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
                 if self._notifier.closed:
                     raise draining()
                 if record.message.state == QUEUED:
-                    queued = (await self._message(record)).progress
-                    if queued.queue_position != position:
-                        position = queued.queue_position
-                        yield _event(progress=queued)
+                    # One look serves all who are told of the same change of the queue.
+                    look = self._positions() if own else self._positions.since(self._notifier.queue_told_s)
+                    place = (await look).get(record.id, 0)
+                    if place != position:
+                        position = place
+                        yield _event(progress=self._shown(record, place).progress)
                 if not await wait_until(ticket, self._settings.heartbeat_s):
                     ticket.own = True  # what was not told is seen now
                     yield _event(heartbeat=job_service_pb2.Heartbeat())

@@ -1,0 +1,84 @@
+"""News of jobs and of the queue, and looks that are shared."""
+
+from __future__ import annotations
+
+import asyncio
+
+from modelpress_server.waiting import QUEUE_NEWS_S, TOLD_IN_A_TURN, Notifier, SharedLook, Ticket
+
+
+def told(tickets: list[Ticket]) -> int:
+    """How many have news."""
+    return sum(ticket.is_set() for ticket in tickets)
+
+
+async def all_told(tickets: list[Ticket]) -> float:
+    """Returns when each has news; the time of the loop's clock."""
+    async with asyncio.timeout(30):
+        for ticket in tickets:
+            await ticket.wait()
+    return asyncio.get_running_loop().time()
+
+
+async def test_a_change_of_the_queue_is_told_in_turns() -> None:
+    """The first are told at once, the others later, and none as if it were news of its own job."""
+    notifier = Notifier()
+    tickets = [notifier.ticket(f"job{number}") for number in range(3 * TOLD_IN_A_TURN - 1)]
+    for ticket in tickets:
+        ticket.take()
+    notifier.notify_queue()
+    await tickets[0].wait()
+    assert told(tickets) == TOLD_IN_A_TURN
+    await all_told(tickets)
+    assert not any(ticket.own for ticket in tickets)
+
+
+async def test_a_change_while_others_are_told_of_the_last_one() -> None:
+    """Everybody is told of it again, in a round of its own, which begins when a second has passed."""
+    notifier = Notifier()
+    tickets = [notifier.ticket(f"job{number}") for number in range(TOLD_IN_A_TURN + 1)]
+    notifier.notify_queue()
+    await tickets[0].wait()
+    first_s = notifier.queue_told_s
+    notifier.notify_queue()
+    await all_told(tickets)
+    for ticket in tickets:
+        ticket.clear()
+    await all_told(tickets)
+    assert notifier.queue_told_s >= first_s + QUEUE_NEWS_S
+    for ticket in tickets:
+        ticket.clear()
+    await asyncio.sleep(QUEUE_NEWS_S + 0.5)
+    assert told(tickets) == 0
+
+
+async def test_news_of_a_job_do_not_wait_for_a_turn() -> None:
+    """Whoever watches it is told at once, and so is everybody when the server closes."""
+    notifier = Notifier()
+    tickets = [notifier.ticket(f"job{number}") for number in range(2 * TOLD_IN_A_TURN)]
+    for ticket in tickets:
+        ticket.take()
+    notifier.notify_queue()
+    notifier.notify("job7")
+    assert told(tickets) == 1
+    assert tickets[7].take()
+    notifier.close()
+    assert told(tickets) == len(tickets)
+
+
+async def test_a_look_that_is_recent_enough_is_shared() -> None:
+    """Whoever asks for what was found since a time gets the last look, if it began then or later; else a new one."""
+    looks = 0
+
+    async def look() -> int:
+        nonlocal looks
+        looks += 1
+        await asyncio.sleep(0)
+        return looks
+
+    shared, clock = SharedLook(look), asyncio.get_running_loop()
+    before_s = clock.time()
+    assert await asyncio.gather(*(shared.since(before_s) for _ in range(5))) == [1] * 5
+    assert await shared.since(before_s) == 1
+    assert await shared.since(clock.time() + 1e-6) == 2
+    assert await shared() == 3
