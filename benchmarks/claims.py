@@ -4,7 +4,8 @@
 
 Starts a PostgreSQL server of its own, fills the table, and has simulated workers claim and end jobs through the same
 code as a server. Besides the time, which says little on a busy machine, it counts the pages that PostgreSQL touched for
-each job and the CPU time of all processes: these show whether a claim's cost grows with the table.
+each job and the CPU time of all processes: these show whether a claim's cost grows with the table. Last it shows how
+PostgreSQL finds the rows for each statement of one claim (EXPLAIN): by which index, and how many pages it touched.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from modelpress_protos.v1 import job_service_pb2, model_service_pb2
@@ -28,7 +30,7 @@ from modelpress_server.stores.jobs import Outcome
 from modelpress_server.stores.records import now_us
 from modelpress_server.stores.sql_jobs import SqlJobStore
 from modelpress_server.stores.sql_servers import SqlServerStore
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Engine, event, text
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "server"))
 from postgres_server import postgres_server
@@ -75,6 +77,9 @@ async def measure(url: str, given: argparse.Namespace) -> None:
             f"{cost.workers:7} {cost.claims:7} {cost.p50_ms:7.1f} {cost.p99_ms:7.1f} {cost.jobs_per_s:7.0f}"
             f" {cost.pages:10.1f} {cost.cpu_ms:11.2f}"
         )
+    print("pages  statement of one claim and its end, and what its rows are found by")
+    for access, touched, statement in await plans(url):
+        print(f"{touched:5}  {statement}\n       {access}")
 
 
 def fill(connection: Connection, count: int, queued: int, projects: int) -> None:
@@ -137,6 +142,52 @@ async def run(url: str, workers: int, claims: int) -> Cost:
         workers, len(times_s), times_s[len(times_s) // 2] * 1e3, times_s[int(len(times_s) * 0.99)] * 1e3,
         len(times_s) / wall_s, touched / len(times_s), used_s / len(times_s) * 1e3,
     )  # fmt: skip
+
+
+async def plans(url: str) -> list[tuple[str, int, str]]:
+    """How PostgreSQL finds the rows, the pages that it touched, and the statement, of all of one claim and its end."""
+    database, server_id = Database.connect(url), new_id()
+    await SqlServerStore(database).renew(server_id, LEASE_S)
+    store, said = SqlJobStore(database), list[tuple[str, Any]]()
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: bool) -> None:
+        said.append((statement, parameters))
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        job = (await store.claim(now_us(), FairShare(lambda _: 1.0, lambda _: 0).rank, server_id)).job
+        if job is None:
+            raise AssertionError("the queue is empty")
+        await store.finish(job.lease, Outcome(FAILED))
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+
+    def explain(connection: Connection) -> list[tuple[str, int, str]]:
+        return [(*plan(connection, *each), " ".join(each[0].split())[:80]) for each in said if "jobs" in each[0]]
+
+    try:
+        return await database.write(explain)
+    finally:
+        await database.close()
+
+
+def plan(connection: Connection, statement: str, parameters: Any) -> tuple[str, int]:
+    """The indexes and tables that a statement of the driver is answered from, and the pages that it touches."""
+    explained = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}"
+    root = connection.exec_driver_sql(explained, parameters).scalar_one()[0]["Plan"]
+    nodes = list(_nodes(root))
+    access = {node.get("Index Name") or f"all of {node['Relation Name']}" for node in nodes if _reads(node)}
+    return ", ".join(sorted(access)), root["Shared Hit Blocks"] + root["Shared Read Blocks"]
+
+
+def _reads(node: dict[str, Any]) -> bool:
+    return "Index Name" in node or node["Node Type"] == "Seq Scan"
+
+
+def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield node
+    for child in node.get("Plans", ()):
+        yield from _nodes(child)
 
 
 async def pages(database: Database) -> int:

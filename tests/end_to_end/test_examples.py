@@ -15,6 +15,9 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = EXAMPLES / "mnist" / "model.onnx"
 INSTALL_S = 120
+# Where Debian's packages of Go libraries are (golang-google-grpc-dev and what it needs).
+GO_LIBRARIES = Path("/usr/share/gocode")
+GO_PROGRAMS = ("go", "protoc-gen-go", "protoc-gen-go-grpc")
 
 
 @pytest.fixture(scope="module")
@@ -81,5 +84,34 @@ def test_node(address: str, node_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "small.onnx"
     protos = str(EXAMPLES.parent / "protos")
     said = run("node", "compress.js", MODEL, output, address, cwd=node_folder, MODELPRESS_PROTOS=protos)
+    assert "times smaller" in said
+    assert runs(output)
+
+
+@pytest.fixture(scope="module")
+def go_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example, built from the .proto files. Skipped where there is no Go, or not what the example imports."""
+    if not all(shutil.which(name) for name in GO_PROGRAMS):
+        pytest.skip(f"one of {', '.join(GO_PROGRAMS)} is not on the PATH")
+    if not (GO_LIBRARIES / "src" / "google.golang.org" / "grpc").is_dir():
+        pytest.skip("apt-get install golang-google-grpc-dev golang-github-golang-protobuf-1-5-dev")
+    pytest.importorskip("grpc_tools")
+    workspace = tmp_path_factory.mktemp("go")
+    folder = workspace / "src" / "modelpress"
+    shutil.copytree(EXAMPLES / "go", folder)
+    protos = str(EXAMPLES.parent / "protos")
+    compiler = f"{sys.executable} -m grpc_tools.protoc"
+    run("sh", folder / "generate.sh", cwd=folder, MODELPRESS_PROTOS=protos, PROTOC=compiler)
+    # Without modules: these would be fetched.
+    places = {"GO111MODULE": "off", "GOPATH": f"{workspace}:{GO_LIBRARIES}", "GOCACHE": str(workspace / "cache")}
+    run("go", "build", "-o", workspace / "compress", ".", cwd=folder, **places)
+    return workspace / "compress"
+
+
+@pytest.mark.timeout(900)
+def test_go(address: str, go_program: Path, tmp_path: Path) -> None:
+    """Upload, watch, download with code that protoc wrote."""
+    output = tmp_path / "small.onnx"
+    said = run(go_program, MODEL, output, address, cwd=tmp_path)
     assert "times smaller" in said
     assert runs(output)
