@@ -58,14 +58,16 @@ class BuildRequest:
     """What is built for a target that runs no ONNX files.
 
     `path`: the model after the recipe's steps. `data`: representative inputs. `max_drop`: largest permitted fall of the
-    agreement with the original; None: the target's own default. `folder`: an empty one to work in. `time_left_s`: until
-    the job's time is up; None: no limit. `check_time`: raises TimeLimitError when it is.
+    metric, or without one of the agreement with the original; None: the target's own default. `drop_of`: by how much
+    the metric falls with a file of plain ONNX; None: there is no metric. `folder`: an empty one to work in.
+    `time_left_s`: until the job's time is up; None: no limit. `check_time`: raises TimeLimitError when it is.
     """
 
     path: Path
     data: InputData
     folder: Path
     max_drop: float | None
+    drop_of: Callable[[Path], float] | None
     time_left_s: Callable[[], float | None]
     check_time: Callable[[], None]
     progress: Callable[[float, str], None]

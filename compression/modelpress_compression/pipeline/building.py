@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from modelpress_compression.backends import backend_of
 from modelpress_compression.backends.base import Builder, BuildRequest, Built
+from modelpress_compression.measure.accuracy import accuracy_after
+from modelpress_compression.measure.task import GivenScores, Task
 from modelpress_compression.model import Model, read_ir
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.fuse.config import FuseConfig
@@ -32,8 +36,11 @@ class Building:
     built: Built
 
 
-def build(model: Model, path: Path, context: Context, limits: Constraints) -> Building:
-    """Builds what the context's target runs from the `model` in `path`. Raises as `base.Builder.build`."""
+def build(
+    model: Model, path: Path, context: Context, limits: Constraints, task: Task | None, original: Path
+) -> Building:
+    """Builds what the context's target runs from the `model` in `path`. `task` judges it beside the `original`. Raises
+    as `base.Builder.build`."""
     builder = backend_of(context.target)
     if not isinstance(builder, Builder):
         raise TypeError(f"{builder.label} builds nothing")
@@ -46,6 +53,7 @@ def build(model: Model, path: Path, context: Context, limits: Constraints) -> Bu
             data=context.data,
             folder=folder,
             max_drop=limits.max_drop,
+            drop_of=_drop_of(task, original),
             time_left_s=lambda: context.time_left_s,
             check_time=context.check_time,
             progress=context.progress,
@@ -65,3 +73,10 @@ def build(model: Model, path: Path, context: Context, limits: Constraints) -> Bu
         duration_s=time.monotonic() - began,
     )
     return Building(record, built)
+
+
+def _drop_of(task: Task | None, original: Path) -> Callable[[Path], float] | None:
+    if task is None or isinstance(task, GivenScores):  # who gives scores has not seen what is not built yet
+        return None
+    before = cache(lambda: task.evaluate(original))
+    return lambda path: accuracy_after(before(), task.evaluate(path)).drop

@@ -301,7 +301,7 @@ def _build(run: _Run, records: Sequence[StepRecord]) -> Building | None:
         return None
     run.progress.enter_next(f"building for {run.recipe.target.device}")
     model, path = (records[-1].model, records[-1].path) if records else (run.model, run.path)
-    return build(model, path, run.context, run.recipe.limits)
+    return build(model, path, run.context, run.recipe.limits, run.task, run.path)
 
 
 def _decide(run: _Run, made: Pursuit, building: Building | None) -> _Outcome:

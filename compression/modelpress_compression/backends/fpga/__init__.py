@@ -2,6 +2,7 @@
 
 network     the part of the graph that becomes hardware
 formats, emulator, search    fixed point: what it is, what it computes, how many bits
+choice, training    which of the designs that the search finds, with which weights
 forms       the fixed-point network as ONNX, for onnxruntime and for other compilers (QONNX)
 hls         the same in C++ for high-level synthesis (hls4ml)
 parallel    gates: every product at once, a sample in every cycle (da4ml)

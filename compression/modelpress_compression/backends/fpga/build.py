@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ import onnx
 
 from modelpress_compression.backends.base import BuildRequest, Built
 from modelpress_compression.backends.fpga import forms, hls, project
+from modelpress_compression.backends.fpga.choice import Chosen, DropOf, choose
 from modelpress_compression.backends.fpga.emulator import Design, check_exact, run, sum_bits
 from modelpress_compression.backends.fpga.estimate import Estimate, estimate
 from modelpress_compression.backends.fpga.folded import FoldedDesign, build_folded, stream_through
@@ -22,7 +24,6 @@ from modelpress_compression.backends.fpga.parts import PARTS, Part
 from modelpress_compression.backends.fpga.search import (
     LEAST_SAMPLES,
     Loss,
-    choose_formats,
     cost,
     is_large,
     loss_of,
@@ -75,14 +76,24 @@ class _Checked:
 def build(request: BuildRequest, target: Target) -> Built:
     """See `base.Builder`. What has no room on the part is estimated: see `estimate`."""
     part = PARTS[target.part]
-    network = read_network(request.path)
-    samples = samples_of(request, network)
+    given = read_network(request.path)
+    output = onnx.load(str(request.path), load_external_data=False).graph.output[0].name
+    samples = samples_of(request, given)
     request.progress(0.0, "choosing bits for each layer")
-    design, _ = choose_formats(network, samples, request.max_drop, request.check_time)
+    chosen = choose(
+        given,
+        samples,
+        request.max_drop,
+        _judge(request, output),
+        vouch=request.data.vouches,
+        tick=request.check_time,
+    )
+    network, design = chosen.network, chosen.design
     check_exact(network, design)
     judged = samples[: LEAST_SAMPLES if is_large(network) else None]
-    loss = loss_of(run(network, judged, design), run(network, judged))
-    request.log(f"fixed point: {loss.sqnr_db:.1f} dB, {_agreement(loss)}")
+    loss = loss_of(run(network, judged, design), run(given, judged))
+    how = f"judged by {chosen.judge}" + (", with weights trained for it" if chosen.trained else "")
+    request.log(f"fixed point: {loss.sqnr_db:.1f} dB, {_agreement(loss)}; {how}")
     hardware = _hardware(network, design, part, target, request)
     section: dict[str, Any] = {
         "device": "fpga",
@@ -100,7 +111,6 @@ def build(request: BuildRequest, target: Target) -> Built:
     if not request.data.provided:
         warnings.append("Bits were chosen on synthetic inputs: give --data, or ranges may not be those of real inputs.")
     plain = request.folder / "fixed_point.onnx"
-    output = onnx.load(str(request.path), load_external_data=False).graph.output[0].name
     onnx.save(forms.plain_onnx(network, design, output), str(plain))
     archive = project.write(
         request.folder, network, design, hardware, part, target.clock_mhz, section, samples, output, hls
@@ -114,9 +124,31 @@ def build(request: BuildRequest, target: Target) -> Built:
         headline=_headline(section),
         latency_ms=None if routed is None else routed["latency_us"] / 1e3,
         details=tuple(layer_rows(network, design)),
-        notes=tuple(_notes(section, network)),
+        notes=(_chosen_words(chosen), *_notes(section, network)),
         warnings=tuple(warnings),
     )
+
+
+def _judge(request: BuildRequest, output: str) -> DropOf | None:
+    """The request's metric, of the fixed-point network in plain ONNX."""
+    measure = request.drop_of
+    if measure is None:
+        return None
+    folder = request.folder / "judged"
+    folder.mkdir()
+    count = itertools.count()
+
+    def drop_of(network: Network, design: Design) -> float:
+        path = folder / f"{next(count)}.onnx"
+        onnx.save(forms.plain_onnx(network, design, output), str(path))
+        return measure(path)
+
+    return drop_of
+
+
+def _chosen_words(chosen: Chosen) -> str:
+    trained = "Weights were trained for their formats, and the" if chosen.trained else "The"
+    return f"{trained} result was judged by {chosen.judge}."
 
 
 def _made(

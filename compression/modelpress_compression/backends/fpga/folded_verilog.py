@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from modelpress_compression.backends.fpga.folded import Unit
+from modelpress_compression.backends.fpga.folded_unit import Unit
 
 TOP = "network_wrapper"
 

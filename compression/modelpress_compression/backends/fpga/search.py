@@ -34,6 +34,8 @@ MOST_SAMPLES, LEAST_SAMPLES = 1024, 16
 MOST_PRODUCTS = 500_000_000  # of all samples, each time that answers are looked at
 LEAST_BITS = 6
 DEFAULT_DROP = 0.01
+# Times what is permitted: what the search may lose of answers that training, which comes after it, gets back.
+TRAINING_SLACK = 3.0
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,35 @@ def choose_formats(
 
     `tick` is called now and then, and may raise.
     """
+    search = _Search(network, samples[: samples_for(network)], DEFAULT_DROP if max_drop is None else max_drop, tick)
+    return search.alike() if is_large(network) else search.cheaper()[-1]
+
+
+def cheaper_and_cheaper(
+    network: Network, samples: Reals, max_drop: float, tick: Callable[[], None] = lambda: None
+) -> list[Design]:
+    """Each costs less than the one before; the last keep the answers of `samples` so far as training may mend them."""
+    search = _Search(network, samples, max_drop, tick, slack=TRAINING_SLACK)
+    return [design for design, _ in search.cheaper()]
+
+
+def widest(network: Network, samples: Reals) -> Design:
+    """All values of `MAX_START_BITS`."""
+    return _Search(network, samples, 0.0, lambda: None).of_width(MAX_START_BITS)
+
+
+def samples_for(network: Network) -> int:
+    """How many samples are looked at."""
     products = sum(network.products(layer) for layer in network.layers)
-    many = min(max(MOST_PRODUCTS // max(products, 1), LEAST_SAMPLES), MOST_SAMPLES)
-    search = _Search(network, samples[:many], DEFAULT_DROP if max_drop is None else max_drop, tick)
-    return search.alike() if is_large(network) else search.best()
+    return min(max(MOST_PRODUCTS // max(products, 1), LEAST_SAMPLES), MOST_SAMPLES)
+
+
+def keeps(loss: Loss, max_drop: float, slack: float = 1.0) -> bool:
+    """Whether the answers are kept. `slack`: how many times as many other classes, and how many times the noise."""
+    more_db = 10 * math.log10(slack)
+    if loss.agreement is None:
+        return loss.sqnr_db >= FLOOR_DB - more_db
+    return loss.agreement >= 1 - slack * max_drop and loss.sqnr_db >= CLASS_FLOOR_DB - more_db
 
 
 def is_large(network: Network) -> bool:
@@ -94,15 +121,20 @@ def signed_digits(integers: np.typing.NDArray[np.int64]) -> int:
 
 
 class _Search:
-    def __init__(self, network: Network, samples: Reals, max_drop: float, tick: Callable[[], None]) -> None:
+    def __init__(
+        self, network: Network, samples: Reals, max_drop: float, tick: Callable[[], None], slack: float = 1.0
+    ) -> None:
         self._network, self._samples, self._max_drop, self._tick = network, samples, max_drop, tick
+        self._slack = slack
         self._largest: dict[str, float] = {}
         self._signed: dict[str, bool] = {}
         self._expected = run(network, samples, watch=self._see)
 
-    def best(self) -> tuple[Design, Loss]:
+    def cheaper(self) -> list[tuple[Design, Loss]]:
+        """From the widest design, bit by bit, to the cheapest."""
         design = self._start()
         now, spent = self._loss(design), cost(self._network, design)
+        found = [(design, now)]
         moves = list(self._moves())
         queue = [(-math.inf, place) for place in range(len(moves))]
         # The gain of a move changes with the others: the best by its last known gain is looked at anew, and taken where
@@ -110,7 +142,7 @@ class _Search:
         while queue:
             self._tick()
             _, place = heapq.heappop(queue)
-            tried = moves[place](design)
+            tried = moves[place](found[-1][0])
             if tried is None:
                 continue
             loss, price = self._loss(tried), cost(self._network, tried)
@@ -120,15 +152,16 @@ class _Search:
             if queue and -queue[0][0] > gain:
                 heapq.heappush(queue, (-gain, place))
                 continue
-            design, now, spent = tried, loss, price
+            now, spent = loss, price
+            found.append((tried, loss))
             heapq.heappush(queue, (-gain, place))
-        return design, now
+        return found
 
     def alike(self) -> tuple[Design, Loss]:
         """One width for all values; the widest that there is where none keeps the answers."""
         for bits in range(LEAST_BITS, MAX_START_BITS + 1):
             self._tick()
-            design = self._design(bits)
+            design = self.of_width(bits)
             loss = self._loss(design)
             if self._kept(loss) and loss.sqnr_db >= FLOOR_DB:
                 break
@@ -141,12 +174,13 @@ class _Search:
     def _start(self) -> Design:
         """Wide enough to keep the answers. The narrowest such width is the same for all."""
         for bits in range(START_BITS, MAX_START_BITS + 1, 2):
-            design = self._design(bits)
+            design = self.of_width(bits)
             if self._kept(self._loss(design)):
                 return design
         return design
 
-    def _design(self, bits: int) -> Design:
+    def of_width(self, bits: int) -> Design:
+        """Of all values; weights have two bits less."""
         relus = {layer.output for layer in self._network.layers if layer.relu}
         values = {}
         for name, largest in self._largest.items():
@@ -163,9 +197,7 @@ class _Search:
         return loss_of(run(self._network, self._samples, design), self._expected)
 
     def _kept(self, loss: Loss) -> bool:
-        if loss.agreement is None:
-            return loss.sqnr_db >= FLOOR_DB
-        return loss.agreement >= 1 - self._max_drop and loss.sqnr_db >= CLASS_FLOOR_DB
+        return keeps(loss, self._max_drop, self._slack)
 
     def _moves(self) -> Iterator[Callable[[Design], Design | None]]:
         """Each takes one bit from one format; None where none is left."""
