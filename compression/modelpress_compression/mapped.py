@@ -105,8 +105,17 @@ def _serialized(light: onnx_ir.Model, finish: Finish) -> bytes:
             if value.const_value is not None and not value.is_graph_input() and not value.is_graph_output():
                 value.shape = value.type = None
     proto = onnx_ir.to_proto(light)
+    _list_once(proto.graph)
     finish(proto)
     return proto.SerializeToString()
+
+
+def _list_once(graph: onnx.GraphProto) -> None:
+    """Of constants that are outputs too, shapes and types stand with the outputs."""
+    outputs = {value.name for value in graph.output}
+    for index in reversed(range(len(graph.value_info))):
+        if graph.value_info[index].name in outputs:
+            del graph.value_info[index]
 
 
 def _write_one_file(serialized: bytes, tensors: list[onnx_ir.TensorProtocol], path: Path) -> Places:

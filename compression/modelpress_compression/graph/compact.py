@@ -43,7 +43,7 @@ def compacted(model: Model, *, weights: bool = True) -> Model:
                 _narrow(editor, graph, value)
     for graph in list(clone.graphs()):
         _merge_small(graph)
-        _forget_derived(graph)
+        _forget_derived(graph, inner=graph is not clone.graph)
     _shorten_names(clone)
     return clone
 
@@ -110,14 +110,21 @@ def _merge_small(graph: onnx_ir.Graph) -> None:
             del graph.initializers[name]
 
 
-def _forget_derived(graph: onnx_ir.Graph) -> None:
-    """Names that the loader makes, and shapes of operators that ONNX itself knows; of others nobody else can tell."""
+def _forget_derived(graph: onnx_ir.Graph, *, inner: bool) -> None:
+    """Names that the loader makes, and shapes of operators that ONNX itself knows; of others nobody else can tell.
+
+    `inner`: the graph is that of a branch or a loop, whose inputs and outputs need no shapes, but types.
+    """
+    for value in graph.inputs if inner else ():
+        value.shape = None
     for node in graph:
         if node.name == node.meta.get(GIVEN_NAME):
             node.name = ""  # None has a copy make up one
         for value in node.outputs if not node.domain else ():
             if not value.is_graph_output():
                 value.shape = value.type = None
+            elif inner:
+                value.shape = None
 
 
 def _shorten_names(model: Model) -> None:

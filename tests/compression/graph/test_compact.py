@@ -9,7 +9,9 @@ import numpy as np
 import onnx
 import pytest
 from modelpress_compression.graph.compact import compacted, stored_bytes
+from modelpress_compression.loaders import load
 from modelpress_compression.model import GIVEN_NAME, Model
+from modelpress_compression.runtime import open_session, run
 from onnx import helper
 
 RNG = np.random.default_rng(3)
@@ -77,6 +79,43 @@ def test_equal_small_constants_become_one(channel_model, outputs_of) -> None:  #
     assert list(small.outputs[0].shape) == list(model.outputs[0].shape)
     x = RNG.standard_normal((3, 64)).astype(np.float32)
     np.testing.assert_array_equal(outputs_of(small, x), outputs_of(model, x))
+
+
+def test_what_is_given_back_is_no_larger_than_it_was(tmp_path: Path) -> None:
+    """Shapes that the loader found, of outputs of branches, of a loop's values, of a constant that is an output too,
+    are not written; the model still runs and gives the same."""
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node(operator, ["h"], ["z"])], name, [], [helper.make_tensor_value_info("z", 1, None)]
+        )
+        for name, operator in (("then", "Tanh"), ("else", "Relu"))
+    }
+    body = helper.make_graph(
+        [helper.make_node("MatMul", ["before", "w"], ["after"]), helper.make_node("Identity", ["after"], ["row"])],
+        "body",
+        [helper.make_tensor_value_info(name, 1, None) for name in ("before", "given")],
+        [helper.make_tensor_value_info(name, 1, None) for name in ("after", "row")],
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["h"]),
+            helper.make_node("If", ["c"], ["b"], **branches),
+            helper.make_node("Scan", ["b", "x"], ["y", "rows"], body=body, num_scan_inputs=1),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", 1, ["n", 64]), helper.make_tensor_value_info("c", 9, [])],
+        [helper.make_tensor_value_info("y", 1, ["n", 64]), helper.make_tensor_value_info("w", 1, [64, 64])],
+        [onnx.numpy_helper.from_array(EXACT, "w")],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(proto, tmp_path / "given.onnx")
+    model = load(tmp_path / "given.onnx")
+    compacted(model, weights=False).save(tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").stat().st_size <= (tmp_path / "given.onnx").stat().st_size
+    onnx.checker.check_model(tmp_path / "back.onnx", full_check=True)
+    feeds = {"x": RNG.standard_normal((3, 64)).astype(np.float32), "c": np.array(True)}
+    given, back = (run(open_session(tmp_path / name), feeds) for name in ("given.onnx", "back.onnx"))
+    np.testing.assert_array_equal(given["y"], back["y"])
 
 
 def test_stored_bytes() -> None:
