@@ -45,6 +45,8 @@ def parse_duration_s(text: str) -> float:
 def parse_share(text: str) -> float:
     """`1%` or `0.01`. A bare `1` could mean either one percent or everything, and is refused. Raises ValueError."""
     number, unit = _split(text, "1% or 0.01")
+    if unit == "%" and number > 100:
+        raise ValueError(f"{text!r} is more than there is; write 1% or 0.01")
     if unit == "%":
         return number / 100
     if unit:

@@ -28,6 +28,7 @@ from modelpress_compression.model import GIVEN_NAME, Model
 MIN_BYTES = 1024  # 1 KiB: a node and its names take up to 200 bytes
 _MAX_EQUAL_BYTES = 1024
 _GLIMPSE = 256  # elements of a constant that tell nearly always
+_STANDARD_DOMAINS = ("", "ai.onnx.ml")
 _NARROW = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 # They want constants, or numbers that are constants when onnxruntime looks for its patterns.
 _WANT_CONSTANTS = ("QuantizeLinear", "DequantizeLinear", "Loop", "Scan", "If")
@@ -113,14 +114,13 @@ def _merge_small(graph: onnx_ir.Graph) -> None:
 def _forget_derived(graph: onnx_ir.Graph, *, inner: bool) -> None:
     """Names that the loader makes, and shapes of operators that ONNX itself knows; of others nobody else can tell.
 
-    `inner`: the graph is that of a branch or a loop, whose inputs and outputs need no shapes, but types.
+    `inner`: the graph is that of a branch or a loop, whose outputs need no shapes, but types. Of a loop's inputs
+    onnxruntime wants both.
     """
-    for value in graph.inputs if inner else ():
-        value.shape = None
     for node in graph:
         if node.name == node.meta.get(GIVEN_NAME):
             node.name = ""  # None has a copy make up one
-        for value in node.outputs if not node.domain else ():
+        for value in node.outputs if node.domain in _STANDARD_DOMAINS else ():
             if not value.is_graph_output():
                 value.shape = value.type = None
             elif inner:

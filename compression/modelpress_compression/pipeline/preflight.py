@@ -227,8 +227,9 @@ def _value_bytes(value: onnx_ir.Value) -> int:
     shape = shape_of(value)
     if shape is None:
         return 0
-    # Types of less than a byte have a part of one as their size.
-    return math.ceil(math.prod(shape) * (value.dtype.itemsize if value.dtype is not None else _FLOAT_BYTES))
+    if value.dtype is None or value.dtype.is_string():  # words have no size that the graph knows
+        return math.prod(shape) * _FLOAT_BYTES
+    return math.ceil(math.prod(shape) * value.dtype.itemsize)  # types of less than a byte have a part of one
 
 
 def held_bytes() -> int:

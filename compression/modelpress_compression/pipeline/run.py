@@ -331,7 +331,7 @@ def _report(job: str, run: _Run, made: Pursuit, outcome: _Outcome, building: Bui
             job=job,
             recipe=run.recipe.to_dict(),
             provenance=run.model.provenance,
-            original_onnx_size_bytes=file_size_bytes(run.path),
+            original_onnx_size_bytes=run.given_size_bytes,
             original=model_stats(run.model, shapes),
             optimized_sha256=_sha256(outcome.path),
             optimized_size_bytes=file_size_bytes(outcome.path),

@@ -82,8 +82,8 @@ def test_equal_small_constants_become_one(channel_model, outputs_of) -> None:  #
 
 
 def test_what_is_given_back_is_no_larger_than_it_was(tmp_path: Path) -> None:
-    """Shapes that the loader found, of outputs of branches, of a loop's values, of a constant that is an output too,
-    are not written; the model still runs and gives the same."""
+    """Shapes that the loader found, of outputs of branches and loops, of a constant that is an output too, are not
+    written; the model still runs and gives the same."""
     branches = {
         f"{name}_branch": helper.make_graph(
             [helper.make_node(operator, ["h"], ["z"])], name, [], [helper.make_tensor_value_info("z", 1, None)]
@@ -93,7 +93,7 @@ def test_what_is_given_back_is_no_larger_than_it_was(tmp_path: Path) -> None:
     body = helper.make_graph(
         [helper.make_node("MatMul", ["before", "w"], ["after"]), helper.make_node("Identity", ["after"], ["row"])],
         "body",
-        [helper.make_tensor_value_info(name, 1, None) for name in ("before", "given")],
+        [helper.make_tensor_value_info("before", 1, ["n", 64]), helper.make_tensor_value_info("given", 1, [64])],
         [helper.make_tensor_value_info(name, 1, None) for name in ("after", "row")],
     )
     graph = helper.make_graph(

@@ -172,7 +172,7 @@ def test_candidates_that_disagree_are_dropped(
     monkeypatch.setattr(quantization, "prepare_static", lambda model, config, context, **_: None)
     recipe = Recipe.from_dict({"version": 1, "steps": [{"quantize": {"scheme": "auto"}}], "benchmark": {"rounds": 5}})
     result = compress(digits, recipe, data=samples)
-    assert result.report["size_ratio"] == 1.0
+    assert result.report["size_ratio"] == pytest.approx(1.0, abs=0.01)
     assert not any(row["chosen"] for row in result.candidates)
     assert "cosine" in result.candidates[0]["reason"]
 
