@@ -28,7 +28,7 @@ EXECUTION_PROVIDER = "CPUExecutionProvider"
 # Beside 1.5 times the largest model, what sessions may hold that are open at once.
 SPARE_BYTES = 512 * 1024**2  # 512 MiB
 _UNKNOWN_OPERATOR = re.compile(
-    r"(?:No Op registered for|Could not find an implementation for) (?P<op>[\w.:]+)(?:\((?P<version>\d+)\))?"
+    r"(?:No Op registered for|(?P<known>Could not find an implementation for)) (?P<op>[\w.:]+)(?:\((?P<version>\d+)\))?"
     r"(?: node with name '(?P<node>[^']*)')?"
 )
 
@@ -238,9 +238,15 @@ def explain(error: Exception) -> ModelNotRunnableError | UnsupportedOperatorErro
     if match := _UNKNOWN_OPERATOR.search(text):
         where = f"Node {match['node']!r}: " if match["node"] else ""
         version = f" in version {match['version']}" if match["version"] else ""
+        said = (
+            f"onnxruntime knows {match['op']}{version}, but not on a CPU with the types that it is given here; export "
+            f"the model in float32."
+            if match["known"]
+            else f"onnxruntime has no operator {match['op']}{version} for CPU; export the model with standard ONNX "
+            f"operators."
+        )
         return UnsupportedOperatorError(
-            f"{where}onnxruntime has no operator {match['op']}{version} for CPU; export the model with standard ONNX "
-            f"operators.",
+            f"{where}{said}",
             op_type=match["op"],
             node=match["node"] or "",
         )

@@ -17,7 +17,8 @@ DTYPES = (
     "uint8", "uint16", "uint32", "uint64", "bool", "string",
 )  # fmt: skip
 
-_SPEC = re.compile(r"(?P<name>[^:\[\]]+):(?P<dtype>\w+)\[(?P<shape>[^\[\]]*)\]")
+# TensorFlow's names have a colon themselves: `input:0`.
+_SPEC = re.compile(r"(?P<name>[^\[\]]+):(?P<dtype>\w+)\[(?P<shape>[^\[\]]*)\]")
 _SYMBOL = re.compile(r"[A-Za-z_][\w.]*")
 # 4 Gi elements, 16 GiB of float32: nobody gives a model a larger input, and no machine here could make one up.
 MAX_ELEMENTS = 2**32

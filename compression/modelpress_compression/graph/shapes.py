@@ -7,7 +7,7 @@ with all values as outputs. What neither finds stays unknown: nothing is guessed
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 
@@ -62,23 +62,30 @@ def infer_shapes(ir: onnx_ir.Model) -> None:
     """Shapes and types in place, symbolic ones included, as far as ONNX can tell.
 
     A known shape is never replaced by a vaguer one, nor a sequence by the tensors that it holds. Operators that ONNX
-    does not know leave gaps.
+    does not know leave gaps. Outputs get no names that inference invents, since users see them.
     """
     inferred = inferred_copy(without_weights(ir))
     if inferred is None:
         return
     values = values_of(ir)
-    symbols = {dim.value for value in values for dim in value.shape or () if isinstance(dim, onnx_ir.SymbolicDim)}
+    symbols, seen = _symbols(values), _symbols((*ir.graph.inputs, *ir.graph.outputs))
+    outputs = set(ir.graph.outputs)
     forgets = any(isinstance(found.type, onnx_ir.SequenceType) for found in values_of(inferred))
     for value, found in zip(values, values_of(inferred), strict=True):
         before, now = value.shape, found.shape
-        if forgets and now is not None:
+        if now is not None and value in outputs:
+            now = onnx_ir.Shape(_without_invented(now, seen))
+        elif forgets and now is not None:
             now = onnx_ir.Shape(_without_invented(now, symbols))
         value.type = found.type or value.type
         if before is None or now is None or len(now) != len(before):
             value.shape = now or before
         else:
             value.shape = onnx_ir.Shape([_sharper(old, new) for old, new in zip(before, now, strict=True)])
+
+
+def _symbols(values: Iterable[onnx_ir.Value]) -> set[str | None]:
+    return {dim.value for value in values for dim in value.shape or () if isinstance(dim, onnx_ir.SymbolicDim)}
 
 
 def _without_invented(

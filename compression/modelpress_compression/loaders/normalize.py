@@ -51,9 +51,8 @@ def normalize(model: Model) -> Model:
             _forget_false_names(ir)
             _tidy(ir)
     except (onnx_ir.passes.PassError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
-        cause = error.__cause__ or error
         raise RejectedModelError(
-            f"The ONNX graph is not valid: {' '.join(str(cause).split())[:300]}", finding="INVALID_GRAPH"
+            f"The ONNX graph is not valid: {root_cause(error)}", finding="INVALID_GRAPH"
         ) from error
     model = fit_opset(model)
     with quiet():
@@ -62,6 +61,13 @@ def normalize(model: Model) -> Model:
     infer_shapes(model.ir)
     reshape_strided_views(model)
     return model
+
+
+def root_cause(error: BaseException) -> str:
+    """What was wrong in the end: the errors around it print whole weights."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300]
 
 
 def _inline(ir: onnx_ir.Model) -> None:

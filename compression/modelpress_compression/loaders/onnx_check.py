@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path, PurePosixPath
 
 import onnx
@@ -63,6 +63,28 @@ def check_graph(proto: onnx.ModelProto) -> None:
         raise ModelNotRunnableError("The model's graph has no outputs.")
     _check_input_types(proto)
     _check_map_outputs(proto)
+    _check_reads(proto.graph, ())
+
+
+def _check_reads(graph: onnx.GraphProto, outer: tuple[Set[str], ...]) -> None:
+    """What a node reads must be there; in which order nodes stand does not matter here. `outer`: the names of the
+    graphs around this one."""
+    own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    own |= {sparse.values.name for sparse in graph.sparse_initializer}
+    own |= {name for node in graph.node for name in node.output}
+    scopes = (own, *outer)
+    for node in graph.node:
+        for name in filter(None, node.input):
+            if not any(name in scope for scope in scopes):
+                reader = node.name or next(iter(node.output), "")
+                raise RejectedModelError(
+                    f"The ONNX graph is not valid: node {reader[:120]!r} ({node.op_type[:80]}) reads {name[:120]!r}, "
+                    f"which no node makes, and which is neither an input nor an initializer.",
+                    finding="INVALID_GRAPH",
+                )
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                _check_reads(inner, scopes)
 
 
 def _check_map_outputs(proto: onnx.ModelProto) -> None:

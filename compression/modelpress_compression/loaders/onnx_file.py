@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import onnx
@@ -20,9 +20,10 @@ from modelpress_compression.errors import (
 )
 from modelpress_compression.graph.metadata import clear_debug_metadata
 from modelpress_compression.graph.precision import compute_in_float32, computes_in
+from modelpress_compression.graph.read import constant_tensor
 from modelpress_compression.graph.shapes import infer_shapes
 from modelpress_compression.loaders.formats.refusals import refused
-from modelpress_compression.loaders.normalize import name_nodes, normalize
+from modelpress_compression.loaders.normalize import name_nodes, normalize, root_cause
 from modelpress_compression.loaders.onnx_check import check_external_data, check_graph, check_operators
 from modelpress_compression.loaders.onnx_old import raise_from_before_7
 from modelpress_compression.loaders.onnx_sparse import write_out_sparse
@@ -56,30 +57,43 @@ def load_onnx(source: Source, specs: Sequence[TensorSpec]) -> Model:
     model = normalize(Model(ir, source.provenance("onnx", data), _sparse_note(sparse)))
     model = apply_specs(model, specs)
     check_elements(model.inputs)
-    model = _runnable(model)
+    model = runnable(model)
     _check_bfloat16(model)
     return model
 
 
-def _runnable(model: Model) -> Model:
-    """Says what onnxruntime refuses, now rather than in the middle of a job; bfloat16 it refuses to compute in."""
+def runnable(model: Model) -> Model:
+    """Says what onnxruntime refuses, now rather than in the middle of a job. What it refuses to compute in bfloat16 or
+    float64 is computed in float32.
+
+    Raises UnsupportedOperatorError, ModelNotRunnableError.
+    """
     from modelpress_compression.runtime import session_of
 
     try:
         with session_of(model, optimize=False):
             return model
     except (UnsupportedOperatorError, ModelNotRunnableError):
-        widened = model.clone()
-        bfloat16 = (onnx_ir.DataType.BFLOAT16,)
-        if not computes_in(model, bfloat16) or not compute_in_float32(widened, bfloat16):
+        widened, dtypes = model.clone(), lacking_on_cpu(model)
+        if not dtypes or not compute_in_float32(widened, dtypes):
             raise
     infer_shapes(widened.ir)
     name_nodes(widened)
     with session_of(widened, optimize=False):
+        names = " and ".join(dtype.name.lower().replace("double", "float64") for dtype in dtypes)
         return widened.with_warnings(
-            "The model computes in bfloat16, in which onnxruntime does not compute on CPU. It computes in float32 here "
-            "and in the result, with the weights as they are: the outputs are those of bfloat16 up to its rounding."
+            f"The model computes in {names}, for which onnxruntime does not have all of its operators on CPU. It "
+            f"computes in float32 here and in the result: the outputs are those of {names} up to rounding, and inputs "
+            f"and outputs keep their types."
         )
+
+
+def lacking_on_cpu(model: Model) -> tuple[onnx_ir.DataType, ...]:
+    """The types that the model computes in for which onnxruntime lacks operators on CPU: it has no arithmetic in
+    bfloat16, and no convolutions, say, in float64."""
+    return tuple(
+        dtype for dtype in (onnx_ir.DataType.BFLOAT16, onnx_ir.DataType.DOUBLE) if computes_in(model, (dtype,))
+    )
 
 
 def _check_bfloat16(model: Model) -> None:
@@ -138,28 +152,23 @@ def _to_ir(proto: onnx.ModelProto, folder: Path) -> onnx_ir.Model:
         ir = onnx_ir.from_proto(proto)
     except _UNREADABLE as error:
         raise RejectedModelError(
-            f"The ONNX graph is not valid: {_root_cause(error)}", finding="INVALID_GRAPH"
+            f"The ONNX graph is not valid: {root_cause(error)}", finding="INVALID_GRAPH"
         ) from error
     onnx_ir.external_data.set_base_dir(ir.graph, folder)
     return ir
 
 
-def _root_cause(error: BaseException) -> str:
-    """What was wrong in the end: the errors around it print whole weights."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())[:300]
-
-
 def apply_specs(model: Model, specs: Sequence[TensorSpec]) -> Model:
-    """The model with its dynamic dimensions named, or fixed, as the specs say. Raises InvalidInputsError."""
-    if not specs:
-        return model
+    """The model with its dynamic dimensions named, or fixed, as the specs say. Raises InvalidInputsError, also where
+    neither a spec nor the model says how many dimensions an input has."""
     have = {spec.name: spec for spec in model.inputs}
     if len(specs) == 1 and len(have) == 1 and specs[0].name not in have:
         # One input is meant, whatever it is called: exporters rename inputs.
         only = next(iter(have.values()))
         specs = [TensorSpec(only.name, specs[0].dtype, specs[0].shape)]
+    _check_ranks(model, {spec.name for spec in specs})
+    if not specs:
+        return model
     renamed: dict[str, Dim] = {}
     for spec in specs:
         if spec.name not in have:
@@ -170,11 +179,39 @@ def apply_specs(model: Model, specs: Sequence[TensorSpec]) -> Model:
     for value in model.graph.inputs:
         for spec in specs:
             if value.name == spec.name:
+                known = spec.shape if value.shape is None else have[spec.name].shape
                 value.shape = onnx_ir.Shape(
-                    new if new is not None else old for old, new in zip(have[spec.name].shape, spec.shape, strict=True)
+                    new if new is not None else old for old, new in zip(known, spec.shape, strict=True)
                 )
     infer_shapes(model.ir)
     return model
+
+
+def _check_ranks(model: Model, told: Collection[str]) -> None:
+    for value in model.graph.inputs:
+        if value.shape is None and isinstance(value.type, onnx_ir.TensorType) and value.name not in told:
+            spec = TensorSpec(value.name or "", _spec_dtype(model, value), _likely_dims(value))
+            raise InvalidInputsError(
+                f"The model does not say how many dimensions its input {value.name!r} has. Say it, with a word for "
+                f"each that varies, as --input '{spec}'."
+            )
+
+
+def _spec_dtype(model: Model, value: onnx_ir.Value) -> str:
+    return next(spec.dtype for spec in model.inputs if spec.name == value.name)
+
+
+def _likely_dims(value: onnx_ir.Value) -> tuple[Dim, ...]:
+    """As an example: what a layer that reads the input wants."""
+    for node in value.consumers():
+        weight = constant_tensor(node.inputs[1]) if len(node.inputs) > 1 else None
+        extents = weight.shape.numpy() if weight is not None else ()
+        if node.op_type == "Conv" and len(extents) > 2:
+            channels = extents[1] * node.attributes.get_int("group", 1)
+            return ("batch", channels, *("depth", "height", "width")[5 - len(extents) :])
+        if node.op_type in ("MatMul", "Gemm") and len(extents) == 2:
+            return ("batch", extents[1 if node.attributes.get_int("transB", 0) else 0])
+    return ("batch", "length")
 
 
 def _listed(model: Model) -> str:

@@ -18,6 +18,7 @@ from modelpress_compression.errors import (
 from modelpress_compression.loaders import load
 from modelpress_compression.loaders.onnx_check import MAX_NODES
 from modelpress_compression.model import Provenance
+from modelpress_compression.runtime import explain, run, session_of
 from onnx import TensorProto, helper, numpy_helper
 from oracles.plain_run import run_onnx
 
@@ -177,3 +178,75 @@ def test_numbers_are_kept(tmp_path: Path, make: SimpleNamespace) -> None:
     x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
     got = run_onnx(load(make.write_onnx(proto, tmp_path / "m.onnx")), [{"x": x}])[0]["y"]
     np.testing.assert_allclose(got, x @ numpy_helper.to_array(weight), rtol=1e-6, atol=1e-6)
+
+
+def test_a_value_that_nothing_makes(tmp_path: Path, make: SimpleNamespace) -> None:
+    """The message names the node, and what it reads; within branches too, which may read what is around them."""
+    node = helper.make_node("Add", ["x", "lost"], ["y"], name="sum")
+    with pytest.raises(RejectedModelError, match=r"'sum'.*reads 'lost'"):
+        load(make.write_onnx(make.onnx_model([node]), tmp_path / "m.onnx"))
+    output = helper.make_tensor_value_info("z", TensorProto.FLOAT, None)
+    for read, there in (("x", True), ("lost", False)):
+        branch = helper.make_graph([helper.make_node("Relu", [read], ["z"], name="inner")], "b", [], [output])
+        nodes = [
+            helper.make_node("ReduceSum", ["x"], ["s"], keepdims=0),
+            helper.make_node("Cast", ["s"], ["c"], to=TensorProto.BOOL),
+            helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch),
+        ]
+        path = make.write_onnx(make.onnx_model(nodes), tmp_path / "m.onnx")
+        if there:
+            assert [str(spec) for spec in load(path).inputs] == ["x:float32[N,4]"]
+        else:
+            with pytest.raises(RejectedModelError, match=r"'inner'.*reads 'lost'"):
+                load(path)
+
+
+def test_an_input_of_unknown_rank(tmp_path: Path, make: SimpleNamespace) -> None:
+    """It has to be said, with an example from the layer that reads it; TensorFlow's names have colons."""
+    weight = numpy_helper.from_array(np.ones((4, 6), np.float32), "w")
+    proto = make.onnx_model([helper.make_node("MatMul", ["x:0", "w"], ["y"])], initializers=[weight])
+    for values in (proto.graph.input, proto.graph.output):
+        values[0].type.tensor_type.ClearField("shape")
+    proto.graph.input[0].name = "x:0"
+    path = make.write_onnx(proto, tmp_path / "m.onnx")
+    with pytest.raises(InvalidInputsError, match=r"how many dimensions .* --input 'x:0:float32\[batch,4\]'"):
+        load(path)
+    model = load(path, ["x:0:float32[batch,time,4]"])
+    assert [str(spec) for spec in (*model.inputs, *model.outputs)] == [
+        "x:0:float32[batch,time,4]",
+        "y:float32[batch,time,6]",
+    ]
+
+
+def test_outputs_get_no_invented_names(tmp_path: Path, make: SimpleNamespace) -> None:
+    """Dimensions without a name come back without one; those that depend on an input's have its name."""
+    proto = make.onnx_model([RELU], inputs={"x": [None, 4]}, outputs={"y": [None, 4]})
+    model = load(make.write_onnx(proto, tmp_path / "m.onnx"))
+    assert [str(spec) for spec in (*model.inputs, *model.outputs)] == ["x:float32[?,4]", "y:float32[?,4]"]
+
+
+def test_float64_without_kernels(tmp_path: Path, make: SimpleNamespace) -> None:
+    """onnxruntime has no convolution in float64: float32 computes, which is said, and the types of inputs and outputs
+    stay. rtol 1e-5."""
+    weight = np.random.default_rng(0).standard_normal((4, 3, 3, 3))
+    proto = make.onnx_model(
+        [helper.make_node("Conv", ["x", "w"], ["y"])],
+        inputs={"x": ["N", 3, 3, 3]},
+        outputs={"y": ["N", 4, 1, 1]},
+        initializers=[numpy_helper.from_array(weight, "w")],
+    )
+    for value in (proto.graph.input[0], proto.graph.output[0]):
+        value.type.tensor_type.elem_type = TensorProto.DOUBLE
+    model = load(make.write_onnx(proto, tmp_path / "m.onnx"))
+    assert "computes in float64" in model.warnings[0]
+    assert [str(spec) for spec in (*model.inputs, *model.outputs)] == ["x:float64[N,3,3,3]", "y:float64[N,4,1,1]"]
+    x = np.random.default_rng(1).standard_normal((2, 3, 3, 3))
+    with session_of(model) as session:
+        np.testing.assert_allclose(run(session, {"x": x})["y"][:, :, 0, 0], np.einsum("nchw,dchw->nd", x, weight), 1e-5)
+
+
+def test_operators_that_lack_a_type() -> None:
+    """An operator of the standard is not called unknown."""
+    error = explain(RuntimeError("Could not find an implementation for DeformConv(22) node with name 'd'"))
+    assert isinstance(error, UnsupportedOperatorError)
+    assert "not on a CPU with the types" in error.message
