@@ -48,7 +48,8 @@ _WAYS = (
     ),
     (
         "without `--data`",
-        "either, on inputs optimized for the model's normalization statistics and classes, or random ones",
+        "either, on inputs optimized for the model's normalization statistics and classes, on token sequences that its "
+        "outputs tell apart, or random ones",
         "when there is nothing else",
     ),
 )
@@ -62,9 +63,22 @@ _LIMITS = """
 - Where `quantize` chose static 8-bit weights that do not saturate on CPUs without VNNI, this holds after training too:
   pairs of weights that would saturate move to the nearest levels that do not, and the report certifies it anew.
 - Normalization statistics stay as they are: BatchNormalization is trained in its inference form.
-- Inputs made without data are poor beside real ones. Where a graph holds neither BatchNormalization nor class scores
-  they are random. Training on random inputs may make the model worse on real ones, and the gain is measured on such
-  inputs alone.
+- Inputs made without data are poor beside real ones, and the gain is measured on such inputs alone; the report says
+  how they were made, and that confidence is low. Of the six models above two gained 12 and 33 points of their metric
+  by such training, and four less than one point or nothing. Making them takes 30 % of the time for training, and a
+  minute at most. Images are optimized; those that the time runs out on are left out. Of token sequences some tokens are
+  exchanged until the outputs show each class, or of embeddings point apart; a language model writes its own. Where a
+  graph has nothing to aim at, inputs are random.
+- No other made-up inputs tell whether such training helped. On random ones the distance to the original grew from 0.435
+  to 1.90 where the digit classifier went from 0.821 to 0.936, and fell from 1.37 to 0.64 where MiniLM lost 5.6 points.
+- On MiniLM, where real sentences are at hand, sequences with exchanged tokens are closer to them than random ones in
+  what the model makes of them. The mean cosine of two outputs is 0.04; of sentences it is 0.08, of random tokens 0.37,
+  of random tokens in sequences of different lengths 0.22. In static 8 bits with ranges from such inputs, they put the
+  error at 16.5 dB, where 17.1 dB are kept on real sentences; random tokens say 15.1 dB of 17.2. As ranges the three are
+  worth the same, 17.1 to 17.2 dB, and real sentences without other use of them 16.4. What is *fitted* to made-up inputs
+  (SmoothQuant, bias correction, ranges by the outputs) is worse by 1 to 2 dB on real ones, while it seems to gain
+  5.6 dB on its own: it is done on real inputs alone. Training on too few of them harms: 32 sequences brought the
+  pruned MiniLM from 0.478 to 0.422.
 - `layerwise` cuts a graph at values through which alone the weights before them act. Models with weights in subgraphs,
   or with skip connections from end to end, are one block.
 - 16-bit float models are trained in their own precision, which may be too coarse for small learning rates.

@@ -19,10 +19,15 @@ _NAME = re.compile(r"(?:^|[._/])(?:attention|input)_mask$", re.IGNORECASE)
 _Number = TypeVar("_Number", bound=np.generic)
 
 
+def is_attention_mask(name: str) -> bool:
+    """Whether an input of this name has a one where a token counts."""
+    return _NAME.search(name) is not None
+
+
 def counted_positions(feeds: Mapping[str, Array]) -> NDArray[np.bool_] | None:
     """The mask [N, T] among a model's inputs; None: it has none, or all positions count."""
     for name, array in feeds.items():
-        if not _NAME.search(name) or array.ndim != 2 or array.dtype.kind not in "biuf":
+        if not is_attention_mask(name) or array.ndim != 2 or array.dtype.kind not in "biuf":
             continue
         mask: NDArray[np.bool_] = np.not_equal(array, 0)
         if bool(np.isin(array, (0, 1)).all()) and mask.any() and not mask.all():

@@ -4,7 +4,7 @@ The file alone is enough: the graph runs in torch (`executor`), the uploaded mod
 the distance between their outputs (Hinton et al., arXiv:1503.02531). Labels take part if the data has any.
 
     samples       a share held out for validation; batches of the rest         samples, augmentation
-                  synthetic ones where no data was given                       inversion
+                  synthetic ones where no data was given                       made_inputs
     teacher       the original's outputs                                       teacher
     loss          chosen by what the outputs are; labels, inner values         losses, objective, matching
     training      the whole model, or block after block                        end_to_end, layerwise, blocks, training
@@ -33,7 +33,7 @@ from modelpress_compression.passes.distill import end_to_end, layerwise
 from modelpress_compression.passes.distill.augmentation import make_augmenter
 from modelpress_compression.passes.distill.config import DistillConfig
 from modelpress_compression.passes.distill.fake_quantization import Unfolded, unfold
-from modelpress_compression.passes.distill.inversion import training_inputs
+from modelpress_compression.passes.distill.made_inputs import CONFIDENCE, made_inputs
 from modelpress_compression.passes.distill.objective import make_objective, tensors
 from modelpress_compression.passes.distill.samples import DataSplit, split
 from modelpress_compression.passes.distill.task import DistillationResult, DistillationTask, stop_time
@@ -74,8 +74,11 @@ class Distill:
         config, stop_at = self._config, stop_time(context)
         data, warnings = context.data, []
         if not data.provided:
-            data, warning = training_inputs(original, context, config.seed, stop_at)
-            warnings.append(warning)
+            data, how = made_inputs(original, context, config.seed, stop_at)
+            warnings.append(
+                f"No data was given: training ran on {len(data)} synthetic inputs ({how}), and its gain was measured "
+                f"on such inputs alone. {CONFIDENCE} Give representative inputs with --data."
+            )
         samples = split(data, config.hold_out, config.batch_size, config.seed)
         if not samples.held_out:
             warnings.append(

@@ -1,4 +1,4 @@
-"""Training without data: what the inputs are made from, and that it says so."""
+"""Training without data: what images are made from, in what time, and what the report says of it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from modelpress_compression.executor import Executor
 from modelpress_compression.graph.synthetic import synthetic_inputs
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.distill import inversion
+from modelpress_compression.passes.distill import made_inputs as making
 from modelpress_compression.passes.distill.config import DistillConfig
 from modelpress_compression.passes.distill.distill import Distill
-from modelpress_compression.passes.distill.inversion import find_statistics, training_inputs
+from modelpress_compression.passes.distill.inversion import find_statistics
+from modelpress_compression.passes.distill.made_inputs import made_inputs
 from onnx import helper
 
 
@@ -58,23 +59,23 @@ def without_data(model: Model, folder: Path, original: Model) -> Context:
 def test_inputs_meet_the_statistics(normalized_net: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layers' means and variances on the made inputs are those of the normalization, to a twentieth of the distance
     that plausible random inputs have, whatever the seed."""
-    monkeypatch.setattr(inversion, "SAMPLES", 32)
+    monkeypatch.setattr(making, "SAMPLES", 32)
     context = without_data(normalized_net, tmp_path, normalized_net)
-    data, warning = training_inputs(normalized_net, context, 0, float("inf"))
+    data, how = made_inputs(normalized_net, context, 0, float("inf"))
     plausible = synthetic_inputs(normalized_net, samples=32)
     assert distance(normalized_net, data.arrays) < distance(normalized_net, plausible.arrays) / 20
     assert not data.provided
-    assert "optimized to meet the statistics of 1 normalization" in warning
+    assert "optimized to meet the statistics of 1 normalization" in how
 
 
 def test_without_statistics_inputs_show_the_classes(
     conv_net: Model, tmp_path: Path, outputs_of: Callable[[Model, Any], Any]
 ) -> None:
     """A classifier without normalization gets inputs of all its classes, where random ones show few of them."""
-    data, warning = training_inputs(conv_net, without_data(conv_net, tmp_path, conv_net), 0, float("inf"))
+    data, how = made_inputs(conv_net, without_data(conv_net, tmp_path, conv_net), 0, float("inf"))
     shown = np.bincount(outputs_of(conv_net, data.arrays["x"]).argmax(1), minlength=4) / len(data)
     assert shown.min() > 0.1
-    assert "optimized to show each class" in warning
+    assert how == "optimized to show each class"
 
 
 def test_without_classes_inputs_are_plausible(conv_net: Model, tmp_path: Path, perturbed: Callable[..., Model]) -> None:
@@ -86,15 +87,20 @@ def test_without_classes_inputs_are_plausible(conv_net: Model, tmp_path: Path, p
     context = without_data(conv_net, tmp_path, conv_net)
     result = Distill(DistillConfig(epochs=3))(perturbed(conv_net), context)
     assert any("No data was given" in warning and "plausible random" in warning for warning in result.warnings)
+    assert any("Confidence is low" in warning for warning in result.warnings)
     assert result.changes["loss_after"] < result.changes["loss_before"]
 
 
-def test_time_limit_holds_while_inputs_are_made(normalized_net: Model, tmp_path: Path) -> None:
-    """With no time left inputs stay as they began."""
+@pytest.mark.parametrize(("left_s", "most_s"), [(0.0, 60.0), (float("inf"), -1.0)])
+def test_time_limit_holds_while_inputs_are_made(
+    normalized_net: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_s: float, most_s: float
+) -> None:
+    """With no time left, of the job or for making inputs, there is one batch, as it began."""
+    monkeypatch.setattr(making, "MAX_SECONDS", most_s)
     context = without_data(normalized_net, tmp_path, normalized_net)
-    data, _ = training_inputs(normalized_net, context, 0, 0.0)
-    expected = synthetic_inputs(normalized_net, samples=inversion.SAMPLES)
-    np.testing.assert_array_equal(data.arrays["x"], expected.arrays["x"])
+    data, _ = made_inputs(normalized_net, context, 0, left_s)
+    expected = synthetic_inputs(normalized_net, samples=making.SAMPLES)
+    np.testing.assert_array_equal(data.arrays["x"], expected.arrays["x"][: making.BATCH_SIZE])
 
 
 def test_statistics_of_training_graphs_are_left_out(normalized_net: Model) -> None:
