@@ -47,6 +47,11 @@ def is_large(size_bytes: int) -> bool:
     return size_bytes >= LARGE_BYTES
 
 
+def is_plain(dtype: onnx_ir.DataType) -> bool:
+    """Whether numpy itself has elements of this type."""
+    return dtype.numpy().kind in _NUMPY_KINDS
+
+
 def from_file(path: Path, location: str = OWN_FILE) -> bytes:
     """The serialized ModelProto in a file, whose weights are external data in `location`: in this very file.
 
@@ -138,6 +143,11 @@ def stored_in(ir: onnx_ir.Model, places: Places) -> None:
             holder.put(_mapped(tensor, *place))
 
 
+def stored_at(value: onnx_ir.Value, tensor: onnx_ir.TensorProtocol, path: Path, offset: int) -> None:
+    """The initializer has the tensor's numbers, and reads them from this place in a file."""
+    value.const_value = _mapped(tensor, path, offset)
+
+
 def keep_mapped(ir: onnx_ir.Model) -> None:
     """Maps all weights that lie in files: they can be read as long as the graph lives, even when the files are gone."""
     for holder in _holders(ir):
@@ -179,7 +189,7 @@ def for_session(ir: onnx_ir.Model, most_bytes: int, *, finish: Finish) -> Sessio
         if holder.in_file is not None:
             location = Path(holder.in_file.path).resolve().relative_to(folder)
             holder.put(_reference(tensor, str(location), holder.in_file.offset or 0))
-        elif id(holder.value) in own and tensor.dtype.numpy().kind in _NUMPY_KINDS:
+        elif id(holder.value) in own and is_plain(tensor.dtype):
             arrays[own[id(holder.value)]] = tensor.numpy(), int(tensor.dtype)
             holder.put(_reference(tensor, "in memory", 0))
         else:
@@ -271,7 +281,7 @@ def _copy(tensor: onnx_ir.TensorProtocol, file: BinaryIO) -> None:
     if isinstance(tensor, onnx_ir.ExternalTensor) and Path(tensor.path).is_file():
         tensor.tofile(file)
         return
-    if tensor.dtype.bitwidth < 8 or tensor.dtype.numpy().kind not in _NUMPY_KINDS:
+    if tensor.dtype.bitwidth < 8 or not is_plain(tensor.dtype):
         file.write(tensor.tobytes())
         return
     array = tensor.numpy()

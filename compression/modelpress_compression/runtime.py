@@ -16,11 +16,12 @@ import onnx
 import onnx_ir
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 
-from modelpress_compression import mapped
+from modelpress_compression import mapped, prefold
 from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOperatorError
 from modelpress_compression.inputs import Array, Feeds
-from modelpress_compression.model import EXTERNAL_DATA_THRESHOLD_BYTES, Model, file_size_bytes
+from modelpress_compression.model import EXTERNAL_DATA_THRESHOLD_BYTES, Model, file_size_bytes, read_ir
 from modelpress_compression.noise import RANDOM, fix_noise, random_nodes
 from modelpress_compression.parallel import map_in_order
 
@@ -56,9 +57,15 @@ def open_session(
     `optimize=False` runs the graph as it is written, for what must not depend on onnxruntime's own rewriting.
     `profile`: what the name of a profile begins with, which `end_profiling` of the session writes.
 
-    Of a large file onnxruntime holds what it makes of the weights, and no copy of the file.
+    Of a large file onnxruntime holds what it makes of the weights, and no copy of the file, nor of what weights in
+    fewer bits stand for (see `prefold`).
     """
     options = _options(threads, optimize, profile)
+    if optimize and mapped.is_large(file_size_bytes(path)):
+        with TemporaryDirectory(prefix="modelpress-", ignore_cleanup_errors=True) as folder:
+            light = _prefolded(path, Path(folder))
+            if light is not None:  # its files are mapped, and so read even when they are gone
+                return _session(light.proto, options, light.folder, providers)
     if not mapped.is_large(path.stat().st_size):
         return _session(str(path), options, providers=providers)
     path = path.resolve()
@@ -67,6 +74,21 @@ def open_session(
     except (DecodeError, ValueError) as error:
         raise explain(error) from error
     return _session(proto, options, path.parent, providers)
+
+
+def _prefolded(path: Path, folder: Path) -> mapped.SessionModel | None:
+    """The model in the file with what its weights in fewer bits stand for in the `folder`; None: it has none."""
+    try:
+        ir = prefold.prefolded(read_ir(path.resolve()), folder / "weights", _evaluated)
+    except (DecodeError, ValueError):
+        return None  # what is wrong with the file, its session says
+    return None if ir is None else mapped.for_session(ir, EXTERNAL_DATA_THRESHOLD_BYTES, finish=lambda proto: None)
+
+
+def _evaluated(serialized: bytes) -> NDArray[np.generic]:
+    """What the one output of a model without inputs holds."""
+    found: list[NDArray[np.generic]] = _session(serialized, _options(1, optimize=False)).run(None, {})
+    return found[0]
 
 
 def _options(threads: int, optimize: bool, profile: Path | None = None) -> ort.SessionOptions:
@@ -139,15 +161,21 @@ def session_of(model: Model, *, threads: int = 1, optimize: bool = True) -> Iter
     if any(random_nodes(model.ir)):
         model = model.clone()
         fix_noise(model.ir)
-    light = None
-    if mapped.is_large(model.weight_bytes()):
-        light = mapped.for_session(model.ir, EXTERNAL_DATA_THRESHOLD_BYTES, finish=model.write_map_types)
-    if light is None:
-        with TemporaryDirectory(prefix="modelpress-") as folder:
-            path = Path(folder) / "model.onnx"
-            model.save(path)
-            yield open_session(path, threads=threads, optimize=optimize)
-        return
+    with TemporaryDirectory(prefix="modelpress-") as folder:
+        light = None
+        if mapped.is_large(model.weight_bytes()):
+            ir = prefold.prefolded(model.ir, Path(folder) / "weights", _evaluated) if optimize else None
+            light = mapped.for_session(ir or model.ir, EXTERNAL_DATA_THRESHOLD_BYTES, finish=model.write_map_types)
+        if light is not None:
+            yield _session_of(light, threads, optimize)
+            return
+        path = Path(folder) / "model.onnx"
+        model.save(path)
+        yield open_session(path, threads=threads, optimize=optimize)
+
+
+def _session_of(light: mapped.SessionModel, threads: int, optimize: bool) -> ort.InferenceSession:
+    """On a large model, of whose weights some lie in memory."""
     options = _options(threads, optimize)
     if not optimize:
         # What is looked into rather than timed needs no weights in another order, which are a copy of them all.
@@ -157,7 +185,7 @@ def session_of(model: Model, *, threads: int = 1, optimize: bool = True) -> Iter
         for name, (array, dtype) in light.arrays.items()
     }
     options.add_external_initializers(list(values), list(values.values()))
-    yield _session(light.proto, options, light.folder)
+    return _session(light.proto, options, light.folder)
 
 
 def fit_together(sizes_bytes: Iterable[int]) -> bool:

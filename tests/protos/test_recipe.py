@@ -73,7 +73,7 @@ def test_all_violations_at_once_with_their_paths() -> None:
         "steps[1].prune.sparsity: 1.4 is not in [0, 1)",
         "steps[1].prune.structur: unknown key (did you mean 'structure'?); known keys: structure, sparsity, criterion, "
         "scope, n, m, exclude, seed, "
-        "round_to, min_channels, normalize, repair, overrides, sparsity_of, rounds, epochs",
+        "round_to, min_channels, normalize, repair, overrides, sparsity_of, rounds, epochs, min_cosine",
         f"steps[2].prun: unknown technique (did you mean 'prune'?); there are {STEP.names}",
         f"steps[3]: names no technique; there are {STEP.names}",
         "steps[4]: names 2 techniques (fuse, quantize); write one step for each",

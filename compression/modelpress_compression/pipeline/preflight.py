@@ -79,6 +79,7 @@ MEASURING = Cost(300, 4, 4.0, 0.0)
 # Of a goal that searches as far as it can: some ten models are cut and judged, and two of them quantized.
 LEVERS = Cost(800, 500, 10.0, 8.0, gradients=True)
 TRAININGS = 5  # of cut models, in such a search
+TRIED_CUTS = 4  # by `prune` with `min_cosine`; more where layers bear little
 _LIGHT = Cost(20, 1, 4.0, 1.0)
 _STEPS = {
     "quantize auto": Cost(100, 45, 10.0, 4.0, gradients=True),
@@ -134,7 +135,8 @@ def needs(recipe: Recipe, model: Model, path: Path, data: InputData, *, judged: 
         kept = _LEARNING_COPIES * min(_LEARNING_SAMPLES, len(data)) * values_bytes(model, data)
         copies_bytes += min(LEARNING_BYTES, kept)
     memory_bytes = held_bytes() + fixed_bytes + copies_bytes
-    disk_bytes = model_bytes * (1 + sum(cost.disk for cost in costs))
+    # What weights in fewer bits of a large model stand for is in a file while a session opens (see `prefold`).
+    disk_bytes = model_bytes * (1 + is_large(model_bytes) + sum(cost.disk for cost in costs))
     time_s = runs * (run_s + OVERHEAD_S)
     if levers:
         training_s = TRAINING_RUNS * EPOCHS * len(data) * (run_s + OVERHEAD_S)
@@ -169,8 +171,9 @@ def _costs(recipe: Recipe) -> Iterator[Cost]:
         yield GOAL
     for step in recipe.steps:
         cost, count = _STEPS.get(_kind(step), _LIGHT), _rounds(step)
+        tried = count * (TRIED_CUTS if step.technique == "prune" and step.config.min_cosine else 1)
         yield replace(
-            cost, runs=count * cost.runs, runs_per_sample=count * cost.runs_per_sample, disk=count * cost.disk
+            cost, runs=tried * cost.runs, runs_per_sample=tried * cost.runs_per_sample, disk=count * cost.disk
         )
 
 

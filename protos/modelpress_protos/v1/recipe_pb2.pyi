@@ -203,6 +203,7 @@ class PruneStep(_message.Message):
     SPARSITY_OF_FIELD_NUMBER: _builtins.int
     ROUNDS_FIELD_NUMBER: _builtins.int
     EPOCHS_FIELD_NUMBER: _builtins.int
+    MIN_COSINE_FIELD_NUMBER: _builtins.int
     structure: _builtins.str
     """What is removed: single weights, n of every m neighbouring ones, or whole channels, heads and hidden units; only
     channel makes the model faster.
@@ -242,6 +243,10 @@ class PruneStep(_message.Message):
     """channel only: rounds in which the share goes. From two on, each ends with training towards the original."""
     epochs: _builtins.int
     """Passes over the data, at most, of the training that ends each of several rounds; 0: none."""
+    min_cosine: _builtins.float
+    """channel only: least cosine of each output with the uncut model's. Where the channels asked for would bring one below
+    it, fewer go, from the layers that bear it; 0: all go.
+    """
     @_builtins.property
     def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of nodes or weights to leave alone, with * and ?."""
@@ -271,10 +276,11 @@ class PruneStep(_message.Message):
         sparsity_of: _builtins.str | None = ...,
         rounds: _builtins.int | None = ...,
         epochs: _builtins.int | None = ...,
+        min_cosine: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_criterion", b"_criterion", "_epochs", b"_epochs", "_m", b"_m", "_min_channels", b"_min_channels", "_n", b"_n", "_normalize", b"_normalize", "_repair", b"_repair", "_round_to", b"_round_to", "_rounds", b"_rounds", "_scope", b"_scope", "_seed", b"_seed", "_sparsity", b"_sparsity", "_sparsity_of", b"_sparsity_of", "_structure", b"_structure", "criterion", b"criterion", "epochs", b"epochs", "m", b"m", "min_channels", b"min_channels", "n", b"n", "normalize", b"normalize", "repair", b"repair", "round_to", b"round_to", "rounds", b"rounds", "scope", b"scope", "seed", b"seed", "sparsity", b"sparsity", "sparsity_of", b"sparsity_of", "structure", b"structure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_criterion", b"_criterion", "_epochs", b"_epochs", "_m", b"_m", "_min_channels", b"_min_channels", "_min_cosine", b"_min_cosine", "_n", b"_n", "_normalize", b"_normalize", "_repair", b"_repair", "_round_to", b"_round_to", "_rounds", b"_rounds", "_scope", b"_scope", "_seed", b"_seed", "_sparsity", b"_sparsity", "_sparsity_of", b"_sparsity_of", "_structure", b"_structure", "criterion", b"criterion", "epochs", b"epochs", "m", b"m", "min_channels", b"min_channels", "min_cosine", b"min_cosine", "n", b"n", "normalize", b"normalize", "repair", b"repair", "round_to", b"round_to", "rounds", b"rounds", "scope", b"scope", "seed", b"seed", "sparsity", b"sparsity", "sparsity_of", b"sparsity_of", "structure", b"structure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_criterion", b"_criterion", "_epochs", b"_epochs", "_m", b"_m", "_min_channels", b"_min_channels", "_n", b"_n", "_normalize", b"_normalize", "_repair", b"_repair", "_round_to", b"_round_to", "_rounds", b"_rounds", "_scope", b"_scope", "_seed", b"_seed", "_sparsity", b"_sparsity", "_sparsity_of", b"_sparsity_of", "_structure", b"_structure", "criterion", b"criterion", "epochs", b"epochs", "exclude", b"exclude", "m", b"m", "min_channels", b"min_channels", "n", b"n", "normalize", b"normalize", "overrides", b"overrides", "repair", b"repair", "round_to", b"round_to", "rounds", b"rounds", "scope", b"scope", "seed", b"seed", "sparsity", b"sparsity", "sparsity_of", b"sparsity_of", "structure", b"structure"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_criterion", b"_criterion", "_epochs", b"_epochs", "_m", b"_m", "_min_channels", b"_min_channels", "_min_cosine", b"_min_cosine", "_n", b"_n", "_normalize", b"_normalize", "_repair", b"_repair", "_round_to", b"_round_to", "_rounds", b"_rounds", "_scope", b"_scope", "_seed", b"_seed", "_sparsity", b"_sparsity", "_sparsity_of", b"_sparsity_of", "_structure", b"_structure", "criterion", b"criterion", "epochs", b"epochs", "exclude", b"exclude", "m", b"m", "min_channels", b"min_channels", "min_cosine", b"min_cosine", "n", b"n", "normalize", b"normalize", "overrides", b"overrides", "repair", b"repair", "round_to", b"round_to", "rounds", b"rounds", "scope", b"scope", "seed", b"seed", "sparsity", b"sparsity", "sparsity_of", b"sparsity_of", "structure", b"structure"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__criterion: _TypeAlias = _typing.Literal["criterion"]  # noqa: Y015
     _WhichOneofArgType__criterion: _TypeAlias = _typing.Literal["_criterion", b"_criterion"]  # noqa: Y015
@@ -284,6 +290,8 @@ class PruneStep(_message.Message):
     _WhichOneofArgType__m: _TypeAlias = _typing.Literal["_m", b"_m"]  # noqa: Y015
     _WhichOneofReturnType__min_channels: _TypeAlias = _typing.Literal["min_channels"]  # noqa: Y015
     _WhichOneofArgType__min_channels: _TypeAlias = _typing.Literal["_min_channels", b"_min_channels"]  # noqa: Y015
+    _WhichOneofReturnType__min_cosine: _TypeAlias = _typing.Literal["min_cosine"]  # noqa: Y015
+    _WhichOneofArgType__min_cosine: _TypeAlias = _typing.Literal["_min_cosine", b"_min_cosine"]  # noqa: Y015
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
     _WhichOneofReturnType__normalize: _TypeAlias = _typing.Literal["normalize"]  # noqa: Y015
@@ -312,6 +320,8 @@ class PruneStep(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__m) -> _WhichOneofReturnType__m | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_channels) -> _WhichOneofReturnType__min_channels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_cosine) -> _WhichOneofReturnType__min_cosine | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
     @_typing.overload

@@ -105,3 +105,11 @@ class PruneConfig(Config):
         gte=0,
         lte=10_000,
     )
+    min_cosine: float = option(
+        0.0,
+        17,
+        "channel only: least cosine of each output with the uncut model's. Where the channels asked for would bring "
+        "one below it, fewer go, from the layers that bear it; 0: all go.",
+        gte=0,
+        lt=1,
+    )

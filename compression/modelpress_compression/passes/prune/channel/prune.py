@@ -12,9 +12,10 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.prune.channel import report
 from modelpress_compression.passes.prune.channel.activation import ActivationMagnitude
+from modelpress_compression.passes.prune.channel.bearable import bearable
 from modelpress_compression.passes.prune.channel.budget import Budget, budget_of
 from modelpress_compression.passes.prune.channel.costs import COSTS
-from modelpress_compression.passes.prune.channel.criteria import Criterion, Magnitude, Random
+from modelpress_compression.passes.prune.channel.criteria import Criterion, Magnitude, Random, Scores
 from modelpress_compression.passes.prune.channel.limits import Limits, permitted
 from modelpress_compression.passes.prune.channel.ranking import Selection, select_by_layer, select_globally
 from modelpress_compression.passes.prune.channel.weights import kept_indices
@@ -56,21 +57,34 @@ def prune_channels(model: Model, config: PruneConfig, context: Context) -> PassR
 
     context.progress(_FOUND, f"judging {len(groups)} groups of channels")
     budget = budget_of(model, config, context)
-    selection = _select(model, groups, criterion, config, budget, context)
-    gone = budget.gone(selection) if budget is not None else 0.0
-    skipped = (*report.frozen(analysis), *excluded, *report.whole(groups, selection, config))
+    scores = _scores(model, groups, criterion, config, context)
+    asked = _select(model, groups, scores, config, budget, context)
     warnings = (
         *report.unmatched(model, analysis, config),
         *_device_warnings(config, context),
-        *report.held_back(selection, config),
-        *(budget.warnings(gone) if budget is not None and selection.kept else ()),
+        *report.held_back(asked, config),
     )
-    if not selection.kept:
+    if not asked.kept:
+        skipped = (*report.frozen(analysis), *excluded, *report.whole(groups, asked, asked, config))
         return PassResult(model, {}, skipped, (*warnings, report.nothing_cut(analysis, groups, config)))
 
-    context.progress(_CHOSEN, f"cutting {len(selection.kept)} groups of channels")
-    pruned = cut(model, selection.kept)
-    repaired = _repair(model, pruned, analysis, selection, config, context)
+    context.progress(_CHOSEN, f"cutting {len(asked.kept)} groups of channels")
+
+    def repaired_after(selection: Selection) -> Repair:
+        return _repair(model, cut(model, selection.kept), analysis, selection, config, context)
+
+    if config.min_cosine:
+        limits = Limits.of(groups, config)
+        found = bearable(model, groups, scores, asked, limits, config.min_cosine, repaired_after, context)
+        selection, repaired = found.selection, found.repaired
+        warnings = (*warnings, *report.spared(analysis, asked, selection, found.cosine, config))
+    else:
+        selection, repaired = asked, repaired_after(asked)
+    skipped = (*report.frozen(analysis), *excluded, *report.whole(groups, asked, selection, config))
+    if not selection.kept:
+        return PassResult(model, {}, skipped, warnings)
+    gone = budget.gone(selection) if budget is not None else 0.0
+    warnings = (*warnings, *(budget.warnings(gone) if budget is not None else ()))
 
     context.progress(_FITTED, "timing layers")
     details = report.details(model, repaired, analysis, selection, context)
@@ -110,18 +124,24 @@ def _require_data(criterion: Criterion, config: PruneConfig, context: Context) -
         )
 
 
+def _scores(
+    model: Model, groups: Sequence[Group], criterion: Criterion, config: PruneConfig, context: Context
+) -> Mapping[str, Scores]:
+    """Of the units of each group; of none where nothing shall go: the criterion would run the model for nothing."""
+    return criterion(model, groups, context) if any(Limits.of(groups, config).sparsity.values()) else {}
+
+
 def _select(
     model: Model,
     groups: Sequence[Group],
-    criterion: Criterion,
+    scores: Mapping[str, Scores],
     config: PruneConfig,
     budget: Budget | None,
     context: Context,
 ) -> Selection:
     """Which units stay. `budget`: what the sparsity is a share of; None: of the channels."""
-    if not any(Limits.of(groups, config).sparsity.values()):
-        return Selection({}, ())  # before the criterion runs the model for nothing
-    scores = criterion(model, groups, context)
+    if not scores:
+        return Selection({}, ())
     costs = COSTS[config.normalize](model, groups, context) if config.scope == "global" else {}
 
     def selected(sparsity: float) -> Selection:

@@ -39,7 +39,7 @@ def select_by_layer(groups: Sequence[Group], scores: Mapping[str, Scores], limit
         if sparsity and group.align * group.units * (1 - sparsity) < limits.min_channels:
             raised.append(group.id)
         if count < group.units:
-            kept[group.id] = _largest(scores[group.id], count)
+            kept[group.id] = largest(scores[group.id], count)
     return Selection(kept, tuple(raised))
 
 
@@ -66,7 +66,7 @@ def select_globally(
             continue
         counts[group.id] -= units
         budget -= channels
-    kept = {group.id: _largest(scores[group.id], counts[group.id]) for group in free if counts[group.id] < group.units}
+    kept = {group.id: largest(scores[group.id], counts[group.id]) for group in free if counts[group.id] < group.units}
     return Selection({**own.kept, **kept}, own.raised)
 
 
@@ -91,7 +91,7 @@ def _bundles(
     return bundles
 
 
-def _largest(scores: Scores, count: int) -> NDArray[np.int64]:
+def largest(scores: Scores, count: int) -> NDArray[np.int64]:
     """Indices of the `count` largest, rising; of equal ones the first stay."""
     order = np.argsort(-scores, kind="stable")[:count]
     return np.sort(order).astype(np.int64)

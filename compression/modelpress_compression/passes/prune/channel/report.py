@@ -33,9 +33,14 @@ def frozen(analysis: Analysis) -> list[Skip]:
     return [Skip(item.node, item.reason) for item in analysis.frozen]
 
 
-def whole(groups: Sequence[Group], selection: Selection, config: PruneConfig) -> list[Skip]:
+def whole(groups: Sequence[Group], asked: Selection, selection: Selection, config: PruneConfig) -> list[Skip]:
     """Groups that could lose channels and do not."""
-    return [Skip(group.id, _why_whole(group, config)) for group in groups if group.id not in selection.kept]
+    borne = f"Without the channels asked for, an output's cosine would fall below min_cosine = {config.min_cosine:g}."
+    return [
+        Skip(group.id, borne if group.id in asked.kept else _why_whole(group, config))
+        for group in groups
+        if group.id not in selection.kept
+    ]
 
 
 def _why_whole(group: Group, config: PruneConfig) -> str:
@@ -69,6 +74,25 @@ def held_back(selection: Selection, config: PruneConfig) -> list[str]:
     return [
         f"The sparsity asked for would leave {len(selection.raised)} layers with fewer than min_channels = "
         f"{config.min_channels} channels ({names}); they keep at least so many."
+    ]
+
+
+def spared(analysis: Analysis, asked: Selection, selection: Selection, cosine: float, config: PruneConfig) -> list[str]:
+    """A warning where the answers did not bear what was asked for: `cosine` is what would have been left."""
+    if selection is asked:
+        return []
+    wanted, gone = (
+        sum(
+            before - after
+            for name, kept in one.kept.items()
+            for before, after in [_channels_of(analysis.group(name), kept)]
+        )
+        for one in (asked, selection)
+    )
+    return [
+        f"Of the {wanted} channels that should go {gone or 'none'} went: without all of them an output would have kept "
+        f"a cosine of {cosine:.2f}, less than min_cosine = {config.min_cosine:g}. More data lets more go, and so does "
+        f"training (preset pruned-distilled)."
     ]
 
 

@@ -1,0 +1,166 @@
+"""Fewer channels where the answers would suffer: what a model bears of a selection.
+
+    harm of a group    1 - cosine of the outputs, with this group alone cut and, where groups are few, fitted
+    order              the group that harms least for the numbers that go with it first
+    cut                as many groups in this order as keep the cosine once they are cut and fitted, found by bisection,
+                       and of the next group as large a part as does
+
+Layers with little to spare so stay whole, and the others lose what was asked for. The cosine is that of the worst
+output, on samples that no fit has seen. Trials are few: one for each group, and about log2 of the groups and four more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelpress_compression.channels import Group, Indices, cut
+from modelpress_compression.graph.outputs import tensor_outputs
+from modelpress_compression.graph.padding import counted_positions, without_padding
+from modelpress_compression.graph.watch import taps
+from modelpress_compression.inputs import Array, Feeds
+from modelpress_compression.model import Model
+from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.prune.channel.criteria import Scores
+from modelpress_compression.passes.prune.channel.limits import Limits
+from modelpress_compression.passes.prune.channel.ranking import Selection, largest
+from modelpress_compression.passes.repair.least_squares import MAX_SAMPLES, Repair
+from modelpress_compression.passes.repair.paired import is_held_out
+
+# Samples on which outputs are compared.
+COMPARED = 64
+_HALVINGS = 3
+# Of more groups harm is measured without fits, which take a run over all samples each.
+MOST_FITTED = 12
+
+Outputs = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Bearable:
+    """What the answers bear. `selection` keeps all units where not even one group does; `cosine`: of what was asked
+    for."""
+
+    selection: Selection
+    repaired: Repair
+    cosine: float
+
+
+class Answers:
+    """The uncut model's outputs on samples that no fit sees, to compare others with."""
+
+    def __init__(self, model: Model, context: Context) -> None:
+        """Raises ModelNotRunnableError, TimeLimitError."""
+        self._context = context
+        self._names = [value.name for value in tensor_outputs(model.graph) if value.name]
+        self._feeds = list(_held_out(context))
+        self._expected = list(self._of(model))
+
+    def cosine(self, model: Model) -> float:
+        """Of the worst float output; 0 where one is not finite or has another shape.
+
+        Raises ModelNotRunnableError, TimeLimitError.
+        """
+        sums: dict[str, NDArray[np.float64]] = {}  # of each output: a a, b b, a b
+        for expected, got in zip(self._expected, self._of(model), strict=True):
+            for name, array in expected.items():
+                if array.dtype.kind != "f":
+                    continue
+                if got[name].shape != array.shape:
+                    return 0.0
+                a, b = (values.astype(np.float64).reshape(-1) for values in (array, got[name]))
+                sums[name] = sums.get(name, np.zeros(3)) + np.asarray((a @ a, b @ b, a @ b))
+        return min(map(_cosine, sums.values()), default=1.0)
+
+    def _of(self, model: Model) -> Iterator[Outputs]:
+        with taps(model, self._names) as look:
+            for feed in self._feeds:
+                self._context.check_time()
+                mask = counted_positions(feed)
+                yield {name: without_padding(array, mask) for name, array in look(feed).items()}
+
+
+def _cosine(sums: NDArray[np.float64]) -> float:
+    if not np.isfinite(sums).all():
+        return 0.0
+    aa, bb, ab = sums
+    return float(ab / np.sqrt(aa * bb)) if aa and bb else float(aa == bb)
+
+
+def _held_out(context: Context) -> Iterator[Feeds]:
+    samples = context.data.spread(MAX_SAMPLES)
+    count = len(samples) // (samples.fixed_batch or 1)
+    if not context.data.provided or count < 2:  # nothing is fitted
+        yield from samples.spread(COMPARED * (samples.fixed_batch or 1)).feeds(1)
+        return
+    unseen = [feed for index, feed in enumerate(samples.feeds(1)) if is_held_out(index, count)]
+    yield from unseen[:: -(-len(unseen) // COMPARED)]
+
+
+def bearable(
+    model: Model,
+    groups: Sequence[Group],
+    scores: Mapping[str, Scores],
+    asked: Selection,
+    limits: Limits,
+    least: float,
+    repaired: Callable[[Selection], Repair],
+    context: Context,
+) -> Bearable:
+    """As much of the selection as keeps the cosine `least`. `repaired`: the model cut by a selection, and fitted.
+
+    Raises ModelNotRunnableError, TimeLimitError.
+    """
+    answers = Answers(model, context)
+    whole = repaired(asked)
+    cosine = answers.cosine(whole.model)
+    if cosine >= least:
+        return Bearable(asked, whole, cosine)
+    best = Bearable(replace(asked, kept={}), Repair(model), cosine)
+
+    def is_borne(kept: Mapping[str, Indices]) -> bool:
+        nonlocal best
+        selection = replace(asked, kept=kept)
+        found = repaired(selection)
+        if answers.cosine(found.model) < least:
+            return False
+        best = Bearable(selection, found, cosine)
+        return True
+
+    order = _least_harmful_first(model, groups, asked, answers, repaired)
+    low, high = 0, len(order)  # so many of the first groups are borne, and so many are not
+    while high - low > 1:
+        middle = (low + high) // 2
+        borne = is_borne({group.id: asked.kept[group.id] for group in order[:middle]})
+        low, high = (middle, high) if borne else (low, middle)
+    group, kept = order[low], best.selection.kept
+    few, many = len(asked.kept[group.id]), group.units  # units that are too few, and that are enough
+    for _ in range(_HALVINGS):
+        units = limits.nearest(group, 1 - (few + many) / 2 / group.units)
+        if not few < units < many:
+            break
+        borne = is_borne({**kept, group.id: largest(scores[group.id], units)})
+        few, many = (few, units) if borne else (units, many)
+    return best
+
+
+def _least_harmful_first(
+    model: Model,
+    groups: Sequence[Group],
+    asked: Selection,
+    answers: Answers,
+    repaired: Callable[[Selection], Repair],
+) -> list[Group]:
+    """The groups of the selection by what each one alone does to the answers, for the numbers that go with it."""
+
+    def harm(group: Group) -> float:
+        alone = {group.id: asked.kept[group.id]}
+        fits = len(asked.kept) <= MOST_FITTED
+        found = repaired(replace(asked, kept=alone)).model if fits else cut(model, alone)
+        gone = (group.units - len(alone[group.id])) * max(group.parameters_per_unit, 1)
+        return (1 - answers.cosine(found)) / gone
+
+    return sorted((group for group in groups if group.id in asked.kept), key=harm)
