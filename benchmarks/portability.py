@@ -1,11 +1,13 @@
 """Where results answer as they do here: docs/portability.md, a row for each result and a column for each place.
 
-    python benchmarks/portability.py --models DIR --cache DIR [--page FILE] [--only NAME ...] [--samples N]
-                                     [--qemu NAME ...] [--built] [--onnxruntime VERSION ...] [--cpu CPU ...]
+    python benchmarks/portability.py --models DIR --cache DIR [--page FILE] [--only NAME ...] [--form FORM ...]
+                                     [--samples N] [--qemu NAME ...] [--built] [--onnxruntime VERSION ...]
+                                     [--cpu CPU ...]
 
 Results are those of portability_results.py, kept in the folder `--cache`, as the environments are and what was seen in
-each place; --built takes those results that lie there and makes none. --qemu: models whose results are run under QEMU's
-Haswell besides, to hold the one way of standing in for a CPU against the other; it takes minutes for each. Needs
+each place; --built takes those results that lie there and makes none. docs/portability.json keeps what the page says:
+what is not run stays as it is there, unless a result is another file now. --qemu: models whose results are run under
+QEMU's Haswell besides, to hold the one way of standing in for a CPU against the other; it takes minutes for each. Needs
 modelpress[verify], qemu-user, pip and apt.
 """
 
@@ -21,8 +23,10 @@ from typing import Any
 from modelpress_compression.portability import Wanted, verify
 from portability_results import CASES, FORMS, Case, build, path_of, samples_of
 
+KEPT = Path(__file__).parents[1] / "docs" / "portability.json"
 VERSIONS = ("1.18.1", "1.20.1", "1.22.1", "1.24.4", "1.27.0", "latest")
 CPUS = ("haswell", "skylake-x", "ice-lake", "aarch64")
+PLACE = ("place", "kind", "verdict", "detail", "sqnr_db", "top1_agreement")  # what the page has of one
 PAGE = """# Portability
 
 Whether a result answers on another machine as it did where it was made. One file can answer otherwise there for two
@@ -87,9 +91,9 @@ def documents(options: argparse.Namespace) -> Iterator[tuple[Case, str, dict[str
         if options.only and case.name not in options.only:
             continue
         if not options.built:
-            for problem in build(case, options.models.resolve(), options.cache):
+            for problem in build(case, options.models.resolve(), options.cache, options.form):
                 print(problem, flush=True)
-        for form in FORMS:
+        for form in options.form:
             path = path_of(options.cache, case, form)
             if path.exists():
                 yield case, form, seen(case, path, options)
@@ -119,6 +123,23 @@ def seen(case: Case, path: Path, options: argparse.Namespace) -> dict[str, Any]:
     rows, order = document["rows"], [f"versions {name}" for name in VERSIONS] + [f"levels {name}" for name in CPUS]
     order += [key for key in rows if key not in order]
     return {**document, "places": [rows[key] for key in order if key in rows]}
+
+
+def merged(found: Sequence[tuple[Case, str, dict[str, Any]]]) -> list[tuple[Case, str, dict[str, Any]]]:
+    """With what the file has of results and places that were not run now; the file has all of it then."""
+    kept: dict[str, dict[str, Any]] = json.loads(KEPT.read_text("utf-8"))
+    for case, form, document in found:
+        key = f"{case.name}, {form}"
+        before = kept.get(key, document)
+        same = before["sha256"] == document["sha256"]
+        places = {place["place"]: place for place in (before["places"] if same else [])}
+        places |= {place["place"]: place for place in document["places"]}
+        kept[key] = {name: document[name] for name in ("sha256", "samples", "here")} | {
+            "places": [{name: place[name] for name in PLACE} for place in places.values()]
+        }
+    KEPT.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
+    names = [(case, form, f"{case.name}, {form}") for case in CASES for form in FORMS]
+    return [(case, form, kept[key]) for case, form, key in names if key in kept]
 
 
 def table(found: Sequence[tuple[Case, str, dict[str, Any]]]) -> Iterator[str]:
@@ -184,6 +205,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="folder for results and environments")
     parser.add_argument("--page", type=Path, help="where the page goes; without it the table is printed alone")
     parser.add_argument("--only", nargs="*", default=[], help="names of the models")
+    parser.add_argument("--form", nargs="*", default=list(FORMS), choices=FORMS, help="the results of each model")
     parser.add_argument("--qemu", nargs="*", default=[], help="names of models to run under QEMU's Haswell, too")
     parser.add_argument("--onnxruntime", nargs="*", default=VERSIONS, help="versions to run in")
     parser.add_argument("--cpu", nargs="*", default=CPUS, choices=CPUS, help="CPUs to run on")
@@ -193,7 +215,7 @@ def main() -> None:
     found = list(documents(options))
     print("\n".join(table(found)))
     if options.page:
-        options.page.write_text(page(found), "utf-8")
+        options.page.write_text(page(merged(found)), "utf-8")
 
 
 if __name__ == "__main__":

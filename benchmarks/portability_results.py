@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,11 @@ def samples_of(cache: Path, case: Case) -> Path:
     return cache / f"{case.name}.npz"
 
 
-def build(case: Case, models: Path, cache: Path) -> list[str]:
-    """Makes what is missing; a sentence on each form that could not be made."""
+def build(case: Case, models: Path, cache: Path, forms: Iterable[str] = FORMS) -> list[str]:
+    """Makes what is missing of the forms; a sentence on each that could not be made."""
     problems: list[str] = []
     cache.mkdir(parents=True, exist_ok=True)
-    missing = [form for form in FORMS if not path_of(cache, case, form).exists()]
+    missing = [form for form in forms if not path_of(cache, case, form).exists()]
     if not missing:
         return problems
     with tempfile.TemporaryDirectory() as temporary:

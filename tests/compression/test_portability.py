@@ -83,6 +83,20 @@ def test_a_file_that_runs_nowhere_else_is_not_called_portable(saturating: Path, 
         verify(scripted, None, NOWHERE, tmp_path, lambda text: None)
 
 
+def test_products_that_round_their_activations_compute_in_8_bits(digits: Model, tmp_path: Path) -> None:
+    """Of stored weights, in MatMulNBits with accuracy_level 4: another kernel rounds otherwise. Float models do not."""
+    digits.save(tmp_path / "float.onnx")
+    recipe = Recipe.from_dict(
+        {"version": 1, "steps": [{"quantize": {"scheme": "weight_only"}}], "benchmark": {"rounds": 6}}
+    )
+    stored = compress(digits, recipe).model
+    assert any(node.op_type == "MatMulNBits" for node in stored.nodes())
+    stored.save(tmp_path / "stored.onnx")
+    for name, expected in (("float", False), ("stored", True)):
+        found = verify(tmp_path / f"{name}.onnx", None, NOWHERE, tmp_path / "cache", lambda text: None)
+        assert found["computes_in_8_bits"] is expected
+
+
 def test_the_client_knows_the_levels() -> None:
     """It cannot import the engine's table."""
     assert tuple(LEVELS) == CPUS

@@ -22,7 +22,7 @@ from modelpress_compression.encodings.operands import arranged, operand
 from modelpress_compression.encodings.qdq import whole
 from modelpress_compression.encodings.weight import Levels, QuantizedWeight, StoredWeight, as_they_are, pack, unpack
 from modelpress_compression.graph.edit import Editor
-from modelpress_compression.graph.read import MICROSOFT, constant_array, int_attribute, label, required
+from modelpress_compression.graph.read import MICROSOFT, constant_array, int_attribute, is_op, label, required
 from modelpress_compression.inputs import Array
 
 _INT8_COMPUTE = 4  # accuracy_level
@@ -56,6 +56,11 @@ def write_product(
     inputs = arranged("MatMulNBits", x=required(node, 0), **stored.operands(), bias=bias)
     attributes["accuracy_level"] = _INT8_COMPUTE
     return editor.emit(node, "MatMulNBits", inputs, label(node), domain=MICROSOFT, attributes=attributes)[0]
+
+
+def computes_in_int8(node: onnx_ir.Node) -> bool:
+    """Whether a MatMulNBits may round its activations to 8 bits while it runs."""
+    return is_op(node, "MatMulNBits", domain=MICROSOFT) and int_attribute(node, "accuracy_level", 0) == _INT8_COMPUTE
 
 
 def write_lookup(editor: Editor, node: onnx_ir.Node, stored: StoredWeight) -> onnx_ir.Value:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from modelpress_compression.agreement import ATOL, QUANTIZED_ATOL, why_different
+from modelpress_compression.encodings.n_bits import computes_in_int8
 from modelpress_compression.encodings.operands import is_integer_operator
 from modelpress_compression.errors import InvalidInputsError, ModelNotRunnableError
 from modelpress_compression.graph.outputs import classification_outputs
@@ -165,7 +166,10 @@ def _bench(path: Path, model: Model, data: InputData, work: Path, wanted: Wanted
     for file, feed in zip(files, feeds, strict=True):
         arrays: dict[str, Any] = feed
         np.savez(file, **arrays)
-    steps = any(is_integer_operator(node.op_type) or node.op_type == "QuantizeLinear" for node in model.nodes())
+    steps = any(
+        is_integer_operator(node.op_type) or node.op_type == "QuantizeLinear" or computes_in_int8(node)
+        for node in model.nodes()
+    )
     return Bench(
         path,
         data,
