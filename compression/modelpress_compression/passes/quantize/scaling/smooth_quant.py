@@ -7,7 +7,9 @@ The strength `a` is chosen edge by edge: the one that leaves the least error in 
 
     | Q(X / s) Q(diag(s) W) - X W |^2
 
-An edge is left alone where that is hardly less than without a scale, and where the gain would not pay for a Mul.
+Extremes come from every second sample, and rows from the others: what a channel has not shown yet it may show in use,
+and a scale that made it loud would cut it off there. An edge is left alone where the error is hardly less than without
+a scale, and where the gain would not pay for a Mul.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from modelpress_compression.passes.quantize.rounding.affine import Range, activa
 from modelpress_compression.passes.quantize.scaling.edges import Edge, Scale, Slot, find_edges
 
 STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-MAX_SAMPLES = 32
-ROWS = 256  # of an edge's activation, over all samples
+MAX_SAMPLES = 64
+MIN_SAMPLES = 8  # with fewer, all of them tell extremes, and judge
+ROWS = 256  # of an edge's activation, over all samples that judge
 COLUMNS = 512  # of its weights: enough to tell strengths apart
 # Share of the error that must go where the scale costs nothing, and where it costs a Mul.
 _LEAST_GAIN, _LEAST_GAIN_OF_MUL = 0.05, 0.2
@@ -51,12 +54,14 @@ class Channels:
     high: Matrix
     rows: list[Matrix]  # [R, K] of each sample
 
-    def observe(self, rows: Matrix, keep: int, rng: np.random.Generator) -> None:
-        """Adds a sample's rows [R, K], of which `keep` are kept."""
+    def stretch(self, rows: Matrix) -> None:
+        """The extremes cover these rows [R, K] as well."""
         self.low = np.minimum(self.low, rows.min(axis=0))
         self.high = np.maximum(self.high, rows.max(axis=0))
-        chosen = rng.choice(len(rows), min(keep, len(rows)), replace=False)
-        self.rows.append(rows[chosen])
+
+    def keep(self, rows: Matrix, count: int, rng: np.random.Generator) -> None:
+        """Keeps `count` of these rows [R, K], drawn at random."""
+        self.rows.append(rows[rng.choice(len(rows), min(count, len(rows)), replace=False)])
 
 
 def smooth(model: Model, plan: Plan, editor: Editor, context: Context) -> int:
@@ -100,11 +105,16 @@ def _observe(model: Model, edges: Sequence[Edge], context: Context) -> dict[str,
         edge.name: Channels(np.full(edge.channels, np.inf, np.float32), np.full(edge.channels, -np.inf, np.float32), [])
         for edge in edges
     }
-    each = -(-ROWS // max(1, min(MAX_SAMPLES, len(context.data))))
     samples = context.data.spread(MAX_SAMPLES)
-    for tensors in stream(model, list(seen), samples, context.check_time, padding=False):
+    halves = len(samples) // (samples.fixed_batch or 1) >= MIN_SAMPLES
+    each = -(-ROWS // max(1, len(samples) // (2 if halves else 1)))
+    for number, tensors in enumerate(stream(model, list(seen), samples, context.check_time, padding=False)):
         for edge in edges:
-            seen[edge.name].observe(_rows(tensors[edge.name], edge.axis), each, rng)
+            rows = _rows(tensors[edge.name], edge.axis)
+            if not halves or number % 2 == 0:
+                seen[edge.name].stretch(rows)
+            if not halves or number % 2:
+                seen[edge.name].keep(rows, each, rng)
     return seen
 
 

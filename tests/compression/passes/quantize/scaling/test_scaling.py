@@ -130,6 +130,24 @@ def test_smoothing_pays_with_outlier_channels(encoder: Model, rng, quantize: App
     assert sqnr(encoder, smooth.model, unseen) > sqnr(encoder, plain.model, unseen) + 3
 
 
+def test_channels_that_are_seldom_loud_are_not_cut_off(build, rng, quantize: Apply, sqnr) -> None:  # type: ignore[no-untyped-def]
+    """Channels of which few samples show anything: what is silent in those that a scale is made from is loud in others,
+    and unseen inputs do not get worse by smoothing."""
+    weights = {"first": np.eye(64), "second": rng.normal(0, 0.2, (64, 16))}
+    nodes = [
+        NODE("MatMul", ["x", "first"], ["a"], "a"),
+        NODE("Relu", ["a"], ["h"], "relu"),
+        NODE("MatMul", ["h", "second"], ["y"], "second"),
+    ]
+    model = build(nodes, {name: array.astype(np.float32) for name, array in weights.items()}, {"x": ["n", 64]})
+    loud = rng.random((564, 64)) < 0.02
+    samples = np.where(loud, rng.uniform(0.5, 1.5, loud.shape), rng.normal(0, 0.02, loud.shape)).astype(np.float32)
+    seen, unseen = {"x": samples[:64]}, {"x": samples[64:]}
+    options = {"scheme": "static", "calibration": "minmax", "rounding": "nearest", "bias_correction": False}
+    plain, smooth = (quantize(model, seen, smooth_quant=on, **options).model for on in (False, True))
+    assert sqnr(model, smooth, unseen) > sqnr(model, plain, unseen) - 1
+
+
 def test_nothing_is_smoothed_without_data(encoder: Model, rng, quantize: Apply) -> None:  # type: ignore[no-untyped-def]
     """Outliers of made-up inputs are no one's."""
     values = {"x": rng.normal(0, 1, (8, 6, 32)).astype(np.float32)}
