@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import openvino
+from openvino.frontend import FrontEndManager
 
 
 class SessionOptions:
@@ -29,25 +30,51 @@ class Value:
 
 
 class InferenceSession:
-    """A compiled model."""
+    """A model, compiled for the shapes of the feeds where OpenVINO converts it with none else."""
 
     def __init__(self, path: str, options: SessionOptions | None = None, providers: Sequence[str] = ()) -> None:
         del providers
-        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if options is not None and options.intra_op_num_threads:
-            settings["INFERENCE_NUM_THREADS"] = options.intra_op_num_threads
+            self._settings["INFERENCE_NUM_THREADS"] = options.intra_op_num_threads
         if precision := os.environ.get("OPENVINO_PRECISION"):
-            settings["INFERENCE_PRECISION_HINT"] = precision
-        self._compiled = openvino.Core().compile_model(path, "CPU", settings)
-        self._request = self._compiled.create_infer_request()
+            self._settings["INFERENCE_PRECISION_HINT"] = precision
+        self._path = path
+        self._requests: dict[tuple[tuple[int, ...], ...], openvino.InferRequest] = {}
+        self._names = {value.name for value in self.get_inputs()}
+        try:
+            self._any_shape = self._compiled(path)
+        except RuntimeError:
+            self._any_shape = None
 
     def get_inputs(self) -> list[Value]:
+        _, model = self._loaded()
         return [
-            Value(port.get_any_name(), [d.get_length() if d.is_static else "dynamic" for d in port.get_partial_shape()])
-            for port in self._compiled.inputs
+            Value(
+                place.get_names()[0],
+                [d.get_length() if d.is_static else "dynamic" for d in model.get_partial_shape(place)],
+            )
+            for place in model.get_inputs()
         ]
 
     def run(self, _outputs: None, feeds: Mapping[str, Any]) -> list[np.ndarray]:
-        taken = {name for port in self._compiled.inputs for name in port.get_names()}
-        self._request.infer({name: np.asarray(array) for name, array in feeds.items() if name in taken})
-        return [np.array(tensor.data) for tensor in self._request.output_tensors]
+        given = {name: np.asarray(array) for name, array in feeds.items() if name in self._names}
+        request = self._any_shape or self._of_shapes(given)
+        request.infer(given)
+        return [np.array(tensor.data) for tensor in request.output_tensors]
+
+    def _of_shapes(self, given: Mapping[str, np.ndarray]) -> openvino.InferRequest:
+        key = tuple(array.shape for array in given.values())
+        if key not in self._requests:
+            frontend, model = self._loaded()
+            for place in model.get_inputs():
+                model.set_partial_shape(place, openvino.PartialShape(list(given[place.get_names()[0]].shape)))
+            self._requests[key] = self._compiled(openvino.Model(frontend.convert(model)))
+        return self._requests[key]
+
+    def _loaded(self) -> tuple[Any, Any]:
+        frontend = FrontEndManager().load_by_framework("onnx")
+        return frontend, frontend.load(self._path)
+
+    def _compiled(self, model: str | openvino.Model) -> openvino.InferRequest:
+        return openvino.Core().compile_model(model, "CPU", self._settings).create_infer_request()
