@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from modelpress_compression.search.candidates import Candidate
 from modelpress_compression.search.solver import Option, cheapest
@@ -32,10 +33,22 @@ def by_budget(
     most = sum(min(options, key=lambda option: option.price).error for options in parts)
     least = sum(min(option.error for option in options) for options in parts)
     low, high = decibels(most) - _SLACK_DB, min(decibels(least), CLOSE_DB)
+    yield from between(low, high, partial(cheapest, parts), build, halvings)
+
+
+def between(
+    low: float,
+    high: float,
+    solve: Callable[[float], Sequence[int] | None],
+    build: Callable[[Sequence[int]], Candidate | None],
+    halvings: int = HALVINGS,
+) -> Iterator[Candidate]:
+    """The same for whoever solves otherwise: `solve` gives the cheapest choice within an error. `low`, `high`: decibels
+    of the first choice, and of one that is close enough."""
     tried: set[tuple[int, ...]] = set()
     budget_db = low
     for _ in range(1 + halvings):
-        choice = cheapest(parts, 10 ** (-budget_db / 10))
+        choice = solve(10 ** (-budget_db / 10))
         if choice is None or tuple(choice) in tried:
             return
         tried.add(tuple(choice))

@@ -15,7 +15,7 @@ from modelpress_compression.search.steps import StepRecord
 _BRIEFLY: Mapping[str, Callable[[Any], str]] = MappingProxyType(
     {
         "fuse": lambda config: "",
-        "prune": lambda config: f"prune {100 * config.sparsity:.0f} %",
+        "prune": lambda config: f"prune {100 * config.sparsity:.0f} %" if config.sparsity else "prune by prices",
         "factorize": lambda config: f"factorize {100 - 100 * config.budget:.0f} %",
         "distill": lambda config: "distill",
     }

@@ -8,6 +8,7 @@
                                         (mixed_bits.py)
     cut                                 with data: channels gone, layers factorized, repaired and trained, as far as
                                         labels, or samples that nothing was fitted to, permit (levers.py, held_out.py)
+    widths and bits                     as one choice, by their prices: where size counts (joint.py)
 
 Each candidate is judged by its answers (judge.py); which of them is taken is decided by decision.py.
 """
@@ -37,6 +38,7 @@ from modelpress_compression.search.candidates import Candidate
 from modelpress_compression.search.decision import BUILT, Decision, Pursuit
 from modelpress_compression.search.entries import Entry, size_change
 from modelpress_compression.search.held_out import Grounds, grounds
+from modelpress_compression.search.joint import JointSearch
 from modelpress_compression.search.judge import FLOAT_FLOOR_DB, Judge
 from modelpress_compression.search.levers import FEW_CUTS, LEVERS, MANY_CUTS, LeverSearch
 from modelpress_compression.search.mixed_bits import MixedBitsSearch
@@ -49,6 +51,7 @@ from modelpress_compression.search.steps import StepRecord, apply_step, scaled
 SCORED_SHARES = (0.1, 0.25, 0.4, 0.55)
 # What `accurate` asks of stored weights: more than what counts as no error (choice.NEGLIGIBLE_ERROR), 40 dB.
 CLOSE_FLOOR_DB = 43.0
+_JOINT = 0.7  # share of the progress when the levers' models are quantized
 _WHOLE = 0.3  # share of the progress when the candidates of the whole model are built and judged
 
 
@@ -87,6 +90,7 @@ class GoalSearch:
     entries: list[Entry] = field(default_factory=list)
     began_s: float = field(default_factory=time.monotonic)
     numbers: Iterator[int] = field(default_factory=count)  # of folders
+    _bits: MixedBitsSearch | None = None  # of the whole model
 
     def build(self) -> None:
         """All candidates, judged by their answers."""
@@ -145,9 +149,7 @@ class GoalSearch:
         self, model: Model, path: Path, before: tuple[StepRecord, ...], context: Context, judge: Judge
     ) -> None:
         """Every scheme on one float model."""
-        target = self._folder(f"quantize-{len(self.entries)}")
-        step = Step("quantize", QuantizeConfig())
-        search = SchemeSearch(step, model, path, context, target, judge, judge.recall)
+        search = self._scheme_search(model, path, context, judge)
         entered = 0
         with self._while_it_lasts():
             for _ in self._schemes(search, whole=not before or before[-1].step.technique == "fuse"):
@@ -158,6 +160,10 @@ class GoalSearch:
                 # From the second on: whatever the time, there is one.
                 search.context = self._limited(search.context)
         self._enter(search.candidates[entered:], judge, before)
+
+    def _scheme_search(self, model: Model, path: Path, context: Context, judge: Judge) -> SchemeSearch:
+        target = self._folder(f"quantize-{next(self.numbers)}")
+        return SchemeSearch(Step("quantize", QuantizeConfig()), model, path, context, target, judge, judge.recall)
 
     @contextmanager
     def _while_it_lasts(self) -> Iterator[None]:
@@ -223,7 +229,10 @@ class GoalSearch:
             nearest = replace(config, weights="int4", rounding="nearest")
             quantize = partial(Quantize(nearest), search.model, search.context)
             yield [search.add("weight_only", quantize, "4 bits in blocks, to the nearest")]
-        yield from ([candidate] for candidate in MixedBitsSearch(search).candidates())
+        bits = MixedBitsSearch(search)
+        if whole:
+            self._bits = bits
+        yield from ([candidate] for candidate in bits.candidates())
 
     def _in_4_bits(self, search: SchemeSearch, config: QuantizeConfig) -> Candidate:
         """Rounding them well takes a fifth of the search, and where 8 bits are faster they are hardly ever taken: so it
@@ -254,18 +263,8 @@ class GoalSearch:
         levers = self._levers
         width = (0.6 - _WHOLE) / len(levers)
         for number, technique in enumerate(levers):
-            lever = LeverSearch(
-                technique,
-                self.goal.objective,
-                self._limited(self._part(_WHOLE + width * number, _WHOLE + width * (number + 1), on.data)),
-                apply=lambda record, context: self._applied(
-                    record, context, self._folder(f"cut-{next(self.numbers)}"), on.judge.recall
-                ),
-                judge=on.judge.answers,
-                left_s=self._left_s,
-                trains=self.recipe.searches_far and not scored and "distill" in self.goal.techniques,
-                cuts=MANY_CUTS if self.recipe.searches_far else FEW_CUTS,
-            )
+            part = self._part(_WHOLE + width * number, _WHOLE + width * (number + 1), on.data)
+            lever = self._lever(technique, part, on)
             with self._while_it_lasts():
                 for cut in lever.cuts(start, SCORED_SHARES if scored else ()):
                     self._enter([cut.candidate], on.judge, cut.before)
@@ -280,6 +279,42 @@ class GoalSearch:
             held = any(not entry.candidate.reason or entry.candidate.unscored for entry in self.entries[built:])
             if held and not self.recipe.searches_far:
                 break  # else what was cut less may leave more room for it
+        both = {"prune", "quantize"} <= set(self.goal.techniques)
+        if kept and both and self._size_first and not scored and self._has_time:
+            self._cut_and_quantized(before or (fused,), on)
+
+    def _lever(self, technique: str, context: Context, on: Grounds) -> LeverSearch:
+        scored = isinstance(self.judge.task, GivenScores)
+        return LeverSearch(
+            technique,
+            self.goal.objective,
+            self._limited(context),
+            apply=lambda record, context: self._applied(
+                record, context, self._folder(f"cut-{next(self.numbers)}"), on.judge.recall
+            ),
+            judge=on.judge.answers,
+            left_s=self._left_s,
+            trains=self.recipe.searches_far and not scored and "distill" in self.goal.techniques,
+            cuts=MANY_CUTS if self.recipe.searches_far else FEW_CUTS,
+        )
+
+    def _cut_and_quantized(self, start: tuple[StepRecord, ...], on: Grounds) -> None:
+        """Widths and bits as one choice."""
+        last, part = start[-1], self._limited(self._part(_JOINT, BUILT, on.data))
+        whole = self._scheme_search(last.model, last.path, part, on.judge)
+        bits = self._bits if self._bits is not None and on.judge is self.judge else MixedBitsSearch(whole)
+        joint = JointSearch(
+            whole,
+            bits,
+            self._lever("prune", part, on),
+            start,
+            lambda chain: self._scheme_search(chain[-1].model, chain[-1].path, part, on.judge),
+        )
+        with self._while_it_lasts():
+            for cut in joint.cuts():
+                self._enter([cut.candidate], on.judge, cut.before)
+                if not self._has_time:
+                    break
 
     def choose(self) -> Pursuit:
         """Times the candidates that keep the answers, and takes one; it may be asked again."""

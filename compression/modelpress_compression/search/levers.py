@@ -112,12 +112,9 @@ class LeverSearch:
                 return
             left = (share - gone) / (1 - gone)
             step = LEVERS[self._technique](left, self._objective)
-            variant = f"{100 * left:.0f} % {_TAKEN[self._technique]}"
-            with self._context.span("candidate", f"{self._technique} {variant}"):
-                record = self._apply(replace(base[-1], step=step, changes={}), self._context)
-                if not record.changes:
-                    return
-                found = self._judged(record, base, variant)
+            found = self.tried(step, base, f"{100 * left:.0f} % {_TAKEN[self._technique]}")
+            if not found:
+                return
             yield from found
             last = found[-1].candidate
             if last.unscored:
@@ -130,6 +127,13 @@ class LeverSearch:
                 kept = share
                 if last.technique == "distill":
                     base, gone = found[-1].chain, share
+
+    def tried(self, step: Step, start: tuple[StepRecord, ...], variant: str) -> list[Cut]:
+        """The candidate that a step makes of the model that `start` ends with; and, where it has lost its answers, the
+        same after training. Empty: the step changes nothing."""
+        with self._context.span("candidate", f"{self._technique} {variant}"):
+            record = self._apply(replace(start[-1], step=step, changes={}), self._context)
+            return self._judged(record, start, variant) if record.changes else []
 
     def _judged(self, record: StepRecord, start: tuple[StepRecord, ...], variant: str) -> list[Cut]:
         """The candidate; and, where it has lost its answers, the same after training."""

@@ -25,7 +25,7 @@ class MixedBitsSearch:
 
     def candidates(self) -> Iterator[Candidate]:
         """One after the other, each nearer to the smallest that keeps the answers. Raises TimeLimitError."""
-        forms = self._forms.values()
+        forms = self.forms.values()
         if any(form.name not in (EIGHT, FLOAT) for own in forms for form in own):
             yield from by_budget([[Option(form.size_bytes, form.error) for form in own] for own in forms], self._built)
 
@@ -34,7 +34,9 @@ class MixedBitsSearch:
         return MixedBits(self._search.model, self._search.step.config, self._search.context)
 
     @cached_property
-    def _forms(self) -> Mapping[str, tuple[Form, ...]]:
+    def forms(self) -> Mapping[str, tuple[Form, ...]]:
+        """Of each weight, with their prices. Raises ModelNotRunnableError, TimeLimitError."""
+
         def measure() -> dict[str, Any]:
             return {
                 name: [[form.name, form.size_bytes, form.error] for form in forms]
@@ -45,7 +47,7 @@ class MixedBitsSearch:
         return {name: tuple(Form(*form) for form in forms) for name, forms in known.items()}
 
     def _built(self, choice: Sequence[int]) -> Candidate:
-        forms = {name: own[place] for (name, own), place in zip(self._forms.items(), choice, strict=True)}
+        forms = {name: own[place] for (name, own), place in zip(self.forms.items(), choice, strict=True)}
         names = {name: form.name for name, form in forms.items()}
         few = sum(name not in (EIGHT, FLOAT) for name in names.values())
         promised = decibels(sum(form.error for form in forms.values()))

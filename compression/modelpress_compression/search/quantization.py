@@ -95,7 +95,7 @@ class SchemeSearch:
 
     def _config(self, scheme: str) -> QuantizeConfig:
         config: QuantizeConfig = self.step.config
-        kept = tuple(map(_pattern, self.heads)) if scheme == "dynamic" else ()
+        kept = tuple(map(pattern_of, self.heads)) if scheme == "dynamic" else ()
         return replace(config, scheme=scheme, exclude=(*config.exclude, *kept))
 
     @property
@@ -295,6 +295,6 @@ def _lost(chosen: Candidate | None) -> str:
     return f"{chosen.name.removeprefix('quantize ')} is faster, or smaller at the same speed"
 
 
-def _pattern(name: str) -> str:
+def pattern_of(name: str) -> str:
     """What `exclude` takes for a node of this name; a recipe holds nothing that cannot be printed, a name may."""
     return "".join(char if char.isprintable() else "?" for char in escape(name))

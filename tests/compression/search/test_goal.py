@@ -177,6 +177,19 @@ def test_all_levers_together(digits: Model, samples: InputData, labelled: Evalua
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("timed_by_size")
+def test_widths_and_bits_are_chosen_together(digits: Model, samples: InputData, labelled: EvaluationData) -> None:
+    """`smallest` builds models whose channels and bits one solver has chosen: one of them keeps the metric, and is
+    smaller than all that keep every channel."""
+    recipe = goal(objective="smallest", max_drop=0.02, techniques=["fuse", "prune", "quantize"])
+    rows = compress(digits, recipe, data=samples, eval_data=labelled).report["candidates"]
+    together = [row for row in rows if "bits chosen with the widths" in row["name"]]
+    whole = [row["size_bytes"] for row in rows if "prune" not in row["name"] and row["drop"] is not None]
+    assert any(row["drop"] <= 0.02 and row["size_bytes"] < min(whole) for row in together)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("timed_by_size")
 def test_levers_without_labels(digits: Model, samples: InputData, labelled: EvaluationData, tmp_path: Path) -> None:
     """`smallest` with nothing but inputs: what is cut is judged on samples that nothing was fitted to, and the
     accuracy, which the search has not seen, holds."""

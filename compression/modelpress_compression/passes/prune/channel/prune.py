@@ -71,7 +71,7 @@ def prune_channels(model: Model, config: PruneConfig, context: Context) -> PassR
     context.progress(_CHOSEN, f"cutting {len(asked.kept)} groups of channels")
 
     def repaired_after(selection: Selection) -> Repair:
-        return _repair(model, cut(model, selection.kept), analysis, selection, config, context)
+        return refitted(model, cut(model, selection.kept), analysis, selection, config, context)
 
     if config.min_cosine:
         limits = Limits.of(groups, config)
@@ -162,7 +162,7 @@ def _device_warnings(config: PruneConfig, context: Context) -> tuple[str, ...]:
     return (reason,) if (reason := device_warning(context.target.device)) else ()
 
 
-def _repair(
+def refitted(
     model: Model, pruned: Model, analysis: Analysis, selection: Selection, config: PruneConfig, context: Context
 ) -> Repair:
     """The cut model with its layers fitted, or as it is where the recipe or the want of data says so."""
