@@ -1,7 +1,7 @@
 """How weights are rounded: to the nearest level, by GPTQ, or learned, in few bits.
 
     python benchmarks/rounding.py --models DIR [--only NAME ...] [--schemes static weight_only] [--weights int4]
-                                  [--roundings nearest gptq adaround brecq] [--steps N]
+                                  [--roundings nearest gptq adaround brecq] [--steps N] [--block-size N]
 
 Every model is fused and quantized from three quarters of its representative inputs. Of each result: the task metric by
 the model's own script (DIR is as for `real_models.py`), the signal to noise of the worst output on the quarter held out
@@ -89,18 +89,26 @@ def main() -> None:
     parser.add_argument("--weights", nargs="*", default=["int4"])
     parser.add_argument("--roundings", nargs="*", default=["nearest", "gptq", "adaround", "brecq"])
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--block-size", type=int, default=32, help="of weight_only")
     parser.add_argument("--row", nargs=4, metavar=("NAME", "SCHEME", "WEIGHTS", "ROUNDING"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
         name, scheme, weights, rounding = options.row
-        config = QuantizeConfig(scheme=scheme, weights=weights, rounding=rounding, rounding_steps=options.steps)
+        config = QuantizeConfig(
+            scheme=scheme,
+            weights=weights,
+            rounding=rounding,
+            rounding_steps=options.steps,
+            block_size=options.block_size,
+        )
         print(row_of(name, options.models, config))
         return
     print(_HEAD, flush=True)
     for name in options.only:
         rows = [(name, s, w, r) for s in options.schemes for w in options.weights for r in options.roundings]
         for row in rows:
-            command = [sys.executable, __file__, "--models", str(options.models), "--steps", str(options.steps)]
+            settings = ["--steps", str(options.steps), "--block-size", str(options.block_size)]
+            command = [sys.executable, __file__, "--models", str(options.models), *settings]
             done = subprocess.run([*command, "--row", *row], capture_output=True, text=True, check=False)
             print(done.stdout.strip() or f"| {' | '.join(row)} | failed: {done.stderr.strip()[-200:]} |", flush=True)
 
