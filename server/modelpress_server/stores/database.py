@@ -2,8 +2,8 @@
 
 Two kinds. A file (SQLite) belongs to one server: writes run one after the other in one thread, which is what SQLite
 allows anyway, so that none waits on a lock; reads have threads of their own and see the last commit (WAL).
-`synchronous=FULL`: a job that a client was told of survives a power cut; progress is written in batches, so that the
-fsync of each commit costs little.
+`synchronous=FULL`: a job that a client was told of survives a power cut. What waits to be written while another commit
+reaches the disk is committed together, so that many writers wait for few of them.
 
 PostgreSQL may be shared by many servers: writes run side by side at READ COMMITTED, and a transaction takes what it
 needs to be alone with: rows by FOR UPDATE, a project by `hold`.
@@ -15,15 +15,16 @@ import asyncio
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from contextvars import copy_context
-from dataclasses import dataclass
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 from modelpress_protos.v1 import upload_service_pb2
@@ -43,6 +44,8 @@ Result = TypeVar("Result")
 BUSY_TIMEOUT_MS = 10_000
 READERS = 4
 WRITERS = 8  # of PostgreSQL
+# So many writes share a commit at most: the first of them waits for the last.
+MAX_GROUP = 32
 # A transaction that PostgreSQL ended because of another one is begun again.
 MAX_TRIES = 10
 _CHANGES = "modelpress_changes"  # of a state, in the transaction that runs
@@ -51,6 +54,16 @@ _SUBSCRIBERS = "modelpress_subscribers"
 _OUT_OF_DESCRIPTORS = ("unable to open database file", "out of memory")
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _Write:
+    """A transaction that waits for the thread that writes. `context`: of whoever asked for it."""
+
+    function: Callable[[Connection], Any]
+    must: bool
+    context: Context = field(default_factory=copy_context)
+    result: Future[Any] = field(default_factory=Future)
 
 
 class Database:
@@ -67,6 +80,7 @@ class Database:
         self._reading = postgres.for_reading(engine) if self.shared else engine
         self._writer = ThreadPoolExecutor(writers, thread_name_prefix="sql-write")
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="sql-read")
+        self._waiting: deque[_Write] = deque()  # for the thread that writes a file
         self._led: dict[str, Connection] = {}
         # Two threads that ask for the same task must not each open a session for it: one of them would be lost.
         self._asking_who_leads = Lock()
@@ -107,9 +121,14 @@ class Database:
 
         `must`: it lets go of something or ends something, and is to succeed on a full disk as well.
         """
-        run = partial(self._run_anyhow if must else self._run, function, True)
         # In a copy of the context: the log's lines on what is written say which call or job it was for.
-        return await asyncio.get_running_loop().run_in_executor(self._writer, copy_context().run, run)
+        write = _Write(function, must)
+        if self.shared:
+            self._writer.submit(self._write_alone, write)
+        else:
+            self._waiting.append(write)
+            self._writer.submit(self._write_waiting)
+        return cast(Result, await asyncio.wrap_future(write.result))
 
     async def leads(self, task: str) -> bool:
         """Whether this server is the one that does a task which one does for all; it stays so until it is gone."""
@@ -125,6 +144,54 @@ class Database:
         for task in tuple(self._led):
             await asyncio.to_thread(self._resign, task)
         self._engine.dispose()
+
+    def _write_waiting(self) -> None:
+        group: list[_Write] = []
+        while self._waiting and len(group) < MAX_GROUP:
+            write = self._waiting.popleft()
+            if write.result.set_running_or_notify_cancel():
+                group.append(write)
+        if len(group) < 2 or not self._write_together(group):
+            for write in group:
+                self._write_started(write)
+
+    def _write_alone(self, write: _Write) -> None:
+        if write.result.set_running_or_notify_cancel():
+            self._write_started(write)
+
+    def _write_started(self, write: _Write) -> None:
+        _resolve(write, partial(self._run_anyhow if write.must else self._run, write.function, True))
+
+    def _write_together(self, group: Sequence[_Write]) -> bool:
+        """One commit for all; False: nothing was written, since the database or the disk failed for one of them."""
+        ends: list[tuple[_Write, Callable[[], Any]]] = []
+        try:
+            with self._engine.connect() as connection:
+                connection.execution_options(modelpress_writes=True)
+                with connection.begin():
+                    for write in group:
+                        ends.append((write, self._write_in_group(connection, write)))
+        except (DBAPIError, StorageFullError):
+            return False
+        for write, end in ends:
+            _resolve(write, end)
+        return True
+
+    def _write_in_group(self, connection: Connection, write: _Write) -> Callable[[], Any]:
+        """What is left to do once the group is committed; it returns or raises what the write is to."""
+        try:
+            with connection.begin_nested():
+                changes, result = write.context.run(self._transact, connection, write.function)
+        except (DBAPIError, StorageFullError):
+            raise
+        except Exception as error:  # noqa: BLE001  of this write alone: it is undone, and the others go on
+            return partial(_raise, error)
+        return partial(self._told, changes, result)
+
+    def _told(self, changes: Sequence[StateChange], result: Result) -> Result:
+        for change in changes:
+            self.on_change(change)
+        return result
 
     def _run_anyhow(self, function: Callable[[Connection], Result], writes: bool) -> Result:
         try:
@@ -151,16 +218,20 @@ class Database:
         with (self._engine if writes else self._reading).connect() as connection:
             if not self.shared:
                 connection.execution_options(modelpress_writes=writes)
-            changes = connection.info[_CHANGES] = []
-            news = connection.info[_NEWS] = {}
-            connection.info[_SUBSCRIBERS] = self.subscribers
             with connection.begin():
-                result = function(connection)
-                if self.shared and news:
-                    postgres.tell(connection, news)
-        for change in changes:
-            self.on_change(change)
-        return result
+                changes, result = self._transact(connection, function)
+                if self.shared and connection.info[_NEWS]:
+                    postgres.tell(connection, connection.info[_NEWS])
+        return self._told(changes, result)
+
+    def _transact(
+        self, connection: Connection, function: Callable[[Connection], Result]
+    ) -> tuple[Sequence[StateChange], Result]:
+        """Calls it in the transaction of the connection; also what it says that it changed."""
+        changes: list[StateChange] = []
+        connection.info[_CHANGES], connection.info[_NEWS] = changes, {}
+        connection.info[_SUBSCRIBERS] = self.subscribers
+        return changes, function(connection)
 
     def _ask_who_leads(self, task: str) -> bool:
         with self._asking_who_leads:
@@ -188,6 +259,20 @@ class Database:
             with suppress(DatabaseError, InvalidRequestError):
                 connection.detach()  # else it would go back to the pool, with the lock
             connection.close()
+
+
+def _resolve(write: _Write, work: Callable[[], Any]) -> None:
+    """Gives whoever asked for a write what `work` returns or raises."""
+    try:
+        result = write.context.run(work)
+    except BaseException as error:  # noqa: BLE001  nobody else waits for it
+        write.result.set_exception(error)
+    else:
+        write.result.set_result(result)
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 import warnings
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,15 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from modelpress_server.config import SettingsError
-from modelpress_server.errors import ServerBusyError
+from modelpress_server.errors import ServerBusyError, WrongStateError
 from modelpress_server.stores import migrations
-from modelpress_server.stores.database import Database, hold, hold_all
+from modelpress_server.stores.database import Database, hold, hold_all, note_change
+from modelpress_server.stores.overview import StateChange
 from modelpress_server.stores.tables import metadata
 from server_harness import until
 from shared_stores import new_database
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, event, text
+from sqlalchemy.exc import IntegrityError
 
 
 async def test_migrations_make_the_tables(database: Database) -> None:
@@ -62,6 +65,115 @@ async def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     await database.close()
     with pytest.raises(SettingsError, match="newer version"):
         Database.open(tmp_path / "test.db")
+
+
+async def make_lines(database: Database) -> None:
+    """A table to write to."""
+    await database.write(lambda connection: connection.execute(text("CREATE TABLE lines (n int PRIMARY KEY)")))
+
+
+async def lines(database: Database) -> list[int]:
+    """What is written in it."""
+    found = await database.read(lambda connection: connection.execute(text("SELECT n FROM lines ORDER BY n")).scalars())
+    return list(found)
+
+
+def insert(number: int) -> Callable[[Connection], int]:
+    """A write; it returns its number."""
+
+    def work(connection: Connection) -> int:
+        connection.execute(text("INSERT INTO lines VALUES (:n)"), {"n": number})
+        note_change(connection, StateChange("job", "a", str(number), "QUEUED"))
+        return number
+
+    return work
+
+
+@pytest.fixture
+async def busy(tmp_path: Path) -> AsyncIterator[tuple[Database, Callable[[], None], list[str]]]:
+    """A file whose writer is busy until the function is called, and what happens to its transactions meanwhile."""
+    database = Database.open(tmp_path / "test.db")
+    await make_lines(database)
+    is_in, go_on, said = threading.Event(), threading.Event(), list[str]()
+    for what in ("commit", "rollback"):
+        event.listen(database._engine, what, lambda _connection, what=what: said.append(what))
+
+    def hold_up(_: Connection) -> None:
+        is_in.set()
+        assert go_on.wait(60)
+
+    first = asyncio.create_task(database.write(hold_up))
+    await asyncio.to_thread(is_in.wait)
+    yield database, go_on.set, said
+    await first
+    await database.close()
+
+
+Busy = tuple[Database, Callable[[], None], list[str]]
+
+
+async def test_what_waits_is_committed_together(busy: Busy) -> None:
+    """Twenty writes that wait need one commit; each returns what is its own, and its changes are told once."""
+    database, go_on, said = busy
+    told: list[str] = []
+    database.on_change = lambda change: told.append(change.id)
+    writes = [asyncio.create_task(database.write(insert(number))) for number in range(20)]
+    await asyncio.sleep(0)
+    go_on()
+    assert await asyncio.gather(*writes) == list(range(20))
+    assert said.count("commit") == 2  # that of the one which held them up, and theirs
+    assert told == [str(number) for number in range(20)]
+    assert await lines(database) == list(range(20))
+
+
+async def test_a_write_that_fails_undoes_itself_alone(busy: Busy) -> None:
+    """Of those that are committed together: it raises its error, nothing of it is stored or told, the others are."""
+    database, go_on, said = busy
+    told: list[str] = []
+    database.on_change = lambda change: told.append(change.id)
+
+    def fail(connection: Connection) -> None:
+        insert(7)(connection)
+        raise WrongStateError("on purpose")
+
+    writes = [asyncio.create_task(database.write(work)) for work in (insert(1), fail, insert(2))]
+    await asyncio.sleep(0)
+    go_on()
+    first, error, second = await asyncio.gather(*writes, return_exceptions=True)
+    assert (first, second) == (1, 2)
+    assert isinstance(error, WrongStateError)
+    assert said.count("commit") == 2
+    assert told == ["1", "2"]
+    assert await lines(database) == [1, 2]
+
+
+async def test_a_database_that_fails_for_one_of_several(busy: Busy) -> None:
+    """Then nothing is committed together, and each is written alone: the others succeed, and are told of once."""
+    database, go_on, said = busy
+    told: list[str] = []
+    database.on_change = lambda change: told.append(change.id)
+    writes = [asyncio.create_task(database.write(work)) for work in (insert(1), insert(1), insert(2))]
+    await asyncio.sleep(0)
+    go_on()
+    first, error, second = await asyncio.gather(*writes, return_exceptions=True)
+    assert (first, second) == (1, 2)
+    assert isinstance(error, IntegrityError)
+    assert said.count("rollback") >= 2  # of all, then of the one
+    assert told == ["1", "2"]
+    assert await lines(database) == [1, 2]
+
+
+async def test_a_write_that_nobody_waits_for_any_more(busy: Busy) -> None:
+    """One that is cancelled before its turn is not made; those beside it are."""
+    database, go_on, _ = busy
+    writes = [asyncio.create_task(database.write(insert(number))) for number in range(3)]
+    await asyncio.sleep(0)
+    writes[1].cancel()
+    await asyncio.wait([writes[1]])
+    go_on()
+    assert await writes[0] == 0
+    assert await writes[2] == 2
+    assert await lines(database) == [0, 2]
 
 
 async def test_servers_that_start_together(postgres: str) -> None:
