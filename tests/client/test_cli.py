@@ -38,6 +38,13 @@ def test_upload_does_the_main_job(run_cli: RunCli, fake_server: Any, model_file:
     assert "\x1b" not in ran.out + ran.err
 
 
+def test_compress_of_a_file_names_upload(run_cli: RunCli, fake_server: Any, model_file: Path) -> None:
+    """It wants a model that the server has."""
+    ran = run_cli("compress", model_file, "--server", fake_server.address)
+    assert ran.code == 2
+    assert f"compress-client upload {model_file}" in ran.err
+
+
 def test_upload_json(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path) -> None:
     """stdout is exactly one document of the documented shape; options may stand after the command."""
     ran = run_cli("upload", model_file, "--json", "--server", fake_server.address, "-o", "sub/out.onnx")

@@ -161,6 +161,7 @@ def compress(model_name: str, **options: Any) -> None:
     wanted = Wanted(**options)
 
     async def body(session: Session) -> int | None:
+        _check_is_no_file(model_name)
         async with _display(session) as display:
             model = await session.client.model(model_name)
             if wanted.no_compress:
@@ -180,6 +181,11 @@ def compress(model_name: str, **options: Any) -> None:
 
 
 COMMANDS = (upload, compress)
+
+
+def _check_is_no_file(name: str) -> None:
+    if Path(name).is_file():
+        raise UsageError(f"'{name}' is a file; 'compress-client upload {name}' sends and compresses it.")
 
 
 @dataclass(frozen=True)
