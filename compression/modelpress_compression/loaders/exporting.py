@@ -18,7 +18,7 @@ from modelpress_compression.errors import CompressionError, ModelNotRunnableErro
 from modelpress_compression.graph.shapes import infer_shapes
 from modelpress_compression.inputs import Array
 from modelpress_compression.loaders.exporters import ExportRequest
-from modelpress_compression.loaders.onnx_file import from_exporter, lacking_on_cpu, runnable
+from modelpress_compression.loaders.onnx_file import from_exporter, may_need_float32, runnable
 from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.loaders.trials import TrialRun, TrialRuns, first_line
 from modelpress_compression.loaders.verify import Disagreement, check_outputs
@@ -90,7 +90,7 @@ def _finished(path: Path, provenance: Provenance, specs: Sequence[TensorSpec], t
     """
     model = from_exporter(path, provenance)
     _shape_inputs(model, specs)
-    if lacking_on_cpu(model):
+    if may_need_float32(model):
         model = runnable(model)
     observed: list[list[Array]] = []
     with session_of(model, optimize=False) as session:

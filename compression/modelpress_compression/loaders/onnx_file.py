@@ -20,7 +20,7 @@ from modelpress_compression.errors import (
 )
 from modelpress_compression.graph.metadata import clear_debug_metadata
 from modelpress_compression.graph.precision import compute_in_float32, computes_in
-from modelpress_compression.graph.read import constant_tensor
+from modelpress_compression.graph.read import constant_tensor, is_op
 from modelpress_compression.graph.shapes import infer_shapes
 from modelpress_compression.loaders.formats.refusals import refused
 from modelpress_compression.loaders.normalize import name_nodes, normalize, root_cause
@@ -63,37 +63,62 @@ def load_onnx(source: Source, specs: Sequence[TensorSpec]) -> Model:
 
 
 def runnable(model: Model) -> Model:
-    """Says what onnxruntime refuses, now rather than in the middle of a job. What it refuses to compute in bfloat16 or
-    float64 is computed in float32.
+    """Says what onnxruntime refuses, now rather than in the middle of a job. What it does not compute in bfloat16,
+    float64 or float16 is computed in float32.
 
     Raises UnsupportedOperatorError, ModelNotRunnableError.
     """
+    refusal = _refusal(model)
+    dtypes = (*(_lacking_on_cpu(model) if refusal else ()), *_crashing_on_cpu(model))
+    widened = model.clone()
+    if not dtypes or not compute_in_float32(widened, dtypes):
+        if refusal is not None:
+            raise refusal
+        return model
+    infer_shapes(widened.ir)
+    name_nodes(widened)
+    if (refusal := _refusal(widened)) is not None:
+        raise refusal
+    names = " and ".join(dtype.name.lower().replace("double", "float64") for dtype in dtypes)
+    return widened.with_warnings(
+        f"The model computes in {names}, in which onnxruntime does not run it on CPU. It computes in float32 here and "
+        f"in the result: the outputs are those of {names} up to rounding, and inputs and outputs keep their types."
+    )
+
+
+def may_need_float32(model: Model) -> bool:
+    """Whether `runnable` may change the model."""
+    return bool(_lacking_on_cpu(model) or _crashing_on_cpu(model))
+
+
+def _refusal(model: Model) -> UnsupportedOperatorError | ModelNotRunnableError | None:
     from modelpress_compression.runtime import session_of
 
     try:
         with session_of(model, optimize=False):
-            return model
-    except (UnsupportedOperatorError, ModelNotRunnableError):
-        widened, dtypes = model.clone(), lacking_on_cpu(model)
-        if not dtypes or not compute_in_float32(widened, dtypes):
-            raise
-    infer_shapes(widened.ir)
-    name_nodes(widened)
-    with session_of(widened, optimize=False):
-        names = " and ".join(dtype.name.lower().replace("double", "float64") for dtype in dtypes)
-        return widened.with_warnings(
-            f"The model computes in {names}, for which onnxruntime does not have all of its operators on CPU. It "
-            f"computes in float32 here and in the result: the outputs are those of {names} up to rounding, and inputs "
-            f"and outputs keep their types."
-        )
+            return None
+    except (UnsupportedOperatorError, ModelNotRunnableError) as error:
+        return error
 
 
-def lacking_on_cpu(model: Model) -> tuple[onnx_ir.DataType, ...]:
+def _lacking_on_cpu(model: Model) -> tuple[onnx_ir.DataType, ...]:
     """The types that the model computes in for which onnxruntime lacks operators on CPU: it has no arithmetic in
     bfloat16, and no convolutions, say, in float64."""
-    return tuple(
-        dtype for dtype in (onnx_ir.DataType.BFLOAT16, onnx_ir.DataType.DOUBLE) if computes_in(model, (dtype,))
+    lacking = (onnx_ir.DataType.BFLOAT16, onnx_ir.DataType.DOUBLE)
+    return tuple(dtype for dtype in lacking if computes_in(model, (dtype,)))
+
+
+def _crashing_on_cpu(model: Model) -> tuple[onnx_ir.DataType, ...]:
+    """float16 where a product reads a Transpose that moves the first axis, as attention and LSTM with `batch_first` do:
+    onnxruntime 1.31 fuses the two, and the process ends with SIGSEGV when a session is opened with optimizations."""
+    crashes = any(
+        node.op_type == "Transpose"
+        and node.outputs[0].dtype == onnx_ir.DataType.FLOAT16
+        and (node.attributes.get_ints("perm", None) or (0,))[0] != 0
+        and any(is_op(user, "MatMul") for user in node.outputs[0].consumers())
+        for node in model.nodes()
     )
+    return (onnx_ir.DataType.FLOAT16,) if crashes else ()
 
 
 def _check_bfloat16(model: Model) -> None:

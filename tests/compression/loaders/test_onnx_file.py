@@ -245,6 +245,27 @@ def test_float64_without_kernels(tmp_path: Path, make: SimpleNamespace) -> None:
         np.testing.assert_allclose(run(session, {"x": x})["y"][:, :, 0, 0], np.einsum("nchw,dchw->nd", x, weight), 1e-5)
 
 
+def test_float16_that_ends_the_process(tmp_path: Path, make: SimpleNamespace) -> None:
+    """A product behind a Transpose of the first axis computes in float32, which is said; types stay, and a session with
+    all optimizations opens. rtol 1e-2, as float16 rounds."""
+    weight = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float16)
+    proto = make.onnx_model(
+        [helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0, 2]), helper.make_node("MatMul", ["t", "w"], ["y"])],
+        inputs={"x": ["N", "T", 4]},
+        outputs={"y": ["T", "N", 6]},
+        initializers=[numpy_helper.from_array(weight, "w")],
+    )
+    for value in (proto.graph.input[0], proto.graph.output[0]):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    model = load(make.write_onnx(proto, tmp_path / "m.onnx"))
+    assert "computes in float16" in model.warnings[0]
+    assert [str(spec) for spec in (*model.inputs, *model.outputs)] == ["x:float16[N,T,4]", "y:float16[T,N,6]"]
+    x = np.random.default_rng(1).standard_normal((2, 3, 4)).astype(np.float16)
+    with session_of(model) as session:
+        got = run(session, {"x": x})["y"]
+    np.testing.assert_allclose(got, x.transpose(1, 0, 2).astype(np.float32) @ weight, rtol=1e-2, atol=1e-2)
+
+
 def test_operators_that_lack_a_type() -> None:
     """An operator of the standard is not called unknown."""
     error = explain(RuntimeError("Could not find an implementation for DeformConv(22) node with name 'd'"))
