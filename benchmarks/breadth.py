@@ -82,7 +82,7 @@ def _through_the_engine(one: Any, name: str, folder: Path, recipes: Sequence[str
         model = _load(one, name, folder)
         row["load"] = _loaded(one, model, folder)
     except CompressionError as error:
-        row["load"] = _refused(one.path, error.message)
+        row["load"] = _refused(one, error.message)
     except Exception as error:  # noqa: BLE001  what is looked for
         row["load"] = _failed(error)
     if row["load"]["outcome"] != "equal":
@@ -97,14 +97,18 @@ def _through_the_engine(one: Any, name: str, folder: Path, recipes: Sequence[str
     return row
 
 
-def _refused(path: Path, why: str) -> dict[str, Any]:
-    """An ONNX file that onnxruntime does not run either is none that anybody has a use for."""
+def _refused(one: Any, why: str) -> dict[str, Any]:
+    """An ONNX file that onnxruntime does not run either is none that anybody has a use for, nor at extents that the
+    exporter was told to keep open."""
     from modelpress_compression.errors import CompressionError
-    from modelpress_compression.runtime import open_session
+    from modelpress_compression.runtime import open_session, run
 
-    if path.suffix == ".onnx":
+    if one.path.suffix == ".onnx":
         try:
-            open_session(path)
+            session = open_session(one.path)
+            names = [value.name for value in session.get_inputs()]
+            for feed in one.feeds:
+                run(session, feed if set(names) == set(feed) else dict(zip(names, feed.values(), strict=True)))
         except CompressionError as error:
             return {"outcome": "not written", "why": f"what is written does not run: {error.message}"[:400]}
     return {"outcome": "refused", "why": why[:400]}

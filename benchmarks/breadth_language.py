@@ -320,6 +320,8 @@ NETWORKS = (
                  {"frames": _SEQUENCE}),
     Architecture("gqa_decoder", "own", lambda: own_networks.GqaDecoder(64, layers=1, vocabulary=WORDS),
                  {"ids": _ids(2, 16)}, {"ids": _SEQUENCE}),
+    Architecture("mamba_any_length", "own", lambda: own_networks.SelectiveStateDecoder(32, WORDS), {"ids": _ids(2, 16)},
+                 {"ids": _SEQUENCE}),
     Architecture("group_norm_1d", "own", own_networks.GroupNormAutoencoder, {"signal": _numbers(2, 2, 128)},
                  {"signal": _BATCH}),
     Architecture("graph", "own", GraphNetwork, {"nodes": _numbers(20, 16), "edges": _edges}, _FIXED),

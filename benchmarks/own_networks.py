@@ -1,4 +1,4 @@
-"""Networks of kinds that the model libraries do not have: segmentation, taggers, super-resolution, a decoder block."""
+"""Networks of kinds that the model libraries do not have: segmentation, taggers, super-resolution, decoders."""
 
 from __future__ import annotations
 
@@ -188,3 +188,58 @@ class GroupNormAutoencoder(nn.Module):
     def forward(self, signal: Tensor) -> Tensor:
         out: Tensor = self.layers(signal)
         return out
+
+
+def _scan(decay: Tensor, drive: Tensor, reads: Tensor) -> Tensor:
+    """Token by token: state = decay * state + drive, each [N, T, C, S]; what `reads` [N, T, S] take of it [N, T, C]."""
+    state = torch.zeros_like(drive[:, 0])
+    outputs = torch.zeros([0, drive.shape[0], drive.shape[2]], dtype=drive.dtype)
+    for token in range(drive.shape[1]):
+        state = decay[:, token] * state + drive[:, token]
+        outputs = torch.cat([outputs, (state * reads[:, token].unsqueeze(1)).sum(-1).unsqueeze(0)])
+    return outputs.permute(1, 0, 2)
+
+
+# A loop over any number of tokens, whoever exports it: a trace would unroll it for one.
+_scripted_scan = torch.jit.script(_scan)
+
+
+class SelectiveStateBlock(nn.Module):
+    """As in Mamba (arXiv:2312.00752): decay, input and readout of a state are chosen by each token."""
+
+    def __init__(self, width: int, states: int = 8, rank: int = 4) -> None:
+        super().__init__()
+        inner = 2 * width
+        self.parts = [rank, states, states]
+        self.norm = nn.LayerNorm(width)
+        self.enter = nn.Linear(width, 2 * inner, bias=False)
+        self.conv = nn.Conv1d(inner, inner, 4, padding=3, groups=inner)
+        self.select = nn.Linear(inner, sum(self.parts), bias=False)
+        self.step = nn.Linear(rank, inner)
+        self.logs = nn.Parameter(torch.arange(1.0, states + 1).log().repeat(inner, 1))
+        self.skip = nn.Parameter(torch.ones(inner))
+        self.leave = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, gate = self.enter(self.norm(x)).chunk(2, -1)
+        h = functional.silu(self.conv(h.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
+        rank, writes, reads = self.select(h).split(self.parts, -1)
+        step = functional.softplus(self.step(rank)).unsqueeze(-1)
+        states = _scripted_scan(torch.exp(-step * self.logs.exp()), step * writes.unsqueeze(2) * h.unsqueeze(-1), reads)
+        added: Tensor = x + self.leave((states + self.skip * h) * functional.silu(gate))
+        return added
+
+
+class SelectiveStateDecoder(nn.Module):
+    """Two such blocks between an embedding and a head, for any number of tokens."""
+
+    def __init__(self, width: int = 32, vocabulary: int = 100) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocabulary, width)
+        self.blocks = nn.Sequential(SelectiveStateBlock(width), SelectiveStateBlock(width))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.norm(self.blocks(self.table(ids))))
+        return scores
