@@ -5,7 +5,10 @@ digit classifier that was allowed to lose 1 % on 1,000 samples had weights of tw
 the search gives a row of designs, each cheaper than the one before; the weights are trained for a design (training.py)
 and judged; and bisection finds the cheapest design that is kept.
 
-    labels        where there are some, they judge: the metric falls by at most `max_drop`. All samples are fitted to
+    labels        where there are some, they judge: the metric falls by at most `max_drop`. All samples are fitted to.
+                  Here too the luckiest of several is taken, so that the noise has a bound: 18 dB for a `max_drop` of
+                  1 %. (Without it a network for digits, at 16 dB, lost .4 points on the 1,000 labels that judged it,
+                  and 1.8 on 1,000 others.)
     held out      else a third of the samples, which neither search nor training sees. At most `max_drop` of them fall
                   into other classes. Few samples show a small loss no better than chance does, and those that a network
                   was trained on show less of it, so that the noise has a bound as well: 23 dB for a `max_drop` of 1 %,
@@ -17,7 +20,6 @@ Without either, as with few or made-up samples, nothing is trained, and the sear
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,8 +41,9 @@ from modelpress_compression.backends.fpga.search import (
 from modelpress_compression.backends.fpga.training import trained
 
 HELD_OUT_EVERY, LEAST_TO_HOLD_OUT = 3, 90  # as goals hold out
-_HELD_OUT_NOISE = 10**-2.3 / 0.01  # over the signal, for each part of the answers that may change
-_LEAST_NOISE = 10**-3.5  # where none may
+# The bounds of noise: over the signal, for each part of the answers that may change.
+_LABELLED_NOISE, _HELD_OUT_NOISE = 10**-1.8 / 0.01, 10**-2.3 / 0.01
+_LEAST_DROP = 0.001  # that they are reckoned for, where nothing may change
 
 DropOf = Callable[[Network, Design], float]  # by how much the metric falls
 
@@ -75,7 +78,7 @@ def choose(
         return Chosen(network, design, False, "the samples that bits were chosen on")
     if drop_of is not None:
         return _bisect(network, samples, allowed, _by_labels(drop_of, network, samples, allowed), tick, "the labels")
-    kept = _by_answers(network, samples[held_out], allowed, max(_HELD_OUT_NOISE * allowed, _LEAST_NOISE))
+    kept = _by_answers(network, samples[held_out], allowed, _HELD_OUT_NOISE * max(allowed, _LEAST_DROP))
     judge = f"{held_out.sum()} samples that were held out"
     return _bisect(network, samples[~held_out], allowed, kept, tick, judge)
 
@@ -84,12 +87,12 @@ _Kept = Callable[[Network, Design], bool]
 
 
 def _by_labels(drop_of: DropOf, network: Network, samples: Reals, allowed: float) -> _Kept:
-    """The metric decides, and no output may lose its signal."""
-    resembles = _by_answers(network, samples, 1.0)
+    """The metric decides, whatever classes change, as long as the noise keeps its bound."""
+    resembles = _by_answers(network, samples, 1.0, _LABELLED_NOISE * max(allowed, _LEAST_DROP))
     return lambda tuned, design: resembles(tuned, design) and drop_of(tuned, design) <= allowed
 
 
-def _by_answers(network: Network, samples: Reals, allowed: float, noise: float = math.inf) -> _Kept:
+def _by_answers(network: Network, samples: Reals, allowed: float, noise: float) -> _Kept:
     """`noise`: what the outputs may have, if they are classes; others are held to their own bound."""
     expected = run(network, samples)
 
