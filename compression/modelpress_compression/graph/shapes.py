@@ -78,6 +78,8 @@ def infer_shapes(ir: onnx_ir.Model) -> None:
         elif forgets and now is not None:
             now = onnx_ir.Shape(_without_invented(now, symbols))
         value.type = found.type or value.type
+        if value in outputs and isinstance(value.type, onnx_ir.SequenceType | onnx_ir.OptionalType):
+            continue  # nobody reads the shape of its tensors, and the file would grow
         if before is None or now is None or len(now) != len(before):
             value.shape = now or before
         else:

@@ -287,8 +287,8 @@ def test_what_is_accepted_comes_back_the_same(tmp_path: Path, kind: Callable[[],
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_what_is_accepted_is_compressed(tmp_path: Path, kind: Callable[[], Kind]) -> None:
     """Pruned and in 8 bits: names, types and dynamic dimensions stay, it runs, and the report's sizes are those of the
-    two files. What cannot be made smaller is no larger but for the types of its outputs; of sparse constants there is
-    no such form."""
+    two files. What cannot be made smaller is no larger but for the types of maps and labels; of sparse
+    constants there is no such form."""
     proto, feeds = kind()
     onnx.save(proto, tmp_path / "m.onnx")
     result = compress(load(tmp_path / "m.onnx"), LOSSY)
@@ -303,7 +303,7 @@ def test_what_is_accepted_is_compressed(tmp_path: Path, kind: Callable[[], Kind]
     report = result.report
     assert (report["original"]["onnx_size_bytes"], report["optimized"]["size_bytes"]) == (given, back)
     assert report["size_ratio"] == pytest.approx(given / back)
-    assert back <= given + 8 or kind is sparse_constants
+    assert back <= given + (8 if kind is forest else 2) or kind is sparse_constants
 
 
 def test_inspection_lists_defaults(tmp_path: Path) -> None:
