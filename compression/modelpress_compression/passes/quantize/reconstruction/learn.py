@@ -304,9 +304,11 @@ class _Trial:
                 weights = {name: item.weight() for name, item in soft.items()}
                 beta = beta_at(share)
                 parts = together(chosen, self._batched)
-                for item in parts:
+                for number, item in enumerate(parts):
                     answers = self._answers(self._mixed(item), weights, DROPPED if self._drops else 1.0)
-                    (_mean_squares(answers, item) / scale / len(parts)).backward(retain_graph=item is not parts[-1])  # type: ignore[no-untyped-call]
+                    # By number: a sample may have been drawn twice.
+                    again = number + 1 < len(parts)
+                    (_mean_squares(answers, item) / scale / len(parts)).backward(retain_graph=again)  # type: ignore[no-untyped-call]
                 if beta is not None:
                     sum((DECIDING * item.undecided(beta) for item in soft.values()), torch.zeros(())).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
