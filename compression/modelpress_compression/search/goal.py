@@ -199,7 +199,7 @@ class GoalSearch:
             yield from part(search, whole)
 
     def _in_8_bits(self, search: SchemeSearch, whole: bool) -> Iterator[list[Candidate]]:
-        """Arithmetic in 8 bits, or in half precision, and the same with all weights stored in 8 bits."""
+        """Arithmetic in 8 bits, or in half precision, and the same with all weights stored in fewer bits."""
         stored = [candidate for candidate in search.candidates if "blocks" not in candidate.variant]
         begun = len(search.candidates)
         search.half()

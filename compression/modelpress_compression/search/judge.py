@@ -6,11 +6,11 @@ A candidate keeps the answers if all of these hold that apply:
 2. With labels, or with a metric of the user's own: it falls by at most `max_drop` (0.01 if it is not set).
 3. Without labels, `max_drop` set: agreement with the original is at least `1 - max_drop`. With the metric cosine, the
    cosine takes the place of agreement, and `max_drop` is 0.01 if it is not set.
-4. Without either, where outputs hold classes and the data is real: the expected drop is at most one point of accuracy,
-   as much as with labels. The expected drop is what the original loses by its own probabilities (`measure.fidelity`).
-   Experience with a text recognizer in 8 bits: with an expected drop of 0.9 points it read 0.7 points fewer words, with
-   1.4 and 3.1 points 1.6 points fewer. An image classifier in which one class in ten had changed, with 1.3 points, was
-   as good as before.
+4. Without either, where outputs hold classes and the data is real: the expected drop is at most 0.6 points of accuracy,
+   so that the metric falls by less than one. The expected drop is what the original loses by its own probabilities
+   (`measure.fidelity`); ranges, biases and roundings were fitted to the same data. Of a text recognizer, five models
+   in 8 bits with 0.9 to 1.2 points on their own data had 1.0 to 1.2 points on other lines, and read 1.1 to 1.8 points
+   fewer words there, where stored weights alone with 0.1 to 0.7 points read no fewer.
 5. As in 4, where the model was cut and nothing was fitted to the data, which is held out for that (held_out.py):
    agreement as in 3, with 0.01 for `max_drop` if that is not set, and every output keeps 23 dB. Few samples show a
    small drop no better than chance does, and a search that tries dozens of models finds the luckiest: of a digit
@@ -46,7 +46,7 @@ from modelpress_compression.search.recall import Prices, Recall
 
 # The largest drop of the task metric, with labels, if `max_drop` is not set.
 DEFAULT_MAX_DROP = 0.01
-MAX_EXPECTED_DROP = 0.01
+MAX_EXPECTED_DROP = 0.006
 # Below this the original's probabilities say nothing, and its outputs must stay closer.
 MIN_EXPECTED_TOP1, MIN_COSINE_OF_SCORES = 0.1, 0.99
 # A sentence encoder whose token vectors keep 0.967 (11.5 dB) retrieves as well as before.

@@ -7,12 +7,12 @@
    the end of a chain; small networks gain by them.
 4. If static does not keep the answers, layers go back to float32 until it does, those first that make the most error
    for the time that they take: a bisection over that order (mixed.py).
-5. For each candidate that keeps the answers, another one stores the weights that are still in float32 in 8 bits too;
-   it computes as before.
+5. For each candidate that keeps the answers, another one stores the weights that are still in float32 in fewer bits
+   too; it computes as before.
 6. The fastest candidate is taken that is surely faster than float32 at every batch size that the recipe measures; among
    candidates whose latencies cannot be told apart, the smallest wins (candidates.py).
 7. Without one, the model goes on in float32; if earlier steps have made it surely faster than the original, its weights
-   are stored in 8 bits, which onnxruntime turns into float32 when it loads the file.
+   are stored in fewer bits, which onnxruntime turns into float32 when it loads the file.
 """
 
 from __future__ import annotations
@@ -32,16 +32,19 @@ from modelpress_compression.passes.base import Context, PassResult, Skip
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.quantize import Quantize, prepare_static
 from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
-from modelpress_compression.passes.quantize.weight_only.store import store_rest
+from modelpress_compression.passes.quantize.weight_only.storage import store_rest
 from modelpress_compression.recipe import Recipe, Step
 from modelpress_compression.search.candidates import Candidate, fastest, pareto_set
 from modelpress_compression.search.heads import unvouched_heads
-from modelpress_compression.search.judge import Judge
+from modelpress_compression.search.judge import FLOAT_FLOOR_DB, Judge
 from modelpress_compression.search.mixed import fewest_in_float, order_of
 from modelpress_compression.search.recall import Recall
 from modelpress_compression.search.steps import StepRecord, keep, scaled
 from modelpress_compression.target import DEVICES, Device
 
+# The weights that integers leave in float32 are those that 8 bits serve worst. Stored, they are to add a quarter of the
+# error that the integers make (6 dB), or less than this.
+_REST_MARGIN_DB, _REST_FLOOR_DB = 6.0, 26.0
 # Shares of the step's progress when dynamic, static and the mixed candidates are built and judged.
 _DYNAMIC, _STATIC, _MIXED = 0.15, 0.6, 0.85
 
@@ -184,19 +187,22 @@ class SchemeSearch:
         and, with a limit on the size, the float model with all weights stored so."""
         for candidate in list(self.candidates if candidates is None else candidates):
             if not candidate.reason:
-                variant = f"{candidate.variant}, all weights stored in 8 bits".removeprefix(", ")
-                self._store_rest(candidate.scheme, candidate.record, variant)
+                variant = f"{candidate.variant}, all weights stored in fewer bits".removeprefix(", ")
+                own_db = candidate.fidelity.sqnr_db if candidate.fidelity is not None else _REST_FLOOR_DB
+                floor_db = min(max(own_db + _REST_MARGIN_DB, FLOAT_FLOOR_DB), _REST_FLOOR_DB)
+                self._store_rest(candidate.scheme, candidate.record, variant, floor_db)
         if self.judge.recipe.limits.max_size_bytes is not None:
             config = replace(self.step.config, scheme="weight_only")
             self.add("weight_only", lambda: Quantize(config)(self.model, self._part(_MIXED, _MIXED)))
 
-    def _store_rest(self, scheme: str, record: StepRecord, variant: str) -> Candidate | None:
-        """A candidate with the weights that the record's model has in float32 stored in 8 bits; None: no gain."""
+    def _store_rest(self, scheme: str, record: StepRecord, variant: str, floor_db: float) -> Candidate | None:
+        """A candidate with the weights that the record's model has in float32 stored in fewer bits, so that its outputs
+        keep `floor_db`; None: no gain."""
         digest = model_digest(record.path)
         made: list[PassResult | None] = []
 
         def gains() -> dict[str, bool]:
-            made.append(store_rest(record.result, self.step.config, self.context))
+            made.append(store_rest(record.result, self.step.config, self.context, floor_db))
             return {"gains": made[0] is not None}
 
         def make() -> PassResult:
@@ -204,9 +210,9 @@ class SchemeSearch:
                 gains()
             return made[0] or record.result
 
-        if not self.recall.facts("rests", [digest, self.step.config.to_dict()], gains)["gains"]:
+        if not self.recall.facts("rests", [digest, self.step.config.to_dict(), floor_db], gains)["gains"]:
             return None
-        return self.add(scheme, make, variant, asked=[digest])
+        return self.add(scheme, make, variant, asked=[digest, floor_db])
 
     def measure_speed(self) -> None:
         self.context.check_time()
@@ -218,8 +224,9 @@ class SchemeSearch:
         if self.path == self.judge.original or fastest(self.candidates) is not None:
             return
         self.context.check_time()
-        variant = "all weights stored in 8 bits, computing in float32"
-        candidate = self._store_rest("weight_only", StepRecord(self.step, self.model, self.path), variant)
+        variant = "all weights stored in fewer bits, computing in float32"
+        record = StepRecord(self.step, self.model, self.path)
+        candidate = self._store_rest("weight_only", record, variant, FLOAT_FLOOR_DB)
         if candidate is not None:
             self.candidates[-1] = self.judge.speed_in_float(candidate)
 

@@ -21,25 +21,23 @@ so that products over few inputs take the third form. Each weight is stored once
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import onnx_ir
 
 from modelpress_compression.encodings.operands import is_quantized
-from modelpress_compression.graph.edit import Editor, clean
+from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import constant_array, constant_tensor, is_op
 from modelpress_compression.model import Model
-from modelpress_compression.passes.base import Context, PassResult, is_excluded
+from modelpress_compression.passes.base import Context, is_excluded
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder, Rounder
+from modelpress_compression.passes.quantize.rounding.rounder import Rounder
 from modelpress_compression.passes.quantize.weight_only.writer import WeightWriter, uses_of
 from modelpress_compression.passes.quantize.weights import is_finite, why_not_float16
 
 # Fewer weights than this are not worth the nodes and the scales.
 MIN_WEIGHT_ELEMENTS = 512
-_LEAST_GAIN = 0.05
 # Smaller constants are not worth a Cast.
 MIN_CONSTANT_ELEMENTS = 1024
 # Rounding changes what these find by whole numbers.
@@ -50,22 +48,6 @@ _WANT_EXACT = (
 
 
 STORED = "stored_weights"  # in the changes: weights in fewer bits that run as float32 does
-
-
-def store_rest(result: PassResult, config: QuantizeConfig, context: Context) -> PassResult | None:
-    """The result with the weights that it left in float32 stored in 8 bits all the same, for size alone.
-
-    None where that would make the file smaller by less than a twentieth. Raises TimeLimitError.
-    """
-    left = sum(_storable_bytes(weight, config) for _, weight in _weights(result.model))
-    if left * 3 / 4 < _LEAST_GAIN * result.model.weight_bytes():
-        return None
-    work, findings = result.model.clone(), Findings()
-    writer = WeightWriter(Editor(work), replace(config, weights="int8"), NearestRounder(), folded=True)
-    _store(work, writer, config, context, findings)
-    clean(work)
-    changes = {**result.changes, STORED: sum(findings.changes.values())}
-    return replace(result, model=work, changes=changes)
 
 
 def store_weights(model: Model, config: QuantizeConfig, context: Context, rounder: Rounder, findings: Findings) -> None:
@@ -129,11 +111,6 @@ def _stands_for_weight(product: onnx_ir.Node) -> bool:
     """Whether its other factor is made of integers or of fewer bits."""
     makers = [value.producer() for value in product.inputs if value is not None]
     return any(is_op(maker, "Cast", "Sub", "Gather") for maker in makers)
-
-
-def _storable_bytes(weight: onnx_ir.Value, config: QuantizeConfig) -> int:
-    tensor = constant_tensor(weight)
-    return tensor.nbytes if tensor is not None and uses_of(weight) and not _why_not(weight, config) else 0
 
 
 def _weights(model: Model) -> Iterator[tuple[onnx_ir.Graph, onnx_ir.Value]]:

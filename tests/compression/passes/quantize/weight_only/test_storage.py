@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir
 import pytest
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
@@ -19,11 +20,12 @@ from onnx import helper
 CONFIG = QuantizeConfig(scheme="weight_only")
 
 
-def two_products(build: Callable[..., Model], width: int) -> Model:
-    """In a row; in the rows of the second one weight is 300 times as large as the others."""
+def two_products(build: Callable[..., Model], width: int, outlier: float = 300.0) -> Model:
+    """In a row; the first row of the second one is so many times as large as the others, and so is every column's
+    scale."""
     rng = np.random.default_rng(3)
     first, second = rng.normal(size=(32, 2 * width)), rng.normal(size=(2 * width, width))
-    second[0] *= 300
+    second[0] *= outlier
     nodes = [helper.make_node("MatMul", ["x", "a"], ["h"]), helper.make_node("MatMul", ["r", "b"], ["y"])]
     nodes.insert(1, helper.make_node("Relu", ["h"], ["r"]))
     return build(nodes, {"a": first, "b": second}, ["batch", 32], ["batch", width])
@@ -58,20 +60,44 @@ def test_only_as_many_as_must_go_to_float16(uneven: Model, tmp_path: Path) -> No
     assert store_all(uneven, CONFIG, context, 55.0).changes[IN_FLOAT16] >= 1
 
 
-def test_uneven_rows_go_into_blocks_before_they_go_to_float16(
-    channel_model: Callable[..., Model], tmp_path: Path
-) -> None:
-    """A floor 3 dB over what channels keep is held by blocks, without float16; two weights are in 8 bits still."""
+def test_rows_with_outliers_are_in_blocks(channel_model: Callable[..., Model], tmp_path: Path) -> None:
+    """Without a floor even; the file stays below .3 of float32's, and other rows have a scale a channel."""
     model = two_products(channel_model, 64)
+    result = store_all(model, CONFIG, context_of(model, tmp_path), 0.0)
+    assert result.changes == {STORED: 2, IN_BLOCKS: 1}
+    assert result.model.weight_bytes() < 0.3 * model.weight_bytes()
+    even = two_products(channel_model, 64, outlier=1.0)
+    assert store_all(even, CONFIG, context_of(even, tmp_path), 0.0).changes == {STORED: 2}
+
+
+def test_blocks_come_before_float16(channel_model: Callable[..., Model], tmp_path: Path) -> None:
+    """A floor 1 dB over what channels keep is held by blocks, without float16; two weights are in 8 bits still."""
+    model = two_products(channel_model, 64, outlier=3.0)
     context = context_of(model, tmp_path)
-    by_channel = output_distances(model, store_all(model, CONFIG, context, 0.0).model, context).error
-    floor_db = -10 * np.log10(by_channel) + 3
+    by_channel = store_all(model, CONFIG, context, 0.0)
+    assert IN_BLOCKS not in by_channel.changes
+    floor_db = -10 * np.log10(output_distances(model, by_channel.model, context).error) + 1
     result = store_all(model, CONFIG, context, floor_db)
-    assert result.changes[IN_BLOCKS] == 1
+    assert result.changes[IN_BLOCKS] >= 1
     assert IN_FLOAT16 not in result.changes
     assert result.changes[STORED] == 2
     assert output_distances(model, result.model, context).error <= 10 ** (-floor_db / 10)
     assert result.model.weight_bytes() < 0.3 * model.weight_bytes()
+
+
+def test_the_cheapest_move_comes_first(channel_model: Callable[..., Model], tmp_path: Path) -> None:
+    """Of two weights that err about alike, the one of a sixteenth of the size goes to float16."""
+    rng = np.random.default_rng(5)
+    nodes = [helper.make_node("MatMul", ["x", "a"], ["h"]), helper.make_node("MatMul", ["h", "b"], ["y"])]
+    model = channel_model(nodes, {"a": rng.normal(size=(32, 20)), "b": rng.normal(size=(20, 500))},
+                          ["batch", 32], ["batch", 500])  # fmt: skip
+    context = context_of(model, tmp_path)
+    error = output_distances(model, store_all(model, CONFIG, context, 0.0).model, context).error
+    result = store_all(model, CONFIG, context, -10 * np.log10(error) + 1)
+    halves = [
+        value.name for value in result.model.graph.initializers.values() if value.dtype == onnx_ir.DataType.FLOAT16
+    ]
+    assert halves == ["a_float16"]
 
 
 def test_a_floor_beyond_float16_leaves_the_model_alone(uneven: Model, tmp_path: Path) -> None:
