@@ -44,7 +44,7 @@ class Pursuit:
     `candidates`: all that were tried, with those models that can be had. `advice`: what would have been better, each
     with `text` and `command`.
     `reused`: how much of each kind earlier jobs had found out. `fidelity`: of the result, as this job has compared it;
-    None: the result is the original.
+    None: the result is the original. `unmet`: by the limit's name, the factor by which the result misses it.
     """
 
     records: tuple[StepRecord, ...]
@@ -52,6 +52,7 @@ class Pursuit:
     advice: tuple[dict[str, str], ...] = ()
     reused: Mapping[str, int] = field(default_factory=dict)
     fidelity: Fidelity | None = None
+    unmet: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -92,7 +93,7 @@ class Decision:
         members = family(shown, models, file_size_bytes(self.judge.original))
         advice = tuple(self._advice(figures, choice, racers))
         fidelity = racers[choice.taken - 1].candidate.fidelity if choice.taken else None
-        return Pursuit(records, members, advice, dict(+self.judge.recall.reused), fidelity)
+        return Pursuit(records, members, advice, dict(+self.judge.recall.reused), fidelity, choice.unmet)
 
     def _priced(self, racers: list[Entry], *, anew: bool = False) -> tuple[list[Figures], bool]:
         """The figures of the original and of all racers, and whether some of the times are remembered.

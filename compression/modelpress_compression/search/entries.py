@@ -35,6 +35,12 @@ class Entry:
         steps = [_BRIEFLY[record.step.technique](record.step.config) for record in self.before]
         return ", ".join([*filter(None, steps), self.candidate.name])
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether a lever has made it: numbers of the model are gone."""
+        techniques = {self.candidate.technique, *(record.step.technique for record in self.before)}
+        return bool(techniques & {"prune", "factorize"})
+
 
 def size_change(size_bytes: int, original_bytes: int) -> str:
     """'74 % smaller'."""

@@ -33,7 +33,7 @@ from modelpress_compression.passes.fuse.config import FuseConfig
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.quantize import Quantize
 from modelpress_compression.passes.quantize.weight_only.storage import store_all
-from modelpress_compression.recipe import ACCURATE, BALANCED, SMALLEST, Goal, Recipe, Step
+from modelpress_compression.recipe import ACCURATE, BALANCED, FASTEST, SMALLEST, Goal, Recipe, Step
 from modelpress_compression.search.candidates import Candidate
 from modelpress_compression.search.decision import BUILT, Decision, Pursuit
 from modelpress_compression.search.entries import Entry, size_change
@@ -69,16 +69,25 @@ def pursue(
     Raises what passes raise.
     """
     judge = Judge(path, path, context, recipe, task, screens=True, recall=Recall.of(memory, path, context))
-    search = GoalSearch(recipe, goal, model, path, context, judge)
+    # A balance takes a tenth of the time of a far search, and often is within the limits as it is.
+    balance_first = (
+        goal.objective not in (SMALLEST, FASTEST) and goal.search_time_s is None and not isinstance(task, GivenScores)
+    )
+    search = GoalSearch(recipe, goal, model, path, context, judge, far=recipe.searches_far and not balance_first)
     search.build()
-    return search.choose()
+    pursuit = search.choose()
+    if recipe.searches_far and balance_first and pursuit.unmet:
+        context.log(f"what a balance gives misses {', '.join(pursuit.unmet)}: searching further")
+        search.build_further()
+        pursuit = search.choose()
+    return pursuit
 
 
 @dataclass
 class GoalSearch:
     """`build` makes all candidates, `choose` takes one of them.
 
-    `path`: file of the original `model`.
+    `path`: file of the original `model`. `far`: whether the search goes as far as it can.
     """
 
     recipe: Recipe
@@ -87,6 +96,7 @@ class GoalSearch:
     path: Path
     context: Context
     judge: Judge
+    far: bool = False
     entries: list[Entry] = field(default_factory=list)
     began_s: float = field(default_factory=time.monotonic)
     numbers: Iterator[int] = field(default_factory=count)  # of folders
@@ -94,31 +104,61 @@ class GoalSearch:
 
     def build(self) -> None:
         """All candidates, judged by their answers."""
-        fused = self._fused()
-        before = (fused,) if fused.changes else ()
+        fused = self._fused
         if fused.changes:
             candidate = Candidate("", fused, file_size_bytes(fused.path), technique="fuse")
             self._enter([self.judge.answers(candidate)], self.judge)
         if "quantize" in self.goal.techniques:
-            part = self._part(0.1, BUILT if self._grounds is None else _WHOLE)
-            self._quantized(fused.model, fused.path, before, part, self.judge)
+            self._quantized(self._of_whole, self._before)
+        self._build_cut()
+
+    def build_further(self) -> None:
+        """What a far search has besides, once `build` has made those of one that was not far."""
+        self.far = True
+        # What levers made is made anew: they go further.
+        self.entries = [entry for entry in self.entries if not entry.is_cut]
+        if "quantize" in self.goal.techniques:
+            search, built = self._of_whole, len(self._of_whole.candidates)
+            if self.context.data.vouches:
+                for _ in MixedSchemeSearch(search).candidates():
+                    pass
+                search.smaller(search.candidates[built:])
+            if self._wants_size:
+                for _ in self._bits_of(search, whole=True).candidates():
+                    pass
+            self._enter(search.candidates[built:], search.judge, self._before)
+        self._build_cut()
+
+    def _build_cut(self) -> None:
         if self._grounds is not None:
-            self._cut(fused, before, self._grounds)
+            self._cut(self._fused, self._before, self._grounds)
 
     @cached_property
+    def _of_whole(self) -> SchemeSearch:
+        part = self._part(0.1, BUILT if self._grounds is None else _WHOLE)
+        return self._scheme_search(self._fused.model, self._fused.path, part, self.judge)
+
+    @property
+    def _before(self) -> tuple[StepRecord, ...]:
+        """The steps before quantization of the whole model."""
+        return (self._fused,) if self._fused.changes else ()
+
+    @property
     def _grounds(self) -> Grounds | None:
         """What levers fit to and are judged by; None: none is pulled.
 
         Without labels half of the work is for what others permit in full, so that only a far search does it.
         """
-        if not self._levers or not (self.judge.task is not None or self.recipe.searches_far):
-            return None
+        return self._all_grounds if self._levers and (self.judge.task is not None or self.far) else None
+
+    @cached_property
+    def _all_grounds(self) -> Grounds | None:
         return grounds(self.judge)
 
     @property
     def _levers(self) -> list[str]:
         """Those that the goal may pull, in their order. Only who asks for more than a balance waits for all of them."""
-        if isinstance(self.judge.task, GivenScores) or not self.recipe.searches_far:
+        if isinstance(self.judge.task, GivenScores) or not self.far:
             return [name for name in ("prune",) if name in self.goal.techniques]
         return [name for name in LEVERS if name in self.goal.techniques]
 
@@ -132,6 +172,7 @@ class GoalSearch:
         limit_s = self.goal.search_time_s
         return None if limit_s is None else limit_s - (time.monotonic() - self.began_s)
 
+    @cached_property
     def _fused(self) -> StepRecord:
         step = Step("fuse", FuseConfig())
         if "fuse" not in self.goal.techniques:
@@ -145,21 +186,18 @@ class GoalSearch:
             before, [], target, lambda: apply_step(before.step, before.model, before.path, context, target)
         )
 
-    def _quantized(
-        self, model: Model, path: Path, before: tuple[StepRecord, ...], context: Context, judge: Judge
-    ) -> None:
+    def _quantized(self, search: SchemeSearch, before: tuple[StepRecord, ...]) -> None:
         """Every scheme on one float model."""
-        search = self._scheme_search(model, path, context, judge)
         entered = 0
         with self._while_it_lasts():
             for _ in self._schemes(search, whole=not before or before[-1].step.technique == "fuse"):
-                self._enter(search.candidates[entered:], judge, before)
+                self._enter(search.candidates[entered:], search.judge, before)
                 entered = len(search.candidates)
                 if not self._has_time:
                     break
                 # From the second on: whatever the time, there is one.
                 search.context = self._limited(search.context)
-        self._enter(search.candidates[entered:], judge, before)
+        self._enter(search.candidates[entered:], search.judge, before)
 
     def _scheme_search(self, model: Model, path: Path, context: Context, judge: Judge) -> SchemeSearch:
         target = self._folder(f"quantize-{next(self.numbers)}")
@@ -183,8 +221,8 @@ class GoalSearch:
         deadline = context.clock() + left_s
         return replace(context, deadline=deadline if context.deadline is None else min(context.deadline, deadline))
 
-    def _schemes(self, search: SchemeSearch, *, whole: bool) -> Iterator[list[Candidate]]:
-        """After each scheme, the candidates that it has added. `whole`: nothing was cut from the model before."""
+    def _schemes(self, search: SchemeSearch, *, whole: bool) -> Iterator[None]:
+        """Adds the candidates of one scheme after the other. `whole`: nothing was cut from the model before."""
         config = QuantizeConfig(scheme="weight_only")
         search.context.progress(0.0, "storing weights in fewer bits")
         floors = {"weights stored in fewer bits, computing in float32": FLOAT_FLOOR_DB}
@@ -192,56 +230,64 @@ class GoalSearch:
             floors["weights stored so that nobody could tell"] = CLOSE_FLOOR_DB
         for variant, floor_db in floors.items():
             store = partial(store_all, search.model, config, search.context, floor_db)
-            yield [search.add("weight_only", store, variant, asked=[floor_db])]
+            search.add("weight_only", store, variant, asked=[floor_db])
+            yield
         # A short time is for what was asked for.
         parts = (self._in_blocks, self._in_8_bits) if self._size_first else (self._in_8_bits, self._in_blocks)
         for part in parts:
             yield from part(search, whole)
 
-    def _in_8_bits(self, search: SchemeSearch, whole: bool) -> Iterator[list[Candidate]]:
+    def _in_8_bits(self, search: SchemeSearch, whole: bool) -> Iterator[None]:
         """Arithmetic in 8 bits, or in half precision, and the same with all weights stored in fewer bits."""
         stored = [candidate for candidate in search.candidates if "blocks" not in candidate.variant]
         begun = len(search.candidates)
         search.half()
         search.dynamic()
-        yield search.candidates[begun:]
-        count = len(search.candidates)
+        yield
         search.static()
-        yield search.candidates[count:]
-        if self.recipe.searches_far and self.context.data.vouches:
-            yield from ([candidate] for candidate in MixedSchemeSearch(search).candidates())
-        count = len(search.candidates)
+        yield
+        if self.far and self.context.data.vouches:
+            for _ in MixedSchemeSearch(search).candidates():
+                yield
         search.smaller([*stored, *search.candidates[begun:]])
-        yield search.candidates[count:]
+        yield
 
-    def _in_blocks(self, search: SchemeSearch, whole: bool) -> Iterator[list[Candidate]]:
+    def _in_blocks(self, search: SchemeSearch, whole: bool) -> Iterator[None]:
         """Weights in blocks of 8, 4 and 2 bits."""
-        if not self._wants_size or not (whole or self.recipe.searches_far):
+        if not self._wants_size or not (whole or self.far):
             return
         config = QuantizeConfig(scheme="weight_only")
         quantize = partial(Quantize(config), search.model, search.context)
-        yield [search.add("weight_only", quantize, "8 bits in blocks")]
-        if not self.recipe.searches_far:
-            yield [self._in_4_bits(search, replace(config, weights="int4"))]
+        search.add("weight_only", quantize, "8 bits in blocks")
+        yield
+        if not self.far:
+            self._in_4_bits(search, replace(config, weights="int4"))
+            yield
             return
         if self.goal.search_time_s is not None:
             # The prices of bits take long, and may not be through in time.
             nearest = replace(config, weights="int4", rounding="nearest")
             quantize = partial(Quantize(nearest), search.model, search.context)
-            yield [search.add("weight_only", quantize, "4 bits in blocks, to the nearest")]
+            search.add("weight_only", quantize, "4 bits in blocks, to the nearest")
+            yield
+        for _ in self._bits_of(search, whole=whole).candidates():
+            yield
+
+    def _bits_of(self, search: SchemeSearch, *, whole: bool) -> MixedBitsSearch:
         bits = MixedBitsSearch(search)
         if whole:
             self._bits = bits
-        yield from ([candidate] for candidate in bits.candidates())
+        return bits
 
-    def _in_4_bits(self, search: SchemeSearch, config: QuantizeConfig) -> Candidate:
+    def _in_4_bits(self, search: SchemeSearch, config: QuantizeConfig) -> None:
         """Rounding them well takes a fifth of the search, and where 8 bits are faster they are hardly ever taken: so it
         waits until size and times speak for them."""
         variant, quantize = "4 bits in blocks", partial(Quantize(config), search.model, search.context)
         if not self.context.data.provided or isinstance(self.judge.task, GivenScores):
-            return search.add("weight_only", quantize, variant)
+            search.add("weight_only", quantize, variant)
+            return
         nearest = partial(Quantize(replace(config, rounding="nearest")), search.model, search.context)
-        return search.add_draft("weight_only", nearest, quantize, variant)
+        search.add_draft("weight_only", nearest, quantize, variant)
 
     @property
     def _wants_size(self) -> bool:
@@ -275,9 +321,10 @@ class GoalSearch:
             if not self._has_time or "quantize" not in self.goal.techniques:
                 break
             record, built = cut.candidate.record, len(self.entries)
-            self._quantized(record.model, record.path, cut.chain, self._part(0.6, BUILT, on.data), on.judge)
+            part = self._part(0.6, BUILT, on.data)
+            self._quantized(self._scheme_search(record.model, record.path, part, on.judge), cut.chain)
             held = any(not entry.candidate.reason or entry.candidate.unscored for entry in self.entries[built:])
-            if held and not self.recipe.searches_far:
+            if held and not self.far:
                 break  # else what was cut less may leave more room for it
         both = {"prune", "quantize"} <= set(self.goal.techniques)
         if kept and both and self._size_first and not scored and self._has_time:
@@ -294,8 +341,8 @@ class GoalSearch:
             ),
             judge=on.judge.answers,
             left_s=self._left_s,
-            trains=self.recipe.searches_far and not scored and "distill" in self.goal.techniques,
-            cuts=MANY_CUTS if self.recipe.searches_far else FEW_CUTS,
+            trains=self.far and not scored and "distill" in self.goal.techniques,
+            cuts=MANY_CUTS if self.far else FEW_CUTS,
         )
 
     def _cut_and_quantized(self, start: tuple[StepRecord, ...], on: Grounds) -> None:

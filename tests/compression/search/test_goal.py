@@ -245,3 +245,30 @@ def test_who_asks_for_size_gets_blocks_before_arithmetic(digits: Model, samples:
         ]
     assert orders["smallest"][0] == "blocks"
     assert orders["fastest"][0] == "static"
+
+
+@pytest.mark.usefixtures("timed_by_size")
+def test_limits_that_a_balance_holds_cost_no_far_search(digits: Model, samples: InputData) -> None:
+    """Twice as small is what a balance gives; six times is not, and then everything is tried, once."""
+    techniques = ["fuse", "quantize"]
+    plain = compress(digits, goal(techniques=techniques), data=samples).report["candidates"]
+    held = compress(digits, goal(techniques=techniques, min_ratio=2), data=samples).report["candidates"]
+    assert {row["name"] for row in held} == {row["name"] for row in plain}
+    further = compress(digits, goal(techniques=techniques, min_ratio=6), data=samples).report
+    names = [row["name"] for row in further["candidates"]]
+    assert {row["name"] for row in plain} < set(names)
+    assert any("priced at" in name for name in names)
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("timed_by_size")
+def test_what_levers_made_for_a_balance_is_made_further(
+    digits: Model, samples: InputData, labelled: EvaluationData
+) -> None:
+    """With labels a balance prunes a little. A limit that it misses has levers go as far as they can, and none twice."""
+    recipe = goal(techniques=["fuse", "prune", "quantize"], min_ratio=8, max_drop=0.02)
+    report = compress(digits, recipe, data=samples, eval_data=labelled).report
+    names = [row["name"] for row in report["candidates"]]
+    assert sum(name.startswith("prune") for name in names) > 2
+    assert len(names) == len(set(names))
