@@ -179,12 +179,12 @@ Answers = tuple[Feeds, Mapping[str, Array], Mapping[str, Array]]
 def compare_answers(answers: Iterable[Answers], classes: Collection[str], data: InputData) -> Fidelity:
     """The same of answers that are there: for each feed of the `data`, outputs before and after. `classes`: names of
     the outputs that hold classes."""
-    sums: dict[str, _OutputSums] = {}
+    sums: dict[str, OutputSums] = {}
     partners: dict[str, str] = {}
     samples = 0
     for feed, before, after in answers:
         if not sums:
-            sums = {name: _OutputSums() for name in before}
+            sums = {name: OutputSums() for name in before}
             partners = _partners(list(before), list(after))
         mask = counted_positions(feed)
         for name, total in sums.items():
@@ -301,8 +301,8 @@ def _partners(original: list[str], optimized: list[str]) -> dict[str, str]:
 
 
 @dataclass
-class _OutputSums:
-    """Running sums of one output."""
+class OutputSums:
+    """Running sums of one output: `add` what both models give for each feed, then ask."""
 
     dot: float = 0.0
     squares: list[float] = field(default_factory=lambda: [0.0, 0.0])
@@ -319,6 +319,7 @@ class _OutputSums:
     problem: str = ""
 
     def add(self, before: Array, after: Array | None, classes: bool, mask: NDArray[np.bool_] | None = None) -> None:
+        """`classes`: whether the last axis may be class scores. `mask`: positions [N, T] that count."""
         if after is None:
             self.problem = "is missing in the optimized model"
             return
@@ -414,7 +415,7 @@ def _probabilities(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(powers / powers.sum(axis=-1, keepdims=True), np.float64)
 
 
-def _summary(data: str, samples: int, sums: Mapping[str, _OutputSums]) -> Fidelity:
+def _summary(data: str, samples: int, sums: Mapping[str, OutputSums]) -> Fidelity:
     notes = [f"Output {name!r} {total.problem}." for name, total in sums.items() if total.problem]
     notes += [
         f"Output {name!r}: {total.not_finite} elements are finite in only one of the models."

@@ -244,8 +244,9 @@ class PruneStep(_message.Message):
     epochs: _builtins.int
     """Passes over the data, at most, of the training that ends each of several rounds; 0: none."""
     min_cosine: _builtins.float
-    """channel only: least cosine of each output with the uncut model's. Where the channels asked for would bring one below
-    it, fewer go, from the layers that bear it; 0: all go.
+    """channel only: least cosine of each output with the uncut model's and, where outputs hold classes, least share of
+    real inputs that keep theirs. Where the channels asked for would leave less, fewer go, from those layers that bear
+    it; 0: all go.
     """
     @_builtins.property
     def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

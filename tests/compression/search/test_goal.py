@@ -266,7 +266,7 @@ def test_limits_that_a_balance_holds_cost_no_far_search(digits: Model, samples: 
 def test_what_levers_made_for_a_balance_is_made_further(
     digits: Model, samples: InputData, labelled: EvaluationData
 ) -> None:
-    """With labels a balance prunes a little. A limit that it misses has levers go as far as they can, and none twice."""
+    """With labels a balance prunes a little. Where it misses a limit, levers go as far as they can, and none twice."""
     recipe = goal(techniques=["fuse", "prune", "quantize"], min_ratio=8, max_drop=0.02)
     report = compress(digits, recipe, data=samples, eval_data=labelled).report
     names = [row["name"] for row in report["candidates"]]

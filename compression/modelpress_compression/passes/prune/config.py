@@ -108,8 +108,9 @@ class PruneConfig(Config):
     min_cosine: float = option(
         0.0,
         17,
-        "channel only: least cosine of each output with the uncut model's. Where the channels asked for would bring "
-        "one below it, fewer go, from the layers that bear it; 0: all go.",
+        "channel only: least cosine of each output with the uncut model's and, where outputs hold classes, least share "
+        "of real inputs that keep theirs. Where the channels asked for would leave less, fewer go, from those layers "
+        "that bear it; 0: all go.",
         gte=0,
         lt=1,
     )

@@ -77,7 +77,7 @@ def prune_channels(model: Model, config: PruneConfig, context: Context) -> PassR
         limits = Limits.of(groups, config)
         found = bearable(model, groups, scores, asked, limits, config.min_cosine, repaired_after, context)
         selection, repaired = found.selection, found.repaired
-        warnings = (*warnings, *report.spared(analysis, asked, selection, found.cosine, config))
+        warnings = (*warnings, *report.spared(analysis, asked, selection, found.share, config))
     else:
         selection, repaired = asked, repaired_after(asked)
     skipped = (*report.frozen(analysis), *excluded, *report.whole(groups, asked, selection, config))

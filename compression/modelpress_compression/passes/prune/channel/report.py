@@ -35,7 +35,9 @@ def frozen(analysis: Analysis) -> list[Skip]:
 
 def whole(groups: Sequence[Group], asked: Selection, selection: Selection, config: PruneConfig) -> list[Skip]:
     """Groups that could lose channels and do not."""
-    borne = f"Without the channels asked for, an output's cosine would fall below min_cosine = {config.min_cosine:g}."
+    borne = (
+        f"Without the channels asked for, less of the answers would be left than min_cosine = {config.min_cosine:g}."
+    )
     return [
         Skip(group.id, borne if group.id in asked.kept else _why_whole(group, config))
         for group in groups
@@ -77,8 +79,8 @@ def held_back(selection: Selection, config: PruneConfig) -> list[str]:
     ]
 
 
-def spared(analysis: Analysis, asked: Selection, selection: Selection, cosine: float, config: PruneConfig) -> list[str]:
-    """A warning where the answers did not bear what was asked for: `cosine` is what would have been left."""
+def spared(analysis: Analysis, asked: Selection, selection: Selection, share: float, config: PruneConfig) -> list[str]:
+    """A warning where the answers did not bear what was asked for: `share` is what would have been left of them."""
     if selection is asked:
         return []
     wanted, gone = (
@@ -90,9 +92,9 @@ def spared(analysis: Analysis, asked: Selection, selection: Selection, cosine: f
         for one in (asked, selection)
     )
     return [
-        f"Of the {wanted} channels that should go {gone or 'none'} went: without all of them an output would have kept "
-        f"a cosine of {cosine:.2f}, less than min_cosine = {config.min_cosine:g}. More data lets more go, and so does "
-        f"training (preset pruned-distilled)."
+        f"Of the {wanted} channels that should go {gone or 'none'} went: without all of them {share:.2f} of the "
+        f"answers would be left (cosine of the worst output, or share of the same classes), less than min_cosine = "
+        f"{config.min_cosine:g}. More data lets more go, and so does training (preset pruned-distilled)."
     ]
 
 
