@@ -130,9 +130,9 @@ def needs(recipe: Recipe, model: Model, path: Path, data: InputData, *, judged: 
     fixed_bytes = SESSIONS_BYTES + torch * TORCH_BYTES
     copies_bytes = max(_copies(cost, model_bytes) for cost in costs) * model_bytes + RUNS_HELD * working_bytes
     if any(cost.gradients for cost in costs):
-        copies_bytes += GRADIENT_COPIES * worker_count() * values_bytes(model, data)
+        copies_bytes += GRADIENT_COPIES * worker_count() * activations_bytes(model, data)
     if learned and data.provided:
-        kept = _LEARNING_COPIES * min(_LEARNING_SAMPLES, len(data)) * values_bytes(model, data)
+        kept = _LEARNING_COPIES * min(_LEARNING_SAMPLES, len(data)) * activations_bytes(model, data)
         copies_bytes += min(LEARNING_BYTES, kept)
     memory_bytes = held_bytes() + fixed_bytes + copies_bytes
     # What weights in fewer bits of a large model stand for is in a file while a session opens (see `prefold`).
@@ -220,7 +220,7 @@ def _one_run(path: Path, data: InputData) -> tuple[float, int]:
     return min(times_s) / (data.fixed_batch or 1), max(0, held_bytes() - before)
 
 
-def values_bytes(model: Model, data: InputData) -> int:
+def activations_bytes(model: Model, data: InputData) -> int:
     """Bytes of all values that the nodes make of one sample (or a fixed batch), as far as their shapes are known."""
     made = (value for node in static_shapes(model, sample_shapes(data)).graph.all_nodes() for value in node.outputs)
     return sum(_value_bytes(value) for value in made)

@@ -10,7 +10,7 @@ import pytest
 from modelpress_compression import InputData, Model, Recipe, compress, mapped, runtime
 from modelpress_compression.errors import DiskSpaceError, MemoryLimitError
 from modelpress_compression.pipeline import preflight
-from modelpress_compression.pipeline.preflight import Needs, check_room, needs, values_bytes
+from modelpress_compression.pipeline.preflight import Needs, check_room, needs, activations_bytes
 from modelpress_compression.search.held_out import MIN_SAMPLES
 
 GB = 10**9
@@ -53,7 +53,7 @@ def test_learned_rounding_takes_more(
     plain, learned, longer = found.values()
     assert longer.time_s - learned.time_s == pytest.approx(learned.time_s - plain.time_s)
     assert longer.time_s - learned.time_s == pytest.approx(500 * 64 * 0.00125)
-    kept = 5 * len(samples) * values_bytes(digits, samples)
+    kept = 5 * len(samples) * activations_bytes(digits, samples)
     assert learned.memory_bytes - plain.memory_bytes == pytest.approx(kept, abs=2)
 
 
@@ -129,12 +129,12 @@ def test_a_job_is_refused_before_the_work(digits: Model, samples: InputData) -> 
 
 def test_gradients_hold_the_values_of_whole_samples(digits: Model, path: Path, samples: InputData) -> None:
     """What they need comes from the shapes: the larger the samples, the more; what needs none is not charged."""
-    assert values_bytes(digits, samples) > 28 * 28 * 4
+    assert activations_bytes(digits, samples) > 28 * 28 * 4
     few = InputData(samples.specs, {name: array[:4] for name, array in samples.arrays.items()})
-    assert values_bytes(digits, few) == values_bytes(digits, samples)
+    assert activations_bytes(digits, few) == activations_bytes(digits, samples)
     light = needs(steps({"quantize": {"scheme": "dynamic"}}), digits, path, samples)
     static = needs(steps({"quantize": {"scheme": "static"}}), digits, path, samples)
-    assert static.memory_bytes > light.memory_bytes + values_bytes(digits, samples)
+    assert static.memory_bytes > light.memory_bytes + activations_bytes(digits, samples)
 
 
 def test_a_search_that_goes_far_is_counted(digits: Model, samples: InputData, tmp_path: Path) -> None:
