@@ -10,7 +10,7 @@ import pytest
 from modelpress_compression import InputData, Model, Recipe, compress, mapped, runtime
 from modelpress_compression.errors import DiskSpaceError, MemoryLimitError
 from modelpress_compression.pipeline import preflight
-from modelpress_compression.pipeline.preflight import Needs, check_room, needs, activations_bytes
+from modelpress_compression.pipeline.preflight import Needs, activations_bytes, check_room, needs
 from modelpress_compression.search.held_out import MIN_SAMPLES
 
 GB = 10**9
