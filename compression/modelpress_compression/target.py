@@ -29,8 +29,9 @@ class Device:
     (`backends.base.Builder`), and nothing is timed.
 
     What passes need to know: `trains`: whether torch computes on it (CUDA); `half`: whether it computes in float16;
-    `symmetric`: whether 8-bit layers have no zero points there, and biases in float; `finds_ranges`: whether it has
-    kernels for ranges that are found in each run.
+    `symmetric`: whether 8-bit layers have no zero points there, and biases in float; `pairs`: whether it makes 8-bit
+    layers of QuantizeLinear and DequantizeLinear alone, and computes onnxruntime's operators for them in float, if at
+    all; `finds_ranges`: whether it has kernels for ranges that are found in each run.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Device:
     trains: bool = False
     half: bool = False
     symmetric: bool = False
+    pairs: bool = False
     finds_ranges: bool = True
 
     @property
@@ -102,6 +104,7 @@ _ROWS = (
         trains=True,
         half=True,
         symmetric=True,
+        pairs=True,
         finds_ranges=False,
     ),
     Device(
@@ -112,6 +115,8 @@ _ROWS = (
         "beside them.",
         package="openvino",
         extra="openvino",
+        pairs=True,
+        finds_ranges=False,
     ),
     Device(
         "fpga",

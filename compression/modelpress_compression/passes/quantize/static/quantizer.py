@@ -98,7 +98,8 @@ class StaticQuantizer:
         if device.finds_ranges:
             dynamic.quantize_nodes(rest, self.setup.config, editor, store, findings)
         store.finish()
-        fuse_products(work, editor)
+        if not device.pairs:
+            fuse_products(work, editor)
         keep_sums_apart(work.graph)
         clean(work)
         restore_views(work)

@@ -61,6 +61,7 @@ from modelpress_compression.passes.quantize.weight_only.writer import (
 )
 from modelpress_compression.passes.quantize.weights import why_not_float16
 from modelpress_compression.runtime import run, run_all, session_of
+from modelpress_compression.target import DEVICES
 
 # In the changes, besides STORED, which counts those of both forms in 8 bits.
 IN_BLOCKS, IN_FLOAT16 = "weights_in_blocks", "float16_weights"
@@ -88,7 +89,7 @@ def store_all(model: Model, config: QuantizeConfig, context: Context, floor_db: 
     permitted = 10 ** (-floor_db / 10)
     original, model = model, model.clone()
     hide_views(model, turned=False)
-    result = _stored(model, config, {})
+    result = _stored(model, config, context, {})
     known = KnownOutputs()
     error = _error(model, result, context, known)
     if error <= permitted:
@@ -99,7 +100,7 @@ def store_all(model: Model, config: QuantizeConfig, context: Context, floor_db: 
     ladder.climb_until(permitted)
     while True:
         context.check_time()
-        result = _stored(model, config, ladder.forms)
+        result = _stored(model, config, context, ladder.forms)
         error = _error(model, result, context, known)
         if error <= permitted:
             return _descended(model, config, context, ladder, sizes, permitted, known) or result
@@ -136,7 +137,7 @@ def _descended(
     for name in sorted(ladder.moved, key=lambda name: -sizes[name])[:_DESCENTS]:
         context.check_time()
         forms = {**ladder.forms, name: ladder.forms[name] - 1}
-        result = _stored(model, config, forms)
+        result = _stored(model, config, context, forms)
         if _error(model, result, context, known) <= permitted:
             ladder.forms, best = forms, result
     return best
@@ -191,10 +192,15 @@ class _Ladder:
             pass
 
 
-def _stored(model: Model, config: QuantizeConfig, forms: Forms) -> PassResult:
+def _has_blocks(context: Context) -> bool:
+    return not DEVICES[context.target.device].pairs
+
+
+def _stored(model: Model, config: QuantizeConfig, context: Context, forms: Forms) -> PassResult:
     """All weights that can be are stored, each in its form."""
     work, findings = model.clone(), Findings()
-    writer = WeightWriter(Editor(work), replace(config, weights="int8"), NearestRounder(), folded=True)
+    eight, blocks = replace(config, weights="int8"), _has_blocks(context)
+    writer = WeightWriter(Editor(work), eight, NearestRounder(), folded=True, blocks=blocks)
     for graph, weight in list(storable_weights(work, config)):
         form = forms.get(weight.name or "", _CHANNELS)
         if form == _HALF:
@@ -273,11 +279,13 @@ def _errors_of_weights(
         if graph is model.graph and constant.is_initializer() and constant.name
     }
     errors: Errors = {}
+    blocks = _has_blocks(context)
     with weight_probe(model, (*weights, *constants), context) as error:
         # One weight after the other: all of them rounded are twice a model.
         for name, weight in weights.items():
-            by_channel = error(name, rounded_to_8_bits(weight, config))
-            errors[name] = (by_channel, error(name, rounded_in_blocks(weight, config)), 0.0, 0.0)
+            by_channel = error(name, rounded_to_8_bits(weight, config, blocks))
+            by_block = error(name, rounded_in_blocks(weight, config)) if blocks else by_channel
+            errors[name] = (by_channel, by_block, 0.0, 0.0)
         for name, constant in constants.items():
             half = np.asarray(constant_array(constant), np.float16).astype(np.float32)
             errors[name] = (math.nan, math.nan, error(name, half), 0.0)

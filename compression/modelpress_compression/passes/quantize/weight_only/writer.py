@@ -64,12 +64,14 @@ _SCALED_AXES: Mapping[tuple[str, str, int], tuple[int, ...]] = MappingProxyType(
 
 @dataclass
 class WeightWriter:
-    """Puts weights into graphs that belong to the caller. `folded`: all in the form that runs as float32 does."""
+    """Puts weights into graphs that belong to the caller. `folded`: all in the form that runs as float32 does.
+    `blocks`: whether 8 bits may be in blocks there, which OpenVINO 2026 takes for products of another shape."""
 
     editor: Editor
     config: QuantizeConfig
     rounder: Rounder
     folded: bool = False
+    blocks: bool = True
     in_8_bits: int = 0  # weights so far that are in 8 bits
     in_4_bits: int = 0
     in_blocks: int = 0  # of those in 8 bits
@@ -83,7 +85,8 @@ class WeightWriter:
     def store_blocks(self, graph: onnx_ir.Graph, weight: onnx_ir.Value) -> None:
         """One weight in 8 bits with a scale for `STORED_BLOCK` weights, for all who use it; as `store` where its rows
         do not divide into such blocks."""
-        if (blocks := _in_blocks(WeightStore.array(weight))) is None:
+        blocks = _in_blocks(WeightStore.array(weight)) if self.blocks else None
+        if blocks is None:
             self.store(graph, weight)
         else:
             self._write(graph, weight, blocks)
@@ -166,7 +169,7 @@ class WeightWriter:
         if self.config.is_narrow and columns >= MIN_4_BIT_COLUMNS:
             size = block_size(columns, 4, self.config.block_size)
             return quantize_blocks(array.reshape(-1, columns), 4, size, _reshaped(rounding, array.shape))
-        return _in_channels(array, axes if self.config.per_channel else (), rounding)
+        return _in_channels(array, axes if self.config.per_channel else (), rounding, self.blocks)
 
     def quantized(self, weight: onnx_ir.Value) -> tuple[NDArray[np.float32], QuantizedWeight]:
         """The numbers that a weight has once `store` has stored it, in its own shape, and what is stored."""
@@ -190,11 +193,11 @@ class WeightWriter:
         graph_of(node).remove(node, safe=True)
 
 
-def rounded_to_8_bits(weight: onnx_ir.Value, config: QuantizeConfig) -> NDArray[np.float32]:
-    """The numbers that a weight has once it is stored in 8 bits."""
+def rounded_to_8_bits(weight: onnx_ir.Value, config: QuantizeConfig, blocks: bool = True) -> NDArray[np.float32]:
+    """The numbers that a weight has once it is stored in 8 bits. `blocks`: as in `WeightWriter`."""
     axes = _scaled_axes(_direct_use(weight)) if config.per_channel else ()
     array = WeightStore.array(weight)
-    return _in_channels(array, axes, nearest).dequantize().reshape(array.shape)
+    return _in_channels(array, axes, nearest, blocks).dequantize().reshape(array.shape)
 
 
 def rounded_in_blocks(weight: onnx_ir.Value, config: QuantizeConfig) -> NDArray[np.float32]:
@@ -204,15 +207,17 @@ def rounded_in_blocks(weight: onnx_ir.Value, config: QuantizeConfig) -> NDArray[
     return rounded_to_8_bits(weight, config) if blocks is None else blocks.dequantize().reshape(array.shape)
 
 
-def _in_channels(weight: NDArray[np.float32], axes: tuple[int, ...], rounding: Rounding) -> QuantizedWeight:
-    """As `_in_8_bits`; rows in which few weights are far larger than the rest are in blocks, as `_in_blocks` has them.
+def _in_channels(
+    weight: NDArray[np.float32], axes: tuple[int, ...], rounding: Rounding, blocks: bool
+) -> QuantizedWeight:
+    """As `_in_8_bits`; where `blocks` may be, rows in which few weights are far larger than the rest are in them.
 
     Roundings that weigh one weight's error against another's see whole channels.
     """
-    if axes and rounding is nearest and _is_uneven(weight, axes):
-        blocks = _in_blocks(weight)
-        if blocks is not None:
-            return blocks
+    if blocks and axes and rounding is nearest and _is_uneven(weight, axes):
+        found = _in_blocks(weight)
+        if found is not None:
+            return found
     return _in_8_bits(weight, axes, rounding)
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
+from modelpress_compression.graph.read import MICROSOFT
+from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
-from modelpress_compression.passes.base import PassResult
+from modelpress_compression.passes.base import Context, PassResult
+from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.quantize import Quantize
 from modelpress_compression.passes.quantize.static.forms import take_in_biases
+from modelpress_compression.target import Target
 from numpy.typing import NDArray
 from onnx import NodeProto, helper
 
@@ -125,3 +131,22 @@ def test_other_biases_stay_where_they_are(shape, bias, exclude, build: Build, we
     model = build(nodes, used(nodes, weights), {"x": shape})
     assert take_in_biases(model, exclude) == 0
     assert operators(model) == ["MatMul", "Add"]
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cpu", True), ("openvino", False)])
+def test_runtimes_that_fuse_pairs_get_pairs(
+    build: Build, rng, weights, tmp_path: Path, device: str, fused: bool
+) -> None:  # type: ignore[no-untyped-def]
+    """A model with operators of onnxruntime's own: its products become one more of them only where they run as such."""
+    nodes = [
+        NODE("MatMul", ["x", "w2"], ["m"], "product"),
+        NODE("Add", ["m", "b1"], ["a"]),
+        helper.make_node("Gelu", ["a"], ["y"], domain=MICROSOFT),
+    ]
+    model = build(nodes, used(nodes, weights), {"x": ["n", 8, 256]})
+    data = InputData.from_arrays(samples(rng, 16, 8, 256), model.inputs)
+    context = Context(data, tmp_path, target=Target(device=device))
+    result = Quantize(QuantizeConfig(scheme="static", calibration="minmax", bias_correction=False))(model, context)
+    operators = Counter(node.op_type for node in result.model.nodes())
+    assert ("MatMulIntegerToFloat" in operators) is fused
+    assert (operators["DequantizeLinear"] > 0) is not fused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.ranges.output_error import output_distances
 from modelpress_compression.passes.quantize.weight_only.storage import IN_BLOCKS, IN_FLOAT16, store_all
 from modelpress_compression.passes.quantize.weight_only.store import STORED
+from modelpress_compression.target import Target
 from onnx import helper
 
 CONFIG = QuantizeConfig(scheme="weight_only")
@@ -68,6 +70,14 @@ def test_rows_with_outliers_are_in_blocks(channel_model: Callable[..., Model], t
     assert result.model.weight_bytes() < 0.3 * model.weight_bytes()
     even = two_products(channel_model, 64, outlier=1.0)
     assert store_all(even, CONFIG, context_of(even, tmp_path), 0.0).changes == {STORED: 2}
+
+
+def test_openvino_gets_no_blocks(channel_model: Callable[..., Model], tmp_path: Path) -> None:
+    """It takes them for products of another shape: what they would serve is in channels, or in float16."""
+    model = two_products(channel_model, 64)
+    context = replace(context_of(model, tmp_path), target=Target(device="openvino"))
+    for floor_db in (0.0, 60.0):
+        assert IN_BLOCKS not in store_all(model, CONFIG, context, floor_db).changes
 
 
 def test_blocks_come_before_float16(channel_model: Callable[..., Model], tmp_path: Path) -> None:
