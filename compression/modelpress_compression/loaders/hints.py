@@ -51,18 +51,23 @@ def suggest_inputs(module: torch.jit.ScriptModule, path: Path) -> str:
         if index < len(traced):
             text += f" It was traced with {argument.name}:{traced[index]}."
         if argument.required:
-            options.append(f"--input '{_option(argument, layer, sequence)}'")
+            shape = traced[index] if index < len(traced) else ""
+            options.append(f"--input '{_option(argument, layer, sequence, shape)}'")
     return f"{text} Try {' '.join(options)}, with your own numbers or words for dimensions that vary."
 
 
-def _option(argument: Argument, layer: FirstLayer | None, sequence: str | None) -> str:
+def _option(argument: Argument, layer: FirstLayer | None, sequence: str | None, traced: str) -> str:
     if sequence and "mask" in argument.name:
         return f"{argument.name}:{sequence.split(':', 1)[1]}"  # a mask has the shape of the ids that it masks
     if layer:
         return layer.spec
     if argument.type in ("int", "bool"):
         return f"{argument.name}:int64[]"
-    return f"{argument.name}:float32[]" if argument.type == "float" else f"{argument.name}:float32[batch,...]"
+    if argument.type == "float":
+        return f"{argument.name}:float32[]"
+    dtype, _, dims = traced.partition("[")
+    _, varies, rest = dims.rstrip("]").partition(",")
+    return f"{argument.name}:{dtype}[batch,{rest}]" if varies else f"{argument.name}:float32[batch,...]"
 
 
 def first_layers(module: torch.jit.ScriptModule) -> list[FirstLayer]:

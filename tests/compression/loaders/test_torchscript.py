@@ -92,6 +92,21 @@ def test_without_hints_the_first_layer_tells(scripted: Path, traced: Path) -> No
         load(traced)
 
 
+def test_what_was_traced_is_suggested_where_no_layer_tells(tmp_path: Path) -> None:
+    """A module whose weights are not its layers' own: all but the batch as it was traced."""
+
+    class Scaled(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean((2, 3)) * 2
+
+    path = tmp_path / "m.pt"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit")
+        torch.jit.trace(Scaled(), torch.zeros(1, 3, 16, 16)).save(str(path))
+    with pytest.raises(InvalidInputsError, match=r"Try --input 'x:float32\[batch,3,16,16\]'"):
+        load(path)
+
+
 @pytest.mark.parametrize(
     ("layer", "said"),
     [
