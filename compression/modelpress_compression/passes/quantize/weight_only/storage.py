@@ -103,7 +103,7 @@ def store_all(model: Model, config: QuantizeConfig, context: Context, floor_db: 
         result = _stored(model, config, context, ladder.forms)
         error = _error(model, result, context, known)
         if error <= permitted:
-            return _descended(model, config, context, ladder, sizes, permitted, known) or result
+            return _descended(model, config, context, ladder, permitted, known) or result
         if not ladder.climb(1 + math.ceil(_GROWTH * len(ladder.moved))):
             reason = f"stored in float16 its outputs keep {-10 * math.log10(error):.1f} dB alone"
             return PassResult(original, warnings=(f"Weights stay in float32: {reason}.",))
@@ -124,17 +124,11 @@ def store_rest(result: PassResult, config: QuantizeConfig, context: Context, flo
 
 
 def _descended(
-    model: Model,
-    config: QuantizeConfig,
-    context: Context,
-    ladder: _Ladder,
-    sizes: Mapping[str, int],
-    permitted: float,
-    known: KnownOutputs,
+    model: Model, config: QuantizeConfig, context: Context, ladder: _Ladder, permitted: float, known: KnownOutputs
 ) -> PassResult | None:
     """The result with the largest of the moved weights one form back, where that is permitted; None: nowhere."""
     best = None
-    for name in sorted(ladder.moved, key=lambda name: -sizes[name])[:_DESCENTS]:
+    for name in ladder.moved[:_DESCENTS]:
         context.check_time()
         forms = {**ladder.forms, name: ladder.forms[name] - 1}
         result = _stored(model, config, context, forms)
@@ -158,8 +152,9 @@ class _Ladder:
 
     @property
     def moved(self) -> list[str]:
-        """The weights that are not in their first form."""
-        return [name for name, form in self.forms.items() if form != self._first[name]]
+        """The weights that are not in their first form, the largest first."""
+        moved = [name for name, form in self.forms.items() if form != self._first[name]]
+        return sorted(moved, key=lambda name: -self._sizes[name])
 
     def _step(self, name: str) -> tuple[float, str, int]:
         """(minus the error that vanishes for a byte, the name, the form) of the most worthwhile move of a weight."""

@@ -214,19 +214,15 @@ def _in_channels(
 
     Roundings that weigh one weight's error against another's see whole channels.
     """
-    if blocks and axes and rounding is nearest and _is_uneven(weight, axes):
-        found = _in_blocks(weight)
-        if found is not None:
-            return found
+    parts = _as_blocks(weight) if blocks and axes and rounding is nearest else None
+    if parts is not None and _is_uneven(_largest(weight, axes), _largest(parts, (0, 1))):
+        return _in_8_bits(parts, (0, 1), nearest)
     return _in_8_bits(weight, axes, rounding)
 
 
-def _is_uneven(weight: NDArray[np.float32], axes: tuple[int, ...]) -> bool:
-    """Whether blocks would err at most 1 / `_UNEVEN` times as much: a level errs by a twelfth of its scale squared."""
-    blocks = _as_blocks(weight)
-    if blocks is None:
-        return False
-    by_channel, by_block = _largest(weight, axes), _largest(blocks, (0, 1))
+def _is_uneven(by_channel: NDArray[np.float32], by_block: NDArray[np.float32]) -> bool:
+    """Whether blocks of these largest magnitudes err at most 1 / `_UNEVEN` times as much as channels of those: a level
+    errs by a twelfth of its scale squared."""
     return float(np.square(by_channel).mean()) >= _UNEVEN * float(np.square(by_block).mean()) > 0
 
 
