@@ -1,13 +1,15 @@
 """Factorization beside channel pruning: cost, fidelity and latency at the same multiply-accumulates.
 
     python benchmarks/factorize.py [--models DIR --only NAME ...] [--architectures NAME ... --cache DIR]
-                                   [--budgets SHARE ...] [--samples N] [--no-latency]
+                                   [--budgets SHARE ...] [--tables SHARE ...] [--samples N] [--no-latency]
 
 Every model is fused; then, at each budget, `factorize: {budget}` and channel pruning (global, least squares) whose
 sparsity is searched so that it leaves as many multiply-accumulates. Half of the samples are given to both, fidelity is
 that on the other half, towards the model as it was loaded. DIR is as for `real_models.py`, and gives the task metric as
 well. ARCHITECTURES are those of `architectures.py`, with random weights and inputs: of them fidelity says little but
-which of two is nearer. Latency is that of the fused model over the result's, in interleaved rounds on one thread.
+which of two is nearer. With --tables embedding tables alone are factorized, to these shares of their numbers, with the
+samples and without, in place of all else. Latency is that of the fused model over the result's, in interleaved rounds
+on one thread.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.factorize.config import FactorizeConfig
 from modelpress_compression.passes.factorize.factorize import Factorize
+from modelpress_compression.passes.factorize.layers import find_layers
 from modelpress_compression.passes.fuse.config import FuseConfig
 from modelpress_compression.passes.fuse.fuse import Fuse
 from modelpress_compression.passes.prune.config import PruneConfig
@@ -160,6 +163,21 @@ def rows_of(one: Subject, budgets: list[float], timed: bool) -> Iterator[str]:
         yield row_of(one, f"prune {budget}", model, time.monotonic() - began, timed)
 
 
+def table_rows_of(one: Subject, shares: list[float], timed: bool) -> Iterator[str]:
+    """Rows of a model's embedding tables alone, by how often rows are read, and with all rows alike."""
+    yield row_of(one, "fused", one.fused, 0.0, timed)
+    layers, _ = find_layers(one.fused, (), {})
+    others = tuple(layer.name for layer in layers if not layer.is_table)
+    for share in shares:
+        for what, given in (("by reads", one.given), ("rows alike", one.given.only(range(1)))):
+            began = time.monotonic()
+            config = FactorizeConfig(rank_ratio=share, embeddings="always", exclude=others)
+            result = Factorize(config)(one.fused, Context(given, one.folder))
+            took_s = time.monotonic() - began
+            lost = ", ".join(f"{float(row['relative_error']):.3f}" for row in result.details)
+            yield row_of(one, f"tables {share}, {what} (lost {lost})", result.model, took_s, timed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Factorization beside channel pruning.")
     parser.add_argument("--models", type=Path, help="folder with the models and their eval_NAME.py")
@@ -167,6 +185,7 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="*", default=[], help="names of architectures with random weights")
     parser.add_argument("--cache", type=Path, default=Path("architectures"), help="folder for their ONNX files")
     parser.add_argument("--budgets", nargs="*", type=float, default=list(BUDGETS), help="shares of the MACs to leave")
+    parser.add_argument("--tables", nargs="*", type=float, help="embedding tables alone, at these shares of their size")
     parser.add_argument("--samples", type=int, default=256, help="half are given, half judge")
     parser.add_argument("--no-latency", action="store_true")
     arguments = parser.parse_args()
@@ -177,7 +196,9 @@ def main() -> None:
         if arguments.models is not None:
             subjects = chain(real(arguments.only, arguments.models.resolve(), samples, folder), subjects)
         for one in subjects:
-            for row in rows_of(one, arguments.budgets, not arguments.no_latency):
+            timed, tables = not arguments.no_latency, arguments.tables
+            rows = table_rows_of(one, tables, timed) if tables else rows_of(one, arguments.budgets, timed)
+            for row in rows:
                 print(row, flush=True)
 
 

@@ -690,13 +690,14 @@ class FactorizeStep(_message.Message):
     MAX_ERROR_FIELD_NUMBER: _builtins.int
     REPAIR_FIELD_NUMBER: _builtins.int
     EXCLUDE_FIELD_NUMBER: _builtins.int
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     """svd: two products of a lower rank. For convolutions with a kernel also tucker (1x1, kernel, 1x1), spatial (a column,
     then a row) and depthwise (depthwise, then pointwise); auto takes for each layer what errs least.
     """
     rank_ratio: _builtins.float
-    """What the factors of a layer may cost, as a share of the layer's multiplications and of its parameters: ranks are as
-    high as that permits.
+    """What the factors of a layer may cost, as a share of the layer's multiplications and of its parameters (of an
+    embedding its parameters alone): ranks are as high as that permits.
     """
     energy: _builtins.float
     """In place of rank_ratio: each layer gets the cheapest factors that keep this share of the energy of its answers, or
@@ -718,6 +719,10 @@ class FactorizeStep(_message.Message):
     """least_squares fits the last factor of each layer to the original's answers on the data; auto does so where data is
     given.
     """
+    embeddings: _builtins.str
+    """Embedding tables: a narrower table and one product with what its rows share. They make a model smaller, not faster.
+    auto takes them where they lose at most 2 % of the energy, or max_error; always wherever they are smaller.
+    """
     @_builtins.property
     def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of nodes or weights to leave alone, with * and ?."""
@@ -734,15 +739,18 @@ class FactorizeStep(_message.Message):
         max_error: _builtins.float | None = ...,
         repair: _builtins.str | None = ...,
         exclude: _abc.Iterable[_builtins.str] | None = ...,
+        embeddings: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_budget_of", b"_budget_of", "_energy", b"_energy", "_max_error", b"_max_error", "_method", b"_method", "_rank_ratio", b"_rank_ratio", "_repair", b"_repair", "_round_to", b"_round_to", "budget", b"budget", "budget_of", b"budget_of", "energy", b"energy", "max_error", b"max_error", "method", b"method", "rank_ratio", b"rank_ratio", "repair", b"repair", "round_to", b"round_to"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_budget_of", b"_budget_of", "_embeddings", b"_embeddings", "_energy", b"_energy", "_max_error", b"_max_error", "_method", b"_method", "_rank_ratio", b"_rank_ratio", "_repair", b"_repair", "_round_to", b"_round_to", "budget", b"budget", "budget_of", b"budget_of", "embeddings", b"embeddings", "energy", b"energy", "max_error", b"max_error", "method", b"method", "rank_ratio", b"rank_ratio", "repair", b"repair", "round_to", b"round_to"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_budget_of", b"_budget_of", "_energy", b"_energy", "_max_error", b"_max_error", "_method", b"_method", "_rank_ratio", b"_rank_ratio", "_repair", b"_repair", "_round_to", b"_round_to", "budget", b"budget", "budget_of", b"budget_of", "energy", b"energy", "exclude", b"exclude", "max_error", b"max_error", "method", b"method", "rank_ratio", b"rank_ratio", "repair", b"repair", "round_to", b"round_to"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_budget_of", b"_budget_of", "_embeddings", b"_embeddings", "_energy", b"_energy", "_max_error", b"_max_error", "_method", b"_method", "_rank_ratio", b"_rank_ratio", "_repair", b"_repair", "_round_to", b"_round_to", "budget", b"budget", "budget_of", b"budget_of", "embeddings", b"embeddings", "energy", b"energy", "exclude", b"exclude", "max_error", b"max_error", "method", b"method", "rank_ratio", b"rank_ratio", "repair", b"repair", "round_to", b"round_to"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget: _TypeAlias = _typing.Literal["budget"]  # noqa: Y015
     _WhichOneofArgType__budget: _TypeAlias = _typing.Literal["_budget", b"_budget"]  # noqa: Y015
     _WhichOneofReturnType__budget_of: _TypeAlias = _typing.Literal["budget_of"]  # noqa: Y015
     _WhichOneofArgType__budget_of: _TypeAlias = _typing.Literal["_budget_of", b"_budget_of"]  # noqa: Y015
+    _WhichOneofReturnType__embeddings: _TypeAlias = _typing.Literal["embeddings"]  # noqa: Y015
+    _WhichOneofArgType__embeddings: _TypeAlias = _typing.Literal["_embeddings", b"_embeddings"]  # noqa: Y015
     _WhichOneofReturnType__energy: _TypeAlias = _typing.Literal["energy"]  # noqa: Y015
     _WhichOneofArgType__energy: _TypeAlias = _typing.Literal["_energy", b"_energy"]  # noqa: Y015
     _WhichOneofReturnType__max_error: _TypeAlias = _typing.Literal["max_error"]  # noqa: Y015
@@ -759,6 +767,8 @@ class FactorizeStep(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__budget) -> _WhichOneofReturnType__budget | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__budget_of) -> _WhichOneofReturnType__budget_of | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__embeddings) -> _WhichOneofReturnType__embeddings | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__energy) -> _WhichOneofReturnType__energy | None: ...
     @_typing.overload

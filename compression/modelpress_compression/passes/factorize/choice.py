@@ -25,6 +25,9 @@ SHARES = (0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 # The cheapest factors of enough energy are looked for in steps of a twentieth of the layer's cost.
 _GRID = 20
 _WORTHLESS = 1e-12  # a smaller error is rounding
+# The share of the energy of an embedding table that may be lost where nobody says how much.
+TABLE_ERROR = 0.02
+_NO_MACS = "Looking up rows multiplies nothing: a budget of multiply-accumulates leaves it."
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,30 @@ class Chooser:
     def options(self) -> list[Option] | str:
         """Those to choose among, the best first (one, unless there is a budget or times decide), or why the layer stays
         as it is."""
+        if self._layer.is_table and (reason := self._why_no_table()):
+            return reason
         fitting = [name for name, reason in self._why_not.items() if not reason]
         if not fitting:
             return f"It has no {self._config.method} factors: {next(iter(self._why_not.values()))}."
         found = list(self._found(fitting))
         if not found:
             return "No factors cost so little: it is too small, or its rank too low."
-        limit = self._config.max_error
+        limit = self._limit()
         good = [option for option in found if limit is None or option.error <= limit]
         return good or f"Its factors would lose {min(option.error for option in found):.3g} of the energy."
+
+    def _why_no_table(self) -> str:
+        """Why a table stays whatever its factors are; "" where it does not."""
+        if self._config.embeddings == "none":
+            return "Embeddings are left alone by the recipe."
+        return _NO_MACS if self._config.budget is not None and self._config.budget_of == "macs" else ""
+
+    def _limit(self) -> float | None:
+        """The share of the energy that may be lost; None: any."""
+        limit = self._config.max_error
+        if not self._layer.is_table or self._config.embeddings == "always":
+            return limit
+        return TABLE_ERROR if limit is None else limit
 
     def _found(self, names: Sequence[str]) -> Iterator[Option]:
         config = self._config

@@ -21,8 +21,8 @@ class FactorizeConfig(Config):
     rank_ratio: float = option(
         0.5,
         2,
-        "What the factors of a layer may cost, as a share of the layer's multiplications and of its parameters: ranks "
-        "are as high as that permits.",
+        "What the factors of a layer may cost, as a share of the layer's multiplications and of its parameters (of an "
+        "embedding its parameters alone): ranks are as high as that permits.",
         gt=0,
         lt=1,
     )
@@ -67,3 +67,11 @@ class FactorizeConfig(Config):
         choices=("auto", "none", "least_squares"),
     )
     exclude: tuple[str, ...] = option((), 9, "Names of nodes or weights to leave alone, with * and ?.")
+    embeddings: str = option(
+        "auto",
+        10,
+        "Embedding tables: a narrower table and one product with what its rows share. They make a model smaller, not "
+        "faster. auto takes them where they lose at most 2 % of the energy, or max_error; always wherever they are "
+        "smaller.",
+        choices=("auto", "none", "always"),
+    )

@@ -32,6 +32,7 @@ from modelpress_compression.passes.factorize.choice import Chooser, Option, with
 from modelpress_compression.passes.factorize.config import FactorizeConfig
 from modelpress_compression.passes.factorize.layers import Layer, find_layers
 from modelpress_compression.passes.factorize.methods import METHODS, Problem, damped
+from modelpress_compression.passes.factorize.tables import reads
 from modelpress_compression.passes.factorize.timing import Timer, speedup_of
 from modelpress_compression.passes.factorize.writer import stored, write
 from modelpress_compression.passes.hessians import Hessians
@@ -138,7 +139,7 @@ class Factorize:
 
     def _repair(self, model: Model, clone: Model, written: Mapping[str, str], context: Context) -> Repair:
         """The factorized model with its last factors fitted; `written`: names of their weights by node."""
-        if self._config.repair == "none" or not context.data.vouches:
+        if self._config.repair == "none" or not context.data.vouches or not written:
             return Repair(clone)
 
         def progress(share: float, message: str) -> None:
@@ -178,11 +179,19 @@ class _Moments:
 
     def __init__(self, model: Model, layers: Sequence[Layer], context: Context) -> None:
         self.known = context.data.vouches
-        names = {layer.weight.name or "" for layer in layers}
-        self._hessians = Hessians(model, context, names) if self.known and layers else None
+        names = {layer.weight.name or "" for layer in layers if not layer.is_table}
+        self._hessians = Hessians(model, context, names) if self.known and names else None
+        self._reads: dict[str, Matrix | None] = {}
+        if self.known:
+            for layer in layers:
+                if layer.is_table:
+                    self._reads[layer.name] = reads(model, layer.nodes, layer.inputs, context)
 
     def of(self, layer: Layer) -> Matrix | None:
-        """H [g, K, K], damped; None where the weight alone has to do."""
+        """H [g, K, K], damped, or of a table its diagonal [1, K]; None where the weight alone has to do."""
+        if layer.is_table:
+            found = self._reads.get(layer.name)
+            return None if found is None else found[None]
         if self._hessians is None or isinstance(self._hessians.linear(layer.weight), str):
             return None
         return damped(self._hessians.of(layer.weight))
@@ -205,10 +214,11 @@ def _write(
             skipped.append(Skip(layer.name, _OVERFLOWS))
             continue
         details.append(_row(layer, option))
-        in_main = graph_of(layer.nodes[0]) is clone.graph
+        # The factors of a table are the best there are, of all rows alike: there is nothing to fit.
+        is_fitted = graph_of(layer.nodes[0]) is clone.graph and not layer.is_table
         labels = [label(node) for node in layer.nodes]
         weight = write(editor, layer, made.stages, arrays)
-        if in_main:
+        if is_fitted:
             written.update((name, weight) for name in labels)
     clean(clone)
     return written, details, skipped

@@ -1,4 +1,5 @@
-"""The layers that can be factorized: MatMul, Gemm and Conv with a constant float weight, each weight once.
+"""The layers that can be factorized: MatMul, Gemm and Conv with a constant float weight, and Gather of the rows of a
+table (see `tables`); each weight once.
 
 Left alone, with a reason: weights that others read as well, or that are read in different ways (other strides, another
 graph), weights that are quantized or computed, and numbers that nothing can be made of. How much a layer multiplies
@@ -28,6 +29,7 @@ from modelpress_compression.graph.read import (
 from modelpress_compression.graph.shapes import Shape, shape_of, static_shapes
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Skip, is_excluded
+from modelpress_compression.passes.factorize.tables import MIN_NUMBERS, Lookup, is_lookup, lookup_of
 
 # By domain; those that are no plain product with one weight are told of, and left.
 _PRODUCTS = {
@@ -56,12 +58,12 @@ class Positions:
 @dataclass(frozen=True)
 class Layer:
     """One weight and the nodes that multiply by it, all in the same way. `groups`, `inputs` and `answers`: extents of
-    the weight as a matrix [g, K, O]; `kernel`: of a convolution, () of a product. `shape`: of what the first node
-    reads; None where that is not known."""
+    the weight as a matrix [g, K, O], of a table [1, rows, columns]; `kernel`: of a convolution, () of a product.
+    `shape`: of what the first node reads; None where that is not known."""
 
     weight: onnx_ir.Value
     nodes: tuple[onnx_ir.Node, ...]
-    linear: Linear
+    linear: Linear | Lookup
     positions: Positions
     groups: int
     inputs: int
@@ -91,9 +93,14 @@ class Layer:
         return self.groups * self.inputs * self.answers
 
     @property
+    def is_table(self) -> bool:
+        """Whether rows are looked up, which multiplies nothing."""
+        return isinstance(self.linear, Lookup)
+
+    @property
     def macs(self) -> int:
         """On one sample."""
-        return self.parameters * self.positions.outputs
+        return 0 if self.is_table else self.parameters * self.positions.outputs
 
     @property
     def matrix(self) -> Matrix:
@@ -113,7 +120,7 @@ def find_layers(
     skipped: list[Skip] = []
     for node in model.nodes():
         multiplies = any(is_op(node, *names, domain=domain) for domain, names in _PRODUCTS.items())
-        weight = input_of(node, 1) if multiplies else None
+        weight = input_of(node, 0) if is_lookup(node) else input_of(node, 1) if multiplies else None
         if weight is None:
             continue
         if is_constant(weight):
@@ -134,7 +141,9 @@ def _is_weight(node: onnx_ir.Node, value: onnx_ir.Value) -> bool:
     """Whether the operand is made of constants alone; a product of two activations is nothing to speak of."""
     producer = value.producer()
     made = [] if producer is None else [one for one in producer.inputs if one is not None]
-    return node.op_type not in ("MatMul", "FusedMatMul") or (bool(made) and all(is_constant(one) for one in made))
+    return node.op_type not in ("MatMul", "FusedMatMul", "Gather") or (
+        bool(made) and all(is_constant(one) for one in made)
+    )
 
 
 def _layer(
@@ -145,16 +154,20 @@ def _layer(
         return "Excluded by the recipe."
     if len(weight.uses()) != len(nodes) or weight.is_graph_output():
         return "Others read its weight as well."
-    linear = linear_of(nodes[0])
+    linear = _linear_of(nodes[0])
     if isinstance(linear, str):
         return f"It cannot be factorized: {linear}."
-    if any(linear_of(node) != linear or graph_of(node) is not graph_of(nodes[0]) for node in nodes[1:]):
+    if any(_linear_of(node) != linear or graph_of(node) is not graph_of(nodes[0]) for node in nodes[1:]):
         return "Its weight is shared by nodes that read it in different ways."
     groups, inputs, answers = linear.matrix(np.zeros(_extents(weight), np.bool_)).shape
-    data = nodes[0].inputs[0]
+    data = nodes[0].inputs[1 if isinstance(linear, Lookup) else 0]
     shape = shapes.get(data.name or "") if data is not None else None
     layer = Layer(weight, nodes, linear, _positions(nodes, linear, shapes), groups, inputs, answers, shape)
     return _of_size(layer) or _of_numbers(layer) or layer
+
+
+def _linear_of(node: onnx_ir.Node) -> Linear | Lookup | str:
+    return lookup_of(node) if is_lookup(node) else linear_of(node)
 
 
 def _extents(weight: onnx_ir.Value) -> tuple[int, ...]:
@@ -167,6 +180,8 @@ def _of_size(layer: Layer) -> str:
     side = min(layer.inputs, layer.answers)
     if side < 2:
         return "It has one input or one answer in each group: its rank is 1."
+    if layer.is_table and layer.parameters < MIN_NUMBERS:
+        return f"Its {layer.parameters} numbers are too few to pay for a product."
     return f"It has over {MAX_SIDE} inputs and answers: finding its factors takes too long." if side > MAX_SIDE else ""
 
 
@@ -195,12 +210,12 @@ def _values(ir: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
         yield from node.outputs
 
 
-def _positions(nodes: tuple[onnx_ir.Node, ...], linear: Linear, shapes: Mapping[str, Shape]) -> Positions:
+def _positions(nodes: tuple[onnx_ir.Node, ...], linear: Linear | Lookup, shapes: Mapping[str, Shape]) -> Positions:
     each = [_of_node(node, linear, shapes) for node in nodes]
     return Positions(*(sum(getattr(one, name) for one in each) for name in ("outputs", "inputs", "between")))
 
 
-def _of_node(node: onnx_ir.Node, linear: Linear, shapes: Mapping[str, Shape]) -> Positions:
+def _of_node(node: onnx_ir.Node, linear: Linear | Lookup, shapes: Mapping[str, Shape]) -> Positions:
     data, output = (shapes.get(value.name or "") for value in (node.inputs[0], node.outputs[0]) if value is not None)
     if not isinstance(linear, Convolution):
         count = math.prod(output[:-1]) if output else 1

@@ -18,6 +18,7 @@ from modelpress_compression.passes.factorize.writer import attributes_of
 # Factors must be faster by this share: a gain below it is lost in what else a layer's surroundings change.
 LEAST_GAIN = 0.05
 _ROUNDS, _BUDGET_S = 30, 3.0
+_TABLE = "Looking up rows multiplies nothing, and its factors do: they are not faster."
 _UNKNOWN = "The shape of its input is not known, so that its time cannot be measured."
 
 
@@ -30,6 +31,8 @@ class Timer:
 
     def timed(self, layer: Layer, options: Sequence[Option]) -> list[Option] | str:
         """The options that are faster than the layer, with their times; or why there are none."""
+        if layer.is_table:
+            return _TABLE
         if layer.shape is None or min(layer.shape, default=0) < 1:
             return _UNKNOWN
         own = Chain(layer.shape, (_of_layer(layer),))

@@ -29,6 +29,9 @@ def write(editor: Editor, layer: Layer, stages: Sequence[Stage], arrays: Sequenc
     graph, name = graph_of(layer.nodes[0]), layer.weight.name or layer.name
     weights = [editor.constant(graph, array, f"{name}_factor_{number}") for number, array in enumerate(arrays)]
     for node in layer.nodes:
+        if layer.is_table:
+            _write_table(editor, node, *weights)
+            continue
         data = node.inputs[0]
         for stage, weight in zip(stages[:-1], weights[:-1], strict=True):
             attributes = attributes_of(layer, node, stage)
@@ -38,6 +41,12 @@ def write(editor: Editor, layer: Layer, stages: Sequence[Stage], arrays: Sequenc
         last = editor.make_like(node, node.op_type, inputs, attributes_of(layer, node, stages[-1]))
         editor.replace(node, [node], [last])
     return weights[-1].name or ""
+
+
+def _write_table(editor: Editor, node: onnx_ir.Node, rows: onnx_ir.Value, projection: onnx_ir.Value) -> None:
+    """Rows of a narrower table, and one product with what all of them share."""
+    (data,) = editor.emit(node, "Gather", (rows, node.inputs[1]), f"{label(node)}_factor")
+    editor.replace(node, [node], [editor.make_like(node, "MatMul", (data, projection))])
 
 
 def attributes_of(layer: Layer, node: onnx_ir.Node, stage: Stage) -> dict[str, Any]:

@@ -16,7 +16,8 @@ _TINY = 1e-9  # keeps equations of features that repeat each other solvable; a s
 
 
 class Problem:
-    """Of one layer. `matrix`: W [g, K, O]; `moments`: H [g, K, K], damped; None: no data."""
+    """Of one layer. `matrix`: W [g, K, O]; `moments`: H [g, K, K], damped, or of a table its diagonal [1, K]; None: no
+    data."""
 
     def __init__(self, layer: Layer, moments: Matrix | None) -> None:
         self.layer = layer
@@ -54,17 +55,18 @@ class Problem:
 class Decomposition:
     """W ~ T P of one matrix [K, O], the best of every rank at once: by the eigenvectors of the smaller side.
 
-    `energy`: of the answers.
+    `moments`: H [K, K], or its diagonal [K]. `energy`: of the answers.
     """
 
     def __init__(self, weight: Matrix, moments: Matrix | None) -> None:
         inputs, answers = weight.shape
         if answers <= inputs:
-            gram = weight.T @ weight if moments is None else weight.T @ moments @ weight
+            gram = weight.T @ (weight if moments is None else _weighed(moments, weight))
             values, vectors = leading(gram, answers)
             self._features, self._mixing = weight @ vectors, vectors.T
         else:
-            lower = np.eye(inputs) if moments is None else np.linalg.cholesky(moments)
+            whole = moments if moments is None or moments.ndim == 2 else np.diag(moments)
+            lower = np.eye(inputs) if whole is None else np.linalg.cholesky(whole)
             whitened = lower.T @ weight
             gram = whitened @ whitened.T
             values, vectors = leading(gram, inputs)
@@ -83,6 +85,12 @@ class Decomposition:
     def kept(self, rank: int) -> float:
         """Of the energy."""
         return float(self._values[:rank].sum())
+
+
+def _weighed(moments: Matrix, weight: Matrix) -> Matrix:
+    """H W."""
+    weighed: Matrix = moments[:, None] * weight if moments.ndim == 1 else moments @ weight
+    return weighed
 
 
 def leading(gram: Matrix, rank: int) -> tuple[Matrix, Matrix]:

@@ -18,7 +18,8 @@ class Svd:
 
     def cost(self, layer: Layer, ranks: Ranks) -> tuple[int, int]:
         parameters = layer.groups * ranks[0] * (layer.inputs + layer.answers)
-        return parameters * layer.positions.outputs, parameters
+        multiplied = ranks[0] * layer.answers if layer.is_table else parameters
+        return multiplied * layer.positions.outputs, parameters
 
     def ranks(self, layer: Layer, share: float, round_to: int) -> Ranks | None:
         rank = rounded(share * layer.inputs * layer.answers / (layer.inputs + layer.answers), round_to)
