@@ -1,10 +1,12 @@
 """Many architectures, as many producers write them, through the engine: what loads, and what comes back.
 
-    python benchmarks/breadth.py --cache FILE [--only WORD ...] [--recipes ...] [--again] [--time SECONDS] [--docs]
+    python benchmarks/breadth.py --cache FILE [--continue] [--only WORD ...] [--recipes ...] [--again]
+                                 [--time SECONDS] [--docs]
 
 A cell (`breadth_cases`) runs in a process of its own, bounded in time and memory, which is forked from this one: the
-libraries are imported once. FILE has one line of JSON for each cell, so that a run can be stopped and continued;
-`--docs` writes docs/breadth.md from what FILE holds.
+libraries are imported once. FILE has one line of JSON for each cell, so that a run can be stopped and continued; with
+`--continue` the cells of docs/breadth.json count as run where FILE has none of them. `--docs` writes docs/breadth.json
+and, from it, docs/breadth.md.
 
 Needs `pip install -e '.[benchmarks]'`. TensorFlow (with keras and tf2onnx) and Paddle (with paddle2onnx) are in
 environments of their own, whose Pythons MODELPRESS_TENSORFLOW_PYTHON and MODELPRESS_PADDLE_PYTHON name.
@@ -27,11 +29,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import breadth_yardstick
 import psutil
 from breadth_page import WRONG, document
 from breadth_page import cells as cells_of_row
+from breadth_results import Rows, packed, read, unpacked
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "breadth.md"
+RESULTS = DOCS.with_suffix(".json")
 CELL_CPU_S = 150.0
 CELL_WALL_S = 1800.0
 CELL_MEMORY_BYTES = 4 * 1024**3  # 4 GiB, resident
@@ -183,7 +188,7 @@ def _compressed(one: Any, model: Any, recipe: str, folder: Path) -> dict[str, An
     path = folder / recipe / "model.onnx"
     result.write(path.parent)
     before, after = (run(open_session(file), feeds[-1]) for file in (folder / "loaded.onnx", path))
-    cosine = _cosine(before, after)
+    cosine = breadth_yardstick.cosine(before, after)
     row: dict[str, Any] = {
         "outcome": "equal" if cosine > 1 - 1e-6 else "close",
         "ratio": path.stat().st_size / (folder / "loaded.onnx").stat().st_size,
@@ -191,13 +196,15 @@ def _compressed(one: Any, model: Any, recipe: str, folder: Path) -> dict[str, An
         "seconds": round(took_s, 1),
     }
     least = CLOSE[recipe]
+    if recipe == "int4" and least is not None and cosine < least:
+        least = min(least, breadth_yardstick.disturbed(folder / "loaded.onnx", feeds[-1], before))
     problems = _changed(model, result.model)
     given, back = (onnx.load(file, load_external_data=False) for file in (folder / "loaded.onnx", path))
     if [*given.metadata_props] != [*back.metadata_props]:
         problems.append("metadata")
     if least is not None and cosine < least:
         problems.append(f"cosine {cosine:.3f}")
-    if [array.shape for array in before.values()] != [array.shape for array in after.values()]:
+    if breadth_yardstick.other_extents(model, before, after, of_data=least is not None):
         problems.append("shapes of outputs")
     return {**row, "outcome": "wrong", "why": ", ".join(problems)} if problems else row
 
@@ -205,19 +212,6 @@ def _compressed(one: Any, model: Any, recipe: str, folder: Path) -> dict[str, An
 def _changed(model: Any, result: Any) -> list[str]:
     """What of the interface is another: names, types and dimensions."""
     return [side for side in ("inputs", "outputs") if getattr(model, side) != getattr(result, side)]
-
-
-def _cosine(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
-    """The least of all float outputs; outputs of other types or shapes do not count."""
-    import numpy as np
-
-    least = 1.0
-    for name, array in before.items():
-        if array.dtype.kind == "f" and array.size and array.shape == after[name].shape:
-            a, b = array.astype(np.float64).ravel(), after[name].astype(np.float64).ravel()
-            norm = float(np.linalg.norm(a) * np.linalg.norm(b))
-            least = min(least, float(a @ b) / norm if norm else float(np.array_equal(a, b)))
-    return least
 
 
 def cell(name: str, producer: str, recipes: Sequence[str]) -> dict[str, Any]:
@@ -279,12 +273,6 @@ def _import_all() -> None:
     gc.freeze()  # else each collection in a cell walks over all of this again
 
 
-def read(cache: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows of the file by model and producer; of two for one cell the later counts."""
-    lines = cache.read_text("utf-8").splitlines() if cache.exists() else []
-    return {(row["model"], row["producer"]): row for row in map(json.loads, lines)}
-
-
 def _lacks(row: Mapping[str, Any] | None, recipes: Sequence[str]) -> bool:
     """Whether the file has less of the cell than is asked for."""
     return row is None or (row["load"]["outcome"] == "equal" and any(recipe not in row for recipe in recipes))
@@ -307,11 +295,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Many architectures by many producers through the engine.")
     parser.add_argument("--cell", nargs=2, metavar=("MODEL", "PRODUCER"), help="one cell, in this process, as JSON")
     parser.add_argument("--cache", type=Path, help="a file for the cells, to go on from")
+    parser.add_argument("--continue", action="store_true", dest="go_on", help=f"cells of {RESULTS.name} count as run")
     parser.add_argument("--only", nargs="*", default=[], help="words in MODEL/PRODUCER; all of them")
     parser.add_argument("--recipes", nargs="*", default=[*RECIPES], choices=[*RECIPES], help="none: loading alone")
     parser.add_argument("--again", action="store_true", help="also cells that the file has")
     parser.add_argument("--time", type=float, default=float("inf"), help="seconds after which no cell is begun")
-    parser.add_argument("--docs", action="store_true", help=f"write {DOCS.name} in docs")
+    parser.add_argument("--docs", action="store_true", help=f"write {RESULTS.name} and {DOCS.name}")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     if arguments.cell:
@@ -322,7 +311,8 @@ def main() -> int:
     from breadth_cases import cells
 
     everything = cells()
-    rows, end = read(arguments.cache), time.monotonic() + arguments.time
+    known: Rows = unpacked(RESULTS.read_text("utf-8")) if arguments.go_on and RESULTS.exists() else {}
+    rows, end = known | read(arguments.cache), time.monotonic() + arguments.time
     wanted = [
         one
         for one in in_turns(everything)
@@ -342,6 +332,7 @@ def main() -> int:
         print("|".join(cells_of_row(row, [*RECIPES])), why, flush=True)
     ordered = [rows[key] for key in everything if key in rows]
     if arguments.docs:
+        RESULTS.write_text(packed(ordered), "utf-8")
         DOCS.write_text(document(ordered, everything, [*RECIPES]), "utf-8")
     outcomes = {row.get(part, {}).get("outcome") for row in ordered for part in ("load", *RECIPES)}
     return 1 if outcomes & set(WRONG) else 0

@@ -19,7 +19,7 @@ that may hold class scores (see `graph.outputs`) or does hold probabilities.
 `expected_top1` and `expected_drop`: the accuracy that the original expects of itself by its own probabilities p, and
 how much of it is lost where the class changed from a to b: mean(p(a)) and mean(p(a) - p(b)). A change between two
 classes of nearly the same probability costs next to nothing; a change away from a class that the original was sure of
-costs a whole answer. Labels are not needed.
+costs a whole answer. Labels are not needed. `positions`: how many such answers there were.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class Fidelity:
     expected_top1: float | None = None
     expected_drop: float | None = None
     comparable: bool = True  # every output is there, in its shape
+    positions: int = 0  # with a class, over all samples
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Fidelity:
@@ -431,4 +432,5 @@ def _summary(data: str, samples: int, sums: Mapping[str, OutputSums]) -> Fidelit
         agreement = 0.0
     outputs = {name: total.figures() for name, total in sums.items()}
     right, lost = classifier.expectations() if classifier else (None, None)
-    return Fidelity(data, samples, outputs, top1, agreement, tuple(notes), right, lost, comparable)
+    positions = classifier.top1_positions if classifier else 0
+    return Fidelity(data, samples, outputs, top1, agreement, tuple(notes), right, lost, comparable, positions)

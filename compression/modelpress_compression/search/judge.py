@@ -16,7 +16,8 @@ A candidate keeps the answers if all of these hold that apply:
    small drop no better than chance does, and a search that tries dozens of models finds the luckiest: of a digit
    classifier, one changed none of 86 answers at 19 dB, and lost 2 points; at 23 dB it lost .2 on 2,000 digits.
 6. As in 4, if the original expects to be right in fewer than a tenth of all cases: its scores are no probabilities, or
-   it is untrained, and the expected drop says nothing. Then no output's cosine may fall below 0.99 (17 dB).
+   it is untrained, and the expected drop says nothing. Then no output's cosine may fall below 0.99 (17 dB). So it is
+   with fewer than 30 answers: of two none changes by chance, and a model at 0.967 was taken for one that keeps them.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ DEFAULT_MAX_DROP = 0.01
 MAX_EXPECTED_DROP = 0.006
 # Below this the original's probabilities say nothing, and its outputs must stay closer.
 MIN_EXPECTED_TOP1, MIN_COSINE_OF_SCORES = 0.1, 0.99
+# Fewer answers say as little: where 2 % change, it is none of 30 in every second case.
+MIN_ANSWERS = 30
 # A sentence encoder whose token vectors keep 0.967 (11.5 dB) retrieves as well as before.
 MIN_COSINE = 0.95
 # On synthetic inputs, of models that compute in 8 bits. docs/goals.md says how it was found.
@@ -295,10 +298,16 @@ class Judge:
                 f"by its own probabilities the original would lose {100 * drop:.1f} points of accuracy, more than "
                 f"{100 * MAX_EXPECTED_DROP:g}"
             )
-        if expected < MIN_EXPECTED_TOP1 and 1 - fidelity.cosine > slack * (1 - MIN_COSINE_OF_SCORES):
+        unsure = (
+            "from those of an original that hardly tells its classes apart" if expected < MIN_EXPECTED_TOP1
+            else f"where {fidelity.positions} answers, fewer than {MIN_ANSWERS}, cannot show that they are kept"
+            if fidelity.positions < MIN_ANSWERS
+            else ""
+        )  # fmt: skip
+        if unsure and 1 - fidelity.cosine > slack * (1 - MIN_COSINE_OF_SCORES):
             return (
                 f"its scores differ too much (cosine {fidelity.cosine:.4f}, at least {MIN_COSINE_OF_SCORES} is kept) "
-                f"from those of an original that hardly tells its classes apart"
+                f"{unsure}"
             )
         return ""
 

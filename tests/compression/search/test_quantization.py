@@ -318,23 +318,28 @@ def test_without_a_faster_one_float32_is_stored_small(
 
 
 @pytest.mark.parametrize(
-    ("cosine", "expected", "drop", "kept"),
+    ("cosine", "expected", "drop", "answers", "kept"),
     [
-        (0.999, 0.9, 0.005, True),
-        (0.999, 0.9, 0.007, False),
-        (0.96, 0.9, 0.0, True),
-        (0.96, 0.05, 0.0, False),
-        (0.995, 0.05, 0.004, True),
+        (0.999, 0.9, 0.005, 30, True),
+        (0.999, 0.9, 0.007, 30, False),
+        (0.96, 0.9, 0.0, 30, True),
+        (0.96, 0.9, 0.0, 29, False),
+        (0.995, 0.9, 0.0, 2, True),
+        (0.96, 0.05, 0.0, 30, False),
+        (0.995, 0.05, 0.004, 30, True),
     ],
 )
 def test_the_doubt_of_the_original_decides_without_labels(
-    two_layers: Model, loud: InputData, cosine: float, expected: float, drop: float, kept: bool
+    two_layers: Model, loud: InputData, cosine: float, expected: float, drop: float, answers: int, kept: bool
 ) -> None:
-    """So little of the expected accuracy may go that the metric falls by less than a point; else cosines decide."""
+    """So little of the expected accuracy may go that the metric falls by less than a point; where that says nothing of
+    the original, or too few answers say it, cosines decide."""
     recipe = Recipe.from_dict({"version": 1})
     judge = Judge(Path(), Path(), Context(loud, Path()), recipe, None)
     outputs = {"y": OutputFidelity(cosine, 20.0, 0.1)}
-    fidelity = Fidelity("provided", 8, outputs, 0.9, 0.9, expected_top1=expected, expected_drop=drop)
+    fidelity = Fidelity(
+        "provided", 8, outputs, 0.9, 0.9, expected_top1=expected, expected_drop=drop, positions=answers
+    )
     assert (judge._disagrees(fidelity) == "") is kept
 
 
