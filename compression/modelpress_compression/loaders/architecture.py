@@ -57,15 +57,18 @@ class Architecture:
         what = f"--architecture {self.module}:{self.attribute}"
         try:
             found: Any = importlib.import_module(self.module)
+            for name in self.attribute.split("."):
+                absent = not hasattr(found, name)  # raises where a library imports its parts as they are asked for
+                if absent:
+                    break
+                found = getattr(found, name)
         except Exception as error:  # importing runs the user's code, which may raise anything
             raise InvalidInputsError(
                 f"{what}: importing {self.module!r} failed ({type(error).__name__}: {str(error)[:300]}). The current "
                 f"folder and the installed packages are searched."
             ) from error
-        for name in self.attribute.split("."):
-            if not hasattr(found, name):
-                raise InvalidInputsError(f"{what}: {getattr(found, '__name__', found)!r} has no {name!r}.")
-            found = getattr(found, name)
+        if absent:
+            raise InvalidInputsError(f"{what}: {getattr(found, '__name__', found)!r} has no {name!r}.")
         if isinstance(found, torch.nn.Module):
             return found
         try:

@@ -6,11 +6,13 @@ refuses them; here each foreign class is read as an `Inert` object, which keeps 
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from modelpress_compression.errors import (
@@ -23,6 +25,7 @@ from modelpress_compression.loaders.checked_copy import checked_file
 from modelpress_compression.loaders.quiet import quiet
 
 _MAX_DEPTH = 200  # modules within modules
+_NUMBER_TYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")
 
 
 class Inert:
@@ -50,6 +53,41 @@ class Inert:
     def append(self, value: Any) -> None:
         """As of a list of a class of its own."""
         self.items[len(self.items)] = value
+
+
+class _NumberType(Inert):
+    """Stands for numpy.dtype. `code`: as NumPy writes it, without the order of bytes, as "f4"."""
+
+    code: str
+    order: str
+
+    def __init__(self, code: object = "", *_: object) -> None:
+        """Takes what numpy.dtype takes."""
+        self.code, self.order = str(code), "<"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = str(state[1]) if isinstance(state, tuple) and len(state) > 1 else "<"
+
+
+class StoredArray(Inert):
+    """Stands for an array of NumPy, which some write weights as. `tensor`: its numbers; None: it holds others."""
+
+    tensor: torch.Tensor | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        match state:
+            case (_, tuple(shape), _NumberType() as kind, bool(columns_first), bytes(content)):
+                self.tensor = _tensor_of(shape, kind, columns_first, content)
+
+
+def _tensor_of(shape: tuple[Any, ...], kind: _NumberType, columns_first: bool, content: bytes) -> torch.Tensor | None:
+    if kind.code not in _NUMBER_TYPES or not all(isinstance(dim, int) and dim >= 0 for dim in shape):
+        return None
+    dtype = np.dtype(kind.code).newbyteorder(">" if kind.order == ">" else "<")
+    if len(content) != math.prod(shape) * dtype.itemsize:
+        return None
+    array = np.frombuffer(content, dtype).astype(dtype.newbyteorder("="))
+    return torch.from_numpy(array.reshape(shape, order="F" if columns_first else "C").copy())
 
 
 class _TensorUnpickler(pickle.Unpickler):
@@ -80,7 +118,11 @@ class _TensorPickle:
 def _rebuilders() -> dict[str, Callable[..., Any]]:
     """How tensors are put together, anew for every name, so that no pickle changes them for another."""
     utils: Any = torch._utils
+    array = {f"numpy.{core}.multiarray._reconstruct": lambda *_: StoredArray() for core in ("core", "_core")}
     return {
+        **array,
+        "numpy.dtype": type("dtype", (_NumberType,), {}),
+        "_codecs.encode": lambda text, *_: str(text).encode("latin1", "replace"),
         "collections.OrderedDict": type("OrderedDict", (dict,), {"__setstate__": lambda *_: None}),
         "collections.defaultdict": lambda *_: {},
         # A set's members need a hash, which inert objects of equal content do not share.
@@ -151,6 +193,13 @@ def module_weights(found: Any) -> dict[str, torch.Tensor] | None:
     if isinstance(found, Inert) and isinstance(found.state, Mapping) and "_parameters" in found.state:
         return dict(_inert_tensors(found.state, "", 0))
     return None
+
+
+def array_weights(found: Any) -> torch.Tensor | None:
+    """A tensor, or an array of NumPy as one; None for anything else."""
+    if isinstance(found, np.ndarray) and found.dtype.str[1:] in _NUMBER_TYPES:
+        return torch.from_numpy(np.ascontiguousarray(found.astype(found.dtype.newbyteorder("="))))
+    return found.tensor if isinstance(found, StoredArray) else found if isinstance(found, torch.Tensor) else None
 
 
 def _inert_tensors(state: Mapping[Any, Any], prefix: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:

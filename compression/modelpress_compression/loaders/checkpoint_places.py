@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from modelpress_compression.errors import InvalidInputsError
-from modelpress_compression.loaders.checkpoint_file import module_weights
+from modelpress_compression.loaders.checkpoint_file import array_weights, module_weights
 from modelpress_compression.loaders.formats.refusals import refused
-from modelpress_compression.loaders.weight_names import Weights, without_wrapper_parts, without_wrappers
+from modelpress_compression.loaders.weight_names import Weights, common_prefix, without_wrapper_parts, without_wrappers
 
 _MAX_DEPTH = 6
 _MAX_PLACES = 100
@@ -25,6 +25,9 @@ _LISTED = 8
 _OF_TRAINING = {"optim", "optimizer", "optimizers", "scheduler", "schedulers", "scaler", "rng", "amp", "opt"}
 # Averages of the weights; the teacher of self-distillation (DINO, mean teacher) is one, too.
 _AVERAGED = {"ema", "averaged", "swa", "polyak", "teacher"}
+# Where Lightning puts the weights as trained, once it has put the averaged ones under `state_dict`.
+_AS_TRAINED = "current_model_state"
+_UNNAMED = "shadow_params"
 _WORDS = re.compile(r"[A-Za-z][a-z]*")
 
 
@@ -50,6 +53,11 @@ def is_averaged(key: str) -> bool:
     return bool(_AVERAGED & {word.lower() for word in _WORDS.findall(key)})
 
 
+def is_as_trained(key: str) -> bool:
+    """Whether a key says that the same weights lie elsewhere, averaged."""
+    return key.partition(".")[0] == _AS_TRAINED
+
+
 def places(checkpoint: Any) -> list[Place]:
     """Every place that holds tensors by name, the outermost first. Raises UnsupportedFormatError where none does."""
     found = []
@@ -65,8 +73,19 @@ def places(checkpoint: Any) -> list[Place]:
     return found
 
 
+def averages(checkpoint: Any) -> tuple[str, list[torch.Tensor]] | None:
+    """Averages without names, one for each trained parameter in the network's order, as torch_ema and what descends
+    from score_sde save them; with the key that they lie under."""
+    for key, part in [("", checkpoint), *_items(checkpoint)]:
+        listed = part.get(_UNNAMED) if isinstance(part, Mapping) else None
+        if isinstance(listed, list) and listed and all(isinstance(value, torch.Tensor) for value in listed):
+            return f"{key}.{_UNNAMED}".lstrip("."), listed
+    return None
+
+
 def select(found: list[Place], key: str) -> Place:
-    """What the user named: a key, a dotted path of keys, or what the names of some weights begin with.
+    """What the user named: a key, a dotted path of keys, or what the names of some weights begin with, where need be
+    behind what a wrapper put before it (`module.encoder_q` as `encoder_q`).
 
     Raises InvalidInputsError, which lists what there is.
     """
@@ -75,28 +94,44 @@ def select(found: list[Place], key: str) -> Place:
             return place
     for place in found:
         start = without_wrapper_parts(key.removeprefix(f"{place.key}.")) + "."
-        begun = {name[len(start) :]: value for name, value in place.weights.items() if name.startswith(start)}
-        if begun:
-            return Place(key, begun)
+        inside = {before for name in place.weights if (before := _before(name, start)) is not None}
+        for before in ("", *sorted(inside)) if len(inside) == 1 else ("",):
+            begun = _begun(place.weights, before + start)
+            if begun:
+                return Place(key, begun)
     raise InvalidInputsError(f"--state-dict-key {key!r} is not in the file. It holds {offered(found)}.")
+
+
+def _before(name: str, start: str) -> str | None:
+    """What stands before `start` in a name, if it is there as whole parts."""
+    at = f".{name}".find(f".{start}")
+    return name[:at] if at >= 0 else None
+
+
+def _begun(weights: Weights, start: str) -> Weights:
+    return {name[len(start) :]: value for name, value in weights.items() if name.startswith(start)}
 
 
 def offered(found: list[Place]) -> str:
     """What --state-dict-key can name, with how many parameters it has."""
-    if len(found) == 1 and not found[0].key:
-        found = _branches(found[0])
     named = [place for place in found if place.key] or found
+    if len(named) == 1:
+        named = [*(place for place in named if place.key), *_branches(named[0])]
     more = f" and {len(named) - _LISTED} more" if len(named) > _LISTED else ""
     return f"{', '.join(map(str, named[:_LISTED]))}{more}"
 
 
 def _branches(place: Place) -> list[Place]:
-    """What the names of flat weights begin with."""
+    """What the names of flat weights begin with, behind what all of them begin with."""
+    common, weights = common_prefix(place.weights), place.weights
+    while common:
+        place = Place(f"{place.key}.{common[:-1]}".lstrip("."), _begun(weights, common))
+        common, weights = common_prefix(place.weights), place.weights
     branches: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in place.weights.items():
+    for name, value in weights.items():
         head, dot, rest = name.partition(".")
         branches.setdefault(head if dot else "", {})[rest or name] = value
-    return [Place(key, weights) for key, weights in branches.items()]
+    return [Place(".".join(part for part in (place.key, key) if part), inner) for key, inner in branches.items()]
 
 
 def _places(found: Any, key: str, depth: int) -> Iterator[Place]:
@@ -125,7 +160,10 @@ def _places(found: Any, key: str, depth: int) -> Iterator[Place]:
 
 def _items(found: Any) -> list[tuple[str, Any]]:
     if isinstance(found, Mapping):
-        return [(name, value) for name, value in found.items() if isinstance(name, str)]
+        items = [(name, value) for name, value in found.items() if isinstance(name, str)]
+        # Beside anything else, arrays are statistics, random states or results.
+        arrays = [(name, array_weights(value)) for name, value in items]
+        return arrays if arrays and all(value is not None for _, value in arrays) else items
     if isinstance(found, list | tuple):
         return [(str(index), value) for index, value in enumerate(found[:_MAX_PLACES]) if isinstance(value, Mapping)]
     return []

@@ -12,6 +12,7 @@ import torch
 from modelpress_compression.errors import InvalidInputsError
 from modelpress_compression.loaders.exporters import ExportRequest, export_plain, export_program
 from modelpress_compression.loaders.exporting import export_checked
+from modelpress_compression.loaders.pretrained import without_grouped_products
 from modelpress_compression.loaders.torch_run import REFUSALS, runner, tensors_of
 from modelpress_compression.loaders.trials import find_trials, symbols_of
 from modelpress_compression.model import Model, Provenance
@@ -38,6 +39,7 @@ def convert_module(module: torch.nn.Module, specs: Sequence[TensorSpec], provena
     module = module.cpu().eval().requires_grad_(False)
     if not specs:
         raise InvalidInputsError(suggest_for_module(module))
+    without_grouped_products(module)
     wrapped = _Positional(module, _argument_names(module, specs)).eval()
     trials = find_trials(runner(wrapped), specs, REFUSALS)
     exporters = (export_named, export_automatic, export_plain)
@@ -75,7 +77,8 @@ def suggest_for_module(module: torch.nn.Module) -> str:
     parameters = list(inspect.signature(module.forward).parameters.values())
     names = [item.name for item in parameters if item.default is item.empty and item.kind != item.VAR_KEYWORD]
     described, shape = _first_layer(module)
-    first = names[0] if names else "x"
+    told = getattr(module, "main_input_name", None)  # transformers' models, whose arguments are all optional
+    first = names[0] if names else told if isinstance(told, str) else "x"
     others = "".join(f" --input '{name}:float32[batch,...]'" for name in names[1:])
     return (
         f"The file does not record the model's inputs (forward({', '.join(names)})); say what they are.{described} "

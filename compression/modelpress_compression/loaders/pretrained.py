@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ def build_auto(config: Path | None) -> torch.nn.Module:
             f"--architecture {AUTO} needs the library of that name on this machine. Run: pip install transformers"
         ) from error
     settings = read_json(config)
+    _no_other_library(settings, config.parent)
     names = settings.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else "AutoModel"
     model_class = getattr(transformers, name, None)
@@ -71,6 +72,18 @@ def build_auto(config: Path | None) -> torch.nn.Module:
     return module.float()
 
 
+def _no_other_library(settings: Mapping[str, Any], folder: Path) -> None:
+    """Libraries that write a config.json of their own. Raises UnsupportedFormatError with what builds the network."""
+    if "model_type" in settings:
+        return
+    name, library, code = settings.get("_class_name"), "diffusers", f"diffusers:{{}}.from_pretrained({str(folder)!r})"
+    if not isinstance(name, str):
+        name, library, code = settings.get("architecture"), "timm", "timm:create_model({!r}, num_classes={})"
+    if isinstance(name, str):
+        code = code.format(name[:80], settings.get("num_classes"))
+        raise refused("OTHER_LIBRARY", library=library, name=name[:80], factory=f'"{code}"')
+
+
 def fit_by_library(module: torch.nn.Module, weights: Weights, ignored: Sequence[str] = ()) -> Loaded | None:
     """The network filled by transformers' loader; None where it is no network of that library, or the loader fails."""
     transformers: Any = sys.modules.get("transformers")
@@ -91,3 +104,14 @@ def fit_by_library(module: torch.nn.Module, weights: Weights, ignored: Sequence[
     shapes = [str(item[0]) if isinstance(item, tuple) else str(item) for item in report["mismatched_keys"]]
     fit = fit_report(loaded, weights, report["missing_keys"], report["unexpected_keys"], shapes, ignored)
     return Loaded(loaded, fit)
+
+
+def without_grouped_products(module: torch.nn.Module) -> None:
+    """Mixtures of experts compute with products grouped by expert, an operator that ONNX has not. The library has the
+    same with each token's matrices gathered, which exports: so long as the inputs are short, for it holds all of them.
+    """
+    for inner in module.modules():
+        implementation = getattr(getattr(inner, "config", None), "_experts_implementation", None)
+        change = getattr(inner, "set_experts_implementation", None)
+        if implementation == "grouped_mm" and callable(change):
+            change("batched_mm")

@@ -243,11 +243,12 @@ def advice(fit: Fit) -> str:
     known = {name.partition(".")[0] for name in fit.weights if name not in fit.unexpected}
     if fit.missing or fit.misshapen or fit.untied or roots & known or not roots:
         return f"{told}."
-    root, dot, _ = fit.unexpected[0].partition(".")
-    pattern = f"{root}.*" if dot else root
+    patterns = dict.fromkeys(
+        f"{root}.*" if dot else root for root, dot, _ in (n.partition(".") for n in fit.unexpected)
+    )
+    options = " ".join(f"--ignore-weights '{pattern}'" for pattern in [*patterns][:_LISTED])
     return (
-        f"{told}; or, where the network does without them, leave them out with --ignore-weights '{pattern}' "
-        "(in Python: ignore_weights=)."
+        f"{told}; or, where the network does without them, leave them out with {options} (in Python: ignore_weights=)."
     )
 
 

@@ -12,7 +12,15 @@ import torch
 from modelpress_compression.errors import InvalidInputsError, UnsupportedFormatError
 from modelpress_compression.loaders.architecture import Architecture
 from modelpress_compression.loaders.checkpoint_file import read_pickle, read_safetensors
-from modelpress_compression.loaders.checkpoint_places import Place, is_averaged, offered, places, select
+from modelpress_compression.loaders.checkpoint_places import (
+    Place,
+    averages,
+    is_as_trained,
+    is_averaged,
+    offered,
+    places,
+    select,
+)
 from modelpress_compression.loaders.formats import Format
 from modelpress_compression.loaders.formats.weight_files import WeightFiles
 from modelpress_compression.loaders.pretrained import AUTO, build_auto, fit_by_library
@@ -54,15 +62,15 @@ def with_weights(files: WeightFiles, row: Format, wanted: Wanted) -> Loaded:
 def pickled_module(path: Path) -> torch.nn.Module:
     """The module that a trusted file holds, or its training script put into a checkpoint; averaged ones go first."""
     content = read_pickle(path, trusted=True)
-    candidates = [content]
-    if isinstance(content, Mapping):
-        candidates += [content.get("ema"), content.get("model")]
-    found = next((item for item in candidates if isinstance(item, torch.nn.Module)), None)
-    if found is None:
-        raise InvalidInputsError(
-            f"The file holds a {type(content).__name__}, not a module; give --architecture package.module:factory."
-        )
-    return found.float()
+    if isinstance(content, torch.nn.Module):
+        return content.float()
+    items = content.items() if isinstance(content, Mapping) else ()
+    modules = {str(key): item for key, item in items if isinstance(item, torch.nn.Module)}
+    usual = [key for key in (*filter(is_averaged, modules), "model") if key in modules]
+    if not modules or not (usual or len(modules) == 1):
+        what = f"modules under {', '.join(modules)}" if modules else f"a {type(content).__name__}, not a module"
+        raise InvalidInputsError(f"The file holds {what}; give --architecture package.module:factory.")
+    return modules[(usual or [*modules])[0]].float()
 
 
 def _read(files: WeightFiles, row: Format, *, trusted: bool) -> Any:
@@ -108,7 +116,27 @@ def load_checkpoint(
     same_place = [other.fit.prefix for other in fitting if other.place is chosen.place and other is not chosen]
     notes = chosen.fit.notes(*filter(None, same_place)) + _said_of(chosen, fitting, choices)
     _put(module, chosen.fit)
+    if not key and not is_averaged(chosen.key):
+        notes += _put_averages(module, checkpoint, chosen.key)
     return module, notes
+
+
+def _put_averages(module: torch.nn.Module, checkpoint: Any, key: str) -> list[str]:
+    """Averages without names in place of the parameters, which lie under `key`; what is to be said of them."""
+    found = averages(checkpoint)
+    if found is None:
+        return []
+    where, listed = found
+    trained = [value for value in module.parameters() if value.requires_grad]
+    if [value.shape for value in trained] != [value.shape for value in listed]:
+        return [f"Took the weights in {key or 'the file itself'!r}; those in {where!r} do not fit."]
+    with torch.no_grad():
+        for value, average in zip(trained, listed, strict=True):
+            value.copy_(average)
+    return [
+        f"Took the averaged weights (EMA) in {where!r}; --state-dict-key {key} takes the others "
+        "(in Python: state_dict_key=)."
+    ]
 
 
 def _choose(fitting: Sequence[_Choice]) -> _Choice:
@@ -118,7 +146,7 @@ def _choose(fitting: Sequence[_Choice]) -> _Choice:
         if not any(_equal(choice.fit, other.fit) for other in distinct):
             distinct.append(choice)
     averaged = [choice for choice in distinct if is_averaged(choice.key)]
-    left = averaged or distinct
+    left = averaged or [choice for choice in distinct if not is_as_trained(choice.key)] or distinct
     if len(left) > 1:
         names = ", ".join(choice.key or "the file itself" for choice in left[:8])
         raise InvalidInputsError(

@@ -89,12 +89,12 @@ def _forms(name: str) -> Iterator[str]:
 def _merged(weights: Weights, wanted: Weights) -> Iterator[tuple[str, torch.Tensor, set[str]]]:
     """Weights that the network has whole and the file in parts: name, value, and the names of the parts."""
     for name, target in wanted.items():
-        if name in weights or not (name == "weight" or name.endswith(".weight")):
+        stem, dot, last = name.rpartition(".")
+        if name in weights or last not in _LAST.values():
             continue
-        stem = name.removesuffix("weight")
         for merge, kinds in _MERGES:
             for parts in kinds:
-                names = [f"{stem}{part}" for part in parts]
+                names = [f"{stem}{dot}{part.format(last)}" for part in parts]
                 if all(part in weights for part in names):
                     value = merge(*(weights[part].float() for part in names))
                     if value is not None and value.shape == target.shape:
@@ -104,7 +104,7 @@ def _merged(weights: Weights, wanted: Weights) -> Iterator[tuple[str, torch.Tens
 def _weight_norm(g: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
     """w = g * v / |v|, the norm over the axes that `g` has not (Salimans and Kingma, 2016)."""
     axes = [axis for axis in range(v.ndim) if g.ndim != v.ndim or g.shape[axis] == 1]
-    return v * (g / v.norm(dim=axes, keepdim=True)) if axes else None
+    return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True)) if axes else None
 
 
 def _spectral_norm(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
@@ -116,6 +116,12 @@ def _spectral_norm(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> to
     return None
 
 
+def _masked(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+    """What torch.nn.utils.prune computes with, until `prune.remove`."""
+    return weight * mask if weight.shape == mask.shape else None
+
+
+# The parts with `{}` are of weights and biases alike.
 _MERGES: tuple[tuple[Callable[..., torch.Tensor | None], tuple[tuple[str, ...], ...]], ...] = (
     (
         _weight_norm,
@@ -128,4 +134,5 @@ _MERGES: tuple[tuple[Callable[..., torch.Tensor | None], tuple[tuple[str, ...], 
             ("parametrizations.weight.original", "parametrizations.weight.0._u", "parametrizations.weight.0._v"),
         ),
     ),
+    (_masked, (("{}_orig", "{}_mask"),)),
 )

@@ -19,6 +19,7 @@ from modelpress_protos.formats.refusals import refused
 INDEX_SUFFIX = ".index.json"
 CONFIG_NAME = "config.json"
 _MAX_JSON_BYTES = 100 * 1024 * 1024  # 100 MiB; an index has a line for every tensor
+_MAX_NAME_BYTES = 255
 _MAX_SHARDS = 10_000
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5,6}-of-\d{5,6}(?P<suffix>\.(?:safetensors|bin|pt|pth))")
 # In the order in which Hugging Face's own loaders look.
@@ -51,6 +52,7 @@ def weight_files(path: Path) -> WeightFiles:
 
     Raises UnsupportedFormatError where a folder has no weights or more than one set of them, or a shard is missing.
     """
+    path = _latest(path) if path.is_dir() else path
     folder = path if path.is_dir() else path.parent
     config = tuple(item for item in (folder / CONFIG_NAME,) if item.is_file())
     main = _in_folder(path) if path.is_dir() else path
@@ -71,6 +73,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UnsupportedFormatError(f"{path.name} holds no JSON object; fetch or write it again.")
     return found
+
+
+def _latest(folder: Path) -> Path:
+    """The folder within that DeepSpeed's file `latest` names; itself where there is none."""
+    told = folder / "latest"
+    if not told.is_file() or told.stat().st_size > _MAX_NAME_BYTES:
+        return folder
+    name = told.read_text("utf-8", "replace").strip()
+    within = name == Path(name).name and name not in ("", "..")
+    return folder / name if within and (folder / name).is_dir() else folder
 
 
 def _in_folder(folder: Path) -> Path:

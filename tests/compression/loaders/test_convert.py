@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from modelpress_compression.convert import main
+from modelpress_compression.errors import InvalidInputsError
 from modelpress_compression.loaders import load
 from modelpress_compression.loaders.architecture import Architecture
+from modelpress_compression.loaders.weight_loading import pickled_module
 from oracles.plain_run import run_onnx
 from safetensors.torch import save_file
 
@@ -40,6 +42,11 @@ def broken():
     raise RuntimeError("no weights today")
 
 not_a_module = dict
+
+def __getattr__(name):
+    if name == "late":
+        raise RuntimeError("a part is missing")
+    raise AttributeError(name)
 """
 SPEC = "x:float32[batch,4]"
 
@@ -127,6 +134,20 @@ def test_pickled_modules_need_trust(project: tuple[Path, str], capsys: pytest.Ca
     assert load(folder / "out.onnx").inputs[0].shape == ("batch", 4)
 
 
+def test_modules_in_a_trusted_file(tmp_path: Path) -> None:
+    """A module alone, averaged or under `model` is taken; of others none without a word."""
+    one, other = torch.nn.Linear(2, 2), torch.nn.Linear(3, 3)
+    path = tmp_path / "m.pt"
+    for content in (one, {"net": one, "epoch": 3}, {"model": other, "ema": one}, {"model": one, "critic": other}):
+        torch.save(content, path)
+        assert pickled_module(path).state_dict().keys() == one.state_dict().keys()
+        assert torch.equal(pickled_module(path).weight, one.weight)
+    for content in ({"actor": one, "critic": other}, {"epoch": 3}):
+        torch.save(content, path)
+        with pytest.raises(InvalidInputsError, match=r"actor, critic; give --arch|a dict, not a module"):
+            pickled_module(path)
+
+
 def test_weights_that_do_not_fit(project: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     """Missing, unexpected and misshapen weights are listed."""
     _, code = project
@@ -145,6 +166,7 @@ def test_weights_that_do_not_fit(project: tuple[Path, str], capsys: pytest.Captu
     [
         ("no_such_module:Net", "importing 'no_such_module' failed"),
         ("{code}:Missing", "has no 'Missing'"),
+        ("{code}:late.Net", "failed (RuntimeError: a part is missing)"),
         ("{code}:broken", "raised RuntimeError: no weights today"),
         ("{code}:not_a_module", "gave a dict, not a torch.nn.Module"),
         ("{code}", "is not of the form"),

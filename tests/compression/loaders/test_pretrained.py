@@ -12,6 +12,7 @@ import pytest
 import torch
 from modelpress_compression.convert import convert
 from modelpress_compression.errors import InvalidInputsError, UnsupportedFormatError
+from modelpress_compression.loaders.architecture import Architecture
 from modelpress_compression.loaders.pretrained import build_auto
 from modelpress_compression.loaders.torch_run import tensors_of
 from modelpress_compression.loaders.weight_loading import load_checkpoint
@@ -65,6 +66,23 @@ def test_a_folder_alone(transformers: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_mixtures_of_experts(transformers: Any, tmp_path: Path) -> None:
+    """Weights that the library keeps one by one and computes with together; rtol 1e-3 at another size. Without inputs
+    the first argument is suggested by the name that the library gives it."""
+    config = transformers.MixtralConfig(**SMALL, num_key_value_heads=1, num_local_experts=3, use_cache=False)
+    original = randomized(transformers.MixtralForCausalLM(config))
+    original.save_pretrained(tmp_path)
+    ids = np.random.default_rng(0).integers(0, 32, (3, 7))
+    with torch.no_grad():
+        wanted = original(torch.from_numpy(ids)).logits
+    with pytest.raises(InvalidInputsError, match=r"--input 'input_ids:int64\[batch,seq\]'"):
+        convert(tmp_path, architecture="transformers:auto")
+    model = convert(tmp_path, ["input_ids:int64[batch,tokens]"], architecture="transformers:auto")
+    (got,) = run_onnx(model, [{"input_ids": ids}])[0].values()
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_weights_by_other_names(transformers: Any) -> None:
     """A masked-language model's file into the base model; old names of normalization; a missing head is refused."""
     config = transformers.BertConfig(**SMALL)
@@ -96,6 +114,24 @@ def test_classes_that_the_library_does_not_have(transformers: Any, tmp_path: Pat
         UnsupportedFormatError, match=r"'Strange'.*code of its own \(auto_map in config\.json\), which is not run"
     ):
         convert(tmp_path, ["x:float32[2]"], architecture="transformers:auto")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"_class_name": "UNet2DModel"}, r"diffusers, 'UNet2DModel'.*diffusers:UNet2DModel\.from_pretrained\('.*'\)"),
+        (
+            {"architecture": "resnet18", "num_classes": 5},
+            r"timm, 'resnet18'.*timm:create_model\('resnet18', num_c",
+        ),
+    ],
+)
+def test_configs_of_other_libraries(transformers: Any, tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    """What builds the network is said, in the form that --architecture takes."""
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UnsupportedFormatError, match=said) as caught:
+        build_auto(tmp_path / "config.json")
+    assert Architecture.parse(caught.value.message.partition('--architecture "')[2].partition('"')[0]).args
 
 
 def test_weights_without_their_config() -> None:

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from modelpress_compression.errors import InvalidInputsError, RejectedModelError, UnsupportedFormatError
-from modelpress_compression.loaders.checkpoint_file import read_pickle
+from modelpress_compression.loaders.checkpoint_file import StoredArray, read_pickle
 from modelpress_compression.loaders.weight_loading import load_checkpoint
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -154,6 +154,44 @@ def test_two_that_fit(checkpoint: object) -> None:
         load_checkpoint(Net(), checkpoint)
 
 
+def test_keys_behind_wrappers() -> None:
+    """A set among the names of one state dict is named without what a wrapper put before all of them, and offered with
+    its whole path."""
+    checkpoint = {"state_dict": {**prefixed(A, "module.encoder_q."), **prefixed(B, "module.encoder_k.")}, "epoch": 1}
+    assert same(loaded(Net(), checkpoint, key="encoder_q")[0], A)
+    assert same(loaded(Net(), checkpoint, key="state_dict.encoder_k")[0], B)
+    with pytest.raises(InvalidInputsError, match=r"state_dict.module.encoder_q \(185 parameters\), .*encoder_k"):
+        load_checkpoint(Net(), checkpoint, key="encoder")
+
+
+def test_averages_of_lightning() -> None:
+    """Its callback puts the averaged weights where the others were, and those beside them."""
+    checkpoint = {
+        "state_dict": prefixed(B, "net."), "current_model_state": prefixed(A, "net."),
+        "averaging_state": {"n_averaged": torch.tensor(3)},
+    }  # fmt: skip
+    got, notes = loaded(Net(), checkpoint)
+    assert same(got, B)
+    assert "averaged weights (EMA) in 'state_dict.net'; --state-dict-key current_model_state.net" in notes[0]
+    assert same(loaded(Net(), checkpoint, key="current_model_state")[0], A)
+
+
+def test_averages_without_names() -> None:
+    """They are the parameters in the network's order; buffers are those of the others. The key refuses them."""
+    trained = Net()
+    trained.load_state_dict(B)
+    shadow = [value.detach().clone() for value in trained.parameters()]
+    checkpoint = {"model": A, "ema": {"decay": 0.99, "shadow_params": shadow, "collected_params": None}}
+    got, notes = loaded(Net(), checkpoint)
+    parameters = dict(trained.named_parameters())
+    assert all(torch.equal(value, (parameters if name in parameters else A)[name]) for name, value in got.items())
+    assert "averaged weights (EMA) in 'ema.shadow_params'; --state-dict-key model takes" in notes[0]
+    assert same(loaded(Net(), checkpoint, key="model")[0], A)
+    got, notes = loaded(Net(), {"model": A, "ema": {"shadow_params": shadow[1:]}})
+    assert same(got, A)
+    assert "those in 'ema.shadow_params' do not fit" in notes[0]
+
+
 def test_keys_that_are_not_there() -> None:
     """What there is is offered, with how many parameters it has."""
     with pytest.raises(InvalidInputsError, match=r"'nothing' is not in the file.*best.net \(185 parameters\)"):
@@ -189,6 +227,7 @@ def test_heads_that_the_network_was_built_without() -> None:
         (Net(), {n: v for n, v in A.items() if "running_mean" not in n}, "in the file: blocks.0.1.running_mean"),
         (Net(), {**A, "norm.weight": torch.ones(3)}, r"--ignore-weights 'norm\.\*'"),
         (Net(), {**A, "cls_token": torch.ones(3)}, "not in the module: cls_token"),
+        (Net(), {**A, "mask": torch.ones(3), "neck.a": torch.ones(3)}, r"'mask' --ignore-weights 'neck\.\*'"),
         (nn.Sequential(nn.Linear(4, 4)), nn.Sequential(*2 * [nn.Linear(4, 4)]).state_dict(), "not in the module: 1.w"),
         (Net(), {**A, "head.weight": torch.ones(3, 6, dtype=torch.int8)}, "head.weight is int8 in the file"),
         (Net(), {**A, "head.weight": torch.ones(3, 6, dtype=torch.int8), "head.SCB": torch.ones(3)}, "quantized a"),
@@ -294,6 +333,29 @@ def test_parametrized_weights(norms: dict[str, Callable[..., nn.Module]], source
         np.testing.assert_allclose(filled.eval()(x), trained(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weight_norm_of_one_channel() -> None:
+    """Every axis of its lengths is 1, as in the last layer of a vocoder; rtol 1e-6."""
+    normed, whole = nn.utils.weight_norm(nn.Conv1d(3, 1, 3)), nn.Conv1d(3, 1, 3)
+    x = torch.randn(2, 3, 9)
+    filled, _ = load_checkpoint(whole, {name: value * 1.5 for name, value in normed.state_dict().items()})
+    normed.load_state_dict({name: value * 1.5 for name, value in normed.state_dict().items()})
+    with torch.no_grad():
+        np.testing.assert_allclose(filled(x), normed(x), rtol=1e-6, atol=1e-6)
+
+
+def test_pruned_weights() -> None:
+    """torch's pruning keeps a mask beside each weight; what the network computed with is their product."""
+    module = Net()
+    prune.l1_unstructured(module.stem, "weight", 0.5)
+    prune.random_unstructured(module.head, "bias", 0.5)
+    got, notes = loaded(Net(), prefixed(module.state_dict(), "module."))
+    assert torch.equal(got["stem.weight"], module.stem.weight)
+    assert torch.equal(got["head.bias"], module.head.bias)
+    assert int((got["stem.weight"] == 0).sum()) == 12
+    assert not notes
+
+
 def test_files_without_weights() -> None:
     """The error names what was found instead; an optimizer's moments are no weights."""
     for checkpoint in ({"epoch": 1, "loss": 0.5}, {"optimizer": ADAM, "epoch": 1}, [], 3):
@@ -328,20 +390,44 @@ def test_foreign_objects_are_not_made(tmp_path: Path, protocol: int, *, zipped: 
     assert same(got, A)
 
 
+@pytest.mark.parametrize("trusted", [True, False])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_as_arrays(tmp_path: Path, *, zipped: bool, trusted: bool) -> None:
+    """Of NumPy, as converters from other libraries write them; arrays of objects are no weights, and beside anything
+    else arrays are none either."""
+    arrays = {name: value.numpy() for name, value in A.items()}
+    arrays["stem.weight"] = np.asfortranarray(arrays["stem.weight"]).astype(">f4")
+    content = {"model": arrays, "author": "converter", "history": np.ones(3), "odd": np.array([Settings(), None])}
+    path = tmp_path / "w.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    got, notes = loaded(Net(), read_pickle(path, trusted=trusted))
+    assert same(got, A)
+    assert not notes
+    torch.save({"model": {"w": np.array([Evil(), None])}} if not trusted else {"loss": np.ones(3), "n": 1}, path)
+    with pytest.raises(UnsupportedFormatError, match="no weights of a network"):
+        load_checkpoint(Net(), read_pickle(path, trusted=trusted))
+
+
 @pytest.mark.parametrize("opcodes", [
     b"ctorch._utils\n_rebuild_tensor_v2\n(N}X\x07\x00\x00\x00__doc__X\x01\x00\x00\x00!st\x86b.",
+    b"cnumpy\ndtype\n(N}X\x07\x00\x00\x00__doc__X\x01\x00\x00\x00!st\x86b.",
+    b"cnumpy._core.multiarray\n_reconstruct\n(N}X\x07\x00\x00\x00__doc__X\x01\x00\x00\x00!st\x86b.",
     b"ccollections\nOrderedDict\n(N}X\x07\x00\x00\x00__doc__X\x01\x00\x00\x00!st\x86b.",
 ])  # fmt: skip
 def test_pickles_change_no_function(tmp_path: Path, opcodes: bytes) -> None:
     """BUILD sets attributes of what a name stands for; here that is never torch's own function or Python's class."""
     path = tmp_path / "w.pt"
-    documented = torch._utils._rebuild_tensor_v2.__doc__, OrderedDict.__doc__
+
+    def documented() -> list[str | None]:
+        return [found.__doc__ for found in (torch._utils._rebuild_tensor_v2, OrderedDict, np.dtype, StoredArray)]
+
+    before = documented()
     magic, version, system = 0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True}
     head = b"".join(pickle.dumps(item, 2) for item in (magic, version, system))
     path.write_bytes(head + b"\x80\x02" + opcodes + pickle.dumps([], 2))
     with contextlib.suppress(RejectedModelError):
         read_pickle(path, trusted=False)
-    assert documented == (torch._utils._rebuild_tensor_v2.__doc__, OrderedDict.__doc__)
+    assert documented() == before
 
 
 def test_damaged_files(tmp_path: Path) -> None:

@@ -337,9 +337,7 @@ def test_the_doubt_of_the_original_decides_without_labels(
     recipe = Recipe.from_dict({"version": 1})
     judge = Judge(Path(), Path(), Context(loud, Path()), recipe, None)
     outputs = {"y": OutputFidelity(cosine, 20.0, 0.1)}
-    fidelity = Fidelity(
-        "provided", 8, outputs, 0.9, 0.9, expected_top1=expected, expected_drop=drop, positions=answers
-    )
+    fidelity = Fidelity("provided", 8, outputs, 0.9, 0.9, expected_top1=expected, expected_drop=drop, positions=answers)
     assert (judge._disagrees(fidelity) == "") is kept
 
 

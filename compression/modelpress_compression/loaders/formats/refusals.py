@@ -222,6 +222,11 @@ _REFUSALS = (
         "transformers that has it.", error=UnsupportedFormatError,
     ),
     Refusal(
+        "OTHER_LIBRARY", "config.json describes a network of {library}, {name!r}.",
+        "transformers:auto builds those of transformers alone.",
+        "Name the code that builds it: --architecture {factory}.", error=UnsupportedFormatError,
+    ),
+    Refusal(
         "PROTOBUF_SIZE", "The ONNX file has more than 2 GiB.", "protobuf cannot read it.",
         'Save it with external data: onnx.save(model, "model.onnx", save_as_external_data=True).',
         error=UnsupportedFormatError,

@@ -40,6 +40,20 @@ def test_the_weights_of_a_folder(tmp_path: Path, names: tuple[str, ...], wanted:
     assert weight_files(tmp_path).files == (tmp_path / wanted,)
 
 
+def test_the_latest_of_deepspeed(tmp_path: Path) -> None:
+    """The folder of a training stands for what its file `latest` names, within it."""
+    inner = tmp_path / "run" / "global_step10"
+    inner.mkdir(parents=True)
+    for folder in (inner, tmp_path):
+        (folder / "mp_rank_00_model_states.pt").write_bytes(b"x")
+    (inner / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"x")
+    (tmp_path / "run" / "latest").write_text("global_step10\n")
+    assert weight_files(tmp_path / "run").files == (inner / "mp_rank_00_model_states.pt",)
+    (tmp_path / "run" / "latest").write_text("..")
+    with pytest.raises(UnsupportedFormatError, match="without a model"):
+        weight_files(tmp_path / "run")
+
+
 def test_shards(tmp_path: Path) -> None:
     """A folder, its index and one of its shards stand for the same files, each once."""
     shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
