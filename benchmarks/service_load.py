@@ -4,10 +4,10 @@
 
 Clients: so many, in four processes, each again and again: uploads a model of its own (about 100 kB), has it compressed
 (`lossless`), watches the job, asks for it, for the model and for lists meanwhile, and downloads the result; whoever
-waits for longer than about `--patience-s` cancels. They begin one by one within that time. Told are the times of unary
-calls by method as the clients see them, the server's memory and processor time, and refusals by their reason: a failed
-call without one is a fault. Beside each question to the server goes one to a bare gRPC server, which answers with the
-same message and does nothing: its times are what machine, gRPC and clients cost under the same load.
+waits for longer than about `--patience-s` cancels. They begin one by one within that time, and end so. Told are the
+times of unary calls by method as the clients see them, the server's memory and processor time, and refusals by their
+reason: a failed call without one is a fault. Beside each question to the server goes one to a bare gRPC server, which
+answers with the same message and does nothing: its times are what machine, gRPC and clients cost under the same load.
 
 Jobs: the queue is never empty, and each job has a model that was never seen. Raw is the same compression without a
 server, in as many processes as the server has workers, each with one model after the other; the imports are done.
@@ -222,7 +222,9 @@ class LoadClient:
 
     async def repeat(self, variants: Variants, recipe: Any, patience_s: float, until_s: float) -> None:
         chance = random.Random()
-        await asyncio.sleep(chance.uniform(0, patience_s))
+        begins_s = chance.uniform(0, patience_s)
+        await asyncio.sleep(begins_s)
+        until_s -= patience_s - begins_s  # they end one by one as well
         while (left_s := until_s - time.monotonic()) > 0:
             try:
                 await self.round(

@@ -45,7 +45,7 @@ from modelpress_server.runs import RunResources
 from modelpress_server.scheduler import Scheduler
 from modelpress_server.services.job_service import JobService
 from modelpress_server.services.model_service import ModelService
-from modelpress_server.services.server_service import ServerService
+from modelpress_server.services.server_service import ServerService, read_once
 from modelpress_server.services.upload_service import UploadService
 from modelpress_server.sites.base import Site
 from modelpress_server.sites.machine import ThisMachine
@@ -217,6 +217,7 @@ class Server:
             self._audit = AuditLog(settings.audit_log)
             self._opened.callback(self._audit.close)
             await self._open_stores()
+            await asyncio.to_thread(read_once)
             self._build(authenticator)
             self._bind(credentials)
             # Closed before what serves HTTP: so long, probes are told that the server ends.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import logging
 import re
 import signal
@@ -126,6 +127,9 @@ async def _serve(settings: Settings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     server = Server(settings)
     await server.start()
+    # What is there now stays: a collection of garbage that looked at all of it would hold up calls.
+    gc.collect()
+    gc.freeze()
     print(f"listening on {server.address}", flush=True)  # the line that scripts wait for
     await stopped.wait()
     logging.getLogger(__name__).info("shutting down; running jobs have %g s", settings.drain_grace_s)

@@ -211,7 +211,8 @@ class Scheduler:
                 break
         else:
             # All workers are busy: nobody claims, so overdue jobs are looked for by their deadline.
-            await self._expire_overdue()
+            if _is_over(await self._jobs.next_queue_deadline_us()):
+                await self._expire_overdue()
         while self._resources.settings.workers and len(self._inspecting) < INSPECTION_SLOTS and not self._draining:
             if not await self._begin_inspection():
                 break
@@ -324,3 +325,7 @@ class Scheduler:
             await self._host.failed()
         elif why not in (Postpone.DRAIN, Postpone.LOSS, Postpone.TAKEN):
             self._waits.put_off(name, grow=why is Postpone.MORE_ROOM)
+
+
+def _is_over(deadline_us: int | None) -> bool:
+    return deadline_us is not None and deadline_us <= now_us()

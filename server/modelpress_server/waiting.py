@@ -32,16 +32,23 @@ async def uninterrupted(work: Coroutine[Any, Any, Result]) -> Result:
 
 
 class SharedLook(Generic[Result]):
-    """One look at a time for all who ask: who comes while one is under way shares the next, so that none is stale."""
+    """One look at a time for all who ask: who comes while one is under way shares the next, so that none is stale.
 
-    def __init__(self, look: Callable[[], Awaitable[Result]]) -> None:
+    `version`: another number whenever there is something else to see. While it stays, nobody looks again.
+    """
+
+    def __init__(self, look: Callable[[], Awaitable[Result]], version: Callable[[], int | None] = lambda: None) -> None:
         self._look = look
+        self._version = version
+        self._seen: int | None = None  # the version when the last look began
         self._current: asyncio.Task[Result] | None = None
         self._next: asyncio.Task[Result] | None = None
         self._last: tuple[float, Result] | None = None  # when it began, by the loop's clock, and what it found
 
     async def __call__(self) -> Result:
-        """What a look finds that begins after this call. Raises what the look raises."""
+        """What a look finds that begins after this call, or would find. Raises what the look raises."""
+        if self._last is not None and self._seen is not None and self._seen == self._version():
+            return self._last[1]
         if self._next is None:
             self._next = asyncio.create_task(self._after(self._current))
             # Whoever asked may be gone when it fails.
@@ -58,9 +65,9 @@ class SharedLook(Generic[Result]):
         if previous is not None:
             await ended(previous)
         self._current, self._next = self._next, None
-        began_s = asyncio.get_running_loop().time()
+        began_s, version = asyncio.get_running_loop().time(), self._version()
         found = await self._look()
-        self._last = began_s, found
+        self._last, self._seen = (began_s, found), version
         return found
 
 

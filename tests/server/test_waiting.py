@@ -82,3 +82,25 @@ async def test_a_look_that_is_recent_enough_is_shared() -> None:
     assert await shared.since(before_s) == 1
     assert await shared.since(clock.time() + 1e-6) == 2
     assert await shared() == 3
+
+
+async def test_nobody_looks_again_at_what_has_not_changed() -> None:
+    """While the version stays, the last look serves all; a change during a look has the next one look again."""
+    version: int | None = 1
+    looks = 0
+
+    async def look() -> int:
+        nonlocal looks, version
+        looks += 1
+        if looks == 2:
+            assert version is not None
+            version += 1  # after it began: what it finds may be older
+        await asyncio.sleep(0)
+        return looks
+
+    shared = SharedLook(look, lambda: version)
+    assert [await shared() for _ in range(3)] == [1] * 3
+    version = 2
+    assert [await shared() for _ in range(4)] == [2, 3, 3, 3]
+    version = None
+    assert [await shared() for _ in range(2)] == [4, 5]

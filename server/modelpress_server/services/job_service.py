@@ -61,7 +61,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         self._settings = settings
         self._projects = projects
         self._jobs = jobs
-        self._positions = SharedLook(jobs.queue_positions)
+        self._positions = SharedLook(jobs.queue_positions, jobs.queue_version)
         self._models = models
         self._index = index
         self._blobs = blobs

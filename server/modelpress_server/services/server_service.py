@@ -21,7 +21,7 @@ from modelpress_server.recipes import preset_messages
 from modelpress_server.sandbox.confinement import LEVEL_FILES_AND_NETWORK
 from modelpress_server.stores.jobs import ENDED_STATES, JobStore
 from modelpress_server.stores.usage import UsageStore
-from modelpress_server.toolchain import toolchain
+from modelpress_server.toolchain import made_by, toolchain
 
 API_VERSIONS = ("modelpress.v1",)
 _AT_WORK = (job_service_pb2.JOB_STATE_RUNNING, job_service_pb2.JOB_STATE_CANCELLING)
@@ -101,6 +101,14 @@ class ServerService(server_service_pb2_grpc.ServerServiceServicer):
             job_ttl_seconds=limits.job_ttl_s,
             model_ttl_seconds=limits.model_ttl_s,
         )
+
+
+def read_once() -> None:
+    """Reads what answers need of what is installed, and what does not change: the first who asks need not wait."""
+    made_by()
+    _devices()
+    _techniques()
+    preset_messages()
 
 
 def _formats(*, confined: bool) -> list[common_pb2.ModelFormat.ValueType]:

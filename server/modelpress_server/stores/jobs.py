@@ -142,6 +142,10 @@ class JobStore(Protocol):
         """About how many jobs are ahead of each queued job, when projects take turns one by one."""
         ...
 
+    def queue_version(self) -> int | None:
+        """Another number whenever the queue may be another one; None: that is not known here."""
+        ...
+
     async def counts(self) -> tuple[int, int]:
         """How many jobs are queued, and how many run."""
         ...

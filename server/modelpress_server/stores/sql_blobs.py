@@ -22,6 +22,7 @@ ACTIVE = upload_service_pb2.Upload.STATE_ACTIVE
 COMPLETED = upload_service_pb2.Upload.STATE_COMPLETED
 CANCELLED = upload_service_pb2.Upload.STATE_CANCELLED
 QUOTA_RETRY_S = 30.0
+FEW_BLOBS = 16  # that are looked up without a thread
 REQUEST_ID_TTL_US = 7 * 24 * 3600 * 1_000_000
 
 
@@ -32,7 +33,8 @@ class SqlBlobIndex:
         self._database = database
 
     async def visible(self, project: str, blobs: Collection[BlobKey], *, touch_us: int | None) -> set[BlobKey]:
-        found = await self._database.read(lambda connection: records.visible_blobs(connection, project, blobs))
+        read = self._database.look_up if len(blobs) <= FEW_BLOBS else self._database.read
+        found = await read(lambda connection: records.visible_blobs(connection, project, blobs))
         if not found or touch_us is None:
             return found
 
@@ -75,7 +77,7 @@ class SqlBlobIndex:
         return await self._database.read(work)
 
     async def get_upload(self, project: str, upload_id: str) -> UploadRecord:
-        return await self._database.read(lambda connection: _fetch(connection, upload_id, project))
+        return await self._database.look_up(lambda connection: _fetch(connection, upload_id, project))
 
     async def take_upload(self, project: str, upload_id: str, writer: str) -> UploadRecord:
         if not self._database.shared:  # this server knows all writers

@@ -53,7 +53,9 @@ class SqlJobStore:
         )
 
     async def get(self, project: str, job_id: str) -> JobRecord:
-        return await self._database.read(lambda connection: job_rows.fetch_job(connection, job_id, project, lock=False))
+        return await self._database.look_up(
+            lambda connection: job_rows.fetch_job(connection, job_id, project, lock=False)
+        )
 
     async def list_page(self, query: ListQuery) -> Page[JobRecord]:
         def work(connection: Connection) -> Page[JobRecord]:
@@ -86,6 +88,9 @@ class SqlJobStore:
             return records.positions_in_turns((str(row.project), str(row.id)) for row in rows)
 
         return await self._database.read(work)
+
+    def queue_version(self) -> int | None:
+        return self._database.changes
 
     async def counts(self) -> tuple[int, int]:
         def work(connection: Connection) -> tuple[int, int]:
@@ -121,7 +126,7 @@ class SqlJobStore:
             statement = select(func.min(jobs.c.queue_deadline_us)).where(jobs.c.state == QUEUED)
             return connection.execute(statement).scalar()
 
-        return await self._database.read(work)
+        return await self._database.look_up(work)
 
     async def progress(
         self, lease: Lease, events: Sequence[job_service_pb2.WatchJobResponse], log: Sequence[LogLine]

@@ -61,7 +61,7 @@ class SqlModelStore:
         return await self._database.write(work)
 
     async def get(self, project: str, model_id: str) -> ModelRecord:
-        return await self._database.read(lambda connection: fetch_model(connection, project, model_id))
+        return await self._database.look_up(lambda connection: fetch_model(connection, project, model_id))
 
     async def list_page(self, query: ListQuery) -> Page[ModelRecord]:
         def work(connection: Connection) -> Page[ModelRecord]:

@@ -50,6 +50,31 @@ async def test_sqlite_is_durable(tmp_path: Path) -> None:
     await database.close()
 
 
+async def test_a_file_is_looked_up_without_a_thread(tmp_path: Path) -> None:
+    """A look at a few rows runs where it is asked for, and sees what was committed; a read has a thread of its own."""
+    database = Database.open(tmp_path / "test.db")
+    names = [await ask(lambda _: threading.current_thread().name) for ask in (database.look_up, database.read)]
+    assert names[0] == threading.current_thread().name
+    assert names[1].startswith("sql-read")
+    await database.write(lambda connection: connection.exec_driver_sql("PRAGMA user_version = 7").close())
+    assert await database.look_up(lambda connection: connection.exec_driver_sql("PRAGMA user_version").scalar()) == 7
+    await database.close()
+
+
+async def test_changes_of_states_are_counted(database: Database) -> None:
+    """Who keeps what follows from states learns that some have changed; where others change them too, nobody does."""
+
+    def change(connection: Connection) -> None:
+        note_change(connection, StateChange("job", "p", "x", "QUEUED"))
+
+    before = database.changes
+    await database.read(lambda connection: None)
+    await database.write(lambda connection: None)
+    assert database.changes == before
+    await database.write(change)
+    assert (database.changes is None) if database.shared else (database.changes != before)
+
+
 def test_head_is_the_newest_revision() -> None:
     """The constant that lets a start skip alembic names the newest migration."""
     config = Config()
