@@ -143,7 +143,7 @@ def _ray_cluster(settings: Settings, server_id: str, clock: Clock, meter: Meter)
 def private_paths(settings: Settings) -> list[Path]:
     """What no worker may read: the data folder and what lies in it, and the secrets that the settings name."""
     data_dir = settings.data_dir
-    named = (settings.token_file, settings.tls_key, settings.webhooks)
+    named = (settings.token_file, settings.tls_key, settings.webhooks, settings.console_client_secret)
     return [data_dir, *(data_dir / name for name in PRIVATE_NAMES), *(path.absolute() for path in named if path)]
 
 

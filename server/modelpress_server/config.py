@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import platformdirs
 
@@ -89,6 +90,15 @@ class Settings:
     )
     console: bool = _setting(
         False, "Serve the read-only console (/console) on --http-listen: projects, queue, jobs, reports.", kind="flag"
+    )
+    console_url: str | None = _setting(
+        None, "Where browsers find the console, such as https://compress.example: to come back from the provider."
+    )
+    console_client_id: str | None = _setting(
+        None, "The console's client id at --jwt-issuer: people sign in there. Its tokens are taken as callers' as well."
+    )
+    console_client_secret: Path | None = _setting(
+        None, "File with the secret of --console-client-id; not set: the provider asks for none (PKCE).", kind="path"
     )
     otlp_endpoint: str | None = _setting(
         None,
@@ -383,6 +393,7 @@ class Settings:
                 "them, listen on 127.0.0.1, or say --insecure."
             )
         self._check_http_exposure()
+        self._check_sign_in()
         if self.otlp_endpoint is not None and not _is_url(self.otlp_endpoint):
             raise SettingsError(f"otlp_endpoint: {self.otlp_endpoint} is not http://HOST:PORT or https://HOST:PORT.")
 
@@ -400,6 +411,18 @@ class Settings:
                 "tokens (`compress-server token add`, --token-file or --jwt-issuer). Set them, listen on 127.0.0.1, or "
                 "say --insecure."
             )
+
+    def _check_sign_in(self) -> None:
+        if self.console_client_id is None:
+            if self.console_url is not None or self.console_client_secret is not None:
+                raise SettingsError("console_url and console_client_secret go with console_client_id.")
+            return
+        if not self.console or self.jwt_issuer is None or self.console_url is None:
+            raise SettingsError("console_client_id needs --console, --console-url and --jwt-issuer.")
+        url = urlsplit(self.console_url)
+        plain = url.scheme == "http" and url.hostname in LOOPBACK_HOSTS
+        bare = bool(url.hostname) and url.path in ("", "/") and not (url.query or url.fragment or url.username)
+        self._require(bare and (url.scheme == "https" or plain), "console_url", "https://HOST[:PORT]")
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
         if not holds:

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qs, quote, urlsplit
 
 import grpc
@@ -22,16 +22,21 @@ from modelpress_server.clock import Clock
 from modelpress_server.config import LOOPBACK_HOSTS, Settings
 from modelpress_server.console import figures, pages
 from modelpress_server.console.live import Live
-from modelpress_server.console.sessions import LIFE_S, Sessions
+from modelpress_server.console.sessions import CALLBACK, LIFE_S, PENDING_S, Sessions
 from modelpress_server.console.visitor import Services, Visitor
 from modelpress_server.identity.authenticator import Authenticator
 from modelpress_server.identity.roles import Caller
+
+if TYPE_CHECKING:
+    from modelpress_server.console.oidc import Provider
 
 logger = logging.getLogger(__name__)
 
 ROOT = "/console"
 SIGN_IN = f"{ROOT}/sign-in"
+PROVIDER = f"{SIGN_IN}/provider"
 MAX_FORM_BYTES = 32 * 1024
+BEGUN = "-begun"  # of the cookie of a sign-in that is under way
 LAYOUT = "\n\u00a0"  # what is not printable and stays: line ends, and the space before a unit
 _HERE = Path(__file__).parent
 _STATIC = {"console.css": "text/css; charset=utf-8", "live.js": "text/javascript; charset=utf-8"}
@@ -69,6 +74,11 @@ class Console:
         self._authenticator = authenticator
         self._services = services
         self._sessions = Sessions(clock)
+        self._provider: Provider | None = None
+        if settings.console_client_id is not None:
+            from modelpress_server.console.oidc import Provider
+
+            self._provider = Provider(settings, clock)
         self._live = Live()
         self._static = {name: (_HERE / "static" / name).read_bytes() for name in _STATIC}
         self._templates = Environment(
@@ -87,6 +97,8 @@ class Console:
         return [
             Route(f"{ROOT}/", self._home),
             Route(SIGN_IN, self._sign_in, methods=["GET", "POST"]),
+            Route(PROVIDER, self._to_provider),
+            Route(CALLBACK, self._from_provider),
             Route(f"{ROOT}/sign-out", self._sign_out, methods=["POST"]),
             Route(f"{ROOT}/static/{{name}}", self._file),
             Route(ROOT, self._page(self._projects)),
@@ -168,7 +180,7 @@ class Console:
         self._check_door(request)
         authorization, known = request.headers.get("authorization", ""), False
         if not authorization:
-            token = self._sessions.token(request.cookies.get(_cookie(request), ""))
+            token = self._sessions.token(request.cookies.get(self._cookie(request), ""))
             authorization, known = f"Bearer {token}" if token else "", bool(token)
         peer = _peer(request)
 
@@ -218,16 +230,39 @@ class Console:
         except errors.ServiceError as error:
             return self._sign_in_page(target, str(error), _STATUS.get(errors.code_of(error), 500))
         response = RedirectResponse(target, 303, headers=HEADERS)
-        encrypted = request.url.scheme == "https"
-        response.set_cookie(
-            _cookie(request),
-            self._sessions.begin(token),
-            max_age=int(LIFE_S),
-            path="/",  # a name with __Host- asks for it
-            secure=encrypted,
-            httponly=True,
-            samesite="strict",
-        )
+        self._set_cookie(response, request, "", self._sessions.begin(token), LIFE_S, "strict")
+        return response
+
+    async def _to_provider(self, request: Request) -> Response:
+        if self._provider is None:
+            return self._failure(None, 404, "There is no such page.")
+        target = _inside(request.query_params.get("next", ""))
+        try:
+            url, key = await self._provider.begin(target)
+        except errors.UnauthenticatedError as error:
+            return self._sign_in_page(target, str(error), 503)
+        response = RedirectResponse(url, 303, headers=HEADERS)
+        self._set_cookie(response, request, BEGUN, key, PENDING_S, "lax")
+        return response
+
+    async def _from_provider(self, request: Request) -> Response:
+        if self._provider is None:
+            return self._failure(None, 404, "There is no such page.")
+        try:
+            token, target = await self._provider.finish(
+                request.cookies.get(self._cookie(request, BEGUN), ""), request.query_params
+            )
+        except errors.UnauthenticatedError as error:
+            return self._sign_in_page(ROOT, str(error), 401)
+        try:
+            # No guess: the provider gave it to us just now.
+            await self._authenticator.caller(f"Bearer {token}", _peer(request), known=True)
+        except errors.UnauthenticatedError:
+            return self._sign_in_page(ROOT, "The provider's token does not hold here.", 401)
+        response = RedirectResponse(_inside(target), 303, headers=HEADERS)
+        # Lax: the page that follows is still one that the provider's site has led to.
+        self._set_cookie(response, request, "", self._sessions.begin(token), LIFE_S, "lax")
+        self._delete_cookie(response, request, BEGUN)
         return response
 
     async def _sign_out(self, request: Request) -> Response:
@@ -235,15 +270,52 @@ class Console:
             await _form(request)
         except errors.ServiceError as error:
             return self._failure(None, 403, str(error))
-        self._sessions.end(request.cookies.get(_cookie(request), ""))
+        self._sessions.end(request.cookies.get(self._cookie(request), ""))
         response = RedirectResponse(SIGN_IN, 303, headers=HEADERS)
-        response.delete_cookie(_cookie(request), path="/", secure=request.url.scheme == "https", httponly=True)
+        self._delete_cookie(response, request, "")
         return response
+
+    def _encrypted(self, request: Request) -> bool:
+        """Whether a browser speaks TLS, to this server or to a proxy before it."""
+        return "https" in (request.url.scheme, urlsplit(self._settings.console_url or "").scheme)
+
+    def _cookie(self, request: Request, suffix: str = "") -> str:
+        """Browsers take a cookie with __Host- over TLS only, and from no other host."""
+        return f"{'__Host-' if self._encrypted(request) else ''}modelpress-console{suffix}"
+
+    def _set_cookie(
+        self,
+        response: Response,
+        request: Request,
+        suffix: str,
+        value: str,
+        life_s: float,
+        same_site: Literal["lax", "strict"],
+    ) -> None:
+        response.set_cookie(
+            self._cookie(request, suffix),
+            value,
+            max_age=int(life_s),
+            path="/",  # a name with __Host- asks for it
+            secure=self._encrypted(request),
+            httponly=True,
+            samesite=same_site,
+        )
+
+    def _delete_cookie(self, response: Response, request: Request, suffix: str) -> None:
+        name = self._cookie(request, suffix)
+        response.delete_cookie(name, path="/", secure=self._encrypted(request), httponly=True)
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
     def _sign_in_page(self, target: str, fault: str = "", status: int = 200) -> Response:
-        found = {"next": _inside(target), "fault": fault, "web_tokens": self._settings.jwt_issuer is not None}
+        following = _inside(target)
+        found = {
+            "next": following,
+            "fault": fault,
+            "web_tokens": self._settings.jwt_issuer is not None,
+            "provider": f"{PROVIDER}?next={quote(following, safe='')}" if self._provider is not None else "",
+        }
         return self._render("sign_in.html", None, found, status)
 
     def _failure(self, visitor: Visitor | None, status: int, text: str) -> Response:
@@ -263,11 +335,6 @@ def _shown(value: Any) -> Any:
 
 def _peer(request: Request) -> str:
     return f"ip:{request.client.host}:{request.client.port}" if request.client else ""
-
-
-def _cookie(request: Request) -> str:
-    """Browsers take a cookie with __Host- over TLS only, and from no other host."""
-    return "__Host-modelpress-console" if request.url.scheme == "https" else "modelpress-console"
 
 
 def _inside(target: str) -> str:

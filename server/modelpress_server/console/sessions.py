@@ -17,6 +17,9 @@ from modelpress_server.identity.tokens import digest
 MAX_SESSIONS = 1000
 IDLE_S = 8 * 3600.0
 LIFE_S = 24 * 3600.0
+# Where a browser comes back to from an OpenID provider, and how long it may take.
+CALLBACK = "/console/signed-in"
+PENDING_S = 600.0
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import urllib.request
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlparse
 
 import jwt
@@ -58,9 +58,9 @@ class KeySource:
         self._url = location if location is not None and "://" in location else ""
         self._file: WatchedFile[Keys] | None = None
         if location is None:
-            _require_tls("jwt_issuer", issuer)
+            require_tls("jwt_issuer", issuer)
         elif self._url:
-            _require_tls("jwt_keys", self._url)
+            require_tls("jwt_keys", self._url)
         else:
             self._file = WatchedFile(Path(location), lambda path: _parse(path.read_bytes()), "jwt_keys")
         self._fetched: Keys = {}
@@ -98,7 +98,8 @@ class JwtVerifier:
 
     def __init__(self, settings: Settings, keys: KeySource) -> None:
         self._issuer = settings.jwt_issuer
-        self._audience = settings.jwt_audience
+        named = (settings.jwt_audience, settings.console_client_id)
+        self._audiences = [name for name in named if name is not None]
         self._claim = settings.jwt_claim
         self._keys = keys
         self._seen: OrderedDict[bytes, tuple[Caller, float]] = OrderedDict()
@@ -125,7 +126,7 @@ class JwtVerifier:
                 key,
                 algorithms=list(ALGORITHMS),
                 issuer=self._issuer,
-                audience=self._audience,
+                audience=self._audiences,
                 leeway=LEEWAY_S,
                 options={"require": ["exp", "iss", "aud", "sub"]},
             )
@@ -153,24 +154,33 @@ def _grants(claim: Any) -> Mapping[str, Role]:
     return dict(map(parse_grant, texts))
 
 
-def _require_tls(setting: str, url: str) -> None:
+def require_tls(setting: str, url: str) -> None:
     """Raises SettingsError where somebody between could exchange what is fetched."""
     parsed = urlparse(url)
     if parsed.scheme != "https" and (parsed.scheme != "http" or parsed.hostname not in LOOPBACK_HOSTS):
         raise SettingsError(f"{setting}: {url}: keys are fetched over https only.")
 
 
-def _keys_url(issuer: str) -> str:
-    """Where a provider says that its keys are. Raises SettingsError, OSError."""
+def discover(issuer: str) -> Mapping[str, Any]:
+    """How a provider describes itself. Raises SettingsError, OSError."""
     url = issuer.rstrip("/") + DISCOVERY_PATH
     try:
         document = json.loads(_download(url))
-        named, keys = document["issuer"], str(document["jwks_uri"])
+        named = document["issuer"]
     except (ValueError, TypeError, KeyError) as error:
         raise SettingsError(f"jwt_issuer: {url} is no description of an OpenID provider: {error!r}.") from error
     if named != issuer:
         raise SettingsError(f"jwt_issuer: {url} describes {named!r}, not {issuer!r}; spell it as the provider does.")
-    _require_tls("jwt_issuer", keys)
+    return cast(Mapping[str, Any], document)
+
+
+def _keys_url(issuer: str) -> str:
+    """Where a provider says that its keys are. Raises SettingsError, OSError."""
+    try:
+        keys = str(discover(issuer)["jwks_uri"])
+    except KeyError as error:
+        raise SettingsError(f"jwt_issuer: {issuer} does not say where its keys are.") from error
+    require_tls("jwt_issuer", keys)
     return keys
 
 
