@@ -19,13 +19,14 @@ from modelpress_compression.measure.task import Labelled
 from modelpress_compression.model import Provenance, file_size_bytes
 from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.quantize import prepare_static
 from modelpress_compression.passes.quantize.weight_only.storage import store_rest
 from modelpress_compression.recipe import Step
 from modelpress_compression.search import quantization
 from modelpress_compression.search.candidates import Candidate, fastest, pareto_set
 from modelpress_compression.search.heads import unvouched_heads
 from modelpress_compression.search.judge import Judge, RaceTimings
-from modelpress_compression.search.mixed import fewest_in_float
+from modelpress_compression.search.mixed import fewest_in_float, order_of
 from modelpress_compression.search.quantization import SchemeSearch
 from modelpress_compression.search.steps import StepRecord
 from onnx import TensorProto, helper, numpy_helper
@@ -154,6 +155,22 @@ def test_the_sensitive_layer_goes_back_to_float(two_layers: Model, loud: InputDa
     }
     assert {"wide", "back"} <= integers
     assert "sensitive" not in integers
+
+
+def test_the_order_of_layers_is_counted_not_timed(two_layers: Model, loud: InputData) -> None:
+    """The order is that of the error that goes over the work that comes, in multiply-accumulates and numbers moved: the
+    same each time, on whatever machine."""
+    context = Context(loud, Path(), alone=lambda: pytest.fail("nothing is timed"))
+    quantizer = prepare_static(two_layers, QuantizeConfig(scheme="static", smooth_quant=False), context)
+    assert quantizer is not None
+    rows = {"wide": (64, 256, 1024), "back": (64, 1024, 8), "sensitive": (64, 260, 8), "head": (64, 8, 8)}
+    worth = {}
+    for node in quantizer.plan.layers:
+        m, k, n = rows[node.name or ""]
+        work = m * k * n + 20 * (m * k + k * n + m * n)
+        worth[node.outputs[0].name] = quantizer.ranges.error_saved(node, quantizer.plan) / work
+    assert len(worth) >= 3
+    assert order_of(quantizer, context) == sorted(worth, key=lambda name: -worth[name])
 
 
 def test_candidates_that_disagree_are_dropped(
