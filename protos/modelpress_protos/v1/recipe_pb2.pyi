@@ -368,7 +368,7 @@ class QuantizeStep(_message.Message):
     """auto takes the fastest of none, dynamic and static that keeps the agreement with the original."""
     weights: _builtins.str
     """Type of quantized weights; int4: static and weight_only alone, in short rows int8 instead; int2: likewise, in
-    products of weight_only over 256 or more inputs, elsewhere int4.
+    embeddings and products of weight_only over 256 or more inputs, elsewhere int4.
     """
     activations: _builtins.str
     """Type of quantized activations (static)."""

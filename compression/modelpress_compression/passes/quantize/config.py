@@ -27,7 +27,7 @@ class QuantizeConfig(Config):
         "int8",
         2,
         "Type of quantized weights; int4: static and weight_only alone, in short rows int8 instead; int2: likewise, in "
-        "products of weight_only over 256 or more inputs, elsewhere int4.",
+        "embeddings and products of weight_only over 256 or more inputs, elsewhere int4.",
         choices=("int8", "uint8", "int4", "int2"),
         needs=Needs(("int4", "int2"), "scheme", "weight_only", ("static",)),
     )

@@ -57,7 +57,7 @@ def store_weights(model: Model, config: QuantizeConfig, context: Context, rounde
     if config.weights == "int2" and writer.in_4_bits:
         findings.warnings.append(
             f"{writer.in_4_bits} of {stored} weights were stored in 4 bits instead of 2, which only products over 256 "
-            f"or more inputs have."
+            f"or more inputs and embeddings have."
         )
     if config.is_narrow and writer.in_8_bits:
         findings.warnings.append(

@@ -138,8 +138,9 @@ class WeightWriter:
             self._replace(node, n_bits.write_lookup(self.editor, node, stored))
 
     def _table(self, array: NDArray[np.float32]) -> QuantizedWeight:
-        # Two levels share a byte, and rows begin with a new one.
-        bits = 4 if self.config.is_narrow and array.shape[1] % 2 == 0 else 8
+        # Levels share bytes, and rows begin with a new one.
+        wanted = {"int4": (4,), "int2": (2, 4)}.get(self.config.weights, ())
+        bits = next((bits for bits in wanted if array.shape[1] * bits % 8 == 0), 8)
         return quantize_blocks(array, bits, self.config.block_size)
 
     def _folded(self, graph: onnx_ir.Graph, weight: onnx_ir.Value, use: tuple[onnx_ir.Node, int] | None) -> None:
