@@ -276,67 +276,31 @@ class Server:
 
     def _build(self, authenticator: Authenticator) -> None:
         settings, database = self._settings, self._database
-        models, index = SqlModelStore(database), SqlBlobIndex(database)
-        usage, prometheus = SqlUsage(database), _prometheus_meter(settings)
+        models, index, usage = SqlModelStore(database), SqlBlobIndex(database), SqlUsage(database)
+        prometheus = _prometheus_meter(settings)
         meter, self._tracer = prometheus or Meter(), _tracer(settings)
         self._opened.push_async_callback(self._tracer.close)
-        pace, log = Pace(settings.workers), ChangeLog(meter)
-
-        def changed(change: StateChange) -> None:
-            log.note(change)
-            pace.note(change)
-
-        database.on_change = changed
-        if settings.webhooks is not None:
-            self._build_webhooks(settings.webhooks, meter)
+        pace = Pace(settings.workers)
+        self._note_changes(pace, meter)
         space = Space(settings.data_dir, settings.reserve_bytes, None if self._blobs.shared else index)
         findings = Findings(settings.data_dir / "findings", self._projects, self._blobs, space)
         self._membership = Membership(
             SqlServerStore(database), settings.data_dir, settings.lease_s, self._clock, shared=database.shared
         )
-        if settings.ray_address is not None:
-            self._site: Site = _ray_cluster(settings, self._membership.server_id, self._clock, meter)
-        else:
-            self._site = ThisMachine(
-                self._make_executor(settings),
-                self._blobs,
-                space,
-                settings.data_dir / "work",
-                findings=findings,
-                meter=meter,
-                max_blob_bytes=settings.max_blob_bytes,
-            )
+        self._site = self._make_site(space, findings, meter)
         jobs = SqlJobStore(database, self._site.kinds)
-        resources = RunResources(settings, self._site, usage, meter, self._tracer)
         host = Host(self._site, self._clock, self._set_serving)
+        resources = RunResources(settings, self._site, usage, meter, self._tracer)
         self._scheduler = Scheduler(
             resources, self._projects, models, jobs, self._notifier, host, self._clock, self._membership.server_id
         )
         self._membership.on_beat = self._scheduler.beat
         self._news = News(settings.database, self._scheduler.hear) if settings.database is not None else None
         self._gate = Gate(authenticator, self._projects, self._audit, meter, self._clock, self._tracer)
-        options = (*OPTIONS, *connection_options(settings))
-        self._grpc = grpc.aio.server(interceptors=[self._gate], options=options)
         self._uploads = UploadService(settings, self._projects, self._blobs, index, space, self._clock, meter)
-        self._janitor = Janitor(
-            settings,
-            self._projects,
-            self._blobs,
-            index,
-            usage,
-            self._uploads.sessions,
-            findings,
-            self._ballast,
-            self._clock,
-            leads=partial(database.leads, "janitor"),
-        )
-        # A bucket looks after its objects itself; what is read of it is verified on its way.
-        files = self._blobs if isinstance(self._blobs, FileBlobStore) else None
-        self._scrub = BackgroundScrub(settings, files, self._clock) if files is not None else None
+        self._build_upkeep(index, usage, findings)
         space.on_short = self._janitor.hurry
-        upload_service_pb2_grpc.add_UploadServiceServicer_to_server(self._uploads, self._grpc)
         model_service = ModelService(settings, self._projects, models, self._scheduler, findings)
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(model_service, self._grpc)
         job_service = JobService(
             settings,
             self._projects,
@@ -349,14 +313,65 @@ class Server:
             self._clock,
             pace,
         )
-        job_service_pb2_grpc.add_JobServiceServicer_to_server(job_service, self._grpc)
         server_service = ServerService(settings, self._projects, jobs, usage, findings, self._site)
-        server_service_pb2_grpc.add_ServerServiceServicer_to_server(server_service, self._grpc)
+        self._build_grpc(job_service, model_service, server_service)
+        if prometheus is not None:
+            self._build_http(authenticator, prometheus, host, job_service, model_service, server_service)
+
+    def _note_changes(self, pace: Pace, meter: Meter) -> None:
+        """Has log, metrics, pace and webhooks told of each change of a state."""
+        log = ChangeLog(meter)
+
+        def changed(change: StateChange) -> None:
+            log.note(change)
+            pace.note(change)
+
+        self._database.on_change = changed
+        if self._settings.webhooks is not None:
+            self._build_webhooks(self._settings.webhooks, meter)
+
+    def _make_site(self, space: Space, findings: Findings, meter: Meter) -> Site:
+        settings = self._settings
+        if settings.ray_address is not None:
+            return _ray_cluster(settings, self._membership.server_id, self._clock, meter)
+        return ThisMachine(
+            self._make_executor(settings),
+            self._blobs,
+            space,
+            settings.data_dir / "work",
+            findings=findings,
+            meter=meter,
+            max_blob_bytes=settings.max_blob_bytes,
+        )
+
+    def _build_upkeep(self, index: SqlBlobIndex, usage: SqlUsage, findings: Findings) -> None:
+        """What sweeps, and what reads stored files again."""
+        self._janitor = Janitor(
+            self._settings,
+            self._projects,
+            self._blobs,
+            index,
+            usage,
+            self._uploads.sessions,
+            findings,
+            self._ballast,
+            self._clock,
+            leads=partial(self._database.leads, "janitor"),
+        )
+        # A bucket looks after its objects itself; what is read of it is verified on its way.
+        files = self._blobs if isinstance(self._blobs, FileBlobStore) else None
+        self._scrub = BackgroundScrub(self._settings, files, self._clock) if files is not None else None
+
+    def _build_grpc(self, jobs: JobService, models: ModelService, server: ServerService) -> None:
+        options = (*OPTIONS, *connection_options(self._settings))
+        self._grpc = grpc.aio.server(interceptors=[self._gate], options=options)
+        upload_service_pb2_grpc.add_UploadServiceServicer_to_server(self._uploads, self._grpc)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(models, self._grpc)
+        job_service_pb2_grpc.add_JobServiceServicer_to_server(jobs, self._grpc)
+        server_service_pb2_grpc.add_ServerServiceServicer_to_server(server, self._grpc)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs know the synchronous one
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         enable_reflection((*SERVICES, health.SERVICE_NAME), self._grpc)
-        if prometheus is not None:
-            self._build_http(authenticator, prometheus, host, job_service, model_service, server_service)
 
     def _build_webhooks(self, path: Path, meter: Meter) -> None:
         from modelpress_server.events.dispatcher import Dispatcher
