@@ -52,6 +52,41 @@ def channel_model() -> Callable[..., Model]:
 
 
 @pytest.fixture(scope="session")
+def residual(channel_model: Callable[..., Model]) -> Model:
+    """Three blocks: the first says little, the second much, and the third has a projection beside its branch."""
+    rng, width = np.random.default_rng(0), 16
+
+    def layer(scale: float = 1.0) -> Any:
+        return scale * rng.standard_normal((width, width)) / np.sqrt(width)
+
+    weights: dict[str, Any] = {"w0": layer()}
+    nodes = [
+        helper.make_node("Gemm", ["x", "w0"], ["h0"], name="stem", transB=1),
+        helper.make_node("Relu", ["h0"], ["r0"], name="relu0"),
+    ]
+    for number, scale in ((1, 0.1), (2, 1.0), (3, 0.7)):
+        data = f"r{number - 1}"
+        weights |= {f"a{number}": layer(), f"b{number}": layer(scale)}
+        nodes += [
+            helper.make_node("Gemm", [data, f"a{number}"], [f"i{number}"], name=f"in{number}", transB=1),
+            helper.make_node("Relu", [f"i{number}"], [f"j{number}"], name=f"inner{number}"),
+            helper.make_node("Gemm", [f"j{number}", f"b{number}"], [f"o{number}"], name=f"out{number}", transB=1),
+        ]
+        if number == 3:
+            weights["p3"] = layer()
+            nodes.append(helper.make_node("Gemm", [data, "p3"], ["q3"], name="projection", transB=1))
+            data = "q3"
+        nodes += [
+            helper.make_node("Add", [f"o{number}", data], [f"s{number}"], name=f"sum{number}"),
+            helper.make_node("Relu", [f"s{number}"], [f"r{number}"], name=f"relu{number}"),
+        ]
+    weights["w4"] = layer()[:4]
+    nodes.append(helper.make_node("Gemm", ["r3", "w4"], ["h4"], name="head", transB=1))
+    nodes.append(helper.make_node("Tanh", ["h4"], ["y"], name="last"))
+    return channel_model(nodes, weights, ["n", width], ["n", 4])
+
+
+@pytest.fixture(scope="session")
 def outputs_of() -> Callable[[Model, Any], Any]:
     """The first output of a model of one input."""
 

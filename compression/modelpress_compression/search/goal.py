@@ -8,7 +8,7 @@
                                         (mixed_bits.py)
     cut                                 with data: channels gone, layers factorized, repaired and trained, as far as
                                         labels, or samples that nothing was fitted to, permit (levers.py, held_out.py)
-    widths and bits                     as one choice, by their prices: where size counts (joint.py)
+    widths and bits, or arithmetic      as one choice, by their prices: where size or time counts (joint.py)
 
 Each candidate is judged by its answers (judge.py); which of them is taken is decided by decision.py.
 """
@@ -38,7 +38,8 @@ from modelpress_compression.search.candidates import Candidate
 from modelpress_compression.search.decision import BUILT, Decision, Pursuit
 from modelpress_compression.search.entries import Entry, size_change
 from modelpress_compression.search.held_out import Grounds, grounds
-from modelpress_compression.search.joint import JointSearch
+from modelpress_compression.search.joint import PRUNE, JointSearch
+from modelpress_compression.search.joint_forms import ComputedForms, Forms, StoredForms
 from modelpress_compression.search.judge import FLOAT_FLOOR_DB, Judge
 from modelpress_compression.search.levers import FEW_CUTS, LEVERS, MANY_CUTS, LeverSearch
 from modelpress_compression.search.mixed_bits import MixedBitsSearch
@@ -119,13 +120,12 @@ class GoalSearch:
         self.entries = [entry for entry in self.entries if not entry.is_cut]
         if "quantize" in self.goal.techniques:
             search, built = self._of_whole, len(self._of_whole.candidates)
-            if self.context.data.vouches:
-                for _ in MixedSchemeSearch(search).candidates():
-                    pass
+            for _ in self._mixed_schemes(search):
+                pass
+            if len(search.candidates) > built:
                 search.smaller(search.candidates[built:])
-            if self._wants_size:
-                for _ in self._bits_of(search, whole=True).candidates():
-                    pass
+            for _ in self._mixed_bits(search, whole=True):
+                pass
             self._enter(search.candidates[built:], search.judge, self._before)
         self._build_cut()
 
@@ -246,9 +246,7 @@ class GoalSearch:
         yield
         search.static()
         yield
-        if self.far and self.context.data.vouches:
-            for _ in MixedSchemeSearch(search).candidates():
-                yield
+        yield from self._mixed_schemes(search)
         search.smaller([*stored, *search.candidates[begun:]])
         yield
 
@@ -270,14 +268,23 @@ class GoalSearch:
             quantize = partial(Quantize(nearest), search.model, search.context)
             search.add("weight_only", quantize, "4 bits in blocks, to the nearest")
             yield
-        for _ in self._bits_of(search, whole=whole).candidates():
-            yield
+        yield from self._mixed_bits(search, whole=whole)
 
-    def _bits_of(self, search: SchemeSearch, *, whole: bool) -> MixedBitsSearch:
+    def _mixed_schemes(self, search: SchemeSearch) -> Iterator[None]:
+        """A far search's mixes of layers in 8 bits and in float32."""
+        if self.far and self.context.data.vouches:
+            for _ in MixedSchemeSearch(search).candidates():
+                yield
+
+    def _mixed_bits(self, search: SchemeSearch, *, whole: bool) -> Iterator[None]:
+        """A far search's mixes of bits, where size is wanted."""
+        if not self._wants_size:
+            return
         bits = MixedBitsSearch(search)
         if whole:
             self._bits = bits
-        return bits
+        for _ in bits.candidates():
+            yield
 
     def _in_4_bits(self, search: SchemeSearch, config: QuantizeConfig) -> None:
         """Rounding them well takes a fifth of the search, and where 8 bits are faster they are hardly ever taken: so it
@@ -298,6 +305,13 @@ class GoalSearch:
         """Whether the file is what the goal is about."""
         limits = self.recipe.limits
         return self.goal.objective == SMALLEST or bool(limits.max_size_bytes or limits.min_ratio)
+
+    @property
+    def _time_first(self) -> bool:
+        """Whether time is what the goal is about, and size is not."""
+        limits = self.recipe.limits
+        asked = self.goal.objective == FASTEST or limits.max_latency_ms or limits.min_speedup
+        return bool(asked) and not self._size_first
 
     def _cut(self, fused: StepRecord, before: tuple[StepRecord, ...], on: Grounds) -> None:
         """Pulls the levers one after the other, and quantizes what went the furthest."""
@@ -327,7 +341,8 @@ class GoalSearch:
             if held and not self.far:
                 break  # else what was cut less may leave more room for it
         both = {"prune", "quantize"} <= set(self.goal.techniques)
-        if kept and both and self._size_first and not scored and self._has_time:
+        # By prices a cut may be kept where none that is even over the model was, above all in 8 bits.
+        if both and ((kept and self._size_first) or (self.far and self._time_first)) and not scored and self._has_time:
             self._cut_and_quantized(before or (fused,), on)
 
     def _lever(self, technique: str, context: Context, on: Grounds) -> LeverSearch:
@@ -346,13 +361,12 @@ class GoalSearch:
         )
 
     def _cut_and_quantized(self, start: tuple[StepRecord, ...], on: Grounds) -> None:
-        """Widths and bits as one choice."""
+        """Widths and forms as one choice."""
         last, part = start[-1], self._limited(self._part(_JOINT, BUILT, on.data))
         whole = self._scheme_search(last.model, last.path, part, on.judge)
-        bits = self._bits if self._bits is not None and on.judge is self.judge else MixedBitsSearch(whole)
         joint = JointSearch(
             whole,
-            bits,
+            self._forms(whole, on),
             self._lever("prune", part, on),
             start,
             lambda chain: self._scheme_search(chain[-1].model, chain[-1].path, part, on.judge),
@@ -362,6 +376,13 @@ class GoalSearch:
                 self._enter([cut.candidate], on.judge, cut.before)
                 if not self._has_time:
                     break
+
+    def _forms(self, whole: SchemeSearch, on: Grounds) -> Forms:
+        """What is chosen beside the widths: what the goal is about."""
+        if self._time_first:
+            return ComputedForms(whole, PRUNE)
+        bits = self._bits if self._bits is not None and on.judge is self.judge else MixedBitsSearch(whole)
+        return StoredForms(whole, bits)
 
     def choose(self) -> Pursuit:
         """Times the candidates that keep the answers, and takes one; it may be asked again."""

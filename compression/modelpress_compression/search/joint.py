@@ -1,13 +1,16 @@
-"""The smallest file by channels and bits together: how wide each group of channels stays, and the form of each weight.
+"""The smallest or fastest model by channels, branches and arithmetic together: how wide each group stays, which
+branches beside skip connections go, and each layer's form.
 
-    prices      of every width of every group (widths.py) and every form of every weight (mixed_bits.py), the error at
-                the outputs with it alone
-    choice      the least bytes whose errors add up to a budget (joint_solver.py)
-    model       the groups cut to their widths and repaired, trained where the answers are lost and training is
-                permitted; then its weights in their forms, judged as a whole
+    prices      of every width of every group, and of every branch, the error at the outputs with it alone (widths.py);
+                of every weight's forms (joint_forms.py) that error too, and bytes or milliseconds, whole and narrower
+    choice      the least total whose errors add up to a budget (joint_solver.py), where a branch is a group that owns
+                all of its weights
+    model       the groups cut to their widths, the branches gone, and the rest repaired, trained where the answers are
+                lost and training is permitted; then its layers in their forms, judged as a whole, and trained again
 
-Budgets are halved as in `budgets`. A model of loose widths and few bits competes with a narrow one of 8 bits, which
-cutting first and quantizing then never compares.
+Budgets are halved as in `budgets`. A model of loose widths and few bits competes with a narrow one of 8 bits, and one
+whose channels go where 8 bits gain the least with one that is cut for its time in float32, which cutting first and
+quantizing then never compares.
 """
 
 from __future__ import annotations
@@ -18,51 +21,54 @@ from functools import cached_property
 from typing import Any
 
 from modelpress_compression.channels import Group, find_groups
+from modelpress_compression.passes.prune.blocks import Branch, find_branches
 from modelpress_compression.passes.prune.config import PruneConfig
-from modelpress_compression.passes.quantize.weight_only.mixed_bits import MixedBits
 from modelpress_compression.recipe import Step
 from modelpress_compression.search.budgets import between, decibels
 from modelpress_compression.search.candidates import Candidate
+from modelpress_compression.search.joint_forms import Forms
 from modelpress_compression.search.joint_solver import Weight, Width, solve
 from modelpress_compression.search.levers import Cut, LeverSearch
-from modelpress_compression.search.mixed_bits import MixedBitsSearch
 from modelpress_compression.search.quantization import SchemeSearch, pattern_of
-from modelpress_compression.search.solver import Option
 from modelpress_compression.search.steps import StepRecord
-from modelpress_compression.search.widths import owned_axes, width_errors
+from modelpress_compression.search.widths import branch_errors, width_errors
 
 # The first budget is what training brings back at best; by the last one, answers are kept without.
 FIRST_DB, LAST_DB = 10.0, 30.0
 HALVINGS = 5
-_PRUNE = PruneConfig(structure="channel", scope="layer", sparsity=0.0, criterion="activation")
+PRUNE = PruneConfig(structure="channel", scope="layer", sparsity=0.0, criterion="activation")
+BLOCKS = PruneConfig(structure="block", sparsity=0.0)
+_ALL = 0.99  # a recipe's sparsity is less than 1
+
+Gone = tuple[str, float]  # a pattern for a group or branch, and the share of it that goes
 
 
 @dataclass
 class JointSearch:
-    """`whole`: the search of schemes on the model that `start` ends with; `bits`: its prices of bits. `lever`: cuts it,
+    """`whole`: the search of schemes on the model that `start` ends with; `forms`: of its weights. `lever`: cuts it,
     judges and trains. `quantized`: makes the search of schemes on what a chain of steps has made.
     """
 
     whole: SchemeSearch
-    bits: MixedBitsSearch
+    forms: Forms
     lever: LeverSearch
     start: tuple[StepRecord, ...]
     quantized: Callable[[tuple[StepRecord, ...]], SchemeSearch]
     _made: list[Cut] = field(default_factory=list)
 
     def cuts(self) -> Iterator[Cut]:
-        """One model after the other, each nearer to the smallest that keeps the answers; and what they are made from.
+        """One model after the other, each nearer to the cheapest that keeps the answers; and what they are made from.
 
         Raises ModelNotRunnableError, TimeLimitError.
         """
-        if not any(len(widths) > 1 for widths in self._widths) or not self._weights:
+        if not any(len(widths) > 1 for widths in self._parts) or not self._weights:
             return
         for _ in between(FIRST_DB, LAST_DB, self._solved, self._built, HALVINGS):
             yield from self._made
             self._made.clear()
 
     def _solved(self, error: float) -> list[int] | None:
-        return solve(self._widths, self._weights, error)
+        return solve(self._parts, self._weights, error)
 
     @cached_property
     def _groups(self) -> Sequence[Group]:
@@ -71,45 +77,67 @@ class JointSearch:
     @cached_property
     def _widths(self) -> list[list[Width]]:
         def measure() -> dict[str, Any]:
-            found = width_errors(self.whole.model, _PRUNE, self.whole.context)
+            found = width_errors(self.whole.model, PRUNE, self.whole.context)
             return {name: sorted(errors.items()) for name, errors in found.items()}
 
         known = self.whole.known("prices of widths", measure)
         return [[Width(0.0, 0.0), *(Width(*pair) for pair in known.get(group.id, ()))] for group in self._groups]
 
     @cached_property
+    def _branches(self) -> Sequence[Branch]:
+        return find_branches(self.whole.model, self.whole.context.data)[0]
+
+    @cached_property
+    def _parts(self) -> list[list[Width]]:
+        """Of each group its widths; then of each branch that it stays or goes."""
+
+        def measure() -> dict[str, Any]:
+            return {"errors": branch_errors(self.whole.model, self._branches, BLOCKS, self.whole.context)}
+
+        errors = self.whole.known("prices of branches", measure)["errors"]
+        return [*self._widths, *([Width(0.0, 0.0), Width(1.0, error)] for error in errors)]
+
+    @cached_property
     def _weights(self) -> list[Weight]:
-        return [
-            Weight(
-                [Option(form.size_bytes, form.error) for form in forms],
-                owned_axes(self.whole.model, self._groups, name),
-            )
-            for name, forms in self.bits.forms.items()
-        ]
+        return self.forms.weights(self._groups, self._branches)
 
     def _built(self, choice: Sequence[int]) -> Candidate | None:
-        count = len(self._groups)
-        widths = [own[place] for own, place in zip(self._widths, choice[:count], strict=True)]
-        forms = {name: own[place] for (name, own), place in zip(self.bits.forms.items(), choice[count:], strict=True)}
-        gone = {group.id: width.gone for group, width in zip(self._groups, widths, strict=True) if width.gone}
-        if not gone:
-            return None  # bits alone are another search
-        promised = decibels(sum(width.error for width in widths) + sum(form.error for form in forms.values()))
-        overrides = tuple((pattern_of(name), share) for name, share in gone.items())
-        step = Step("prune", replace(_PRUNE, overrides=overrides))
-        variant = f"{len(gone)} of {count} groups of channels by their prices, for {promised:.0f} dB with the bits"
-        found = self.lever.tried(step, self.start, variant)
-        self._made += found
+        count = len(self._parts)
+        parts = [own[place] for own, place in zip(self._parts, choice[:count], strict=True)]
+        forms = [own.forms[place] for own, place in zip(self._weights, choice[count:], strict=True)]
+        ids = [*(group.id for group in self._groups), *(branch.id for branch in self._branches)]
+        gone = [(pattern_of(name), part.gone) for name, part in zip(ids, parts, strict=True)]
+        groups, branches = gone[: len(self._groups)], gone[len(self._groups) :]
+        steps = [
+            Step("prune", replace(config, overrides=tuple(pair for pair in pairs if pair[1])))
+            for config, pairs in ((PRUNE, groups), (BLOCKS, [(name, min(share, _ALL)) for name, share in branches]))
+            if any(share for _, share in pairs)
+        ]
+        if not steps:
+            return None  # forms alone are another search
+        promised = decibels(sum(part.error for part in parts) + sum(form.error for form in forms))
+        found = self._cut(steps, self._variant(groups, branches, promised))
         if not found or found[-1].candidate.reason:
             return found[-1].candidate if found else None
         chain = found[-1].chain
-        search = self.quantized(chain)
-        names = {name: form.name for name, form in forms.items()}
-        candidate = search.add(
-            "weight_only",
-            lambda: MixedBits(search.model, search.step.config, search.context).store(names),
-            f"bits chosen with the widths, priced at {promised:.0f} dB",
-            asked=[sorted(names.items())],
-        )
-        self._made.append(Cut(candidate, chain))
-        return candidate
+        variant = f"chosen with the widths, priced at {promised:.0f} dB"
+        candidate = self.forms.built(self.quantized(chain), choice[count:], variant)
+        if candidate is None:
+            return found[-1].candidate
+        self._made += self.lever.also_trained(candidate, chain)
+        return self._made[-1].candidate
+
+    def _cut(self, steps: Sequence[Step], variant: str) -> list[Cut]:
+        """All steps as one; what was made of them."""
+        start = self.start
+        for step in steps[:-1]:
+            start = self.lever.after(step, start)
+        found = self.lever.tried(steps[-1], start, variant)
+        self._made += found
+        return found
+
+    def _variant(self, groups: Sequence[Gone], branches: Sequence[Gone], promised: float) -> str:
+        counts = [(sum(1 for _, share in gone if share), len(gone)) for gone in (groups, branches)]
+        names = ("groups of channels", "branches")
+        cut = ", ".join(f"{some} of {of} {name}" for (some, of), name in zip(counts, names, strict=True) if some)
+        return f"{cut} by their prices, for {promised:.0f} dB with {self.forms.what}"

@@ -128,6 +128,11 @@ class LeverSearch:
                 if last.technique == "distill":
                     base, gone = found[-1].chain, share
 
+    def after(self, step: Step, start: tuple[StepRecord, ...]) -> tuple[StepRecord, ...]:
+        """`start` with one more step, whose model nobody judges."""
+        record = self._apply(replace(start[-1], step=step, changes={}), self._context)
+        return (*(start if start[-1].changes else start[:-1]), record) if record.changes else start
+
     def tried(self, step: Step, start: tuple[StepRecord, ...], variant: str) -> list[Cut]:
         """The candidate that a step makes of the model that `start` ends with; and, where it has lost its answers, the
         same after training. Empty: the step changes nothing."""
@@ -139,14 +144,18 @@ class LeverSearch:
         """The candidate; and, where it has lost its answers, the same after training."""
         before = start if start[-1].changes else start[:-1]
         candidate = Candidate(variant, record, file_size_bytes(record.path), technique=self._technique)
-        found = [Cut(self._judge(candidate), before)]
-        judged = found[0].candidate
+        return self.also_trained(self._judge(candidate), before)
+
+    def also_trained(self, judged: Candidate, before: tuple[StepRecord, ...]) -> list[Cut]:
+        """A judged candidate, and the same after training where that can bring its answers back. `before`: the steps
+        before its own."""
+        found = [Cut(judged, before)]
         if not self._trains or not judged.reason or judged.unscored or judged.cosine < LEAST_COSINE or self._is_over:
             return found
-        trained = self._trained(record)
+        trained = self._trained(judged.record)
         if trained is not None:
             again = Candidate("", trained, file_size_bytes(trained.path), technique="distill")
-            found.append(Cut(self._judge(again), (*before, record)))
+            found.append(Cut(self._judge(again), (*before, judged.record)))
         return found
 
     def _trained(self, record: StepRecord) -> StepRecord | None:

@@ -158,10 +158,11 @@ class SchemeSearch:
 
         fewest_in_float(len(order), keeps)
 
-    def add_static(self, variant: str, kept: Sequence[str]) -> Candidate:
-        """A candidate of static quantization with the layers of these outputs in float32."""
-        make = self._static(lambda plain: plain.keeping_in_float(kept))
-        return self.add("static", make, variant, asked=kept)
+    def add_static(self, variant: str, kept: Sequence[str], *, full: bool = False) -> Candidate:
+        """A candidate of static quantization with the layers of these outputs in float32. `full`: all others in 8 bits,
+        whatever pays layer by layer."""
+        make = self._static(lambda plain: replace(plain, full=full).keeping_in_float(kept))
+        return self.add("static", make, variant, asked=[*kept, full])
 
     @property
     def threads(self) -> int:

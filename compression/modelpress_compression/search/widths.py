@@ -1,4 +1,5 @@
-"""What each width of each group of channels errs at the outputs, with that group alone narrowed and repaired.
+"""What each width of each group of channels errs at the outputs, with that group alone narrowed and repaired; and what
+a model errs without one of its branches.
 
 Widths are measured at a few shares, and lie on a power law between and beside them. Which units go is what `prune`
 decides.
@@ -7,6 +8,7 @@ decides.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from modelpress_compression.channels import Group, cut, find_groups
 from modelpress_compression.measure.fidelity import KnownOutputs
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.prune.blocks import Branch, mended
 from modelpress_compression.passes.prune.channel.activation import ActivationMagnitude
 from modelpress_compression.passes.prune.channel.limits import Limits
 from modelpress_compression.passes.prune.channel.prune import refitted
@@ -79,12 +82,37 @@ def _between(group: Group, measured: Mapping[float, float], config: PruneConfig)
     return errors
 
 
-def owned_axes(model: Model, groups: Sequence[Group], tensor: str) -> list[dict[int, float]]:
-    """Of each axis of a weight, the share that each group owns, by the group's place."""
+def branch_errors(model: Model, branches: Sequence[Branch], config: PruneConfig, context: Context) -> list[float]:
+    """Of each branch, the error with it alone gone; repaired, unless that would take too long.
+
+    Raises ModelNotRunnableError, TimeLimitError.
+    """
+    few = Context(context.data.spread(SAMPLES), context.work_directory, context.deadline, context.clock)
+    known = KnownOutputs()
+    errors: list[float] = []
+    began = context.clock()
+    for number, branch in enumerate(branches):
+        context.check_time()
+        context.progress(number / len(branches), f"weighing the branch before {branch.id}")
+        if number == 1 and config.repair != "none" and (context.clock() - began) * len(branches) > LIMIT_S:
+            context.log("branches are weighed without repair, which would take too long")
+            return branch_errors(model, branches, replace(config, repair="none"), context)
+        errors.append(output_distances(model, mended(model, [branch], config, few).model, few, known).error)
+    return errors
+
+
+def owned_axes(
+    model: Model, groups: Sequence[Group], tensor: str, branches: Sequence[Branch] = ()
+) -> list[dict[int, float]]:
+    """Of each axis of a weight, the share that each group owns, by the group's place.
+
+    Then an axis for each branch that it goes with, of which that owns all; branches have the places behind the groups.
+    """
     extents = Weights(model).array(tensor).shape
     axes: list[dict[int, float]] = [{} for _ in extents]
     for number, group in enumerate(groups):
         for member in group.members:
             if member.tensor == tensor:
                 axes[member.axis][number] = member.indices.size / extents[member.axis]
-    return axes
+    gone_with = [number for number, branch in enumerate(branches, start=len(groups)) if tensor in branch.tensors]
+    return [*axes, *({number: 1.0} for number in gone_with)]

@@ -205,11 +205,11 @@ class PruneStep(_message.Message):
     EPOCHS_FIELD_NUMBER: _builtins.int
     MIN_COSINE_FIELD_NUMBER: _builtins.int
     structure: _builtins.str
-    """What is removed: single weights, n of every m neighbouring ones, or whole channels, heads and hidden units; only
-    channel makes the model faster.
+    """What is removed: single weights, n of every m neighbouring ones, whole channels, heads and hidden units, or block:
+    whole branches beside a skip connection; only channel and block make the model faster.
     """
     sparsity: _builtins.float
-    """Share of the weights that become zero, or of the channels that go; not used by n:m."""
+    """Share of the weights that become zero, or of the channels or blocks that go; not used by n:m."""
     criterion: _builtins.str
     """How importance is judged: magnitude (l1; channel also l2), channel also magnitude times activation or by gradients
     of the answers (taylor; both need data), or random as a control. auto: activation for channels where data is given,
@@ -228,11 +228,11 @@ class PruneStep(_message.Message):
     min_channels: _builtins.int
     """channel only: fewest channels that stay in a layer."""
     normalize: _builtins.str
-    """channel with scope global only: importance counts by what a channel costs in parameters, MACs or time on this
-    machine.
+    """channel with scope global, and block: importance counts by what a channel or block costs in parameters, MACs or time
+    on this machine.
     """
     repair: _builtins.str
-    """channel only: least_squares fits the layers behind a cut to the uncut model's answers on the data; auto does so
+    """channel and block: least_squares fits the layers behind a cut to the uncut model's answers on the data; auto does so
     where data is given.
     """
     sparsity_of: _builtins.str
@@ -254,8 +254,8 @@ class PruneStep(_message.Message):
 
     @_builtins.property
     def overrides(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """channel only: sparsity of the layers whose node or weight matches a name with * and ?, as in {"layer4*": 0.3}; the
-        longest match counts.
+        """channel: sparsity of the layers whose node or weight matches a name with * and ?, as in {"layer4*": 0.3}; the
+        longest match counts. block: the branch before an Add of this name goes from 0.5 on.
         """
 
     def __init__(

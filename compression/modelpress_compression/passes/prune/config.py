@@ -10,7 +10,8 @@ from modelpress_compression.schema import LessThan, Needs
 
 @dataclass(frozen=True)
 class PruneConfig(Config):
-    """Zeroing of weights, or removal of channels. `overrides`: pairs of a glob and the sparsity of what matches it."""
+    """Zeroing of weights, or removal of channels or blocks. `overrides`: pairs of a glob and the sparsity of what
+    matches it."""
 
     @property
     def in_rounds(self) -> bool:
@@ -20,12 +21,16 @@ class PruneConfig(Config):
     structure: str = option(
         "unstructured",
         1,
-        "What is removed: single weights, n of every m neighbouring ones, or whole channels, heads and hidden units; "
-        "only channel makes the model faster.",
-        choices=("unstructured", "n:m", "channel"),
+        "What is removed: single weights, n of every m neighbouring ones, whole channels, heads and hidden units, or "
+        "block: whole branches beside a skip connection; only channel and block make the model faster.",
+        choices=("unstructured", "n:m", "channel", "block"),
     )
     sparsity: float = option(
-        0.5, 2, "Share of the weights that become zero, or of the channels that go; not used by n:m.", gte=0, lt=1
+        0.5,
+        2,
+        "Share of the weights that become zero, or of the channels or blocks that go; not used by n:m.",
+        gte=0,
+        lt=1,
     )
     criterion: str = option(
         "auto",
@@ -64,22 +69,22 @@ class PruneConfig(Config):
     normalize: str = option(
         "parameters",
         11,
-        "channel with scope global only: importance counts by what a channel costs in parameters, MACs or time on this "
-        "machine.",
+        "channel with scope global, and block: importance counts by what a channel or block costs in parameters, MACs "
+        "or time on this machine.",
         choices=("none", "parameters", "macs", "latency"),
     )
     repair: str = option(
         "auto",
         12,
-        "channel only: least_squares fits the layers behind a cut to the uncut model's answers on the data; auto does "
-        "so where data is given.",
+        "channel and block: least_squares fits the layers behind a cut to the uncut model's answers on the data; auto "
+        "does so where data is given.",
         choices=("auto", "none", "least_squares"),
     )
     overrides: tuple[tuple[str, float], ...] = option(
         (),
         13,
-        "channel only: sparsity of the layers whose node or weight matches a name with * and ?, as in "
-        '{"layer4*": 0.3}; the longest match counts.',
+        "channel: sparsity of the layers whose node or weight matches a name with * and ?, as in "
+        '{"layer4*": 0.3}; the longest match counts. block: the branch before an Add of this name goes from 0.5 on.',
         gte=0,
         lt=1,
     )

@@ -1,4 +1,5 @@
-"""Pruning: whole channels (`structure: channel`, in the package of that name), or zeroing of weights.
+"""Pruning: whole channels (`structure: channel`, in the package of that name), whole branches (`structure: block`, in
+`blocks`), or zeroing of weights.
 
 Zeroed are any weights (unstructured) or n of every m neighbours along the input axis (n:m):
 
@@ -24,6 +25,7 @@ from modelpress_compression.graph.edit import replace_numbers
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, unmatched_excludes
+from modelpress_compression.passes.prune.blocks import prune_blocks
 from modelpress_compression.passes.prune.channel.prune import prune_channels
 from modelpress_compression.passes.prune.config import PruneConfig
 from modelpress_compression.passes.prune.masks import Mask, Scores, Selector, layout_of, smallest, smallest_of_groups
@@ -31,7 +33,7 @@ from modelpress_compression.passes.prune.prunable import PrunableWeight, find_pr
 
 _NO_SPEEDUP = (
     "Zeroed weights do not make onnxruntime faster: they pay in the size of the compressed download only. "
-    "'structure: channel' removes whole channels, which does."
+    "'structure: channel' removes whole channels, and 'block' whole branches, which do."
 )
 
 
@@ -54,6 +56,8 @@ class Prune:
     def __call__(self, model: Model, context: Context) -> PassResult:
         if self._config.structure == "channel":
             return prune_channels(model, self._config, context)
+        if self._config.structure == "block":
+            return prune_blocks(model, self._config, context)
         clone = model.clone()
         weights, skipped = find_prunable(clone, self._config.exclude)
         if self._config.structure == "n:m":
