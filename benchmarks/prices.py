@@ -2,9 +2,10 @@
 
     python benchmarks/prices.py --models DIR [--only NAME ...] [--choices 12] [--page FILE]
 
-For every model, choices of forms at random: each weight in 2, 4 or 8 bits or float32 (bytes and error), and each layer
-in 8 bits or float32 (time and error). The promised error is the sum of the errors of the parts alone; the promised time
-is the float model's, less what the layers in 8 bits save by their own times. The models are timed in one race.
+For every model, choices at random: each weight in 2, 4 or 8 bits or float32 (bytes and error), each layer in 8 bits or
+float32 (time and error), and each group of channels at some width, each branch there or gone (time and error; both
+repaired, nothing trained). The promised error is the sum of the errors of the parts alone; the promised time is the
+float model's, less what the layers save by their own times. The models are timed in one race.
 Correlations are Spearman's, since a search needs the order; errors are compared in decibels.
 """
 
@@ -12,22 +13,29 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from model_evaluation import representative
 from modelpress_compression import load
+from modelpress_compression.channels import find_groups
 from modelpress_compression.measure.latency import time_interleaved
 from modelpress_compression.measure.layer_times import layer_times
 from modelpress_compression.measure.stats import layer_name
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.fuse.config import FuseConfig
+from modelpress_compression.passes.prune.blocks import find_branches
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.quantize import prepare_static
 from modelpress_compression.passes.quantize.ranges.output_error import output_distances
 from modelpress_compression.passes.quantize.weight_only.mixed_bits import MixedBits
 from modelpress_compression.search.budgets import decibels
+from modelpress_compression.search.joint import BLOCKS, PRUNE, cutting_steps
+from modelpress_compression.search.joint_solver import Form, Weight, Width, total
+from modelpress_compression.search.width_times import width_times
+from modelpress_compression.search.widths import branch_errors, owned_axes, width_errors
 from modelpress_compression.techniques import TECHNIQUES
 from numpy.typing import NDArray
 from pruning_quality import CASES, Case
@@ -77,7 +85,7 @@ def layers(model: Model, context: Context, choices: int, generator: np.random.Ge
     saved = np.array([before[layer_name(node)].ms - after[layer_name(node)].ms for node in nodes])
     errors = np.array([quantizer.ranges.error_saved(node, plan) for node in nodes])
     whole.save(folder / "float.onnx")
-    paths, promised_db, measured_db, promised_ms = [folder / "float.onnx"], [], [], [0.0]
+    paths, promised_db, measured_db, promised_ms = [folder / "float.onnx"], [], [], []
     for number, share in enumerate(np.linspace(0.1, 1.0, choices)):
         chosen = generator.random(len(nodes)) < share
         kept = [node.outputs[0].name or "" for node, taken in zip(nodes, chosen, strict=True) if not taken]
@@ -87,9 +95,55 @@ def layers(model: Model, context: Context, choices: int, generator: np.random.Ge
         promised_db.append(decibels(float(errors[chosen].sum())))
         measured_db.append(decibels(output_distances(whole, result.model, context).error))
         promised_ms.append(float(saved[chosen].sum()))
+    return compared(paths, promised_db, measured_db, promised_ms, context, threads)
+
+
+def widths(model: Model, context: Context, choices: int, generator: np.random.Generator, threads: int = 1) -> str:
+    """Promised and measured error and time of random widths and branches, in float32."""
+    groups, (branches, _) = find_groups(model).groups, find_branches(model, context.data)
+    errors = width_errors(model, PRUNE, context)
+    own = [[Width(0.0, 0.0), *(Width(*pair) for pair in sorted(errors.get(group.id, {}).items()))] for group in groups]
+    own += [[Width(0.0, 0.0), Width(1.0, error)] for error in branch_errors(model, branches, BLOCKS, context)]
+    if not any(len(found) > 1 for found in own):
+        return "|".join(["-"] * 6)
+    curves = width_times(model, groups, PRUNE, QuantizeConfig(scheme="static"), context, threads)
+    weights = [
+        Weight([Form(curve.in_float[-1][1], 0.0, curve.in_float)], owned_axes(model, groups, curve.tensor, branches))
+        for curve in curves
+    ]
+    whole_ms = total(own, weights, [0] * (len(own) + len(weights)))
+    folder = context.work_directory
+    model.save(folder / "uncut.onnx")
+    paths, promised_db, measured_db, saved_ms = [folder / "uncut.onnx"], [], [], []
+    for number, share in enumerate(np.linspace(0.1, 1.0, choices)):
+        choice = [int(generator.integers(len(found))) if generator.random() < share else 0 for found in own]
+        parts = [found[place] for found, place in zip(own, choice, strict=True)]
+        steps = cutting_steps(groups, branches, parts)
+        if not steps:
+            continue
+        cut = model
+        for step in steps:
+            cut = TECHNIQUES["prune"].make_pass(step.config)(cut, context).model
+        paths.append(folder / f"cut-{number}.onnx")
+        cut.save(paths[-1])
+        promised_db.append(decibels(sum(part.error for part in parts)))
+        measured_db.append(decibels(output_distances(model, cut, context).error))
+        saved_ms.append(whole_ms - total(own, weights, [*choice, *[0] * len(weights)]))
+    return compared(paths, promised_db, measured_db, saved_ms, context, threads)
+
+
+def compared(
+    paths: Sequence[Path],
+    promised_db: Sequence[float],
+    measured_db: Sequence[float],
+    saved_ms: Sequence[float],
+    context: Context,
+    threads: int,
+) -> str:
+    """Six cells. `paths`: of the float model, then of those that were promised to save so much of its time."""
     timings = time_interleaved(paths, context.data, threads=threads, batch_size=1, rounds=ROUNDS, budget_s=BUDGET_S)
     times = np.array([float(np.median(own)) * 1e3 for own in timings.times_s])
-    promised = times[0] - np.array(promised_ms[1:])
+    promised = times[0] - np.array(saved_ms)
     ratios = promised / times[1:]
     gaps = np.array(promised_db) - np.array(measured_db)
     worst = ratios[np.abs(np.log(np.maximum(ratios, 1e-3))).argmax()]
@@ -108,7 +162,8 @@ def row(case: Case, models: Path, choices: int) -> str:
         fused = TECHNIQUES["fuse"].make_pass(FuseConfig())(model, context).model
         generator = np.random.default_rng(0)
         first = bits(fused, context, choices, generator)
-        return f"|{case.name}|{first}|{layers(fused, context, choices, generator)}|"
+        second = layers(fused, context, choices, generator)
+        return f"|{case.name}|{first}|{second}|{widths(fused, context, choices, generator)}|"
 
 
 def main() -> None:
@@ -121,8 +176,8 @@ def main() -> None:
     arguments = parser.parse_args()
     lines = [
         "|model|bits: rank|dB promised - measured, median|worst|layers: rank|dB, median|worst|time: rank|promised / "
-        "measured, median|worst|",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "measured, median|worst|widths: rank|dB, median|worst|time: rank|promised / measured, median|worst|",
+        "|" + "---|" * 16,
     ]
     print("\n".join(lines), flush=True)
     for case in CASES:

@@ -40,8 +40,6 @@ PRUNE = PruneConfig(structure="channel", scope="layer", sparsity=0.0, criterion=
 BLOCKS = PruneConfig(structure="block", sparsity=0.0)
 _ALL = 0.99  # a recipe's sparsity is less than 1
 
-Gone = tuple[str, float]  # a pattern for a group or branch, and the share of it that goes
-
 
 @dataclass
 class JointSearch:
@@ -105,18 +103,11 @@ class JointSearch:
         count = len(self._parts)
         parts = [own[place] for own, place in zip(self._parts, choice[:count], strict=True)]
         forms = [own.forms[place] for own, place in zip(self._weights, choice[count:], strict=True)]
-        ids = [*(group.id for group in self._groups), *(branch.id for branch in self._branches)]
-        gone = [(pattern_of(name), part.gone) for name, part in zip(ids, parts, strict=True)]
-        groups, branches = gone[: len(self._groups)], gone[len(self._groups) :]
-        steps = [
-            Step("prune", replace(config, overrides=tuple(pair for pair in pairs if pair[1])))
-            for config, pairs in ((PRUNE, groups), (BLOCKS, [(name, min(share, _ALL)) for name, share in branches]))
-            if any(share for _, share in pairs)
-        ]
+        steps = cutting_steps(self._groups, self._branches, parts)
         if not steps:
             return None  # forms alone are another search
         promised = decibels(sum(part.error for part in parts) + sum(form.error for form in forms))
-        found = self._cut(steps, self._variant(groups, branches, promised))
+        found = self._cut(steps, self._variant(parts, promised))
         if not found or found[-1].candidate.reason:
             return found[-1].candidate if found else None
         chain = found[-1].chain
@@ -136,8 +127,21 @@ class JointSearch:
         self._made += found
         return found
 
-    def _variant(self, groups: Sequence[Gone], branches: Sequence[Gone], promised: float) -> str:
-        counts = [(sum(1 for _, share in gone if share), len(gone)) for gone in (groups, branches)]
-        names = ("groups of channels", "branches")
-        cut = ", ".join(f"{some} of {of} {name}" for (some, of), name in zip(counts, names, strict=True) if some)
+    def _variant(self, parts: Sequence[Width], promised: float) -> str:
+        count = len(self._groups)
+        named = (("groups of channels", parts[:count]), ("branches", parts[count:]))
+        gone = [(sum(1 for part in own if part.gone), f"of {len(own)} {name}") for name, own in named]
+        cut = ", ".join(f"{some} {of}" for some, of in gone if some)
         return f"{cut} by their prices, for {promised:.0f} dB with {self.forms.what}"
+
+
+def cutting_steps(groups: Sequence[Group], branches: Sequence[Branch], parts: Sequence[Width]) -> list[Step]:
+    """The steps that bring each group to its width, and take out each branch that goes; none where nothing goes."""
+    ids = [*(group.id for group in groups), *(branch.id for branch in branches)]
+    gone = [(pattern_of(name), min(part.gone, _ALL)) for name, part in zip(ids, parts, strict=True)]
+    steps = []
+    for config, pairs in ((PRUNE, gone[: len(groups)]), (BLOCKS, gone[len(groups) :])):
+        overrides = tuple((name, share) for name, share in pairs if share)
+        if overrides:
+            steps.append(Step("prune", replace(config, overrides=overrides)))
+    return steps
