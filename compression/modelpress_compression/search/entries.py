@@ -18,6 +18,7 @@ _BRIEFLY: Mapping[str, Callable[[Any], str]] = MappingProxyType(
         "prune": lambda config: f"prune {100 * config.sparsity:.0f} %" if config.sparsity else "prune by prices",
         "factorize": lambda config: f"factorize {100 - 100 * config.budget:.0f} %",
         "distill": lambda config: "distill",
+        "quantize": lambda config: f"quantize {config.scheme}",  # where what is in 8 bits was trained
     }
 )
 

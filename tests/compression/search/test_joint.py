@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from modelpress_compression.passes.fuse.config import FuseConfig
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.recipe import Step
 from modelpress_compression.search import width_times
+from modelpress_compression.search.entries import Entry
 from modelpress_compression.search.joint import PRUNE, JointSearch
 from modelpress_compression.search.joint_forms import ComputedForms
 from modelpress_compression.search.judge import Judge
@@ -73,7 +75,8 @@ def test_a_branch_goes_where_narrow_layers_are_not_faster(
         ]
 
     monkeypatch.setattr(width_times, "layer_times", times)
-    made = list(joint_of(residual, tmp_path).cuts())
+    built = joint_of(residual, tmp_path)
+    made = list(built.cuts())
     pruned = [cut.candidate.record for cut in made if cut.candidate.technique == "prune"]
     assert pruned
     assert all(record.step.config.structure == "block" for record in pruned)
@@ -86,3 +89,9 @@ def test_a_branch_goes_where_narrow_layers_are_not_faster(
     integers = [one for one in made if one.candidate.scheme == "static"]
     assert bool(integers) == (in_8_bits < 1)
     assert all("chosen with the widths" in one.candidate.name for one in integers)
+    entries = [Entry(one.candidate, built.whole.judge, one.before) for one in made]
+    assert all(entry.is_cut for entry in entries)
+    trained = replace(integers[0].candidate, technique="distill", scheme="", variant="") if integers else None
+    if trained is not None:  # as it is called once it was trained in its 8 bits
+        name = Entry(trained, built.whole.judge, integers[0].chain).name
+        assert name == "prune by prices, quantize static, distill"
