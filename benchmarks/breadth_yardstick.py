@@ -3,8 +3,8 @@
 A detector returns the few best of many boxes. Of an untrained one the scores are nearly equal (the five best of
 RetinaNet: .837, .832, .829, .829, .823), and the least disturbance makes others the best: noise of a thousandth in the
 image leaves a cosine of .82 of the float model's own boxes, and of Mask R-CNN's .62. So where outputs are a selection,
-weights of 4 bits are held against the float model with its weights disturbed as much as rounding to 4 bits disturbs
-them, at random: who is as near as those has rounded as well as 4 bits can.
+a result is held against the float model with its weights disturbed as much as rounding disturbs them, at random: who is
+as near as those has rounded as well as so few bits can.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from modelpress_compression.runtime import open_session, run
 from onnx import numpy_helper
 
 _SELECTING = frozenset(("TopK", "NonMaxSuppression"))
-# 15 steps over blocks of 32 numbers: their largest is 2.07 deviations, a step 2 * 2.07 / 14, its error step / sqrt(12).
-_ERROR_OF_4_BITS = 0.085
+# Of a recipe, in deviations of a weight. 4 bits: 15 steps over blocks of 32 numbers, whose largest is 2.07 deviations,
+# so that a step is 2 * 2.07 / 14, and its error step / sqrt(12). 8 bits: 255 steps over 6 deviations, of weights and of
+# what they are multiplied with.
+ROUNDING = {"int4": 0.085, "static": 0.01}
 _DISTURBED, _LEAST_WEIGHTS = 9, 256
 
 
@@ -36,12 +38,12 @@ def cosine(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
     return least
 
 
-def disturbed(path: Path, feed: Mapping[str, Any], before: Mapping[str, Any]) -> float:
-    """The least cosine of the model's answers `before` with those of some models whose weights are disturbed as
-    rounding to 4 bits does; 1.0 where no output is a selection."""
+def disturbed(path: Path, feed: Mapping[str, Any], before: Mapping[str, Any], error: float) -> float:
+    """The least cosine of the model's answers `before` with those of some models whose weights are disturbed by `error`
+    of their deviation; 1.0 where no output is a selection."""
     if not any(node.op_type in _SELECTING for node in _nodes(onnx.load(path).graph)):
         return 1.0
-    return min(cosine(before, _answers_of_disturbed(path, feed, seed)) for seed in range(_DISTURBED))
+    return min(cosine(before, _answers_of_disturbed(path, feed, error, seed)) for seed in range(_DISTURBED))
 
 
 def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
@@ -49,13 +51,13 @@ def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     return [*graph.node, *(node for one in inner for node in _nodes(one))]
 
 
-def _answers_of_disturbed(path: Path, feed: Mapping[str, Any], seed: int) -> Mapping[str, Any]:
+def _answers_of_disturbed(path: Path, feed: Mapping[str, Any], error: float, seed: int) -> Mapping[str, Any]:
     rng = np.random.default_rng(seed)
     proto = onnx.load(path)
     for tensor in proto.graph.initializer:
         weights = numpy_helper.to_array(tensor)
         if weights.dtype == np.float32 and weights.ndim >= 2 and weights.size >= _LEAST_WEIGHTS:
-            noise = _ERROR_OF_4_BITS * weights.std() * rng.standard_normal(weights.shape)
+            noise = error * weights.std() * rng.standard_normal(weights.shape)
             tensor.CopyFrom(numpy_helper.from_array((weights + noise).astype(np.float32), tensor.name))
     with tempfile.TemporaryDirectory(prefix="modelpress-") as folder:
         onnx.save(proto, Path(folder) / "disturbed.onnx")

@@ -51,7 +51,7 @@ def build_auto(config: Path | None) -> torch.nn.Module:
     _no_other_library(settings, config.parent)
     names = settings.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else "AutoModel"
-    model_class = getattr(transformers, name, None)
+    model_class = _class_of(transformers, name)
     if model_class is None:
         custom = (
             "It comes with code of its own (auto_map in config.json), which is not run; "
@@ -70,6 +70,17 @@ def build_auto(config: Path | None) -> torch.nn.Module:
             f"({type(error).__name__}: {str(error)[:300]})."
         ) from error
     return module.float()
+
+
+def _class_of(transformers: Any, name: str) -> Any:
+    """The class of that name, which is imported only now; None where there is none. Raises InvalidInputsError."""
+    try:
+        return getattr(transformers, name, None)
+    except Exception as error:  # what a class needs may be missing here, or not fit this torch, as torchvision
+        raise InvalidInputsError(
+            f"transformers {transformers.__version__} cannot import {name[:80]} here ({type(error).__name__}: "
+            f"{str(error)[:300]}). Try it in Python: from transformers import {name[:80]}"
+        ) from error
 
 
 def _no_other_library(settings: Mapping[str, Any], folder: Path) -> None:

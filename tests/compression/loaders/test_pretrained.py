@@ -116,6 +116,21 @@ def test_classes_that_the_library_does_not_have(transformers: Any, tmp_path: Pat
         convert(tmp_path, ["x:float32[2]"], architecture="transformers:auto")
 
 
+def test_classes_that_do_not_import(transformers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library imports them as they are asked for, with whatever they need; what is missing is said."""
+    found = type(transformers).__getattr__
+
+    def broken(library: Any, name: str) -> Any:
+        if name == "NoSuchModel":
+            raise ModuleNotFoundError("operator torchvision::nms does not exist")
+        return found(library, name)
+
+    monkeypatch.setattr(type(transformers), "__getattr__", broken)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "none", "architectures": ["NoSuchModel"]}))
+    with pytest.raises(InvalidInputsError, match=r"cannot import NoSuchModel here .*torchvision::nms does not exist"):
+        build_auto(tmp_path / "config.json")
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
