@@ -308,7 +308,7 @@ def main() -> int:
         return 0
     if arguments.cache is None:
         parser.error("--cache is needed")
-    from breadth_cases import cells
+    from breadth_cases import cells, lacks_library
 
     everything = cells()
     known: Rows = unpacked(RESULTS.read_text("utf-8")) if arguments.go_on and RESULTS.exists() else {}
@@ -317,6 +317,7 @@ def main() -> int:
         one
         for one in in_turns(everything)
         if all(word in "/".join(one) for word in arguments.only)
+        and not lacks_library(one[1])
         and (arguments.again or _lacks(rows.get(one), arguments.recipes))
     ]
     if wanted:

@@ -276,6 +276,12 @@ _PYTHONS = {
 }
 
 
+def lacks_library(producer: str) -> bool:
+    """Whether no Python is named that has what the producer needs: then its cells are not run."""
+    variable = _PYTHONS.get(producer)
+    return variable is not None and not os.environ.get(variable)
+
+
 def _foreign(name: str, producer: str, folder: Path) -> Made:
     """A network of another library. What the file gives in onnxruntime is what counts: no outputs come along."""
     variable = _PYTHONS.get(producer)
