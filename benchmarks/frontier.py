@@ -1,7 +1,8 @@
 """The front of our candidates beside the points of other tools, on real models: size, latency and task metric.
 
     python benchmarks/frontier.py --models DIR [--cache DIR] [--tools DIR] [--labelled DIR] [--only NAME ...]
-                                  [--skip TOOL ...] [--points-only | --time-only | --render]
+                                  [--skip TOOL ...] [--jobs NAME ...] [--search-time S] [--without POINT ...]
+                                  [--points-only | --time-only | --render]
 
 DIR holds trained models and one `eval_NAME.py` for each, as for real_models.py. Every tool works in an environment of
 its own (frontier_tools.py), every point in a process of its own; all take the same ONNX file and the same calibration
@@ -28,10 +29,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from frontier_ours import JOBS, OURS, kept_points, our_points
+from frontier_ours import JOBS, OURS, kept_goals, kept_points, our_points
 from frontier_page import page
 from frontier_times import FLOAT, figures_of
-from frontier_tools import TOOLS, Installed, NotInstalledError, Outcome, installed, kept_outcomes, made_by
+from frontier_tools import TOOLS, Installed, NotInstalledError, Outcome, installed, kept_outcomes, made_by, not_made
 from modelpress_compression.measure.latency import MIN_ROUNDS
 from modelpress_compression.measure.task import model_digest
 from modelpress_compression.model import file_size_bytes
@@ -69,13 +70,16 @@ def make_points(case: Case, prepared: Prepared, tools: list[Installed], argument
     """All points of a model into the cache, with the metrics that decide."""
     limits = Limits(arguments.timeout, int(arguments.memory * GIB))
     for job in JOBS if OURS not in arguments.skip else ():
+        if arguments.jobs and job.name not in arguments.jobs:
+            continue
         labelled = arguments.labelled / f"{case.name}.npz" if job.labels and arguments.labelled else None
         if job.labels and not (labelled and labelled.exists()):
             continue
-        outcome = our_points(job, prepared, Limits(arguments.timeout * OUR_TIME, limits.memory_bytes), labelled)
+        bounds = Limits(arguments.timeout * OUR_TIME, limits.memory_bytes)
+        outcome = our_points(job.within(arguments.search_time), prepared, bounds, labelled)
         say(f"{case.name}: ours, {job.name}: {outcome['outcome']} {outcome['error']} {outcome['wall_s']:.0f} s")
     for one in tools:
-        outcomes = made_by(one, prepared, limits)
+        outcomes = made_by(one, prepared, limits, without=arguments.without)
         good = sum(outcome["outcome"] == "ok" for outcome in outcomes)
         say(f"{case.name}: {one.tool.label}: {good} of {len(one.labels)} points")
     # A rough measurement finds out whose metrics are needed: they are then in the cache.
@@ -123,15 +127,20 @@ def measure(case: Case, prepared: Prepared, rounds: int, budget_s: float, argume
     say(f"{case.name}: timing {sum(one['outcome'] == 'ok' for one in (*mine, *theirs))} points")
     return {
         "metric_name": case.metric,
+        "goals": kept_goals(prepared),
+        "not_made": not_made(prepared),
         "environment": environment() | {"measured_on": datetime.date.today().isoformat()},
-        **figures_of([*mine, *theirs], prepared.held_out(), rounds, budget_s, judge),
+        **figures_of(
+            [*mine, *theirs], prepared.held_out(), rounds, budget_s, int(arguments.session_memory * GIB), judge
+        ),
     }
 
 
 def write(results: dict[str, Any]) -> None:
-    """Both files."""
-    RESULTS.write_text(_as_lines(_rounded(results)), "utf-8")
-    PAGE.write_text(page(results), "utf-8")
+    """Both files; the page says what the figures in the file say."""
+    rounded = _rounded(results)
+    RESULTS.write_text(_as_lines(rounded), "utf-8")
+    PAGE.write_text(page(rounded), "utf-8")
 
 
 def _as_lines(results: dict[str, Any]) -> str:
@@ -163,8 +172,14 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--labelled", type=Path, help="folder of NAME.npz, labelled data as for --eval")
     parser.add_argument("--only", nargs="*", default=[], help="parts of models' names")
     parser.add_argument("--skip", nargs="*", default=[], help="tools to leave out, or ours")
+    parser.add_argument("--jobs", nargs="*", default=[], help="of ours, if not all")
+    parser.add_argument("--search-time", type=float, help="seconds of search for each of our jobs, if not all it takes")
+    parser.add_argument("--without", nargs="*", default=[], metavar="TOOL:POINT", help="points of theirs not to make")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one point")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB of resident memory for one point")
+    parser.add_argument(
+        "--session-memory", type=float, default=16.0, help="GiB for all sessions at once; with less they take turns"
+    )
     parser.add_argument("--rounds", type=int, default=200, help="most timed rounds")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds of timing for a model")
     parser.add_argument("--all-metrics", action="store_true", help="evaluate also what is matched whatever it loses")
@@ -179,16 +194,21 @@ def _parse() -> argparse.Namespace:
     return arguments
 
 
+def gathered() -> dict[str, Any]:
+    """The figures so far."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {"models": {}}
+    return results
+
+
 def main() -> None:
     arguments = _parse()
-    results: dict[str, Any] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {"models": {}}
     if not arguments.render:
-        run(results, arguments)
+        run(arguments)
     if not arguments.points_only:
-        write(results)
+        write(gathered())
 
 
-def run(results: dict[str, Any], arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Points, unless they are only to be timed; then times, unless points are all that is asked for."""
     arguments.models = arguments.models.resolve()
     tools: list[Installed] = []
@@ -201,14 +221,16 @@ def run(results: dict[str, Any], arguments: argparse.Namespace) -> None:
         try:
             if not arguments.time_only:
                 make_points(case, prepared, tools, arguments)
-            if not arguments.points_only:
-                results["models"][case.name] = measure(case, prepared, arguments.rounds, arguments.budget, arguments)
+            if arguments.points_only:
+                continue
+            measured = measure(case, prepared, arguments.rounds, arguments.budget, arguments)
         except Exception as error:  # noqa: BLE001 - one model that fails must not hide the others
             say(f"{case.name}: FAILED: {type(error).__name__}: {error}")
             continue
-        if not arguments.points_only:
-            results["missing"] = json.loads((arguments.cache / "missing.json").read_text("utf-8"))
-            write(results)
+        results = gathered()  # read only now: another run may have gone through another model meanwhile
+        results["models"][case.name] = measured
+        results["missing"] = json.loads((arguments.cache / "missing.json").read_text("utf-8"))
+        write(results)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 As a script it is one job in a process of its own:
 
-    python benchmarks/frontier_ours.py FOLDER OUTPUT JOB [LABELLED]
+    python benchmarks/frontier_ours.py FOLDER OUTPUT GOAL [LABELLED]
 
-FOLDER is a prepared case (quantization_cases.py), JOB the name of one of JOBS, LABELLED an .npz as for `--eval`. Writes
-what `Result.write` writes into OUTPUT, and OUTPUT/points.json with name and file of each model.
+FOLDER is a prepared case (quantization_cases.py), GOAL that of a recipe as JSON, LABELLED an .npz as for `--eval`.
+Writes what `Result.write` writes into OUTPUT, and OUTPUT/points.json with name and file of each model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,18 @@ class Job:
     goal: dict[str, Any] = field(default_factory=dict)
     labels: bool = False
 
+    def within(self, search_time_s: float | None) -> Job:
+        """The same job with so much time for its search; None: as much as it takes."""
+        return self if search_time_s is None else replace(self, goal=self.goal | {"search_time_s": search_time_s})
+
 
 JOBS = (
     Job("balanced", {"objective": "balanced"}),
     Job("smallest", {"objective": "smallest"}),
     Job("fastest", {"objective": "fastest"}),
     Job("accurate", {"objective": "accurate"}),
+    Job("balanced-3", {"objective": "balanced", "max_drop": 0.03}),
+    Job("balanced-10", {"objective": "balanced", "max_drop": 0.1}),
     Job(SMALLEST_1, {"objective": "smallest", "max_drop": 0.01}),
     Job("smallest-3", {"objective": "smallest", "max_drop": 0.03}),
     Job("smallest-10", {"objective": "smallest", "max_drop": 0.1}),
@@ -63,7 +69,7 @@ def our_points(job: Job, prepared: Prepared, limits: Limits, labelled: Path | No
         outcome: dict[str, Any] = json.loads(kept.read_text("utf-8"))
         if outcome["key"] == key:
             return outcome
-    outcome = _run(job, prepared, folder, limits, labelled) | {"key": key}
+    outcome = _run(job, prepared, folder, limits, labelled) | {"key": key, "goal": job.goal}
     kept.write_text(json.dumps(outcome), "utf-8")
     return outcome
 
@@ -81,6 +87,13 @@ def kept_points(prepared: Prepared) -> list[dict[str, Any]]:
     return found
 
 
+def kept_goals(prepared: Prepared) -> dict[str, dict[str, Any]]:
+    """Goals of the jobs whose points the cache has, by name."""
+    outcomes = {job.name: _folder(prepared, job) / "outcome.json" for job in JOBS}
+    kept = {name: json.loads(path.read_text("utf-8")) for name, path in outcomes.items() if path.exists()}
+    return {name: outcome["goal"] for name, outcome in kept.items() if "goal" in outcome}
+
+
 def _folder(prepared: Prepared, job: Job) -> Path:
     return prepared.folder / "front" / OURS / job.name
 
@@ -88,7 +101,7 @@ def _folder(prepared: Prepared, job: Job) -> Path:
 def _run(job: Job, prepared: Prepared, folder: Path, limits: Limits, labelled: Path | None) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    command = [sys.executable, __file__, str(prepared.folder), str(folder), job.name]
+    command = [sys.executable, __file__, str(prepared.folder), str(folder), json.dumps(job.goal)]
     command += [] if labelled is None else [str(labelled.resolve())]
     began = time.monotonic()
     with (folder / "log.txt").open("w") as log:
@@ -105,13 +118,12 @@ def _run(job: Job, prepared: Prepared, folder: Path, limits: Limits, labelled: P
 
 def main() -> None:
     folder, output = Path(sys.argv[1]), Path(sys.argv[2])
-    job = next(job for job in JOBS if job.name == sys.argv[3])
     prepared = Prepared(folder)
-    recipe = Recipe.from_dict({"version": 1, "goal": job.goal})
+    recipe = Recipe.from_dict({"version": 1, "goal": json.loads(sys.argv[3])})
     # Jobs on one model remember each other, as on a server.
     memory = Memory(folder / "memory")
     model, labelled = load(prepared.model), None
-    if job.labels:
+    if len(sys.argv) > 4:
         with np.load(sys.argv[4]) as arrays:
             labelled = dict(arrays)
     result = compress(model, recipe, data=prepared.calibration(), eval_data=labelled, memory=memory)

@@ -135,16 +135,20 @@ def _section(name: str, model: Row) -> list[str]:
         f"## {name}",
         "",
         f"{original['size_bytes'] / 1e6:.2f} MB, {original['time_ms']:.2f} ms, {model['metric_name']} "
-        f"{original['metric']:.4f}. {first} rounds of all, {second} of those still open; load average {before:.1f} to "
+        f"{original['metric']:.4f}. {first} rounds of all, {second} of those still open"
+        f"{_turns(model)}; load average {before:.1f} to "
         f"{after:.1f}. {_machine(model['environment'])}.",
         "",
         *_markdown(rows),
         "",
         *_failures(failed),
+        *_left_out(model),
     ]
 
 
 def _name(row: Row) -> str:
+    if "samples" in row:
+        return f"{row['name']} (memory for {row['samples']} samples alone)"
     return f"{row['name']} ({row['job']})" if row.get("job") else str(row["name"])
 
 
@@ -174,6 +178,23 @@ def _failures(failed: Sequence[Row]) -> list[str]:
         causes.setdefault((row["tool"], f"{row['outcome']}: {row['error']}"), []).append(row["name"])
     lines = [f"- {LABELS[tool]}: {'; '.join(names)}: {cause}" for (tool, cause), names in causes.items()]
     return ["No model that runs:", "", *lines, ""] if lines else []
+
+
+def _turns(model: Row) -> str:
+    return "" if model.get("together", True) else ", in turn, for lack of memory for all at once"
+
+
+def _left_out(model: Row) -> list[str]:
+    """What was not asked for: times of ours that were bounded, points of theirs that were not made."""
+    limits: dict[float, list[str]] = {}
+    for job, goal in model.get("goals", {}).items():
+        if "search_time_s" in goal:
+            limits.setdefault(goal["search_time_s"], []).append(job)
+    lines = [f"- ours: more than {seconds:g} s of search in {', '.join(jobs)}" for seconds, jobs in limits.items()]
+    lines += [f"- {LABELS[tool]}: not made: {'; '.join(names)}" for tool, names in model.get("not_made", {}).items()]
+    there = {row["tool"] for row in model["points"]}
+    lines += [f"- {tool.label}: not run on this model" for tool in TOOLS if tool.name not in there]
+    return ["Not tried:", "", *lines, ""] if lines else []
 
 
 def _machine(environment: Row) -> str:

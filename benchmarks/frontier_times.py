@@ -17,6 +17,7 @@ from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.feeds import batches
 from modelpress_compression.measure.latency import time_interleaved
 from modelpress_compression.measure.task import model_digest
+from modelpress_compression.model import file_size_bytes
 from modelpress_compression.runtime import open_session, run
 
 FLOAT = "float32"
@@ -31,8 +32,12 @@ Row = dict[str, Any]
 Ask = Callable[[Row], Row]  # from an outcome to the same with its metric
 
 
-def figures_of(outcomes: Sequence[Row], data: InputData, rounds: int, budget_s: float, ask: Ask) -> Row:
+def figures_of(
+    outcomes: Sequence[Row], data: InputData, rounds: int, budget_s: float, memory_bytes: int, ask: Ask
+) -> Row:
     """`outcomes`: the float model first, then ours. Gives `points`, the rows of the table, and the two volumes.
+
+    `memory_bytes`: what all sessions may take. Where they would take more, the models take turns (latency.py).
 
     Points with the same file are one point, of whoever comes first. A point of theirs may come without a metric: it
     counts as if it lost nothing, and where one of ours does not match it even so, `ask` is asked.
@@ -40,11 +45,12 @@ def figures_of(outcomes: Sequence[Row], data: InputData, rounds: int, budget_s: 
     rows = [dict(outcome) for outcome in outcomes]
     files = _distinct(rows, data)
     load_before = os.getloadavg()[0]
-    first = _timed(rows, files, data, FIRST_ROUNDS, budget_s * FIRST_SHARE, FIRST_OPENINGS)
+    together = len(files) * max(map(file_size_bytes, files.values())) <= memory_bytes
+    first = _timed(rows, files, data, FIRST_ROUNDS, budget_s * FIRST_SHARE, FIRST_OPENINGS, together=together)
     _ask(rows, first.undecided(), ask)
     first = first.with_metrics_of(rows)
     closer = {digest: files[digest] for digest in first.undecided()}
-    second = _timed(rows, closer, data, rounds, budget_s * (1 - FIRST_SHARE), OPENINGS)
+    second = _timed(rows, closer, data, rounds, budget_s * (1 - FIRST_SHARE), OPENINGS, together=together)
     shown = [_shown(row, second if row.get("digest") in closer else first) for row in rows]
     places = [Place(**row["place"]) for row in shown if "place" in row]
     on_front = iter(front(places))
@@ -53,6 +59,7 @@ def figures_of(outcomes: Sequence[Row], data: InputData, rounds: int, budget_s: 
             row["front"] = next(on_front)
     return {
         "load": [load_before, os.getloadavg()[0]],
+        "together": together,
         "rounds": [first.rounds, second.rounds],
         "points": shown,
         "hypervolume": {
@@ -128,9 +135,18 @@ class _Race:
 
 
 def _timed(
-    rows: Sequence[Row], files: Mapping[str, Path], data: InputData, rounds: int, budget_s: float, openings: int
+    rows: Sequence[Row],
+    files: Mapping[str, Path],
+    data: InputData,
+    rounds: int,
+    budget_s: float,
+    openings: int,
+    *,
+    together: bool,
 ) -> _Race:
     """In so many rounds altogether, with new sessions for each of the `openings`."""
+    if not together:
+        openings = 1  # every turn is one
     times_s = np.concatenate(
         [
             time_interleaved(
@@ -141,7 +157,7 @@ def _timed(
                 rounds=-(-rounds // openings),
                 seed=seed,
                 budget_s=budget_s / openings,
-                together=True,
+                together=together,
             ).times_s
             for seed in range(openings)
         ],
@@ -160,7 +176,7 @@ def _timed(
 
 def _shown(row: Row, race: _Race) -> Row:
     """The row of the table: `place`, `time_ms`, and for theirs `by`, the point of ours that answers it."""
-    kept = ("tool", "name", "job", "chosen", "outcome", "error", "wall_s", "metric", "size_bytes")
+    kept = ("tool", "name", "job", "chosen", "outcome", "error", "samples", "wall_s", "metric", "size_bytes")
     shown = {key: row[key] for key in kept if key in row}
     point = race.points.get(row.get("digest", ""))
     if point is None:

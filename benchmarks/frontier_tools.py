@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,16 +143,18 @@ def inputs_of(prepared: Prepared) -> tuple[Path, Path]:
     return model, calibration
 
 
-def made_by(one: Installed, prepared: Prepared, limits: Limits) -> list[Outcome]:
-    """All points of a tool; those that the cache does not have are made. See frontier_adapters/points.py."""
+def made_by(one: Installed, prepared: Prepared, limits: Limits, without: Sequence[str] = ()) -> list[Outcome]:
+    """All points of a tool; those that the cache does not have are made, but for those `without`, as TOOL:POINT. See
+    frontier_adapters/points.py."""
     folder, key = _folder(prepared, one.tool), one.tool.key(prepared.digest)
     made = folder / "made.json"
     if not (made.exists() and made.read_text("utf-8") == key):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         made.write_text(key, "utf-8")
+    (folder / "points.json").write_text(json.dumps(one.labels), "utf-8")
     done = {outcome["name"] for outcome in _kept(prepared, one.tool)}
-    missing = [label for label in one.labels if label not in done]
+    missing = [label for label in one.labels if label not in done and f"{one.tool.name}:{label}" not in without]
     if missing:
         model, calibration = inputs_of(prepared)
         bounds = [str(limits.timeout_s), str(limits.memory_bytes)]
@@ -170,6 +173,17 @@ def _kept(prepared: Prepared, tool: Tool) -> list[Outcome]:
     for path in sorted(_folder(prepared, tool).glob("*/outcome.json")):
         found.append(json.loads(path.read_text("utf-8")) | {"tool": tool.name, "file": str(path.parent / "model.onnx")})
     return found
+
+
+def not_made(prepared: Prepared) -> dict[str, list[str]]:
+    """Points that a tool has and the cache does not, by tool: those that were left out."""
+    found = {}
+    for tool in TOOLS:
+        listed = _folder(prepared, tool) / "points.json"
+        if listed.exists():
+            done = {outcome["name"] for outcome in _kept(prepared, tool)}
+            found[tool.name] = [label for label in json.loads(listed.read_text("utf-8")) if label not in done]
+    return {name: labels for name, labels in found.items() if labels}
 
 
 def kept_outcomes(prepared: Prepared) -> list[Outcome]:

@@ -6,7 +6,9 @@
 Each point becomes FOLDER/SLUG/model.onnx, with outcome.json and log.txt beside it. CALIBRATION is an .npz with one
 array for each input of the model, whose first axis goes over the feeds: item `i` of each is one whole feed, batch axis
 included. The tool is imported once; every point is made in a fork of that process, which may take TIMEOUT_S seconds
-and MEMORY_BYTES of resident memory. Nothing here, nor in an adapter, imports more than the tool and NumPy.
+and MEMORY_BYTES of resident memory. Where memory does not suffice it does what a careful user does next: it tries with
+fewer feeds, and the outcome has their number as `samples`. Nothing here, nor in an adapter, imports more than the tool
+and NumPy.
 """
 
 from __future__ import annotations
@@ -29,17 +31,22 @@ import numpy as np
 Feed = dict[str, np.ndarray]
 POLL_S = 0.1
 RESULT = "model.onnx"
+FEWER = (1, 2, 4, 8)
 # What a tool may leave besides, for the weights of a large model.
 KEPT = (RESULT, f"{RESULT}.data", f"{RESULT}_data", "outcome.json", "log.txt")
 
 
 @dataclass(frozen=True)
 class Job:
-    """`model` is a float32 ONNX file of opset 13 or later; other files than model.onnx in `output` are scratch."""
+    """`model` is a float32 ONNX file of opset 13 or later; other files than model.onnx in `output` are scratch.
+
+    `fewer`: one feed in so many is taken.
+    """
 
     model: Path
     calibration: Path
     output: Path
+    fewer: int = 1
 
     @property
     def result(self) -> Path:
@@ -49,7 +56,8 @@ class Job:
         with np.load(self.calibration) as arrays:
             stacked = dict(arrays)
         count = len(next(iter(stacked.values())))
-        return [{name: np.asarray(array[index]) for name, array in stacked.items()} for index in range(count)]
+        taken = range(0, count, self.fewer)
+        return [{name: np.asarray(array[index]) for name, array in stacked.items()} for index in taken]
 
 
 Point = Callable[[Job], None]
@@ -85,9 +93,14 @@ def main(points: Mapping[str, Point]) -> None:
         output = Path(folder) / slug(label)
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir(parents=True)
-        job = Job(Path(model).resolve(), Path(calibration).resolve(), output.resolve())
         began = time.monotonic()
-        outcome = _bounded(points[label], job, began + float(timeout_s), int(memory_bytes))
+        for fewer in FEWER:
+            job = Job(Path(model).resolve(), Path(calibration).resolve(), output.resolve(), fewer)
+            outcome = _bounded(points[label], job, began + float(timeout_s), int(memory_bytes))
+            if outcome["outcome"] != "out of memory":
+                break
+        if job.fewer > 1:
+            outcome["samples"] = len(job.feeds())
         outcome |= {"name": label, "wall_s": time.monotonic() - began}
         (output / "outcome.json").write_text(json.dumps(outcome), "utf-8")
         _tidy(output)
