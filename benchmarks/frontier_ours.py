@@ -50,6 +50,7 @@ JOBS = (
     Job("accurate", {"objective": "accurate"}),
     Job("balanced-3", {"objective": "balanced", "max_drop": 0.03}),
     Job("balanced-10", {"objective": "balanced", "max_drop": 0.1}),
+    Job("ratio-6", {"objective": "balanced", "min_ratio": 6.0, "max_drop": 0.1}),
     Job(SMALLEST_1, {"objective": "smallest", "max_drop": 0.01}),
     Job("smallest-3", {"objective": "smallest", "max_drop": 0.03}),
     Job("smallest-10", {"objective": "smallest", "max_drop": 0.1}),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from frontier_ours import OURS, SMALLEST_1
+from frontier_ours import JOBS, OURS, SMALLEST_1
 from frontier_times import FIRST_ROUNDS, FLOAT, MINE, OPENINGS
 from frontier_tools import TOOLS
 from frontier_verdict import DAMAGE, SAME_METRIC, WORST_TIME
@@ -56,7 +56,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def _summary(models: Mapping[str, Row]) -> list[str]:
-    rows = [["model", "points of theirs", "beaten", "matched", "not matched", "another model",
+    rows = [["model", "points of theirs", "not made", "beaten", "matched", "not matched", "another model",
              "volume: ours", "theirs", "ours / theirs"]]  # fmt: skip
     for name, model in models.items():
         theirs = [row for row in model["points"] if "standing" in row]
@@ -64,10 +64,18 @@ def _summary(models: Mapping[str, Row]) -> list[str]:
                   for standing in ("beaten", "matched", "not matched", "another model")]  # fmt: skip
         volume = model["hypervolume"]
         rows.append([
-            name, str(len(theirs)), *map(str, counts), f"{volume['ours']:.3f}", f"{volume['theirs']:.3f}",
-            _ratio(volume),
+            name, str(len(theirs)), _missing(model), *map(str, counts), f"{volume['ours']:.3f}",
+            f"{volume['theirs']:.3f}", _ratio(volume),
         ])  # fmt: skip
     return _markdown(rows)
+
+
+def _missing(model: Row) -> str:
+    """How many points of theirs were left out, and which tools."""
+    there = {row["tool"] for row in model["points"]}
+    tools = [tool.label for tool in TOOLS if tool.name not in there]
+    left_out = sum(map(len, model.get("not_made", {}).values()))
+    return ", ".join([str(left_out), *(f"all of {tool}" for tool in tools)])
 
 
 def _ratio(volume: Row) -> str:
@@ -87,12 +95,15 @@ def _unmatched(models: Mapping[str, Row]) -> list[str]:
 
 
 def _smallest(models: Mapping[str, Row]) -> list[str]:
-    """What `--goal smallest --max-drop 1%` gives, beside the smallest of theirs that loses no more than that."""
+    """What `--goal smallest --max-drop 1%` gives, beside the smallest of theirs that loses no more than that; of models
+    on which that job has run."""
     rows = [["model", "ours", "size", "time", "metric", "best of theirs", "size", "time", "metric",
              "ours / theirs in size"]]  # fmt: skip
     for name, model in models.items():
         placed = [row for row in model["points"] if "place" in row]
         original = next(row for row in placed if row["tool"] == FLOAT)
+        if SMALLEST_1 not in model.get("goals", {SMALLEST_1: {}}):
+            continue
         ours = next((row for row in placed if row.get("job") == SMALLEST_1 and row["chosen"]), original)
         theirs = min(
             (row for row in placed if row["tool"] != OURS and row["place"]["loss"] <= MAX_DROP + HALF_A_DIGIT),
@@ -192,6 +203,9 @@ def _left_out(model: Row) -> list[str]:
             limits.setdefault(goal["search_time_s"], []).append(job)
     lines = [f"- ours: more than {seconds:g} s of search in {', '.join(jobs)}" for seconds, jobs in limits.items()]
     lines += [f"- {LABELS[tool]}: not made: {'; '.join(names)}" for tool, names in model.get("not_made", {}).items()]
+    if "goals" in model:
+        jobs = [job.name for job in JOBS if job.name not in model["goals"]]
+        lines += [f"- ours: not run: {', '.join(jobs)}"] if jobs else []
     there = {row["tool"] for row in model["points"]}
     lines += [f"- {tool.label}: not run on this model" for tool in TOOLS if tool.name not in there]
     return ["Not tried:", "", *lines, ""] if lines else []
