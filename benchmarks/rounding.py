@@ -3,10 +3,10 @@
     python benchmarks/rounding.py --models DIR [--only NAME ...] [--schemes static weight_only] [--weights int4]
                                   [--roundings nearest gptq adaround brecq] [--steps N] [--block-size N]
 
-Every model is fused and quantized from three quarters of its representative inputs. Of each result: the task metric by
-the model's own script (DIR is as for `real_models.py`), the signal to noise of the worst output on the quarter held out
-in dB, the file's size as a share of the original's, CPU seconds, and the process's peak of memory in MiB. Each row is
-made by a process of its own.
+Every model is fused and quantized from three quarters of its representative inputs. Of each result: how many weights
+have 8 bits in place of 4, the file's size as a share of the original's, the signal to noise of the worst output on the
+quarter held out in dB, the task metric by the model's own script (DIR is as for `real_models.py`), CPU seconds, and the
+process's peak of memory in MiB. Each row is made by a process of its own.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from modelpress_compression.passes.quantize.quantize import Quantize
 from pruning_quality import CASES
 
 _HEAD = (
-    "| model | scheme | weights | rounding | learned | size | SQNR | metric | CPU s | peak MiB |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
+    "| model | scheme | weights | rounding | learned | in 8 bits | size | SQNR | metric | CPU s | peak MiB |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -64,12 +64,14 @@ def row_of(name: str, models: Path, config: QuantizeConfig) -> str:
         metric = float(evaluate(name, models, "--model", str(paths[1]), "--threads", "1"))
         size = file_size_bytes(paths[1]) / file_size_bytes(paths[0])
     learned = str(result.changes.get("learned_rounding", ""))
+    wide = sum("8 bits instead of 4" in skip.reason for skip in result.skipped)
     cells = (
         name,
         config.scheme,
         config.weights,
         config.rounding,
         learned,
+        str(wide or ""),
         f"{size:.3f}",
         f"{min(noise):.1f}" if noise else "",
         f"{metric:.4f}",

@@ -45,6 +45,7 @@ class InputData:
 
     `arrays[name]`: first axis = samples, already of the model's element type or cast on the way out.
     `provided`: given by the user; False: synthetic.
+    `made`: how synthetic ones were made, in words, where they are worth fitting to as real ones are; else empty.
     `labels[i]` belongs to sample i, where the user gave some: a class index, or an array of the output's sample shape.
     """
 
@@ -52,6 +53,7 @@ class InputData:
     arrays: Mapping[str, Array]
     provided: bool = True
     labels: Array | None = None
+    made: str = ""
 
     def __len__(self) -> int:
         """How many samples there are."""
@@ -66,6 +68,11 @@ class InputData:
     def vouches(self) -> bool:
         """Whether ranges and answers seen on these samples say something of real ones."""
         return self.provided and self.varied
+
+    @property
+    def can_be_fitted(self) -> bool:
+        """Whether what is fitted to these samples holds on real ones too: scales, roundings, corrected biases."""
+        return self.provided or bool(self.made)
 
     @cached_property
     def oddities(self) -> tuple[str, ...]:
@@ -83,7 +90,7 @@ class InputData:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that makes these samples what they are, in hex."""
-        total = hashlib.sha256(repr((self.specs, self.provided)).encode())
+        total = hashlib.sha256(repr((self.specs, self.provided, self.made)).encode())
         labels = {} if self.labels is None else {LABELS: self.labels}
         for name, array in sorted({**self.arrays, **labels}.items()):
             _hash_into(total, name, array)

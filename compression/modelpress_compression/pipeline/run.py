@@ -30,6 +30,7 @@ from modelpress_compression.noise import random_nodes
 from modelpress_compression.passes.base import Context, SpanFactory
 from modelpress_compression.pipeline.building import Building, build, steps_before
 from modelpress_compression.pipeline.data_check import data_warnings
+from modelpress_compression.pipeline.made_sequences import apply_to_made_sequences, is_open
 from modelpress_compression.pipeline.measuring import (
     Measured,
     measure,
@@ -286,7 +287,8 @@ def _run_steps(run: _Run) -> list[StepRecord]:
         target = context.work_directory / f"step-{index}" / "model.onnx"
         choose = TECHNIQUES[step.technique].chooser_for(step.config)
         if choose is None:
-            record = apply_step(step, model, path, context, target)
+            apply = apply_to_made_sequences if is_open(step, model, context) else apply_step
+            record = apply(step, model, path, context, target)
         else:
             record = choose(step, model, path, context, target, recipe=run.recipe, original=run.path, task=run.task)
         context.log(f"{step.technique}: {record.changes or 'nothing changed'} in {record.duration_s:.1f} s")

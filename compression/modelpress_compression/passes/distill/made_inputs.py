@@ -47,9 +47,20 @@ def made_inputs(original: Model, context: Context, seed: int, stop_at: float) ->
     device = device_for(context.target.device)
     if (inverter := find_inverter(original, data, device, seed)) is not None:
         return _optimized(data, inverter, context, until), inverter.how
-    if (maker := _token_maker(original, data, device, seed)) is not None:
-        return _exchanged(with_lengths(data.head(TOKEN_SAMPLES), seed), maker, context, until), maker.how
+    if (sequences := made_sequences(original, data.head(TOKEN_SAMPLES), context, seed, until)) is not None:
+        return sequences
     return data, "plausible random ones, since the graph holds neither normalization statistics nor scores to aim at"
+
+
+def made_sequences(
+    original: Model, data: InputData, context: Context, seed: int, until: float
+) -> tuple[InputData, str] | None:
+    """Token sequences in the place of the random ones of `data`, and how they were made; None where the model takes
+    none, or has no output that tells them apart. Raises ModelNotRunnableError."""
+    maker = _token_maker(original, data, device_for(context.target.device), seed)
+    if maker is None:
+        return None
+    return _exchanged(with_lengths(data, seed), maker, context, until), maker.how
 
 
 def _token_maker(original: Model, data: InputData, device: torch.device, seed: int) -> TokenMaker | None:

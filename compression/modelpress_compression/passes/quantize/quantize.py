@@ -73,7 +73,7 @@ class Quantize:
             return work
         _expand(work, config, findings)
         rounder = make_rounder(work, config, context, findings)
-        if config.rounding in METHODS and context.data.provided:
+        if config.rounding in METHODS and context.data.can_be_fitted:
             rounder, _ = learn_rounding(
                 work, work.clone(), RememberingRounder(rounder, rounded_nodes(work)),
                 {"as it is": lambda rounder: self._written(work.clone(), rounder, context, Findings())},

@@ -70,21 +70,30 @@ class Distances:
         return float(self.errors.sum()) / signal if signal else math.inf
 
 
-def output_distances(original: Model, changed: Model, context: Context, known: KnownOutputs | None = None) -> Distances:
+def output_distances(
+    original: Model,
+    changed: Model,
+    context: Context,
+    known: KnownOutputs | None = None,
+    *,
+    behind_softmax: bool = False,
+) -> Distances:
     """How far a changed model's outputs are, feed by feed, on `DISTANCE_SAMPLES` samples.
 
     `known`: what was kept of the original's outputs when it was compared before; those that are found are kept there.
+    `behind_softmax`: the outputs as they are, where they come from a softmax; else what went into it.
     """
+    form = Model.clone if behind_softmax else without_softmax
     known = known if known is not None else KnownOutputs(0)
     errors, signals = [], []
     feeds = list(context.data.spread(DISTANCE_SAMPLES).feeds(batch_size=1))
     kept = [found for number in range(len(feeds)) if (found := known.get(number)) is not None]
     with ExitStack() as sessions:
         if len(kept) == len(feeds):
-            session = sessions.enter_context(session_of(without_softmax(changed)))
+            session = sessions.enter_context(session_of(form(changed)))
             answers: Iterator[tuple[Outputs, Outputs]] = zip(kept, _outputs(session, feeds), strict=True)
         else:
-            pair = without_softmax(original), without_softmax(changed)
+            pair = form(original), form(changed)
             answers = _answers(*pair, feeds, context.work_directory)
         for number, (before, after) in enumerate(answers):
             context.check_time()

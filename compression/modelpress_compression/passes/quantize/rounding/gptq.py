@@ -204,7 +204,7 @@ def make_rounder(
     wanted = config.rounding in _ASKING or (config.rounding == "auto" and (only or config.is_narrow))
     if not wanted:
         return NearestRounder()
-    if not context.data.provided:
+    if not context.data.can_be_fitted:
         if config.rounding in _ASKING:
             findings.warnings.append(_NEEDS_DATA.format(rounding=config.rounding))
         return NearestRounder()

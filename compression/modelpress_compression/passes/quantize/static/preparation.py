@@ -5,8 +5,8 @@
 3. Observe the activations on the data; layers that meet infinite or NaN values fall out  observers
 4. Measure the error that each activation and each weight makes at the outputs, give the
    worst activations better ranges and the worst weights better rounding                  sensitivity, choice, gptq
-5. Leave what alone would be a catastrophe in float32; measure once more on hard samples;
-   find the shifts of means                                                               bias_correction
+5. Leave what alone would be a catastrophe in 8 bits, or in float32; measure once more on
+   hard samples; find the shifts of means                                                 widening, bias_correction
 6. Learn the rounding of weights for all of this, where the recipe asks for it            reconstruction
 
 Steps 4 to 6 map one StaticQuantizer to the next.
@@ -14,8 +14,7 @@ Steps 4 to 6 map one StaticQuantizer to the next.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -27,7 +26,6 @@ from modelpress_compression.graph.read import label, required
 from modelpress_compression.graph.watch import Listener
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, is_excluded
-from modelpress_compression.passes.hessians import held_out_samples
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.plan import LAYER_OPERATORS, Plan, make_plan, why_not_static
 from modelpress_compression.passes.quantize.ranges.choice import (
@@ -42,7 +40,6 @@ from modelpress_compression.passes.quantize.ranges.output_error import (
     DISTANCE_SAMPLES,
     MAX_SAMPLES,
     Distances,
-    Trial,
     output_distances,
 )
 from modelpress_compression.passes.quantize.ranges.sensitivity import SensitivityProbe
@@ -56,16 +53,18 @@ from modelpress_compression.passes.quantize.setup import QuantizationSetup
 from modelpress_compression.passes.quantize.static.bias_correction import Shifts, mean_shifts
 from modelpress_compression.passes.quantize.static.forms import take_in_biases
 from modelpress_compression.passes.quantize.static.full_bias_correction import full_shifts
-from modelpress_compression.passes.quantize.static.qdq import Parameters, QdqWriter
+from modelpress_compression.passes.quantize.static.qdq import Parameters
 from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
-from modelpress_compression.passes.quantize.weights import WeightStore
+from modelpress_compression.passes.quantize.static.widening import (
+    ADDS_UP,
+    FLOOR_DB,
+    decibels,
+    probe_of,
+    widened_by_the_whole,
+    with_wide_weights,
+    without_weights,
+)
 
-# A layer that alone takes the outputs below this is a catastrophe, not a compression.
-FLOOR_DB = 15.0
-# What weights in 4 bits may take the outputs to, all together.
-NARROW_DB = 18.0
-# The errors of the parts are measured on few samples: too few, if the whole errs by more than this times their sum.
-_ADDS_UP = 1.5
 # Far beyond that the gradients did not see what 8 bits do to this model.
 _MISLED = 10.0
 # Shares of the pass's time until smoothing, calibration, sensitivity and better ranges are done.
@@ -96,12 +95,14 @@ def prepare(
     quantizer = StaticQuantizer(setup, start_ranges(plan, histograms, config), findings)
     if plan.layers and not for_time_alone:
         quantizer = _with_better_ranges(quantizer, histograms)
-        if config.rounding == "auto" and context.data.provided:
+        if config.rounding == "auto" and context.data.can_be_fitted:
             quantizer = _with_better_rounding(quantizer)
-        quantizer = _without_catastrophes(_with_wide_weights(quantizer))
-        # What follows is judged by the outputs of the whole model, which only representative inputs can tell.
-        if context.data.provided:
+        quantizer = _without_catastrophes(with_wide_weights(quantizer))
+        # What follows is judged by the outputs of the whole model, which random inputs cannot tell.
+        if context.data.can_be_fitted:
             quantizer, distances = _for_the_hardest_samples(quantizer, histograms)
+            wider = widened_by_the_whole(quantizer)
+            quantizer, distances = (wider, _distances(wider)) if wider is not quantizer else (quantizer, distances)
             if config.bias_correction:
                 quantizer = _with_corrected_biases(quantizer, distances)
             if config.rounding in METHODS:
@@ -134,7 +135,7 @@ def _move_scales(
     editor = Editor(model)
     if config.equalize and (count := equalize(model, layers, editor)):
         findings.changes[_EQUALIZED] = count
-    if config.smooth_quant and context.data.provided and layers:
+    if config.smooth_quant and context.data.can_be_fitted and layers:
         context.progress(0.0, "looking for outliers in activations")
         if count := smooth(model, make_plan(model.graph, layers, full=True), editor, context):
             findings.changes[_SMOOTH_QUANT] = count
@@ -148,7 +149,7 @@ def _calibrate(
     plan = make_plan(model.graph, layers, full=True)
     if not plan.activations:
         return plan, {}
-    if not context.data.provided:
+    if not context.data.can_be_fitted:
         findings.warnings.append(
             "Static quantization was calibrated on synthetic inputs, whose ranges need not be those of real ones: give "
             "representative inputs with --data."
@@ -171,16 +172,10 @@ def _is_broken(layer: onnx_ir.Node, broken: set[str], histograms: Histograms, fi
     return bad is not None
 
 
-def _probe(setup: QuantizationSetup) -> SensitivityProbe:
-    """Measures on samples that no rounding was fitted to, where there are enough: on others GPTQ errs by far less."""
-    held_out = held_out_samples(setup.context.data) if setup.context.data.provided else None
-    return SensitivityProbe(setup, held_out.spread(MAX_SAMPLES) if held_out is not None else None)
-
-
 def _with_better_ranges(quantizer: StaticQuantizer, histograms: Histograms) -> StaticQuantizer:
     """Sensitivity, the error of each activation and each weight; and better ranges for the worst activations."""
     context = quantizer.setup.context
-    probe = _probe(quantizer.setup)
+    probe = probe_of(quantizer.setup)
     measuring = _part(context, _CALIBRATED, _MEASURED, "measuring the sensitivity of each layer")
     measured = measure_errors(quantizer.ranges, probe, measuring)
     if measured is None:
@@ -201,52 +196,13 @@ def _with_better_rounding(quantizer: StaticQuantizer) -> StaticQuantizer:
     setup.context.progress(_REFINED, f"rounding the weights of {len(chosen)} layers by GPTQ")
     weights = {required(layer, 1).name or "" for layer in chosen}
     rounder = RememberingRounder(make_rounder(setup.model, setup.config, setup.context, findings, weights), chosen)
-    better = improved_weights(ranges, names, _probe(replace(setup, rounder=rounder)))
+    better = improved_weights(ranges, names, probe_of(replace(setup, rounder=rounder)))
     kept = [layer for layer in chosen if layer.outputs[0].name in better]
     if kept:
         findings.changes[_GPTQ] = len(kept)
         setup = replace(setup, rounder=rounder.only(kept))
         ranges = replace(ranges, weight_errors={**ranges.weight_errors, **better})
     return replace(quantizer, setup=setup, ranges=ranges, findings=quantizer.findings.plus(findings))
-
-
-def _with_wide_weights(quantizer: StaticQuantizer) -> StaticQuantizer:
-    """Of the weights in 4 bits, those that err most for their size have 8, until the rest leave `NARROW_DB`."""
-    setup, ranges, findings = quantizer.setup, quantizer.ranges, Findings()
-    if not setup.config.is_narrow:
-        return quantizer
-    store = setup.weight_store(Editor(setup.model.clone()))
-    narrow = [layer for layer in setup.plan.layers if store.is_narrow(layer)]
-    layers = _too_narrow(narrow, ranges.weight_errors)
-    if not layers:
-        return quantizer
-    for layer in layers:
-        error = decibels(ranges.weight_errors[layer.outputs[0].name or ""])
-        findings.skip(layer, f"8 bits instead of 4, which here alone would leave the outputs {error:.1f} dB")
-    wide = setup.wide | {required(layer, 1).name or "" for layer in layers}
-    setup = replace(setup, wide=wide)
-    names = [layer.outputs[0].name or "" for layer in layers]
-    errors = _probe(setup).errors([Trial(name, is_weight=True) for name in names])
-    if errors is not None:
-        ranges = replace(ranges, weight_errors={**ranges.weight_errors, **dict(zip(names, errors, strict=True))})
-    return replace(quantizer, setup=setup, ranges=ranges, findings=quantizer.findings.plus(findings))
-
-
-def _too_narrow(layers: Sequence[onnx_ir.Node], errors: Mapping[str, float]) -> list[onnx_ir.Node]:
-    """The layers whose weights get more bits, in their order. `errors`: of weights, by the names of outputs.
-
-    First those that alone would be a catastrophe, then by the error that a byte takes away.
-    """
-    sizes = {layer.outputs[0].name or "": WeightStore.array(required(layer, 1)).size for layer in layers}
-    known = {name: error for name, error in errors.items() if name in sizes}
-    left = sum(error for error in known.values() if math.isfinite(error))
-    chosen = []
-    for name in sorted(known, key=lambda name: known[name] / max(1, sizes[name]), reverse=True):
-        catastrophe = decibels(known[name]) < FLOOR_DB
-        if catastrophe or decibels(left) < NARROW_DB:
-            chosen.append(name)
-            left -= known[name] if math.isfinite(known[name]) else 0.0
-    return [layer for layer in layers if layer.outputs[0].name in chosen]
 
 
 def _without_catastrophes(quantizer: StaticQuantizer) -> StaticQuantizer:
@@ -266,16 +222,20 @@ def _for_the_hardest_samples(quantizer: StaticQuantizer, histograms: Histograms)
     If they are larger than those of its parts add up to, the parts were measured on samples that missed something: they
     are measured once more, on the worst samples. The new ranges are kept if the error of the whole model falls.
     """
-    distances, context = _distances(quantizer), quantizer.setup.context
-    predicted = quantizer.ranges.error_of(quantizer.plan)
-    if predicted is None or distances.error <= _ADDS_UP * predicted:
+    distances, setup, ranges = _distances(quantizer), quantizer.setup, quantizer.ranges
+    context, judged, predicted = setup.context, distances, ranges.error_of(quantizer.plan)
+    if predicted is not None and setup.config.is_narrow:
+        # The errors of 4 bits are so large that those of ranges do not show beside them.
+        judged = output_distances(setup.model, without_weights(quantizer), context, setup.known)
+        predicted -= sum(ranges.weight_errors.get(layer.outputs[0].name or "", 0.0) for layer in quantizer.plan.layers)
+    if predicted is None or judged.error <= ADDS_UP * predicted:
         return quantizer, distances
     context.progress(_REFINED, "measuring again on the samples that it errs most on")
-    worst = np.argsort(distances.errors)[-MAX_SAMPLES:]
+    worst = np.argsort(judged.errors)[-MAX_SAMPLES:]
     # Among usual ones, or ranges would be chosen for peaks alone.
-    usual = np.arange(0, len(distances.errors), -(-len(distances.errors) // MAX_SAMPLES))
+    usual = np.arange(0, len(judged.errors), -(-len(judged.errors) // MAX_SAMPLES))
     samples = context.data.spread(DISTANCE_SAMPLES).only(sorted({*worst.tolist(), *usual.tolist()}))
-    probe = SensitivityProbe(quantizer.setup, samples, by_trial=distances.error > _MISLED * predicted)
+    probe = SensitivityProbe(quantizer.setup, samples, by_trial=judged.error > _MISLED * predicted)
     measured = measure_errors(quantizer.ranges, probe)
     if measured is None:
         return quantizer, distances
@@ -309,10 +269,7 @@ def _corrected(
 def _with_learned_rounding(quantizer: StaticQuantizer) -> StaticQuantizer:
     """Rounding learned by layers or blocks for the plan as it is now, with the biases that suit it best."""
     setup, findings = quantizer.setup, Findings()
-    student = setup.model.clone()
-    editor = Editor(student)
-    plan = quantizer.plan.on(student.graph)
-    QdqWriter(editor, setup.weight_store(editor)).write_activations(plan, quantizer.ranges.on(plan))
+    student = without_weights(quantizer)
 
     def rounded(rounder: Rounder) -> StaticQuantizer:
         return replace(quantizer, setup=replace(setup, rounder=rounder))
@@ -372,10 +329,3 @@ def _distances(quantizer: StaticQuantizer) -> Distances:
 def _part(context: Context, start: float, stop: float, message: str) -> Listener:
     """A listener for a part of the pass: its 0 to 1 is `start` to `stop` of the whole."""
     return lambda share: context.progress(start + (stop - start) * share, message)
-
-
-def decibels(error: float) -> float:
-    """A share of the signal's power as a signal-to-noise ratio; held within +-200 dB."""
-    if not math.isfinite(error):
-        return -200.0
-    return min(200.0, -10 * math.log10(error)) if error > 0 else 200.0

@@ -18,7 +18,7 @@ from modelpress_compression.passes.quantize.ranges.gradients import gradient_pro
 from modelpress_compression.passes.quantize.ranges.output_error import Trial, open_probe
 from modelpress_compression.passes.quantize.ranges.sensitivity import SensitivityProbe
 from modelpress_compression.passes.quantize.setup import QuantizationSetup
-from modelpress_compression.passes.quantize.static.preparation import decibels
+from modelpress_compression.passes.quantize.static.widening import decibels
 from numpy.typing import NDArray
 
 PLAIN = QuantizeConfig(

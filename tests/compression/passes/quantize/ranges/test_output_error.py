@@ -23,8 +23,8 @@ from modelpress_compression.passes.quantize.rounding.rounder import NearestRound
 from modelpress_compression.passes.quantize.setup import QuantizationSetup
 from modelpress_compression.passes.quantize.static import preparation
 from modelpress_compression.passes.quantize.static.bias_correction import mean_shifts
-from modelpress_compression.passes.quantize.static.preparation import decibels
 from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
+from modelpress_compression.passes.quantize.static.widening import decibels
 from modelpress_compression.passes.quantize.weights import WeightStore
 from numpy.typing import NDArray
 
@@ -86,7 +86,7 @@ def test_the_hardest_samples_are_looked_at(
     loud[::20, :, :2, :2] = 60
     config = replace(PLAIN, calibration="auto")
     found, context = prepared(cnn, {"x": loud}, tmp_path, config)
-    monkeypatch.setattr(preparation, "_ADDS_UP", np.inf)
+    monkeypatch.setattr(preparation, "ADDS_UP", np.inf)
     missed, _ = prepared(cnn, {"x": loud}, tmp_path, config)
     with_it, without = (output_distances(cnn, one.quantize()[0], context).error for one in (found, missed))
     assert decibels(with_it) > decibels(without) + 3

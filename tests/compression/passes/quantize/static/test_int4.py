@@ -14,9 +14,11 @@ from modelpress_compression.encodings.read import stored_weights
 from modelpress_compression.executor import Executor
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
-from modelpress_compression.passes.base import PassResult
+from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.distill.fake_quantization import unfold
-from modelpress_compression.passes.quantize.static import preparation
+from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.quantize import prepare_static
+from modelpress_compression.passes.quantize.static import preparation, widening
 from modelpress_compression.runtime import run, session_of
 from onnx import helper
 
@@ -103,7 +105,7 @@ def test_catastrophes_have_eight_bits(
     quantize: Apply, wide: Model, samples: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the floor between what 4 and 8 bits leave, weights have 8, and the report says so; none is in float32."""
-    monkeypatch.setattr(preparation, "FLOOR_DB", 30.0)
+    monkeypatch.setattr(widening, "FLOOR_DB", 30.0)
     result = quantize(wide, samples, scheme="static", weights="int4", rounding="nearest")
     assert 8 in widths(result.model)
     assert any("8 bits instead of 4" in skip.reason for skip in result.skipped)
@@ -116,13 +118,38 @@ def test_the_dearest_errors_have_eight_bits(wide: Model) -> None:
     layers = [node for node in wide.graph if node.op_type in ("Conv", "Gemm")]
 
     def chosen(**errors: float) -> list[str | None]:
-        return [layer.name for layer in preparation._too_narrow(layers, errors)]
+        return [layer.name for layer in widening.too_narrow(layers, errors, 10 ** (-1.8))]
 
     assert chosen(c1=0.005, c2=0.005, y=0.005) == []
     assert chosen(c1=0.01, c2=0.02, y=0.001) == ["conv_2"]
     assert chosen(c1=0.01, c2=0.001, y=0.01) == ["head"]
     assert chosen(c1=0.015, c2=0.015, y=0.015) == ["conv_2", "head"]
     assert chosen(c1=0.001, c2=0.001, y=np.inf) == ["head"]
+
+
+def test_the_whole_model_is_asked(
+    quantize: Apply, wide: Model, samples: Any, sqnr: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the sum of the errors promises enough and the whole model errs by more, weights have 8 bits still."""
+    monkeypatch.setattr(preparation, "with_wide_weights", lambda quantizer: quantizer)
+    few = quantize(wide, samples, scheme="static", weights="int4").model
+    monkeypatch.setattr(widening, "_ALLOWED", 1e-4)
+    many = quantize(wide, samples, scheme="static", weights="int4").model
+    assert widths(few).count(8) < widths(many).count(8)
+    assert sqnr(wide, many, samples) > sqnr(wide, few, samples) + 3
+
+
+def test_activations_alone_are_beside_float_weights(wide: Model, samples: Any, tmp_path: Path) -> None:
+    """onnxruntime, which quantizes weights between pairs of its own accord, computes as torch does; what is compared
+    differs by some activations that lie on the other side of a step."""
+    data = InputData(wide.inputs, samples)
+    quantizer = prepare_static(wide, QuantizeConfig(scheme="static", weights="int4"), Context(data, tmp_path))
+    assert quantizer is not None
+    alone = widening.without_weights(quantizer)
+    with session_of(alone) as session:
+        found = run(session, samples)["y"].astype(np.float64)
+    expected = Executor(alone).run(samples)["y"]
+    assert np.square(found - expected).sum() < 1e-5 * np.square(expected).sum()
 
 
 def test_short_rows_have_eight_bits(quantize: Apply, cnn: Model, images: Any) -> None:
