@@ -66,7 +66,8 @@ class SoftRounding:
                 side = (2 * _moved(sigmoid)).sub_(1)
                 # d f / d h = -2 beta sign(2 h - 1) |2 h - 1|^(beta - 1), of a mean.
                 total.add_(side.abs().pow_(beta - 1).mul_(side.sign()), alpha=-2 * beta * factor / total.numel())
-            self.offsets.grad = total.mul_(_slope(sigmoid))
+            # A fused optimizer goes through memory: it wants the layout of V, which is not that of W~.
+            self.offsets.grad = total.mul_(_slope(sigmoid)).contiguous()
 
     def levels(self) -> Levels:
         """Each weight on the level that it is nearest to."""

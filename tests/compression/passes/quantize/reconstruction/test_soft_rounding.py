@@ -93,6 +93,18 @@ def _levels_at(soft: SoftRounding, end: float) -> np.ndarray:
     return soft.levels().astype(np.float32)
 
 
+def test_a_fused_step_moves_each_weight_of_a_convolution_by_its_own_gradient() -> None:
+    """W~ is laid out with its channels last, V is not: one step of Adam goes against the sign of each gradient."""
+    soft = SoftRounding(grid(np.random.default_rng(0).normal(0, 1, (4, 3, 2, 2))), CPU)
+    before = soft.offsets.detach().clone()
+    soft.descend(torch.from_numpy(np.random.default_rng(1).normal(0, 1, (4, 3, 2, 2)).astype(np.float32)), None, 0.0)
+    gradient = soft.offsets.grad
+    assert gradient is not None
+    wanted = -gradient.sign()
+    torch.optim.Adam([soft.offsets], lr=0.1, fused=True).step()
+    torch.testing.assert_close((soft.offsets.detach() - before).sign(), wanted)
+
+
 def test_the_exponent_falls_after_the_warm_up() -> None:
     """None at first, then from 20 to 2."""
     assert beta_at(0.0) is None
