@@ -12,6 +12,7 @@ Correlations are Spearman's, since a search needs the order; errors are compared
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,7 +186,10 @@ def main() -> None:
             lines.append(row(case, arguments.models, arguments.choices))
             print(lines[-1], flush=True)
     if arguments.page:
-        arguments.page.write_text("\n".join([HEADER, *lines, ""]), encoding="utf-8")
+        load = (
+            f"{arguments.choices} choices a model, on {os.cpu_count()} cores with a load of {os.getloadavg()[2]:.0f}.\n"
+        )
+        arguments.page.write_text("\n".join([HEADER, load, *lines, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":
