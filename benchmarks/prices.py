@@ -186,10 +186,10 @@ def main() -> None:
             lines.append(row(case, arguments.models, arguments.choices))
             print(lines[-1], flush=True)
     if arguments.page:
-        load = (
+        where = (
             f"{arguments.choices} choices a model, on {os.cpu_count()} cores with a load of {os.getloadavg()[2]:.0f}.\n"
         )
-        arguments.page.write_text("\n".join([HEADER, load, *lines, ""]), encoding="utf-8")
+        arguments.page.write_text("\n".join([HEADER, where, *lines, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":
