@@ -22,8 +22,8 @@ WHY = {
     ("ppocr_rec", "onnxruntime", "static, percentile, convolutions and products"): (
         "Ours lie on both sides of it: 0.43 of the time with 8 bits nearly everywhere, 0.76 with 8 bits in storage. "
         "Between them `balanced` tried 1 to 16 layers in float32, which by the model's own probabilities lose 0.7 to "
-        "2.0 points, more than its 0.6; `balanced-10` permits the fastest and needs none. Theirs quantizes convolutions "
-        "and products alone. `fastest-3`, which mixes schemes layer by layer, has not run."
+        "2.0 points, more than its 0.6; `balanced-10` permits the fastest and needs none. Theirs quantizes "
+        "convolutions and products alone. `fastest-3`, which mixes schemes layer by layer, has not run."
     ),
 }
 
