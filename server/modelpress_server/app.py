@@ -411,6 +411,7 @@ class Server:
             services = Services(self._gate, jobs, models, self._uploads, server, overview)
             pages = Console(settings, authenticator, services, clock).routes()
         self._http = HttpServer(settings, authenticator, meter, lookout, readiness, pages)
+        self._opened.push_async_callback(self._gate.left)
         self._opened.push_async_callback(self._http.close)
 
     def _bind(self, credentials: grpc.ServerCredentials | None) -> None:

@@ -168,6 +168,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
         self._clock = clock
         self._tracer = tracer
         self._requests = Throttle()
+        self._pumps: set[asyncio.Task[None]] = set()  # of streams by other doors than gRPC
         self._draining = False
 
     @property
@@ -266,6 +267,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
             # A task of its own has the generator: who reads here may be cancelled in the middle, and more than once.
             answers: asyncio.Queue[Any] = asyncio.Queue(1)
             pump = asyncio.create_task(_pump(method(request, None), answers))
+            self._pumps.add(pump)
+            pump.add_done_callback(self._pumps.discard)
             pump.add_done_callback(lambda task: task.cancelled() or task.exception())
             checked_s = self._clock.now_s()
             try:
@@ -284,6 +287,12 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
                 await pump  # raises what it ended with
             finally:
                 pump.cancel()
+
+    async def left(self) -> None:
+        """Returns when nothing runs any more of the streams whose readers have gone, which may be cancelled too soon to
+        wait themselves."""
+        while self._pumps:
+            await asyncio.wait(self._pumps)
 
     @contextmanager
     def _inside(self, method: Method, request: Any, caller: Caller, peer: str) -> Iterator[Call]:
