@@ -28,8 +28,8 @@ WHY = {
     ("effnet_lite0", "onnxruntime", "static, minmax, QOperator"): (
         "In pairs of QuantizeLinear and DequantizeLinear, biases in 32 bits have a scale for each value beside them, "
         "which that form does without: 88 kB of 4.94 MB. With the convolutions' biases left in float32, which "
-        "onnxruntime quantizes itself when it opens the model, the same file has 4.85 MB, ends as the same QLinearConv, "
-        "and its outputs differ by 1e-6 at most (tried by hand; the engine does not write it so)."
+        "onnxruntime quantizes itself when it opens the model, the same file has 4.85 MB, ends as the same "
+        "QLinearConv, and its outputs differ by 1e-6 at most (tried by hand; the engine does not write it so)."
     ),
 }
 
