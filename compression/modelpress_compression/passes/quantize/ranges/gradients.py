@@ -89,7 +89,7 @@ class GradientProbe:
         """Of one sample: the square of each trial's error, and the power of the outputs."""
         results = self._executor(feed)
         outputs = {name: results[name].detach().numpy() for name in self._outputs}
-        directions = directions_of(outputs, feed, np.random.default_rng((_SEED, number)), self._projections)
+        directions = _directions(outputs, feed, np.random.default_rng((_SEED, number)), self._projections)
         return self._squares(trials, results, directions), power(counted_outputs(outputs, feed))
 
     def _squares(
@@ -227,7 +227,7 @@ def _key(trial: Trial) -> tuple[str, bool]:
     return trial.name, trial.is_weight
 
 
-def directions_of(
+def _directions(
     outputs: Mapping[str, Array], feed: Feeds, generator: np.random.Generator, count: int
 ) -> list[list[Array]]:
     """One array for each output, so that the squares along them add up to the squared distance of the outputs.

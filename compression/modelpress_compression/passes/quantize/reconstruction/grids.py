@@ -28,11 +28,6 @@ class Grid:
     high: Levels
     levels: Levels
 
-    @property
-    def count(self) -> int:
-        """How many levels there are."""
-        return int(self.high.max()) - int(self.low.min()) + 1
-
     def real(self, levels: Levels) -> NDArray[np.float32]:
         """The weight that these levels stand for."""
         return levels.astype(np.float32) * self.scale

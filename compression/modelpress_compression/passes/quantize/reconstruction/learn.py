@@ -2,8 +2,6 @@
 
     minimize over V   |B(x^; W~(V)) - B(x; W)|^2 / |B(x^; W0) - B(x; W)|^2  +  lambda f(V)
 
-with errors weighted by what the outputs depend on (see `importance`).
-
 B: the block; x, W: what it reads and its weights in float32; x^: what it reads in the quantized model, whose earlier
 blocks have their levels already; W0: the rounding that there is (GPTQ's); f: see `soft_rounding`.
 
@@ -41,7 +39,6 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.reconstruction.dropping import add_dropping
 from modelpress_compression.passes.quantize.reconstruction.grids import Grid, Levels
-from modelpress_compression.passes.quantize.reconstruction.importance import importance_of
 from modelpress_compression.passes.quantize.reconstruction.samples import (
     Sample,
     Tensors,
@@ -62,9 +59,8 @@ LEARNING_RATE, WAY = 0.1, 50.0
 DECIDING = 300.0
 DROPPED = 0.5  # of the activations, under brecq
 MAX_BLOCKS = 128
-# For all blocks together: of the time that is left, and at most.
+# Of the time that is left, for all blocks together.
 _SHARE_OF_TIME = 0.5
-MAX_SECONDS = 900.0
 _SEED = 0
 # Outputs of a batch and of its samples one by one differ by less than this share, or the graph has no free batch.
 _SAME = 1e-3
@@ -126,12 +122,12 @@ class _Work:
 
     def run(self) -> None:
         """All blocks, in order."""
-        blocks = [block for block in self._blocks() if self._is_worth_it(block)]
-        learned = {value.name or "" for block in blocks for value in block.weights}
+        blocks = [block for block in self._blocks() if block.weights]
+        learned = {value.name for block in blocks for value in block.weights}
         for name, (value, grid) in self.weights.items():
             if name not in learned:
                 replace_numbers(value, grid.real(grid.levels))
-                self.reasons[name] = "it lies in no block of its own, or in one of 8 bits beside others of 4"
+                self.reasons[name] = "several blocks share it, or none that can be cut out"
         plain_names = _values_of(self.original)
         asks = [[name for name in block.inputs if name in plain_names] for block in blocks]
         targets = [self._targets(block) for block in blocks]
@@ -141,9 +137,8 @@ class _Work:
                 self.student, self.samples, _flat([b.inputs for b in blocks]), MAX_KEPT_BYTES, self.context.check_time
             ),
         ]
-        importance = importance_of(self.original, _flat(targets), learned, self.samples, self.context.check_time)
         left = self.context.time_left_s
-        stop_at = time.monotonic() + min(MAX_SECONDS, math.inf if left is None else _SHARE_OF_TIME * left)
+        stop_at = math.inf if left is None else time.monotonic() + _SHARE_OF_TIME * left
         for number, (block, ask, target) in enumerate(zip(blocks, asks, targets, strict=True)):
             self.context.progress(
                 number / len(blocks), f"learning the rounding of block {number + 1} of {len(blocks)}: {target[0]}"
@@ -153,13 +148,8 @@ class _Work:
                 self._leave(block, "the time for learning had run out")
                 continue
             device = device_for(self.context.target.device)
-            found = gathered(self._rows(fronts, block, ask, target), device, importance)
+            found = gathered(self._rows(fronts, block, ask, target), device)
             self._fit(block, target, found, now + (stop_at - now) / (len(blocks) - number))
-
-    def _is_worth_it(self, block: Block) -> bool:
-        """Whether there is something to learn: where weights have few bits, those that have 8 are near enough."""
-        fewest = min((grid.count for _, grid in self.weights.values()), default=0)
-        return any(self.weights[value.name or ""][1].count == fewest for value in block.weights)
 
     def _blocks(self) -> list[Block]:
         names = _values_of(self.original)
@@ -290,9 +280,7 @@ class _Trial:
             for item in self._in_batches(samples):
                 answers = self._answers(item.given, weights, 1.0)
                 errors += float(_squares(answers, item).sum())
-                power += sum(
-                    float((value * item.counts[name]).double().square().sum()) for name, value in item.wanted.items()
-                )
+                power += sum(float(value.double().square().sum()) for value in item.wanted.values())
         return errors / power if power else math.inf
 
     def learn(
@@ -304,25 +292,25 @@ class _Trial:
         soft = {name: SoftRounding(grid, device) for name, grid in self._grids.items()}
         base = {name: _tensor(grid.real(grid.levels), self._executor) for name, grid in self._grids.items()}
         scale = self._mean_error(samples, base)
-        rate = max(LEARNING_RATE, WAY / steps)
-        optimizer = torch.optim.Adam([item.offsets for item in soft.values()], lr=rate, fused=True)
+        optimizer = torch.optim.Adam([item.offsets for item in soft.values()], lr=max(LEARNING_RATE, WAY / steps))
         began, step, share = time.monotonic(), 0, 0.0
         random = torch.random.fork_rng(devices=[])
         with random:
             torch.manual_seed(_SEED)
             while share < 1:
                 context.check_time()
+                optimizer.zero_grad()
                 chosen = [samples[place] for place in generator.integers(len(samples), size=BATCH)]
                 weights = {name: item.weight() for name, item in soft.items()}
-                # Large samples have many positions each: one feed of them is enough for a step.
-                parts = together(chosen, self._batched)[: 1 if self._batched else None]
-                for item in parts:
-                    answers = self._answers(self._mixed(item), weights, DROPPED if self._drops else 1.0)
-                    (_mean_squares(answers, item) / scale / len(parts)).backward()  # type: ignore[no-untyped-call]
                 beta = beta_at(share)
-                for name, rounding in soft.items():
-                    gradient = weights[name].grad
-                    rounding.descend(torch.zeros_like(weights[name]) if gradient is None else gradient, beta, DECIDING)
+                parts = together(chosen, self._batched)
+                for number, item in enumerate(parts):
+                    answers = self._answers(self._mixed(item), weights, DROPPED if self._drops else 1.0)
+                    # By number: a sample may have been drawn twice.
+                    again = number + 1 < len(parts)
+                    (_mean_squares(answers, item) / scale / len(parts)).backward(retain_graph=again)  # type: ignore[no-untyped-call]
+                if beta is not None:
+                    sum((DECIDING * item.undecided(beta) for item in soft.values()), torch.zeros(())).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 step += 1
                 # Where time is short the annealing is done in what there is, instead of being cut off.

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from modelpress_compression.graph.padding import counted_among
 from modelpress_compression.inputs import Array, values_bytes
-from modelpress_compression.passes.quantize.reconstruction.importance import Importance, channel_axis
 
 MAX_BYTES = 256 * 1024**2  # 256 MiB: of one block
 MAX_FEED_BYTES = 16 * 1024**2  # 16 MiB: of what runs at once
@@ -27,8 +26,8 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample, or one feed of a model with a fixed batch. `counts`: what errors are multiplied by: the square root
-    of the channel's importance, 1 where that is not known, and 0 for padding and what is not finite."""
+    """One sample, or one feed of a model with a fixed batch. `counts`: 1 where an answer counts, 0 for padding and what
+    is not finite."""
 
     given: Tensors
     plain: Tensors
@@ -43,9 +42,7 @@ class Sample:
 
 
 def gathered(
-    rows: Iterable[tuple[Values, Values, Values, NDArray[np.bool_] | None, bool]],
-    device: torch.device,
-    importance: Importance,
+    rows: Iterable[tuple[Values, Values, Values, NDArray[np.bool_] | None, bool]], device: torch.device
 ) -> list[Sample]:
     """Samples from (given, plain, wanted, mask, held_out), until the room is full; those whose inputs are not finite
     are left out. Exhausts `rows`."""
@@ -57,7 +54,7 @@ def gathered(
         room -= size
         counts = {name: _counted(array, mask) for name, array in wanted.items()}
         answers = {name: np.where(counts[name], array, 0).astype(array.dtype) for name, array in wanted.items()}
-        kept = {name: _weighted(item, importance.get(name)) for name, item in counts.items()}
+        kept = {name: item.astype(np.float32) for name, item in counts.items()}
         found.append(
             Sample(
                 _tensors(given, device),
@@ -113,16 +110,6 @@ def _joined(parts: Sequence[Tensors]) -> Tensors:
 
 def _is_finite(values: Values) -> bool:
     return all(bool(np.isfinite(array).all()) for array in values.values() if array.dtype.kind == "f")
-
-
-def _weighted(counts: NDArray[np.bool_], importance: NDArray[np.float32] | None) -> Array:
-    found = counts.astype(np.float32)
-    if importance is None or not found.ndim:
-        return found
-    axis = channel_axis(found.ndim)
-    if found.shape[axis] != len(importance):
-        return found
-    return np.asarray(found * np.sqrt(importance).reshape([-1 if own == axis else 1 for own in range(found.ndim)]))
 
 
 def _counted(array: Array, mask: NDArray[np.bool_] | None) -> NDArray[np.bool_]:

@@ -40,55 +40,30 @@ class SoftRounding:
         step = torch.where(ratio >= levels, 1.0, -1.0)
         # Beyond the ends there is no level: the other one is the next within.
         step = torch.where((levels + step > high) | (levels + step < low), -step, step)
-        self._level, self._step = levels, step
-        # Laid out as convolutions run fastest.
-        self._base, self._distance = (_laid_out(part * scale) for part in (levels, step))
+        self._scale, self._level, self._step = scale, levels, step
         distance = (ratio - levels) * step
         start = torch.where((distance > 0) & (distance < 1), _START * distance, _START_FAR)
         share = (start - _SHIFT) / _STRETCH
         self.offsets = nn.Parameter(torch.log(share / (1 - share)))
 
+    @property
+    def _moved(self) -> Tensor:
+        return torch.clamp(_STRETCH * torch.sigmoid(self.offsets) + _SHIFT, 0, 1)
+
     def weight(self) -> Tensor:
-        """W~, a leaf: what the loss says of it goes to `descend`."""
-        with torch.no_grad():
-            found = torch.addcmul(self._base, self._distance, _moved(torch.sigmoid(self.offsets)))
-        return found.requires_grad_()
+        """W~, laid out as convolutions run fastest."""
+        real = (self._level + self._moved * self._step) * self._scale
+        return real.contiguous(memory_format=torch.channels_last) if real.dim() == 4 else real
 
-    def descend(self, gradient: Tensor, beta: float | None, factor: float) -> None:
-        """Gives V the gradient of the loss plus factor f(V), from that of the loss by W~. `beta` None: without f.
-
-        Written out: autograd passes over every weight a dozen times each way, and that for each feed.
-        """
-        with torch.no_grad():
-            sigmoid = torch.sigmoid(self.offsets)
-            total = gradient * self._distance
-            if beta is not None:
-                side = (2 * _moved(sigmoid)).sub_(1)
-                # d f / d h = -2 beta sign(2 h - 1) |2 h - 1|^(beta - 1), of a mean.
-                total.add_(side.abs().pow_(beta - 1).mul_(side.sign()), alpha=-2 * beta * factor / total.numel())
-            # A fused optimizer goes through memory: it wants the layout of V, which is not that of W~.
-            self.offsets.grad = total.mul_(_slope(sigmoid)).contiguous()
+    def undecided(self, beta: float) -> Tensor:
+        """f(V)."""
+        return (1 - (2 * self._moved - 1).abs().pow(beta)).mean()
 
     def levels(self) -> Levels:
         """Each weight on the level that it is nearest to."""
         with torch.no_grad():
-            found = self._level + self._step * (_moved(torch.sigmoid(self.offsets)) >= 0.5)
+            found = self._level + self._step * (self._moved >= 0.5)
         return np.asarray(found.cpu().numpy(), np.int16)
-
-
-def _moved(sigmoid: Tensor) -> Tensor:
-    """h(V)."""
-    return (sigmoid * _STRETCH).add_(_SHIFT).clamp_(0, 1)
-
-
-def _slope(sigmoid: Tensor) -> Tensor:
-    """h'(V): 0 where h is held at its ends."""
-    low, high = -_SHIFT / _STRETCH, (1 - _SHIFT) / _STRETCH
-    return (sigmoid * _STRETCH).mul_(1 - sigmoid).mul_((sigmoid > low) & (sigmoid < high))
-
-
-def _laid_out(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor.contiguous()
 
 
 def beta_at(share: float) -> float | None:
