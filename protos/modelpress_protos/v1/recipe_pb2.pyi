@@ -364,6 +364,7 @@ class QuantizeStep(_message.Message):
     BIAS_CORRECTION_FIELD_NUMBER: _builtins.int
     ROUNDING_FIELD_NUMBER: _builtins.int
     ROUNDING_STEPS_FIELD_NUMBER: _builtins.int
+    ROTATE_FIELD_NUMBER: _builtins.int
     scheme: _builtins.str
     """auto takes the fastest of none, dynamic and static that keeps the agreement with the original."""
     weights: _builtins.str
@@ -395,6 +396,10 @@ class QuantizeStep(_message.Message):
     """
     rounding_steps: _builtins.int
     """adaround and brecq: steps of gradient descent for each layer or block."""
+    rotate: _builtins.str
+    """Rotations of residual streams, which spread outliers of single channels over all, inside the weights (QuaRot,
+    SpinQuant): auto where the outputs for samples held out gain by it, always wherever the graph allows it.
+    """
     @_builtins.property
     def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of nodes to leave in float, with * and ?."""
@@ -414,10 +419,11 @@ class QuantizeStep(_message.Message):
         bias_correction: _builtins.bool | None = ...,
         rounding: _builtins.str | None = ...,
         rounding_steps: _builtins.int | None = ...,
+        rotate: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_bias_correction", b"_bias_correction", "_block_size", b"_block_size", "_calibration", b"_calibration", "_equalize", b"_equalize", "_per_channel", b"_per_channel", "_rounding", b"_rounding", "_rounding_steps", b"_rounding_steps", "_scheme", b"_scheme", "_smooth_quant", b"_smooth_quant", "_weights", b"_weights", "activations", b"activations", "bias_correction", b"bias_correction", "block_size", b"block_size", "calibration", b"calibration", "equalize", b"equalize", "per_channel", b"per_channel", "rounding", b"rounding", "rounding_steps", b"rounding_steps", "scheme", b"scheme", "smooth_quant", b"smooth_quant", "weights", b"weights"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_bias_correction", b"_bias_correction", "_block_size", b"_block_size", "_calibration", b"_calibration", "_equalize", b"_equalize", "_per_channel", b"_per_channel", "_rotate", b"_rotate", "_rounding", b"_rounding", "_rounding_steps", b"_rounding_steps", "_scheme", b"_scheme", "_smooth_quant", b"_smooth_quant", "_weights", b"_weights", "activations", b"activations", "bias_correction", b"bias_correction", "block_size", b"block_size", "calibration", b"calibration", "equalize", b"equalize", "per_channel", b"per_channel", "rotate", b"rotate", "rounding", b"rounding", "rounding_steps", b"rounding_steps", "scheme", b"scheme", "smooth_quant", b"smooth_quant", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_bias_correction", b"_bias_correction", "_block_size", b"_block_size", "_calibration", b"_calibration", "_equalize", b"_equalize", "_per_channel", b"_per_channel", "_rounding", b"_rounding", "_rounding_steps", b"_rounding_steps", "_scheme", b"_scheme", "_smooth_quant", b"_smooth_quant", "_weights", b"_weights", "activations", b"activations", "bias_correction", b"bias_correction", "block_size", b"block_size", "calibration", b"calibration", "equalize", b"equalize", "exclude", b"exclude", "per_channel", b"per_channel", "rounding", b"rounding", "rounding_steps", b"rounding_steps", "scheme", b"scheme", "smooth_quant", b"smooth_quant", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_bias_correction", b"_bias_correction", "_block_size", b"_block_size", "_calibration", b"_calibration", "_equalize", b"_equalize", "_per_channel", b"_per_channel", "_rotate", b"_rotate", "_rounding", b"_rounding", "_rounding_steps", b"_rounding_steps", "_scheme", b"_scheme", "_smooth_quant", b"_smooth_quant", "_weights", b"_weights", "activations", b"activations", "bias_correction", b"bias_correction", "block_size", b"block_size", "calibration", b"calibration", "equalize", b"equalize", "exclude", b"exclude", "per_channel", b"per_channel", "rotate", b"rotate", "rounding", b"rounding", "rounding_steps", b"rounding_steps", "scheme", b"scheme", "smooth_quant", b"smooth_quant", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__activations: _TypeAlias = _typing.Literal["activations"]  # noqa: Y015
     _WhichOneofArgType__activations: _TypeAlias = _typing.Literal["_activations", b"_activations"]  # noqa: Y015
@@ -431,6 +437,8 @@ class QuantizeStep(_message.Message):
     _WhichOneofArgType__equalize: _TypeAlias = _typing.Literal["_equalize", b"_equalize"]  # noqa: Y015
     _WhichOneofReturnType__per_channel: _TypeAlias = _typing.Literal["per_channel"]  # noqa: Y015
     _WhichOneofArgType__per_channel: _TypeAlias = _typing.Literal["_per_channel", b"_per_channel"]  # noqa: Y015
+    _WhichOneofReturnType__rotate: _TypeAlias = _typing.Literal["rotate"]  # noqa: Y015
+    _WhichOneofArgType__rotate: _TypeAlias = _typing.Literal["_rotate", b"_rotate"]  # noqa: Y015
     _WhichOneofReturnType__rounding: _TypeAlias = _typing.Literal["rounding"]  # noqa: Y015
     _WhichOneofArgType__rounding: _TypeAlias = _typing.Literal["_rounding", b"_rounding"]  # noqa: Y015
     _WhichOneofReturnType__rounding_steps: _TypeAlias = _typing.Literal["rounding_steps"]  # noqa: Y015
@@ -453,6 +461,8 @@ class QuantizeStep(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__equalize) -> _WhichOneofReturnType__equalize | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__per_channel) -> _WhichOneofReturnType__per_channel | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rotate) -> _WhichOneofReturnType__rotate | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rounding) -> _WhichOneofReturnType__rounding | None: ...
     @_typing.overload

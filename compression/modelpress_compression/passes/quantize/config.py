@@ -76,3 +76,10 @@ class QuantizeConfig(Config):
     rounding_steps: int = option(
         500, 12, "adaround and brecq: steps of gradient descent for each layer or block.", gte=1, lte=100_000
     )
+    rotate: str = option(
+        "auto",
+        13,
+        "Rotations of residual streams, which spread outliers of single channels over all, inside the weights (QuaRot, "
+        "SpinQuant): auto where the outputs for samples held out gain by it, always wherever the graph allows it.",
+        choices=("auto", "none", "always"),
+    )

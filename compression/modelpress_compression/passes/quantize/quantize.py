@@ -29,8 +29,14 @@ from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.float16 import compute_in_float16, store_in_float16
 from modelpress_compression.passes.quantize.reconstruction.rounders import METHODS, learn_rounding
 from modelpress_compression.passes.quantize.report import Findings
+from modelpress_compression.passes.quantize.rotate import ROTATED, with_rotated_streams
 from modelpress_compression.passes.quantize.rounding.gptq import make_rounder
-from modelpress_compression.passes.quantize.rounding.rounder import RememberingRounder, Rounder, rounded_nodes
+from modelpress_compression.passes.quantize.rounding.rounder import (
+    NearestRounder,
+    RememberingRounder,
+    Rounder,
+    rounded_nodes,
+)
 from modelpress_compression.passes.quantize.static.preparation import prepare
 from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
 from modelpress_compression.passes.quantize.views import hide_views, restore_views
@@ -72,6 +78,7 @@ class Quantize:
             store_in_float16(work, config.exclude, findings)
             return work
         _expand(work, config, findings)
+        work = with_rotated_streams(work, config, context, findings, self._quickly)
         rounder = make_rounder(work, config, context, findings)
         if config.rounding in METHODS and context.data.can_be_fitted:
             rounder, _ = learn_rounding(
@@ -79,7 +86,13 @@ class Quantize:
                 {"as it is": lambda rounder: self._written(work.clone(), rounder, context, Findings())},
                 config, context, findings,
             )  # fmt: skip
-        return self._written(work, rounder, context, findings)
+        written = self._written(work, rounder, context, findings)
+        if set(findings.changes) == {ROTATED}:  # which by itself is not worth a change
+            findings.changes.clear()
+        return written
+
+    def _quickly(self, model: Model, context: Context) -> Model:
+        return self._written(model.clone(), NearestRounder(), context, Findings())
 
     def _written(self, work: Model, rounder: Rounder, context: Context, findings: Findings) -> Model:
         """The model with its weights in integers; in place."""
@@ -113,6 +126,12 @@ def prepare_static(
     findings = Findings(warnings=_unmatched(model, config.exclude))
     work = model.clone()
     _expand(work, config, findings)
+    if not for_time_alone:
+        plainly = replace(config, rounding="nearest")
+        work = with_rotated_streams(
+            work, config, context, findings,
+            lambda one, few: prepare(one.clone(), plainly, few, Findings(), for_time_alone=True).quantize()[0],
+        )  # fmt: skip
     return prepare(work, config, context, findings, for_time_alone=for_time_alone)
 
 

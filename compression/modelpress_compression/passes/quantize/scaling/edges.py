@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.edit import Editor, replace_numbers
 from modelpress_compression.graph.read import (
     MICROSOFT,
     attribute,
@@ -45,16 +46,26 @@ class Slot:
     index: int
     axis: int
 
+    @property
+    def array(self) -> NDArray[Any]:
+        """The operand's numbers."""
+        return np.asarray(constant_array(required(self.node, self.index)))
+
     def scaled(self, scale: Scale, editor: Editor) -> None:
         """Multiplies the operand, which stays as it is for its other users."""
-        value = required(self.node, self.index)
-        array = np.asarray(constant_array(value))
+        array = self.array
         shape = [1] * array.ndim
         shape[self.axis] = len(scale)
-        new = (array * scale.reshape(shape)).astype(array.dtype)
-        self.node.replace_input_with(
-            self.index, editor.constant(graph_of(self.node), new, f"{value.name or 'weight'}_scaled")
-        )
+        self.put(array * scale.reshape(shape), editor, "scaled")
+
+    def put(self, numbers: NDArray[Any], editor: Editor, what: str) -> None:
+        """Gives the operand other numbers, in its type; `what`: appended to its name where others read it too."""
+        value = required(self.node, self.index)
+        if len(value.uses()) == 1 and not value.is_graph_output():
+            replace_numbers(value, numbers)
+            return
+        new = editor.constant(graph_of(self.node), numbers.astype(self.array.dtype), f"{value.name or 'weight'}_{what}")
+        self.node.replace_input_with(self.index, new)
 
 
 @dataclass(frozen=True)
@@ -97,16 +108,20 @@ def find_edges(graph: onnx_ir.Graph, layers: Iterable[onnx_ir.Node]) -> list[Edg
         if slot is not None and value is not None and not is_constant(value):
             readers.setdefault(value, []).append(slot)
     edges = [_edge(graph, value, slots) for value, slots in readers.items()]
-    roots = [root_of(value) for value in graph.initializers.values()]
-    turned = {id(root) for root, is_view in roots if is_view}
+    turned = turned_roots(graph)
     return [
         edge
         for edge in edges
-        if edge is not None and not any(_is_shared(slot, turned) for slot in (*edge.weights, *edge.makers))
+        if edge is not None and not any(is_shared(slot, turned) for slot in (*edge.weights, *edge.makers))
     ]
 
 
-def _is_shared(slot: Slot, turned: Collection[int]) -> bool:
+def turned_roots(graph: onnx_ir.Graph) -> Collection[int]:
+    """Identities of the tensors that the graph's nodes read transposed too."""
+    return {id(root) for root, is_view in map(root_of, graph.initializers.values()) if is_view}
+
+
+def is_shared(slot: Slot, turned: Collection[int]) -> bool:
     """Whether another node reads the weight as well: it would need a copy with other numbers. Vectors are copied."""
     value = required(slot.node, slot.index)
     root, _ = root_of(value)
