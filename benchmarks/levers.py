@@ -1,12 +1,14 @@
 """What a goal gains by all techniques together over quantization alone, at one point of the task's metric.
 
-    python benchmarks/levers.py --models DIR [--only NAME ...] [--drop 0.01] [--search-time SECONDS] [--page FILE]
+    python benchmarks/levers.py --models DIR [--only NAME ...] [--drop 0.01] [--inputs N] [--search-time SECONDS]
+                                [--page FILE]
 
 Every model goes through `compress` with its own representative inputs and with the model's own evaluation as the metric
 that decides: once with `fuse` and `quantize` alone, once with all techniques, for each of the objectives fastest and
 smallest. mnist and fashion are judged on labelled images that no evaluation sees; the others on the evaluation set
-itself, as accuracy-aware tuning does elsewhere, so that their last column is what the search was held to. At the end
-all results of a model are timed in the same rounds.
+itself, as accuracy-aware tuning does elsewhere, so that their last column is what the search was held to. With
+`--inputs`, mnist and fashion get so many training images, without labels, in place of their few representative inputs.
+At the end all results of a model are timed in the same rounds.
 """
 
 from __future__ import annotations
@@ -15,20 +17,23 @@ import argparse
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from model_evaluation import evaluate, representative
 from modelpress_compression import Recipe, compress, load
-from modelpress_compression.inputs import Array
+from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.measure.latency import time_interleaved
+from modelpress_compression.model import Model
 from pruning_quality import CASES, Case
 
 OBJECTIVES = ("fastest", "smallest")
 ALONE = ("fuse", "quantize")
 ROUNDS, BUDGET_S = 200, 30.0
+# Of the training images, those that judge; what a model is given are the first.
+JUDGES = slice(4000, 8000)
 HEADER = """# All techniques together, and quantization alone
 
 Written by `benchmarks/levers.py`; do not edit.
@@ -48,19 +53,28 @@ class Result:
     seconds: float
 
 
-def labelled(case: Case, models: Path) -> Mapping[str, Array] | None:
-    """4,000 labelled images that are neither calibration nor evaluation samples."""
+def images(case: Case, models: Path, chosen: slice) -> dict[str, Array] | None:
+    """Training images with their labels, as the network takes them; none of them is an evaluation sample."""
     if case.name == "mnist":
         with np.load(models / "mnist/mnist_data.npz") as data:
-            return {"input": data["x_train"][2000:6000].astype(np.float32), "labels": data["y_train"][2000:6000]}
+            return {"input": data["x_train"][chosen].astype(np.float32), "labels": data["y_train"][chosen]}
     if case.name == "fashion":
         with np.load(models / "data/fashion.npz") as data:
-            images = (data["x_train"][4000:8000].astype(np.float32) / 255 - 0.2860) / 0.3530
+            pixels = (data["x_train"][chosen].astype(np.float32) / 255 - 0.2860) / 0.3530
             return {
-                "input": images.reshape(-1, 1, 28, 28).astype(np.float32),
-                "labels": data["y_train"][4000:8000].astype(np.int64),
+                "input": pixels.reshape(-1, 1, 28, 28).astype(np.float32),
+                "labels": data["y_train"][chosen].astype(np.int64),
             }
     return None
+
+
+def inputs_of(case: Case, models: Path, model: Model, folder: Path, count: int | None) -> InputData:
+    """The representative inputs; where there are training images and `count` is given, so many of those that do not
+    judge."""
+    found = images(case, models, slice(min(count, JUDGES.start))) if count else None
+    if found is None:
+        return representative(case.name, models, model, folder)
+    return InputData.from_arrays({"input": found["input"]}, model.inputs)
 
 
 def metric_of(case: Case, models: Path) -> Callable[[str, object], float]:
@@ -72,11 +86,12 @@ def metric_of(case: Case, models: Path) -> Callable[[str, object], float]:
     return evaluation
 
 
-def results(case: Case, models: Path, folder: Path, drop: float, search_time_s: float | None) -> Iterator[Result]:
+def results(
+    case: Case, models: Path, folder: Path, data: InputData, drop: float, search_time_s: float | None
+) -> Iterator[Result]:
     """Both sets of techniques for each objective."""
     model = load(models / case.file, case.inputs)
-    data = representative(case.name, models, model, folder)
-    judged = labelled(case, models)
+    judged = images(case, models, JUDGES)
     judge = {"metric": metric_of(case, models)} if judged is None else {"eval_data": judged}
     for objective in OBJECTIVES:
         for techniques in (ALONE, None):
@@ -95,16 +110,18 @@ def results(case: Case, models: Path, folder: Path, drop: float, search_time_s: 
             yield Result(objective, "quantization alone" if techniques else "all", chosen, path, metric, seconds)
 
 
-def rows(case: Case, models: Path, drop: float, search_time_s: float | None) -> tuple[list[str], dict[str, float]]:
+def rows(
+    case: Case, models: Path, drop: float, count: int | None, search_time_s: float | None
+) -> tuple[list[str], dict[str, float]]:
     """Lines of the table, and by objective the gain of all techniques in what it asks for."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        found = list(results(case, models, folder, drop, search_time_s))
         model = load(models / case.file, case.inputs)
+        data = inputs_of(case, models, model, folder, count)
+        found = list(results(case, models, folder, data, drop, search_time_s))
         model.save(folder / "float.onnx")
         base = float(evaluate(case.name, models, "--model", str(folder / "float.onnx"), "--threads", "1"))
         paths = [one.path for one in found]
-        data = representative(case.name, models, model, folder)
         timings = time_interleaved(
             [folder / "float.onnx", *paths], data, threads=1, batch_size=1, rounds=ROUNDS, budget_s=BUDGET_S
         )
@@ -115,8 +132,9 @@ def rows(case: Case, models: Path, drop: float, search_time_s: float | None) -> 
             speeds.append(speed.median)
             sizes.append(size)
             lines.append(
-                f"|{case.name}|{one.objective}|{one.techniques}|{whole / size:.2f}|{speed.median:.2f} "
-                f"[{speed.low:.2f}, {speed.high:.2f}]|{base:.4f} → {one.metric:.4f}|{one.seconds:.0f} s|{one.name}|"
+                f"|{case.name}, {len(data)} inputs|{one.objective}|{one.techniques}|{whole / size:.2f}|"
+                f"{speed.median:.2f} [{speed.low:.2f}, {speed.high:.2f}]|{base:.4f} → {one.metric:.4f}|"
+                f"{one.seconds:.0f} s|{one.name}|"
             )
         gains = {"fastest": speeds[1] / speeds[0], "smallest": sizes[2] / sizes[3]}
         return lines, gains
@@ -128,6 +146,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--drop", type=float, default=0.01)
+    parser.add_argument("--inputs", type=int, help="training images for mnist and fashion, without labels")
     parser.add_argument("--search-time", type=float)
     parser.add_argument("--page", type=Path)
     arguments = parser.parse_args()
@@ -140,7 +159,7 @@ def main() -> None:
     for case in CASES:
         if arguments.only and case.name not in arguments.only:
             continue
-        found, gain = rows(case, arguments.models, arguments.drop, arguments.search_time)
+        found, gain = rows(case, arguments.models, arguments.drop, arguments.inputs, arguments.search_time)
         print("\n".join(found), flush=True)
         lines += found
         for objective in OBJECTIVES:
