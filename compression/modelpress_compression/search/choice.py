@@ -30,6 +30,9 @@ from modelpress_compression.recipe import ACCURATE, BALANCED, FASTEST, SMALLEST
 # a ratio comes out otherwise by up to the spread of sessions.
 MAX_SLOWDOWN = 1.05
 MEASURED_SLOWDOWN = MAX_SLOWDOWN / (1 + SESSION_SPREAD)
+# A run may take this much longer whatever its share: where a session lies in memory is worth as much, and of a network
+# that runs in ten microseconds more than the bound above.
+UNFELT_S = 0.5e-6
 SAME_TIME = 0.02
 SAME_PRODUCT = 0.03
 # How far a few rounds may be off: what misses a bound by no more is timed in all rounds before it is left.
@@ -188,6 +191,7 @@ def _not_slower(
     What cannot be told from it stays: on a busy machine weights that are only stored otherwise may seem 4 % slower, and
     the model would come back as it was.
     """
+    most = max(most, 1 + UNFELT_S / candidates[original].time_s)
     kept = []
     for place in places:
         slowdown = candidates[place].times_of(candidates[original])
