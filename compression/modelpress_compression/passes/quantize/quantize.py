@@ -27,9 +27,10 @@ from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.dynamic import quantize_nodes
 from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.float16 import compute_in_float16, store_in_float16
+from modelpress_compression.passes.quantize.ranges.output_error import output_distances
 from modelpress_compression.passes.quantize.reconstruction.rounders import METHODS, learn_rounding
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.rotate import ROTATED, with_rotated_streams
+from modelpress_compression.passes.quantize.rotate import ROTATED, why_not_rotated, with_rotated_streams
 from modelpress_compression.passes.quantize.rounding.gptq import make_rounder
 from modelpress_compression.passes.quantize.rounding.rounder import (
     NearestRounder,
@@ -126,13 +127,32 @@ def prepare_static(
     findings = Findings(warnings=_unmatched(model, config.exclude))
     work = model.clone()
     _expand(work, config, findings)
-    if not for_time_alone:
-        plainly = replace(config, rounding="nearest")
-        work = with_rotated_streams(
-            work, config, context, findings,
-            lambda one, few: prepare(one.clone(), plainly, few, Findings(), for_time_alone=True).quantize()[0],
-        )  # fmt: skip
-    return prepare(work, config, context, findings, for_time_alone=for_time_alone)
+    if for_time_alone:
+        return prepare(work, config, context, findings, for_time_alone=True)
+    plainly, rotating = replace(config, rounding="nearest"), Findings()
+    turned = with_rotated_streams(
+        work, config, context, rotating,
+        lambda one, few: prepare(one.clone(), plainly, few, Findings(), for_time_alone=True).quantize()[0],
+    )  # fmt: skip
+    if turned is work or config.rotate == "always":
+        return prepare(turned, config, context, findings.plus(rotating))
+    # Better ranges and biases make up for part of what a rotation gains: both forms are made, and compared.
+    first = replace(context, progress=lambda share, message: context.progress(share / 2, message))
+    second = replace(context, progress=lambda share, message: context.progress((1 + share) / 2, message))
+    plain = prepare(work, config, first, findings.plus(Findings()))
+    return _better(plain, prepare(turned, config, second, findings.plus(rotating)))
+
+
+def _better(plain: StaticQuantizer, turned: StaticQuantizer) -> StaticQuantizer:
+    """The one with rotated streams, where it errs less."""
+    before, after = (
+        output_distances(form.setup.model, form.quantize()[0], form.setup.context, form.setup.known).error
+        for form in (plain, turned)
+    )
+    reason = why_not_rotated(before, after)
+    if reason is None:
+        return turned
+    return replace(plain, findings=plain.findings.plus(Findings(skipped=[reason])))
 
 
 def _expand(work: Model, config: QuantizeConfig, findings: Findings) -> None:

@@ -23,7 +23,7 @@ ROTATED = "rotated_streams"  # in the changes
 MAX_SAMPLES = 64
 MIN_SAMPLES = 8  # with fewer, all of them calibrate, and judge
 # Share of the error at the outputs that must go.
-LEAST_GAIN = 0.1
+LEAST_GAIN = 0.2  # 1 dB: less may be of these samples alone
 MAX_BYTES = 1024**3  # 1 GiB: of the weights that take rotations in, which memory holds
 
 # The model in fewer bits, made quickly: what is tried, rotated and not.
@@ -50,19 +50,26 @@ def with_rotated_streams(
             findings.skipped.append(Skip("model", "there is no residual stream to rotate: nothing is normalized"))
     size = sum(fold.slot.array.nbytes for stream in streams for fold in stream.folds)
     if size > MAX_BYTES:
-        reason = f"its residual streams were not rotated: their weights take {size} bytes, more than {MAX_BYTES}"
-        findings.skipped.append(Skip("model", reason))
+        why = f"its residual streams were not rotated: their weights take {size} bytes, more than {MAX_BYTES}"
+        findings.skipped.append(Skip("model", why))
     if not streams or size > MAX_BYTES:
         return model
     rotate(turned, streams)
     if tries:
-        before, after = _errors((model, turned), context, quickly)
-        if not after < (1 - LEAST_GAIN) * before:
-            reason = f"the outputs err by {after:.3g} of their power with rotations, and by {before:.3g} without"
-            findings.skipped.append(Skip("model", f"its residual streams were not rotated: {reason}"))
+        reason = why_not_rotated(*_errors((model, turned), context, quickly))
+        if reason is not None:
+            findings.skipped.append(reason)
             return model
     findings.changes[ROTATED] = len(streams)
     return turned
+
+
+def why_not_rotated(before: float, after: float) -> Skip | None:
+    """None where the outputs err by enough less: by `after` of their power, and by `before` without rotations."""
+    if after < (1 - LEAST_GAIN) * before:
+        return None
+    errors = f"the outputs err by {after:.3g} of their power with rotations, and by {before:.3g} without"
+    return Skip("model", f"its residual streams were not rotated: {errors}")
 
 
 def _errors(models: Sequence[Model], context: Context, quickly: Trial) -> list[float]:
