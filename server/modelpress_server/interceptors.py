@@ -289,10 +289,12 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscri
                 pump.cancel()
 
     async def left(self) -> None:
-        """Returns when nothing runs any more of the streams whose readers have gone, which may be cancelled too soon to
-        wait themselves."""
-        while self._pumps:
-            await asyncio.wait(self._pumps)
+        """Ends what still runs of streams: readers that are cancelled may be gone before they have ended theirs."""
+        pumps = list(self._pumps)
+        for pump in pumps:
+            pump.cancel()
+        for pump in pumps:
+            await ended(pump)
 
     @contextmanager
     def _inside(self, method: Method, request: Any, caller: Caller, peer: str) -> Iterator[Call]:
