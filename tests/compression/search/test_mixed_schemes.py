@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
-from modelpress_compression import InputData, Model, Recipe
+from modelpress_compression import Model
 from modelpress_compression.measure.layer_times import LayerTime
-from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.quantize.config import QuantizeConfig
-from modelpress_compression.recipe import Step
 from modelpress_compression.search import mixed_schemes
-from modelpress_compression.search.judge import Judge
 from modelpress_compression.search.mixed_schemes import MixedSchemeSearch
 from modelpress_compression.search.quantization import SchemeSearch
-
-
-@pytest.fixture
-def search(digits: Model, samples: InputData, tmp_path: Path) -> SchemeSearch:
-    path = tmp_path / "digits.onnx"
-    digits.save(path)
-    context, recipe = Context(samples, tmp_path), Recipe.from_dict({"version": 1, "goal": {"objective": "fastest"}})
-    judge = Judge(path, path, context, recipe, None)
-    return SchemeSearch(Step("quantize", QuantizeConfig()), digits, path, context, tmp_path / "q" / "m.onnx", judge)
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, slower: Sequence[str]) -> list[str]:

@@ -7,29 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from modelpress_compression import InputData, Model, Recipe
+from modelpress_compression import InputData, Model
 from modelpress_compression.channels import find_groups
 from modelpress_compression.measure.layer_times import LayerTime
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.config import QuantizeConfig
-from modelpress_compression.recipe import Step
 from modelpress_compression.search import width_times as module
 from modelpress_compression.search.joint import PRUNE
 from modelpress_compression.search.joint_forms import ComputedForms
 from modelpress_compression.search.joint_solver import Width, solve
-from modelpress_compression.search.judge import Judge
 from modelpress_compression.search.quantization import SchemeSearch
 from modelpress_compression.search.width_times import width_times
 from modelpress_compression.search.widths import MEASURED
-
-
-@pytest.fixture
-def search(digits: Model, samples: InputData, tmp_path: Path) -> SchemeSearch:
-    path = tmp_path / "digits.onnx"
-    digits.save(path)
-    context, recipe = Context(samples, tmp_path), Recipe.from_dict({"version": 1, "goal": {"objective": "fastest"}})
-    judge = Judge(path, path, context, recipe, None)
-    return SchemeSearch(Step("quantize", QuantizeConfig()), digits, path, context, tmp_path / "q" / "m.onnx", judge)
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, in_8_bits: float) -> None:
