@@ -35,7 +35,8 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded, unmatched_excludes
 from modelpress_compression.passes.prune.channel.bearable import Answers
 from modelpress_compression.passes.prune.channel.costs import node_macs
-from modelpress_compression.passes.prune.channel.report import NOT_REPAIRED
+from modelpress_compression.passes.prune.channel.limits import override_of
+from modelpress_compression.passes.prune.channel.report import unrepaired
 from modelpress_compression.passes.prune.config import PruneConfig
 from modelpress_compression.passes.repair.least_squares import Changes, Repair, repair
 
@@ -63,11 +64,12 @@ def find_branches(model: Model, data: InputData) -> tuple[list[Branch], list[Ski
     known = static_shapes(model, sample_shapes(data))
     shapes = {value.name: shape_of(value) for node in known.graph for value in node.outputs}
     shapes |= {value.name: shape_of(value) for value in known.graph.inputs}
+    before = dict.fromkeys(needed_nodes(model.graph, (), model.graph.outputs))
     found, skipped = [], []
     for node in model.graph:
         if not is_op(node, "Add") or any(value is None or is_constant(value) for value in node.inputs):
             continue
-        branch = _branch(model, node)
+        branch = _branch(model, before, node)
         if branch is None:
             continue
         first, second = (shapes.get(required(node, place).name) for place in (0, 1))
@@ -78,16 +80,16 @@ def find_branches(model: Model, data: InputData) -> tuple[list[Branch], list[Ski
     return found, skipped
 
 
-def _branch(model: Model, add: onnx_ir.Node) -> Branch | None:
-    """None where no layer goes with either operand, or an input would have no reader."""
-    candidates = [found for kept in (0, 1) if (found := _without_other(model, add, kept)) is not None]
+def _branch(model: Model, before: Mapping[onnx_ir.Node, None], add: onnx_ir.Node) -> Branch | None:
+    """None where no layer goes with either operand, or an input would have no reader. `before`: the nodes that the
+    outputs need, in the graph's order."""
+    candidates = [found for kept in (0, 1) if (found := _without_other(model, before, add, kept)) is not None]
     return max(candidates, key=lambda branch: branch.parameters, default=None)
 
 
-def _without_other(model: Model, add: onnx_ir.Node, kept: int) -> Branch | None:
+def _without_other(model: Model, before: Mapping[onnx_ir.Node, None], add: onnx_ir.Node, kept: int) -> Branch | None:
     """What goes when the sum is replaced by its operand at `kept`."""
     graph = model.graph
-    before = needed_nodes(graph, (), graph.outputs)
     after = set(needed_nodes(graph, (add.outputs[0],), [*graph.outputs, required(add, kept)]))
     gone = [node for node in before if node not in after and node is not add]
     stays = {value for node in after for value in read_values(node)} | {required(add, kept)}
@@ -132,10 +134,8 @@ def mended(model: Model, branches: Collection[Branch], config: PruneConfig, cont
 def _fitted(
     model: Model, changed: Model, branches: Collection[Branch], config: PruneConfig, context: Context
 ) -> Repair:
-    if config.repair == "none":
-        return Repair(changed)
-    if not context.data.provided:
-        return Repair(changed, warnings=(NOT_REPAIRED,))
+    if (left := unrepaired(changed, config, context)) is not None:
+        return left
     sums = frozenset(branch.output for branch in branches)
     return repair(model, changed, Changes("The layers behind the cuts", _readers(changed, sums), sums), context)
 
@@ -204,7 +204,7 @@ def _nothing(branches: Sequence[Branch], free: Sequence[Branch], config: PruneCo
 
 def _chosen(model: Model, branches: Sequence[Branch], config: PruneConfig, context: Context) -> list[Branch]:
     """Those that go, in the graph's order."""
-    own = {branch.id: share for branch in branches if (share := _override(branch, config)) is not None}
+    own = {branch.id: share for branch in branches if (share := override_of([branch.id], config)) is not None}
     ranked = [branch for branch in branches if branch.id not in own]
     count = round(config.sparsity * len(ranked))
     gone = {name for name, share in own.items() if share >= _GOES}
@@ -212,12 +212,6 @@ def _chosen(model: Model, branches: Sequence[Branch], config: PruneConfig, conte
         harms = _harms(model, ranked, config, context)
         gone.update(ranked[place].id for place in np.argsort(harms, kind="stable")[:count])
     return [branch for branch in branches if branch.id in gone]
-
-
-def _override(branch: Branch, config: PruneConfig) -> float | None:
-    """Of the longest pattern that matches the branch's sum."""
-    hits = [(-len(pattern), share) for pattern, share in config.overrides if is_excluded(branch.id, (pattern,))]
-    return min(hits)[1] if hits else None
 
 
 def _harms(model: Model, branches: Sequence[Branch], config: PruneConfig, context: Context) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from modelpress_compression.channels import Group, Member
@@ -59,13 +59,19 @@ def permitted(groups: Sequence[Group], config: PruneConfig) -> tuple[list[Group]
 
 
 def sparsity_of(group: Group, config: PruneConfig) -> float:
-    """The override of the layers that make the group's channels, the longest pattern first; else `sparsity`."""
+    """The override of the layers that make the group's channels; else `sparsity`."""
+    own = override_of(_makers(group), config)
+    return config.sparsity if own is None else own
+
+
+def override_of(names: Collection[str], config: PruneConfig) -> float | None:
+    """Of what goes by these names, the longest pattern first; None: no pattern matches one of them."""
     hits = [
         (-len(pattern), sparsity)
         for pattern, sparsity in config.overrides
-        if any(is_excluded(name, (pattern,)) for name in _makers(group))
+        if any(is_excluded(name, (pattern,)) for name in names)
     ]
-    return min(hits)[1] if hits else config.sparsity
+    return min(hits)[1] if hits else None
 
 
 def unmatched_overrides(groups: Iterable[Group], config: PruneConfig) -> list[str]:

@@ -166,10 +166,8 @@ def refitted(
     model: Model, pruned: Model, analysis: Analysis, selection: Selection, config: PruneConfig, context: Context
 ) -> Repair:
     """The cut model with its layers fitted, or as it is where the recipe or the want of data says so."""
-    if config.repair == "none":
-        return Repair(pruned)
-    if not context.data.provided:
-        return Repair(pruned, warnings=(report.NOT_REPAIRED,))
+    if (left := report.unrepaired(pruned, config, context)) is not None:
+        return left
 
     def progress(share: float, message: str) -> None:
         context.progress(_CHOSEN + (_FITTED - _CHOSEN) * share, message)

@@ -28,6 +28,13 @@ NOT_REPAIRED = (
 _SHOWN = 5  # names in a warning
 
 
+def unrepaired(cut: Model, config: PruneConfig, context: Context) -> Repair | None:
+    """What was cut as it is, where the recipe or the want of data leaves it so; None: it is to be fitted."""
+    if config.repair == "none":
+        return Repair(cut)
+    return None if context.data.provided else Repair(cut, warnings=(NOT_REPAIRED,))
+
+
 def frozen(analysis: Analysis) -> list[Skip]:
     """Layers whose channels cannot be cut."""
     return [Skip(item.node, item.reason) for item in analysis.frozen]
