@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -59,6 +60,34 @@ def test_upload_json(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_pa
         "net.report.json",
         "out.onnx",
     ]
+
+
+def test_reports_of_two_models_of_one_name(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path) -> None:
+    """The report of another model is kept under a number, with its page, and the newest one has the usual name; that of
+    the same model, or of a file that is replaced, is replaced."""
+
+    def upload(original: str, output: str) -> str:
+        fake_server.report["original"]["sha256"] = original * 64
+        fake_server.report["optimized"]["sha256"] = hashlib.sha256(bytes(range(256)) * 2000).hexdigest()
+        ran = run_cli("--server", fake_server.address, "upload", model_file, "-o", output, "--report-dir", "reports")
+        assert ran.code == 0, ran.err
+        return str(ran.err)
+
+    def kept() -> dict[str, str]:
+        reports = sorted((tmp_path / "reports").glob("*.json"))
+        return {path.name: json.loads(path.read_text())["original"]["sha256"][0] for path in reports}
+
+    upload("a", "one.onnx")
+    assert kept() == {"net.report.json": "a"}
+    assert "report of another model" not in upload("a", "same.onnx")
+    assert kept() == {"net.report.json": "a"}
+    assert "is net.1.report.json now" in upload("b", "two.onnx")
+    assert kept() == {"net.1.report.json": "a", "net.report.json": "b"}
+    assert (tmp_path / "reports/net.1.report.html").exists()
+    assert "they are replaced" in upload("c", "two.onnx")
+    assert kept() == {"net.1.report.json": "a", "net.report.json": "c"}
+    upload("d", "three.onnx")
+    assert kept() == {"net.1.report.json": "a", "net.2.report.json": "c", "net.report.json": "d"}
 
 
 def test_later_options_win(run_cli: RunCli, fake_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shlex
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelpress_client.cli.options import SharedHelp, compression_options
+from modelpress_client.cli.result_files import ResultFiles
 from modelpress_client.cli.session import Session, run
 from modelpress_client.errors import EXIT_CONSTRAINT_NOT_MET, ModelpressError, NotFoundError, UsageError
 
@@ -147,7 +147,7 @@ def upload(
             if ended is None:
                 return None
             job, report = ended
-            await _fetch(job, files, display)
+            await _fetch(session, job, report, files, display)
         return _print_result(session, job, report, files, str(path))
 
     run(body)
@@ -174,7 +174,7 @@ def compress(model_name: str, **options: Any) -> None:
             if ended is None:
                 return None
             job, report = ended
-            await _fetch(job, files, display)
+            await _fetch(session, job, report, files, display)
         return _print_result(session, job, report, files, model_name)
 
     run(body)
@@ -188,32 +188,14 @@ def _check_is_no_file(name: str) -> None:
         raise UsageError(f"'{name}' is a file; 'compress-client upload {name}' sends and compresses it.")
 
 
-@dataclass(frozen=True)
-class ResultFiles:
-    """Where the result goes."""
-
-    model: Path
-    report_json: Path
-    report_html: Path
-    project: Path
-
-
 def _result_files(wanted: Wanted, stem: str, *, source: Path | None) -> ResultFiles:
     """Names the files, and refuses early what could not be written at the end."""
-    name = f"{stem}.optimized.onnx"
-    output = wanted.output or Path(name)
-    if output.is_dir():
-        output /= name
-    if source is not None and output.exists() and source.exists() and output.samefile(source):
-        raise UsageError(f"--output {output} is the model itself; choose another file.")
-    reports = wanted.report_dir or output.parent
+    files = ResultFiles.of(stem, wanted.output, wanted.report_dir)
+    if source is not None and files.model.exists() and source.exists() and files.model.samefile(source):
+        raise UsageError(f"--output {files.model} is the model itself; choose another file.")
     if not wanted.no_compress and not wanted.detach:
-        for folder in (output.parent, reports):
-            existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-            if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-                raise UsageError(f"Cannot write to {folder}; choose another place with -o or --report-dir.")
-    kinds = ("report.json", "report.html", "project.zip")
-    return ResultFiles(output, *(reports / f"{stem}.{kind}" for kind in kinds))
+        files.check_writable()
+    return files
 
 
 @asynccontextmanager
@@ -339,7 +321,9 @@ async def _watched(job: AsyncJob, display: Display) -> Report:
     return await job.report()
 
 
-async def _fetch(job: AsyncJob, files: ResultFiles, display: Display) -> None:
+async def _fetch(session: Session, job: AsyncJob, report: Report, files: ResultFiles, display: Display) -> None:
+    if told := await asyncio.to_thread(files.keep_other_report, report):
+        session.out.hint(told)
     await job.download(files.model, on_progress=display.transfer)
     await job.download(files.report_json, artifact="report.json")
     # A server may keep no HTML; the figures are all in report.json.

@@ -9,13 +9,12 @@ import click
 
 from modelpress_client.cli.options import SharedHelp
 from modelpress_client.cli.output import json_text
+from modelpress_client.cli.result_files import ARTIFACTS, suffix_of
 from modelpress_client.cli.session import Session, run
 from modelpress_client.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from modelpress_client.async_job import AsyncJob
-
-ALL = ("model", "report.json", "report.html", "project.zip")
 
 
 @click.command(cls=SharedHelp)
@@ -28,7 +27,7 @@ ALL = ("model", "report.json", "report.html", "project.zip")
     help="A file, or a folder.  [default: STEM.optimized.onnx, STEM.report.json, STEM.report.html, STEM.project.zip]",
 )
 @click.option(
-    "--artifact", type=click.Choice([*ALL, "all"]), default="model", show_default=True, help="What to download."
+    "--artifact", type=click.Choice([*ARTIFACTS, "all"]), default="model", show_default=True, help="What to download."
 )
 @click.option(
     "--candidate",
@@ -152,8 +151,4 @@ def _targets(stem: str, wanted: tuple[str, ...], output: Path | None) -> dict[st
     if output is not None and output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file; for several artifacts it must be a folder.")
     folder = output or Path()
-    return {item: folder / f"{stem}.{_suffix(item)}" for item in wanted}
-
-
-def _suffix(item: str) -> str:
-    return "optimized.onnx" if item == "model" else item if item in ALL else f"{item}.onnx"
+    return {item: folder / f"{stem}.{suffix_of(item)}" for item in wanted}
