@@ -35,9 +35,9 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded, unmatched_excludes
 from modelpress_compression.passes.prune.channel.bearable import Answers
 from modelpress_compression.passes.prune.channel.costs import node_macs
-from modelpress_compression.passes.prune.channel.limits import override_of
 from modelpress_compression.passes.prune.channel.report import unrepaired
 from modelpress_compression.passes.prune.config import PruneConfig
+from modelpress_compression.passes.prune.overrides import override_of, unmatched_overrides
 from modelpress_compression.passes.repair.least_squares import Changes, Repair, repair
 
 _GOES = 0.5  # an override of at least this
@@ -163,7 +163,10 @@ def prune_blocks(model: Model, config: PruneConfig, context: Context) -> PassRes
         )
     context.progress(0.0, "looking for branches")
     branches, skipped = find_branches(model, context.data)
-    warnings = unmatched_excludes(model, config.exclude)
+    warnings = [
+        *unmatched_excludes(model, config.exclude),
+        *unmatched_overrides([branch.id for branch in branches], "branch that can go", config),
+    ]
     free = [branch for branch in branches if not _is_excluded(branch, config)]
     skipped += [Skip(branch.id, "Excluded by the recipe.") for branch in branches if branch not in free]
     gone = _chosen(model, free, config, context)

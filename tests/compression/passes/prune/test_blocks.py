@@ -84,6 +84,16 @@ def test_what_is_excluded_or_overridden_stays(residual: Any) -> None:
     assert ("sum1", "Excluded by the recipe.") in [(skip.node, skip.reason) for skip in result.skipped]
 
 
+def test_an_override_that_matches_no_branch_is_named(residual: Any) -> None:
+    """A slip of the pen, or a layer inside a branch, changes nothing and is told."""
+    result = pruned(residual, sparsity=0.0, overrides=(("sum2", 0.9), ("in1", 0.9), ("smu*", 0.9)))
+    assert removed(result) == ["sum2"]
+    assert [warning for warning in result.warnings if "override" in warning] == [
+        "The override 'in1' matches no branch that can go.",
+        "The override 'smu*' matches no branch that can go.",
+    ]
+
+
 @pytest.mark.parametrize("normalize", ["none", "parameters", "macs", "latency"])
 def test_whatever_a_block_costs_in(residual: Any, normalize: str) -> None:
     """All three cost about the same here, so that the one that says least goes first in any measure."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from modelpress_compression.channels import Group, Member
 from modelpress_compression.passes.base import Skip, is_excluded
 from modelpress_compression.passes.prune.config import PruneConfig
+from modelpress_compression.passes.prune.overrides import override_of
 
 
 @dataclass(frozen=True)
@@ -60,27 +61,11 @@ def permitted(groups: Sequence[Group], config: PruneConfig) -> tuple[list[Group]
 
 def sparsity_of(group: Group, config: PruneConfig) -> float:
     """The override of the layers that make the group's channels; else `sparsity`."""
-    own = override_of(_makers(group), config)
+    own = override_of(makers(group), config)
     return config.sparsity if own is None else own
 
 
-def override_of(names: Collection[str], config: PruneConfig) -> float | None:
-    """Of what goes by these names, the longest pattern first; None: no pattern matches one of them."""
-    hits = [
-        (-len(pattern), sparsity)
-        for pattern, sparsity in config.overrides
-        if any(is_excluded(name, (pattern,)) for name in names)
-    ]
-    return min(hits)[1] if hits else None
-
-
-def unmatched_overrides(groups: Iterable[Group], config: PruneConfig) -> list[str]:
-    """Patterns of `overrides` that name no layer whose channels can be cut."""
-    names = set().union(*(_makers(group) for group in groups))
-    return [pattern for pattern, _ in config.overrides if not any(is_excluded(name, (pattern,)) for name in names)]
-
-
-def _makers(group: Group) -> set[str]:
+def makers(group: Group) -> set[str]:
     """Names of the group and of the layers that make its channels: what an override may match."""
     return {group.id, *_names(member for member in group.members if member.role == "producer")}
 

@@ -12,10 +12,11 @@ from modelpress_compression.measure.node_times import NodeTimes, node_times_ms
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, Skip, unmatched_excludes
 from modelpress_compression.passes.prune.channel.costs import node_macs
-from modelpress_compression.passes.prune.channel.limits import sparsity_of, unmatched_overrides
+from modelpress_compression.passes.prune.channel.limits import makers, sparsity_of
 from modelpress_compression.passes.prune.channel.ranking import Selection
 from modelpress_compression.passes.prune.channel.weights import Weights
 from modelpress_compression.passes.prune.config import PruneConfig
+from modelpress_compression.passes.prune.overrides import unmatched_overrides
 from modelpress_compression.passes.repair.fitter import Fit
 from modelpress_compression.passes.repair.least_squares import Repair
 
@@ -66,12 +67,10 @@ def _why_whole(group: Group, config: PruneConfig) -> str:
 
 def unmatched(model: Model, analysis: Analysis, config: PruneConfig) -> list[str]:
     """Warnings of patterns in the recipe that match nothing."""
+    names = set().union(*(makers(group) for group in analysis.groups))
     return [
         *unmatched_excludes(model, config.exclude),
-        *(
-            f"The override {pattern!r} matches no layer whose channels can be cut."
-            for pattern in unmatched_overrides(analysis.groups, config)
-        ),
+        *unmatched_overrides(names, "layer whose channels can be cut", config),
     ]
 
 
