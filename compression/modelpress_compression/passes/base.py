@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
-from modelpress_compression.errors import TimeLimitError
+from modelpress_compression.errors import InvalidDataError, TimeLimitError
 from modelpress_compression.graph.read import is_op
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
@@ -95,6 +95,14 @@ class Context:
         """Raises TimeLimitError when the job's time is up; passes call it in their outer loops."""
         if self.time_left_s is not None and self.time_left_s < 0:
             raise TimeLimitError("The job's time limit ran out; give it more time, or leave out the slowest step.")
+
+
+def require_data(technique: str, option: str, value: str, context: Context) -> None:
+    """For an option that asks by name for what is fitted to real inputs. Raises InvalidDataError where there are none."""
+    if not context.data.provided:
+        raise InvalidDataError(
+            f"{technique} with {option} {value!r} needs representative inputs; give some, or choose another {option}."
+        )
 
 
 class Pass(Protocol):

@@ -20,14 +20,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from modelpress_compression.errors import InvalidDataError
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.linear import Matrix
 from modelpress_compression.graph.macs import count_macs
 from modelpress_compression.graph.read import graph_of, label
 from modelpress_compression.graph.shapes import sample_shapes
 from modelpress_compression.model import Model
-from modelpress_compression.passes.base import Context, PassResult, Skip, unmatched_excludes
+from modelpress_compression.passes.base import Context, PassResult, Skip, require_data, unmatched_excludes
 from modelpress_compression.passes.factorize.choice import Chooser, Option, within_budget
 from modelpress_compression.passes.factorize.config import FactorizeConfig
 from modelpress_compression.passes.factorize.layers import Layer, find_layers
@@ -59,11 +58,8 @@ class Factorize:
     def __call__(self, model: Model, context: Context) -> PassResult:
         """Raises InvalidDataError where the repair needs data and none is given, ModelNotRunnableError,
         TimeLimitError."""
-        if self._config.repair == "least_squares" and not context.data.provided:
-            raise InvalidDataError(
-                "factorize with repair 'least_squares' needs representative inputs; give some, or choose another "
-                "repair."
-            )
+        if self._config.repair == "least_squares":
+            require_data("factorize", "repair", self._config.repair, context)
         clone = model.clone()
         timer = Timer(context) if self._config.budget_of == "latency" else None
         context.progress(0.0, "looking for layers to factorize")

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir
 
-from modelpress_compression.errors import InvalidDataError
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.linear import linear_of
 from modelpress_compression.graph.read import constant_tensor, is_constant, is_op, label, required
@@ -32,7 +31,7 @@ from modelpress_compression.graph.subgraphs import needed_nodes, read_values
 from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.node_times import node_times_ms
 from modelpress_compression.model import Model
-from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded, unmatched_excludes
+from modelpress_compression.passes.base import Context, PassResult, Skip, is_excluded, require_data, unmatched_excludes
 from modelpress_compression.passes.prune.channel.bearable import Answers
 from modelpress_compression.passes.prune.channel.costs import node_macs
 from modelpress_compression.passes.prune.channel.report import unrepaired
@@ -157,10 +156,8 @@ def prune_blocks(model: Model, config: PruneConfig, context: Context) -> PassRes
 
     Raises InvalidDataError where the repair needs data and none is given, ModelNotRunnableError, TimeLimitError.
     """
-    if config.repair == "least_squares" and not context.data.provided:
-        raise InvalidDataError(
-            "prune with repair 'least_squares' needs representative inputs; give some, or choose another repair."
-        )
+    if config.repair == "least_squares":
+        require_data("prune", "repair", config.repair, context)
     context.progress(0.0, "looking for branches")
     branches, skipped = find_branches(model, context.data)
     warnings = [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
+from modelpress_compression.errors import InvalidDataError
 from modelpress_compression.inputs import InputData
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.prune.config import PruneConfig
@@ -26,8 +28,8 @@ def rows(count: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).standard_normal((count, WIDTH)).astype(np.float32)
 
 
-def pruned(model: Any, samples: int = 200, **options: Any) -> Any:
-    data = InputData.from_arrays({"x": rows(samples)}, model.inputs)
+def pruned(model: Any, samples: int = 200, provided: bool = True, **options: Any) -> Any:
+    data = replace(InputData.from_arrays({"x": rows(samples)}, model.inputs), provided=provided)
     with TemporaryDirectory() as folder:
         return Prune(PruneConfig(structure="block", **options))(model, Context(data, Path(folder)))
 
@@ -68,6 +70,13 @@ def test_the_layers_behind_are_fitted(residual: Any, outputs_of: Callable[..., A
     assert fitted.changes["layers_repaired"] >= 3
     errors = [error_of(residual, one.model, outputs_of) for one in (plain, fitted)]
     assert errors[1] < errors[0] / 2
+
+
+def test_repair_by_name_needs_data(residual: Any) -> None:
+    """Synthetic inputs are none: it is refused, in words; `auto` does without, and says so."""
+    with pytest.raises(InvalidDataError, match="prune with repair 'least_squares' needs representative inputs"):
+        pruned(residual, provided=False, repair="least_squares")
+    assert any("were not fitted anew" in text for text in pruned(residual, provided=False, sparsity=0.33).warnings)
 
 
 def test_a_projection_stays(residual: Any) -> None:

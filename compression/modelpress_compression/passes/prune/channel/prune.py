@@ -7,9 +7,8 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from modelpress_compression.channels import Analysis, Group, cut, find_groups
-from modelpress_compression.errors import InvalidDataError
 from modelpress_compression.model import Model
-from modelpress_compression.passes.base import Context, PassResult
+from modelpress_compression.passes.base import Context, PassResult, require_data
 from modelpress_compression.passes.prune.channel import report
 from modelpress_compression.passes.prune.channel.activation import ActivationMagnitude
 from modelpress_compression.passes.prune.channel.bearable import bearable
@@ -114,14 +113,10 @@ def _criterion_name(config: PruneConfig, context: Context) -> str:
 
 def _require_data(criterion: Criterion, config: PruneConfig, context: Context) -> None:
     """A recipe that asks by name for what needs data is refused; `auto` does without."""
-    if context.data.provided:
-        return
-    wanting = "criterion" if criterion.needs_data else "repair" if config.repair == "least_squares" else None
-    if wanting is not None:
-        value = getattr(config, wanting)
-        raise InvalidDataError(
-            f"prune with {wanting} {value!r} needs representative inputs; give some, or choose another {wanting}."
-        )
+    if criterion.needs_data:
+        require_data("prune", "criterion", config.criterion, context)
+    if config.repair == "least_squares":
+        require_data("prune", "repair", config.repair, context)
 
 
 def _scores(
