@@ -98,7 +98,7 @@ class Context:
 
 
 def require_data(technique: str, option: str, value: str, context: Context) -> None:
-    """For an option that asks by name for what is fitted to real inputs. Raises InvalidDataError where there are none."""
+    """Refuses an option that asks by name for what data decides, where none is given. Raises InvalidDataError."""
     if not context.data.provided:
         raise InvalidDataError(
             f"{technique} with {option} {value!r} needs representative inputs; give some, or choose another {option}."
