@@ -42,8 +42,8 @@ def document(rows: Sequence[Row], everything: Sequence[tuple[str, str]], recipes
         "A recipe's column: size over the loaded model's, and the least cosine of an output with the loaded model's, "
         "at other extents than the calibrated ones where the model has dynamic dimensions. Pruning is not fitted anew "
         "here, so that its answers move; it must run, and keep the interface. Where outputs are a selection (of "
-        "boxes), static and int4 are held against the model with its weights disturbed as much at random: of untrained "
-        "scores, which are nearly equal, a thousandth of noise in the image makes others the best.",
+        "boxes), both models select what the loaded one selects, and the scores of all candidates are compared beside "
+        "them: of untrained scores, which are nearly equal, a thousandth of noise in the image makes others the best.",
         "",
         *_table(["model", "producer", "load", *recipes], [cells(row, recipes) for row in rows]),
         "",

@@ -13,6 +13,10 @@ outputs have `equal`, the share of equal elements, instead.
 Positions of a sequence [N, T, ...] that an attention mask among the inputs leaves out are not compared, since nobody
 reads them.
 
+Where outputs are a selection, such as boxes, both models select what the original selects, and the scores that are
+selected by are compared beside the outputs (see `graph.selections`). Models that do not fit into memory together, and
+those that select otherwise, are compared row by row.
+
 `top1_agreement`: share of positions with the same largest element, for the first output [N, C] or [N, T, C], C >= 2,
 that may hold class scores (see `graph.outputs`) or does hold probabilities.
 
@@ -27,22 +31,25 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import numpy as np
+import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.backends.base import Backend
 from modelpress_compression.backends.cpu import CPU
+from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOperatorError
 from modelpress_compression.graph.outputs import classification_outputs
 from modelpress_compression.graph.padding import counted_positions, without_padding
+from modelpress_compression.graph.selections import Alike, Selections, asked_alike, selections_of
 from modelpress_compression.inputs import Array, Feeds, InputData
-from modelpress_compression.model import file_size_bytes, read_graph
+from modelpress_compression.model import Model, Provenance, file_size_bytes, read_ir
 from modelpress_compression.parallel import map_in_order
 from modelpress_compression.runtime import fit_together, open_together
 
@@ -128,14 +135,25 @@ class Fidelity:
 
 @dataclass
 class KnownOutputs:
-    """Outputs of one model on the feeds of one data, kept for the next comparison while they fit into memory."""
+    """Outputs of one model on the feeds of one data, kept for the next comparison while they fit into memory.
+
+    `selections`: what the model tells of its selections, once `selected` was asked.
+    """
 
     limit_bytes: int = KNOWN_BYTES
+    selections: Selections | None = None
+    _looked: bool = False
     _outputs: dict[int, Mapping[str, Array]] = field(default_factory=dict)
     _bytes: int = 0
 
     def __len__(self) -> int:
         return len(self._outputs)
+
+    def selected(self, find: Callable[[], Selections | None]) -> Selections | None:
+        """What `find` finds, the first time."""
+        if not self._looked:
+            self.selections, self._looked = find(), True
+        return self.selections
 
     def get(self, feed: int) -> Mapping[str, Array] | None:
         """Those of the feed with this number."""
@@ -168,18 +186,51 @@ def compare_outputs(
     found are kept there. `backend`: what the optimized model runs in; the original runs in onnxruntime in any case.
     Raises ModelNotRunnableError, UnsupportedOperatorError.
     """
-    pair = _Pair(original, optimized, known if known is not None else KnownOutputs(0), backend)
-    classes = classification_outputs(read_graph(original))
+    known = known if known is not None else KnownOutputs(0)
+    pair = _Pair(original, optimized, known, backend)
+    ir = read_ir(original)
+    classes = classification_outputs(ir.graph)
     deadline = math.inf if budget_s is None else time.monotonic() + budget_s
-    return compare_answers(pair.answers(data.feeds(1, limit), deadline), classes, data)
+    with TemporaryDirectory(prefix="modelpress-") as folder:
+        pair = _asked_alike(pair, ir, data, Path(folder))
+        if pair.alike is not None and pair.alike.selections is not None and pair.alike.obeys:
+            values, note = tuple(pair.alike.selections.scores.values()), pair.alike.selections.note
+            try:
+                found = compare_answers(pair.answers(data.feeds(1, limit), deadline), classes, data, values)
+                return replace(found, notes=(*found.notes, note))
+            except (ModelNotRunnableError, UnsupportedOperatorError):
+                # The optimized model does not run on what the original selects.
+                pair = replace(pair, optimized=optimized, alike=replace(pair.alike, obeys=False))
+        return compare_answers(pair.answers(data.feeds(1, limit), deadline), classes, data)
+
+
+def _asked_alike(pair: _Pair, ir: onnx_ir.Model, data: InputData, folder: Path) -> _Pair:
+    """The pair with files in the `folder` that are asked with the original's selections, where outputs are some. `ir`:
+    the original."""
+    if not fit_together(map(file_size_bytes, (pair.original, pair.optimized))):
+        return pair
+    original = Model(ir, Provenance("onnx", "", file_size_bytes(pair.original)))
+    selections = pair.known.selected(lambda: selections_of(original, data.feeds(1)))
+    if selections is None:
+        return pair
+    optimized = Model(read_ir(pair.optimized), Provenance("onnx", "", file_size_bytes(pair.optimized)))
+    # What is kept of the original's outputs has what it told in any case.
+    alike = asked_alike(original, optimized, selections)
+    alike.first.save(folder / "original.onnx")
+    if alike.obeys:
+        alike.second.save(folder / "optimized.onnx")
+    paths = folder / "original.onnx", folder / "optimized.onnx" if alike.obeys else pair.optimized
+    return replace(pair, original=paths[0], optimized=paths[1], alike=alike)
 
 
 Answers = tuple[Feeds, Mapping[str, Array], Mapping[str, Array]]
 
 
-def compare_answers(answers: Iterable[Answers], classes: Collection[str], data: InputData) -> Fidelity:
+def compare_answers(
+    answers: Iterable[Answers], classes: Collection[str], data: InputData, values: Collection[str] = ()
+) -> Fidelity:
     """The same of answers that are there: for each feed of the `data`, outputs before and after. `classes`: names of
-    the outputs that hold classes."""
+    the outputs that hold classes; `values`: of those that do not, even where they sum up to one."""
     sums: dict[str, OutputSums] = {}
     partners: dict[str, str] = {}
     samples = 0
@@ -189,19 +240,24 @@ def compare_answers(answers: Iterable[Answers], classes: Collection[str], data: 
             partners = _partners(list(before), list(after))
         mask = counted_positions(feed)
         for name, total in sums.items():
-            total.add(before[name], after.get(partners.get(name, "")), name in classes, mask)
+            holds = False if name in values else name in classes or None
+            total.add(before[name], after.get(partners.get(name, "")), holds, mask)
         samples += data.fixed_batch or 1
     return _summary("provided" if data.provided else "synthetic", samples, sums)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two models that answer the same feeds. Large ones take turns: the original's answers wait in a file."""
+    """Two models that answer the same feeds. Large ones take turns: the original's answers wait in a file.
+
+    `alike`: how they are asked where outputs are a selection.
+    """
 
     original: Path
     optimized: Path
     known: KnownOutputs
     backend: Backend
+    alike: Alike | None = None
 
     def answers(self, feeds: Iterable[Feeds], deadline: float) -> Iterator[Answers]:
         """Feed by feed, both models' outputs, until time is up; at least one."""
@@ -215,11 +271,13 @@ class _Pair:
 
         def answer(numbered: tuple[int, Feeds]) -> tuple[int, Answers]:
             number, feed = numbered
-            return number, (feed, self.known.get(number) or first.run(feed), second.run(feed))
+            before = self.known.get(number) or first.run(feed)
+            given = {} if self.alike is None else self.alike.given(before)
+            return number, (feed, before, second.run({**feed, **given}))
 
-        for number, answers in map_in_order(answer, enumerate(feeds)):
-            self.known.keep(number, answers[1])
-            yield answers
+        for number, (feed, before, after) in map_in_order(answer, enumerate(feeds)):
+            self.known.keep(number, before)
+            yield feed, *((before, after) if self.alike is None else self.alike.compared(before, after))
             if time.monotonic() > deadline:
                 return
 
@@ -319,8 +377,11 @@ class OutputSums:
     expected_lost: float = 0.0
     problem: str = ""
 
-    def add(self, before: Array, after: Array | None, classes: bool, mask: NDArray[np.bool_] | None = None) -> None:
-        """`classes`: whether the last axis may be class scores. `mask`: positions [N, T] that count."""
+    def add(
+        self, before: Array, after: Array | None, classes: bool | None, mask: NDArray[np.bool_] | None = None
+    ) -> None:
+        """`classes`: whether the last axis may be class scores; None: where it holds probabilities. `mask`: positions
+        [N, T] that count."""
         if after is None:
             self.problem = "is missing in the optimized model"
             return
@@ -334,7 +395,8 @@ class OutputSums:
             return
         self.floats = True
         self._add_floats(before.astype(np.float64), after.astype(np.float64))
-        if before.ndim in (2, 3) and before.shape[-1] >= 2 and (classes or _are_probabilities(before)):
+        holds = _are_probabilities(before) if classes is None else classes
+        if before.ndim in (2, 3) and before.shape[-1] >= 2 and holds:
             self._add_classes(before, after)
 
     def _add_classes(self, before: Array, after: Array) -> None:

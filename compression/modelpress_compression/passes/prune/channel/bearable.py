@@ -13,12 +13,13 @@ each group, and about log2 of the groups and four more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from modelpress_compression.channels import Group, Indices, cut
 from modelpress_compression.graph.outputs import classification_outputs, tensor_outputs
 from modelpress_compression.graph.padding import counted_positions
+from modelpress_compression.graph.selections import asked_alike, selections_of, told_names
 from modelpress_compression.graph.watch import taps
 from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.measure.fidelity import OutputSums
@@ -58,7 +59,9 @@ class Answers:
         self._names = [value.name for value in tensor_outputs(model.graph) if value.name]
         self._classes = classification_outputs(model.graph)
         self._feeds = list(_held_out(context))
-        self._expected = list(self._of(model))
+        self._selections = selections_of(model, self._feeds)
+        told = asked_alike(model, model, self._selections).first
+        self._expected = list(self._of(told, self._feeds))
 
     def kept(self, model: Model) -> float:
         """The cosine of the worst float output, or, where that is less, the share of real inputs whose class is the
@@ -66,17 +69,22 @@ class Answers:
 
         Raises ModelNotRunnableError, TimeLimitError.
         """
-        sums = {name: OutputSums() for name in self._names}
-        for feed, expected, got in zip(self._feeds, self._expected, self._of(model), strict=True):
+        alike = asked_alike(model, model, self._selections)
+        feeds = [{**feed, **alike.given(expected)} for feed, expected in zip(self._feeds, self._expected, strict=True)]
+        sums: dict[str, OutputSums] = {}
+        for feed, told, got in zip(self._feeds, self._expected, self._of(alike.second, feeds), strict=True):
             mask = counted_positions(feed)
+            expected, answers = alike.compared(told, got)
+            sums = sums or {name: OutputSums() for name in expected}
             for name, total in sums.items():
-                total.add(expected[name], got[name], name in self._classes, mask)
+                holds = name in self._classes or (None if name in self._names else False)
+                total.add(expected[name], answers.get(name), holds, mask)
         floats = [total for total in sums.values() if total.floats or total.problem]
         return min((_kept(total, self._context.data.vouches) for total in floats), default=1.0)
 
-    def _of(self, model: Model) -> Iterator[Outputs]:
-        with taps(model, self._names) as look:
-            for feed in self._feeds:
+    def _of(self, model: Model, feeds: Iterable[Feeds]) -> Iterator[Outputs]:
+        with taps(model, [*self._names, *told_names(model)]) as look:
+            for feed in feeds:
                 self._context.check_time()
                 yield look(feed)
 

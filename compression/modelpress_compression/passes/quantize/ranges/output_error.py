@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.outputs import score_node
 from modelpress_compression.graph.padding import counted_positions, without_padding
+from modelpress_compression.graph.selections import Alike, asked_alike, is_told, obeying, selections_of, telling
 from modelpress_compression.graph.watch import Listener
 from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.measure.fidelity import KnownOutputs, WaitingOutputs
@@ -88,24 +89,30 @@ def output_distances(
     errors, signals = [], []
     feeds = list(context.data.spread(DISTANCE_SAMPLES).feeds(batch_size=1))
     kept = [found for number in range(len(feeds)) if (found := known.get(number)) is not None]
+    first, second = form(original), form(changed)
+    together = fit_together((first.weight_bytes(), second.weight_bytes()))
+    selections = known.selected(lambda: selections_of(first, feeds)) if together else None
+    alike = asked_alike(first, second, selections)
     with ExitStack() as sessions:
         if len(kept) == len(feeds):
-            session = sessions.enter_context(session_of(form(changed)))
-            answers: Iterator[tuple[Outputs, Outputs]] = zip(kept, _outputs(session, feeds), strict=True)
+            session = sessions.enter_context(session_of(alike.second))
+            asked = [{**feed, **alike.given(before)} for feed, before in zip(feeds, kept, strict=True)]
+            answers: Iterator[tuple[Outputs, Outputs]] = zip(kept, _outputs(session, asked), strict=True)
         else:
-            pair = form(original), form(changed)
-            answers = _answers(*pair, feeds, context.work_directory)
+            answers = _answers(alike, feeds, context.work_directory)
         for number, (before, after) in enumerate(answers):
             context.check_time()
             known.keep(number, before)
+            before, after = alike.compared(before, after)  # noqa: PLW2901
             errors.append(squared_distance(before, after))
             signals.append(power(before))
     return Distances(np.asarray(errors), np.asarray(signals))
 
 
-def _answers(first: Model, second: Model, feeds: Sequence[Feeds], folder: Path) -> Iterator[tuple[Outputs, Outputs]]:
+def _answers(alike: Alike, feeds: Sequence[Feeds], folder: Path) -> Iterator[tuple[Outputs, Outputs]]:
     """Both models' outputs, feed by feed. Of large models one has a session at a time, and the first's outputs wait
     in the `folder`."""
+    first, second = alike.first, alike.second
     if not fit_together((first.weight_bytes(), second.weight_bytes())):
         with WaitingOutputs(folder) as waiting:
             _put_outputs(first, feeds, waiting)
@@ -115,7 +122,12 @@ def _answers(first: Model, second: Model, feeds: Sequence[Feeds], folder: Path) 
         return
     # Weights in fewer bits are unpacked, which takes twice their room: before the other session is there.
     with session_of(second) as other, session_of(first) as one:
-        yield from zip(_outputs(one, feeds), _outputs(other, feeds), strict=True)
+
+        def both(feed: Feeds) -> tuple[Outputs, Outputs]:
+            before = counted_outputs(run(one, feed), feed)
+            return before, counted_outputs(run(other, {**feed, **alike.given(before)}), feed)
+
+        yield from map_in_order(both, feeds)
 
 
 def _put_outputs(model: Model, feeds: Sequence[Feeds], waiting: WaitingOutputs) -> None:
@@ -143,9 +155,16 @@ class ErrorProbe:
     """Tries things out on one model, that of `setup`; made by `open_probe`."""
 
     def __init__(
-        self, setup: QuantizationSetup, session: ort.InferenceSession, switches: Switches, samples: InputData
+        self,
+        setup: QuantizationSetup,
+        session: ort.InferenceSession,
+        switches: Switches,
+        samples: InputData,
+        selected: Callable[[Feeds], Outputs],
     ) -> None:
+        """`selected`: what the model is fed beside a feed, where its outputs are a selection."""
         self.setup, self._session, self._switches, self._samples = setup, session, switches, samples
+        self._selected = selected
 
     def errors(self, trials: Sequence[Trial], done: Listener | None = None) -> list[float] | None:
         """The error of each trial, infinite where outputs are not finite; None: that would take too long.
@@ -154,7 +173,8 @@ class ErrorProbe:
         """
         sums, signal = np.zeros(len(trials)), 0.0
         samples = max(1, MAX_RUNS // max(len(trials), 1))
-        for index, feed in enumerate(self._samples.feeds(batch_size=1, limit=samples)):
+        for index, given in enumerate(self._samples.feeds(batch_size=1, limit=samples)):
+            feed = {**given, **self._selected(given)}
             began = time.process_time()  # which other work on the machine does not stretch
             plain = self._answers(feed)
             if not index and (time.process_time() - began) * len(trials) > LIMIT_S:
@@ -205,27 +225,42 @@ def open_probe(setup: QuantizationSetup, samples: InputData | None = None) -> It
 
     Raises ModelNotRunnableError.
     """
+    samples = samples or setup.context.data.spread(MAX_SAMPLES)
     copy = without_softmax(setup.model)
+    selections = setup.known.selected(lambda: selections_of(setup.model, samples.feeds(batch_size=1)))
+    asked = obeying(copy, selections) if selections is not None else None
+    copy = asked or copy
     switches = add_switches(setup.plan.on(copy.graph), setup.weight_store(Editor(copy)))
-    with session_of(copy) as session:
-        yield ErrorProbe(setup, session, switches, samples or setup.context.data.spread(MAX_SAMPLES))
+    with ExitStack() as sessions:
+        session = sessions.enter_context(session_of(copy))
+        if selections is None or asked is None:
+            yield ErrorProbe(setup, session, switches, samples, lambda feed: {})
+            return
+        told = sessions.enter_context(session_of(telling(setup.model, selections)))
+        yield ErrorProbe(setup, session, switches, samples, lambda feed: selections.given(run(told, feed)))
 
 
 def counted_outputs(outputs: Outputs, feed: Feeds) -> Outputs:
-    """Float outputs without the positions that are padding."""
+    """Float outputs without the positions that are padding, and what is told of selections."""
     mask = counted_positions(feed)
-    return {name: without_padding(array, mask) for name, array in outputs.items() if array.dtype.kind == "f"}
+    return {
+        name: without_padding(array, mask)
+        for name, array in outputs.items()
+        if array.dtype.kind == "f" or is_told(name)
+    }
 
 
 def power(outputs: Outputs) -> float:
-    """The sum of squares of all that is finite."""
-    return sum(float(np.square(_finite(array)).sum()) for array in outputs.values())
+    """The sum of squares of all floats that are finite."""
+    return sum(float(np.square(_finite(array)).sum()) for array in outputs.values() if array.dtype.kind == "f")
 
 
 def squared_distance(before: Outputs, after: Outputs) -> float:
-    """Over the elements that are finite in `before`; infinite where one of them is not in `after`."""
+    """Over the floats that are finite in `before`; infinite where one of them is not in `after`."""
     total = 0.0
     for name, array in before.items():
+        if array.dtype.kind != "f":
+            continue
         if array.shape != after[name].shape:
             return math.inf
         total += float(np.square(after[name][np.isfinite(array)].astype(np.float64) - _finite(array)).sum())
