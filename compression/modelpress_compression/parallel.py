@@ -31,13 +31,21 @@ def worker_count() -> int:
     return min(available_cores(), MAX_WORKERS)
 
 
-def map_in_order(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Generator[_Result]:
+def workers_within(limit_bytes: int, item_bytes: float) -> int:
+    """How many items may be worked on at a time that each hold so much meanwhile; one at least."""
+    return max(1, min(worker_count(), int(limit_bytes // max(1, item_bytes))))
+
+
+def map_in_order(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int | None = None
+) -> Generator[_Result]:
     """`function` of each item, by threads, of which each takes one item at a time.
 
-    At most `MAX_WORKERS` items are looked ahead, so that memory does not grow with their number. `function` should
-    release the interpreter's lock, as runs of onnxruntime and torch do. Raises what `function` raises.
+    At most `MAX_WORKERS` items are looked ahead, so that memory does not grow with their number; `workers`: how many
+    work, `worker_count` where None. `function` should release the interpreter's lock, as runs of onnxruntime and torch
+    do. Raises what `function` raises.
     """
-    workers = worker_count()
+    workers = worker_count() if workers is None else workers
     if workers == 1:
         yield from map(function, items)
         return

@@ -13,7 +13,7 @@ they get, and first layers without either, say nothing, and neither does this.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.encodings.products import added_bias
+from modelpress_compression.graph.linear import parts_along
 from modelpress_compression.graph.read import constant_array, float_attribute, input_of, is_constant, label
 from modelpress_compression.graph.watch import observable, stream
 from modelpress_compression.inputs import Array, InputData
@@ -120,14 +121,39 @@ def _biased(node: onnx_ir.Node, read: onnx_ir.Value) -> Iterator[_Gauge]:
 def _factors(model: Model, gauges: list[_Gauge], data: InputData) -> list[float]:
     """Of each gauge: the median over channels of deviation / usual deviation; 1 where a small input tells nothing."""
     names = [value.name or "" for gauge in gauges for value in (gauge.read, gauge.sums)]
-    seen = list(stream(model, names, data.spread(SAMPLES), lambda: None)) if names else []
-    return [_factor(gauge, seen) for gauge in gauges]
+    seen = [(Moments(-1), Moments(gauge.axis)) for gauge in gauges]
+    for values in stream(model, names, data.spread(SAMPLES), lambda: None) if names else ():
+        for gauge, (reads, sums) in zip(gauges, seen, strict=True):
+            reads.add(values[gauge.read.name or ""].reshape(-1, 1))
+            sums.add(values[gauge.sums.name or ""])
+    return [_factor(gauge, *moments) for gauge, moments in zip(gauges, seen, strict=True)]
 
 
-def _factor(gauge: _Gauge, seen: Sequence[Mapping[str, Array]]) -> float:
-    reads = [sample[gauge.read.name or ""].astype(np.float64).ravel() for sample in seen]
-    if not gauge.from_training and np.sqrt(np.mean(np.square(np.concatenate(reads)))) < LARGE_INPUT:
+class Moments:
+    """Running mean and variance of each channel, which lie along `axis`: of blocks, put together as by Chan et al.
+    (1979), so that a large mean takes no digits from the variance."""
+
+    def __init__(self, axis: int) -> None:
+        self._axis, self._count = axis, 0
+        self.means: NDArray[np.float64] = np.zeros(1)
+        self._squares: NDArray[np.float64] = np.zeros(1)  # of what is left without the means, summed up
+
+    def add(self, values: Array) -> None:
+        """Those of one sample."""
+        for part in parts_along(values, self._axis):
+            rows = np.moveaxis(part, self._axis, -1).reshape(-1, values.shape[self._axis]).astype(np.float64)
+            total, means = self._count + len(rows), rows.mean(axis=0)
+            off = means - self.means
+            self._squares = self._squares + rows.var(axis=0) * len(rows) + off**2 * (self._count * len(rows) / total)
+            self.means, self._count = self.means + off * (len(rows) / total), total
+
+    @property
+    def variances(self) -> NDArray[np.float64]:
+        return self._squares / max(1, self._count)
+
+
+def _factor(gauge: _Gauge, reads: Moments, sums: Moments) -> float:
+    size = float(np.sqrt(reads.variances + reads.means**2)[0])
+    if not gauge.from_training and size < LARGE_INPUT:
         return 1.0
-    sums = [np.moveaxis(sample[gauge.sums.name or ""].astype(np.float64), gauge.axis, 0) for sample in seen]
-    deviations = np.concatenate([array.reshape(len(array), -1) for array in sums], axis=1).std(axis=1)
-    return float(np.median(deviations / gauge.usual))
+    return float(np.median(np.sqrt(sums.variances) / gauge.usual))

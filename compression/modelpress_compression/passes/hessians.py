@@ -6,22 +6,25 @@ Every fifth sample can be held out: what was fitted to an H errs less on it than
 samples says by how much.
 
 Samples go one at a time through the float model. Kept are the sums of as many weights at a time, in the order of the
-graph, as fit into 512 MiB; the data runs once for each such batch, when its first sum is asked for. Weights that read
-the same input the same way (query, key and value) have one H; a weight with several users has the sum of theirs.
+graph, as fit into 512 MiB with what one sample makes of their inputs in `WATCHED_BYTES`; the data runs once for each
+such batch, when its first sum is asked for. Weights that read the same input the same way (query, key and value) have
+one H; a weight with several users has the sum of theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.graph.linear import Convolution, Linear, Matrix, Places, linear_of
+from modelpress_compression.graph.linear import Convolution, Linear, Matrix, drawn, linear_of, pieces
 from modelpress_compression.graph.read import constant_tensor, is_constant, is_op
 from modelpress_compression.graph.watch import observable, stream
+from modelpress_compression.graph.watch.portions import WATCHED_BYTES, sample_bytes
 from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
@@ -40,16 +43,15 @@ DEPTHWISE_ROWS = 1024  # fewest of each group of a depthwise layer: 40 for each 
 _CHUNK_BYTES = 4 * 1024**2  # 4 MiB: of rows that wait to be added up
 _NO_SUCH_USER = "it multiplies no input that can be observed"
 
-# How an input is read; `output`: of a node that reads it so, for its shape.
+# The name of an input, and how it is read.
 Reading = tuple[str, Linear]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One H to gather: readings, and for each the name of an output."""
+    """One H to gather."""
 
     readings: frozenset[Reading]
-    outputs: tuple[tuple[Reading, str], ...]
     groups: int
     inputs: int
 
@@ -88,24 +90,25 @@ class Hessians:
         for weight, nodes in users.items():
             self._plan(weight, nodes, model)
         copies = 2 if self._holds_out else 1
-        self._batches = _batches(list({job.readings: job for job in self._jobs.values()}.values()), copies)
+        jobs = list({job.readings: job for job in self._jobs.values()}.values())
+        self._batches = _batches(jobs, copies, sample_bytes(model, _names(jobs), context.data))
         self._model = model.clone()
 
     def _plan(self, weight: onnx_ir.Value, nodes: Sequence[onnx_ir.Node], model: Model) -> None:
-        outputs: dict[Reading, str] = {}
+        readings: set[Reading] = set()
         for node in nodes:
             linear = linear_of(node)
             if isinstance(linear, str):
                 self._reasons[weight] = linear
                 return
             if observable(node.inputs[0], model) and node.inputs[0] is not None:
-                outputs[node.inputs[0].name or "", linear] = node.outputs[0].name or ""
-        if len({linear for _, linear in outputs}) != 1:
-            self._reasons[weight] = "its users multiply by it in different ways" if outputs else _NO_SUCH_USER
+                readings.add((node.inputs[0].name or "", linear))
+        if len({linear for _, linear in readings}) != 1:
+            self._reasons[weight] = "its users multiply by it in different ways" if readings else _NO_SUCH_USER
             return
-        ((_, linear),) = list(outputs)[:1]
+        ((_, linear),) = list(readings)[:1]
         groups, inputs = _extents(linear, weight)
-        job = _Job(frozenset(outputs), tuple(outputs.items()), groups, inputs)
+        job = _Job(frozenset(readings), groups, inputs)
         if job.size_bytes > MAX_BYTES:
             self._reasons[weight] = f"the sums over its {inputs} inputs would take {job.size_bytes >> 20} MiB"
             return
@@ -147,16 +150,22 @@ def _extents(linear: Linear, weight: onnx_ir.Value) -> tuple[int, int]:
     return 1, tensor.size // linear.matrix(np.empty(shape, np.bool_)).shape[2]
 
 
-def _batches(jobs: Sequence[_Job], copies: int) -> list[list[_Job]]:
-    """Those that are gathered together; `copies`: how many sums there are of each."""
+def _names(jobs: Sequence[_Job]) -> list[str]:
+    """Of all values that are read."""
+    return sorted({name for job in jobs for name, _ in job.readings})
+
+
+def _batches(jobs: Sequence[_Job], copies: int, read_bytes: Mapping[str, int]) -> list[list[_Job]]:
+    """Those that are gathered together; `copies`: how many sums there are of each. `read_bytes`: of each value that is
+    read, what one sample makes of it."""
     batches: list[list[_Job]] = []
-    used = MAX_SUMS_BYTES
     for job in jobs:
-        if used + copies * job.size_bytes > MAX_SUMS_BYTES:
-            batches.append([])
-            used = 0
-        batches[-1].append(job)
-        used += copies * job.size_bytes
+        batch = [*(batches[-1] if batches else ()), job]
+        sums = sum(copies * one.size_bytes for one in batch)
+        if batches and sums <= MAX_SUMS_BYTES and sum(read_bytes[name] for name in _names(batch)) <= WATCHED_BYTES:
+            batches[-1] = batch
+        else:
+            batches.append([job])
     return batches
 
 
@@ -166,15 +175,13 @@ def _gather(
     """Streams the samples through the model; the second sums are of those held out."""
     samples = context.data.spread(MAX_SAMPLES)
     count = max(1, len(samples) // (samples.fixed_batch or 1))
-    readings = {reading: output for job in batch for reading, output in job.outputs}
     sums = {job.readings: (_Sum(job, count), _Sum(job, count) if holds_out else None) for job in batch}
-    names = {name for (data, _), output in readings.items() for name in (data, output)}
-    for index, found in enumerate(stream(model, sorted(names), samples, context.check_time)):
+    for index, found in enumerate(stream(model, _names(batch), samples, context.check_time)):
         for job in batch:
             fitted, kept = sums[job.readings]
             total = kept if kept is not None and is_held_out(index, count) else fitted
-            for (data, linear), output in job.outputs:
-                total.take(linear, found[data], found[output], index)
+            for name, linear in sorted(job.readings, key=lambda reading: reading[0]):
+                total.take(linear, found[name], index)
         context.progress((index + 1) / count, f"weighing inputs, sample {index + 1} of {count}")
     return {key: (total.finish(), kept.finish() if kept is not None else None) for key, (total, kept) in sums.items()}
 
@@ -189,14 +196,14 @@ class _Sum:
         self._total = np.zeros((job.groups, job.inputs, job.inputs))
         self._waiting: list[NDArray[np.float32]] = []
 
-    def take(self, linear: Linear, data: Array, output: Array, index: int) -> None:
+    def take(self, linear: Linear, data: Array, index: int) -> None:
         """Rows of one sample; those that are not finite are left out."""
-        count = linear.positions(output)
-        places: Places = np.arange(count)
-        if self._rows < count:
-            places = np.random.default_rng(index).choice(count, self._rows, replace=False, shuffle=False)
-        # Activations are float32 themselves, and the sums over a chunk keep six digits.
-        rows = linear.inputs(data, output, places).astype(np.float32, copy=False)
+        places = drawn(math.prod(linear.extents(data.shape)), self._rows, index)
+        for part in pieces(places, self._total.shape[0] * self._total.shape[1], _CHUNK_BYTES):
+            # Activations are float32 themselves, and the sums over a chunk keep six digits.
+            self._wait(linear.inputs(data, part))
+
+    def _wait(self, rows: NDArray[np.float32]) -> None:
         # One sum tells that all are finite, in a fraction of the time of looking at each; infinite, it tells nothing.
         with np.errstate(over="ignore", invalid="ignore"):
             total = rows.sum()

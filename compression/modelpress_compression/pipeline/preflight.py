@@ -1,8 +1,9 @@
 """What a job will take, told before the long work: from one run of the model, its size and the plan.
 
     time      runs of the model that the plan makes * (the time of one run + what each run costs besides)
-    memory    what the process holds + copies of the weights + what a run works in + what gradients hold, which is
-              found from the shapes of all values; weights of large models stay on the disk, so that sessions alone hold
+    memory    what the process holds + copies of the weights + what a run works in + the activations that are looked
+              at, and what gradients hold, which are found from the shapes of all values and are bounded however large
+              a sample is (graph/watch/portions); weights of large models stay on the disk, so that sessions alone hold
               copies of them (runtime.fit_together)
     disk      copies of the model in the work folder
 
@@ -13,25 +14,31 @@ said.
 
 from __future__ import annotations
 
-import math
 import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import onnx_ir
-
 from modelpress_compression.errors import DiskSpaceError, MemoryLimitError
-from modelpress_compression.graph.shapes import sample_shapes, shape_of, static_shapes
+from modelpress_compression.graph.shapes import sample_shapes
+from modelpress_compression.graph.watch.portions import (
+    GRADIENT_COPIES,
+    MAX_GRADIENT_BYTES,
+    WATCHED_BYTES,
+    made_bytes,
+)
 from modelpress_compression.inputs import InputData
 from modelpress_compression.mapped import is_large
 from modelpress_compression.model import Model, file_size_bytes
-from modelpress_compression.parallel import worker_count
+from modelpress_compression.parallel import workers_within
 from modelpress_compression.passes.quantize.reconstruction.rounders import METHODS
+from modelpress_compression.passes.quantize.scaling.streams import find_streams
+from modelpress_compression.passes.quantize.static import full_bias_correction
+from modelpress_compression.passes.repair import paired
 from modelpress_compression.recipe import Recipe, Step
 from modelpress_compression.report.formats import size
 from modelpress_compression.runtime import SPARE_BYTES, fit_together, open_session, run
@@ -40,7 +47,6 @@ from modelpress_compression.search.levers import EPOCHS, TRAINING_SHARE, USUAL_S
 
 # Samples beyond these are not looked at by the passes and the judge.
 MOST_SAMPLES = 128
-_FLOAT_BYTES = 4
 OVERHEAD_S = 0.00025  # of one run, beside the model's own time
 RUNS_TIMED = 3
 SESSIONS_BYTES = 40 * 1024**2  # of onnxruntime and this process, whatever the model
@@ -52,8 +58,10 @@ NEW_WEIGHTS = 0.3
 UNCERTAINTY = 2.0
 # Of what one run works in: so much is held besides, for the runs side by side.
 RUNS_HELD = 4.0
-# Of the bytes of all values of a sample: activations, what is added to them, and their gradients.
-GRADIENT_COPIES = 2.5
+# Of activations that are looked at: onnxruntime's, and those that it hands out.
+WATCHED_COPIES = 2.0
+# Of a model whose streams are rotated where they gain: static quantization is prepared without and with it.
+ROTATED_FORMS, ROTATED_COPIES = 2, 2.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,8 @@ class Cost:
     """Of a step or a goal: `runs` of the model and `runs_per_sample`; copies of the weights in `memory` and on `disk`.
 
     `streams`: of a large model no more copies are held than sessions need. `gradients`: whether it needs gradients of
-    the outputs, for which the activations of whole samples are held.
+    the outputs, for which the activations of whole samples are held. `watches`: whether it looks at activations.
+    `kept_bytes`: of all samples, what it keeps of activations to go on from, at the most.
 
     Runs are those of the float model that take as long: an unoptimized or instrumented model counts for several.
     """
@@ -72,20 +81,28 @@ class Cost:
     disk: float
     gradients: bool = False
     streams: bool = True
+    watches: bool = False
+    kept_bytes: int = 0
 
 
-GOAL = Cost(100, 60, 10.0, 3.0, gradients=True)
+# Twice while a piece runs, of two models.
+_KEPT_COPIES = 4
+_CORRECTION_BYTES = _KEPT_COPIES * full_bias_correction.MAX_KEPT_BYTES
+_REPAIR_BYTES = _KEPT_COPIES * paired.MAX_KEPT_BYTES
+GOAL = Cost(100, 60, 10.0, 3.0, gradients=True, watches=True, kept_bytes=_CORRECTION_BYTES)
 MEASURING = Cost(300, 4, 4.0, 0.0)
 # Of a goal that searches as far as it can: some ten models are cut and judged, and two of them quantized.
-LEVERS = Cost(800, 500, 10.0, 8.0, gradients=True)
+LEVERS = Cost(800, 500, 10.0, 8.0, gradients=True, watches=True, kept_bytes=_REPAIR_BYTES)
 TRAININGS = 5  # of cut models, in such a search
 TRIED_CUTS = 4  # by `prune` with `min_cosine`; more where layers bear little
 _LIGHT = Cost(20, 1, 4.0, 1.0)
 _STEPS = {
-    "quantize auto": Cost(100, 45, 10.0, 4.0, gradients=True),
-    "quantize static": Cost(100, 25, 10.0, 2.0, gradients=True, streams=False),
-    "prune channel": Cost(100, 30, 6.0, 2.0, streams=False),
-    "factorize": Cost(100, 30, 8.0, 2.0, streams=False),
+    "quantize auto": Cost(100, 45, 10.0, 4.0, gradients=True, watches=True, kept_bytes=_CORRECTION_BYTES),
+    "quantize static": Cost(
+        100, 25, 10.0, 2.0, gradients=True, streams=False, watches=True, kept_bytes=_CORRECTION_BYTES
+    ),
+    "prune channel": Cost(100, 30, 6.0, 2.0, streams=False, watches=True, kept_bytes=_REPAIR_BYTES),
+    "factorize": Cost(100, 30, 8.0, 2.0, streams=False, watches=True, kept_bytes=_REPAIR_BYTES),
 }
 # Of training, for each sample of each epoch: the teacher's answer, the student's, and its gradients.
 TRAINING_RUNS = 12.0
@@ -120,7 +137,7 @@ def needs(recipe: Recipe, model: Model, path: Path, data: InputData, *, judged: 
     samples = min(MOST_SAMPLES, len(data))
     pulled = data.vouches if judged else can_hold_out(data)
     levers = pulled and recipe.searches_far and not recipe.steps
-    costs = [*_costs(recipe), *([LEVERS] if levers else ())]
+    costs = [*_costs(recipe, model, data), *([LEVERS] if levers else ())]
     runs = sum(cost.runs + cost.runs_per_sample * samples for cost in costs)
     runs += sum(TRAINING_RUNS * epochs * len(data) for epochs in map(_epochs, recipe.steps))
     learned = [step.config for step in recipe.steps if _learns(step)]
@@ -129,11 +146,11 @@ def needs(recipe: Recipe, model: Model, path: Path, data: InputData, *, judged: 
     torch = "torch" not in sys.modules
     fixed_bytes = SESSIONS_BYTES + torch * TORCH_BYTES
     copies_bytes = max(_copies(cost, model_bytes) for cost in costs) * model_bytes + RUNS_HELD * working_bytes
-    if any(cost.gradients for cost in costs):
-        copies_bytes += GRADIENT_COPIES * worker_count() * activations_bytes(model, data)
-    if learned and data.provided:
-        kept = _LEARNING_COPIES * min(_LEARNING_SAMPLES, len(data)) * activations_bytes(model, data)
-        copies_bytes += min(LEARNING_BYTES, kept)
+    learns = bool(learned) and data.provided
+    made = made_bytes(model, data) if learns or any(cost.watches for cost in costs) else []
+    copies_bytes += max(held_activations(cost, made, len(data)) for cost in costs)
+    if learns:
+        copies_bytes += min(LEARNING_BYTES, _LEARNING_COPIES * min(_LEARNING_SAMPLES, len(data)) * sum(made))
     memory_bytes = held_bytes() + fixed_bytes + copies_bytes
     # What weights in fewer bits of a large model stand for is in a file while a session opens (see `prefold`).
     disk_bytes = model_bytes * (1 + is_large(model_bytes) + sum(cost.disk for cost in costs))
@@ -165,16 +182,42 @@ def check_room(needs: Needs, work_directory: Path, memory_limit_bytes: int | Non
     return found
 
 
-def _costs(recipe: Recipe) -> Iterator[Cost]:
+def held_activations(cost: Cost, made: Sequence[int], samples: int) -> float:
+    """Bytes of activations, and of their gradients, that are held at the most. `made`: of each value of a sample."""
+    if not cost.watches:
+        return 0.0
+    total, largest = sum(made), max(made, default=0)
+    watched = WATCHED_COPIES * min(total, max(WATCHED_BYTES, largest))
+    kept = min(cost.kept_bytes, _KEPT_COPIES * min(MOST_SAMPLES, samples) * largest)
+    one = GRADIENT_COPIES * total if cost.gradients else 0.0
+    gradients = one * workers_within(MAX_GRADIENT_BYTES, one) if one <= MAX_GRADIENT_BYTES else 0.0
+    return max(watched + kept, gradients)
+
+
+def _costs(recipe: Recipe, model: Model, data: InputData) -> Iterator[Cost]:
     yield MEASURING
     if recipe.goal is not None and not recipe.steps:
         yield GOAL
     for step in recipe.steps:
         cost, count = _STEPS.get(_kind(step), _LIGHT), _rounds(step)
         tried = count * (TRIED_CUTS if step.technique == "prune" and step.config.min_cosine else 1)
+        rotated = _may_rotate(step, model, data)
+        tried *= ROTATED_FORMS if rotated else 1
         yield replace(
-            cost, runs=tried * cost.runs, runs_per_sample=tried * cost.runs_per_sample, disk=count * cost.disk
+            cost,
+            runs=tried * cost.runs,
+            runs_per_sample=tried * cost.runs_per_sample,
+            memory=cost.memory + rotated * ROTATED_COPIES,
+            disk=count * cost.disk,
         )
+
+
+def _may_rotate(step: Step, model: Model, data: InputData) -> bool:
+    """Whether both forms of the model may be prepared in full: where its streams can be rotated, and may gain by it."""
+    if _kind(step) != "quantize static" or step.config.rotate != "auto" or not data.can_be_fitted:
+        return False
+    streams, _ = find_streams(model.clone(), sample_shapes(data))
+    return bool(streams)
 
 
 def _rounds(step: Step) -> int:
@@ -218,21 +261,6 @@ def _one_run(path: Path, data: InputData) -> tuple[float, int]:
         if sum(times_s) > 5.0:
             break
     return min(times_s) / (data.fixed_batch or 1), max(0, held_bytes() - before)
-
-
-def activations_bytes(model: Model, data: InputData) -> int:
-    """Bytes of all values that the nodes make of one sample (or a fixed batch), as far as their shapes are known."""
-    made = (value for node in static_shapes(model, sample_shapes(data)).graph.all_nodes() for value in node.outputs)
-    return sum(_value_bytes(value) for value in made)
-
-
-def _value_bytes(value: onnx_ir.Value) -> int:
-    shape = shape_of(value)
-    if shape is None:
-        return 0
-    if value.dtype is None or value.dtype.is_string():  # words have no size that the graph knows
-        return math.prod(shape) * _FLOAT_BYTES
-    return math.ceil(math.prod(shape) * value.dtype.itemsize)  # types of less than a byte have a part of one
 
 
 def held_bytes() -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from modelpress_compression import InputData, Model
-from modelpress_compression.measure.input_scale import scale_warnings
+from modelpress_compression.measure.input_scale import Moments, scale_warnings
 from onnx import helper
 
 RNG = np.random.default_rng(0)
@@ -82,3 +82,15 @@ def test_networks_that_tell_nothing(channel_model: Network, nodes: list[Any], we
     """Without a bias or statistics there is nothing to hold the inputs against."""
     model = channel_model(nodes, weights, ["n", 3, 8, 8], ["n", None, None, None])
     assert scale_warnings(model, data(model, 1000.0)) == []
+
+
+def test_moments_are_those_of_all_samples() -> None:
+    """Sample by sample and in one piece the same mean and variance of each channel (rtol 1e-9), however far from zero
+    the values lie."""
+    values = (1e4 + np.random.default_rng(3).standard_normal((7, 3, 5, 4)) * [[[[1]], [[10]], [[0.1]]]]).astype("f4")
+    moments = Moments(1)
+    for sample in values:
+        moments.add(sample[None])
+    channels = values.astype(np.float64).transpose(1, 0, 2, 3).reshape(3, -1)
+    np.testing.assert_allclose(moments.means, channels.mean(axis=1), rtol=1e-9)
+    np.testing.assert_allclose(moments.variances, channels.var(axis=1), rtol=1e-9)

@@ -63,6 +63,8 @@ def test_one_model_of_150_operators_by_one_treatment_comes_back_the_same() -> No
         ("test_expand_shape_model2 (between convolutions)", CUT, "equal"),
         # onnxruntime infers a false shape for what it gives, which an If with it inside runs into.
         ("test_stft_with_window (between products)", "static", "close"),
+        # The masked model makes NaN of the infinities that the model gives.
+        ("test_pow (between convolutions)", CUT, "equal"),
         # The masked model counts the elements of the batch too.
         ("test_rms_normalization_4d_axis_negative_4 (between convolutions)", CUT, "equal"),
     ],

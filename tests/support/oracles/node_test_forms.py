@@ -16,6 +16,9 @@ from oracles import conformance
 # Units between the two layers of a pair, above every threshold of the passes; and the widest axis that gets a pair.
 _HIDDEN = 512
 _MAX_WIDTH = 128
+# What the units hold of one sample at the most, where fewer do: one test has a picture of 1000 x 1000.
+_MAX_HIDDEN_BYTES = 256 * 1024**2  # 256 MiB
+_LEAST_HIDDEN = 64
 # Before 4, initializers had to be listed as inputs.
 _MIN_IR_VERSION = 4
 
@@ -86,7 +89,8 @@ def between(subject: Subject, *, convolutions: bool) -> Subject | None:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two layers that together are the identity, over `_HIDDEN` units; `name` begins those of their weights."""
+    """Two layers that together are the identity, over `_HIDDEN` units, or fewer where samples are huge; `name` begins
+    those of their weights."""
 
     proto: onnx.ModelProto
     name: str
@@ -96,7 +100,8 @@ class _Pair:
         """`like` is what flows through."""
         width = like.shape[1 if self.convolutions else -1]
         rng = np.random.default_rng(width)
-        out = (rng.standard_normal((width, _HIDDEN)) / np.sqrt(_HIDDEN)).astype(np.float32)
+        units = _units(like.size // width)
+        out = (rng.standard_normal((width, units)) / np.sqrt(units)).astype(np.float32)
         back = np.linalg.pinv(out.astype(np.float64)).astype(np.float32)
         hidden = f"{self.name}_hidden"
         return [self._node(0, given, hidden, out, like.ndim), self._node(1, hidden, made, back, like.ndim)]
@@ -108,6 +113,11 @@ class _Pair:
             op_type, weight = "Conv", weight.T.reshape(*weight.T.shape, *[1] * (rank - 2))
         self.proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight), name))
         return helper.make_node(op_type, [given, name], [made], f"{self.name}_{step}")
+
+
+def _units(positions: int) -> int:
+    """How many there are at each of so many positions."""
+    return max(_LEAST_HIDDEN, min(_HIDDEN, _MAX_HIDDEN_BYTES // (4 * positions)))
 
 
 def _copy(proto: onnx.ModelProto) -> onnx.ModelProto:

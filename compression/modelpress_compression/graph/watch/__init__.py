@@ -3,11 +3,12 @@
     extract      a part of a model as a model of its own: what all others run
     taps         from a feed to what some values hold then
     stream       the same over data, sample by sample
+    portions     how much of a model is looked at together
     wavefront    a model in pieces, so that layers may change between them
     shapes       the shape of every value, branches of If included
 
 Memory holds the model and what one sample makes of it, or a few samples where that is little, however many there are;
-Wavefront keeps more, by budget.
+Wavefront keeps more, by budget. Whoever looks at many values of large samples takes them in portions.
 """
 
 from __future__ import annotations
@@ -65,9 +66,10 @@ def stream(
 
     `padding=False` takes away positions that an attention mask leaves out, and with them the axis of samples.
 
-    Nothing of a sample is kept here once it is handed out. Where its activations are small, the next samples run while
-    the caller works on it (parallel.map_ahead). Raises ModelNotRunnableError, UnsupportedOperatorError, and what
-    `check_time` raises.
+    Nothing of a sample is kept here once it is handed out, and what was handed out is emptied before the next sample
+    runs: who wants more of it keeps the arrays. Where activations are small, the next samples run while the caller
+    works on one (parallel.map_ahead). Raises ModelNotRunnableError, UnsupportedOperatorError, and what `check_time`
+    raises.
     """
     count = 0
     with taps(model, names) as look:
@@ -80,6 +82,7 @@ def stream(
             for values in seen:
                 check_time()
                 yield values
+                values.clear()
                 count += samples.fixed_batch or 1
                 if done is not None:
                     done(min(1.0, count / len(samples)))

@@ -1,16 +1,21 @@
 """Shapes seen in a run of the model: what shape inference cannot tell, because shapes are computed from data.
 
-All values of the main graph become outputs. A branch of `If` cannot be looked into from outside, so the branch that
-the run takes is first written in the place of its `If`, level by level. Bodies of Loop and Scan stay closed.
+The shapes of all values of the main graph become outputs, and of those alone that have no known type the values
+themselves: together the activations may take many times the memory of a run. A branch of `If` cannot be looked into
+from outside, so the branch that the run takes is first written in the place of its `If`, level by level. Bodies of Loop
+and Scan stay closed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import onnx_ir
 
 from modelpress_compression.errors import CompressionError
+from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.subgraphs import subgraphs
 from modelpress_compression.graph.watch import observable, taps
 from modelpress_compression.inputs import Array, Feeds
@@ -42,22 +47,40 @@ def observe_shapes(model: Model, feeds: Feeds) -> bool:
                 mine.meta[TAKEN_BRANCH] = name
                 outputs[:] = _write_out(copy.graph, node, name, f"{depth}_{places[id(node)]}")
         values = {id(value): value for _, outputs, _ in pairs for value in outputs if _in_main_graph(value, copy)}
-        found = dict(zip(values, _values_of(list(values.values()), copy, feeds), strict=True))
+        found = dict(zip(values, _shapes_of(list(values.values()), copy, feeds), strict=True))
     except (CompressionError, ValueError, TypeError, KeyError):
         return False
     for mine, outputs, _ in pairs:
         for value, output in zip(mine.outputs, outputs, strict=True):
             if id(output) in found:
-                array = found[id(output)]
-                value.shape = onnx_ir.Shape(array.shape)
-                if value.type is None and array.dtype.kind not in "OU":
-                    value.type = onnx_ir.TensorType(onnx_ir.DataType.from_numpy(array.dtype))
+                shape, dtype = found[id(output)]
+                value.shape = onnx_ir.Shape(shape)
+                if value.type is None and dtype is not None and dtype.kind not in "OU":
+                    value.type = onnx_ir.TensorType(onnx_ir.DataType.from_numpy(dtype))
     return True
 
 
 def _in_main_graph(value: onnx_ir.Value, model: Model) -> bool:
     is_tensor = value.type is None or isinstance(value.type, onnx_ir.TensorType)
     return is_tensor and value.producer() is not None and observable(value, model)
+
+
+def _shapes_of(
+    values: Sequence[onnx_ir.Value], model: Model, feeds: Feeds
+) -> list[tuple[tuple[int, ...], np.dtype[Any] | None]]:
+    """Of each value its shape, and what it holds where it has no type, when the model runs on `feeds`."""
+    editor = Editor(model)
+    shapes = {}
+    for value in values:
+        if value.type is not None:
+            node = editor.make("Shape", [value], value.name or "tensor")
+            model.graph.append(node)
+            shapes[id(value)] = node.outputs[0]
+    found = _values_of([shapes.get(id(value), value) for value in values], model, feeds)
+    return [
+        (tuple(array.tolist()), None) if id(value) in shapes else (array.shape, array.dtype)
+        for value, array in zip(values, found, strict=True)
+    ]
 
 
 def _values_of(values: Sequence[onnx_ir.Value | None], model: Model, feeds: Feeds) -> list[Array]:

@@ -64,20 +64,26 @@ class Wavefront:
         self._kept: list[Values] = []  # of each sample; empty before the first piece
 
     def advance(self, names: Sequence[str]) -> Iterator[Values]:
-        """What these values hold, sample by sample; to be exhausted. Raises ModelNotRunnableError, TimeLimitError."""
+        """What these values hold, sample by sample; to be exhausted. What was handed out is emptied before the next
+        sample runs. Raises ModelNotRunnableError, TimeLimitError."""
         asked = sorted(set(names))
         self._wanted -= Counter(names)
         piece = self._piece(asked)
         alive = self._still_needed(piece.nodes)
         # Sequences and optionals have no size to count: they are computed again.
         kept: list[Values] | None = [] if all(_is_tensor(value) for value in alive) else None
-        used_bytes = 0
+        used_bytes, count = 0, len(self._samples) // (self._samples.fixed_batch or 1)
         for values in self._run(piece):
-            yield {name: values[name] for name in asked}
+            handed_out = {name: values[name] for name in asked}
+            yield handed_out
+            handed_out.clear()
             if kept is not None:
                 kept.append({value.name or "": values[value.name or ""] for value in alive})
                 used_bytes += values_bytes(kept[-1])
-                kept = kept if used_bytes <= self._budget_bytes else None
+                # Samples are much alike: the first one tells that all together will be too many.
+                if max(used_bytes, count * values_bytes(kept[0])) > self._budget_bytes:
+                    kept = None
+            values.clear()
         if kept is not None:
             self._kept, self._alive = kept, alive
             # A constant costs nothing, and is in every piece that reads it.

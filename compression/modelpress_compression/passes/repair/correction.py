@@ -8,6 +8,7 @@ penalty for all answers would be that of the few with the largest variance.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,26 +34,32 @@ class HeldOut:
     """Rows of samples that are not fitted to, as they come: X [g, R, K] and what the answers lack, Z [g, R, O]."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[Rows, Rows]] = []
+        self._parts: dict[Hashable, list[tuple[Rows, Rows]]] = {}  # of each sample
 
     def __len__(self) -> int:
         """How many samples."""
-        return len(self._rows)
+        return len(self._parts)
 
-    def add(self, inputs: Rows, answers: Rows) -> None:
-        """Those of one sample; rows that are not finite are left out."""
+    def add(self, inputs: Rows, answers: Rows, sample: Hashable) -> None:
+        """Some of a sample's; rows that are not finite are left out."""
         inputs, answers = finite_rows(inputs, answers)
         if inputs.shape[1]:
-            self._rows.append((inputs, answers))
+            self._parts.setdefault(sample, []).append((inputs, answers))
 
     def errors(self, weight: Rows, bias: Matrix) -> Matrix:
         """Sums of squares of X E + b - Z [samples, g, O]."""
-        lacks = (inputs @ weight + bias.astype(np.float32) - answers for inputs, answers in self._rows)
-        return np.stack([np.square(lack).sum(axis=1, dtype=np.float64) for lack in lacks])
+        shift = bias.astype(np.float32)
+        return self._squares(lambda inputs, answers: inputs @ weight + shift - answers)
 
     def spreads(self) -> Matrix:
         """Sums of squares as they are [samples, g, O]: the errors of no correction."""
-        return np.stack([np.square(answers).sum(axis=1, dtype=np.float64) for _, answers in self._rows])
+        return self._squares(lambda _, answers: answers)
+
+    def _squares(self, lack: Callable[[Rows, Rows], Rows]) -> Matrix:
+        sums = (
+            [np.square(lack(*part)).sum(axis=1, dtype=np.float64) for part in parts] for parts in self._parts.values()
+        )
+        return np.stack([np.sum(found, axis=0) for found in sums])
 
 
 def choose_correction(sums: Sums, held_out: HeldOut, *, intercept: bool) -> Correction:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor
-from modelpress_compression.graph.linear import Places, Rows
+from modelpress_compression.graph.linear import Mask, Places, Rows, drawn, pieces
 from modelpress_compression.graph.padding import counted_among
 from modelpress_compression.inputs import Array
 from modelpress_compression.passes.repair.correction import HeldOut, choose_correction
@@ -25,7 +25,7 @@ _CHUNK_ROWS = (256, 2048)
 # Below this share of the variance a layer is as good as unchanged.
 _NEGLIGIBLE = 1e-9
 
-Masks = Mapping[tuple[str, int], NDArray[np.bool_]]  # which indices of (tensor, axis) stay
+Masks = Mapping[tuple[str, int], Mask]  # which indices of (tensor, axis) stay
 
 
 @dataclass(frozen=True)
@@ -68,58 +68,63 @@ class Fitter:
             self._take(layer, sample)
 
     def _take(self, layer: Layer, sample: Sample) -> None:
+        groups, inputs, answers = self._start.shape
+        for places in pieces(self._places(layer, sample), groups * (inputs + answers)):
+            self._take_rows(layer, sample, places)
+
+    def _take_rows(self, layer: Layer, sample: Sample, places: Places) -> None:
+        """Those at some of its places."""
         linear = layer.linear
-        data, plain = sample.cut[layer.data], _kept(sample.full[layer.output], self._made, linear.channel_axis)
-        answers = self._with_drift(layer, sample, plain)
-        places = self._places(sample, plain)
-        inputs, lacks = self._pair(data, answers, places)
+        data, output = sample.cut[layer.data], sample.full[layer.output]
+        stay = _staying(self._made, output, linear.channel_axis)
+        plain = linear.answers(output, places, stay)
+        answers = self._with_drift(layer, sample, plain, places, stay)
+        inputs, lacks = self._pair(linear.inputs(data, places), answers)
         if sample.held_out:
-            self._held_out.add(inputs, lacks)
-            rows = linear.answers(answers, places)
-            self._count += rows.shape[1]
-            self._total += rows.sum(axis=1, dtype=np.float64)
-            self._squares += float(np.square(rows).sum(dtype=np.float64))
+            self._held_out.add(inputs, lacks, (layer.name, sample.index))
+            self._count += answers.shape[1]
+            self._total += answers.sum(axis=1, dtype=np.float64)
+            self._squares += float(np.square(answers).sum(dtype=np.float64))
             return
         self._waiting.append((inputs, lacks))
-        intact = self._intact(layer, sample, data)
+        intact = self._intact(layer, sample, data, places)
         if intact is not None:
-            self._waiting.append(self._pair(intact, plain, places))
+            self._waiting.append(self._pair(intact, plain))
         # A product of a few rows costs as much memory traffic as one of a thousand.
         if sum(rows.shape[1] for rows, _ in self._waiting) >= np.clip(self._start.shape[1], *_CHUNK_ROWS):
             self._flush()
 
-    def _pair(self, data: Array, answers: Array, places: Places) -> tuple[Rows, Rows]:
+    def _pair(self, inputs: Rows, answers: Rows) -> tuple[Rows, Rows]:
         """Inputs, and what the layer's answers to them lack."""
-        linear = self.layer.linear
-        inputs = linear.inputs(data, answers, places)
         with np.errstate(invalid="ignore", over="ignore"):  # rows that are not finite are left out later
-            return inputs, linear.answers(answers, places) - inputs @ self._start - self._bias
+            return inputs, answers - inputs @ self._start - self._bias
 
-    def _with_drift(self, layer: Layer, sample: Sample, plain: Array) -> Array:
+    def _with_drift(self, layer: Layer, sample: Sample, plain: Rows, places: Places, stay: Mask | None) -> Rows:
         """The answers that make the sum right which they go into."""
         if not layer.sum or not layer.other:
             return plain
-        other = sample.cut[layer.other]
-        total = _kept(sample.full[layer.sum], self._made, layer.linear.channel_axis)
-        return np.subtract(total, other) if total.shape == other.shape == plain.shape else plain
+        linear = layer.linear
+        output, total, other = sample.full[layer.output], sample.full[layer.sum], sample.cut[layer.other]
+        if total.shape != output.shape or other.shape != _kept_shape(output, stay, linear.channel_axis):
+            return plain
+        with np.errstate(invalid="ignore", over="ignore"):
+            return linear.answers(total, places, stay) - linear.answers(other, places)
 
-    def _intact(self, layer: Layer, sample: Sample, data: Array) -> Array | None:
+    def _intact(self, layer: Layer, sample: Sample, data: Array, places: Places) -> Rows | None:
         """What the layer would read if nothing before it had changed its values."""
         if self._read is None or not layer.intact:
             return None
-        intact = _kept(sample.full[layer.intact], self._read, layer.linear.channel_axis)
-        return intact if intact.shape == data.shape else None
+        intact, axis = sample.full[layer.intact], layer.linear.channel_axis
+        stay = _staying(self._read, intact, axis)
+        return layer.linear.inputs(intact, places, stay) if _kept_shape(intact, stay, axis) == data.shape else None
 
-    def _places(self, sample: Sample, answers: Array) -> Places:
+    def _places(self, layer: Layer, sample: Sample) -> Places:
         """Of the answers' rows those to take: at most so many as are enough, and none of padding."""
-        linear = self.layer.linear
-        places: Places = np.arange(linear.positions(answers))
-        positions = np.delete(answers.shape, linear.channel_axis).tolist()
-        if (counted := counted_among(positions, sample.mask)) is not None:
-            places = places.reshape(positions)[counted].reshape(-1)
-        if self._rows < len(places):
-            places = np.random.default_rng(sample.index).choice(places, self._rows, replace=False, shuffle=False)
-        return places
+        positions = layer.linear.extents(sample.cut[layer.data].shape)
+        if (counted := counted_among(positions, sample.mask)) is None:
+            return drawn(math.prod(positions), self._rows, sample.index)
+        places = np.arange(math.prod(positions)).reshape(positions)[counted].reshape(-1)
+        return drawn(places, self._rows, sample.index)
 
     def _flush(self) -> None:
         if self._waiting:
@@ -146,7 +151,7 @@ def _rows(shape: tuple[int, ...]) -> int:
     return int(np.clip(ROWS_PER_INPUT * inputs, *(ROWS if groups == 1 else GROUPED_ROWS)))
 
 
-def _read_mask(layer: Layer, masks: Masks, groups: int) -> NDArray[np.bool_] | None:
+def _read_mask(layer: Layer, masks: Masks, groups: int) -> Mask | None:
     """Which channels of the uncut model's input the cut layer still reads; None where that is not known."""
     tensor = layer.weight.name or ""
     if groups == 1:
@@ -155,10 +160,17 @@ def _read_mask(layer: Layer, masks: Masks, groups: int) -> NDArray[np.bool_] | N
     return masks.get((tensor, 0), np.ones(0, np.bool_)) if one_by_one else None
 
 
-def _kept(values: Array, mask: NDArray[np.bool_] | None, axis: int) -> Array:
-    """The channels that stay; those beyond the mask all do."""
+def _staying(mask: Mask | None, values: Array, axis: int) -> Mask | None:
+    """Which channels of the values stay, None where all do; those beyond the mask do."""
     if mask is None or not mask.size:
-        return values
+        return None
     stay = np.ones(values.shape[axis], np.bool_)
     stay[: len(mask)] = mask
-    return np.compress(stay, values, axis=axis)
+    return stay
+
+
+def _kept_shape(values: Array, stay: Mask | None, axis: int) -> tuple[int, ...]:
+    """That of the channels that stay."""
+    shape = list(values.shape)
+    shape[axis] = shape[axis] if stay is None else int(stay.sum())
+    return tuple(shape)

@@ -31,6 +31,7 @@ from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.outputs import tensor_outputs
 from modelpress_compression.graph.read import label
 from modelpress_compression.graph.watch import taps
+from modelpress_compression.graph.watch.portions import WATCHED_BYTES
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, Skip
@@ -105,7 +106,7 @@ def _fit_all(layers: Sequence[Layer], masks: Masks, pair: Paired, editor: Editor
     done = 0
     context.progress(0.0, f"repairing {len(layers)} layers")
     for _, level in groupby(sorted(layers, key=lambda layer: layer.level), key=lambda layer: layer.level):
-        for batch in _batches(level):
+        for batch in _batches(level, pair):
             fits += _fit(batch, masks, pair, editor)
             done += len(batch)
             context.progress(done / len(layers), f"repaired {done} of {len(layers)} layers")
@@ -122,18 +123,25 @@ def _fit(layers: Sequence[Layer], masks: Masks, pair: Paired, editor: Editor) ->
     return [fit for fitter in fitters if (fit := fitter.fit(editor)) is not None]
 
 
-def _batches(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
-    """Layers that can be fitted at once within the memory."""
+def _batches(layers: Iterable[Layer], pair: Paired) -> Iterator[list[Layer]]:
+    """Layers that can be fitted at once within the memory, what one sample makes of their activations included."""
     batch: list[Layer] = []
-    used = 0
     for layer in layers:
-        size = Fitter.size_bytes(layer)
-        if batch and used + size > MAX_FITTING_BYTES:
+        both = [*batch, layer]
+        if batch and (sum(map(Fitter.size_bytes, both)) > MAX_FITTING_BYTES or _seen(both, pair) > WATCHED_BYTES):
             yield batch
-            batch, used = [], 0
-        batch.append(layer)
-        used += size
+            both = [layer]
+        batch = both
     yield batch
+
+
+def _seen(layers: Sequence[Layer], pair: Paired) -> int:
+    """Bytes of what their fits look at in both models, of one sample."""
+    full, cut = (
+        {name for layer in layers for name in layer.names_full},
+        {name for layer in layers for name in layer.names_cut},
+    )
+    return sum(pair.bytes_full[name] for name in full) + sum(pair.bytes_cut[name] for name in cut)
 
 
 def _distances(

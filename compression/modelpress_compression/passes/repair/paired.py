@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelpress_compression.graph.padding import counted_positions, without_padding
+from modelpress_compression.graph.watch.portions import sample_bytes
 from modelpress_compression.graph.watch.wavefront import Wavefront
 from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.model import Model
@@ -35,7 +36,10 @@ class Sample:
 
 
 class Paired:
-    """Both models side by side. `names_full`, `names_cut`: what will be asked for, as often as it will be."""
+    """Both models side by side. `names_full`, `names_cut`: what will be asked for, as often as it will be.
+
+    `bytes_full`, `bytes_cut`: of these values, what one sample makes of each.
+    """
 
     def __init__(
         self,
@@ -48,6 +52,9 @@ class Paired:
     ) -> None:
         self._samples = samples
         self.count = len(samples) // (samples.fixed_batch or 1)
+        self.bytes_full, self.bytes_cut = (
+            sample_bytes(model, set(names), samples) for model, names in ((full, names_full), (cut, names_cut))
+        )
         self._full, self._cut = (
             Wavefront(model, samples, names, MAX_KEPT_BYTES, context.check_time)
             for model, names in ((full, names_full), (cut, names_cut))

@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import onnx_ir
 import pytest
+from modelpress_compression import parallel
 from modelpress_compression.errors import TimeLimitError
+from modelpress_compression.graph import watch
 from modelpress_compression.graph.watch import observable, stream, taps
 from modelpress_compression.inputs import InputData
+from modelpress_compression.runtime import run
 
 MASKED = """
 <ir_version: 8, opset_import: ["": 17]>
@@ -58,6 +61,23 @@ def test_a_sample_is_let_go(chain: Any, images: Any, data_of: Any) -> None:
     assert len(earlier) == 6 * len(names)
 
 
+def test_no_earlier_sample_is_held_while_the_next_runs(
+    chain: Any, images: Any, data_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of large activations there are never those of two samples, though the caller's loop still names the first."""
+    handed_out: list[weakref.ref[Any]] = []
+
+    def running(session: Any, feed: Any) -> Any:
+        assert [reference() for reference in handed_out if reference() is not None] == []
+        return run(session, feed)
+
+    monkeypatch.setattr(parallel, "AHEAD_BYTES", 0)
+    monkeypatch.setattr(watch, "run", running)
+    for values in stream(chain(), ["c1", "y"], data_of(chain(), images(3)), lambda: None):
+        handed_out += [weakref.ref(array) for array in values.values()]
+    assert len(handed_out) == 6
+
+
 def test_time_is_checked_before_each_sample(chain: Any, images: Any, data_of: Any) -> None:
     """When time is up no further sample runs, and the error reaches the caller."""
     model, checks = chain(), 0
@@ -79,10 +99,10 @@ def test_padding_is_taken_away_where_asked(model_from_text: Any) -> None:
     model = model_from_text(MASKED)
     mask, x = np.array([[1, 1, 0]]), np.arange(6, dtype=np.float32).reshape(1, 3, 2)
     samples = InputData.from_arrays({"attention_mask": mask, "x": x}, model.inputs)
-    (whole,) = stream(model, ["a"], samples, lambda: None)
-    (counted,) = stream(model, ["a"], samples, lambda: None, padding=False)
-    np.testing.assert_array_equal(whole["a"], -x)
-    np.testing.assert_array_equal(counted["a"], -x[0, :2])
+    (whole,) = (values["a"] for values in stream(model, ["a"], samples, lambda: None))
+    (counted,) = (values["a"] for values in stream(model, ["a"], samples, lambda: None, padding=False))
+    np.testing.assert_array_equal(whole, -x)
+    np.testing.assert_array_equal(counted, -x[0, :2])
 
 
 def test_what_is_observable(chain: Any) -> None:

@@ -34,7 +34,7 @@ def test_each_answer_by_itself() -> None:
         x = rng.standard_normal((1, 4, 6)).astype(np.float32)
         z = (x @ weight + [0, 1] * rng.standard_normal((1, 4, 2))).astype(np.float32)
         if index % 2:
-            held_out.add(x, z)
+            held_out.add(x, z, index)
         else:
             sums.add(x, z)
     found = choose_correction(sums, held_out, intercept=True)
@@ -49,8 +49,8 @@ def test_never_worse_on_what_is_held_out(rows: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     sums, held_out = Sums.zeros(1, 8, 3), HeldOut()
     sums.add(*(rng.standard_normal((1, rows, size)).astype(np.float32) for size in (8, 3)))
-    for _ in range(3):
-        held_out.add(*(rng.standard_normal((1, 2, size)).astype(np.float32) for size in (8, 3)))
+    for sample in range(3):
+        held_out.add(*(rng.standard_normal((1, 2, size)).astype(np.float32) for size in (8, 3)), sample)
     found = choose_correction(sums, held_out, intercept=True)
     assert found.error_before == held_out.spreads().sum()
     assert found.error_after <= found.error_before
@@ -62,6 +62,6 @@ def test_no_bias_where_there_is_no_place_for_one() -> None:
     sums, held_out = Sums.zeros(1, 3, 2), HeldOut()
     x = rng.standard_normal((1, 50, 3)).astype(np.float32)
     sums.add(x, x[:, :, :2] + 5)
-    held_out.add(x, x[:, :, :2] + 5)
+    held_out.add(x, x[:, :, :2] + 5, 0)
     assert not choose_correction(sums, held_out, intercept=False).bias.any()
     np.testing.assert_allclose(choose_correction(sums, held_out, intercept=True).bias, 5, atol=0.1)

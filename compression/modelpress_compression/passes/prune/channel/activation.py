@@ -19,9 +19,11 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.channels import Group, Member
-from modelpress_compression.graph.padding import counted_among, counted_positions
+from modelpress_compression.graph.linear import parts_along
+from modelpress_compression.graph.padding import counted_positions, without_padding
 from modelpress_compression.graph.read import MICROSOFT, int_attribute, is_op
 from modelpress_compression.graph.watch import observable, stream
+from modelpress_compression.graph.watch.portions import portions
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
@@ -120,25 +122,23 @@ def _powers(sources: Iterable[_Source], model: Model, context: Context) -> dict[
     wanted, samples = list(sources), context.data.spread(MAX_SAMPLES)
     sums: dict[_Source, NDArray[np.float64]] = {}
     counts: dict[_Source, int] = {}
-    names = [source.value for source in wanted]
-    seen = stream(model, names, samples, context.check_time)
-    for feed, values in zip(samples.feeds(batch_size=1), seen, strict=True):
-        mask = counted_positions(feed)
-        for source in wanted:
-            rows = _rows(values[source.value], source.axis, mask)
-            squares = np.einsum("cr,cr->c", rows, rows)
-            sums[source] = sums[source] + squares if source in sums else squares
-            counts[source] = counts.get(source, 0) + rows.shape[1]
+    for part in portions(model, [(source.value,) for source in wanted], samples):
+        together = [wanted[place] for place in part]
+        seen = stream(model, [source.value for source in together], samples, context.check_time)
+        for feed, values in zip(samples.feeds(batch_size=1), seen, strict=True):
+            mask = counted_positions(feed)
+            for source in together:
+                squares, rows = _squares(values[source.value], source.axis, mask)
+                sums[source] = sums[source] + squares if source in sums else squares
+                counts[source] = counts.get(source, 0) + rows
     return {source: np.nan_to_num(total / max(1, counts[source])) for source, total in sums.items()}
 
 
-def _rows(array: Array, axis: int, mask: NDArray[np.bool_] | None) -> NDArray[np.float64]:
-    """The values of each channel [channels, positions], without those at padding."""
-    rows = along(array, axis)
-    counted = counted_among(np.delete(array.shape, axis).tolist(), mask)
-    return (rows if counted is None else rows[:, _spread(counted, rows.shape[1])]).astype(np.float64)
-
-
-def _spread(counted: NDArray[np.bool_], positions: int) -> NDArray[np.bool_]:
-    """The mask of an activation's first two extents, over all that lies within them."""
-    return np.repeat(counted.reshape(-1), positions // counted.size)
+def _squares(array: Array, axis: int, mask: NDArray[np.bool_] | None) -> tuple[NDArray[np.float64], int]:
+    """The sum of squares of each channel over the positions that are no padding, and how many these are."""
+    counted = without_padding(np.moveaxis(array, axis, -1), mask)
+    sums = np.zeros(counted.shape[-1])
+    for part in parts_along(counted, -1):
+        rows = along(part, -1).astype(np.float64)
+        sums += np.einsum("cr,cr->c", rows, rows)
+    return sums, counted.size // max(1, len(sums))

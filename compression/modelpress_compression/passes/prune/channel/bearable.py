@@ -21,6 +21,7 @@ from modelpress_compression.graph.outputs import classification_outputs, tensor_
 from modelpress_compression.graph.padding import counted_positions
 from modelpress_compression.graph.selections import asked_alike, selections_of, told_names
 from modelpress_compression.graph.watch import taps
+from modelpress_compression.graph.watch.portions import sample_bytes
 from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.measure.fidelity import OutputSums
 from modelpress_compression.model import Model
@@ -33,6 +34,8 @@ from modelpress_compression.passes.repair.paired import is_held_out
 
 # Samples on which outputs are compared.
 COMPARED = 64
+MIN_COMPARED = 8
+KEPT_BYTES = 256 * 1024**2  # 256 MiB: of the uncut model's outputs; with very large ones, of the fewest that tell
 _HALVINGS = 3
 # Of more groups harm is measured without fits, which take a run over all samples each.
 MOST_FITTED = 12
@@ -58,7 +61,11 @@ class Answers:
         self._context = context
         self._names = [value.name for value in tensor_outputs(model.graph) if value.name]
         self._classes = classification_outputs(model.graph)
-        self._feeds = list(_held_out(context))
+        feeds = list(_held_out(context))
+        # What is kept of all of them must stay small beside a run: of large answers fewer are compared.
+        kept_bytes = sum(sample_bytes(model, self._names, context.data).values())
+        few = max(MIN_COMPARED, KEPT_BYTES // max(1, kept_bytes))
+        self._feeds = feeds[:: -(-len(feeds) // few)]
         self._selections = selections_of(model, self._feeds)
         told = asked_alike(model, model, self._selections).first
         self._expected = list(self._of(told, self._feeds))

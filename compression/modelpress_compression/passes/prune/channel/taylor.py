@@ -35,6 +35,7 @@ from modelpress_compression.graph.outputs import (
     tensor_outputs,
 )
 from modelpress_compression.graph.padding import counted_among, counted_positions
+from modelpress_compression.graph.watch.portions import MAX_GRADIENT_BYTES, gradient_bytes
 from modelpress_compression.inputs import Feeds
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
@@ -42,7 +43,7 @@ from modelpress_compression.passes.prune.channel.criteria import Magnitude, Scor
 from modelpress_compression.passes.prune.channel.weights import Weights, per_unit
 
 MAX_SAMPLES = 256
-BATCH_SIZE = 8
+BATCH_SIZE = 8  # fewer where samples are so large that their gradients would not fit
 DRAWS = 4  # gradients for each batch
 _TINY = 1e-8
 
@@ -84,7 +85,8 @@ class Taylor:
         generator = Generator().manual_seed(self._seed)
         scores = {group.id: np.zeros(group.units) for group in groups}
         classes = classification_outputs(model.graph)
-        for feed in context.data.spread(MAX_SAMPLES).feeds(BATCH_SIZE):
+        fit = int(MAX_GRADIENT_BYTES // max(1, gradient_bytes(model, context.data)))
+        for feed in context.data.spread(MAX_SAMPLES).feeds(max(1, min(BATCH_SIZE, fit))):
             context.check_time()
             outputs = executor(feed)
             for draw in range(DRAWS):

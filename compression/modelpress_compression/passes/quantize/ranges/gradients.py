@@ -31,8 +31,9 @@ from modelpress_compression.graph.outputs import tensor_outputs
 from modelpress_compression.graph.padding import counted_among, counted_positions
 from modelpress_compression.graph.read import label
 from modelpress_compression.graph.watch import Listener
+from modelpress_compression.graph.watch.portions import MAX_GRADIENT_BYTES, gradient_bytes
 from modelpress_compression.inputs import Array, Feeds, InputData
-from modelpress_compression.parallel import map_in_order
+from modelpress_compression.parallel import map_in_order, workers_within
 from modelpress_compression.passes.quantize.plan import Activation, Plan
 from modelpress_compression.passes.quantize.ranges.output_error import Trial, counted_outputs, power, without_softmax
 from modelpress_compression.passes.quantize.rounding.affine import Range, activation_parameters
@@ -54,7 +55,7 @@ class GradientProbe:
 
     `outputs`: names of the float outputs. `activations`: by the activation's name, that of a value which those alone
     read who would read it in 8 bits. `weights`: by the name of the layer's output, that of its weight and what 8 bits
-    change of it.
+    change of it. `workers`: how many samples are looked at at a time.
     """
 
     def __init__(
@@ -65,8 +66,9 @@ class GradientProbe:
         activations: Mapping[str, str],
         weights: Mapping[str, tuple[str, Tensor]],
         samples: InputData,
+        workers: int,
     ) -> None:
-        self.setup, self._executor, self._samples = setup, executor, samples
+        self.setup, self._executor, self._samples, self._workers = setup, executor, samples, workers
         self._outputs, self._activations, self._weights = outputs, activations, weights
         self._projections = min(PROJECTIONS, -(-SAMPLES * PROJECTIONS // max(1, len(samples))))
 
@@ -76,7 +78,8 @@ class GradientProbe:
         count = len(self._samples) // (self._samples.fixed_batch or 1)
         numbered = enumerate(self._samples.feeds(batch_size=1))
         with one_thread():
-            for index, (changed, strength) in enumerate(map_in_order(lambda item: self._on(*item, trials), numbered)):
+            found = map_in_order(lambda item: self._on(*item, trials), numbered, self._workers)
+            for index, (changed, strength) in enumerate(found):
                 self.setup.context.check_time()
                 squares, signal = squares + changed, signal + strength
                 if done is not None:
@@ -144,8 +147,13 @@ class GradientProbe:
 def gradient_probe(setup: QuantizationSetup, samples: InputData | None = None) -> GradientProbe | None:
     """A probe for the activations and weights of the setup's plan; `samples`: `SAMPLES` of the data where None.
 
-    None: the model has operators, or outputs, without gradients here. Raises ModelNotRunnableError.
+    None: the model has operators, or outputs, without gradients here, or they would take too much memory. Raises
+    ModelNotRunnableError.
     """
+    held_bytes = gradient_bytes(setup.model, setup.context.data)
+    if held_bytes > MAX_GRADIENT_BYTES:  # trials hold no activations
+        setup.context.log("errors at the outputs are tried out: gradients would take too much memory")
+        return None
     # torch takes a second to import, and only who quantizes statically needs it.
     from modelpress_compression.executor import Executor, NotExecutableError
 
@@ -167,7 +175,9 @@ def gradient_probe(setup: QuantizationSetup, samples: InputData | None = None) -
         )
     except NotExecutableError:
         return None
-    return GradientProbe(setup, executor, outputs, activations, weights, samples or setup.context.data.spread(SAMPLES))
+    samples = samples or setup.context.data.spread(SAMPLES)
+    workers = workers_within(MAX_GRADIENT_BYTES, held_bytes)
+    return GradientProbe(setup, executor, outputs, activations, weights, samples, workers)
 
 
 def _own_weights(plan: Plan, store: WeightStore) -> dict[str, tuple[str, Tensor]]:

@@ -3,7 +3,8 @@
 The bins lie over [-R, R) with R a power of two that doubles when a value falls outside; doubling merges bins in pairs.
 Scaling by a power of two is exact in floating point, so the histogram equals the one that a single look at all the data
 would have given, whatever the order of the samples. Each sample's activations are counted and let go: memory holds the
-model, the activations of one sample, and the histograms (64 KiB an activation), however many samples there are.
+model, the activations of one sample or a portion of them, and the histograms (64 KiB an activation), however many
+samples there are.
 
 - minmax: the smallest and the largest value.
 - percentile: cuts the outermost `1 - PERCENTILE / 100` of the values on either side.
@@ -17,6 +18,7 @@ model, the activations of one sample, and the histograms (64 KiB an activation),
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -24,6 +26,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.graph.watch import Listener, stream
+from modelpress_compression.graph.watch.portions import portions
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.rounding.affine import Range
@@ -214,8 +217,17 @@ def observe(
     Raises ModelNotRunnableError if the model does not run on the data, TimeLimitError if time is up.
     """
     histograms = {value.name: Histogram() for value in values if value.name}
-    samples = context.data.spread(MAX_SAMPLES)
-    for tensors in stream(model, list(histograms), samples, context.check_time, done, padding=False):
-        for name, histogram in histograms.items():
-            histogram.observe(tensors[name])
+    names, samples = list(histograms), context.data.spread(MAX_SAMPLES)
+    parts = list(portions(model, [(name,) for name in names], samples))
+    for number, part in enumerate(parts):
+        seen = [names[place] for place in part]
+        share = None if done is None else partial(_tell, done, number, len(parts))
+        for tensors in stream(model, seen, samples, context.check_time, share, padding=False):
+            for name in seen:
+                histograms[name].observe(tensors[name])
     return histograms
+
+
+def _tell(done: Listener, part: int, parts: int, share: float) -> None:
+    """The share of all parts, of one part's."""
+    done((part + share) / parts)

@@ -21,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor
+from modelpress_compression.graph.linear import drawn, rows_at
 from modelpress_compression.graph.read import constant_array, required
 from modelpress_compression.graph.watch import stream
+from modelpress_compression.graph.watch.portions import portions
 from modelpress_compression.inputs import Array
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
@@ -54,14 +56,16 @@ class Channels:
     high: Matrix
     rows: list[Matrix]  # [R, K] of each sample
 
-    def stretch(self, rows: Matrix) -> None:
-        """The extremes cover these rows [R, K] as well."""
-        self.low = np.minimum(self.low, rows.min(axis=0))
-        self.high = np.maximum(self.high, rows.max(axis=0))
+    def stretch(self, array: Array, axis: int) -> None:
+        """The extremes cover this activation, whose channels lie along `axis`, as well."""
+        others = tuple(np.delete(np.arange(array.ndim), axis).tolist())
+        self.low = np.minimum(self.low, array.min(axis=others))
+        self.high = np.maximum(self.high, array.max(axis=others))
 
-    def keep(self, rows: Matrix, count: int, rng: np.random.Generator) -> None:
-        """Keeps `count` of these rows [R, K], drawn at random."""
-        self.rows.append(rows[rng.choice(len(rows), min(count, len(rows)), replace=False)])
+    def keep(self, array: Array, axis: int, count: int, seed: int) -> None:
+        """Keeps `count` of its rows, drawn at random."""
+        places = drawn(array.size // array.shape[axis], count, seed)
+        self.rows.append(rows_at(array, axis, places).astype(np.float32, copy=False))
 
 
 def smooth(model: Model, plan: Plan, editor: Editor, context: Context) -> int:
@@ -100,7 +104,6 @@ def best_scale(edge: Edge, channels: Channels) -> Scale | None:
 
 
 def _observe(model: Model, edges: Sequence[Edge], context: Context) -> dict[str, Channels]:
-    rng = np.random.default_rng(0)
     seen = {
         edge.name: Channels(np.full(edge.channels, np.inf, np.float32), np.full(edge.channels, -np.inf, np.float32), [])
         for edge in edges
@@ -108,19 +111,16 @@ def _observe(model: Model, edges: Sequence[Edge], context: Context) -> dict[str,
     samples = context.data.spread(MAX_SAMPLES)
     halves = len(samples) // (samples.fixed_batch or 1) >= MIN_SAMPLES
     each = -(-ROWS // max(1, len(samples) // (2 if halves else 1)))
-    for number, tensors in enumerate(stream(model, list(seen), samples, context.check_time, padding=False)):
-        for edge in edges:
-            rows = _rows(tensors[edge.name], edge.axis)
-            if not halves or number % 2 == 0:
-                seen[edge.name].stretch(rows)
-            if not halves or number % 2:
-                seen[edge.name].keep(rows, each, rng)
+    for part in portions(model, [(edge.name,) for edge in edges], samples):
+        together = [edges[place] for place in part]
+        names = [edge.name for edge in together]
+        for number, tensors in enumerate(stream(model, names, samples, context.check_time, padding=False)):
+            for edge in together:
+                if not halves or number % 2 == 0:
+                    seen[edge.name].stretch(tensors[edge.name], edge.axis)
+                if not halves or number % 2:
+                    seen[edge.name].keep(tensors[edge.name], edge.axis, each, number)
     return seen
-
-
-def _rows(array: Array, axis: int) -> Matrix:
-    moved = np.moveaxis(np.asarray(array, np.float32), axis, -1)
-    return moved.reshape(-1, moved.shape[-1])
 
 
 def _matrix(slot: Slot) -> Matrix:

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from modelpress_compression.encodings.products import added_bias
 from modelpress_compression.graph.edit import Editor, set_input
+from modelpress_compression.graph.linear import parts_along
 from modelpress_compression.graph.read import constant_array, graph_of, input_of, is_constant, label
 from modelpress_compression.graph.watch import stream
+from modelpress_compression.graph.watch.portions import portions
 from modelpress_compression.inputs import Array
 from modelpress_compression.passes.quantize.plan import Plan
 from modelpress_compression.passes.quantize.setup import QuantizationSetup
@@ -43,13 +45,16 @@ def mean_shifts(setup: QuantizationSetup, parameters: Parameters) -> Shifts:
         if can_shift(node)
     }
     sums = {name: (np.zeros(1), 0) for name in twins}
-    wanted = [*twins, *(value.name or "" for value, _ in twins.values())]
+    pairs = [(name, twin.name or "") for name, (twin, _) in twins.items()]
     samples = setup.context.data.spread(MAX_SAMPLES)
-    for tensors in stream(copy, wanted, samples, setup.context.check_time, padding=False) if twins else ():
-        for name, (twin, axis) in twins.items():
-            shift, positions = summed_difference(tensors[twin.name or ""], tensors[name], axis)
-            total, count = sums[name]
-            sums[name] = (total + shift, count + positions)
+    for part in portions(copy, pairs, samples):
+        together = [pairs[place] for place in part]
+        names = [name for pair in together for name in pair]
+        for tensors in stream(copy, names, samples, setup.context.check_time, padding=False):
+            for name, twin in together:
+                shift, positions = summed_difference(tensors[twin], tensors[name], twins[name][1])
+                total, count = sums[name]
+                sums[name] = (total + shift, count + positions)
     return {name: total / count for name, (total, count) in sums.items() if count and np.isfinite(total).all()}
 
 
@@ -82,10 +87,12 @@ def channel_axis(node: onnx_ir.Node) -> int:
 def summed_difference(changed: Array, plain: Array, axis: int) -> tuple[NDArray[np.float64], int]:
     """What `changed` has more than `plain`, summed over the positions of each channel: [channels]; and how many
     positions there are."""
-    difference = changed.astype(np.float32, copy=False) - plain.astype(np.float32, copy=False)
-    axis %= difference.ndim
-    sums = difference.sum(axis=tuple(other for other in range(difference.ndim) if other != axis), dtype=np.float64)
-    return np.asarray(sums), difference.size // max(difference.shape[axis], 1)
+    sums = np.zeros(changed.shape[axis])
+    for part, other in zip(parts_along(changed, axis), parts_along(plain, axis), strict=True):
+        difference = part.astype(np.float32, copy=False) - other.astype(np.float32, copy=False)
+        others = tuple(np.delete(np.arange(difference.ndim), axis).tolist())
+        sums += difference.sum(axis=others, dtype=np.float64)
+    return sums, changed.size // max(changed.shape[axis], 1)
 
 
 def can_shift(node: onnx_ir.Node) -> bool:
