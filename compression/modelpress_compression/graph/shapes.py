@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -39,6 +40,16 @@ _SAME_SHAPE = frozenset((
 _MATRIX_PRODUCTS = frozenset((
     "FusedMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "TransposeMatMul", "FusedMatMulActivation",
 ))  # fmt: skip
+# Operators of other types than their first input's: those of a zero point, of a scale, of a table.
+_TYPED_BY: Mapping[str, int] = MappingProxyType(
+    {
+        "QuantizeLinear": 2,
+        "DequantizeLinear": 1,
+        "EmbedLayerNormalization": 2,
+        "MatMulIntegerToFloat": 2,
+        "QAttention": 3,
+    }
+)
 
 
 def static_shapes(model: Model, input_shapes: Mapping[str, Shape] | None = None) -> onnx_ir.Model:
@@ -235,10 +246,19 @@ def _apply_rules(ir: onnx_ir.Model) -> bool:
         shape = _rule(node)
         if shape is not None:
             output.shape = onnx_ir.Shape(shape)
-            if output.type is None and node.inputs[0] is not None:
-                output.type = node.inputs[0].type
+            if output.type is None:
+                output.type = _type_of_output(node)
             found = True
     return found
+
+
+def _type_of_output(node: onnx_ir.Node) -> onnx_ir.TypeProtocol | None:
+    """Of an operator with a rule: the type of one of its inputs, of the first where nothing else is said."""
+    position = _TYPED_BY.get(node.op_type, 0)
+    value = node.inputs[position] if position < len(node.inputs) else None
+    if value is None and node.op_type == "QuantizeLinear":
+        return onnx_ir.TensorType(onnx_ir.DataType.UINT8)
+    return value.type if value is not None else None
 
 
 def _rule(node: onnx_ir.Node) -> Shape | None:

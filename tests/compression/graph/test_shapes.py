@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import onnx_ir as ir
+import pytest
 from modelpress_compression.graph.shapes import sample_shapes, shape_of, static_shapes
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
@@ -23,8 +25,8 @@ def test_the_branch_that_runs_is_looked_into(model_from_text: Callable[..., Mode
     )
     weights = {"yes": np.bool_([True]), "no": np.bool_([False]), "k": np.ones((2, 3), np.float32)}
     model = model_from_text(text, weights)
-    ir = static_shapes(model, {"x": (2, 6)})
-    found = {value.name: shape_of(value) for node in ir.graph.all_nodes() for value in node.outputs}
+    shaped = static_shapes(model, {"x": (2, 6)})
+    found = {value.name: shape_of(value) for node in shaped.graph.all_nodes() for value in node.outputs}
     assert found["w"] == (2, 6)
     assert found["y"] == (2, 6)
     assert len(list(model.nodes())) == 8
@@ -35,3 +37,37 @@ def test_shapes_of_one_sample(model_from_text: Callable[..., Model]) -> None:
     model = model_from_text(f"{HEAD} g (float[N,6] x) => (float[N,6] y) {{ y = Relu(x) }}")
     data = InputData.from_arrays({"x": np.zeros((5, 6), np.float32)}, model.inputs)
     assert sample_shapes(data) == {"x": (1, 6)}
+
+
+@pytest.mark.parametrize(
+    ("calls", "dtypes"),
+    [
+        (
+            "q = com.microsoft.QuantizeLinear (x, s, z) y = com.microsoft.DequantizeLinear (q, s, z)",
+            {"q": ir.DataType.UINT16, "y": ir.DataType.FLOAT},
+        ),
+        (
+            "y, m = com.microsoft.EmbedLayerNormalization <epsilon = 0.00001> (ids, , words, places, , g, b)",
+            {"y": ir.DataType.FLOAT},
+        ),
+    ],
+)
+def test_types_of_operators_that_onnx_does_not_know(
+    model_from_text: Callable[..., Model], calls: str, dtypes: dict[str, ir.DataType]
+) -> None:
+    """That of the zero point, of the scale, of the table of words: onnxruntime refuses a file that says otherwise."""
+    text = (
+        '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>'
+        f"g (float[N,6] x, int32[N,6] ids) => (y) {{ {calls} }}"
+    )
+    weights = {
+        "s": np.float32(0.1),
+        "z": np.uint16(1 << 15),
+        "words": np.ones((9, 4), np.float32),
+        "places": np.ones((6, 4), np.float32),
+        "g": np.ones(4, np.float32),
+        "b": np.ones(4, np.float32),
+    }
+    shaped = static_shapes(model_from_text(text, weights), {"x": (2, 6), "ids": (2, 6)})
+    found = {value.name: value.dtype for node in shaped.graph for value in node.outputs}
+    assert {name: found[name] for name in dtypes} == dtypes
