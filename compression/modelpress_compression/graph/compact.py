@@ -22,7 +22,8 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor, Spot
-from modelpress_compression.graph.read import constant_array, constant_tensor, is_op
+from modelpress_compression.graph.read import constant_array, constant_tensor, is_op, is_overwritten
+from modelpress_compression.graph.subgraphs import subgraphs
 from modelpress_compression.model import GIVEN_NAME, Model
 
 MIN_BYTES = 1024  # 1 KiB: a node and its names take up to 200 bytes
@@ -105,6 +106,8 @@ def _merge_small(graph: onnx_ir.Graph) -> None:
         tensor = constant_tensor(value)
         if tensor is None or tensor.nbytes > _MAX_EQUAL_BYTES or tensor.dtype.is_string() or value.is_graph_output():
             continue
+        if is_overwritten(value):
+            continue
         kept = first.setdefault((tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()), value)
         if kept is not value:
             value.replace_all_uses_with(kept)
@@ -115,11 +118,14 @@ def _forget_derived(graph: onnx_ir.Graph, *, inner: bool) -> None:
     """Names that the loader makes, and shapes of operators that ONNX itself knows; of others nobody else can tell.
 
     `inner`: the graph is that of a branch or a loop, whose outputs need no shapes, but types. Of a loop's inputs
-    onnxruntime wants both.
+    onnxruntime wants both; of SequenceMap's it wants types alone.
     """
     for node in graph:
         if node.name == node.meta.get(GIVEN_NAME):
             node.name = ""  # None has a copy make up one
+        for body in subgraphs(node).values() if is_op(node, "SequenceMap") else ():
+            for value in body.inputs:
+                value.shape = None
         for value in node.outputs if node.domain in _STANDARD_DOMAINS else ():
             if not value.is_graph_output():
                 value.shape = value.type = None

@@ -119,6 +119,15 @@ def extent(value: onnx_ir.Value | None, axis: int) -> int | None:
     return dim if isinstance(dim, int) else None
 
 
+def is_overwritten(value: onnx_ir.Value) -> bool:
+    """Whether onnxruntime writes into the constant when it runs: new statistics over the old, under training_mode. It
+    must stand for nothing else then."""
+    return any(
+        is_op(user, "BatchNormalization") and index >= 3 and int_attribute(user, "training_mode", 0) != 0
+        for user, index in value.uses()
+    )
+
+
 def int_attribute(node: onnx_ir.Node, name: str, default: int) -> int:
     """An INT attribute or its default."""
     attribute = node.attributes.get(name)

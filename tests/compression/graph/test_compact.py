@@ -11,7 +11,7 @@ import pytest
 from modelpress_compression.graph.compact import compacted, stored_bytes
 from modelpress_compression.loaders import load
 from modelpress_compression.model import GIVEN_NAME, Model
-from modelpress_compression.runtime import open_session, run
+from modelpress_compression.runtime import open_session, run, session_of
 from onnx import helper
 
 RNG = np.random.default_rng(3)
@@ -132,3 +132,18 @@ def test_names_that_the_loader_made_are_not_written(channel_model, tmp_path: Pat
         node.meta[GIVEN_NAME] = node.name
     compacted(model, weights=False).save(tmp_path / "small.onnx")
     assert [node.name for node in onnx.load(tmp_path / "small.onnx").graph.node] == ["", ""]
+
+
+def test_statistics_that_onnxruntime_writes_over_stand_alone(channel_model, outputs_of) -> None:  # type: ignore[no-untyped-def]
+    """Under training_mode it puts new variances into the constant that holds the old ones: as one constant with equal
+    scales, these would change from run to run. Bit for bit in three runs."""
+    ones = np.ones(64, np.float32)
+    inputs = ["x", "scale", "bias", "mean", "variance"]
+    nodes = [helper.make_node("BatchNormalization", inputs, ["y", "m", "v"], "norm", training_mode=1)]
+    weights = {"scale": ones, "bias": 0 * ones, "mean": 0 * ones, "variance": ones}
+    model = channel_model(nodes, weights, ["n", 64], ["n", 64])
+    x = 3 * RNG.standard_normal((5, 64)).astype(np.float32)
+    with session_of(compacted(model)) as session:
+        runs = [next(iter(run(session, {"x": x}).values())) for _ in range(3)]
+    for got in runs:
+        np.testing.assert_array_equal(got, outputs_of(model, x))

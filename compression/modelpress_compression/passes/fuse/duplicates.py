@@ -17,7 +17,7 @@ from collections.abc import Hashable
 
 import onnx_ir
 
-from modelpress_compression.graph.read import constant_tensor
+from modelpress_compression.graph.read import constant_tensor, is_overwritten
 from modelpress_compression.graph.subgraphs import subgraphs
 from modelpress_compression.noise import RANDOM
 from modelpress_compression.passes.fuse.rewriting import Scope
@@ -90,6 +90,8 @@ def merge_initializers(scope: Scope) -> int:
     for value in graph.initializers.values():
         tensor = constant_tensor(value)
         if tensor is None or tensor.nbytes < MIN_SHARED_BYTES or tensor.dtype.is_string() or value.is_graph_output():
+            continue
+        if is_overwritten(value):
             continue
         alike[tensor.dtype, tuple(tensor.shape.numpy())].append(value)
     count = 0

@@ -96,3 +96,13 @@ def test_weights_are_compared_by_bytes(build: Any, fuse: Any) -> None:
     ]
     result = fuse(build(nodes, {"a": zeros, "b": -zeros}, shape=("n", 32, 32)))
     assert "duplicate_initializer" not in result.changes
+
+
+def test_statistics_that_onnxruntime_writes_over_stay_apart(build: Any, fuse: Any) -> None:
+    """Under training_mode it puts new ones into the constants that hold the old ones."""
+    ones = np.ones(512, np.float32)
+    inputs = ["x", "scale", "bias", "mean", "variance"]
+    nodes = [helper.make_node("BatchNormalization", inputs, ["y", "m", "v"], training_mode=1)]
+    weights = {"scale": ones, "bias": 2 * ones, "mean": 0 * ones, "variance": ones}
+    result = fuse(build(nodes, weights, shape=(3, 512)))
+    assert "duplicate_initializer" not in result.changes
