@@ -5,6 +5,7 @@
 - an initializer that is an input too is a default that callers may override; weights that an exporter listed among the
   inputs are weights alone;
 - tensors of Constant nodes are initializers, in subgraphs too;
+- no node ends in outputs without a name, which a file may list and which are gone from any copy of it;
 - strided views are Reshapes where they are nothing else;
 - every node has a name, and no two values of a graph share one;
 - shapes and types are inferred as far as ONNX can.
@@ -119,6 +120,9 @@ def _lists_all(graph: onnx_ir.Graph, listed: Sequence[onnx_ir.Value]) -> bool:
 
 def _tidy(ir: onnx_ir.Model) -> None:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(ir)
+    for node in ir.graph.all_nodes():
+        named = [index for index, value in enumerate(node.outputs, 1) if value.name != ""]
+        node.resize_outputs(max(named, default=len(node.outputs)))
     for graph in (ir.graph, *ir.graph.subgraphs()):
         for value in graph.initializers.values():
             if value.const_value is not None and not value.is_graph_input():

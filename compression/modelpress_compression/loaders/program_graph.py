@@ -157,8 +157,18 @@ def _is_arithmetic(node: ast.AST, *, guard: bool) -> bool:
     if isinstance(node, ast.Call):
         return _is_known_call(node, guard=guard)
     if guard and isinstance(node, ast.Attribute):
-        return node.attr in _GUARD_ATTRIBUTES
+        return node.attr in _GUARD_ATTRIBUTES or _is_field(node)
     return guard and isinstance(node, ast.Subscript | ast.List)
+
+
+def _is_field(node: ast.Attribute) -> bool:
+    """Whether it is a field of a named tuple or dataclass among the inputs, such as `L['p'].a`."""
+    base: ast.expr = node
+    while isinstance(base, ast.Attribute | ast.Subscript):
+        if isinstance(base, ast.Attribute) and base.attr.startswith("_"):
+            return False
+        base = base.value
+    return isinstance(base, ast.Name) and base.id == "L"
 
 
 def _is_known_call(node: ast.Call, *, guard: bool) -> bool:

@@ -24,6 +24,8 @@ from modelpress_compression.loaders.formats.torch_archive import inner_members
 MAX_CODE_BYTES = 64 * 1024 * 1024  # 64 MiB, all code files together
 # Operators that reach files, other processes or the network.
 _FORBIDDEN = frozenset({"save", "from_file", "load_library", "rpc_async", "rpc_sync", "rpc_remote", "to_here"})
+# Of torch.jit.optimize_for_inference; written without its value.
+_UNSAVED_CONSTANT = "ConstantMKLDNNTensor"
 # TorchScript's own unpickler, in C++, imports nothing; it knows these and the classes of the archive.
 _GLOBALS = TENSOR_GLOBALS | frozenset(
     f"torch.jit._pickle {name}"
@@ -46,7 +48,8 @@ _NATIVE_ALLOWED = ("__torch__.torch.classes.quantized", "__torch__.torch.classes
 
 
 def check_script(archive: Archive) -> None:
-    """Raises RejectedModelError for code or pickles that do not belong into a model."""
+    """Raises RejectedModelError for code or pickles that do not belong into a model, UnsupportedFormatError for code
+    that torch cannot read."""
     code_bytes = 0
     for inner, member in inner_members(archive).items():
         if inner.endswith(".pkl"):
@@ -90,6 +93,8 @@ def check_code(code: bytes, what: str) -> None:
             name = _getattr_name(tokens[index + 1 :])
         if name in _FORBIDDEN:
             raise refused("SCRIPT_OPERATOR", operator=name, where=what[:80])
+        if name == _UNSAVED_CONSTANT:
+            raise refused("SCRIPT_INFERENCE")
 
 
 def _getattr_name(tokens: list[tokenize.TokenInfo]) -> str:

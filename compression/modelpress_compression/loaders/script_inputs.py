@@ -28,12 +28,25 @@ class Argument:
 
 
 def arguments(module: torch.jit.ScriptModule) -> list[Argument]:
-    """The arguments of `forward` but for `self`. Raises InvalidInputsError where there is no `forward`."""
+    """The arguments of `forward` but for `self`.
+
+    Raises InvalidInputsError where there is no `forward`, and where no input can stand for one of them.
+    """
     try:
         schema: Any = getattr(module.forward, "schema")  # noqa: B009  torch does not type it
     except (AttributeError, RuntimeError) as error:
-        raise InvalidInputsError("The TorchScript module has no method 'forward', so it cannot be run.") from error
-    return [Argument(item.name, _type_name(item), not item.has_default_value()) for item in schema.arguments[1:]]
+        raise InvalidInputsError(_no_forward(module)) from error
+    found = [Argument(item.name, _type_name(item), not item.has_default_value()) for item in schema.arguments[1:]]
+    for argument in found:
+        if argument.required:
+            _check_type(argument)
+    return found
+
+
+def _no_forward(module: torch.jit.ScriptModule) -> str:
+    others: list[str] = sorted(module._c._method_names())
+    has = f"; it has {', '.join(others[:5])}. Script a module whose forward calls it" if others else ""
+    return f"The TorchScript module has no method 'forward', so it cannot be run{has}."
 
 
 def _type_name(argument: Any) -> str:
@@ -112,6 +125,10 @@ def _check(spec: TensorSpec, argument: Argument) -> None:
             f"Input {spec}: the module's argument {argument.name!r} is a single {argument.type}; "
             f"give it as '{spec.name}:{'float32' if argument.type == 'float' else 'int64'}[]'."
         )
+    _check_type(argument)
+
+
+def _check_type(argument: Argument) -> None:
     if argument.type not in (*_SCALARS, *_TENSORS):
         raise InvalidInputsError(
             f"The module's argument {argument.name!r} is a {argument.type}; only tensors and numbers can be inputs "

@@ -22,7 +22,7 @@ from modelpress_compression.loaders.hints import suggest_inputs
 from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.loaders.script_check import check_script
 from modelpress_compression.loaders.script_graph import holds_bfloat16, holds_quantized, in_plain_operators
-from modelpress_compression.loaders.script_inputs import bind
+from modelpress_compression.loaders.script_inputs import arguments, bind
 from modelpress_compression.loaders.source import Source
 from modelpress_compression.loaders.torch_run import REFUSALS, runner, to_tensors
 from modelpress_compression.loaders.trials import Run, find_trials, first_line
@@ -57,6 +57,7 @@ def load_torchscript(source: Source, specs: Sequence[TensorSpec]) -> Model:
 
 def _load(path: Path, specs: Sequence[TensorSpec], provenance: Provenance) -> Model:
     module = read_script(path)
+    arguments(module)  # refuses what has no `forward`, before its graph is looked at
     if not specs:
         raise InvalidInputsError(suggest_inputs(module, path))
     wide, quantized, state = holds_bfloat16(module), holds_quantized(module), _assigned(module)

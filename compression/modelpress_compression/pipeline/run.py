@@ -318,7 +318,9 @@ def _decide(run: _Run, made: Pursuit, building: Building | None) -> _Outcome:
     if building is not None:
         measured = within_time(measured, run.recipe.limits, building.built.latency_ms)
     compared = path != run.path and building is None
-    reason = not_better(measured, run.given_size_bytes, file_size_bytes(path)) if compared else None
+    # The original is written out larger than it was given where it had sparse constants.
+    returned = max(run.given_size_bytes, file_size_bytes(run.path))
+    reason = not_better(measured, returned, file_size_bytes(path)) if compared else None
     if reason is None:
         return _Outcome(compacted(model, weights=path != run.path), path, measured, tuple(warnings))
     # Measured again, since the report's figures must be those of the model that it comes with.

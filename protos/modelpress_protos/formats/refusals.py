@@ -120,6 +120,11 @@ _REFUSALS = (
         'Export it where it was made: model.export("model.onnx", format="onnx").', error=UnsupportedFormatError,
     ),
     Refusal(
+        "CUT_PROGRAM", "The file is a torch.export archive with weights, but no program.",
+        "torch.export.save leaves such a file where it fails.",
+        "Save it again; what torch then raises says what it could not save.", error=UnsupportedFormatError,
+    ),
+    Refusal(
         "SAVED_MODEL", "The file is the graph of a TensorFlow SavedModel.", _NO_READER,
         "Convert its folder with python -m tf2onnx.convert --saved-model FOLDER --output model.onnx.",
         error=UnsupportedFormatError,
@@ -177,6 +182,11 @@ _REFUSALS = (
     Refusal(
         "SCRIPT_VERSION", "torch {version} cannot read the TorchScript archive ({reason}).", "",
         "Save it again with torch.jit.save.", error=UnsupportedFormatError,
+    ),
+    Refusal(
+        "SCRIPT_INFERENCE", "The TorchScript module went through torch.jit.optimize_for_inference, whose constants "
+        "torch.jit.save does not save.", "torch itself cannot read the file.",
+        "Save the module as it was before; what is here optimizes it for onnxruntime.", error=UnsupportedFormatError,
     ),
     Refusal(
         "PROGRAM_VERSION", "torch {version} cannot read the torch.export archive ({reason}).", "",

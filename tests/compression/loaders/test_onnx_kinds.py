@@ -121,6 +121,33 @@ def loop_over_a_sequence() -> Kind:
     return proto_of(nodes, [X], [Y], turns=np.int64(3), go=np.asarray(True), **weights), feeds_of_x()
 
 
+def map_over_a_sequence() -> Kind:
+    """A function of ONNX with a body, whose input comes without a shape."""
+    body = helper.make_graph([node("MatMul", "a lw", "b")], "body", [tensor("a", None)], [tensor("b", None)])
+    nodes = [
+        node("SplitToSequence", "x eight", "s", axis=1),
+        node("SequenceMap", "s", "mapped", body=body),
+        node("ConcatFromSequence", "mapped", "joined", axis=1),
+        node("MatMul", "joined w", "y"),
+    ]
+    weights = {"lw": np.eye(8, dtype=np.float32) / 2, "w": np.ones((16, 4), np.float32)}
+    return proto_of(nodes, [X], [Y], eight=np.int64(8), **weights), feeds_of_x()
+
+
+def outputs_without_a_name() -> Kind:
+    """The states of an LSTM are listed, and not given out."""
+    recurrent = helper.make_node("LSTM", ["steps", "lw", "lr"], ["l", "", ""], hidden_size=8)
+    nodes = [
+        node("Unsqueeze", "x zero", "steps"),
+        recurrent,
+        node("Squeeze", "l axes", "h"),
+        node("MatMul", "h w", "y"),
+    ]
+    weights = {"lw": RNG.standard_normal((1, 32, 16)), "lr": RNG.standard_normal((1, 32, 8)), "w": np.ones((8, 4))}
+    floats = {name: array.astype(np.float32) for name, array in weights.items()}
+    return proto_of(nodes, [X], [Y], zero=np.int64([0]), axes=np.int64([0, 1]), **floats), feeds_of_x()
+
+
 def optional_values() -> Kind:
     nodes = [node("Optional", "x", "o"), node("OptionalHasElement", "o", "has"), node("OptionalGetElement", "o", "g")]
     nodes += [node("MatMul", "g w0", "h"), node("MatMul", "h w1", "y")]
@@ -230,6 +257,8 @@ def outputs_that_are_given() -> Kind:
 KINDS: list[Callable[[], Kind]] = [
     sequences,
     loop_over_a_sequence,
+    map_over_a_sequence,
+    outputs_without_a_name,
     optional_values,
     sequence_output,
     classifier,
@@ -304,6 +333,18 @@ def test_what_is_accepted_is_compressed(tmp_path: Path, kind: Callable[[], Kind]
     assert (report["original"]["onnx_size_bytes"], report["optimized"]["size_bytes"]) == (given, back)
     assert report["size_ratio"] == pytest.approx(given / back)
     assert back <= given + (8 if kind is forest else 2) or kind is sparse_constants
+
+
+def test_of_two_larger_files_the_smaller_is_given(tmp_path: Path) -> None:
+    """Sparse constants are written out in whatever is given back: in 8 bits they take less than in float32."""
+    proto, _ = sparse_constants()
+    onnx.save(proto, tmp_path / "m.onnx")
+    in_8_bits = Recipe.from_dict(
+        {"version": 1, "steps": [{"quantize": {"scheme": "weight_only"}}], "benchmark": {"rounds": 5}}
+    )
+    report = compress(load(tmp_path / "m.onnx"), in_8_bits).report
+    assert not [warning for warning in report["warnings"] if "returned as it was" in warning]
+    assert report["optimized"]["size_bytes"] < 4 * W0.size
 
 
 def test_inspection_lists_defaults(tmp_path: Path) -> None:

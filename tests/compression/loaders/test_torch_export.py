@@ -277,14 +277,22 @@ def test_other_expressions_do_not(text: str) -> None:
     [
         "(max(1, L['x'].size()[3] // 4)*max(1, L['x'].size()[2] // 4)) != 1",
         "math.trunc(torch.sym_float(L['x'].size()[0]) / 2.0) > min(2, abs(L['y'].stride()[1]))",
+        "L['d']['u'].size()[0] == L['p'].a.size()[0]",
     ],
 )
 def test_guards_pass(text: str) -> None:
-    """What torch writes of strided convolutions over images of any size, and of rounded extents."""
+    """What torch writes of strided convolutions over images of any size, of rounded extents, and of inputs that are
+    fields of named tuples."""
     check_expression(text, guard=True)
 
 
-@pytest.mark.parametrize("text", ["max(['exit()'], key=eval)", "eval('exit()')", "max.__call__(1)", "math.sys"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max(['exit()'], key=eval)", "eval('exit()')", "max.__call__(1)", "math.sys", "L['p'].a()", "L['p'].__class__",
+        "L['p']._a.b", "f(L['p']).a",
+    ],
+)  # fmt: skip
 def test_other_guards_do_not(text: str) -> None:
     """Functions of Python's own get numbers alone, and nothing to call."""
     with pytest.raises(RejectedModelError):

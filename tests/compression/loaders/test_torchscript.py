@@ -107,6 +107,41 @@ def test_what_was_traced_is_suggested_where_no_layer_tells(tmp_path: Path) -> No
         load(path)
 
 
+class Encoder(torch.nn.Module):
+    """Has no `forward`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 2)
+
+    @torch.jit.export
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+class Keyed(torch.nn.Module):
+    def forward(self, x: dict[str, torch.Tensor]) -> torch.Tensor:
+        return x["a"] + x["b"]
+
+
+@pytest.mark.parametrize("specs", [[], ["a:float32[n,4]", "b:float32[n,4]"]])
+@pytest.mark.parametrize(("module", "said"), [(Encoder, "no method 'forward'.*it has encode"), (Keyed, "is a Dict")])
+def test_what_has_no_inputs_of_tensors(module, said, specs, save_script: Save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Says so, whether inputs were given or not."""
+    with pytest.raises(InvalidInputsError, match=said):
+        load(save_script(module().eval(), tmp_path / "m.pt"), specs)
+
+
+def test_what_was_optimized_for_inference(small_net: torch.nn.Module, tmp_path: Path) -> None:
+    """torch writes constants of oneDNN without their values, and cannot read the file again."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit")
+        frozen = torch.jit.freeze(torch.jit.script(small_net.eval()))
+        torch.jit.optimize_for_inference(frozen).save(str(tmp_path / "m.pt"))
+    with pytest.raises(UnsupportedFormatError, match=r"optimize_for_inference.*as it was before"):
+        load(tmp_path / "m.pt", ["x:float32[n,1,12,12]"])
+
+
 @pytest.mark.parametrize(
     ("layer", "said"),
     [

@@ -229,7 +229,9 @@ def detect(path: str | os.PathLike[str]) -> Format:
             return row
     if content.imports is not None:
         raise refused("OTHER_PICKLE", listed=_listed(content.imports))
-    if any(name.endswith(("config.json", "model.weights.h5")) for name in content.names):
+    if any(name.startswith(("data/weights/", "data/constants/")) for name in content.names):
+        raise refused("CUT_PROGRAM")
+    if any(name.rsplit("/", 1)[-1] in ("config.json", "model.weights.h5") for name in content.names):
         raise refused("KERAS")
     rows = sorted(FORMATS, key=lambda row: row.number)
     read = _either(row.noun for row in rows if row.loader)

@@ -6,6 +6,7 @@ import gzip
 import pickle
 import shutil
 import struct
+import zipfile
 from collections import Counter
 from importlib import import_module
 from inspect import signature
@@ -151,6 +152,24 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         load(tmp_path / "nothing")
     with pytest.raises(UnsupportedFormatError, match="is a folder"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "finding"),
+    [
+        (["m/data/weights/weight_0", "m/data/weights/model_weights_config.json", "m/archive_format"], "CUT_PROGRAM"),
+        (["config.json", "metadata.json", "model.weights.h5"], "KERAS"),
+        (["notes/old_config.json"], "OTHER_ZIP"),
+    ],
+)
+def test_archives_without_a_model(tmp_path: Path, names: list[str], finding: str) -> None:
+    """A program whose saving failed is no archive of Keras, which has a configuration as well."""
+    with zipfile.ZipFile(tmp_path / "m", "w") as archive:
+        for name in names:
+            archive.writestr(name, "{}")
+    with pytest.raises(UnsupportedFormatError) as caught:
+        detect(tmp_path / "m")
+    assert caught.value.metadata["finding"] == finding
 
 
 def test_pickles_of_other_libraries(tmp_path: Path) -> None:
