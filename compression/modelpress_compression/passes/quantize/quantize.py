@@ -18,6 +18,7 @@ import onnx_ir
 from modelpress_compression.encodings.operands import is_quantized
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.precision import OTHER_FLOATS, compute_in_float32, computes_in
+from modelpress_compression.graph.read import MICROSOFT, is_op
 from modelpress_compression.graph.shapes import infer_shapes
 from modelpress_compression.mapped import is_large
 from modelpress_compression.model import Model
@@ -26,6 +27,7 @@ from modelpress_compression.passes.integers.certificate import certified
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.dynamic import quantize_nodes
 from modelpress_compression.passes.quantize.expand import expand_fused
+from modelpress_compression.passes.quantize.expand_products import expand_products
 from modelpress_compression.passes.quantize.float16 import compute_in_float16, store_in_float16
 from modelpress_compression.passes.quantize.ranges.output_error import output_distances
 from modelpress_compression.passes.quantize.reconstruction.rounders import METHODS, learn_rounding
@@ -47,6 +49,7 @@ from modelpress_compression.target import DEVICES
 
 # Per-axis scales came with opset 13.
 MIN_OPSET = 13
+_FLOAT_ALONE = ("GRU", "RNN", "ConvTranspose", "DeformConv")
 _WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN")
 
 
@@ -159,6 +162,8 @@ def _expand(work: Model, config: QuantizeConfig, findings: Findings) -> None:
     """Brings fused nodes into forms that can be in 8 bits, and says of the others why they cannot."""
     _widen(work, OTHER_FLOATS, findings)
     expand_fused(work, Editor(work))
+    if expand_products(work, Editor(work)):
+        infer_shapes(work.ir)
     # Stored weights are made into floats when the model is loaded, and then transposed for those who want them so.
     hide_views(work, turned=config.scheme != "weight_only")
     for node in work.nodes():
@@ -166,7 +171,7 @@ def _expand(work: Model, config: QuantizeConfig, findings: Findings) -> None:
             findings.skip(node, "excluded by the recipe")
         elif config.scheme == "weight_only":
             continue
-        elif node.op_type in ("GRU", "RNN", "ConvTranspose") and not node.domain:
+        elif is_op(node, *_FLOAT_ALONE) or is_op(node, "MoE", "EmbedLayerNormalization", domain=MICROSOFT):
             findings.skip(node, "onnxruntime has no 8-bit kernel for it")
         elif node.op_type == "Conv" and config.scheme == "dynamic":
             findings.skip(node, "dynamic quantization makes it 3 to 10 times slower; scheme static does not")

@@ -96,7 +96,7 @@ def _made(
     """The constant that a node makes; None where it has to stay."""
     name = node.outputs[0].name or "view"
     if len(source.uses()) > 1:
-        plain = isinstance(tensor, Turned | Widened) is False and tensor.dtype == onnx_ir.DataType.FLOAT
+        plain = not isinstance(tensor, Turned) and tensor.dtype == onnx_ir.DataType.FLOAT
         turns = is_op(node, "Transpose") and len(tensor.shape) == 2 and ints_attribute(node, "perm") in (None, (1, 0))
         return Turned(tensor, name) if turned and plain and turns and _is_factor(node.outputs[0].uses()) else None
     if is_op(node, "Cast"):
@@ -139,7 +139,9 @@ def restore_views(model: Model) -> None:
     editor = Editor(model)
     for graph in list(model.graphs()):
         holders = {id(value.const_value): value for value in graph.initializers.values() if value.uses()}
-        for name, value in list(graph.initializers.items()):
+        # What is turned may read what is widened, and comes first.
+        ordered = sorted(graph.initializers.items(), key=lambda item: isinstance(item[1].const_value, Widened))
+        for name, value in ordered:
             tensor = value.const_value
             if not isinstance(tensor, Turned | Widened) or not value.uses() or not len(graph):
                 continue

@@ -11,6 +11,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.encodings import folded, qdq
+from modelpress_compression.encodings.operands import is_quantized
 from modelpress_compression.encodings.packed import can_pack
 from modelpress_compression.encodings.weight import QuantizedWeight, StoredWeight
 from modelpress_compression.graph.edit import Editor, Spot
@@ -338,7 +339,8 @@ def why_not_weight(node: onnx_ir.Node, index: int, least: int = MIN_WEIGHT_ELEME
     """Why the input at `index` is no weight, of at least `least` elements, that can be quantized; None: it is one."""
     tensor = constant_tensor(input_of(node, index))
     if tensor is None:
-        return "its weight is computed at run time"
+        quantized = _is_quantized_weight(input_of(node, index))
+        return "its weight is quantized already" if quantized else "its weight is computed at run time"
     if tensor.dtype != onnx_ir.DataType.FLOAT:
         return f"its weight is {tensor.dtype}, not float32"
     if tensor.size < least:
@@ -348,11 +350,20 @@ def why_not_weight(node: onnx_ir.Node, index: int, least: int = MIN_WEIGHT_ELEME
     return None
 
 
+def _is_quantized_weight(value: onnx_ir.Value | None) -> bool:
+    """Whether a value is made of constant integers by a node of quantized models, and perhaps rearranged."""
+    maker = value.producer() if value is not None else None
+    while is_op(maker, "Transpose", "Reshape", "Cast", "Identity"):
+        source = input_of(maker, 0)
+        maker = source.producer() if source is not None else None
+    return maker is not None and is_quantized(maker) and is_constant(input_of(maker, 0))
+
+
 def why_not_matrix(node: onnx_ir.Node) -> str | None:
     """Why a MatMul's or Gemm's product cannot be taken in 8 bits."""
     if is_constant(input_of(node, 0)) and not is_constant(input_of(node, 1)):
         return "its weight is the first factor; only the second can be quantized"
-    if node.op_type == "MatMul" and not is_constant(input_of(node, 1)):
+    if node.op_type == "MatMul" and not is_constant(input_of(node, 1)) and not _is_quantized_weight(input_of(node, 1)):
         return "both factors are activations"
     if reason := why_not_weight(node, 1):
         return reason

@@ -47,6 +47,9 @@ HEADS = {
         [NODE("Reshape", ["z", "rows"], ["flat"], "flat"), NODE("Gemm", ["flat", "table"], ["y"], "head", transB=1)],
         (("rows", np.array([-1, 64])),),
     ),
+    "einsum": ([NODE("Einsum", ["z", "table"], ["y"], "head", equation="btd,vd->btv")], ()),
+    "fused": (
+        [NODE("FusedMatMul", ["z", "table"], ["y"], "head", domain="com.microsoft", transB=1, alpha=0.5)], ()),
 }  # fmt: skip
 
 
@@ -60,6 +63,40 @@ def test_a_tied_head(tied, quantize, sqnr, rng, head, scheme) -> None:  # type: 
     narrow = 2 if scheme == "float16" else 1
     assert _matrix_bytes(result.model) <= narrow * (300 * 64 + 64 * 64) + 4 * 300
     assert sqnr(model, result.model, words) > 30
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic", "weight_only"])
+def test_a_table_of_16_bits_and_its_transpose(build, quantize, sqnr, rng, scheme) -> None:  # type: ignore[no-untyped-def]
+    """Both read what a Cast widens."""
+    nodes = [
+        NODE("Cast", ["narrow"], ["table"], "widen", to=TensorProto.FLOAT),
+        NODE("Gather", ["table", "ids"], ["e"], "lookup"),
+        NODE("Transpose", ["table"], ["turned"], "turn", perm=[1, 0]),
+        NODE("MatMul", ["e", "turned"], ["y"], "head"),
+    ]
+    weights = {"narrow": _weight(rng, 300, 64).astype(np.float16)}
+    model = build(nodes, weights, {"ids": ["n", "t"]}, types={"ids": TensorProto.INT64})
+    words = {"ids": rng.integers(0, 300, (8, 6))}
+    result = quantize(model, words, scheme=scheme)
+    assert _matrix_bytes(result.model) <= 64 * 300 + 4 * 300
+    assert sqnr(model, result.model, words) > 30
+
+
+def test_a_table_of_16_bits_that_stays(build, quantize, rng) -> None:  # type: ignore[no-untyped-def]
+    """What nobody may quantize is written in 16 bits again, once, for look-up and product."""
+    nodes = [
+        NODE("Cast", ["narrow"], ["table"], "widen", to=TensorProto.FLOAT),
+        NODE("Gather", ["table", "ids"], ["e"], "lookup"),
+        NODE("Transpose", ["table"], ["turned"], "turn", perm=[1, 0]),
+        NODE("MatMul", ["e", "turned"], ["h"], "head"),
+        NODE("MatMul", ["h", "w"], ["y"], "last"),
+    ]
+    weights = {"narrow": _weight(rng, 300, 64).astype(np.float16), "w": _weight(rng, 300, 64)}
+    model = build(nodes, weights, {"ids": ["n", "t"]}, types={"ids": TensorProto.INT64})
+    words = {"ids": rng.integers(0, 300, (8, 6))}
+    result = quantize(model, words, scheme="static", exclude=("lookup", "head"))
+    assert result.changes["MatMul"] == 1
+    assert _matrix_bytes(result.model) <= 2 * 64 * 300 + 64 * 300
 
 
 def test_a_table_that_is_stored_as_the_head(build, quantize, sqnr, rng) -> None:  # type: ignore[no-untyped-def]

@@ -180,6 +180,30 @@ def test_embeddings(build, rng, quantize: Apply, sqnr, weights, columns, bits) -
     assert sqnr(model, result.model, arrays) > {8: 40, 4: 18, 2: 8}[bits]
 
 
+def test_experts_and_tables_of_onnxruntime(build, rng, quantize: Apply, sqnr) -> None:  # type: ignore[no-untyped-def]
+    """EmbedLayerNormalization and a mixture of experts: what they read is made of 8 bits when the model is loaded."""
+    nodes = [
+        helper.make_node(
+            "EmbedLayerNormalization", ["ids", "", "words", "places", "", "one", "zero"], ["e", "m"], "embed",
+            domain="com.microsoft", epsilon=1e-5,
+        ),
+        helper.make_node("Reshape", ["e", "rows"], ["x"], "flat"),
+        helper.make_node("MatMul", ["x", "gate"], ["g"], "gate"),
+        helper.make_node(
+            "MoE", ["x", "g", "up", "", "down"], ["y"], "experts", domain="com.microsoft", k=2, activation_type="gelu"
+        ),
+    ]  # fmt: skip
+    shapes = {"words": (200, 32), "places": (16, 32), "gate": (32, 4), "up": (4, 64, 32), "down": (4, 32, 64)}
+    weights = {name: (rng.standard_normal(shape) / 6).astype(np.float32) for name, shape in shapes.items()}
+    weights |= {"one": np.ones(32, np.float32), "zero": np.zeros(32, np.float32), "rows": np.asarray([-1, 32])}
+    model = build(nodes, weights, {"ids": ["n", 5]}, types={"ids": onnx.TensorProto.INT32})
+    words = {"ids": rng.integers(0, 200, (6, 5)).astype(np.int32)}
+    result = quantize(model, words, scheme="weight_only", weights="int8")
+    assert result.changes == {"EmbedLayerNormalization": 2, "MoE": 2}
+    assert result.model.weight_bytes() < model.weight_bytes() / 3.4
+    assert sqnr(model, result.model, words) > 35
+
+
 def test_shared_weights_are_stored_once(build, rng, quantize: Apply, sqnr) -> None:  # type: ignore[no-untyped-def]
     """Two products by one weight read the same three constants."""
     weight = rng.normal(0, 0.06, (256, 256)).astype(np.float32)
