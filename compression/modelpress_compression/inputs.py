@@ -130,11 +130,15 @@ class InputData:
         return self._sliced(slice(samples))
 
     def spread(self, limit: int) -> InputData:
-        """At most `limit` samples, evenly spread, since files are often sorted by class; views, nothing is copied."""
-        step = max(1, -(-len(self) // limit))
-        if self.fixed_batch and len(self) // step < self.fixed_batch:
-            return self.head(max(limit, self.fixed_batch))
-        return self._sliced(slice(None, None, step))
+        """`limit` samples, or all where there are fewer; evenly spread, since files are often sorted by class.
+
+        Where the model insists on larger batches, as many as fill one. Copied, unless they are every n-th sample.
+        """
+        count = max(limit, self.fixed_batch or 1)
+        if len(self) <= count:
+            return self
+        step, rest = divmod(len(self), count)
+        return self._sliced(np.arange(count) * len(self) // count if rest else slice(None, None, step))
 
     def take(self, indices: Sequence[int]) -> Feeds:
         """One feed of these samples, copied. Of whole feeds, or where the batch is fixed, as many as make one feed."""

@@ -110,12 +110,31 @@ def test_labels_stay_with_their_samples(tmp_path: Path) -> None:
     np.savez(tmp_path / "eval.npz", x=images(), labels=np.arange(5))
     data = InputData.read(tmp_path / "eval.npz", IMAGE, tmp_path)
     assert len(data) == 5
-    for chosen, expected in ((data.head(3), [0, 1, 2]), (data.spread(2), [0, 3])):
+    for chosen, expected in ((data.head(3), [0, 1, 2]), (data.spread(2), [0, 2])):
         np.testing.assert_array_equal(chosen.labels, expected)
         np.testing.assert_array_equal(chosen.arrays["x"], images()[expected])
     np.testing.assert_array_equal(data.take([4, 1])["x"], images()[[4, 1]])
     evaluation = EvaluationData.read(tmp_path / "eval.npz", IMAGE, tmp_path)
     np.testing.assert_array_equal(evaluation.labels, np.arange(5))
+
+
+@pytest.mark.parametrize("count", [31, 32, 33, 63, 64, 100, 3200])
+def test_as_many_samples_are_spread_as_are_asked_for(count: int) -> None:
+    """Exactly the limit, or all; in order, from the whole file, with steps that differ by one at most."""
+    data = InputData.from_arrays({"x": images(count), "labels": np.arange(count)}, IMAGE)
+    places = np.asarray(data.spread(32).labels)
+    assert len(places) == min(count, 32)
+    steps = np.diff([*places, count])
+    assert places[0] == 0
+    assert steps.min() >= 1
+    assert np.ptp(steps) <= 1
+
+
+def test_at_least_one_batch_is_spread() -> None:
+    """A model that takes four samples at a time gets four, from the whole file, where fewer are asked for."""
+    specs = (TensorSpec("x", "float32", (4, 1, 4, 4)),)
+    data = InputData.from_arrays({"x": images(10), "labels": np.arange(10)}, specs)
+    np.testing.assert_array_equal(data.spread(3).labels, [0, 2, 5, 7])
 
 
 @pytest.mark.parametrize("labels", [None, np.arange(4), np.array("a"), np.array(3)])
