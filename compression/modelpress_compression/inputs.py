@@ -153,7 +153,8 @@ class InputData:
     def only(self, feeds: Sequence[int]) -> InputData:
         """The samples of these feeds of `feeds(1)`, copied."""
         size = self.fixed_batch or 1
-        return self._sliced(np.asarray([row for feed in feeds for row in range(feed * size, (feed + 1) * size)]))
+        rows = [row for feed in feeds for row in range(feed * size, (feed + 1) * size)]
+        return self._sliced(np.asarray(rows, np.int64))
 
     def _sliced(self, samples: slice | NDArray[np.int64]) -> InputData:
         arrays = {name: array[samples] for name, array in self.arrays.items()}
@@ -306,7 +307,7 @@ def _integers_for_floats(spec: TensorSpec, array: Array) -> str:
 
 def _extremes(array: Array) -> tuple[int, int]:
     """Smallest and largest integer, piece by piece as in `_all_finite`."""
-    pieces = [array[rows] for rows in _pieces(array)]
+    pieces = [array[rows] for rows in in_pieces(array)]
     return min(int(piece.min()) for piece in pieces), max(int(piece.max()) for piece in pieces)
 
 
@@ -319,17 +320,17 @@ def _varies(array: Array) -> bool:
 
 def _all_finite(array: Array) -> bool:
     """Checked piece by piece, since the array may be a file larger than memory."""
-    return all(bool(np.isfinite(array[rows]).all()) for rows in _pieces(array))
+    return all(bool(np.isfinite(array[rows]).all()) for rows in in_pieces(array))
 
 
 def _hash_into(total: hashlib._Hash, name: str, array: Array) -> None:
     """Name, type, shape and values, piece by piece as in `_all_finite`."""
     total.update(repr((name, array.dtype.str, array.shape)).encode())
-    for rows in _pieces(array):
+    for rows in in_pieces(array):
         total.update(np.ascontiguousarray(array[rows]).tobytes())
 
 
-def _pieces(array: Array) -> Iterator[slice]:
+def in_pieces(array: Array) -> Iterator[slice]:
     """Of the first axis, each of about `_CHECK_CHUNK_BYTES`."""
     rows = max(1, _CHECK_CHUNK_BYTES // max(1, array[:1].nbytes))
     return (slice(start, start + rows) for start in range(0, len(array), rows))

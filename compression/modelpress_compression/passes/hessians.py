@@ -2,8 +2,8 @@
 
     X [g, R, K]: rows of inputs, a Conv's being its patches (graph/linear.py);   H [g, K, K], float64
 
-Every fifth sample can be held out: what was fitted to an H errs less on it than on other data, and only an H of other
-samples says by how much.
+A part of the samples can be held out (holding_out.py): what was fitted to an H errs less on it than on other data, and
+only an H of other samples says by how much.
 
 Samples go one at a time through the float model. Kept are the sums of as many weights at a time, in the order of the
 graph, as fit into 512 MiB with what one sample makes of their inputs in `WATCHED_BYTES`; the data runs once for each
@@ -25,10 +25,10 @@ from modelpress_compression.graph.linear import Convolution, Linear, Matrix, dra
 from modelpress_compression.graph.read import constant_tensor, is_constant, is_op
 from modelpress_compression.graph.watch import observable, stream
 from modelpress_compression.graph.watch.portions import WATCHED_BYTES, sample_bytes
+from modelpress_compression.holding_out import held_out
 from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.repair.paired import is_held_out
 
 MAX_SAMPLES = 128
 # Fewer that are held out say too little.
@@ -63,9 +63,14 @@ class _Job:
 def held_out_samples(data: InputData) -> InputData | None:
     """The samples of `data` that `Hessians` holds out; None where these are too few to judge by."""
     samples = data.spread(MAX_SAMPLES)
-    count = len(samples) // (samples.fixed_batch or 1)
-    places = [index for index in range(count) if is_held_out(index, count)]
-    return samples.only(places) if len(places) >= MIN_HELD_OUT else None
+    feeds = _held_out(samples)
+    return samples.only(sorted(feeds)) if feeds else None
+
+
+def _held_out(samples: InputData) -> frozenset[int]:
+    """The feeds that are; none where these are too few to judge by."""
+    feeds = held_out(samples)
+    return feeds if len(feeds) >= MIN_HELD_OUT else frozenset()
 
 
 class Hessians:
@@ -77,7 +82,8 @@ class Hessians:
         """`only`: names of the weights that will be asked for; None: any. `holds_out`: whether a part of the samples is
         kept for `held_out`, where there are enough."""
         self._context = context
-        self._holds_out = holds_out and held_out_samples(context.data) is not None
+        self._samples = context.data.spread(MAX_SAMPLES)
+        self._unseen = _held_out(self._samples) if holds_out else frozenset[int]()
         self._reasons: dict[onnx_ir.Value, str] = {}
         self._linears: dict[onnx_ir.Value, Linear] = {}
         self._jobs: dict[onnx_ir.Value, _Job] = {}
@@ -89,7 +95,7 @@ class Hessians:
                 users.setdefault(weight, []).append(node)
         for weight, nodes in users.items():
             self._plan(weight, nodes, model)
-        copies = 2 if self._holds_out else 1
+        copies = 2 if self._unseen else 1
         jobs = list({job.readings: job for job in self._jobs.values()}.values())
         self._batches = _batches(jobs, copies, sample_bytes(model, _names(jobs), context.data))
         self._model = model.clone()
@@ -135,7 +141,7 @@ class Hessians:
             self._sums.clear()
             for batch in self._batches:
                 if any(job.readings == wanted for job in batch):
-                    self._sums = _gather(self._model, batch, self._context, holds_out=self._holds_out)
+                    self._sums = _gather(self._model, batch, self._samples, self._unseen, self._context)
         return self._sums[wanted]
 
 
@@ -170,16 +176,15 @@ def _batches(jobs: Sequence[_Job], copies: int, read_bytes: Mapping[str, int]) -
 
 
 def _gather(
-    model: Model, batch: Sequence[_Job], context: Context, *, holds_out: bool
+    model: Model, batch: Sequence[_Job], samples: InputData, unseen: frozenset[int], context: Context
 ) -> dict[frozenset[Reading], tuple[Matrix, Matrix | None]]:
-    """Streams the samples through the model; the second sums are of those held out."""
-    samples = context.data.spread(MAX_SAMPLES)
+    """Streams the samples through the model; the second sums are of the `unseen` ones."""
     count = max(1, len(samples) // (samples.fixed_batch or 1))
-    sums = {job.readings: (_Sum(job, count), _Sum(job, count) if holds_out else None) for job in batch}
+    sums = {job.readings: (_Sum(job, count), _Sum(job, count) if unseen else None) for job in batch}
     for index, found in enumerate(stream(model, _names(batch), samples, context.check_time)):
         for job in batch:
             fitted, kept = sums[job.readings]
-            total = kept if kept is not None and is_held_out(index, count) else fitted
+            total = kept if kept is not None and index in unseen else fitted
             for name, linear in sorted(job.readings, key=lambda reading: reading[0]):
                 total.take(linear, found[name], index)
         context.progress((index + 1) / count, f"weighing inputs, sample {index + 1} of {count}")

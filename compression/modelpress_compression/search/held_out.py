@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from modelpress_compression.holding_out import parted
 from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.fidelity import KnownOutputs
 from modelpress_compression.memory import key_of
 from modelpress_compression.search.judge import Judge
 
 EVERY = 3  # sample is held out
-# Fewer leave a judge of less than 30.
-MIN_SAMPLES = 90
+MIN_JUDGING = 30
+MIN_SAMPLES = EVERY * MIN_JUDGING
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ def grounds(judge: Judge) -> Grounds | None:
         return Grounds(data, judge)
     if not can_hold_out(data):
         return None
-    feeds = range(len(data) // (data.fixed_batch or 1))
-    held = data.only([feed for feed in feeds if feed % EVERY == 0])
-    fitted = data.only([feed for feed in feeds if feed % EVERY])
+    fitted, held = parted(data, EVERY)
+    if _feeds(held) < MIN_JUDGING:
+        return None  # so many of them are alike
     other = replace(
         judge,
         context=replace(judge.context, data=held),
@@ -54,4 +55,8 @@ def grounds(judge: Judge) -> Grounds | None:
 
 def can_hold_out(data: InputData) -> bool:
     """Whether there is enough of it to fit to one part and judge by another."""
-    return data.vouches and len(data) // (data.fixed_batch or 1) >= MIN_SAMPLES
+    return data.vouches and _feeds(data) >= MIN_SAMPLES
+
+
+def _feeds(data: InputData) -> int:
+    return len(data) // (data.fixed_batch or 1)

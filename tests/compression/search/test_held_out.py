@@ -44,7 +44,7 @@ def test_a_third_is_held_out(digits: Model, make_judge: MakeJudge, count: int) -
     fitted = np.asarray(found.data.arrays["x"])[:, 0, 0, 0].tolist()
     held = np.asarray(found.judge.context.data.arrays["x"])[:, 0, 0, 0].tolist()
     assert sorted([*fitted, *held]) == list(range(count))
-    assert len(held) == -(-count // 3)
+    assert len(held) == count // 3
 
 
 def test_few_samples_are_not_split(digits: Model, make_judge: MakeJudge) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from modelpress_compression.holding_out import random_share
 from modelpress_compression.inputs import Array, Feeds, InputData
 
 # With fewer samples than this, a part held out would say nothing.
@@ -76,11 +77,10 @@ class DataSplit:
 
 
 def split(data: InputData, hold_out: float, batch_size: int, seed: int) -> DataSplit:
-    """Holds out a random share, in whole feeds; nothing where there are fewer than 10 samples or than two feeds."""
-    count, unit = len(data), data.fixed_batch or 1
-    order = np.random.default_rng(seed).permutation(count).astype(np.int64)
-    held = max(1, round(count * hold_out / unit)) * unit
-    if count < LEAST_SAMPLES or count - held < unit:
-        everything = np.arange(count, dtype=np.int64)
+    """Holds out a random share; nothing where there are fewer than 10 samples or than two feeds."""
+    train, validation = random_share(data, hold_out, seed)
+    unit = data.fixed_batch or 1
+    if len(data) < LEAST_SAMPLES or min(len(train), len(validation)) < unit:
+        everything = np.arange(len(data), dtype=np.int64)
         return DataSplit(data, everything, everything, batch_size)
-    return DataSplit(data, order[held:], np.sort(order[:held]), batch_size)
+    return DataSplit(data, train, validation, batch_size)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from modelpress_compression.graph.shapes import sample_shapes
+from modelpress_compression.holding_out import parted
 from modelpress_compression.measure.fidelity import KnownOutputs
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, Skip
@@ -77,7 +78,7 @@ def _errors(models: Sequence[Model], context: Context, quickly: Trial) -> list[f
     context.progress(0.0, "trying rotations of residual streams")
     samples = context.data.spread(MAX_SAMPLES)
     count = len(samples) // (samples.fixed_batch or 1)
-    halves = [samples.only(range(start, count, 2)) for start in (0, 1)] if count >= MIN_SAMPLES else [samples] * 2
+    halves = parted(samples, every=2) if count >= MIN_SAMPLES else (samples, samples)
     calibrating, judging = (replace(context, data=half, progress=lambda share, message: None) for half in halves)
     known = KnownOutputs()
     return [output_distances(models[0], quickly(model, calibrating), judging, known).error for model in models]

@@ -11,11 +11,12 @@ import numpy as np
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.linear import Mask, Places, Rows, drawn, pieces
 from modelpress_compression.graph.padding import counted_among
+from modelpress_compression.holding_out import HELD_OUT
 from modelpress_compression.inputs import Array
 from modelpress_compression.passes.repair.correction import HeldOut, choose_correction
 from modelpress_compression.passes.repair.layers import Layer
 from modelpress_compression.passes.repair.normal_equations import Sums
-from modelpress_compression.passes.repair.paired import HELD_OUT, Sample
+from modelpress_compression.passes.repair.paired import Sample
 
 # Rows for each input of a layer: fits settle at some five; more only takes time.
 ROWS_PER_INPUT = 5

@@ -11,7 +11,7 @@ arXiv:1707.06342). So each layer mends what those before it could not, and its b
 Where the answers are added to something else, it mends the sum.
 
 A fit makes a layer's answers better on the samples that it saw than on others: what the next layer reads of them is
-better than it will be, and so on from layer to layer. That has two consequences. Every fifth sample is held out from
+better than it will be, and so on from layer to layer. That has two consequences. A part of the samples is held out from
 all fits: it alone chooses lambda (see `correction`), and in the end it says whether the model's outputs are nearer to
 the uncut one's with the fits than without; if not, they are taken back. And X stands beside X': fits to X' alone trust
 what earlier fits learned by heart. A sentence encoder that lost half of its hidden units at random, 200 sentences

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from modelpress_compression.graph.padding import counted_positions, without_padding
 from modelpress_compression.graph.watch.portions import sample_bytes
 from modelpress_compression.graph.watch.wavefront import Wavefront
+from modelpress_compression.holding_out import held_out
 from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 
 MAX_KEPT_BYTES = 512 * 1024**2  # 512 MiB of activations, of each of the two models
-HELD_OUT = 5  # every fifth sample; of fewer than ten every fourth, third or second
 # A channel that varies by less than this share of its energy is constant but for rounding.
 _NOTHING = 1e-12
 # With fewer, a variance says nothing: the error is then a share of the energy.
@@ -55,6 +55,7 @@ class Paired:
         self.bytes_full, self.bytes_cut = (
             sample_bytes(model, set(names), samples) for model, names in ((full, names_full), (cut, names_cut))
         )
+        self._held_out = held_out(samples)
         self._full, self._cut = (
             Wavefront(model, samples, names, MAX_KEPT_BYTES, context.check_time)
             for model, names in ((full, names_full), (cut, names_cut))
@@ -64,13 +65,7 @@ class Paired:
         """Every sample; to be exhausted. Raises ModelNotRunnableError, TimeLimitError."""
         full, cut = self._full.advance(names_full), self._cut.advance(names_cut)
         for index, (feed, wanted, given) in enumerate(zip(self._samples.feeds(1), full, cut, strict=True)):
-            yield Sample(index, is_held_out(index, self.count), wanted, given, counted_positions(feed))
-
-
-def is_held_out(index: int, count: int) -> bool:
-    """Whether this one of `count` samples says how good the fits are, and is not fitted to."""
-    period = max(2, min(HELD_OUT, count // 2))
-    return index % period == period - 1
+            yield Sample(index, index in self._held_out, wanted, given, counted_positions(feed))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from modelpress_compression.graph.padding import counted_positions
 from modelpress_compression.graph.selections import asked_alike, selections_of, told_names
 from modelpress_compression.graph.watch import taps
 from modelpress_compression.graph.watch.portions import sample_bytes
+from modelpress_compression.holding_out import held_out
 from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.measure.fidelity import OutputSums
 from modelpress_compression.model import Model
@@ -30,7 +31,6 @@ from modelpress_compression.passes.prune.channel.criteria import Scores
 from modelpress_compression.passes.prune.channel.limits import Limits
 from modelpress_compression.passes.prune.channel.ranking import Selection, largest
 from modelpress_compression.passes.repair.least_squares import MAX_SAMPLES, Repair
-from modelpress_compression.passes.repair.paired import is_held_out
 
 # Samples on which outputs are compared.
 COMPARED = 64
@@ -110,8 +110,8 @@ def _held_out(context: Context) -> Iterator[Feeds]:
     if not context.data.provided or count < 2:  # nothing is fitted
         yield from samples.spread(COMPARED * (samples.fixed_batch or 1)).feeds(1)
         return
-    unseen = [feed for index, feed in enumerate(samples.feeds(1)) if is_held_out(index, count)]
-    yield from unseen[:: -(-len(unseen) // COMPARED)]
+    unseen = samples.only(sorted(held_out(samples)))
+    yield from unseen.spread(COMPARED * (samples.fixed_batch or 1)).feeds(1)
 
 
 def bearable(

@@ -9,9 +9,9 @@ blocks have their levels already; W0: the rounding that there is (GPTQ's); f: se
     brecq       a block ends where one value alone leads on: a residual block, or one layer of a chain (Li et al.,
                 arXiv:2102.05426), and while it learns, half of the activations are not quantized (QDrop)
 
-Every fifth sample is held out. A block's new levels are taken only where it errs less on these than with W0, so that
-nothing gets worse by it, block by block. Memory holds the activations of one block (see `samples`) and what the two
-`Wavefront`s need to go on; both models run once over the samples, however many blocks there are.
+A part of the samples is held out (holding_out.py). A block's new levels are taken only where it errs less on these than
+with W0, so that nothing gets worse by it, block by block. Memory holds the activations of one block (see `samples`) and
+what the two `Wavefront`s need to go on; both models run once over the samples, however many blocks there are.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from modelpress_compression.graph.padding import counted_positions
 from modelpress_compression.graph.read import constant_tensor
 from modelpress_compression.graph.watch.extract import extract
 from modelpress_compression.graph.watch.wavefront import Wavefront
+from modelpress_compression.holding_out import held_out
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
@@ -48,7 +49,6 @@ from modelpress_compression.passes.quantize.reconstruction.samples import (
     together,
 )
 from modelpress_compression.passes.quantize.reconstruction.soft_rounding import SoftRounding, beta_at
-from modelpress_compression.passes.repair.paired import is_held_out
 
 MAX_SAMPLES = 256
 MAX_KEPT_BYTES = 256 * 1024**2  # 256 MiB of activations, of each of the two models
@@ -86,11 +86,10 @@ def learn(
     it is used up. `grids`: by the names of weights. Raises ModelNotRunnableError, TimeLimitError.
     """
     samples = context.data.spread(MAX_SAMPLES)
-    count = len(samples) // (samples.fixed_batch or 1)
-    held_out = samples.only([index for index in range(count) if is_held_out(index, count)])
-    work = _Work(original, student, _usable(student, grids), samples, context, method, steps)
+    unseen = held_out(samples)
+    work = _Work(original, student, _usable(student, grids), samples, unseen, context, method, steps)
     work.run()
-    return Learned(held_out, work.levels, tuple(work.rows), work.reasons)
+    return Learned(samples.only(sorted(unseen)), work.levels, tuple(work.rows), work.reasons)
 
 
 def _usable(student: Model, grids: Mapping[str, Sequence[Grid]]) -> dict[str, tuple[onnx_ir.Value, Grid]]:
@@ -113,6 +112,7 @@ class _Work:
     student: Model
     weights: dict[str, tuple[onnx_ir.Value, Grid]]
     samples: InputData
+    unseen: frozenset[int]
     context: Context
     method: str
     steps: int
@@ -174,11 +174,10 @@ class _Work:
         self, fronts: Sequence[Wavefront], block: Block, ask: Sequence[str], target: Sequence[str]
     ) -> Iterator[tuple[Values, Values, Values, NDArray[np.bool_] | None, bool]]:
         """Of each sample what `gathered` takes."""
-        count = len(self.samples) // (self.samples.fixed_batch or 1)
         theirs, mine = fronts[0].advance([*ask, *target]), fronts[1].advance(block.inputs)
         for index, (feed, plain, given) in enumerate(zip(self.samples.feeds(1), theirs, mine, strict=True)):
             wanted = {name: plain[name] for name in target}
-            yield given, {name: plain[name] for name in ask}, wanted, counted_positions(feed), is_held_out(index, count)
+            yield given, {name: plain[name] for name in ask}, wanted, counted_positions(feed), index in self.unseen
 
     def _fit(self, block: Block, target: Sequence[str], samples: Sequence[Sample], stop_at: float) -> None:
         """Learns a block's levels, takes or leaves them, and puts what it has from now on into the student."""

@@ -53,9 +53,9 @@ def deep(build: Callable[..., Model], rng: np.random.Generator) -> Model:
 def correlated(rng: np.random.Generator) -> tuple[Arrays, Arrays]:
     """Smooth images from a few patterns, to learn from and to judge by."""
     patterns = rng.normal(size=(12, 8, 8, 8))
-    images = np.einsum("nk,kchw->nchw", rng.normal(size=(160, 12)), patterns) / 3
+    images = np.einsum("nk,kchw->nchw", rng.normal(size=(280, 12)), patterns) / 3
     images = (images + 0.1 * rng.normal(size=images.shape)).astype(np.float32)
-    return {"x": images[:120]}, {"x": images[120:]}
+    return {"x": images[:240]}, {"x": images[240:]}
 
 
 @pytest.mark.slow
