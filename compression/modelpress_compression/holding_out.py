@@ -39,7 +39,7 @@ def held_out(data: InputData, every: int = HELD_OUT) -> frozenset[int]:
 
 
 def parted(data: InputData, every: int = HELD_OUT) -> tuple[InputData, InputData]:
-    """The samples to fit to, and those that are held out; copied."""
+    """The samples to fit to, and those that are held out; nothing is copied."""
     held = held_out(data, every)
     feeds = range(len(data) // (data.fixed_batch or 1))
     return data.only([feed for feed in feeds if feed not in held]), data.only(sorted(held))

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from modelpress_compression.archive import Archive, Member
 from modelpress_compression.errors import CompressionError, InvalidDataError
+from modelpress_compression.picked import picked
 from modelpress_compression.specs import TensorSpec
 
 Array = NDArray[np.generic]
@@ -132,7 +133,7 @@ class InputData:
     def spread(self, limit: int) -> InputData:
         """`limit` samples, or all where there are fewer; evenly spread, since files are often sorted by class.
 
-        Where the model insists on larger batches, as many as fill one. Copied, unless they are every n-th sample.
+        Where the model insists on larger batches, as many as fill one. Nothing is copied.
         """
         count = max(limit, self.fixed_batch or 1)
         if len(self) <= count:
@@ -151,13 +152,13 @@ class InputData:
         }
 
     def only(self, feeds: Sequence[int]) -> InputData:
-        """The samples of these feeds of `feeds(1)`, copied."""
+        """The samples of these feeds of `feeds(1)`; nothing is copied."""
         size = self.fixed_batch or 1
         rows = [row for feed in feeds for row in range(feed * size, (feed + 1) * size)]
         return self._sliced(np.asarray(rows, np.int64))
 
     def _sliced(self, samples: slice | NDArray[np.int64]) -> InputData:
-        arrays = {name: array[samples] for name, array in self.arrays.items()}
+        arrays = {name: picked(array, samples) for name, array in self.arrays.items()}
         return replace(self, arrays=arrays, labels=None if self.labels is None else self.labels[samples])
 
     def _take(self, spec: TensorSpec, samples: slice) -> Array:
@@ -314,7 +315,8 @@ def _extremes(array: Array) -> tuple[int, int]:
 def _varies(array: Array) -> bool:
     """Whether samples differ, or a single one holds different numbers; stops at the first difference."""
     if len(array) == 1:
-        return array.size > 1 and bool((array != array.reshape(-1)[0]).any())
+        numbers = np.asarray(array).reshape(-1)
+        return numbers.size > 1 and bool((numbers != numbers[0]).any())
     return any(not np.array_equal(array[0], sample) for sample in array)
 
 

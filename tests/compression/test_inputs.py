@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from modelpress_compression.errors import InvalidDataError
 from modelpress_compression.inputs import EvaluationData, InputData
+from modelpress_compression.picked import Picked
 from modelpress_compression.specs import TensorSpec, parse_specs
 
 IMAGE = (TensorSpec("x", "float32", ("batch", 1, 4, 4)),)
@@ -135,6 +136,25 @@ def test_at_least_one_batch_is_spread() -> None:
     specs = (TensorSpec("x", "float32", (4, 1, 4, 4)),)
     data = InputData.from_arrays({"x": images(10), "labels": np.arange(10)}, specs)
     np.testing.assert_array_equal(data.spread(3).labels, [0, 2, 5, 7])
+
+
+def test_chosen_samples_are_not_read_before_they_are_asked_for(tmp_path: Path) -> None:
+    """Of those that lie at unequal steps, and of some of these, feeds, digest and labels are as those of a copy."""
+    np.savez(tmp_path / "data.npz", x=images(100), labels=np.arange(100))
+    data = InputData.read(tmp_path / "data.npz", IMAGE, tmp_path)
+    chosen = data.spread(40).only([1, 2, 5, 7, 9]).spread(3)
+    places = np.asarray(chosen.labels)
+    assert isinstance(chosen.arrays["x"], Picked)
+    assert chosen.arrays["x"].source is data.arrays["x"]
+    copy = InputData.from_arrays({"x": images(100)[places], "labels": places}, IMAGE)
+    for one, other in zip(chosen.feeds(2), copy.feeds(2), strict=True):
+        np.testing.assert_array_equal(one["x"], other["x"])
+    np.testing.assert_array_equal(chosen.arrays["x"], copy.arrays["x"])
+    np.testing.assert_array_equal(chosen.arrays["x"][1:, 0, 2], copy.arrays["x"][1:, 0, 2])
+    np.testing.assert_array_equal(chosen.take([2, 0])["x"], copy.take([2, 0])["x"])
+    assert (chosen.digest, chosen.varied, chosen.oddities) == (copy.digest, copy.varied, copy.oddities)
+    assert (chosen.arrays["x"].shape, chosen.arrays["x"].nbytes) == (copy.arrays["x"].shape, copy.arrays["x"].nbytes)
+    assert data.only([3]).varied
 
 
 @pytest.mark.parametrize("labels", [None, np.arange(4), np.array("a"), np.array(3)])
