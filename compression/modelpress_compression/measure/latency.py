@@ -71,7 +71,7 @@ SESSION_SPREAD, BUSY_SPREAD = 0.02, 0.03
 BLOCKS, MIN_BLOCK_ROUNDS = 8, 3
 _T_975 = 2.365  # 97.5 % quantile of Student's t with BLOCKS - 1 degrees of freedom
 # Blocks of rounds with sessions of their own, at most; opening them may take this share of the time. Of a net of 80 kB
-# that takes .1 ms, the ratio moves by 3 % from one opening to the next, whatever the rounds of each say.
+# that takes 0.1 ms, the ratio moves by 3 % from one opening to the next, whatever the rounds of each say.
 OPENINGS, OPENING_SHARE = 24, 0.1
 WARM_UP_SHARE = 0.2
 WARM_UP_MAX_S = 3.0

@@ -14,7 +14,7 @@ A candidate keeps the answers if all of these hold that apply:
 5. As in 4, where the model was cut and nothing was fitted to the data, which is held out for that (held_out.py):
    agreement as in 3, with 0.01 for `max_drop` if that is not set, and every output keeps 23 dB. Few samples show a
    small drop no better than chance does, and a search that tries dozens of models finds the luckiest: of a digit
-   classifier, one changed none of 86 answers at 19 dB, and lost 2 points; at 23 dB it lost .2 on 2,000 digits.
+   classifier, one changed none of 86 answers at 19 dB, and lost 2 points; at 23 dB it lost 0.2 on 2,000 digits.
 6. As in 4, if the original expects to be right in fewer than a tenth of all cases: its scores are no probabilities, or
    it is untrained, and the expected drop says nothing. Then no output's cosine may fall below 0.99 (17 dB). So it is
    with fewer than 30 answers: of two none changes by chance, and a model at 0.967 was taken for one that keeps them.

@@ -24,8 +24,8 @@ from modelpress_compression.passes.quantize.static.quantizer import StaticQuanti
 
 # No layer is free: one that does hardly anything counts with this share of the largest one's work.
 _LEAST_SHARE = 1e-3
-# What moving a number costs beside a multiply-accumulate in float32. On a Xeon with AVX512 large products take .02 ns a
-# MAC and what only moves numbers .4 ns each.
+# What moving a number costs beside a multiply-accumulate in float32. On a Xeon with AVX512 large products take 0.02 ns
+# a MAC and what only moves numbers 0.4 ns each.
 _MACS_PER_NUMBER = 20
 
 

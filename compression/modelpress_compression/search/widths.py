@@ -2,7 +2,8 @@
 a model errs without one of its branches.
 
 Widths are measured at a few shares, and lie on a power law between and beside them. Which units go is what `prune`
-decides.
+decides. Errors are squared ones, which add up over groups; how far a cut of all of them together may go is measured by
+the answers that are kept, in another unit (passes/prune/channel/bearable.py).
 """
 
 from __future__ import annotations

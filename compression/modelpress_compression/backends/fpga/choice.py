@@ -7,13 +7,13 @@ and judged; and bisection finds the cheapest design that is kept.
 
     labels        where there are some, they judge: the metric falls by at most `max_drop`. All samples are fitted to.
                   Here too the luckiest of several is taken, so that the noise has a bound: 18 dB for a `max_drop` of
-                  1 %. (Without it a network for digits, at 16 dB, lost .4 points on the 1,000 labels that judged it,
+                  1 %. (Without it a network for digits, at 16 dB, lost 0.4 points on the 1,000 labels that judged it,
                   and 1.8 on 1,000 others.)
     held out      else a third of the samples, which neither search nor training sees. At most `max_drop` of them fall
                   into other classes. Few samples show a small loss no better than chance does, and those that a network
                   was trained on show less of it, so that the noise has a bound as well: 23 dB for a `max_drop` of 1 %,
                   as goals have for what is cut, and in proportion for others. (With 20 dB in its place, 1.2 to 2 % of
-                  the answers of three networks changed on 2,000 other samples, with 23 dB .5 to 1.3 %.)
+                  the answers of three networks changed on 2,000 other samples, with 23 dB 0.5 to 1.3 %.)
 
 Without either, as with few or made-up samples, nothing is trained, and the search's own samples judge.
 """

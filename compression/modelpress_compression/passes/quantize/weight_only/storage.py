@@ -8,7 +8,7 @@ Each weight is stored in one of three forms, depthwise convolutions and stems in
 
 All begin in the first, but for weights with outliers among their rows, which the second serves far better: those begin
 there. On a text recognizer, four convolutions of 37 made most of the error for the sake of few weights. With them in
-blocks it loses .7 points instead of .9 by its own probabilities, for 4 % of the file. Large constants that nothing
+blocks it loses 0.7 points instead of 0.9 by its own probabilities, for 4 % of the file. Large constants that nothing
 multiplies by as a weight (tables of positions, of rotations, of filters) are stored in float16 from the start, and stay
 in float32 where that errs too much. Where the outputs err by more than permitted, weights move on to another form:
 

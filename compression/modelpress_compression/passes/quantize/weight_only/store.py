@@ -8,10 +8,10 @@ MatMulNBits runs with accuracy_level 4: onnxruntime quantizes each block of the 
 multiplies integers. At one thread with AVX512-VNNI that takes, of float32's time,
 
     K x N        rows   4 bits, block 32 / 128   8 bits, block 32 / 128   the same without accuracy_level 4
-    384 x 1536   1      .49 / .37                .48 / .41                1.3 / 20 (8 bits)
-    384 x 1536   128    .93 / .71                .84 / .67                1.1 / 2
-    2048 x 2048  1      .32 / .22                .28 / .23                1.2 / 60
-    2048 x 2048  128    .74 / .59                .68 / .57                1.1 / 2
+    384 x 1536   1      0.49 / 0.37              0.48 / 0.41              1.3 / 20 (8 bits)
+    384 x 1536   128    0.93 / 0.71              0.84 / 0.67              1.1 / 2
+    2048 x 2048  1      0.32 / 0.22              0.28 / 0.23              1.2 / 60
+    2048 x 2048  128    0.74 / 0.59              0.68 / 0.57              1.1 / 2
     120 x 480    400    1.3 / 1.2                1.2 / 1.1
     96 x 6625    400    1.7 / 1.5                1.2 / 1.3
 
