@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from modelpress_compression import parallel
-from modelpress_compression.parallel import AHEAD_BYTES, map_ahead, map_in_order
+from modelpress_compression.parallel import AHEAD_BYTES, map_ahead, map_in_order, workers_within
 
 
 @pytest.fixture(params=[1, 3])
@@ -52,6 +52,14 @@ def test_an_error_ends_the_work_and_is_the_callers(cores: int) -> None:
     with pytest.raises(ValueError, match="two"):
         list(map_in_order(work, range(1000)))
     assert len(worked) <= 3 + 2 * cores + 2
+
+
+def test_as_many_work_as_memory_is_given_for(cores: int) -> None:
+    """One at least, and no more than there are workers."""
+    assert workers_within(100, 1000) == 1
+    assert workers_within(100, 40) == min(2, cores)
+    assert workers_within(100, 0) == cores
+    assert list(map_in_order(abs, range(-5, 0), 1)) == [5, 4, 3, 2, 1]
 
 
 @pytest.mark.parametrize("large", [False, True])

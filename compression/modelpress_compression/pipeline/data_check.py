@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from modelpress_compression.model import Model
 from modelpress_compression.runtime import open_session, run_all
 
 ANSWERS = 4
+_CHUNK = 1 << 20  # numbers of an array at a time
 # Of the outputs' size: by less, answers to different samples hardly differ. Those of real networks differ by 0.4 and
 # more; fed with inputs a thousand times too small, by 0.002 at most.
 HARDLY_DIFFERENT = 0.002
@@ -65,6 +67,10 @@ def _alike(arrays: Sequence[Array]) -> bool:
         return False
     if any(array.shape != arrays[0].shape for array in arrays):
         return False
-    stacked = np.stack(arrays).astype(np.float64)
-    spread = float(np.sqrt(np.mean(np.square(stacked - stacked.mean(axis=0)))))
-    return spread <= HARDLY_DIFFERENT * float(np.sqrt(np.mean(np.square(stacked))))
+    spread = power = 0.0
+    flat = [array.reshape(-1) for array in arrays]
+    for start in range(0, flat[0].size, _CHUNK):  # a picture that is answered by pictures has millions of numbers
+        stacked = np.stack([values[start : start + _CHUNK] for values in flat]).astype(np.float64)
+        spread += float(np.square(stacked - stacked.mean(axis=0)).sum())
+        power += float(np.square(stacked).sum())
+    return math.sqrt(spread) <= HARDLY_DIFFERENT * math.sqrt(power)

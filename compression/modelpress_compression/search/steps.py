@@ -97,10 +97,10 @@ def broken(path: Path, data: InputData, reference: Path, backend: Backend = CPU)
     is."""
     feeds = list(data.feeds(1, limit=CHECK_FEEDS * (data.fixed_batch or 1)))
     try:
-        outputs = list(map_in_order(backend.open(path).run, feeds))
+        finite = [_finite(outputs) for outputs in map_in_order(backend.open(path).run, feeds)]
     except (ModelNotRunnableError, UnsupportedOperatorError) as error:
         return error.message
-    if all(_finite(output) for output in outputs):
+    if all(finite):
         return None
     expected = map_in_order(backend.open(reference).run, feeds)
     # A model may be made to give infinities, for masked positions say: only new ones count.

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from modelpress_compression.inputs import InputData
+from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.prune.channel import bearable
 from modelpress_compression.passes.prune.config import PruneConfig
 from modelpress_compression.passes.prune.prune import Prune
 from onnx import helper
@@ -91,6 +93,19 @@ def test_nothing_goes_where_nothing_is_borne(uneven: Any, prune_channels_of: Any
     assert result.model is uneven
     assert any("none went" in text for text in result.warnings)
     assert {"fc1", "fc2"} <= {skip.node for skip in result.skipped if "min_cosine" in skip.reason}
+
+
+def test_of_large_answers_fewer_are_compared(
+    uneven: Any, context_of: Any, outputs_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as fit into what may be kept of them, spread over the samples; the fewest that tell where none do."""
+    context = replace(context_of(uneven), data=InputData(uneven.inputs, {"x": rows(64, seed=0)}, provided=False))
+    for kept_bytes, compared in ((bearable.KEPT_BYTES, 64), (16 * 64, 16), (1, 8)):
+        monkeypatch.setattr(bearable, "KEPT_BYTES", kept_bytes)
+        looked_at: list[float] = []
+        monkeypatch.setattr(Context, "check_time", lambda self, seen=looked_at: seen.append(1.0))
+        assert bearable.Answers(uneven, context).kept(uneven) == pytest.approx(1.0)
+        assert len(looked_at) == 2 * compared
 
 
 def test_made_up_inputs_judge_where_there_is_no_data(uneven: Any, context_of: Any, outputs_of: Any) -> None:

@@ -14,6 +14,7 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.quantize import prepare_static
+from modelpress_compression.passes.quantize.ranges import gradients
 from modelpress_compression.passes.quantize.ranges.gradients import gradient_probe
 from modelpress_compression.passes.quantize.ranges.output_error import Trial, open_probe
 from modelpress_compression.passes.quantize.ranges.sensitivity import SensitivityProbe
@@ -114,6 +115,17 @@ def test_trials_take_over_where_gradients_are_not_finite(model_from_text: Build,
     probe = gradient_probe(setup)
     assert probe is not None
     assert probe.errors(trials) is None
+    with open_probe(setup) as exact:
+        assert SensitivityProbe(setup).errors(trials) == exact.errors(trials)
+
+
+def test_gradients_that_would_not_fit_are_tried_out(
+    model_from_text: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the activations of one sample and their gradients take too much memory, each error is found by its runs."""
+    setup, trials = setup_of(layers(model_from_text, "z = Relu(h)", outputs=16), vectors(), tmp_path)
+    monkeypatch.setattr(gradients, "MAX_GRADIENT_BYTES", 64)
+    assert gradient_probe(setup) is None
     with open_probe(setup) as exact:
         assert SensitivityProbe(setup).errors(trials) == exact.errors(trials)
 
