@@ -19,6 +19,7 @@ import torch
 from torch.onnx import utils
 
 from modelpress_compression.inputs import Feeds
+from modelpress_compression.loaders.expert_ops import translations
 from modelpress_compression.loaders.symbolics import SYMBOLICS
 from modelpress_compression.loaders.torch_run import to_tensors
 from modelpress_compression.model import EXTERNAL_DATA_THRESHOLD_BYTES
@@ -114,6 +115,7 @@ def export_program(program: torch.export.ExportedProgram, request: ExportRequest
         external_data=weights > EXTERNAL_DATA_THRESHOLD_BYTES,
         verify=False,
         optimize=True,
+        custom_translation_table=translations(),
     )
     return path
 

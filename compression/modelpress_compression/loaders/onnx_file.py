@@ -23,6 +23,7 @@ from modelpress_compression.graph.precision import compute_in_float32, computes_
 from modelpress_compression.graph.read import constant_tensor, is_op
 from modelpress_compression.graph.shapes import infer_shapes
 from modelpress_compression.loaders.formats.refusals import refused
+from modelpress_compression.loaders.masked_rows import hide_whole_rows
 from modelpress_compression.loaders.normalize import name_nodes, normalize, root_cause
 from modelpress_compression.loaders.onnx_check import check_external_data, check_graph, check_operators
 from modelpress_compression.loaders.onnx_old import raise_from_before_7
@@ -149,7 +150,9 @@ def from_exporter(path: str | os.PathLike[str], provenance: Provenance) -> Model
     mapped.resolve_own_file(ir, path)
     mapped.load_all(ir)
     clear_debug_metadata(ir)  # the exporter's, not the user's
-    return normalize(Model(ir, provenance))
+    model = normalize(Model(ir, provenance))
+    hide_whole_rows(model)
+    return model
 
 
 def _parse(path: Path) -> onnx.ModelProto:

@@ -29,6 +29,8 @@ _OPERATOR_NAMESPACES = frozenset(
         "onnx_symbolic",
     }
 )
+# Of other libraries; see `expert_ops`.
+_KNOWN_OPERATORS = frozenset({"transformers.grouped_mm_fallback"})
 _DUNDER_OPERATORS = frozenset(
     f"__{prefix}{name}__" for prefix in ("", "i") for name in ("and", "or", "xor", "lshift", "rshift")
 )
@@ -128,7 +130,7 @@ def _check_target(target: str) -> None:
     plain = all(part.isidentifier() and (not part.startswith("__") or part in _DUNDER_OPERATORS) for part in parts)
     if not plain or parts[:2] != ["torch", "ops"] or len(parts) not in (4, 5) or parts[3] in _FORBIDDEN_OPERATORS:
         raise _reject(f"a call of {target[:80]!r}")
-    if parts[2] not in _OPERATOR_NAMESPACES:
+    if parts[2] not in _OPERATOR_NAMESPACES and ".".join(parts[2:4]) not in _KNOWN_OPERATORS:
         raise refused("FOREIGN_OPERATOR", op_type="::".join(parts[2:4])[:80])
 
 

@@ -1,4 +1,5 @@
-"""Which of the user's inputs is which argument of a TorchScript module's `forward`."""
+"""What a TorchScript module's `forward` takes and gives: which of the user's inputs is which argument, and a list of
+results one by one."""
 
 from __future__ import annotations
 
@@ -72,19 +73,12 @@ class Binding:
         """A module that takes tensors alone, in the order of `specs`."""
         if self.direct:
             return module
-        holder = torch.nn.Module()
-        holder.inner = module
-        with quiet():  # torch.jit.script is deprecated; there is no other way to wrap a TorchScript module
-            wrapper: Any = torch.jit.script(holder)
         parameters = ", ".join(f"{item.name}: Tensor" for item in self.arguments)
         given = ", ".join(
             f"{item.name}={_SCALARS[item.type].format(name=item.name) if item.type in _SCALARS else item.name}"
             for item in self.arguments
         )
-        wrapper.define(f"def forward(self, {parameters}):\n    return self.inner.forward({given})\n")
-        wrapper.eval()
-        bound: torch.jit.ScriptModule = wrapper
-        return bound
+        return _around(module, f"def forward(self, {parameters}):\n    return self.inner.forward({given})\n")
 
     def scalars(self, feeds: Feeds) -> dict[str, int | float | bool]:
         """Values of the arguments that are plain numbers to the module."""
@@ -117,6 +111,34 @@ def bind(module: torch.jit.ScriptModule, specs: Sequence[TensorSpec]) -> Binding
     # Of arguments that are left to their defaults, exporters make inputs.
     direct = chosen == have and all(item.type in _TENSORS for item in chosen)
     return Binding(tuple(specs), tuple(chosen), direct)
+
+
+def returns_list(module: torch.jit.ScriptModule) -> bool:
+    """Whether `forward` gives a list of tensors, which exporters write as one sequence."""
+    schema: Any = getattr(module.forward, "schema")  # noqa: B009  torch does not type it
+    return [str(item.type) for item in schema.returns] == ["List[Tensor]"]
+
+
+def spread(module: torch.jit.ScriptModule, count: int) -> torch.jit.ScriptModule:
+    """A module that gives the `count` tensors of the list that `module`, of tensors alone, gives."""
+    parameters = ", ".join(f"{item.name}: {item.type}" for item in arguments(module))
+    given = ", ".join(f"{item.name}={item.name}" for item in arguments(module))
+    results = ", ".join(f"result_{number}" for number in range(count))
+    return _around(
+        module, f"def forward(self, {parameters}):\n    {results} = self.inner.forward({given})\n    return {results}\n"
+    )
+
+
+def _around(module: torch.jit.ScriptModule, forward: str) -> torch.jit.ScriptModule:
+    """A module whose `forward` is written so, and which has `module` as its `inner`."""
+    holder = torch.nn.Module()
+    holder.inner = module
+    with quiet():  # torch.jit.script is deprecated; there is no other way to wrap a TorchScript module
+        wrapper: Any = torch.jit.script(holder)
+    wrapper.define(forward)
+    wrapper.eval()
+    bound: torch.jit.ScriptModule = wrapper
+    return bound
 
 
 def _check(spec: TensorSpec, argument: Argument) -> None:

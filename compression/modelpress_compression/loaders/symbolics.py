@@ -8,6 +8,7 @@
   Nested tensors, which leave padding out, are the padded ones with zeros at the padding: `Where(keep, x, 0)`, where
   `keep` [batch, tokens, 1] says what is no padding. Whoever takes such a tensor finds `keep` there.
 - torchvision's `nms` and `roi_align`, which are ONNX's NonMaxSuppression and RoiAlign.
+- Products with the weights of experts, and the histogram that says how many rows each of them has (`expert_ops`).
 - An LSTM's cell, an axis made into several, and `not` of a number.
 
 Each function gets the exporter's graph context `g` and the operator's arguments.
@@ -21,6 +22,8 @@ from typing import Any, Literal
 
 import torch
 from torch.onnx import symbolic_helper
+
+from modelpress_compression.loaders.expert_ops import MOST
 
 _FLOAT, _INT64, _BOOL = 1, 7, 9  # of onnx.TensorProto
 _LOWEST = torch.finfo(torch.float32).min  # rather than -inf: a row that sees nothing is no NaN
@@ -224,11 +227,49 @@ def _linear(g: Any, value: Any, weight: Any, bias: Any) -> Any:
     return product if bias is None or symbolic_helper._is_none(bias) else g.op("Add", product, bias)
 
 
+def _histc(g: Any, value: Any, bins: Any, low: Any, high: Any) -> Any:
+    """How many numbers lie in each of `bins` equal parts of `low` to `high`, which belongs to the last."""
+    count, start, stop = _number(bins), float(_number(low, "f")), float(_number(high, "f"))
+    if not start < stop or count > MOST:
+        return symbolic_helper._unimplemented("aten::histc", f"no limits, or more than {MOST} bins")
+    values = g.op("Reshape", g.op("Cast", value, to_i=_FLOAT), _constant(g, [1, -1]))
+    scaled = g.op(
+        "Mul",
+        g.op("Sub", values, _constant(g, start, torch.float32)),
+        _constant(g, count / (stop - start), torch.float32),
+    )
+    last = g.op("Equal", values, _constant(g, stop, torch.float32))
+    places = g.op("Where", last, _constant(g, float(count - 1), torch.float32), g.op("Floor", scaled))
+    numbers = _constant(g, [[float(number)] for number in range(count)], torch.float32)
+    hits = g.op("Cast", g.op("Equal", places, numbers), to_i=_FLOAT)
+    return g.op("CastLike", g.op("ReduceSum", hits, _constant(g, [1]), keepdims_i=0), value)
+
+
+def _grouped_mm(g: Any, rows: Any, weight: Any, ends: Any = None, bias: Any = None, dtype: Any = None) -> Any:
+    """rows [n, in], weight [experts, in, out], ends [experts] -> [n, out]; see `expert_ops`."""
+    experts = symbolic_helper._get_tensor_dim_size(weight, 0)
+    ordered = _given(ends) and not _given(bias) and symbolic_helper._get_tensor_rank(rows) in (2, None)
+    if experts is None or experts > MOST or not ordered:
+        return symbolic_helper._unimplemented("aten::_grouped_mm", "groups of another kind than rows in order")
+    ends = g.op("Cast", ends, to_i=_INT64)
+    start, parts = _constant(g, [0]), []
+    for expert in range(experts):
+        place = _constant(g, [expert])
+        end = g.op("Gather", ends, place, axis_i=0)
+        part = g.op("Slice", rows, start, end, _constant(g, [0]))
+        own = g.op("Squeeze", g.op("Gather", weight, place, axis_i=0), _constant(g, [0]))
+        parts.append(g.op("MatMul", part, own))
+        start = end
+    return g.op("Concat", *parts, axis_i=0)
+
+
 # "__not_": the exporter cuts a last underscore off, for it marks operators that work in place.
 SYMBOLICS: dict[str, Callable[..., Any]] = {
     "aten::__not_": _not,
+    "aten::histc": _histc,
     "aten::lstm_cell": _lstm_cell,
     "aten::unflatten": _unflatten,
+    "aten::_grouped_mm": _grouped_mm,
     "aten::_native_multi_head_attention": _attention,
     "aten::_transformer_encoder_layer_fwd": _encoder_layer,
     "aten::_nested_tensor_from_mask": _nested,

@@ -12,6 +12,7 @@ import torch
 from modelpress_compression.archive import Archive
 from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.loaders.checked_copy import checked_copy
+from modelpress_compression.loaders.expert_ops import expert_operators, take_products
 from modelpress_compression.loaders.exporters import ExportRequest, export_plain, export_program
 from modelpress_compression.loaders.exporting import export_checked
 from modelpress_compression.loaders.formats.refusals import refused
@@ -34,7 +35,7 @@ def load_torch_export(source: Source, specs: Sequence[TensorSpec]) -> Model:
     """The program as a `Model`. Raises as `loaders.load`."""
     with Archive.open(source.main, "The torch.export archive") as archive:
         checked = check_archive(archive)
-        with checked_copy(archive, checked.pickled, checked.replaced) as path:
+        with checked_copy(archive, checked.pickled, checked.replaced) as path, expert_operators():
             return convert_program(_read(path), specs, source.provenance("torch_export"), checked.outputs)
 
 
@@ -73,6 +74,7 @@ def convert_program(
     `specs`, where given, name the dynamic dimensions, and those buffers that shall be inputs and outputs. `labels`:
     names for its outputs, None for those without.
     """
+    take_products(program)
     warnings = [*_to_evaluation(program), *widen(program)]
     specs = [replace(spec, dtype="float32") if spec.dtype == "bfloat16" else spec for spec in specs]
     stateless = without_state(program, [spec.name for spec in specs])

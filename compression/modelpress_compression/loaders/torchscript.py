@@ -22,7 +22,7 @@ from modelpress_compression.loaders.hints import suggest_inputs
 from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.loaders.script_check import check_script
 from modelpress_compression.loaders.script_graph import holds_bfloat16, holds_quantized, in_plain_operators
-from modelpress_compression.loaders.script_inputs import arguments, bind
+from modelpress_compression.loaders.script_inputs import arguments, bind, returns_list, spread
 from modelpress_compression.loaders.source import Source
 from modelpress_compression.loaders.torch_run import REFUSALS, runner, to_tensors
 from modelpress_compression.loaders.trials import Run, find_trials, first_line
@@ -71,7 +71,9 @@ def _load(path: Path, specs: Sequence[TensorSpec], provenance: Provenance) -> Mo
     trials = find_trials(run, binding.specs, REFUSALS)
 
     def plain() -> torch.jit.ScriptModule:
-        return in_plain_operators(original(), list(to_tensors(trials.runs[0].feeds).values()))
+        module, count = original(), len(trials.runs[0].expected)
+        module = spread(module, count) if count > 1 and returns_list(module) else module
+        return in_plain_operators(module, list(to_tensors(trials.runs[0].feeds).values()))
 
     atol = QUANTIZED_ATOL if quantized else FLOAT16_ATOL if _holds_float16(module) else ATOL
     model = export_checked(SCRIPT_EXPORTERS, plain, binding.specs, trials, provenance, atol=atol)

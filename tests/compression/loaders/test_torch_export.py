@@ -22,6 +22,7 @@ from modelpress_compression.errors import (
     UnsupportedOperatorError,
 )
 from modelpress_compression.loaders import load
+from modelpress_compression.loaders.expert_ops import expert_operators, grouped_mm
 from modelpress_compression.loaders.program_check import check_tensors_only
 from modelpress_compression.loaders.program_graph import check_expression
 from modelpress_compression.loaders.program_trees import output_labels
@@ -77,6 +78,77 @@ def test_keyword_inputs_and_nested_outputs(tmp_path: Path, make: SimpleNamespace
     model = load(path)
     assert [spec.name for spec in model.inputs] == ["a", "pair_0", "pair_1"]
     assert len(model.outputs) == 3
+
+
+class SlidingWindow(torch.nn.Module):
+    """Attention to two tokens back, without those that the mask leaves out."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        at = torch.arange(x.shape[1])
+        seen = (at <= at[:, None]) & (at > at[:, None] - 2)
+        heads = x[:, None]
+        found: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(
+            heads, heads, heads, seen & mask[:, None, None].bool()
+        )
+        return found[:, 0]
+
+
+def test_attention_that_sees_nothing(tmp_path: Path, make: SimpleNamespace) -> None:
+    """Behind the end of a short text a window is empty, and torch gives zeros; its exporter, the mean of all values."""
+    feeds = torch.randn(2, 6, 4), torch.ones(2, 6, dtype=torch.int64)
+    path = make.save_program(SlidingWindow(), feeds, tmp_path / "m.pt2")
+    x, mask = feeds[0], (torch.arange(6) < torch.tensor([[2], [5]])).long()
+    wanted = SlidingWindow()(x, mask).numpy()
+    assert not wanted[0, 4:].any()
+    got = run_onnx(load(path), [{"x": x.numpy(), "mask": mask.numpy()}])[0]["output"]
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+class Experts(torch.nn.Module):
+    """As transformers exports mixtures of experts: with an operator of its own, or with torch's."""
+
+    def __init__(self, product: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.product, self.weight = product, torch.nn.Parameter(torch.randn(3, 8, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ids, order = torch.sort(x[:, :3].argmax(1))
+        ends = torch.cumsum(torch.histc(ids.float(), bins=3, min=0, max=2), 0, dtype=torch.int32)
+        return self.product(x[order], self.weight, ends)[torch.argsort(order)]
+
+
+@pytest.mark.parametrize("whose", ["transformers", "torch"])
+def test_products_of_experts(whose: str, tmp_path: Path, make: SimpleNamespace) -> None:
+    """A product for each expert, of which some have no row; rtol 1e-4 against float32. Transformers itself is not
+    needed: its operator is known while the file is read."""
+    torch.manual_seed(0)
+
+    def of_torch(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return torch._grouped_mm(x, weight, offs=ends)
+
+    def of_transformers(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = torch.ops.transformers.grouped_mm_fallback(x, weight, ends)
+        return found
+
+    module = Experts(of_torch if whose == "torch" else of_transformers).eval()
+    dtype = torch.bfloat16 if whose == "torch" else torch.float32  # torch exports its own for bfloat16 alone
+    module = module.to(dtype)
+    rows = torch.export.Dim("rows", min=1)
+    with expert_operators():
+        path = make.save_program(
+            module, (torch.randn(6, 8, dtype=dtype),), tmp_path / "m.pt2", dynamic_shapes={"x": {0: rows}}
+        )
+    model = load(path)
+    for count in (1, 2, 40):
+        x = torch.randn(count, 8)
+        got = run_onnx(model, [{"x": x.numpy()}])[0]["output"]
+        np.testing.assert_allclose(got, Experts.forward(_plain(module), x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def _plain(module: Experts) -> Experts:
+    plain = Experts(grouped_mm)
+    plain.load_state_dict(module.state_dict())
+    return plain
 
 
 def test_nothing_is_printed(exported: Path, capfd: pytest.CaptureFixture[str]) -> None:

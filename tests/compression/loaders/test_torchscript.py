@@ -354,6 +354,71 @@ class Masked(torch.nn.Module):
         return result
 
 
+class Findings(torch.nn.Module):
+    """A list of what was found, of several types, as detectors give it."""
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        best, place = x.max(1)
+        return [best, place, x.mean(1, keepdim=True)]
+
+
+@pytest.mark.parametrize("way", ["traced", "scripted"])
+def test_a_list_of_results(way: str, tmp_path: Path, save_script: Save) -> None:
+    """A list becomes so many outputs, each of its own type; exporters write it as one sequence, of one type."""
+    path = tmp_path / "m.pt"
+    if way == "traced":
+        save_traced(Findings(), (torch.randn(2, 5),), path)
+    else:
+        path = save_script(Findings(), path)
+    model = load(path, ["x:float32[n,5]"])
+    assert [str(spec) for spec in model.outputs] == [
+        "output_0:float32[n]", "output_1:int64[n]", "output_2:float32[n,1]",
+    ]  # fmt: skip
+    x = torch.randn(3, 5)
+    got = run_onnx(model, [{"x": x.numpy()}])[0]
+    for wanted, found in zip(Findings()(x), got.values(), strict=True):
+        np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-5)
+
+
+class Experts(torch.nn.Module):
+    """Rows sorted by expert, times the expert's weight, and back in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 8, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ids, order = torch.sort(x[:, :4].argmax(1))
+        counts = torch.histc(ids.float(), bins=4, min=0, max=3)
+        ends = torch.cumsum(counts, 0, dtype=torch.int32)
+        return torch._grouped_mm(x[order], self.weight, offs=ends)[torch.argsort(order)]
+
+
+def test_products_of_experts(tmp_path: Path) -> None:
+    """A product for each expert, of which some have no row; rtol 1e-4."""
+    torch.manual_seed(0)
+    module = Experts().eval()
+    save_traced(module, (torch.randn(6, 8),), tmp_path / "m.pt")
+    model = load(tmp_path / "m.pt", ["x:float32[n,8]"])
+    for rows in (1, 2, 40):
+        x = torch.randn(rows, 8)
+        got = run_onnx(model, [{"x": x.numpy()}])[0]["output"]
+        np.testing.assert_allclose(got, module(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+class Histogram(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.histc(x, bins=5, min=-1.0, max=1.5)
+
+
+def test_histogram(tmp_path: Path) -> None:
+    """Numbers outside of the limits count nowhere, the upper limit in the last bin."""
+    save_traced(Histogram(), (torch.randn(6),), tmp_path / "m.pt")
+    x = torch.tensor([-1.0, -1.01, -0.5, 0.0, 0.49, 0.51, 1.0, 1.5, 1.51, 7.0, 1.49])
+    got = run_onnx(load(tmp_path / "m.pt", ["x:float32[n]"]), [{"x": x.numpy()}])[0]["output"]
+    np.testing.assert_array_equal(got, Histogram()(x).numpy())
+
+
 def test_attention_of_the_fast_path(tmp_path: Path) -> None:
     """Traced in evaluation mode, torch's encoder is one operator a layer; padding stays hidden; rtol 1e-4."""
     torch.manual_seed(0)
