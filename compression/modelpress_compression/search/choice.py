@@ -17,6 +17,7 @@ the choice says which limits are not met.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -124,7 +125,8 @@ def contenders(candidates: Sequence[Figures], original: int, objective: str, lim
     """The places that times of more rounds may decide between; one alone: they are enough.
 
     Those at the edge of a bound are among them, which the noise of a few rounds would decide; under a limit on time all
-    that are not refused. Raises ValueError for an unknown objective.
+    that are not refused. Where the original alone would be left, so is the best of those that seem too slow: nothing
+    comes back unchanged for the noise of a few rounds. Raises ValueError for an unknown objective.
     """
     deciders = _deciders(objective)
     reasons = {place: one.refusal for place, one in enumerate(candidates)}
@@ -137,6 +139,8 @@ def contenders(candidates: Sequence[Figures], original: int, objective: str, lim
     # Without those that are a little slow as well: among them may be one that outdoes all the others.
     for most in (MEASURED_SLOWDOWN, MEASURED_SLOWDOWN * FEW_ROUNDS_SLACK):
         places.update(_decided(loosely, candidates, original, objective, limits, dict(reasons), most))
+    if places == {original}:
+        places.update(_decided(loosely, candidates, original, objective, limits, dict(reasons), math.inf))
     return sorted(places)
 
 
