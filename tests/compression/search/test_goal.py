@@ -196,8 +196,9 @@ def test_levers_without_labels(digits: Model, samples: InputData, labelled: Eval
     alone = compress(digits, goal(objective="smallest", techniques=["fuse", "quantize"]), data=samples)
     told: list[str] = []
     result = compress(digits, goal(objective="smallest"), data=samples, on_log=lambda level, text: told.append(text))
-    held = -(-len(samples) // 3)
-    assert f"nothing is fitted to {held} of {len(samples)} samples, which judge what is cut" in told
+    pattern = rf"nothing is fitted to (\d+) of {len(samples)} samples, which judge what is cut"
+    (held,) = [int(found[1]) for text in told if (found := re.fullmatch(pattern, text))]
+    assert abs(held / len(samples) - 1 / 3) < 0.02  # samples that are alike stay together
     assert any("prune" in row["name"] and not row["reason"].startswith("its") for row in result.report["candidates"])
     assert result.report["size_ratio"] >= alone.report["size_ratio"]
     digits.save(tmp_path / "before.onnx")
