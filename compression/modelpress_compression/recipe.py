@@ -164,12 +164,21 @@ class Recipe(Config):
     def searches_far(self) -> bool:
         """Whether the goal asks for more than a balance, so that its search goes as far as it can: minutes, not
         seconds."""
-        if self.goal is None:
+        return self.goal is not None and (self.size_first or self.time_first or self.goal.search_time_s is not None)
+
+    @property
+    def size_first(self) -> bool:
+        """Whether the file is what the goal is about."""
+        asked = (self.limits.max_size_bytes, self.limits.min_ratio)
+        return self.goal is not None and (self.goal.objective == SMALLEST or any(limit is not None for limit in asked))
+
+    @property
+    def time_first(self) -> bool:
+        """Whether time is what the goal is about, and size is not."""
+        if self.goal is None or self.size_first:
             return False
-        limits = self.limits
-        asked = (limits.max_size_bytes, limits.min_ratio, limits.max_latency_ms, limits.min_speedup)
-        wants_more = self.goal.objective in (SMALLEST, FASTEST) or any(limit is not None for limit in asked)
-        return wants_more or self.goal.search_time_s is not None
+        asked = (self.limits.max_latency_ms, self.limits.min_speedup)
+        return self.goal.objective == FASTEST or any(limit is not None for limit in asked)
 
     @classmethod
     def preset(cls, name: str) -> Recipe:

@@ -1,14 +1,10 @@
 """A goal instead of steps: builds what today's passes can make of a model, measures all of it, and takes the best.
 
-    fuse                                the float model, with fewer and faster operators
-    stored                              weights in 8 bits or float16, computing in float32: what every model gets;
-                                        for `accurate` once more, closer than anybody could tell
-    dynamic, static, and less static    8 bits where they keep the answers (quantization.py), the rest stored
-    blocks                              weights in 8, 4 and 2 bits that products read as they are: where size counts
-                                        (mixed_bits.py)
-    cut                                 with data: channels gone, layers factorized, repaired and trained, as far as
-                                        labels, or samples that nothing was fitted to, permit (levers.py, held_out.py)
-    widths and bits, or arithmetic      as one choice, by their prices: where size or time counts (joint.py)
+    fused                   the float model, with fewer and faster operators
+    quantized               stored in fewer bits, or in 8-bit arithmetic where that keeps the answers (schemes.py)
+    cut                     with data: channels gone, layers factorized, repaired and trained, as far as labels, or
+                            samples that nothing was fitted to, permit (levers.py, held_out.py); then quantized
+    cut by prices           widths and bits, or arithmetic, as one choice: where size or time counts (joint.py)
 
 Each candidate is judged by its answers (judge.py); which of them is taken is decided by decision.py.
 """
@@ -19,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 
@@ -31,27 +27,23 @@ from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.fuse.config import FuseConfig
 from modelpress_compression.passes.quantize.config import QuantizeConfig
-from modelpress_compression.passes.quantize.quantize import Quantize
-from modelpress_compression.passes.quantize.weight_only.storage import store_all
-from modelpress_compression.recipe import ACCURATE, BALANCED, FASTEST, SMALLEST, Goal, Recipe, Step
+from modelpress_compression.recipe import FASTEST, SMALLEST, Goal, Recipe, Step
 from modelpress_compression.search.candidates import Candidate
 from modelpress_compression.search.decision import BUILT, Decision, Pursuit
 from modelpress_compression.search.entries import Entry, size_change
 from modelpress_compression.search.held_out import Grounds, grounds
 from modelpress_compression.search.joint import PRUNE, JointSearch
 from modelpress_compression.search.joint_forms import ComputedForms, Forms, StoredForms
-from modelpress_compression.search.judge import FLOAT_FLOOR_DB, Judge
+from modelpress_compression.search.judge import Judge
 from modelpress_compression.search.levers import FEW_CUTS, LEVERS, MANY_CUTS, LeverSearch
 from modelpress_compression.search.mixed_bits import MixedBitsSearch
-from modelpress_compression.search.mixed_schemes import MixedSchemeSearch
 from modelpress_compression.search.quantization import SchemeSearch
 from modelpress_compression.search.recall import Recall
+from modelpress_compression.search.schemes import Schemes
 from modelpress_compression.search.steps import StepRecord, apply_step, scaled
 
 # Of channels that go where a metric of the client's judges: it is asked before more goes.
 SCORED_SHARES = (0.1, 0.25, 0.4, 0.55)
-# What `accurate` asks of stored weights: more than what counts as no error (choice.NEGLIGIBLE_ERROR), 40 dB.
-CLOSE_FLOOR_DB = 43.0
 _JOINT = 0.7  # share of the progress when the levers' models are quantized
 _WHOLE = 0.3  # share of the progress when the candidates of the whole model are built and judged
 
@@ -101,7 +93,6 @@ class GoalSearch:
     entries: list[Entry] = field(default_factory=list)
     began_s: float = field(default_factory=time.monotonic)
     numbers: Iterator[int] = field(default_factory=count)  # of folders
-    _bits: MixedBitsSearch | None = None  # of the whole model
 
     def build(self) -> None:
         """All candidates, judged by their answers."""
@@ -119,12 +110,8 @@ class GoalSearch:
         # What levers made is made anew: they go further.
         self.entries = [entry for entry in self.entries if not entry.is_cut]
         if "quantize" in self.goal.techniques:
-            search, built = self._of_whole, len(self._of_whole.candidates)
-            for _ in self._mixed_schemes(search):
-                pass
-            if len(search.candidates) > built:
-                search.smaller(search.candidates[built:])
-            for _ in self._mixed_bits(search, whole=True):
+            search, built = self._of_whole.search, len(self._of_whole.search.candidates)
+            for _ in self._of_whole.further():
                 pass
             self._enter(search.candidates[built:], search.judge, self._before)
         self._build_cut()
@@ -134,9 +121,10 @@ class GoalSearch:
             self._cut(self._fused, self._before, self._grounds)
 
     @cached_property
-    def _of_whole(self) -> SchemeSearch:
+    def _of_whole(self) -> Schemes:
         part = self._part(0.1, BUILT if self._grounds is None else _WHOLE)
-        return self._scheme_search(self._fused.model, self._fused.path, part, self.judge)
+        search = self._scheme_search(self._fused.model, self._fused.path, part, self.judge)
+        return Schemes(search, self.recipe, self.goal, whole=True, far=self.far)
 
     @property
     def _before(self) -> tuple[StepRecord, ...]:
@@ -186,11 +174,11 @@ class GoalSearch:
             before, [], target, lambda: apply_step(before.step, before.model, before.path, context, target)
         )
 
-    def _quantized(self, search: SchemeSearch, before: tuple[StepRecord, ...]) -> None:
+    def _quantized(self, schemes: Schemes, before: tuple[StepRecord, ...]) -> None:
         """Every scheme on one float model."""
-        entered = 0
+        search, entered = schemes.search, 0
         with self._while_it_lasts():
-            for _ in self._schemes(search, whole=not before or before[-1].step.technique == "fuse"):
+            for _ in schemes.candidates():
                 self._enter(search.candidates[entered:], search.judge, before)
                 entered = len(search.candidates)
                 if not self._has_time:
@@ -221,98 +209,6 @@ class GoalSearch:
         deadline = context.clock() + left_s
         return replace(context, deadline=deadline if context.deadline is None else min(context.deadline, deadline))
 
-    def _schemes(self, search: SchemeSearch, *, whole: bool) -> Iterator[None]:
-        """Adds the candidates of one scheme after the other. `whole`: nothing was cut from the model before."""
-        config = QuantizeConfig(scheme="weight_only")
-        search.context.progress(0.0, "storing weights in fewer bits")
-        floors = {"weights stored in fewer bits, computing in float32": FLOAT_FLOOR_DB}
-        if self.goal.objective == ACCURATE and whole:
-            floors["weights stored so that nobody could tell"] = CLOSE_FLOOR_DB
-        for variant, floor_db in floors.items():
-            store = partial(store_all, search.model, config, search.context, floor_db)
-            search.add("weight_only", store, variant, asked=[floor_db])
-            yield
-        # A short time is for what was asked for.
-        parts = (self._in_blocks, self._in_8_bits) if self._size_first else (self._in_8_bits, self._in_blocks)
-        for part in parts:
-            yield from part(search, whole)
-
-    def _in_8_bits(self, search: SchemeSearch, whole: bool) -> Iterator[None]:
-        """Arithmetic in 8 bits, or in half precision, and the same with all weights stored in fewer bits."""
-        stored = [candidate for candidate in search.candidates if "blocks" not in candidate.variant]
-        begun = len(search.candidates)
-        search.half()
-        search.dynamic()
-        yield
-        search.static()
-        yield
-        yield from self._mixed_schemes(search)
-        search.smaller([*stored, *search.candidates[begun:]])
-        yield
-
-    def _in_blocks(self, search: SchemeSearch, whole: bool) -> Iterator[None]:
-        """Weights in blocks of 8, 4 and 2 bits."""
-        if not self._wants_size or not (whole or self.far):
-            return
-        config = QuantizeConfig(scheme="weight_only")
-        quantize = partial(Quantize(config), search.model, search.context)
-        search.add("weight_only", quantize, "8 bits in blocks")
-        yield
-        if not self.far:
-            self._in_4_bits(search, replace(config, weights="int4"))
-            yield
-            return
-        if self.goal.search_time_s is not None:
-            # The prices of bits take long, and may not be through in time.
-            nearest = replace(config, weights="int4", rounding="nearest")
-            quantize = partial(Quantize(nearest), search.model, search.context)
-            search.add("weight_only", quantize, "4 bits in blocks, to the nearest")
-            yield
-        yield from self._mixed_bits(search, whole=whole)
-
-    def _mixed_schemes(self, search: SchemeSearch) -> Iterator[None]:
-        """A far search's mixes of layers in 8 bits and in float32."""
-        if self.far and self.context.data.vouches:
-            for _ in MixedSchemeSearch(search).candidates():
-                yield
-
-    def _mixed_bits(self, search: SchemeSearch, *, whole: bool) -> Iterator[None]:
-        """A far search's mixes of bits, where size is wanted."""
-        if not self._wants_size:
-            return
-        bits = MixedBitsSearch(search)
-        if whole:
-            self._bits = bits
-        for _ in bits.candidates():
-            yield
-
-    def _in_4_bits(self, search: SchemeSearch, config: QuantizeConfig) -> None:
-        """Rounding them well takes a fifth of the search, and where 8 bits are faster they are hardly ever taken: so it
-        waits until size and times speak for them."""
-        variant, quantize = "4 bits in blocks", partial(Quantize(config), search.model, search.context)
-        if not self.context.data.provided or isinstance(self.judge.task, GivenScores):
-            search.add("weight_only", quantize, variant)
-            return
-        nearest = partial(Quantize(replace(config, rounding="nearest")), search.model, search.context)
-        search.add_draft("weight_only", nearest, quantize, variant)
-
-    @property
-    def _wants_size(self) -> bool:
-        return self.goal.objective == BALANCED or self._size_first
-
-    @property
-    def _size_first(self) -> bool:
-        """Whether the file is what the goal is about."""
-        limits = self.recipe.limits
-        return self.goal.objective == SMALLEST or bool(limits.max_size_bytes or limits.min_ratio)
-
-    @property
-    def _time_first(self) -> bool:
-        """Whether time is what the goal is about, and size is not."""
-        limits = self.recipe.limits
-        asked = self.goal.objective == FASTEST or limits.max_latency_ms or limits.min_speedup
-        return bool(asked) and not self._size_first
-
     def _cut(self, fused: StepRecord, before: tuple[StepRecord, ...], on: Grounds) -> None:
         """Pulls the levers one after the other, and quantizes what went the furthest."""
         if on.judge is not self.judge:
@@ -336,13 +232,15 @@ class GoalSearch:
                 break
             record, built = cut.candidate.record, len(self.entries)
             part = self._part(0.6, BUILT, on.data)
-            self._quantized(self._scheme_search(record.model, record.path, part, on.judge), cut.chain)
+            search = self._scheme_search(record.model, record.path, part, on.judge)
+            self._quantized(Schemes(search, self.recipe, self.goal, whole=False, far=self.far), cut.chain)
             held = any(not entry.candidate.reason or entry.candidate.unscored for entry in self.entries[built:])
             if held and not self.far:
                 break  # else what was cut less may leave more room for it
         both = {"prune", "quantize"} <= set(self.goal.techniques)
         # By prices a cut may be kept where none that is even over the model was, above all in 8 bits.
-        if both and ((kept and self._size_first) or (self.far and self._time_first)) and not scored and self._has_time:
+        asked = (kept and self.recipe.size_first) or (self.far and self.recipe.time_first)
+        if both and asked and not scored and self._has_time:
             self._cut_and_quantized(before or (fused,), on)
 
     def _lever(self, technique: str, context: Context, on: Grounds) -> LeverSearch:
@@ -379,10 +277,10 @@ class GoalSearch:
 
     def _forms(self, whole: SchemeSearch, on: Grounds) -> Forms:
         """What is chosen beside the widths: what the goal is about."""
-        if self._time_first:
+        if self.recipe.time_first:
             return ComputedForms(whole, PRUNE)
-        bits = self._bits if self._bits is not None and on.judge is self.judge else MixedBitsSearch(whole)
-        return StoredForms(whole, bits)
+        priced = self._of_whole.bits if on.judge is self.judge else None
+        return StoredForms(whole, priced or MixedBitsSearch(whole))
 
     def choose(self) -> Pursuit:
         """Times the candidates that keep the answers, and takes one; it may be asked again."""
