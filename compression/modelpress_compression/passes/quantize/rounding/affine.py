@@ -7,6 +7,7 @@ convolution takes only one zero point for all channels, and a constant middle co
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ MIN_SCALE = 1e-30
 _LEVELS = 255
 _LARGEST_INT8 = 127
 LARGEST_4_BIT_LEVEL = 7
+_BLOCK_NUMBERS = 1 << 20  # 4 MiB of float32
 _CUTS = tuple(percent / 100 for percent in range(100, 45, -5))
 
 
@@ -92,7 +94,10 @@ def quantize_weight(
     scale = np.maximum(scale, MIN_SCALE).astype(np.float32)
     divisor = _along(scale, axis, weight.ndim)
     limits = np.asarray(-float(largest_level)), np.asarray(float(largest_level))
-    levels = (rounding(weight, np.asarray(divisor), *limits) + middle).astype(kind)
+    levels = np.empty(weight.shape, kind)
+    # Other ways of rounding look at the whole weight.
+    for rows in _blocks(weight) if rounding is nearest else (slice(None),):
+        levels[rows] = rounding(weight[rows], _rows_of(divisor, rows), *limits) + middle
     return QuantizedWeight(levels, np.asarray(scale), np.asarray(middle, kind), axis, bits=bits)
 
 
@@ -103,10 +108,26 @@ def _best_cut(weight: NDArray[np.float32], scale: NDArray[np.float64], others: t
     for cut in _CUTS:
         step = _along(np.maximum(scale * cut, MIN_SCALE), axis, weight.ndim).astype(np.float32)
         bound = np.asarray(float(LARGEST_4_BIT_LEVEL))
-        levels = nearest(weight, step, -bound, bound)
-        error = np.square(levels * step - weight).sum(axis=others, dtype=np.float64)
+        error = np.zeros_like(scale)
+        for rows in _blocks(weight):
+            own = _rows_of(step, rows)
+            lost = np.square(nearest(weight[rows], own, -bound, bound) * own - weight[rows])
+            error[rows if axis == 0 else ...] += lost.sum(axis=others, dtype=np.float64)
         best, least = np.where(error < least, cut, best), np.minimum(error, least)
     return best
+
+
+def _blocks(weight: NDArray[Any]) -> Iterator[slice]:
+    """Rows of a weight, so many at a time that what is computed of them stays small: an embedding table may be nearly
+    the whole of a large model."""
+    step = max(1, _BLOCK_NUMBERS * len(weight) // max(1, weight.size))
+    for start in range(0, len(weight), step):
+        yield slice(start, start + step)
+
+
+def _rows_of(scale: NDArray[Any], rows: slice) -> NDArray[Any]:
+    """Of scales that broadcast against a weight those of some of its rows."""
+    return scale[rows] if scale.ndim and scale.shape[0] > 1 else scale
 
 
 def _along(scale: NDArray[Any], axis: int | None, rank: int) -> NDArray[Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modelpress_compression.passes.quantize.rounding import affine
 from modelpress_compression.passes.quantize.rounding.affine import Range, activation_parameters, quantize_weight
 
 FLOATS = st.floats(-1e5, 1e5, width=32)
@@ -56,3 +59,26 @@ def test_a_least_scale_is_kept() -> None:
     quantized = quantize_weight(np.full((2, 3), 1e-9, np.float32), 0, "int8", np.asarray([0.5, 0.0]))
     assert quantized.scale[0] == pytest.approx(0.5)
     assert quantized.scale[1] == pytest.approx(1e-9 / 127)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int4"])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_blocks_give_the_same_levels(dtype: str, axis: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row as all at once, scales included."""
+    weight = np.random.default_rng(0).normal(0, 1, (37, 64)).astype(np.float32)
+    whole = quantize_weight(weight, axis, dtype)
+    monkeypatch.setattr(affine, "_BLOCK_NUMBERS", 1)
+    rows = quantize_weight(weight, axis, dtype)
+    np.testing.assert_array_equal(rows.levels, whole.levels)
+    np.testing.assert_array_equal(rows.scale, whole.scale)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_large_table_takes_little_beside_its_levels(dtype: str) -> None:
+    """8 million numbers, 32 MiB, are quantized in less than that, the 8 MiB of levels included."""
+    weight = np.ones((1 << 13, 1 << 10), np.float32)
+    tracemalloc.start()
+    quantize_weight(weight, 0, dtype)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < weight.nbytes
