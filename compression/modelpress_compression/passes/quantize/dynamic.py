@@ -38,9 +38,10 @@ from modelpress_compression.graph.read import (
 from modelpress_compression.passes.base import is_excluded
 from modelpress_compression.passes.integers.products import Summation, of_matrix
 from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.eligible import is_embedding, why_not_matrix, why_not_weight
 from modelpress_compression.passes.quantize.plan import is_memory_bound
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.weights import WeightStore, is_embedding, why_not_matrix, why_not_weight
+from modelpress_compression.passes.quantize.weights import WeightStore
 
 _QATTENTION_ATTRIBUTES = (
     "num_heads",

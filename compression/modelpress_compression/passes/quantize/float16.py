@@ -22,8 +22,8 @@ from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.read import constant_array, constant_tensor
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import is_excluded
+from modelpress_compression.passes.quantize.eligible import why_not_float16
 from modelpress_compression.passes.quantize.report import Findings
-from modelpress_compression.passes.quantize.weights import why_not_float16
 
 # Scalars and the like: a Cast costs more than they save.
 _MIN_ELEMENTS = 16

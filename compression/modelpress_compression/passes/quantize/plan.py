@@ -33,7 +33,7 @@ from modelpress_compression.graph.read import (
     only_consumer,
     required,
 )
-from modelpress_compression.passes.quantize.weights import why_not_matrix, why_not_weight
+from modelpress_compression.passes.quantize.eligible import why_not_matrix, why_not_weight
 
 LAYER_OPERATORS = ("Conv", "MatMul", "Gemm")
 _OWN_RANGE = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool")

@@ -30,7 +30,8 @@ from modelpress_compression.graph.read import input_of, is_op
 from modelpress_compression.graph.shapes import Shape
 from modelpress_compression.model import Model
 from modelpress_compression.passes.quantize.scaling.edges import Slot, turned_roots
-from modelpress_compression.passes.quantize.scaling.walk import NORMALIZATIONS, SUMS, Fold, Shapes, Walk, squares
+from modelpress_compression.passes.quantize.scaling.extents import Shapes
+from modelpress_compression.passes.quantize.scaling.walk import NORMALIZATIONS, SUMS, Fold, Walk, squares
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ turned with it, and the constants that take the matrix in, and answers with what
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -19,7 +18,6 @@ from modelpress_compression.graph.read import (
     axes_of,
     constant_array,
     constant_scalar,
-    constant_tensor,
     input_of,
     int_attribute,
     ints_attribute,
@@ -27,9 +25,8 @@ from modelpress_compression.graph.read import (
     is_op,
     label,
 )
-from modelpress_compression.graph.shapes import Shape, shape_of, static_shapes
-from modelpress_compression.model import Model
 from modelpress_compression.passes.quantize.scaling.edges import Slot, is_shared
+from modelpress_compression.passes.quantize.scaling.extents import Shapes
 
 NORMALIZATIONS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 SUMS = ("ReduceMean", "ReduceSum")
@@ -48,46 +45,6 @@ class Fold:
 
     slot: Slot
     factor: Factor | None
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Extents of all values for inputs of one shape; axes are counted from the back."""
-
-    known: Mapping[str, Shape]
-
-    @classmethod
-    def of(cls, model: Model, input_shapes: Mapping[str, Shape] | None) -> Shapes:
-        graph = static_shapes(model, input_shapes).graph
-        values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
-        found = ((value.name, shape_of(value)) for value in values)
-        return cls({name: shape for name, shape in found if name and shape is not None})
-
-    def shape(self, value: onnx_ir.Value | None) -> Shape | None:
-        tensor = constant_tensor(value)
-        if tensor is not None:
-            return tuple(int(size) for size in tensor.shape.numpy())
-        return None if value is None else self.known.get(value.name or "")
-
-    def rank(self, value: onnx_ir.Value | None) -> int | None:
-        shape = self.shape(value)
-        return None if shape is None else len(shape)
-
-    def extent(self, value: onnx_ir.Value | None, axis: int) -> int | None:
-        """None: not known; 1 where the value has no such axis, as in broadcasting."""
-        shape = self.shape(value)
-        return None if shape is None else ((1,) * -axis + shape)[axis]
-
-    def behind(self, value: onnx_ir.Value | None, axis: int) -> int | None:
-        """How many elements one index of the axis holds."""
-        shape = self.shape(value)
-        return None if shape is None else math.prod(shape[axis:][1:])
-
-    def same_for_all(self, value: onnx_ir.Value | None, axis: int) -> bool:
-        """Whether the value has one number for all indices of an axis, for inputs of any shape."""
-        symbolic = None if value is None or is_constant(value) else value.shape
-        fixed = symbolic is None or len(symbolic) < -axis or isinstance(symbolic[axis], int)
-        return fixed and self.extent(value, axis) == 1
 
 
 def squares(node: onnx_ir.Node) -> bool:

@@ -13,7 +13,7 @@ from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import constant_tensor, input_of, is_op, label, only_consumer, rank
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import is_excluded
-from modelpress_compression.passes.quantize.weights import why_not_matrix
+from modelpress_compression.passes.quantize.eligible import why_not_matrix
 
 
 def take_in_biases(model: Model, exclude: tuple[str, ...]) -> int:

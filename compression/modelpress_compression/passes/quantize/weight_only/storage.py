@@ -42,6 +42,7 @@ from modelpress_compression.measure.fidelity import KnownOutputs
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.eligible import why_not_float16
 from modelpress_compression.passes.quantize.ranges.output_error import (
     counted_outputs,
     output_distances,
@@ -59,7 +60,6 @@ from modelpress_compression.passes.quantize.weight_only.writer import (
     rounded_in_blocks,
     rounded_to_8_bits,
 )
-from modelpress_compression.passes.quantize.weights import why_not_float16
 from modelpress_compression.runtime import run, run_all, session_of
 from modelpress_compression.target import DEVICES
 

@@ -31,10 +31,10 @@ from modelpress_compression.graph.read import constant_array, constant_tensor, i
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, is_excluded
 from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.eligible import is_finite, why_not_float16
 from modelpress_compression.passes.quantize.report import Findings
 from modelpress_compression.passes.quantize.rounding.rounder import Rounder
 from modelpress_compression.passes.quantize.weight_only.writer import WeightWriter, uses_of
-from modelpress_compression.passes.quantize.weights import is_finite, why_not_float16
 
 # Fewer weights than this are not worth the nodes and the scales.
 MIN_WEIGHT_ELEMENTS = 512

@@ -25,9 +25,10 @@ from modelpress_compression.graph.read import (
     required,
 )
 from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.eligible import is_embedding, why_not_matrix
 from modelpress_compression.passes.quantize.rounding.rounder import Numbers, Rounder, Rounding, nearest
 from modelpress_compression.passes.quantize.weight_only.blocks import block_size, quantize_blocks, usable_scale
-from modelpress_compression.passes.quantize.weights import MIN_4_BIT_COLUMNS, WeightStore, is_embedding, why_not_matrix
+from modelpress_compression.passes.quantize.weights import MIN_4_BIT_COLUMNS, WeightStore
 
 # Weights that share a scale where one for a channel is too coarse.
 STORED_BLOCK = 32
