@@ -42,7 +42,7 @@ from modelpress_compression.passes.repair import paired
 from modelpress_compression.recipe import Recipe, Step
 from modelpress_compression.report.formats import size
 from modelpress_compression.runtime import SPARE_BYTES, fit_together, open_session, run
-from modelpress_compression.search.held_out import can_hold_out
+from modelpress_compression.search.grounds import can_hold_out
 from modelpress_compression.search.levers import EPOCHS, TRAINING_SHARE, USUAL_SEARCH_S
 
 # Samples beyond these are not looked at by the passes and the judge.

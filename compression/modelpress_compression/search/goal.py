@@ -3,7 +3,7 @@
     fused                   the float model, with fewer and faster operators
     quantized               stored in fewer bits, or in 8-bit arithmetic where that keeps the answers (schemes.py)
     cut                     with data: channels gone, layers factorized, repaired and trained, as far as labels, or
-                            samples that nothing was fitted to, permit (levers.py, held_out.py); then quantized
+                            samples that nothing was fitted to, permit (levers.py, grounds.py); then quantized
     cut by prices           widths and bits, or arithmetic, as one choice: where size or time counts (joint.py)
 
 Each candidate is judged by its answers (judge.py); which of them is taken is decided by decision.py.
@@ -31,7 +31,7 @@ from modelpress_compression.recipe import FASTEST, SMALLEST, Goal, Recipe, Step
 from modelpress_compression.search.candidates import Candidate
 from modelpress_compression.search.decision import BUILT, Decision, Pursuit
 from modelpress_compression.search.entries import Entry, size_change
-from modelpress_compression.search.held_out import Grounds, grounds
+from modelpress_compression.search.grounds import Grounds, grounds
 from modelpress_compression.search.joint import PRUNE, JointSearch
 from modelpress_compression.search.joint_forms import ComputedForms, Forms, StoredForms
 from modelpress_compression.search.judge import Judge

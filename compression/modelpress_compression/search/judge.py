@@ -11,7 +11,7 @@ A candidate keeps the answers if all of these hold that apply:
    (`measure.fidelity`); ranges, biases and roundings were fitted to the same data. Of a text recognizer, five models
    in 8 bits with 0.9 to 1.2 points on their own data had 1.0 to 1.2 points on other lines, and read 1.1 to 1.8 points
    fewer words there, where stored weights alone with 0.1 to 0.7 points read no fewer.
-5. As in 4, where the model was cut and nothing was fitted to the data, which is held out for that (held_out.py):
+5. As in 4, where the model was cut and nothing was fitted to the data, which is held out for that (grounds.py):
    agreement as in 3, with 0.01 for `max_drop` if that is not set, and every output keeps 23 dB. Few samples show a
    small drop no better than chance does, and a search that tries dozens of models finds the luckiest: of a digit
    classifier, one changed none of 86 answers at 19 dB, and lost 2 points; at 23 dB it lost 0.2 on 2,000 digits.

@@ -15,7 +15,7 @@ from modelpress_compression.errors import DiskSpaceError, MemoryLimitError
 from modelpress_compression.graph.watch.portions import WATCHED_BYTES, activations_bytes
 from modelpress_compression.pipeline import preflight
 from modelpress_compression.pipeline.preflight import Cost, Needs, check_room, held_activations, needs
-from modelpress_compression.search.held_out import MIN_SAMPLES
+from modelpress_compression.search.grounds import MIN_SAMPLES
 
 GB = 10**9
 

@@ -13,7 +13,7 @@ from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.fidelity import Fidelity, OutputFidelity
 from modelpress_compression.measure.task import Labelled, Task
 from modelpress_compression.passes.base import Context
-from modelpress_compression.search.held_out import MIN_SAMPLES, grounds
+from modelpress_compression.search.grounds import MIN_SAMPLES, grounds
 from modelpress_compression.search.judge import Judge
 
 MakeJudge = Callable[..., Judge]
