@@ -42,6 +42,8 @@ _SAME_RANGE = (
     "Resize",
 )  # fmt: skip
 _ACTIVATION_FUNCTIONS = ("Relu", "Clip")
+# Behind these onnxruntime moves a DequantizeLinear (qdq_propagation.cc).
+_DEQUANTIZED_BEHIND = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice")
 # A Conv that sums up fewer products for each output is memory-bound: the integer kernel does not win.
 MIN_PRODUCTS = 32
 # A product of fewer weights likewise: the heads of two small classifiers, of 500 and 640, cost them 4 to 6 % of their
@@ -97,6 +99,8 @@ class Plan:
 
 def why_not_static(node: onnx_ir.Node) -> str | None:
     """Why a layer is not quantized statically; None: it can be."""
+    if _ends_onnxruntime(node):
+        return "a subgraph reads what only moves its output about, and onnxruntime cannot open that in 8 bits"
     if node.op_type != "Conv":
         return why_not_matrix(node) or _why_not_gemm(node)
     # A small kernel can still do much work: it runs once for every pixel.
@@ -115,6 +119,21 @@ def _why_not_gemm(node: onnx_ir.Node) -> str | None:
         if bias is None or bias.ndim != 1:
             return "its bias is no constant vector"
     return None
+
+
+def _ends_onnxruntime(node: onnx_ir.Node) -> bool:
+    """Whether a process that opens the model would be aborted if what the node writes were in 8 bits: where a subgraph
+    reads what a DequantizeLinear is moved to, version 1.31 looks for a place that the If or Loop does not have among
+    its inputs."""
+    frontier = [(value, False) for value in outputs_of(node)]
+    while frontier:
+        value, moved = frontier.pop()
+        for user in value.consumers():
+            if moved and user.graph is not node.graph:
+                return True
+            if is_op(user, *_DEQUANTIZED_BEHIND, "Identity") and user.graph is node.graph and user.inputs[0] is value:
+                frontier.append((user.outputs[0], moved or user.op_type != "Identity"))
+    return False
 
 
 def is_memory_bound(node: onnx_ir.Node) -> bool:
@@ -157,6 +176,8 @@ def make_plan(graph: onnx_ir.Graph, layers: Iterable[onnx_ir.Node], *, full: boo
 def _connects(node: onnx_ir.Node, available: Collection[onnx_ir.Value]) -> bool:
     """Whether the node passes on in 8 bits what it gets in 8 bits."""
     if node.domain or node.op_type not in (*_OWN_RANGE, *_SAME_RANGE) or not _has_8_bit_form(node):
+        return False
+    if _ends_onnxruntime(node):
         return False
     there = [value in available for value in activations_of(node)]
     if node.op_type == "Concat":

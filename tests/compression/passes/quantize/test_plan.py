@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import PassResult
-from onnx import NodeProto, helper
+from onnx import NodeProto, TensorProto, helper
 
 NODE = helper.make_node
 Quantize = Callable[..., PassResult]
@@ -188,3 +188,33 @@ def test_an_operand_in_float32_is_quantized_for_its_concat(
     assert "QLinearConcat" in loaded
     assert "Concat" not in loaded
     assert sqnr(model, result.model, images) > 25
+
+
+@pytest.mark.parametrize("moves", [("Transpose",), ("MaxPool", "Transpose"), ("Identity", "Transpose"), ("Identity",)])
+def test_no_moved_value_in_8_bits_is_for_a_subgraph(moves, build, quantize, sqnr, rng) -> None:  # type: ignore[no-untyped-def]
+    """Opened, a model with one would abort the process (onnxruntime 1.31): the layer in front stays in float32, with
+    the reason. What a subgraph reads as it is may be in 8 bits."""
+    nodes, read = [NODE("Conv", ["x", "w1"], ["c0"], "first"), NODE("Conv", ["c0", "w2"], ["c"], "second")], "c"
+    for kind in moves:
+        options = {"kernel_shape": [2, 2]} if kind == "MaxPool" else {}
+        nodes.append(NODE(kind, [read], [f"{read}_{kind}"], **options))
+        read += f"_{kind}"
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [NODE(kind, [read], [name])], name, [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)]
+        )
+        for name, kind in (("then", "Neg"), ("else", "Abs"))
+    }
+    nodes += [
+        NODE("ReduceMean", ["c"], ["mean"], keepdims=0),
+        NODE("Greater", ["mean", "most"], ["is"]),
+        NODE("If", ["is"], ["y"], **branches),
+    ]
+    weights = {"w1": convolution(rng, 16, 8), "w2": convolution(rng, 8, 16), "most": np.asarray(9, np.float32)}
+    model = build(nodes, weights, {"x": ["n", 8, 14, 14]})
+    x = {"x": rng.normal(0, 1, (6, 8, 14, 14)).astype(np.float32)}
+    result = quantize(model, x, scheme="static")
+    assert sqnr(model, result.model, x) > 25
+    reasons = {skip.node: skip.reason for skip in result.skipped}
+    assert ("subgraph" in reasons.get("second", "")) == (moves[-1] == "Transpose")
+    assert result.changes["Conv"] == 2 - len(reasons)
