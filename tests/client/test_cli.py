@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import code_pb2, error_details_pb2, status_pb2
+from modelpress_client.cli.result_files import ResultFiles
 
 RunCli = Callable[..., Any]
 
@@ -88,6 +90,28 @@ def test_reports_of_two_models_of_one_name(run_cli: RunCli, fake_server: Any, mo
     assert kept() == {"net.1.report.json": "a", "net.report.json": "c"}
     upload("d", "three.onnx")
     assert kept() == {"net.1.report.json": "a", "net.2.report.json": "c", "net.report.json": "d"}
+    for original, output in (("a", "four.onnx"), ("d", "five.onnx"), ("a", "six.onnx")):
+        upload(original, output)
+    assert kept() == {
+        "net.1.report.json": "a",
+        "net.2.report.json": "c",
+        "net.3.report.json": "d",
+        "net.report.json": "a",
+    }
+
+
+def test_models_that_change_leave_no_more_reports_than_models(tmp_path: Path) -> None:
+    """Two models of one name, each trained again and again, with an output file of its own."""
+    for training in range(4):
+        for name in ("a", "b"):
+            files = ResultFiles.of("net", tmp_path / f"{name}.onnx", tmp_path)
+            original, result = f"{name}{training}", f"result of {name}{training}".encode()
+            files.keep_other_report(SimpleNamespace(original=SimpleNamespace(sha256=original)))  # type: ignore[arg-type]
+            files.model.write_bytes(result)
+            document = {"original": {"sha256": original}, "optimized": {"sha256": hashlib.sha256(result).hexdigest()}}
+            files.report_json.write_text(json.dumps(document))
+    reports = {path.name: json.loads(path.read_text())["original"]["sha256"] for path in tmp_path.glob("*.json")}
+    assert reports == {"net.1.report.json": "a3", "net.report.json": "b3"}
 
 
 def test_later_options_win(run_cli: RunCli, fake_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,14 +51,16 @@ class ResultFiles:
         it, or nothing where there is none.
 
         Models of one file name have reports of one name. The one that was made last has that name, so that it is found
-        where it always is. A report of the same model is replaced, and so is that of a file which the result replaces.
+        where it always is. A report of the same model is replaced, and so is that of a file which the result replaces:
+        so many runs of a few models leave few reports.
         """
         there = _document(self.report_json)
         if there is None or _sha256(there, "original") == report.original.sha256:
             return ""
-        if _is_file_with(self.model, _sha256(there, "optimized")):
+        replaced = _file_sha256(self.model)
+        if replaced and _sha256(there, "optimized") == replaced:
             return f"{self.model} and its report were of another model; they are replaced."
-        moved = _moved(self.report_json)
+        moved = _moved(self.report_json, there, replaced)
         return f"{self.report_json} was the report of another model; it is {moved.name} now."
 
 
@@ -67,15 +69,22 @@ def suffix_of(item: str) -> str:
     return "optimized.onnx" if item == "model" else item if item in REPORTS else f"{item}.onnx"
 
 
-def _moved(report_json: Path) -> Path:
-    """Renames a report, and what goes with it, to STEM.1.report.json, or the next number that is free."""
+def _moved(report_json: Path, report: Any, replaced: str) -> Path:
+    """Renames a report, and what goes with it, to STEM.1.report.json, or the next number that is free: that of a report
+    of the same model is, and of a file which is `replaced`, by its SHA-256."""
     stem = report_json.name.removesuffix(".report.json")
-    numbered = (report_json.with_name(f"{stem}.{number}.report.json") for number in itertools.count(1))
-    target = next(path for path in numbered if not path.exists())
+    for number in itertools.count(1):
+        target = report_json.with_name(f"{stem}.{number}.report.json")
+        there = _document(target)
+        of_same = there is not None and _sha256(there, "original") == _sha256(report, "original")
+        if not target.exists() or of_same or (replaced and _sha256(there, "optimized") == replaced):
+            break
     for kind in REPORTS:
-        path = report_json.with_name(f"{stem}.{kind}")
+        path, place = (report_json.with_name(f"{name}.{kind}") for name in (stem, f"{stem}.{number}"))
         if path.exists():
-            path.rename(target.with_name(f"{target.name.removesuffix('report.json')}{kind}"))
+            path.replace(place)
+        else:
+            place.unlink(missing_ok=True)
     return target
 
 
@@ -93,8 +102,9 @@ def _sha256(document: Any, which: str) -> str:
     return str(figures.get("sha256", "")) if isinstance(figures, dict) else ""
 
 
-def _is_file_with(path: Path, sha256: str) -> bool:
+def _file_sha256(path: Path) -> str:
+    """In hex; empty where there is no such file."""
     if not path.is_file():
-        return False
+        return ""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        return hashlib.file_digest(file, "sha256").hexdigest()
