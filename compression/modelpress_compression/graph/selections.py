@@ -143,7 +143,8 @@ def selections_of(model: Model, feeds: Iterable[Feeds]) -> Selections | None:
 
     Raises ModelNotRunnableError, UnsupportedOperatorError where the model does not run.
     """
-    nodes = list(_selecting(model))
+    # Places of integers, such as those that a mask leaves, are decided elsewhere; that needs no run of the model.
+    nodes = [node for node in _selecting(model) if any(_may_be_float(value) for _, value in _scores_of(node))]
     if not nodes or model.opset < _GATHER_ELEMENTS_SINCE:
         return None
     tried = list(islice(feeds, TRIED))
@@ -213,6 +214,10 @@ def _told_by(node: onnx_ir.Node) -> list[tuple[str, onnx_ir.Value]]:
 
 def _names(node: onnx_ir.Node, selections: Selections) -> bool:
     return all(name in selections.chosen for name, _ in _told_by(node))
+
+
+def _may_be_float(value: onnx_ir.Value) -> bool:
+    return value.dtype is None or value.dtype.is_floating_point()
 
 
 def _scores_of(node: onnx_ir.Node) -> list[tuple[str, onnx_ir.Value]]:
