@@ -37,8 +37,8 @@ from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.parallel import workers_within
 from modelpress_compression.passes.quantize.reconstruction.rounders import METHODS
 from modelpress_compression.passes.quantize.scaling.streams import find_streams
-from modelpress_compression.passes.quantize.static import full_bias_correction
-from modelpress_compression.passes.repair import paired
+from modelpress_compression.passes.quantize.static import bias_correction, full_bias_correction
+from modelpress_compression.passes.repair import least_squares, paired
 from modelpress_compression.recipe import Recipe, Step
 from modelpress_compression.report.formats import size
 from modelpress_compression.runtime import SPARE_BYTES, fit_together, open_session, run
@@ -70,7 +70,7 @@ class Cost:
 
     `streams`: of a large model no more copies are held than sessions need. `gradients`: whether it needs gradients of
     the outputs, for which the activations of whole samples are held. `watches`: whether it looks at activations.
-    `kept_bytes`: of all samples, what it keeps of activations to go on from, at the most.
+    `keeps`: of how many samples it keeps activations to go on from, and how many bytes of them at the most.
 
     Runs are those of the float model that take as long: an unoptimized or instrumented model counts for several.
     """
@@ -82,27 +82,25 @@ class Cost:
     gradients: bool = False
     streams: bool = True
     watches: bool = False
-    kept_bytes: int = 0
+    keeps: tuple[int, int] = (0, 0)
 
 
-# Twice while a piece runs, of two models.
-_KEPT_COPIES = 4
-_CORRECTION_BYTES = _KEPT_COPIES * full_bias_correction.MAX_KEPT_BYTES
-_REPAIR_BYTES = _KEPT_COPIES * paired.MAX_KEPT_BYTES
-GOAL = Cost(100, 60, 10.0, 3.0, gradients=True, watches=True, kept_bytes=_CORRECTION_BYTES)
+# Of two models; while a piece runs, what it starts from and what it makes, which are smaller than the largest value.
+_KEPT_COPIES = 2
+_CORRECTION = bias_correction.MAX_SAMPLES, _KEPT_COPIES * full_bias_correction.MAX_KEPT_BYTES
+_REPAIR = least_squares.MAX_SAMPLES, _KEPT_COPIES * paired.MAX_KEPT_BYTES
+GOAL = Cost(100, 60, 10.0, 3.0, gradients=True, watches=True, keeps=_CORRECTION)
 MEASURING = Cost(300, 4, 4.0, 0.0)
 # Of a goal that searches as far as it can: some ten models are cut and judged, and two of them quantized.
-LEVERS = Cost(800, 500, 10.0, 8.0, gradients=True, watches=True, kept_bytes=_REPAIR_BYTES)
+LEVERS = Cost(800, 500, 10.0, 8.0, gradients=True, watches=True, keeps=_REPAIR)
 TRAININGS = 5  # of cut models, in such a search
 TRIED_CUTS = 4  # by `prune` with `min_cosine`; more where layers bear little
 _LIGHT = Cost(20, 1, 4.0, 1.0)
 _STEPS = {
-    "quantize auto": Cost(100, 45, 10.0, 4.0, gradients=True, watches=True, kept_bytes=_CORRECTION_BYTES),
-    "quantize static": Cost(
-        100, 25, 10.0, 2.0, gradients=True, streams=False, watches=True, kept_bytes=_CORRECTION_BYTES
-    ),
-    "prune channel": Cost(100, 30, 6.0, 2.0, streams=False, watches=True, kept_bytes=_REPAIR_BYTES),
-    "factorize": Cost(100, 30, 8.0, 2.0, streams=False, watches=True, kept_bytes=_REPAIR_BYTES),
+    "quantize auto": Cost(100, 45, 10.0, 4.0, gradients=True, watches=True, keeps=_CORRECTION),
+    "quantize static": Cost(100, 25, 10.0, 2.0, gradients=True, streams=False, watches=True, keeps=_CORRECTION),
+    "prune channel": Cost(100, 30, 6.0, 2.0, streams=False, watches=True, keeps=_REPAIR),
+    "factorize": Cost(100, 30, 8.0, 2.0, streams=False, watches=True, keeps=_REPAIR),
 }
 # Of training, for each sample of each epoch: the teacher's answer, the student's, and its gradients.
 TRAINING_RUNS = 12.0
@@ -145,10 +143,12 @@ def needs(recipe: Recipe, model: Model, path: Path, data: InputData, *, judged: 
     model_bytes = file_size_bytes(path)
     torch = "torch" not in sys.modules
     fixed_bytes = SESSIONS_BYTES + torch * TORCH_BYTES
-    copies_bytes = max(_copies(cost, model_bytes) for cost in costs) * model_bytes + RUNS_HELD * working_bytes
+    copies_bytes = max(_copies(cost, model_bytes) for cost in costs) * model_bytes
     learns = bool(learned) and data.provided
     made = made_bytes(model, data) if learns or any(cost.watches for cost in costs) else []
-    copies_bytes += max(held_activations(cost, made, len(data)) for cost in costs)
+    # Models are compared in runs side by side, and looked into one sample at a time.
+    looked_at = max(held_activations(cost, made, len(data)) for cost in costs)
+    copies_bytes += max(RUNS_HELD * working_bytes, working_bytes + looked_at)
     if learns:
         copies_bytes += min(LEARNING_BYTES, _LEARNING_COPIES * min(_LEARNING_SAMPLES, len(data)) * sum(made))
     memory_bytes = held_bytes() + fixed_bytes + copies_bytes
@@ -188,7 +188,8 @@ def held_activations(cost: Cost, made: Sequence[int], samples: int) -> float:
         return 0.0
     total, largest = sum(made), max(made, default=0)
     watched = WATCHED_COPIES * min(total, max(WATCHED_BYTES, largest))
-    kept = min(cost.kept_bytes, _KEPT_COPIES * min(MOST_SAMPLES, samples) * largest)
+    kept_samples, kept_bytes = cost.keeps
+    kept = min(kept_bytes, _KEPT_COPIES * min(kept_samples, samples) * largest)
     one = GRADIENT_COPIES * total if cost.gradients else 0.0
     gradients = one * workers_within(MAX_GRADIENT_BYTES, one) if one <= MAX_GRADIENT_BYTES else 0.0
     return max(watched + kept, gradients)
@@ -209,6 +210,8 @@ def _costs(recipe: Recipe, model: Model, data: InputData) -> Iterator[Cost]:
             runs_per_sample=tried * cost.runs_per_sample,
             memory=cost.memory + rotated * ROTATED_COPIES,
             disk=count * cost.disk,
+            # Rounding by the data's products looks at the inputs of weights.
+            watches=cost.watches or (_kind(step) == "quantize weight_only" and data.can_be_fitted),
         )
 
 

@@ -167,8 +167,9 @@ def test_activations_are_counted_as_far_as_they_are_held() -> None:
     assert held_activations(watching, [2000 * mib] * 9, 8) == 2 * 2000 * mib
     assert held_activations(learning, [100 * mib] * 9, 8) == 2.5 * 900 * mib
     assert held_activations(learning, [100 * mib] * 900, 8) == 2 * WATCHED_BYTES
-    keeping = Cost(1, 1, 1.0, 1.0, watches=True, kept_bytes=50 * mib)
+    keeping = Cost(1, 1, 1.0, 1.0, watches=True, keeps=(100, 50 * mib))
     assert held_activations(keeping, [mib] * 9, 100) == (2 * 9 + 50) * mib
+    assert held_activations(keeping, [mib] * 9, 10) == (2 * 9 + 2 * 10) * mib
 
 
 NORMALIZED = """
