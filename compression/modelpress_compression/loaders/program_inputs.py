@@ -7,7 +7,8 @@ others are called after their axis.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -81,6 +82,41 @@ def _words(values: Sequence[tuple[str, Any]]) -> dict[str, str]:
             word = "batch" if axis == 0 and "batch" not in taken else f"dim_{axis}"
             words[symbol] = word if word not in taken else f"{name}_dim_{axis}"
     return words
+
+
+def tied_sizes(
+    program: torch.export.ExportedProgram, specs: Sequence[TensorSpec]
+) -> Callable[[Mapping[str, int], str], Mapping[str, int]]:
+    """What makes extents of the specs' dimensions go together: of 2*h and 2*h + 1, h is that of the one that leads."""
+    groups: defaultdict[Any, dict[str, tuple[int, int]]] = defaultdict(dict)
+    for spec, (_, value) in zip(specs, _user_inputs(program), strict=True):
+        for word, dim in zip(spec.shape, value.shape if isinstance(value, torch.Tensor) else (), strict=True):
+            if isinstance(word, str) and isinstance(dim, torch.SymInt) and (line := _line(dim.node.expr)):
+                symbol, factor, offset = line
+                groups[symbol][word] = (factor, offset)
+
+    def tie(sizes: Mapping[str, int], lead: str) -> Mapping[str, int]:
+        tied = dict(sizes)
+        for members in groups.values():
+            word = lead if lead in members else next(iter(members))
+            factor, offset = members[word]
+            extent = max(1, (sizes[word] - offset) // factor)
+            tied.update({name: a * extent + b for name, (a, b) in members.items()})
+        return tied
+
+    return tie
+
+
+def _line(expression: Any) -> tuple[Any, int, int] | None:
+    """(symbol, factor, offset) of a size that is factor * symbol + offset; None: it is another."""
+    symbols = list(expression.free_symbols)
+    if len(symbols) != 1:
+        return None
+    factor, offset = expression.coeff(symbols[0], 1), expression.subs(symbols[0], 0)
+    if not (factor.is_Integer and offset.is_Integer and factor > 0):
+        return None
+    is_line = (expression - factor * symbols[0] - offset).expand() == 0
+    return (symbols[0], int(factor), int(offset)) if is_line else None
 
 
 def match_specs(own: Sequence[TensorSpec], given: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:

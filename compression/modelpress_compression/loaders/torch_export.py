@@ -17,7 +17,7 @@ from modelpress_compression.loaders.exporters import ExportRequest, export_plain
 from modelpress_compression.loaders.exporting import export_checked
 from modelpress_compression.loaders.formats.refusals import refused
 from modelpress_compression.loaders.program_check import check_archive
-from modelpress_compression.loaders.program_inputs import match_specs, number_inputs, program_specs
+from modelpress_compression.loaders.program_inputs import match_specs, number_inputs, program_specs, tied_sizes
 from modelpress_compression.loaders.program_state import output_name, without_state
 from modelpress_compression.loaders.program_types import widen
 from modelpress_compression.loaders.quiet import quiet
@@ -83,7 +83,8 @@ def convert_program(
     specs = match_specs(own, specs) if specs else own
     with quiet():
         run = program_runner(program)
-    trials = find_trials(run, specs, (*REFUSALS, torch.fx.experimental.symbolic_shapes.ConstraintViolationError))
+    refusals = (*REFUSALS, torch.fx.experimental.symbolic_shapes.ConstraintViolationError)
+    trials = find_trials(run, specs, refusals, tied_sizes(program, specs))
 
     def export_dynamo(request: ExportRequest) -> Path:
         return export_program(program, request, "program.onnx")

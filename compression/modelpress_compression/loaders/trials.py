@@ -20,6 +20,8 @@ from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.specs import TensorSpec, check_elements
 
 Run = Callable[[Feeds], list[Array]]
+# (extents of the dynamic dimensions, the one that leads) -> extents that go together; "": none leads.
+Tie = Callable[[Mapping[str, int], str], Mapping[str, int]]
 
 # Names that people give to the axis along which samples are stacked.
 _BATCH_NAMES = ("batch", "n", "b", "bs", "batch_size", "batchsize", "unk__0", "dim_0")
@@ -57,21 +59,21 @@ def batch_symbols(specs: Sequence[TensorSpec]) -> list[str]:
 
 
 def example_feeds(
-    specs: Sequence[TensorSpec], sizes: Mapping[str, int], *, batch: int | None = None, seed: int = 0
+    specs: Sequence[TensorSpec], sizes: Mapping[str, int], *, batch: int | None = None, seed: int = 0, least: int = 0
 ) -> Feeds:
     """One array per input. `sizes`: extent of each dynamic dimension ("": of unnamed ones); `batch`: of sample axes.
 
-    Floating-point inputs are standard normal. Integers are 0 or 1: ids within any vocabulary, values of any mask; a
-    mask of two dimensions hides the end.
+    Floating-point inputs are standard normal. Integers are `least` or one more, by default 0 or 1: ids within any
+    vocabulary, values of any mask; a mask of two dimensions hides the end.
     """
     rng = np.random.default_rng(seed)
     sizes = dict(sizes)
     if batch is not None:
         sizes |= dict.fromkeys(batch_symbols(specs), batch)
-    return {spec.name: _array(spec, sizes, batch or 1, rng) for spec in specs}
+    return {spec.name: _array(spec, sizes, batch or 1, rng, least) for spec in specs}
 
 
-def _array(spec: TensorSpec, sizes: Mapping[str, int], unknown: int, rng: np.random.Generator) -> Array:
+def _array(spec: TensorSpec, sizes: Mapping[str, int], unknown: int, rng: np.random.Generator, least: int) -> Array:
     inner = sizes.get("", unknown)
     shape = [_extent(dim, inner if axis else unknown, sizes) for axis, dim in enumerate(spec.shape)]
     if spec.dtype == "bfloat16":
@@ -90,7 +92,8 @@ def _array(spec: TensorSpec, sizes: Mapping[str, int], unknown: int, rng: np.ran
         if "box" in spec.name.lower() and shape[-1:] == [4]:
             values[..., 2:] = values[..., :2] + np.abs(values[..., 2:])  # x1, y1, x2, y2: no box is turned inside out
         return np.asarray(values, dtype=dtype)
-    return np.asarray(rng.integers(0, 2, shape), dtype=dtype)
+    low = least if dtype.kind in "iu" else 0
+    return np.asarray(rng.integers(low, low + 2, shape), dtype=dtype)
 
 
 def _extent(dim: int | str | None, unknown: int, sizes: Mapping[str, int]) -> int:
@@ -114,15 +117,22 @@ class TrialRuns:
     warnings: tuple[str, ...] = ()
 
 
-def find_trials(run: Run, specs: Sequence[TensorSpec], refusals: tuple[type[Exception], ...]) -> TrialRuns:
-    """Runs of the original at several sizes. `run` raises one of `refusals` where the original does not take an input.
+def _untied(sizes: Mapping[str, int], lead: str) -> Mapping[str, int]:
+    return sizes
+
+
+def find_trials(
+    run: Run, specs: Sequence[TensorSpec], refusals: tuple[type[Exception], ...], tie: Tie = _untied
+) -> TrialRuns:
+    """Runs of the original at several sizes. `run` raises one of `refusals` where the original does not take an input;
+    `tie` knows which sizes it takes together.
 
     Raises InvalidInputsError, with what the original said, where it takes none, or only one batch size.
     """
     check_elements(specs)
     if words := [spec.name for spec in specs if spec.dtype == "string"]:
         raise InvalidInputsError(f"Input {words[0]!r} holds strings, which torch has no tensors of.")
-    search = _Search(run, tuple(specs), refusals)
+    search = _Search(run, tuple(specs), refusals, tie)
     first, scalar = search.first()
     runs = [first]
     warnings = []
@@ -140,7 +150,7 @@ def find_trials(run: Run, specs: Sequence[TensorSpec], refusals: tuple[type[Exce
                 f"The dimension {symbol!r} ran at {first.sizes[symbol]} and at no other size that was tried; "
                 f"give the number instead of the word if it is fixed."
             )
-    everything = search.attempt(_merged(runs), scalar, seed=7)
+    everything = search.attempt(tie(_merged(runs), ""), scalar, seed=7)
     return TrialRuns((*runs, everything) if everything else tuple(runs), tuple(warnings))
 
 
@@ -153,8 +163,13 @@ def _merged(runs: Sequence[TrialRun]) -> dict[str, int]:
 
 
 class _Search:
-    def __init__(self, run: Run, specs: tuple[TensorSpec, ...], refusals: tuple[type[Exception], ...]) -> None:
-        self._run, self._specs, self._refusals = run, specs, refusals
+    def __init__(
+        self, run: Run, specs: tuple[TensorSpec, ...], refusals: tuple[type[Exception], ...], tie: Tie
+    ) -> None:
+        self._run, self._specs, self._refusals, self._tie = run, specs, refusals, tie
+        # Lengths of sequences are at least 1; what was taken once is tried first.
+        has_integers = any(spec.shape != () and "int" in spec.dtype for spec in specs)
+        self._least = [0, 1] if has_integers else [0]
         self.said = ""
 
     def first(self) -> tuple[TrialRun, int | None]:
@@ -165,7 +180,7 @@ class _Search:
         said, deadline = "", time.monotonic() + _SEARCH_S
         tries = itertools.product(_FIRST_BATCHES, _size_choices(len(others)), scalars)
         for batch, extents, scalar in itertools.islice(tries, _TRIES):
-            sizes = dict.fromkeys(batches, batch) | dict(zip(others, extents, strict=True))
+            sizes = self._tie(dict.fromkeys(batches, batch) | dict(zip(others, extents, strict=True)), "")
             if self._elements(sizes) > _MAX_ELEMENTS:
                 continue
             trial = self.attempt(sizes, scalar)
@@ -185,7 +200,8 @@ class _Search:
         choices = _OTHER_BATCHES if is_batch else others
         taken = {size for name, size in first.sizes.items() if name != symbol}
         for size in sorted(choices, key=lambda extent: extent in taken):
-            if size != here and (trial := self.attempt({**first.sizes, symbol: size}, scalar, seed=size)):
+            sizes = self._tie({**first.sizes, symbol: size}, symbol)
+            if sizes[symbol] != here and (trial := self.attempt(sizes, scalar, seed=size)):
                 return trial
         return None
 
@@ -197,16 +213,22 @@ class _Search:
         )
 
     def attempt(self, sizes: Mapping[str, int], scalar: int | None, seed: int = 0) -> TrialRun | None:
-        feeds = example_feeds(self._specs, sizes, seed=seed)
-        if scalar is not None:
-            for spec in self._specs:
-                if _is_scalar(spec):
-                    feeds[spec.name][...] = scalar
-        try:
-            return TrialRun(dict(sizes), feeds, self._run(dict(feeds)))
-        except self._refusals as error:
-            self.said = first_line(error)
-            return None
+        refusals = []
+        for least in self._least:
+            feeds = example_feeds(self._specs, sizes, seed=seed, least=least)
+            if scalar is not None:
+                for spec in self._specs:
+                    if _is_scalar(spec):
+                        feeds[spec.name][...] = scalar
+            try:
+                trial = TrialRun(dict(sizes), feeds, self._run(dict(feeds)))
+            except self._refusals as error:
+                refusals.append(first_line(error))
+                continue
+            self._least.sort(key=lambda other: other != least)
+            return trial
+        self.said = refusals[0]
+        return None
 
 
 def _is_scalar(spec: TensorSpec) -> bool:

@@ -209,11 +209,10 @@ def within_time(measured: Measured, limits: Constraints, latency_ms: float | Non
 def verdict(recipe: Recipe, measured: Measured, original_size_bytes: int, size_bytes: int, headline: str = "") -> str:
     """What was asked and what was got, in one sentence. `headline`: of what was built; it stands for size and speed."""
     asked = f"Goal {recipe.goal.objective}: " if recipe.goal is not None and not recipe.steps else ""
-    if size_bytes == original_size_bytes:
+    ratio = original_size_bytes / max(size_bytes, 1)
+    got = f"{ratio:.2f} times smaller" if ratio > 1 else f"{1 / ratio:.2f} times larger"
+    if got.startswith("1.00 "):
         got = "no smaller"
-    else:
-        ratio = original_size_bytes / max(size_bytes, 1)
-        got = f"{ratio:.2f} times smaller" if ratio > 1 else f"{1 / ratio:.2f} times larger"
     kept, share = measured.fidelity.kept(recipe.limits.metric)
     if measured.accuracy is not None:
         answers = f"{measured.accuracy.metric} {measured.accuracy.optimized:.4g} after {measured.accuracy.original:.4g}"

@@ -471,6 +471,22 @@ def test_dimensions_that_are_multiples(tmp_path: Path, make: SimpleNamespace) ->
     assert check_same(path, module, [(torch.randn(6, 6),), (torch.randn(10, 6),)]) == []
 
 
+class TwoLengths(torch.nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x.view(x.shape[0], x.shape[1] // 2, 2).sum(2) + y[:, 1::2] + y[:, :-1:2]
+
+
+def test_dimensions_of_inputs_that_follow_from_one(tmp_path: Path, make: SimpleNamespace) -> None:
+    """2 * half of one input, 2 * half + 1 of the other."""
+    half = torch.export.Dim("half", min=2, max=50)
+    dims = {"x": {0: torch.export.Dim("n"), 1: 2 * half}, "y": {0: torch.export.Dim("n"), 1: 2 * half + 1}}
+    module, sample = TwoLengths(), (torch.randn(2, 8), torch.randn(2, 9))
+    path = make.save_program(module, sample, tmp_path / "m.pt2", dims)
+    assert [spec.shape for spec in load(path).inputs] == [("batch", "dim_1"), ("batch", "y_dim_1")]
+    others = [(torch.randn(n, 2 * k), torch.randn(n, 2 * k + 1)) for n, k in ((1, 3), (3, 6))]
+    assert check_same(path, module, others) == []
+
+
 def test_arguments_that_are_constants(tmp_path: Path, make: SimpleNamespace) -> None:
     """None, flags and numbers are part of the program; they are no inputs and no outputs."""
 

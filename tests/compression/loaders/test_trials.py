@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 from modelpress_compression.errors import InvalidInputsError
@@ -37,6 +39,37 @@ def test_a_dimension_that_is_not_dynamic_is_reported() -> None:
     trials = find_trials(run, parse_specs(["x:float32[batch,seq]"]), (ValueError,))
     assert trials.runs[0].sizes["seq"] == 64
     assert "'seq' ran at 64" in trials.warnings[0]
+
+
+def test_lengths_that_are_never_0() -> None:
+    """Integers are 0 or 1 first, and at least 1 where the model does not run on these."""
+
+    def run(feeds: Feeds) -> list[Array]:
+        if feeds["lengths"].min() < 1:
+            raise ValueError("lengths have to be greater than 0")
+        return [feeds["x"]]
+
+    trials = find_trials(run, parse_specs(["x:float32[n,6,4]", "lengths:int64[n]"]), (ValueError,))
+    assert len({trial.sizes["n"] for trial in trials.runs}) > 1
+    assert all(trial.feeds["lengths"].max() <= 2 for trial in trials.runs)
+
+
+def test_sizes_that_go_together() -> None:
+    """`tie` is asked for every try, with the dimension that varies; what it brings back to the first size is no try."""
+    tries = []
+
+    def run(feeds: Feeds) -> list[Array]:
+        tries.append((feeds["x"].shape[1], feeds["y"].shape[1]))
+        return [feeds["x"]]
+
+    def tie(sizes: Mapping[str, int], lead: str) -> Mapping[str, int]:
+        half = (sizes["odd"] - 1 if lead == "odd" else sizes["even"]) // 2
+        return {**sizes, "even": 2 * half, "odd": 2 * half + 1}
+
+    trials = find_trials(run, parse_specs(["x:float32[n,even]", "y:float32[n,odd]"]), (ValueError,), tie)
+    assert all(odd == even + 1 for even, odd in tries)
+    assert len({trial.sizes["odd"] for trial in trials.runs}) > 1
+    assert not trials.warnings
 
 
 def test_what_the_model_said_is_repeated() -> None:

@@ -28,6 +28,12 @@ def test_a_far_slower_result_says_so_first(median: float, first: str) -> None:
     assert verdict(Recipe(), measured(median), 4_000, 1_000).startswith(first)
 
 
+@pytest.mark.parametrize("size_bytes", [3_990, 4_000, 4_010])
+def test_a_few_bytes_are_no_change(size_bytes: int) -> None:
+    """Nobody reads "1.00 times larger"."""
+    assert verdict(Recipe(), measured(1.25), 4_000, size_bytes).startswith("no smaller, 1.25 times faster")
+
+
 def test_a_far_slower_result_carries_a_warning() -> None:
     """With the factor, and what to do; a little slower, and faster, need none."""
     (text,) = measured(1 / 72).warnings()

@@ -35,7 +35,13 @@ from modelpress_compression.graph.watch.portions import MAX_GRADIENT_BYTES, grad
 from modelpress_compression.inputs import Array, Feeds, InputData
 from modelpress_compression.parallel import map_in_order, workers_within
 from modelpress_compression.passes.quantize.plan import Activation, Plan
-from modelpress_compression.passes.quantize.ranges.output_error import Trial, counted_outputs, power, without_softmax
+from modelpress_compression.passes.quantize.ranges.output_error import (
+    Trial,
+    counted_outputs,
+    power,
+    share,
+    without_softmax,
+)
 from modelpress_compression.passes.quantize.rounding.affine import Range, activation_parameters
 from modelpress_compression.passes.quantize.setup import QuantizationSetup
 from modelpress_compression.passes.quantize.weights import WeightStore
@@ -86,7 +92,7 @@ class GradientProbe:
                     done((index + 1) / count)
         if not (np.isfinite(squares).all() and math.isfinite(signal)):
             return None
-        return [float(square) / signal if signal else math.inf for square in squares]
+        return [share(float(square), signal) for square in squares]
 
     def _on(self, number: int, feed: Feeds, trials: Sequence[Trial]) -> tuple[NDArray[np.float64], float]:
         """Of one sample: the square of each trial's error, and the power of the outputs."""

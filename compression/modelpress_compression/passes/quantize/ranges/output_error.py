@@ -67,8 +67,7 @@ class Distances:
     @property
     def error(self) -> float:
         """As above, over all feeds."""
-        signal = float(self.signals.sum())
-        return float(self.errors.sum()) / signal if signal else math.inf
+        return share(float(self.errors.sum()), float(self.signals.sum()))
 
 
 def output_distances(
@@ -186,7 +185,7 @@ class ErrorProbe:
                 sums[number] += distance
                 if done is not None and not index:
                     done((number + 1) / len(trials))
-        return [float(total) / signal if signal else math.inf for total in sums]
+        return [share(float(total), signal) for total in sums]
 
     def _distance(self, trial: Trial, *, feed: Feeds, plain: _Answers) -> float:
         return squared_distance(plain.outputs, self._try(trial, feed, plain))
@@ -253,6 +252,13 @@ def counted_outputs(outputs: Outputs, feed: Feeds) -> Outputs:
 def power(outputs: Outputs) -> float:
     """The sum of squares of all floats that are finite."""
     return sum(float(np.square(_finite(array)).sum()) for array in outputs.values() if array.dtype.kind == "f")
+
+
+def share(error: float, signal: float) -> float:
+    """An error over the signal's power. Outputs that are 0 throughout, and stay so, err by nothing."""
+    if signal:
+        return error / signal
+    return math.inf if error else 0.0
 
 
 def squared_distance(before: Outputs, after: Outputs) -> float:

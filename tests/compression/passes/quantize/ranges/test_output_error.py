@@ -17,7 +17,7 @@ from modelpress_compression.passes.base import Context, PassResult
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.plan import make_plan
 from modelpress_compression.passes.quantize.quantize import prepare_static
-from modelpress_compression.passes.quantize.ranges.output_error import Trial, open_probe, output_distances
+from modelpress_compression.passes.quantize.ranges.output_error import Trial, open_probe, output_distances, share
 from modelpress_compression.passes.quantize.rounding.affine import Range, activation_parameters
 from modelpress_compression.passes.quantize.rounding.rounder import NearestRounder
 from modelpress_compression.passes.quantize.setup import QuantizationSetup
@@ -90,6 +90,11 @@ def test_the_hardest_samples_are_looked_at(
     missed, _ = prepared(cnn, {"x": loud}, tmp_path, config)
     with_it, without = (output_distances(cnn, one.quantize()[0], context).error for one in (found, missed))
     assert decibels(with_it) > decibels(without) + 3
+
+
+def test_an_error_of_nothing() -> None:
+    """Outputs that are 0 throughout err by nothing where they stay so, and beyond measure elsewhere."""
+    assert (share(1.0, 4.0), share(0.0, 0.0), share(1e-9, 0.0)) == (0.25, 0.0, float("inf"))
 
 
 def test_a_trial_is_what_it_says(cnn: Model, images: Arrays, tmp_path: Path) -> None:
