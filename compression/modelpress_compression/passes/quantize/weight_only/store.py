@@ -55,14 +55,14 @@ def store_weights(model: Model, config: QuantizeConfig, context: Context, rounde
     writer = WeightWriter(Editor(model), config, rounder)
     stored = _store(model, writer, config, context, findings)
     if config.weights == "int2" and writer.in_4_bits:
-        findings.warnings.append(
-            f"{writer.in_4_bits} of {stored} weights were stored in 4 bits instead of 2, which only products over 256 "
-            f"or more inputs and embeddings have."
+        findings.notes.append(
+            f"{writer.in_4_bits} of {stored} weights are in 4 bits: only products over 256 or more inputs and "
+            f"embeddings have a form in 2."
         )
     if config.is_narrow and writer.in_8_bits:
-        findings.warnings.append(
-            f"{writer.in_8_bits} of {stored} weights, those of short or odd rows (depthwise convolutions, stems), were "
-            f"stored in 8 bits instead."
+        findings.notes.append(
+            f"{writer.in_8_bits} of {stored} weights are in 8 bits: rows that are short or odd (depthwise "
+            f"convolutions, stems) have no form in fewer."
         )
 
 

@@ -103,7 +103,7 @@ def test_convolutions_are_folded_when_loaded(  # type: ignore[no-untyped-def]
     assert ("depthwise", "Conv: its 144 weights are too few to pay for their scales") in {
         (skip.node, skip.reason) for skip in result.skipped
     }
-    assert len(result.warnings) == {"int8": 0, "int4": 1, "int2": 2}[weights]
+    assert (len(result.notes), result.warnings) == ({"int8": 0, "int4": 1, "int2": 2}[weights], ())
     assert loaded_operators(result.model) == loaded_operators(cnn)
     assert sqnr(cnn, result.model, images) > least
 
