@@ -16,6 +16,7 @@ from modelpress_compression.loaders.expert_ops import expert_operators, take_pro
 from modelpress_compression.loaders.exporters import ExportRequest, export_plain, export_program
 from modelpress_compression.loaders.exporting import export_checked
 from modelpress_compression.loaders.formats.refusals import refused
+from modelpress_compression.loaders.plain_attention import attention_of, write_out
 from modelpress_compression.loaders.program_check import check_archive
 from modelpress_compression.loaders.program_inputs import match_specs, number_inputs, program_specs, tied_sizes
 from modelpress_compression.loaders.program_state import output_name, without_state
@@ -89,7 +90,13 @@ def convert_program(
     def export_dynamo(request: ExportRequest) -> Path:
         return export_program(program, request, "program.onnx")
 
-    exporters = (export_dynamo, export_plain)
+    attention = attention_of(program)
+
+    def export_products(request: ExportRequest) -> Path:
+        write_out(program, attention)
+        return export_program(program, request, "products.onnx")
+
+    exporters = (export_dynamo, *([export_products] if attention else []), export_plain)
     outputs = [*labels, *(output_name(buffer) for buffer in stateless.state.values())]
     model = export_checked(exporters, lambda: _Flat(program), specs, trials, provenance, labels=outputs)
     return model.with_warnings(*warnings, *stateless.warnings)

@@ -23,9 +23,13 @@ from modelpress_compression.errors import (
 )
 from modelpress_compression.loaders import load
 from modelpress_compression.loaders.expert_ops import expert_operators, grouped_mm
+from modelpress_compression.loaders.exporters import ExportRequest, export_program
+from modelpress_compression.loaders.plain_attention import attention_of, write_out
 from modelpress_compression.loaders.program_check import check_tensors_only
 from modelpress_compression.loaders.program_graph import check_expression
 from modelpress_compression.loaders.program_trees import output_labels
+from modelpress_compression.loaders.quiet import quiet
+from modelpress_compression.specs import TensorSpec
 from oracles.plain_run import run_onnx
 from torch.utils import _pytree as pytree
 
@@ -64,6 +68,31 @@ def test_training_mode_is_switched_off(small_net: torch.nn.Module, tmp_path: Pat
     with torch.no_grad():
         wanted = small_net(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(run_onnx(model, [{"x": x}])[0]["output"], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3, "enable_gqa": True}])
+def test_attention_as_products(options: dict[str, Any], tmp_path: Path) -> None:
+    """What torch's exporter is given where it stops at attention (SAM with dynamic dimensions): the same numbers, and
+    so in ONNX; rtol 1e-4."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            few = x[:, :2] if options.get("enable_gqa") else x
+            return torch.nn.functional.scaled_dot_product_attention(x, few, few, **options)
+
+    x = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = Attention()(x)
+        program = torch.export.export(Attention(), (x,))
+        write_out(program, attention_of(program))
+        assert not attention_of(program)
+        torch.testing.assert_close(program.module()(x), wanted, rtol=1e-4, atol=1e-5)
+        spec = TensorSpec("x", "float32", (2, 4, 6, 8))
+        with quiet():
+            written = export_program(program, ExportRequest(program.module, {}, (spec,), ["y"], tmp_path), "m.onnx")
+    np.testing.assert_allclose(
+        run_onnx(load(written), [{"x": x.numpy()}])[0]["y"], wanted.numpy(), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_keyword_inputs_and_nested_outputs(tmp_path: Path, make: SimpleNamespace) -> None:
