@@ -30,6 +30,7 @@ from modelpress_compression.specs import TensorSpec
 
 # Arguments of operators that say "as in training".
 _TRAINING_ARGUMENTS = ("train", "training", "use_input_stats")
+_STATISTICS = "running_mean"
 
 
 def load_torch_export(source: Source, specs: Sequence[TensorSpec]) -> Model:
@@ -138,13 +139,25 @@ def _to_evaluation(program: torch.export.ExportedProgram) -> list[str]:
             continue
         for node in module.graph.nodes:
             schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
-            for position, argument in enumerate(schema.arguments if schema else ()):
-                if argument.name in _TRAINING_ARGUMENTS and _switch_off(node, position, argument.name):
+            arguments = [argument.name for argument in schema.arguments] if schema else []
+            if _has_no_statistics(node, arguments):
+                continue  # it normalizes by its input's own ones in inference as well, as standardized weights are
+            for position, argument in enumerate(arguments):
+                if argument in _TRAINING_ARGUMENTS and _switch_off(node, position, argument):
                     changed.add(str(node.target).removeprefix("aten.").removesuffix(".default"))
         module.recompile()
     if not changed:
         return []
     return [f"The program was exported in training mode; {', '.join(sorted(changed))} were switched to inference."]
+
+
+def _has_no_statistics(node: torch.fx.Node, arguments: Sequence[str]) -> bool:
+    """Whether a normalization is given no running ones."""
+    if _STATISTICS not in arguments:
+        return False
+    position = arguments.index(_STATISTICS)
+    given = node.args[position] if position < len(node.args) else node.kwargs.get(_STATISTICS)
+    return given is None
 
 
 def _switch_off(node: torch.fx.Node, position: int, name: str) -> bool:

@@ -70,6 +70,31 @@ def test_training_mode_is_switched_off(small_net: torch.nn.Module, tmp_path: Pat
     np.testing.assert_allclose(run_onnx(model, [{"x": x}])[0]["output"], wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_that_are_standardized_stay_so(tmp_path: Path, make: SimpleNamespace) -> None:
+    """Batch statistics of a weight, as in normalizer-free networks, and of an instance are no matter of training."""
+
+    class Standardized(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)))
+            self.norm = torch.nn.InstanceNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            flat = self.weight.reshape(1, 4, -1)
+            weight = torch.nn.functional.batch_norm(flat, None, None, training=True, momentum=0.0)
+            found: torch.Tensor = self.norm(torch.nn.functional.conv2d(x, weight.reshape_as(self.weight)))
+            return found
+
+    module = Standardized().eval()
+    path = make.save_program(module, (torch.zeros(1, 3, 8, 8),), tmp_path / "m.pt2")
+    model = load(path)
+    assert not model.warnings
+    x = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
+    with torch.no_grad():
+        wanted = module(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(run_onnx(model, [{"x": x}])[0]["output"], wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3, "enable_gqa": True}])
 def test_attention_as_products(options: dict[str, Any], tmp_path: Path) -> None:
     """What torch's exporter is given where it stops at attention (SAM with dynamic dimensions): the same numbers, and
