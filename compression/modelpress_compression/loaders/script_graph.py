@@ -5,6 +5,8 @@ A frozen module is one graph whose weights are constants. In it are rewritten
 - bfloat16, which onnxruntime does not compute on a CPU: weights, constants and casts become float32, which holds every
   bfloat16 exactly (`widen`);
 - quantized layers, see `script_quantized`;
+- Python's floats, which tracing writes as tensors of float64 without axes. As long as torch remembers what they were,
+  an integer tensor divided by one is float32; in a copy of the graph it is float64 (`_number_constants`);
 - what `nn.TransformerEncoder` asks before it takes its fast path (`x.is_nested`, autocast, whether masks hide the end
   of each row): answered as in inference, so that one way is left, which `symbolics` knows.
 """
@@ -37,6 +39,12 @@ _FIXED = frozenset(
     }
 )  # fmt: skip
 _ROUNDS = 50  # branches within branches
+# Operators that take a number in the place of their second tensor.
+_OF_NUMBERS = frozenset(
+    f"aten::{name}{suffix}"
+    for name in ("add", "sub", "mul", "div", "pow", "remainder", "fmod", "floor_divide", "true_divide")
+    for suffix in ("", "_")
+)
 
 
 def in_plain_operators(module: torch.jit.ScriptModule, example: Sequence[torch.Tensor] = ()) -> torch.jit.ScriptModule:
@@ -45,6 +53,7 @@ def in_plain_operators(module: torch.jit.ScriptModule, example: Sequence[torch.T
     `example`: inputs it will be exported with; branches on their number of axes, type and device are taken as with
     these. `module` is used up. Raises RuntimeError where torch cannot freeze it.
     """
+    _number_constants(module)
     wide = holds_bfloat16(module)
     quantized = holds_quantized(module)
     if not wide and not quantized and _kinds(module).isdisjoint(_ANSWERS):
@@ -65,6 +74,27 @@ def in_plain_operators(module: torch.jit.ScriptModule, example: Sequence[torch.T
         if example:
             _specialize(graph, (frozen, *example))
     return frozen
+
+
+def _number_constants(module: torch.jit.ScriptModule) -> None:
+    """Tensors of float64 without axes that arithmetic reads become the numbers that they are, in place."""
+    for part in module.modules():
+        inner: Any = part._c
+        for name in inner._method_names():
+            graph = inner._get_method(name).graph
+            for node in nodes_of(graph):
+                if node.kind() in _OF_NUMBERS and (number := _number(node.inputsAt(1).node())) is not None:
+                    with graph.insert_point_guard(node):
+                        node.replaceInput(1, graph.insertConstant(number))
+
+
+def _number(node: Any) -> float | None:
+    tensors = _tensors(node)
+    return tensors[0].item() if len(tensors) == 1 and _is_number(tensors[0]) else None
+
+
+def _is_number(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.float64 and tensor.dim() == 0
 
 
 def holds_bfloat16(module: torch.jit.ScriptModule) -> bool:

@@ -19,6 +19,7 @@ from modelpress_compression.errors import (
 )
 from modelpress_compression.loaders import load
 from modelpress_compression.loaders.script_check import check_pickle
+from modelpress_compression.loaders.script_graph import in_plain_operators
 from modelpress_compression.loaders.vision_ops import nms, vision_operators
 from oracles.plain_run import run_onnx
 
@@ -644,6 +645,33 @@ def test_bfloat16_becomes_float32(tmp_path: Path, save_script: Save, given: str)
         assert any("computes in bfloat16" in warning for warning in model.warnings)
         got = run_onnx(model, [{"x": x.numpy()}])[0]["output"]
         np.testing.assert_allclose(got, wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_integers_divided_by_a_number(tmp_path: Path) -> None:
+    """What is traced as a float64 without axes counts as a number, as in embeddings of time steps and of positions: the
+    result is float32; rtol 1e-4."""
+
+    class Steps(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.leave = torch.nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            angles = x[:, None] * torch.exp(-torch.arange(8) / 4.0)
+            found: torch.Tensor = self.leave(angles.sin())
+            return found
+
+    module, path = Steps().eval(), tmp_path / "m.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(module, torch.zeros(2)).save(path)
+    x = torch.linspace(0, 9, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        frozen = torch.jit.freeze(in_plain_operators(torch.jit.load(path)))
+    torch.testing.assert_close(frozen(x), module(x), rtol=1e-4, atol=1e-5)
+    got = run_onnx(load(path, ["x:float32[n]"]), [{"x": x.numpy()}])[0]["output"]
+    np.testing.assert_allclose(got, module(x).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_float16_within(tmp_path: Path) -> None:
