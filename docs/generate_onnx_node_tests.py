@@ -49,7 +49,7 @@ is compared with it in onnxruntime on the test's inputs and on others.
 | wrong, error | Another model came back, or the engine failed within. Neither may be. |
 
 `prune` cuts 30 % of the channels by magnitude, and may change outputs; `cut` removes as many at random, and is held
-against the masked model, to which it must be equal. There is no oracle where the masked model gives no numbers, as
+against the masked model, to which it must be equal where that is finite. There is no oracle where that gives none, as
 0 times infinity does, and where the original's own outputs move as far when its inputs move a little: where values are
 rounded or compared, and where numbers near 0 are divided by.
 """
