@@ -43,7 +43,9 @@ def document(rows: Sequence[Row], everything: Sequence[tuple[str, str]], recipes
         "at other extents than the calibrated ones where the model has dynamic dimensions. Pruning is not fitted anew "
         "here, so that its answers move; it must run, and keep the interface. Where outputs are a selection (of "
         "boxes), both models select what the loaded one selects, and the scores of all candidates are compared beside "
-        "them: of untrained scores, which are nearly equal, a thousandth of noise in the image makes others the best.",
+        "them: of untrained scores, which are nearly equal, a thousandth of noise in the image makes others the best. "
+        "What is still further away, static and int4, is held against the model with its weights disturbed as much at "
+        "random. Detectors without figures were measured otherwise, and are to run anew.",
         "",
         *_table(["model", "producer", "load", *recipes], [cells(row, recipes) for row in rows]),
         "",
