@@ -121,7 +121,9 @@ def _scaled(numbers: Numbers) -> Numbers:
 
 
 def _signature(samples: Array) -> Numbers:
-    """[n, numbers] of samples [n, ...]."""
+    """[n, numbers] of samples [n, ...]; [n, 0] where these hold nothing."""
+    if samples.size == 0:
+        return np.zeros((len(samples), 0), np.float32)
     while samples.ndim > 4 and samples.shape[1] == 1:
         samples = samples[:, 0]
     if _are_ids(samples):

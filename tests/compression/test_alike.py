@@ -99,3 +99,10 @@ def test_numbers_that_are_not_finite_or_huge(rng: Any, dtype: Any) -> None:
         samples = rng.standard_normal(shape).astype(dtype)
         samples[3], samples[4, 0], samples[5, 0] = np.finfo(dtype).max, np.nan, np.inf
         assert len(set(groups_of_alike(data_of(samples)).tolist())) >= 3
+
+
+@pytest.mark.parametrize("shape", [(5, 0), (5, 0, 8), (5, 3, 0), (5, 3, 8, 0), (5, 0, 8, 8)])
+def test_samples_that_hold_nothing_are_alike(shape: tuple[int, ...]) -> None:
+    """As a cache of past keys may, before the first token."""
+    for dtype in (np.float32, np.int64):
+        assert not groups_of_alike(data_of(np.zeros(shape, dtype))).any()
