@@ -83,6 +83,8 @@ class Prune:
 
     def _result(self, model: Model, counts: _Counts, skipped: list[Skip]) -> PassResult:
         warnings = unmatched_excludes(model, self._config.exclude)
+        if self._config.overrides:
+            warnings.append(f"The overrides are for channels and blocks: {self._config.structure} pruning has none.")
         changes: dict[str, int | float] = {"weights_pruned": counts.pruned, "layers_pruned": counts.layers}
         if counts.pruned:
             changes["sparsity"] = counts.zeros / counts.weights

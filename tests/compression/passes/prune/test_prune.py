@@ -96,6 +96,14 @@ def test_report(network: Any, prune: Any, rng: Any) -> None:
     assert any("do not make onnxruntime faster" in warning for warning in result.warnings)
 
 
+def test_overrides_of_single_weights_are_named(network: Any, prune: Any, rng: Any) -> None:
+    """They are nothing that this structure has, and no silent success."""
+    for structure in ("unstructured", "n:m"):
+        config = PruneConfig(structure=structure, overrides=(("layer_1", 0.9),))
+        result = prune(network(*_two_layers(rng)), config)
+        assert f"The overrides are for channels and blocks: {structure} pruning has none." in result.warnings
+
+
 def test_random_differs_by_seed_and_layer(network: Any, prune: Any, weight_of: WeightOf, rng: Any) -> None:
     """The same seed repeats, another one does not; layers of one shape are drawn apart."""
     weight = rng.standard_normal((20, 20))
