@@ -3,10 +3,13 @@
 Samples that show the same thing (alike.py) lie on the same side: a crop of a photo says nothing new of what was fitted
 to another crop of it. Where that leaves no choice, because all samples are alike, each is taken for itself.
 
-    groups      the largest first, else in the order of their first samples
-    held out    a group, as soon as the groups so far, this one included, allow for it: one sample in `every`
+    groups      in the order of their first samples
+    held out    a group, as soon as the groups so far, this one included, allow for it: one sample in `every`; the
+                smallest where none is
 
-So the largest groups are fitted to, and where no two samples are alike every fifth one is held out.
+Where no two samples are alike, that is every fifth one. Large groups are held out like others: to fit to them all and
+judge by what is alone would judge by the unusual. Of a text recognizer, whose short lines count as alike, static
+quantization so lost 4 dB.
 """
 
 from __future__ import annotations
@@ -25,17 +28,19 @@ Indices = NDArray[np.int64]
 def held_out(data: InputData, every: int = HELD_OUT) -> frozenset[int]:
     """Numbers of the feeds of `data.feeds(1)` that nothing is to be fitted to; none where there are fewer than two."""
     groups = _groups_of_feeds(data)
+    if len(groups) < 2:
+        return frozenset()
     sizes = np.bincount(groups)
     if len(sizes) < 2:
         groups, sizes = np.arange(len(groups)), np.ones(len(groups), np.int64)
     every = max(2, min(every, len(sizes) // 2))
     seen, held, chosen = 0, 0, []
-    for group in np.argsort(-sizes, kind="stable"):
+    for group in range(len(sizes)):
         seen += sizes[group]
         if every * (held + sizes[group]) <= seen:
             held += sizes[group]
             chosen.append(group)
-    return frozenset(np.flatnonzero(np.isin(groups, chosen)).tolist())
+    return frozenset(np.flatnonzero(np.isin(groups, chosen or [int(sizes.argmin())])).tolist())
 
 
 def parted(data: InputData, every: int = HELD_OUT) -> tuple[InputData, InputData]:

@@ -26,7 +26,8 @@ class Candidate:
     does. `times_s`: [rounds], measured in turn with the other candidates. `unproven`: only data that vouches for its
     ranges is missing. `screened`: its answers were judged on a few samples alone; `remembered`: by an earlier job.
     `unscored`: only the score of who computes the metric is missing. `draft`: builds and judges it in full; what is
-    there until then has its size and its times alone."""
+    there until then has its size and its times alone. `closer`: builds and judges the next one that stores its weights
+    with less error, for where all samples refuse this one; None of that: there is none."""
 
     scheme: str
     record: StepRecord
@@ -43,6 +44,7 @@ class Candidate:
     unscored: bool = False
     remembered: bool = False
     draft: Callable[[], Candidate] | None = None
+    closer: Callable[[], Candidate | None] | None = None
 
     @property
     def name(self) -> str:

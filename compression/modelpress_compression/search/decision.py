@@ -162,6 +162,13 @@ class Decision:
             judged = replace(entry, candidate=entry.judge.proven(found))
             racers[choice.taken - 1] = self.entries[self._place(entry)] = judged
             figures[choice.taken] = _figures(judged, figures[choice.taken].times_s)
+            if judged.candidate.reason and candidate.closer is not None:
+                self.judge.context.progress(BUILT, "storing weights with less error")
+                if (closer := candidate.closer()) is not None and closer.record.changes:
+                    racers.append(replace(entry, candidate=entry.judge.proven(closer)))
+                    self.entries.append(racers[-1])
+                    # It computes as the refused one: what is stored otherwise is float32 again once it is loaded.
+                    figures.append(_figures(racers[-1], figures[choice.taken].times_s))
 
     def _tell_taken(self, entry: Entry, original: Figures, taken: Figures) -> None:
         number = 1 + self._place(entry)

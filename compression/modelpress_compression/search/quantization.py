@@ -32,7 +32,7 @@ from modelpress_compression.passes.base import Context, PassResult, Skip
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.quantize import Quantize, prepare_static
 from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
-from modelpress_compression.passes.quantize.weight_only.storage import store_rest
+from modelpress_compression.passes.quantize.weight_only.storage import Storing, store_all, store_rest
 from modelpress_compression.recipe import Recipe, Step
 from modelpress_compression.search.candidates import Candidate, fastest, pareto_set
 from modelpress_compression.search.heads import unvouched_heads
@@ -45,6 +45,10 @@ from modelpress_compression.target import DEVICES, Device
 # The weights that integers leave in float32 are those that 8 bits serve worst. Stored, they are to add a quarter of the
 # error that the integers make (6 dB), or less than this.
 _REST_MARGIN_DB, _REST_FLOOR_DB = 6.0, 26.0
+# Where what is stored does not keep the answers, it is stored with so much less error, so many times. Of integers more
+# does not help: whatever changes a little, some are rounded the other way. Of a text recognizer in static 8 bits,
+# float16 for the weights that are left is 27 dB away from float32, and no worse an answer.
+_CLOSER_DB, _CLOSER = 2.0, 2
 # Shares of the step's progress when dynamic, static and the mixed candidates are built and judged.
 _DYNAMIC, _STATIC, _MIXED = 0.15, 0.6, 0.85
 
@@ -88,6 +92,7 @@ class SchemeSearch:
     recall: Recall = field(default_factory=Recall)
     candidates: list[Candidate] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=count)  # of folders
+    _storing: dict[str, Storing] = field(default_factory=dict)  # by the digest of the float model's file
 
     @cached_property
     def heads(self) -> dict[str, int]:
@@ -183,6 +188,39 @@ class SchemeSearch:
         """Facts about the float model under this step's configuration."""
         return self.recall.facts(kind, [model_digest(self.path), self._config("static").to_dict()], make)
 
+    def stored(self, variant: str, floor_db: float) -> Candidate | None:
+        """The float model with all weights stored in fewer bits, computing as before; see `_until_kept`."""
+        config, storing = replace(self.step.config, scheme="weight_only"), self._storing_of(self.path)
+
+        def store(named: str, floor_db: float) -> Candidate:
+            make = partial(store_all, self.model, config, self.context, floor_db, storing)
+            return self.add("weight_only", make, named, asked=[floor_db])
+
+        return self._until_kept(store, storing, variant, floor_db)
+
+    def _storing_of(self, path: Path) -> Storing:
+        """What was found out of the model in a file."""
+        return self._storing.setdefault(model_digest(path), Storing())
+
+    def _until_kept(
+        self, store: Callable[[str, float], Candidate | None], storing: Storing, variant: str, floor_db: float
+    ) -> Candidate | None:
+        """What `store` adds under a name and for a floor: with less and less error until the answers are kept, and
+        further should all samples refuse what a few of them have let through. The last one; None: nothing is stored."""
+
+        def following(floor_db: float, left: int) -> Candidate | None:
+            named = variant if left == _CLOSER else f"{variant}, for {floor_db:.0f} dB"
+            candidate = store(named, floor_db)
+            if candidate is None or not left or not candidate.record.changes or candidate.unscored:
+                return candidate
+            closer = partial(following, max(floor_db, storing.kept_db) + _CLOSER_DB, left - 1)
+            if candidate.reason:
+                return closer()
+            self.candidates[-1] = replace(candidate, closer=closer)
+            return self.candidates[-1]
+
+        return following(floor_db, _CLOSER)
+
     def smaller(self, candidates: Sequence[Candidate] | None = None) -> None:
         """Each of the candidates (None: of all) that keeps the answers with the rest of its weights stored in 8 bits;
         and, with a limit on the size, the float model with all weights stored so."""
@@ -191,10 +229,18 @@ class SchemeSearch:
                 variant = f"{candidate.variant}, all weights stored in fewer bits".removeprefix(", ")
                 own_db = candidate.fidelity.sqnr_db if candidate.fidelity is not None else _REST_FLOOR_DB
                 floor_db = min(max(own_db + _REST_MARGIN_DB, FLOAT_FLOOR_DB), _REST_FLOOR_DB)
-                self._store_rest(candidate.scheme, candidate.record, variant, floor_db)
+                store = partial(self._with_rest, candidate, floor_db)
+                self._until_kept(store, self._storing_of(candidate.record.path), variant, floor_db)
         if self.judge.recipe.limits.max_size_bytes is not None:
             config = replace(self.step.config, scheme="weight_only")
             self.add("weight_only", lambda: Quantize(config)(self.model, self._part(_MIXED, _MIXED)))
+
+    def _with_rest(self, whole: Candidate, first_db: float, variant: str, floor_db: float) -> Candidate | None:
+        """The candidate with the rest of its weights stored; for more than the first floor only where the candidate
+        itself keeps the answers on all samples."""
+        if floor_db > first_db and self.judge.confirmed(whole).reason:
+            return None
+        return self._store_rest(whole.scheme, whole.record, variant, floor_db)
 
     def _store_rest(self, scheme: str, record: StepRecord, variant: str, floor_db: float) -> Candidate | None:
         """A candidate with the weights that the record's model has in float32 stored in fewer bits, so that its outputs
@@ -203,7 +249,8 @@ class SchemeSearch:
         made: list[PassResult | None] = []
 
         def gains() -> dict[str, bool]:
-            made.append(store_rest(record.result, self.step.config, self.context, floor_db))
+            storing = self._storing_of(record.path)
+            made.append(store_rest(record.result, self.step.config, self.context, floor_db, storing))
             return {"gains": made[0] is not None}
 
         def make() -> PassResult:

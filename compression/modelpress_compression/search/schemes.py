@@ -19,7 +19,6 @@ from functools import partial
 from modelpress_compression.measure.task import GivenScores
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.quantize import Quantize
-from modelpress_compression.passes.quantize.weight_only.storage import store_all
 from modelpress_compression.recipe import ACCURATE, BALANCED, Goal, Recipe
 from modelpress_compression.search.judge import FLOAT_FLOOR_DB
 from modelpress_compression.search.mixed_bits import MixedBitsSearch
@@ -67,8 +66,7 @@ class Schemes:
         if self.goal.objective == ACCURATE and self.whole:
             floors["weights stored so that nobody could tell"] = CLOSE_FLOOR_DB
         for variant, floor_db in floors.items():
-            store = partial(store_all, search.model, WEIGHT_ONLY, search.context, floor_db)
-            search.add("weight_only", store, variant, asked=[floor_db])
+            search.stored(variant, floor_db)
             yield
 
     def _in_8_bits(self) -> Iterator[None]:

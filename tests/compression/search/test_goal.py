@@ -17,7 +17,7 @@ from modelpress_compression.measure.task import Labelled
 from modelpress_compression.passes.quantize.weight_only.mixed_bits import Form, MixedBits
 from modelpress_compression.recipe import OBJECTIVES
 from modelpress_compression.report.build import report_schema
-from modelpress_compression.search import judge
+from modelpress_compression.search import judge, quantization
 from modelpress_compression.search.judge import SCREENING_SAMPLES
 
 
@@ -98,6 +98,34 @@ def test_what_is_taken_is_judged_on_all_samples(
     refused = [row for row in report["candidates"] if "cosine 0.5000" in row["reason"]]
     assert refused
     assert len({count for _, count in asked}) == 2
+
+
+@pytest.mark.usefixtures("timed_by_size")
+@pytest.mark.parametrize("few_see_it", [True, False])
+def test_what_is_stored_too_roughly_is_stored_closer(
+    few_see_it: bool, digits: Model, many_samples: InputData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smallest model with dynamic ranges is refused for the weights that it stores beside its integers, at once or
+    when all samples are looked at: with those stored more closely it is taken."""
+    refused: list[Path] = []
+
+    def strict(original: Path, optimized: Path, data: InputData, **options: Any) -> Fidelity:
+        stored = b"DynamicQuantizeLinear" in (content := optimized.read_bytes()) and len(content) < 30_000
+        if stored and not refused:
+            refused.append(optimized)
+        good = stored and (optimized not in refused or (len(data) <= SCREENING_SAMPLES and not few_see_it))
+        good = good or (b"DynamicQuantizeLinear" in content and not stored)
+        output = OutputFidelity(1.0 if good else 0.5, 60.0 if good else 0.0, 0.0)
+        return Fidelity("provided", len(data), {"logits": output}, 1.0, 1.0)
+
+    monkeypatch.setattr(judge, "compare_outputs", strict)
+    monkeypatch.setattr(quantization, "_CLOSER_DB", 5.0)
+    rows = {row["name"]: row for row in compress(digits, goal(), data=many_samples).report["candidates"]}
+    stored = rows["quantize dynamic, all weights stored in fewer bits"]
+    (closer,) = [row for name, row in rows.items() if name.startswith(f"{stored['name']}, for ")]
+    assert "cosine 0.5000" in stored["reason"]
+    assert closer["chosen"]
+    assert stored["size_bytes"] < closer["size_bytes"] < rows["quantize dynamic"]["size_bytes"]
 
 
 @pytest.mark.usefixtures("timed_by_size")

@@ -11,7 +11,7 @@ import pytest
 from modelpress_compression import InputData, Memory, Model, Recipe, compress
 from modelpress_compression.measure.fidelity import Fidelity, compare_outputs
 from modelpress_compression.measure.latency import Times
-from modelpress_compression.search import judge, quantization, schemes
+from modelpress_compression.search import judge, quantization
 from modelpress_compression.search.recall import Recall
 
 
@@ -42,7 +42,7 @@ def test_another_goal_builds_and_compares_nothing_again(
     alone = compress(digits, goal(objective="fastest", techniques=techniques), data=samples).report
     for name in ("prepare_static", "Quantize"):
         monkeypatch.setattr(quantization, name, never)
-    monkeypatch.setattr(schemes, "store_all", never)
+    monkeypatch.setattr(quantization, "store_all", never)
     compared: list[Path] = []
 
     def compare(original: Path, optimized: Path, *rest: Any, **options: Any) -> Fidelity:

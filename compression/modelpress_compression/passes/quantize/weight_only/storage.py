@@ -30,7 +30,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir
@@ -80,51 +80,78 @@ Forms = Mapping[str, int]
 Errors = dict[str, tuple[float, float, float, float]]
 
 
-def store_all(model: Model, config: QuantizeConfig, context: Context, floor_db: float) -> PassResult:
+@dataclass
+class Storing:
+    """What calls for one model find out for those that follow, with other floors. `errors`: of its single weights, once
+    they were asked for; `kept_db`: what the outputs of the last result keep."""
+
+    errors: Errors = field(default_factory=dict)
+    kept_db: float = -math.inf
+
+    def keeps(self, error: float) -> None:
+        """A result whose outputs err so much."""
+        self.kept_db = -10 * math.log10(error) if error else math.inf
+
+
+def store_all(
+    model: Model, config: QuantizeConfig, context: Context, floor_db: float, storing: Storing | None = None
+) -> PassResult:
     """A clone with all weights in 8 bits or float16, whose outputs keep `floor_db` on the context's data.
 
-    The model as it was where not even float16 keeps that, with the reason. Raises ModelNotRunnableError,
-    TimeLimitError.
+    The model as it was where not even float16 keeps that, with the reason. `storing`: of calls for other floors before.
+    Raises ModelNotRunnableError, TimeLimitError.
     """
+    storing = storing or Storing()
     permitted = 10 ** (-floor_db / 10)
     original, model = model, model.clone()
     hide_views(model, turned=False)
     result = _stored(model, config, context, {})
     known = KnownOutputs()
     error = _error(model, result, context, known)
+    storing.keeps(error)
     if error <= permitted:
         return result
     tensors = ((value.name or "", value.const_value) for value in _initializers(model))
     sizes = {name: tensor.size for name, tensor in tensors if tensor is not None}
-    ladder = _Ladder(_errors_of_weights(model, config, context), sizes)
+    storing.errors = storing.errors or _errors_of_weights(model, config, context)
+    ladder = _Ladder(storing.errors, sizes)
     ladder.climb_until(permitted)
     while True:
         context.check_time()
         result = _stored(model, config, context, ladder.forms)
         error = _error(model, result, context, known)
+        storing.keeps(error)
         if error <= permitted:
-            return _descended(model, config, context, ladder, permitted, known) or result
+            return _descended(model, config, context, ladder, permitted, known, storing) or result
         if not ladder.climb(1 + math.ceil(_GROWTH * len(ladder.moved))):
             reason = f"stored in float16 its outputs keep {-10 * math.log10(error):.1f} dB alone"
             return PassResult(original, warnings=(f"Weights stay in float32: {reason}.",))
 
 
-def store_rest(result: PassResult, config: QuantizeConfig, context: Context, floor_db: float) -> PassResult | None:
+def store_rest(
+    result: PassResult, config: QuantizeConfig, context: Context, floor_db: float, storing: Storing | None = None
+) -> PassResult | None:
     """The result with the weights that it left in float32 stored as by `store_all`, for size alone.
 
     None where that would make the file smaller by less than a twentieth, or would not keep `floor_db` of the result's
-    own outputs. Raises ModelNotRunnableError, TimeLimitError.
+    own outputs. `storing`: as of `store_all`. Raises ModelNotRunnableError, TimeLimitError.
     """
     tensors = (constant_tensor(weight) for _, weight in storable_weights(result.model, config))
     left = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     if left * 3 / 4 < _LEAST_GAIN * result.model.weight_bytes():
         return None
-    stored = store_all(result.model, config, context, floor_db)
+    stored = store_all(result.model, config, context, floor_db, storing)
     return replace(result, model=stored.model, changes={**result.changes, **stored.changes}) if stored.changed else None
 
 
 def _descended(
-    model: Model, config: QuantizeConfig, context: Context, ladder: _Ladder, permitted: float, known: KnownOutputs
+    model: Model,
+    config: QuantizeConfig,
+    context: Context,
+    ladder: _Ladder,
+    permitted: float,
+    known: KnownOutputs,
+    storing: Storing,
 ) -> PassResult | None:
     """The result with the largest of the moved weights one form back, where that is permitted; None: nowhere."""
     best = None
@@ -132,8 +159,9 @@ def _descended(
         context.check_time()
         forms = {**ladder.forms, name: ladder.forms[name] - 1}
         result = _stored(model, config, context, forms)
-        if _error(model, result, context, known) <= permitted:
+        if (error := _error(model, result, context, known)) <= permitted:
             ladder.forms, best = forms, result
+            storing.keeps(error)
     return best
 
 
