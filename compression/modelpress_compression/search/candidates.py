@@ -58,6 +58,11 @@ class Candidate:
         return self.technique == "quantize" and (self.scheme in ("dynamic", "static") or "blocks" in self.variant)
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether its ranges, or the levels of its weights, were chosen by the data."""
+        return self.technique == "quantize" and (self.scheme == "static" or "blocks" in self.variant)
+
+    @property
     def cosine(self) -> float:
         """That of the worst output; 0 before it was measured."""
         if self.fidelity is None:
