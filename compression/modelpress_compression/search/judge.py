@@ -7,10 +7,10 @@ A candidate keeps the answers if all of these hold that apply:
 3. Without labels, `max_drop` set: agreement with the original is at least `1 - max_drop`. With the metric cosine, the
    cosine takes the place of agreement, and `max_drop` is 0.01 if it is not set.
 4. Without either, where outputs hold classes and the data is real: the expected drop is at most 0.6 points of accuracy,
-   so that the metric falls by less than one; 0.4 where ranges or levels were fitted to that data. The expected drop is what the original
-   loses by its own probabilities (`measure.fidelity`); ranges, biases and roundings were fitted to the same data. Of a
-   text recognizer, five models in 8 bits with 0.9 to 1.2 points on their own data had 1.0 to 1.2 points on other lines,
-   and read 1.1 to 1.8 points fewer words there, where stored weights alone with 0.1 to 0.7 points read no fewer.
+   so that the metric falls by less than one; 0.4 where ranges or levels were fitted to that data. The expected drop is
+   what the original loses by its own probabilities (`measure.fidelity`). Of a text recognizer, five models in 8 bits
+   with 0.9 to 1.2 points on their own data had 1.0 to 1.2 points on other lines, and read 1.1 to 1.8 points fewer
+   words there, where stored weights alone with 0.1 to 0.7 points read no fewer.
 5. As in 4, where the model was cut and nothing was fitted to the data, which is held out for that (grounds.py):
    agreement as in 3, with 0.01 for `max_drop` if that is not set, and every output keeps 23 dB. Few samples show a
    small drop no better than chance does, and a search that tries dozens of models finds the luckiest: of a digit
