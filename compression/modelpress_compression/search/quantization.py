@@ -49,6 +49,7 @@ _REST_MARGIN_DB, _REST_FLOOR_DB = 6.0, 26.0
 # does not help: whatever changes a little, some are rounded the other way. Of a text recognizer in static 8 bits,
 # float16 for the weights that are left is 27 dB away from float32, and no worse an answer.
 _CLOSER_DB, _CLOSER = 2.0, 2
+_WHOLE_DB = 150.0  # float32 is no nearer to itself
 # Shares of the step's progress when dynamic, static and the mixed candidates are built and judged.
 _DYNAMIC, _STATIC, _MIXED = 0.15, 0.6, 0.85
 
@@ -213,7 +214,10 @@ class SchemeSearch:
             candidate = store(named, floor_db)
             if candidate is None or not left or not candidate.record.changes or candidate.unscored:
                 return candidate
-            closer = partial(following, max(floor_db, storing.kept_db) + _CLOSER_DB, left - 1)
+            kept_db = min(max(floor_db, storing.kept_db), _WHOLE_DB)
+            # A later job, for which this one is not built again, goes on from here as well.
+            facts = self.recall.facts("kept", [model_digest(candidate.record.path)], lambda: {"db": kept_db})
+            closer = partial(following, facts["db"] + _CLOSER_DB, left - 1)
             if candidate.reason:
                 return closer()
             self.candidates[-1] = replace(candidate, closer=closer)
