@@ -47,8 +47,10 @@ from modelpress_compression.target import DEVICES, Device
 _REST_MARGIN_DB, _REST_FLOOR_DB = 6.0, 26.0
 # Where what is stored does not keep the answers, it is stored with so much less error, so many times. Of integers more
 # does not help: whatever changes a little, some are rounded the other way. Of a text recognizer in static 8 bits,
-# float16 for the weights that are left is 27 dB away from float32, and no worse an answer.
-_CLOSER_DB, _CLOSER = 2.0, 2
+# float16 for the weights that are left is 27 dB away from float32, and no worse an answer. Weights alone are stored
+# like this the last time: more than what counts as no error (choice.NEGLIGIBLE_ERROR), 40 dB.
+_CLOSER_DB, _CLOSER = 2.0, 3
+CLOSE_FLOOR_DB = 43.0
 _WHOLE_DB = 150.0  # float32 is no nearer to itself
 # Shares of the step's progress when dynamic, static and the mixed candidates are built and judged.
 _DYNAMIC, _STATIC, _MIXED = 0.15, 0.6, 0.85
@@ -197,17 +199,24 @@ class SchemeSearch:
             make = partial(store_all, self.model, config, self.context, floor_db, storing)
             return self.add("weight_only", make, named, asked=[floor_db])
 
-        return self._until_kept(store, storing, variant, floor_db)
+        return self._until_kept(store, storing, variant, floor_db, CLOSE_FLOOR_DB)
 
     def _storing_of(self, path: Path) -> Storing:
         """What was found out of the model in a file."""
         return self._storing.setdefault(model_digest(path), Storing())
 
     def _until_kept(
-        self, store: Callable[[str, float], Candidate | None], storing: Storing, variant: str, floor_db: float
+        self,
+        store: Callable[[str, float], Candidate | None],
+        storing: Storing,
+        variant: str,
+        floor_db: float,
+        last_db: float = 0.0,
     ) -> Candidate | None:
         """What `store` adds under a name and for a floor: with less and less error until the answers are kept, and
-        further should all samples refuse what a few of them have let through. The last one; None: nothing is stored."""
+        further should all samples refuse what a few of them have let through. The last one; None: nothing is stored.
+
+        `last_db`: the least of the last floor."""
 
         def following(floor_db: float, left: int) -> Candidate | None:
             named = variant if left == _CLOSER else f"{variant}, for {floor_db:.0f} dB"
@@ -217,7 +226,8 @@ class SchemeSearch:
             kept_db = min(max(floor_db, storing.kept_db), _WHOLE_DB)
             # A later job, for which this one is not built again, goes on from here as well.
             facts = self.recall.facts("kept", [model_digest(candidate.record.path)], lambda: {"db": kept_db})
-            closer = partial(following, facts["db"] + _CLOSER_DB, left - 1)
+            next_db = max(facts["db"] + _CLOSER_DB, last_db if left == 1 else 0.0)
+            closer = partial(following, next_db, left - 1)
             if candidate.reason:
                 return closer()
             self.candidates[-1] = replace(candidate, closer=closer)

@@ -23,10 +23,8 @@ from modelpress_compression.recipe import ACCURATE, BALANCED, Goal, Recipe
 from modelpress_compression.search.judge import FLOAT_FLOOR_DB
 from modelpress_compression.search.mixed_bits import MixedBitsSearch
 from modelpress_compression.search.mixed_schemes import MixedSchemeSearch
-from modelpress_compression.search.quantization import SchemeSearch
+from modelpress_compression.search.quantization import CLOSE_FLOOR_DB, SchemeSearch
 
-# What `accurate` asks of stored weights: more than what counts as no error (choice.NEGLIGIBLE_ERROR), 40 dB.
-CLOSE_FLOOR_DB = 43.0
 WEIGHT_ONLY = QuantizeConfig(scheme="weight_only")
 
 
