@@ -76,3 +76,14 @@ def test_answers_of_what_was_cut_must_not_change(
     fidelity = Fidelity("provided", 90, outputs, agreement, agreement, expected_top1=0.9, expected_drop=0.002)
     assert not usual._disagrees(fidelity)
     assert (not replace(usual, held_out=True)._disagrees(fidelity)) is kept
+
+
+@pytest.mark.parametrize(("sqnr_db", "kept"), [(24.0, False), (27.0, True)])
+def test_values_of_what_was_cut_stay_nearer(
+    make_judge: MakeJudge, samples: InputData, sqnr_db: float, kept: bool
+) -> None:
+    """Without classes no agreement says more."""
+    fidelity = Fidelity("provided", 90, {"y": OutputFidelity(0.999, sqnr_db, 0.1)}, None, 0.999)
+    judge = make_judge(samples)
+    assert not judge._disagrees(fidelity)
+    assert (not replace(judge, held_out=True)._disagrees(fidelity)) is kept
