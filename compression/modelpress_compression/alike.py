@@ -158,7 +158,7 @@ def _counts(ids: Array) -> Numbers:
     the same modulo 256 together."""
     if ids.dtype.kind == "U":
         ids = np.vectorize(lambda text: zlib.crc32(text.encode()), otypes=[np.int64])(ids)
-    places = np.mod(ids, _MOST_NUMBERS).astype(np.int64) + _MOST_NUMBERS * np.arange(len(ids))[:, None]
+    places = np.mod(ids.astype(np.int64), _MOST_NUMBERS) + _MOST_NUMBERS * np.arange(len(ids))[:, None]
     counts = np.bincount(places.reshape(-1), minlength=_MOST_NUMBERS * len(ids))
     return np.sqrt(counts.reshape(len(ids), _MOST_NUMBERS)).astype(np.float32)
 

@@ -106,3 +106,12 @@ def test_samples_that_hold_nothing_are_alike(shape: tuple[int, ...]) -> None:
     """As a cache of past keys may, before the first token."""
     for dtype in (np.float32, np.int64):
         assert not groups_of_alike(data_of(np.zeros(shape, dtype))).any()
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint16, np.int32, np.uint64])
+def test_integers_of_every_type(rng: Any, dtype: Any) -> None:
+    """Narrow ones hold no 256, in which ids are counted together."""
+    ids = rng.integers(0, 100, (12, 60)).astype(dtype)
+    ids[6:] = ids[:6]
+    groups = groups_of_alike(data_of(ids))
+    np.testing.assert_array_equal(groups[6:], groups[:6])
