@@ -38,6 +38,8 @@ _NOTHING = 1e-6  # of a number: the rounding of a constant one
 _DEVIATION_OF_MEDIAN = 1.4826  # standard deviation over median distance from the median, of a normal distribution
 _FARTHEST = 5.0  # standard deviations
 
+_WORDS = "UOS"  # kinds of arrays of text
+
 Labels = NDArray[np.int64]
 Numbers = NDArray[np.float32]
 
@@ -121,8 +123,8 @@ def _scaled(numbers: Numbers) -> Numbers:
 
 
 def _signature(samples: Array) -> Numbers:
-    """[n, numbers] of samples [n, ...]; [n, 0] where these hold nothing."""
-    if samples.size == 0:
+    """[n, numbers] of samples [n, ...]; [n, 0] where these hold nothing, or complex numbers."""
+    if samples.size == 0 or samples.dtype.kind == "c":
         return np.zeros((len(samples), 0), np.float32)
     while samples.ndim > 4 and samples.shape[1] == 1:
         samples = samples[:, 0]
@@ -139,7 +141,7 @@ def _signature(samples: Array) -> Numbers:
 
 def _are_ids(samples: Array) -> bool:
     """Whether these are words, or integers in rows: more axes make an image of them."""
-    return samples.dtype.kind == "U" or (samples.dtype.kind in "iu" and samples.ndim <= 3)
+    return samples.dtype.kind in _WORDS or (samples.dtype.kind in "iu" and samples.ndim <= 3)
 
 
 def _few(samples: Array, axis: int, most: int) -> Array:
@@ -156,8 +158,8 @@ def _floats(samples: Array) -> Numbers:
 def _counts(ids: Array) -> Numbers:
     """The square root of how often each id comes, so that padding does not outweigh the rest; [n, 256], of ids that are
     the same modulo 256 together."""
-    if ids.dtype.kind == "U":
-        ids = np.vectorize(lambda text: zlib.crc32(text.encode()), otypes=[np.int64])(ids)
+    if ids.dtype.kind in _WORDS:
+        ids = np.vectorize(lambda text: zlib.crc32(str(text).encode()), otypes=[np.int64])(ids)
     places = np.mod(ids.astype(np.int64), _MOST_NUMBERS) + _MOST_NUMBERS * np.arange(len(ids))[:, None]
     counts = np.bincount(places.reshape(-1), minlength=_MOST_NUMBERS * len(ids))
     return np.sqrt(counts.reshape(len(ids), _MOST_NUMBERS)).astype(np.float32)

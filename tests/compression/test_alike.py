@@ -104,8 +104,9 @@ def test_numbers_that_are_not_finite_or_huge(rng: Any, dtype: Any) -> None:
 @pytest.mark.parametrize("shape", [(5, 0), (5, 0, 8), (5, 3, 0), (5, 3, 8, 0), (5, 0, 8, 8)])
 def test_samples_that_hold_nothing_are_alike(shape: tuple[int, ...]) -> None:
     """As a cache of past keys may, before the first token."""
-    for dtype in (np.float32, np.int64):
+    for dtype in (np.float32, np.int64, np.bool_, np.complex64):
         assert not groups_of_alike(data_of(np.zeros(shape, dtype))).any()
+    assert not groups_of_alike(data_of(np.ones((4, 5), np.complex64) * 1j)).any()
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint16, np.int32, np.uint64])
@@ -115,3 +116,11 @@ def test_integers_of_every_type(rng: Any, dtype: Any) -> None:
     ids[6:] = ids[:6]
     groups = groups_of_alike(data_of(ids))
     np.testing.assert_array_equal(groups[6:], groups[:6])
+
+
+@pytest.mark.parametrize("dtype", [object, np.str_, np.bytes_])
+def test_words(dtype: Any) -> None:
+    """Text of every kind of array: what is the same goes together."""
+    words = np.asarray([["cat", "sat"], ["dog", "ran"], ["cat", "sat"], ["", "cow"]], dtype)
+    data = InputData((TensorSpec("x", "string", ("n", 2)),), {"x": words})
+    assert groups_of_alike(data).tolist() == [0, 1, 0, 2]
