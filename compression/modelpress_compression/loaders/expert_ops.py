@@ -13,12 +13,14 @@ Source: transformers/integrations/moe.py, aten/src/ATen/native/GroupedMMUtils.h 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import onnx_ir
 import torch
+
+from modelpress_compression.loaders.foreign_operators import defined
 
 _SCHEMA = "grouped_mm_fallback(Tensor input, Tensor weight, Tensor offs) -> Tensor"
 # Experts, and bins of their histogram, that are written out one by one.
@@ -26,21 +28,15 @@ MOST = 4096
 _INT64, _MATRIX = 7, 2
 
 
-@contextlib.contextmanager
-def expert_operators() -> Iterator[None]:
+def expert_operators() -> AbstractContextManager[None]:
     """Defines transformers' operator until the block ends, unless transformers has."""
-    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
-        yield
-        return
-    make: Any = torch.library.Library  # torch leaves it untyped
-    library = make("transformers", "FRAGMENT")
-    try:
-        library.define(_SCHEMA)
-        library.impl("grouped_mm_fallback", grouped_mm, "CPU")
-        library.impl("grouped_mm_fallback", _empty, "Meta")
-        yield
-    finally:
-        library._destroy()
+    return defined("transformers", "grouped_mm_fallback", _define)
+
+
+def _define(library: Any) -> None:
+    library.define(_SCHEMA)
+    library.impl("grouped_mm_fallback", grouped_mm, "CPU")
+    library.impl("grouped_mm_fallback", _empty, "Meta")
 
 
 def grouped_mm(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -8,11 +8,12 @@ Source of both: torchvision/csrc/ops/cpu/{nms,roi_align}_kernel.cpp.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+
+from modelpress_compression.loaders.foreign_operators import defined
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -27,19 +28,9 @@ _UNUSED_SCHEMAS = (
 )
 
 
-@contextlib.contextmanager
-def vision_operators() -> Iterator[None]:
+def vision_operators() -> AbstractContextManager[None]:
     """Defines the operators until the block ends, unless torchvision has."""
-    if hasattr(torch.ops.torchvision, "nms"):
-        yield
-        return
-    make: Any = torch.library.Library  # torch leaves it untyped
-    library = make("torchvision", "FRAGMENT")
-    try:
-        define(library)
-        yield
-    finally:
-        library._destroy()
+    return defined("torchvision", "nms", define)
 
 
 def define(library: Any) -> None:

@@ -402,7 +402,7 @@ def test_a_list_of_results(way: str, tmp_path: Path, save_script: Save) -> None:
     x = torch.randn(3, 5)
     got = run_onnx(model, [{"x": x.numpy()}])[0]
     for wanted, found in zip(Findings()(x), got.values(), strict=True):
-        np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-5)
+        np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-5, atol=1e-6)  # of a mean near zero
 
 
 class Experts(torch.nn.Module):
