@@ -87,3 +87,16 @@ def test_values_of_what_was_cut_stay_nearer(
     judge = make_judge(samples)
     assert not judge._disagrees(fidelity)
     assert (not replace(judge, held_out=True)._disagrees(fidelity)) is kept
+
+
+@pytest.mark.parametrize(
+    ("drop", "sqnr_db", "fitted", "kept"),
+    [(0.005, 27.0, False, True), (0.005, 27.0, True, False), (0.003, 27.0, True, True), (0.003, 17.0, True, False)],
+)
+def test_what_was_fitted_is_flattered(
+    make_judge: MakeJudge, samples: InputData, drop: float, sqnr_db: float, fitted: bool, kept: bool
+) -> None:
+    """The data that ranges and levels were fitted to says less of them."""
+    outputs = {"y": OutputFidelity(0.99, sqnr_db, 0.1)}
+    fidelity = Fidelity("provided", 90, outputs, 0.99, 0.99, expected_top1=0.9, expected_drop=drop)
+    assert (not make_judge(samples)._disagrees(fidelity, fitted=fitted)) is kept
