@@ -20,7 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from glob import escape
 from itertools import count
 from pathlib import Path
@@ -243,16 +243,19 @@ class SchemeSearch:
                 variant = f"{candidate.variant}, all weights stored in fewer bits".removeprefix(", ")
                 own_db = candidate.fidelity.sqnr_db if candidate.fidelity is not None else _REST_FLOOR_DB
                 floor_db = min(max(own_db + _REST_MARGIN_DB, FLOAT_FLOOR_DB), _REST_FLOOR_DB)
-                store = partial(self._with_rest, candidate, floor_db)
+                confirmed = cache(partial(self.judge.confirmed, candidate))  # once, for however many floors
+                store = partial(self._with_rest, candidate, confirmed, floor_db)
                 self._until_kept(store, self._storing_of(candidate.record.path), variant, floor_db)
         if self.judge.recipe.limits.max_size_bytes is not None:
             config = replace(self.step.config, scheme="weight_only")
             self.add("weight_only", lambda: Quantize(config)(self.model, self._part(_MIXED, _MIXED)))
 
-    def _with_rest(self, whole: Candidate, first_db: float, variant: str, floor_db: float) -> Candidate | None:
+    def _with_rest(
+        self, whole: Candidate, confirmed: Callable[[], Candidate], first_db: float, variant: str, floor_db: float
+    ) -> Candidate | None:
         """The candidate with the rest of its weights stored; for more than the first floor only where the candidate
-        itself keeps the answers on all samples."""
-        if floor_db > first_db and self.judge.confirmed(whole).reason:
+        itself, `confirmed` on all samples, keeps the answers."""
+        if floor_db > first_db and confirmed().reason:
             return None
         return self._store_rest(whole.scheme, whole.record, variant, floor_db)
 
