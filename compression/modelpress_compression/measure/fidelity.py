@@ -44,6 +44,7 @@ from numpy.typing import NDArray
 
 from modelpress_compression.backends.base import Backend
 from modelpress_compression.backends.cpu import CPU
+from modelpress_compression.decibels import MAX_SQNR_DB, decibels
 from modelpress_compression.errors import ModelNotRunnableError, UnsupportedOperatorError
 from modelpress_compression.graph.outputs import classification_outputs
 from modelpress_compression.graph.padding import counted_positions, without_padding
@@ -53,7 +54,6 @@ from modelpress_compression.model import Model, Provenance, file_size_bytes, rea
 from modelpress_compression.parallel import map_in_order
 from modelpress_compression.runtime import fit_together, open_together
 
-MAX_SQNR_DB = 200.0
 DEFAULT_LIMIT = 256
 # Outputs of one model that are kept for the next comparison.
 KNOWN_BYTES = 256 * 1024**2
@@ -438,13 +438,7 @@ class OutputSums:
         return min(1.0, max(-1.0, self.dot / norms))
 
     def sqnr_db(self) -> float:
-        if self.error_squares == 0.0:
-            return MAX_SQNR_DB
-        if self.squares[0] == 0.0:
-            return -MAX_SQNR_DB
-        # A difference of logarithms, since the quotient itself may overflow.
-        decibels = 10.0 * (math.log10(self.squares[0]) - math.log10(self.error_squares))
-        return min(MAX_SQNR_DB, max(-MAX_SQNR_DB, decibels))
+        return decibels(self.error_squares, self.squares[0])
 
     def figures(self) -> OutputFidelity:
         if self.problem or not (self.elements or self.not_finite):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from modelpress_compression.decibels import power_share
 from modelpress_compression.encodings.operands import is_integer_operator
 from modelpress_compression.measure.layer_times import LayerForm, LayerTime, together
 
@@ -150,4 +151,4 @@ def left_alone(skipped: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 def errors(details: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The share of the signal's power that each layer loses, from the steps' rows of `error_db`."""
-    return {str(row["layer"]): 10 ** (-float(row["error_db"]) / 10) for row in details if "error_db" in row}
+    return {str(row["layer"]): power_share(float(row["error_db"])) for row in details if "error_db" in row}

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from modelpress_compression.decibels import MAX_SQNR_DB
 from modelpress_compression.measure.damage import DAMAGE_COSINE, DAMAGE_DROP
 from modelpress_compression.report.figures import family_picture
 from modelpress_compression.report.formats import (
@@ -223,7 +224,7 @@ def outputs(fidelity: Mapping[str, Any] | None) -> str:
             [
                 tag("code", escape(name)),
                 NOT_MEASURED if figures["cosine"] is None else f"{figures['cosine']:.6f}",
-                NOT_MEASURED if decibels is None else "identical" if decibels >= 200 else f"{decibels:.1f} dB",
+                NOT_MEASURED if decibels is None else "identical" if decibels >= MAX_SQNR_DB else f"{decibels:.1f} dB",
                 NOT_MEASURED if error is None else f"{error:.3g}",
                 *([NOT_MEASURED if equal is None else percent(equal, 2)] if with_equal else []),
             ]

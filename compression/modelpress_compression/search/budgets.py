@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+from modelpress_compression import decibels as ratios
 from modelpress_compression.search.candidates import Candidate
 from modelpress_compression.search.solver import Option, cheapest
 
@@ -19,7 +20,8 @@ HALVINGS = 4
 _SLACK_DB = 0.3
 # What errs less rounds to the same answer in nearly all cases: no budget need be smaller.
 CLOSE_DB = 40.0
-_EXACT = 1e-9
+# Less is no error: what is exact would be infinitely far.
+_EXACT_DB = 90.0
 
 
 def by_budget(
@@ -48,7 +50,7 @@ def between(
     tried: set[tuple[int, ...]] = set()
     budget_db = low
     for _ in range(1 + halvings):
-        choice = solve(10 ** (-budget_db / 10))
+        choice = solve(ratios.power_share(budget_db))
         if choice is None or tuple(choice) in tried:
             return
         tried.add(tuple(choice))
@@ -66,5 +68,5 @@ def between(
 
 
 def decibels(error: float) -> float:
-    """A share of the outputs' power as a signal-to-noise ratio."""
-    return -10 * math.log10(max(error, _EXACT))
+    """A share of the outputs' power as a signal-to-noise ratio, on the scale of budgets."""
+    return ratios.decibels(error, least=-math.inf, most=_EXACT_DB)

@@ -25,6 +25,7 @@ import numpy as np
 from modelpress_compression.backends.fpga.emulator import Design, run, sum_bits
 from modelpress_compression.backends.fpga.formats import Fixed, Reals, integer_bits
 from modelpress_compression.backends.fpga.network import Network
+from modelpress_compression.decibels import decibels
 
 START_BITS = 12  # of values, with the sign; weights have two less
 MAX_START_BITS = 18
@@ -48,7 +49,7 @@ class Loss:
 
     @property
     def sqnr_db(self) -> float:
-        return -10 * math.log10(max(self.noise, 1e-30))
+        return decibels(self.noise)
 
 
 def loss_of(answers: Reals, expected: Reals) -> Loss:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.decibels import decibels
 from modelpress_compression.encodings.operands import is_quantized
 from modelpress_compression.graph.read import (
     attribute,
@@ -94,6 +95,6 @@ def why_not_float16(weight: NDArray[np.float32]) -> str | None:
         return f"holds values up to {largest:.3g}, beyond float16's {_FLOAT16_MAX:.0f}"
     signal = float(np.square(weight, dtype=np.float64).sum())
     noise = float(np.square(weight - weight.astype(np.float16), dtype=np.float64).sum())
-    if noise and 10 * np.log10(signal / noise) < MIN_WEIGHT_SQNR_DB:
+    if decibels(noise, signal) < MIN_WEIGHT_SQNR_DB:
         return "holds values too small for float16"
     return None

@@ -21,6 +21,7 @@ from functools import partial
 import numpy as np
 import onnx_ir
 
+from modelpress_compression.decibels import decibels
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.read import label, required
 from modelpress_compression.graph.watch import Listener
@@ -58,7 +59,6 @@ from modelpress_compression.passes.quantize.static.quantizer import StaticQuanti
 from modelpress_compression.passes.quantize.static.widening import (
     ADDS_UP,
     FLOOR_DB,
-    decibels,
     probe_of,
     widened_by_the_whole,
     with_wide_weights,

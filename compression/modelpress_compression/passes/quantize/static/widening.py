@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import onnx_ir
 
+from modelpress_compression.decibels import decibels, power_share
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import required
 from modelpress_compression.model import Model
@@ -29,7 +30,7 @@ from modelpress_compression.passes.quantize.weights import WeightStore
 FLOOR_DB = 15.0
 # What weights in 4 bits may take the outputs to, all together.
 NARROW_DB = 20.0
-_ALLOWED = 10 ** (-NARROW_DB / 10)
+_ALLOWED = power_share(NARROW_DB)
 # The errors of parts add up, if the whole errs by no more than this times their sum.
 ADDS_UP = 1.5
 # How often the whole is looked at, and the least share of the budget that one look leaves.
@@ -135,10 +136,3 @@ def probe_of(setup: QuantizationSetup) -> SensitivityProbe:
     """Measures on samples that no rounding was fitted to, where there are enough: on others GPTQ errs by far less."""
     held_out = held_out_samples(setup.context.data) if setup.context.data.can_be_fitted else None
     return SensitivityProbe(setup, held_out.spread(MAX_SAMPLES) if held_out is not None else None)
-
-
-def decibels(error: float) -> float:
-    """A share of the signal's power as a signal-to-noise ratio; held within +-200 dB."""
-    if not math.isfinite(error):
-        return -200.0
-    return min(200.0, -10 * math.log10(error)) if error > 0 else 200.0

@@ -36,6 +36,7 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.decibels import decibels, power_share
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.read import constant_array, constant_tensor
 from modelpress_compression.measure.fidelity import KnownOutputs
@@ -90,7 +91,7 @@ class Storing:
 
     def keeps(self, error: float) -> None:
         """A result whose outputs err so much."""
-        self.kept_db = -10 * math.log10(error) if error else math.inf
+        self.kept_db = decibels(error)
 
 
 def store_all(
@@ -102,7 +103,7 @@ def store_all(
     Raises ModelNotRunnableError, TimeLimitError.
     """
     storing = storing or Storing()
-    permitted = 10 ** (-floor_db / 10)
+    permitted = power_share(floor_db)
     original, model = model, model.clone()
     hide_views(model, turned=False)
     result = _stored(model, config, context, {})
@@ -124,7 +125,7 @@ def store_all(
         if error <= permitted:
             return _descended(model, config, context, ladder, permitted, known, storing) or result
         if not ladder.climb(1 + math.ceil(_GROWTH * len(ladder.moved))):
-            reason = f"stored in float16 its outputs keep {-10 * math.log10(error):.1f} dB alone"
+            reason = f"stored in float16 its outputs keep {decibels(error):.1f} dB alone"
             return PassResult(original, warnings=(f"Weights stay in float32: {reason}.",))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from modelpress_compression.decibels import decibels
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
@@ -19,7 +20,6 @@ from modelpress_compression.passes.quantize.ranges.gradients import gradient_pro
 from modelpress_compression.passes.quantize.ranges.output_error import Trial, open_probe
 from modelpress_compression.passes.quantize.ranges.sensitivity import SensitivityProbe
 from modelpress_compression.passes.quantize.setup import QuantizationSetup
-from modelpress_compression.passes.quantize.static.widening import decibels
 from numpy.typing import NDArray
 
 PLAIN = QuantizeConfig(

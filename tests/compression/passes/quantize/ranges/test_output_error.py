@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir
 import pytest
+from modelpress_compression.decibels import decibels
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import constant_array
 from modelpress_compression.inputs import InputData
@@ -24,7 +25,6 @@ from modelpress_compression.passes.quantize.setup import QuantizationSetup
 from modelpress_compression.passes.quantize.static import preparation
 from modelpress_compression.passes.quantize.static.bias_correction import mean_shifts
 from modelpress_compression.passes.quantize.static.quantizer import StaticQuantizer
-from modelpress_compression.passes.quantize.static.widening import decibels
 from modelpress_compression.passes.quantize.weights import WeightStore
 from numpy.typing import NDArray
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir
 import pytest
+from modelpress_compression.decibels import decibels
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
@@ -86,7 +87,7 @@ def test_blocks_come_before_float16(channel_model: Callable[..., Model], tmp_pat
     context = context_of(model, tmp_path)
     by_channel = store_all(model, CONFIG, context, 0.0)
     assert IN_BLOCKS not in by_channel.changes
-    floor_db = -10 * np.log10(output_distances(model, by_channel.model, context).error) + 1
+    floor_db = decibels(output_distances(model, by_channel.model, context).error) + 1
     result = store_all(model, CONFIG, context, floor_db)
     assert result.changes[IN_BLOCKS] >= 1
     assert IN_FLOAT16 not in result.changes
@@ -103,7 +104,7 @@ def test_the_cheapest_move_comes_first(channel_model: Callable[..., Model], tmp_
                           ["batch", 32], ["batch", 500])  # fmt: skip
     context = context_of(model, tmp_path)
     error = output_distances(model, store_all(model, CONFIG, context, 0.0).model, context).error
-    result = store_all(model, CONFIG, context, -10 * np.log10(error) + 1)
+    result = store_all(model, CONFIG, context, decibels(error) + 1)
     halves = [
         value.name for value in result.model.graph.initializers.values() if value.dtype == onnx_ir.DataType.FLOAT16
     ]
