@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,12 +105,87 @@ def test_models_that_change_leave_no_more_reports_than_models(tmp_path: Path) ->
         for name in ("a", "b"):
             files = ResultFiles.of("net", tmp_path / f"{name}.onnx", tmp_path)
             original, result = f"{name}{training}", f"result of {name}{training}".encode()
-            files.keep_other_report(SimpleNamespace(original=SimpleNamespace(sha256=original)))  # type: ignore[arg-type]
+            files.make_room(original, {"model": "", "report.json": ""})
             files.model.write_bytes(result)
             document = {"original": {"sha256": original}, "optimized": {"sha256": hashlib.sha256(result).hexdigest()}}
             files.report_json.write_text(json.dumps(document))
     reports = {path.name: json.loads(path.read_text())["original"]["sha256"] for path in tmp_path.glob("*.json")}
     assert reports == {"net.1.report.json": "a3", "net.report.json": "b3"}
+
+
+def test_another_model_s_result_is_kept(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path) -> None:
+    """Under the usual name, where nobody named the file: with its report, under one number. A result of the same model
+    is replaced, and so is one that was kept before; a file that nothing is known of is kept."""
+    optimized = hashlib.sha256(bytes(range(256)) * 2000).hexdigest()
+    result, report = tmp_path / "net.optimized.onnx", tmp_path / "net.report.json"
+
+    def upload(original: str) -> str:
+        fake_server.report["original"]["sha256"] = original * 64
+        fake_server.report["optimized"]["sha256"] = optimized
+        ran = run_cli("--server", fake_server.address, "upload", model_file)
+        assert ran.code == 0, ran.err
+        return str(ran.err)
+
+    def holds(content: bytes) -> None:
+        """As if the job whose report is there had given that."""
+        result.write_bytes(content)
+        known = json.loads(report.read_text())
+        known["optimized"]["sha256"] = hashlib.sha256(content).hexdigest()
+        report.write_text(json.dumps(known))
+
+    def kept() -> list[str]:
+        return sorted(path.name for path in tmp_path.glob("net.*") if path != model_file)
+
+    usual = ["net.optimized.onnx", "net.report.html", "net.report.json"]
+    numbered = ["net.1.optimized.onnx", "net.1.report.html", "net.1.report.json"]
+    result.write_bytes(b"mine")
+    assert "net.optimized.onnx was another file; it is net.1.optimized.onnx now" in upload("a")
+    assert (tmp_path / "net.1.optimized.onnx").read_bytes() == b"mine"
+    (tmp_path / "net.1.optimized.onnx").unlink()
+    holds(b"of a")
+    assert "now" not in upload("a")
+    assert kept() == usual
+    holds(b"of a")
+    assert "net.optimized.onnx was another file; it is net.1.optimized.onnx now" in upload("b")
+    assert kept() == [*numbered, *usual]
+    assert (tmp_path / "net.1.optimized.onnx").read_bytes() == b"of a"
+    upload("a")
+    holds(b"newer, of a")
+    upload("b")
+    assert (tmp_path / "net.1.optimized.onnx").read_bytes() == b"newer, of a"
+    assert (tmp_path / "net.2.report.json").exists()
+
+
+def test_download_replaces_nothing_unknown(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path) -> None:
+    """Models, candidates and reports under the usual names: the same is fetched again and again, other files are kept
+    under a number, and a file that is named is replaced."""
+    at = ("--server", fake_server.address)
+    fake_server.report["candidates"] = [{"id": "c1", "name": "float32", "downloadable": True}]
+    run_cli("upload", model_file, "--detach", *at)
+    run_cli("watch", "j2", *at)
+    folder = tmp_path / "got"
+
+    def download(*what: str) -> str:
+        ran = run_cli("download", "j2", *what, *at)
+        assert ran.code == 0, ran.err
+        return str(ran.err)
+
+    for _ in range(2):
+        download("--artifact", "all", "-o", "got/")
+        download("--candidate", "all", "-o", "got/")
+    names = ["net.c1.onnx", "net.optimized.onnx", "net.report.html", "net.report.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for name in names:
+        (folder / name).write_text("mine")
+    download("--artifact", "all", "-o", "got/")
+    assert "net.c1.onnx was another file; it is net.1.c1.onnx now" in download("--candidate", "c1", "-o", "got/")
+    assert sorted(path.name for path in folder.glob("net.1.*")) == [name.replace("net.", "net.1.") for name in names]
+    assert {path.read_text() for path in folder.glob("net.1.*")} == {"mine"}
+    named = tmp_path / "named.onnx"
+    named.write_text("mine")
+    download("-o", "named.onnx")
+    assert named.stat().st_size == 512_000
+    assert not list(tmp_path.glob("named.1*"))
 
 
 def test_later_options_win(run_cli: RunCli, fake_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:

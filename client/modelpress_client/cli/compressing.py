@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelpress_client.cli.options import SharedHelp, compression_options
-from modelpress_client.cli.result_files import ResultFiles
+from modelpress_client.cli.result_files import ResultFiles, digests_of
 from modelpress_client.cli.session import Session, run
 from modelpress_client.errors import EXIT_CONSTRAINT_NOT_MET, ModelpressError, NotFoundError, UsageError
 
@@ -322,7 +322,7 @@ async def _watched(job: AsyncJob, display: Display) -> Report:
 
 
 async def _fetch(session: Session, job: AsyncJob, report: Report, files: ResultFiles, display: Display) -> None:
-    if told := await asyncio.to_thread(files.keep_other_report, report):
+    for told in await asyncio.to_thread(files.make_room, report.original.sha256, digests_of(job)):
         session.out.hint(told)
     await job.download(files.model, on_progress=display.transfer)
     await job.download(files.report_json, artifact="report.json")

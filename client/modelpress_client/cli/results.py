@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from modelpress_client.cli.keeping import Room
 from modelpress_client.cli.options import SharedHelp
 from modelpress_client.cli.output import json_text
-from modelpress_client.cli.result_files import ARTIFACTS, suffix_of
+from modelpress_client.cli.result_files import ARTIFACTS, digests_of, suffix_of
 from modelpress_client.cli.session import Session, run
 from modelpress_client.errors import NotFoundError, UsageError
 
@@ -51,6 +53,8 @@ def download(job_name: str, output: Path | None, artifact: str, candidate: str |
             raise NotFoundError(f"{job.name} has no candidates to download; recipes with a goal have them.")
         stem = await _stem(session, job)
         targets = _targets(stem, wanted, output)
+        if output not in targets.values():
+            await _make_room(session, job, stem, targets)
         written: list[Path] = []
         with display(quiet=session.shared.quiet) as shown:
             for item, target in targets.items():
@@ -133,6 +137,17 @@ def candidates(job_name: str, compare: tuple[str, str] | None) -> None:
 
 
 COMMANDS = (download, report, candidates)
+
+
+async def _make_room(session: Session, job: AsyncJob, stem: str, targets: dict[str, Path]) -> None:
+    """Keeps what lies under the usual names and is none that the files replace."""
+    if not any(target.exists() for target in targets.values()):
+        return
+    original, digests = (await job.report()).original.sha256, digests_of(job)
+    coming = {target: digests[item] for item, target in targets.items() if item in digests}
+    report_json = next(iter(targets.values())).with_name(f"{stem}.report.json")
+    for told in await asyncio.to_thread(Room(report_json, original).make, coming):
+        session.out.hint(told)
 
 
 async def _stem(session: Session, job: AsyncJob) -> str:
