@@ -96,7 +96,11 @@ class Goal(Config):
         None, 6, "Least median speed-up of the first benchmark row over the original.", gt=0
     )
     search_time_s: float | None = option(
-        None, 7, "Seconds after which no further candidate is begun; not set: until all have been tried.", gt=0
+        None,
+        7,
+        "Seconds after which the search ends, whatever is being built then. Not set: a search that goes far ends after "
+        "240, or 30 times what its first candidate took, where that is longer.",
+        gt=0,
     )
     techniques: tuple[str, ...] = option(
         ("fuse", "prune", "factorize", "distill", "quantize"),

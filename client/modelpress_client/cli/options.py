@@ -219,7 +219,7 @@ def compression_options(function: FunctionT) -> FunctionT:
         click.option(
             "--search-time",
             type=Quantity(parse_duration_s, "DURATION"),
-            help="No further candidate is begun after this, as 10m.",
+            help="The search ends after this, as 10m.  [default: of a far search about 4m, more for large models]",
         ),
         click.option(
             "--target",

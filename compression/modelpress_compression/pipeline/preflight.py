@@ -40,10 +40,11 @@ from modelpress_compression.passes.quantize.scaling.streams import find_streams
 from modelpress_compression.passes.quantize.static import bias_correction, full_bias_correction
 from modelpress_compression.passes.repair import least_squares, paired
 from modelpress_compression.recipe import Recipe, Step
-from modelpress_compression.report.formats import size
+from modelpress_compression.report.formats import duration, size
 from modelpress_compression.runtime import SPARE_BYTES, fit_together, open_session, run
 from modelpress_compression.search.grounds import can_hold_out
-from modelpress_compression.search.levers import EPOCHS, TRAINING_SHARE, USUAL_SEARCH_S
+from modelpress_compression.search.levers import EPOCHS, TRAINING_SHARE
+from modelpress_compression.search.search_time import USUAL_S
 
 # Samples beyond these are not looked at by the passes and the judge.
 MOST_SAMPLES = 128
@@ -121,7 +122,7 @@ class Needs:
 
     def __str__(self) -> str:
         """'about 2 min, 1.20 GB of memory, 400 MB of disk'."""
-        return f"about {_duration(self.time_s)}, {size(self.memory_bytes)} of memory, {size(self.disk_bytes)} of disk"
+        return f"about {duration(self.time_s)}, {size(self.memory_bytes)} of memory, {size(self.disk_bytes)} of disk"
 
 
 def needs(recipe: Recipe, model: Model, path: Path, data: InputData, *, judged: bool = False) -> Needs:
@@ -157,8 +158,8 @@ def needs(recipe: Recipe, model: Model, path: Path, data: InputData, *, judged: 
     time_s = runs * (run_s + OVERHEAD_S)
     if levers:
         training_s = TRAINING_RUNS * EPOCHS * len(data) * (run_s + OVERHEAD_S)
-        time_s += TRAININGS * min(training_s, TRAINING_SHARE * USUAL_SEARCH_S)
-        time_s = min(time_s, (recipe.goal and recipe.goal.search_time_s) or time_s)
+        limit_s = (recipe.goal and recipe.goal.search_time_s) or max(USUAL_S, time_s)
+        time_s = min(limit_s, time_s + TRAININGS * min(training_s, TRAINING_SHARE * limit_s))
     return Needs(torch * TORCH_S + time_s, round(memory_bytes), round(disk_bytes))
 
 
@@ -284,9 +285,3 @@ def _available_memory_bytes() -> int:
     except (OSError, ValueError, StopIteration):
         free = pages * os.sysconf("SC_PAGE_SIZE")
     return free + held_bytes()
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -16,6 +16,7 @@ ProgressListener = Callable[[str, int, int, float, str], None]
 _WEIGHTS = {"load": 1.0, "search": 12.0, "build": 12.0, "measure": 3.0, "report": 0.2} | {
     name: row.weight for name, row in TECHNIQUES.items()
 }
+_FAR = 5.0  # a far search is so many times the work of one for a balance; what comes after is the same
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
@@ -28,11 +29,17 @@ def stages_of(recipe: Recipe) -> tuple[str, ...]:
     return ("load", *steps, *build, "measure", "report")
 
 
+def weights_of(recipe: Recipe) -> list[float]:
+    """What each of a job's stages counts for, beside each other."""
+    return [_WEIGHTS[stage] * (_FAR if stage == "search" and recipe.searches_far else 1) for stage in stages_of(recipe)]
+
+
 @dataclass
 class Progress:
     """Turns progress within a stage into progress of the whole job."""
 
     stages: Sequence[str]
+    weights: Sequence[float]
     listener: ProgressListener | None = None
     _index: int = 0
     _fraction: float = 0.0
@@ -44,8 +51,7 @@ class Progress:
 
     def update(self, share: float, message: str) -> None:
         """`share`: how much of the current stage is done, 0 to 1."""
-        weights = [_WEIGHTS[stage] for stage in self.stages]
-        done = sum(weights[: self._index]) + weights[self._index] * min(max(share, 0.0), 1.0)
-        self._fraction = max(self._fraction, done / sum(weights))
+        done = sum(self.weights[: self._index]) + self.weights[self._index] * min(max(share, 0.0), 1.0)
+        self._fraction = max(self._fraction, done / sum(self.weights))
         if self.listener is not None:
             self.listener(self.stages[self._index], self._index, len(self.stages), self._fraction, message)

@@ -40,7 +40,7 @@ from modelpress_compression.pipeline.measuring import (
     within_time,
 )
 from modelpress_compression.pipeline.preflight import check_room, needs
-from modelpress_compression.pipeline.progress import Progress, ProgressListener, stages_of
+from modelpress_compression.pipeline.progress import Progress, ProgressListener, stages_of, weights_of
 from modelpress_compression.recipe import Recipe
 from modelpress_compression.report.build import ReportInputs, StepRow, build_report
 from modelpress_compression.report.environment import environment
@@ -228,7 +228,7 @@ def _prepare(
     on_progress: ProgressListener | None,
 ) -> _Run:
     """Writes the original to a file, and proves that it runs: every later comparison needs its outputs."""
-    progress = Progress(stages_of(recipe), on_progress)
+    progress = Progress(stages_of(recipe), weights_of(recipe), on_progress)
     path = context.work_directory / "original" / "model.onnx"
     model = save(model, path, weights=False)
     if (problem := broken(path, context.data, path)) is not None:
@@ -350,6 +350,7 @@ def _report(job: str, run: _Run, made: Pursuit, outcome: _Outcome, building: Bui
             measurement=outcome.measured.conditions(),
             target=building.built.section if building is not None else None,
             goal=run.recipe.goal.to_dict() if run.recipe.goal is not None else None,
+            search=made.search,
             advice=made.advice,
             reused=made.reused,
             ledger=_ledger(run, made, outcome),

@@ -57,7 +57,8 @@ class ReportInputs:
     not measured. `candidates`: a row for each candidate that `auto` tried, with `name`, `chosen`, `reason`, and figures
     or None. `violations`: one sentence for each constraint that is not met.
     `measurement`: what disturbed the timing; None: nothing was timed. `goal`: in the shape of the YAML; None:
-    there were steps. `advice`: what other options would have brought, each with `text` and `command`.
+    there were steps. `search`: how long that took, and what it left out. `advice`: what other options would have
+    brought, each with `text` and `command`.
     `reused`: how much of each kind came from earlier jobs on the same model and data.
     `verdict`: what was asked and what was got, in one sentence. `ledger` None: layers were not timed.
     `target`: figures of what was built for the target, JSON types; None: it runs the ONNX file.
@@ -80,6 +81,7 @@ class ReportInputs:
     violations: Sequence[str] = ()
     measurement: Mapping[str, Any] | None = None
     goal: Mapping[str, Any] | None = None
+    search: Mapping[str, Any] | None = None
     advice: Sequence[Mapping[str, str]] = ()
     reused: Mapping[str, int] = field(default_factory=dict)
     verdict: str = ""
@@ -113,6 +115,7 @@ def build_report(inputs: ReportInputs) -> dict[str, Any]:
         "measurement": inputs.measurement,
         "target": inputs.target,
         "goal": inputs.goal,
+        "search": inputs.search,
         "verdict": inputs.verdict,
         "advice": [dict(item) for item in inputs.advice],
         "reused": dict(inputs.reused),

@@ -45,6 +45,13 @@ def seconds(value: float | None) -> str:
     return f"{value:.1f}{_SPACE}s" if value < 120 else f"{value / 60:.1f}{_SPACE}min"
 
 
+def duration(value_s: float) -> str:
+    """About so long: '40 s', '4 min', '2.5 h'."""
+    if value_s < 60:
+        return f"{max(1, round(value_s))} s"
+    return f"{round(value_s / 60)} min" if value_s < 5400 else f"{value_s / 3600:.1f} h"
+
+
 def ratio(value: float | None) -> str:
     """'3.9×'."""
     return NOT_MEASURED if value is None else f"{_significant(value)}×"

@@ -18,12 +18,14 @@ from modelpress_compression.measure.task import GivenScores, model_digest
 from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.passes.base import Skip
 from modelpress_compression.recipe import FASTEST, SMALLEST, Constraints, Goal
+from modelpress_compression.report.formats import duration
 from modelpress_compression.search.candidates import pareto_set
 from modelpress_compression.search.choice import Choice, Figures, Limits, choose, contenders
 from modelpress_compression.search.entries import Entry, size_change
 from modelpress_compression.search.family import ORIGINAL, FamilyMember, family
 from modelpress_compression.search.judge import Judge
 from modelpress_compression.search.recall import Prices
+from modelpress_compression.search.search_time import SearchTime
 from modelpress_compression.search.steps import StepRecord
 from modelpress_compression.target import DEVICES, Target
 
@@ -34,6 +36,7 @@ CHECKED_ROUNDS = 15  # of a winner by remembered times
 BUDGET_S = 20.0  # of timing, for each batch size
 # Of size or time: less is not worth another command.
 _WORTH_ADVICE = 1.1
+_MORE_TIME = 5  # times the time of a search that was not through are worth another command
 BUILT = 0.8  # share of a goal's progress when all candidates are built and judged
 
 
@@ -45,6 +48,7 @@ class Pursuit:
     with `text` and `command`.
     `reused`: how much of each kind earlier jobs had found out. `fidelity`: of the result, as this job has compared it;
     None: the result is the original. `unmet`: by the limit's name, the factor by which the result misses it.
+    `search`: its time, as the report has it; None: there were steps.
     """
 
     records: tuple[StepRecord, ...]
@@ -53,22 +57,25 @@ class Pursuit:
     reused: Mapping[str, int] = field(default_factory=dict)
     fidelity: Fidelity | None = None
     unmet: Mapping[str, float] = field(default_factory=dict)
+    search: Mapping[str, float | int | None] | None = None
 
 
 @dataclass
 class Decision:
     """Between the `entries`, whose candidates were judged; what is found out of them on the way is put in their places.
 
-    `model`: the original, whose file is the judge's.
+    `model`: the original, whose file is the judge's. `time`: of the search that has built them.
     """
 
     goal: Goal
     model: Model
     judge: Judge
     entries: list[Entry]
+    time: SearchTime
 
     def pursuit(self) -> Pursuit:
         """Times the candidates that keep the answers in the rounds of the original, and decides."""
+        search = self.time.facts()
         racers = [
             entry
             for entry in self.entries
@@ -93,7 +100,7 @@ class Decision:
         members = family(shown, models, file_size_bytes(self.judge.original))
         advice = tuple(self._advice(figures, choice, racers))
         fidelity = racers[choice.taken - 1].candidate.fidelity if choice.taken else None
-        return Pursuit(records, members, advice, dict(+self.judge.recall.reused), fidelity, choice.unmet)
+        return Pursuit(records, members, advice, dict(+self.judge.recall.reused), fidelity, choice.unmet, search)
 
     def _priced(self, racers: list[Entry], *, anew: bool = False) -> tuple[list[Figures], bool]:
         """The figures of the original and of all racers, and whether some of the times are remembered.
@@ -215,9 +222,7 @@ class Decision:
         taken, original = figures[choice.taken], figures[0]
         sound = [one for one in figures if not one.refusal]
         drafts = {id(one) for entry, one in zip(racers, figures[1:], strict=True) if entry.candidate.draft}
-        device = DEVICES[self.judge.recipe.target.device]
-        asked = not device.missing and device.name != Target().device
-        command = f"compress-client upload MODEL{f' --target {device.name}' if asked else ''}"
+        command = self._command
         if not self.judge.context.data.vouches and (faster := self._unproven_speedup()) is not None:
             gain = faster * taken.time_s / original.time_s
             if gain >= _WORTH_ADVICE:
@@ -237,6 +242,27 @@ class Decision:
                     "text": f"Another goal {gives} {size:.3g} MB at {speed:.2f} times the original's speed.",
                     "command": f"{command} --goal {objective}",
                 }
+        yield from self._more_time()
+
+    @property
+    def _command(self) -> str:
+        """The client's, for this target."""
+        device = DEVICES[self.judge.recipe.target.device]
+        asked = not device.missing and device.name != Target().device
+        return f"compress-client upload MODEL{f' --target {device.name}' if asked else ''}"
+
+    def _more_time(self) -> Iterator[dict[str, str]]:
+        """What the end of its time has left out of the search."""
+        if not self.time.untried:
+            return
+        minutes = max(1, round(_MORE_TIME * self.time.limit_s / 60))
+        data = " --data FILE.npz" if self.judge.context.data.provided else ""
+        labels = " --eval FILE.npz" if self.judge.task is not None else ""
+        tries = f"--search-time {minutes}m tries up to {self.time.untried} more models"
+        yield {
+            "text": f"The search was over after {duration(self.time.limit_s)}, before all was tried: {tries}.",
+            "command": f"{self._command}{data}{labels} --goal {self.goal.objective} --search-time {minutes}m",
+        }
 
     def _unproven_speedup(self) -> float | None:
         """Of the fastest candidate that only lacks data that vouches for it."""

@@ -11,15 +11,13 @@ Each candidate is judged by its answers (judge.py); which of them is taken is de
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path
 
-from modelpress_compression.errors import TimeLimitError
 from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.task import GivenScores, Task
 from modelpress_compression.memory import Memory
@@ -28,11 +26,12 @@ from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.fuse.config import FuseConfig
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.recipe import FASTEST, SMALLEST, Goal, Recipe, Step
+from modelpress_compression.report.formats import duration
 from modelpress_compression.search.candidates import Candidate
 from modelpress_compression.search.decision import BUILT, Decision, Pursuit
 from modelpress_compression.search.entries import Entry, size_change
 from modelpress_compression.search.grounds import Grounds, grounds
-from modelpress_compression.search.joint import PRUNE, JointSearch
+from modelpress_compression.search.joint import CHOICES, PRUNE, JointSearch
 from modelpress_compression.search.joint_forms import ComputedForms, Forms, StoredForms
 from modelpress_compression.search.judge import Judge
 from modelpress_compression.search.levers import FEW_CUTS, LEVERS, MANY_CUTS, LeverSearch
@@ -40,11 +39,14 @@ from modelpress_compression.search.mixed_bits import MixedBitsSearch
 from modelpress_compression.search.quantization import SchemeSearch
 from modelpress_compression.search.recall import Recall
 from modelpress_compression.search.schemes import Schemes
+from modelpress_compression.search.search_time import SearchTime
 from modelpress_compression.search.steps import StepRecord, apply_step, scaled
 
 # Of channels that go where a metric of the client's judges: it is asked before more goes.
 SCORED_SHARES = (0.1, 0.25, 0.4, 0.55)
 _JOINT = 0.7  # share of the progress when the levers' models are quantized
+_QUANTIZED = 2  # of what the levers made, those that went the furthest
+_BALANCE = 0.2  # share of the progress of a balance that a far search may follow
 _WHOLE = 0.3  # share of the progress when the candidates of the whole model are built and judged
 
 
@@ -53,7 +55,7 @@ def pursue(
     goal: Goal,
     model: Model,
     path: Path,
-    context: Context,
+    given: Context,
     task: Task | None,
     memory: Memory | None = None,
 ) -> Pursuit:
@@ -61,16 +63,23 @@ def pursue(
 
     Raises what passes raise.
     """
-    judge = Judge(path, path, context, recipe, task, screens=True, recall=Recall.of(memory, path, context))
     # A balance takes a tenth of the time of a far search, and often is within the limits as it is.
     balance_first = (
         goal.objective not in (SMALLEST, FASTEST) and goal.search_time_s is None and not isinstance(task, GivenScores)
     )
+    start, stop = 0.0, _BALANCE if balance_first and recipe.searches_far else 1.0  # of the progress
+
+    def progress(share: float, message: str) -> None:
+        given.progress(start + (stop - start) * share, message)
+
+    context = replace(given, progress=progress)
+    judge = Judge(path, path, context, recipe, task, screens=True, recall=Recall.of(memory, path, context))
     search = GoalSearch(recipe, goal, model, path, context, judge, far=recipe.searches_far and not balance_first)
     search.build()
     pursuit = search.choose()
     if recipe.searches_far and balance_first and pursuit.unmet:
         context.log(f"what a balance gives misses {', '.join(pursuit.unmet)}: searching further")
+        start, stop = _BALANCE, 1.0
         search.build_further()
         pursuit = search.choose()
     return pursuit
@@ -91,8 +100,12 @@ class GoalSearch:
     judge: Judge
     far: bool = False
     entries: list[Entry] = field(default_factory=list)
-    began_s: float = field(default_factory=time.monotonic)
     numbers: Iterator[int] = field(default_factory=count)  # of folders
+    time: SearchTime = field(init=False)
+    _waiting: list[tuple[Schemes, tuple[StepRecord, ...]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.time = SearchTime(self.goal.search_time_s, far=self.far)
 
     def build(self) -> None:
         """All candidates, judged by their answers."""
@@ -103,16 +116,22 @@ class GoalSearch:
         if "quantize" in self.goal.techniques:
             self._quantized(self._of_whole, self._before)
         self._build_cut()
+        for schemes, before in self._waiting:
+            if not self.time.has_left_out(1):
+                self._add(schemes, schemes.rest(), before)
 
     def build_further(self) -> None:
         """What a far search has besides, once `build` has made those of one that was not far."""
         self.far = True
+        self.time.goes_far()
         # What levers made is made anew: they go further.
         self.entries = [entry for entry in self.entries if not entry.is_cut]
         if "quantize" in self.goal.techniques:
             search, built = self._of_whole.search, len(self._of_whole.search.candidates)
-            for _ in self._of_whole.further():
-                pass
+            search.context = self.time.within(search.context)
+            with self.time.lasts(self.context):
+                for _ in self._of_whole.further():
+                    pass
             self._enter(search.candidates[built:], search.judge, self._before)
         self._build_cut()
 
@@ -150,16 +169,6 @@ class GoalSearch:
             return [name for name in ("prune",) if name in self.goal.techniques]
         return [name for name in LEVERS if name in self.goal.techniques]
 
-    @property
-    def _has_time(self) -> bool:
-        left_s = self._left_s()
-        return left_s is None or left_s > 0
-
-    def _left_s(self) -> float | None:
-        """Seconds of the search; None: it has no limit."""
-        limit_s = self.goal.search_time_s
-        return None if limit_s is None else limit_s - (time.monotonic() - self.began_s)
-
     @cached_property
     def _fused(self) -> StepRecord:
         step = Step("fuse", FuseConfig())
@@ -175,39 +184,29 @@ class GoalSearch:
         )
 
     def _quantized(self, schemes: Schemes, before: tuple[StepRecord, ...]) -> None:
-        """Every scheme on one float model."""
-        search, entered = schemes.search, 0
-        with self._while_it_lasts():
-            for _ in schemes.candidates():
+        """Every scheme on one float model; those that can wait until all else is there."""
+        self._add(schemes, schemes.candidates(), before)
+        if schemes.waits:
+            self._waiting.append((schemes, before))
+
+    def _add(self, schemes: Schemes, added: Iterator[None], before: tuple[StepRecord, ...]) -> None:
+        """The candidates of these schemes, as they come."""
+        search = schemes.search
+        entered = len(search.candidates)
+        with self.time.lasts(self.context):
+            for _ in added:
                 self._enter(search.candidates[entered:], search.judge, before)
                 entered = len(search.candidates)
-                if not self._has_time:
+                self.time.first_is_built()
+                if self.time.has_left_out(1):
                     break
                 # From the second on: whatever the time, there is one.
-                search.context = self._limited(search.context)
+                search.context = self.time.within(search.context)
         self._enter(search.candidates[entered:], search.judge, before)
 
     def _scheme_search(self, model: Model, path: Path, context: Context, judge: Judge) -> SchemeSearch:
         target = self._folder(f"quantize-{next(self.numbers)}")
         return SchemeSearch(Step("quantize", QuantizeConfig()), model, path, context, target, judge, judge.recall)
-
-    @contextmanager
-    def _while_it_lasts(self) -> Iterator[None]:
-        """What is begun within ends with the time for the search, not with an error. Raises TimeLimitError where the
-        job's time is up."""
-        try:
-            yield
-        except TimeLimitError:
-            self.context.check_time()
-            self.context.log("the time for the search was up in the middle of a candidate")
-
-    def _limited(self, context: Context) -> Context:
-        """The context, whose time ends with that of the search."""
-        left_s = self._left_s()
-        if left_s is None:
-            return context
-        deadline = context.clock() + left_s
-        return replace(context, deadline=deadline if context.deadline is None else min(context.deadline, deadline))
 
     def _cut(self, fused: StepRecord, before: tuple[StepRecord, ...], on: Grounds) -> None:
         """Pulls the levers one after the other, and quantizes what went the furthest."""
@@ -217,19 +216,25 @@ class GoalSearch:
         scored = isinstance(self.judge.task, GivenScores)
         start, kept = before or (fused,), []
         levers = self._levers
+        # What was cut is quantized as the whole model was: this much of the time is kept for it.
+        kept_s = min(_QUANTIZED * self.time.taken_s, self.time.left_s / 2)
         width = (0.6 - _WHOLE) / len(levers)
         for number, technique in enumerate(levers):
             part = self._part(_WHOLE + width * number, _WHOLE + width * (number + 1), on.data)
-            lever = self._lever(technique, part, on)
-            with self._while_it_lasts():
+            lever, tried = self._lever(technique, part, on, kept_s), 0
+            with self.time.lasts(self.context):
                 for cut in lever.cuts(start, SCORED_SHARES if scored else ()):
                     self._enter([cut.candidate], on.judge, cut.before)
+                    tried += cut.candidate.technique == technique
                     if not cut.candidate.reason or cut.candidate.unscored:
                         kept.append(cut)
+            self.time.has_left_out(self._most_cuts - tried, kept_s)
             start = kept[-1].chain if kept else start
-        for cut in reversed(kept[-2:]):
-            if not self._has_time or "quantize" not in self.goal.techniques:
+        for cut in reversed(kept[-_QUANTIZED:]):
+            if "quantize" not in self.goal.techniques:
                 break
+            if self.time.has_left_out(1):
+                continue
             record, built = cut.candidate.record, len(self.entries)
             part = self._part(0.6, BUILT, on.data)
             search = self._scheme_search(record.model, record.path, part, on.judge)
@@ -240,27 +245,35 @@ class GoalSearch:
         both = {"prune", "quantize"} <= set(self.goal.techniques)
         # By prices a cut may be kept where none that is even over the model was, above all in 8 bits.
         asked = (kept and self.recipe.size_first) or (self.far and self.recipe.time_first)
-        if both and asked and not scored and self._has_time:
+        if both and asked and not scored:
             self._cut_and_quantized(before or (fused,), on)
 
-    def _lever(self, technique: str, context: Context, on: Grounds) -> LeverSearch:
+    def _lever(self, technique: str, context: Context, on: Grounds, kept_s: float = 0.0) -> LeverSearch:
+        """`kept_s`: seconds of the search that are not for it."""
         scored = isinstance(self.judge.task, GivenScores)
         return LeverSearch(
             technique,
             self.goal.objective,
-            self._limited(context),
+            self.time.within(context),
             apply=lambda record, context: self._applied(
                 record, context, self._folder(f"cut-{next(self.numbers)}"), on.judge.recall
             ),
             judge=on.judge.answers,
-            left_s=self._left_s,
+            left_s=lambda: self.time.left_s - kept_s,
             trains=self.far and not scored and "distill" in self.goal.techniques,
-            cuts=MANY_CUTS if self.far else FEW_CUTS,
+            cuts=self._most_cuts,
         )
+
+    @property
+    def _most_cuts(self) -> int:
+        """Of a lever."""
+        return MANY_CUTS if self.far else FEW_CUTS
 
     def _cut_and_quantized(self, start: tuple[StepRecord, ...], on: Grounds) -> None:
         """Widths and forms as one choice."""
-        last, part = start[-1], self._limited(self._part(_JOINT, BUILT, on.data))
+        if self.time.has_left_out(CHOICES):
+            return
+        last, part = start[-1], self.time.within(self._part(_JOINT, BUILT, on.data))
         whole = self._scheme_search(last.model, last.path, part, on.judge)
         joint = JointSearch(
             whole,
@@ -269,10 +282,12 @@ class GoalSearch:
             start,
             lambda chain: self._scheme_search(chain[-1].model, chain[-1].path, part, on.judge),
         )
-        with self._while_it_lasts():
+        with self.time.lasts(self.context):
+            tried = 0
             for cut in joint.cuts():
                 self._enter([cut.candidate], on.judge, cut.before)
-                if not self._has_time:
+                tried += cut.candidate.technique == "prune"
+                if self.time.has_left_out(CHOICES - tried):
                     break
 
     def _forms(self, whole: SchemeSearch, on: Grounds) -> Forms:
@@ -284,7 +299,7 @@ class GoalSearch:
 
     def choose(self) -> Pursuit:
         """Times the candidates that keep the answers, and takes one; it may be asked again."""
-        return Decision(self.goal, self.model, self.judge, self.entries).pursuit()
+        return Decision(self.goal, self.model, self.judge, self.entries, self.time).pursuit()
 
     def _enter(self, candidates: Sequence[Candidate], judge: Judge, before: tuple[StepRecord, ...] = ()) -> None:
         self.entries += [Entry(judge.proven(candidate), judge, before) for candidate in candidates]
@@ -298,7 +313,9 @@ class GoalSearch:
         return replace(self.context, progress=progress, data=self.context.data if data is None else data)
 
     def _tell(self, share: float, message: str) -> None:
-        """Says which candidate is being built, and the smallest so far that keeps the answers."""
+        """Says which candidate is being built, the smallest so far that keeps the answers, and how long it may take."""
         sizes = [entry.candidate.size_bytes for entry in self.entries if not entry.candidate.reason]
         so_far = f"; so far {size_change(min(sizes), file_size_bytes(self.path))}" if sizes else ""
-        self.context.progress(share, f"candidate {len(self.entries) + 1}: {message}{so_far}")
+        left = f"; at most {duration(self.time.left_s)} more" if 0 < self.time.left_s < math.inf else ""
+        share = BUILT * self.time.share(share / BUILT)
+        self.context.progress(share, f"candidate {len(self.entries) + 1}: {message}{so_far}{left}")

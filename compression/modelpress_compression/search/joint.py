@@ -36,6 +36,7 @@ from modelpress_compression.search.widths import branch_errors, width_errors
 # The first budget is what training brings back at best; by the last one, answers are kept without.
 FIRST_DB, LAST_DB = 10.0, 30.0
 HALVINGS = 5
+CHOICES = 1 + HALVINGS  # that are built at the most
 PRUNE = PruneConfig(structure="channel", scope="layer", sparsity=0.0, criterion="activation")
 BLOCKS = PruneConfig(structure="block", sparsity=0.0)
 _ALL = 0.99  # a recipe's sparsity is less than 1

@@ -12,11 +12,13 @@ model, whose answers repair knows. Each lever begins where the one before it end
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from modelpress_compression.errors import TimeLimitError, UnsupportedOperatorError
+from modelpress_compression.measure.task import model_digest
 from modelpress_compression.model import file_size_bytes
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.factorize.config import FactorizeConfig
@@ -31,9 +33,8 @@ FEW_CUTS, MANY_CUTS = 3, 5
 FIRST_SHARE, STEP, MOST = 0.25, 0.2, 0.9
 # Shares that differ by less are the same.
 CLOSE_ENOUGH = 0.04
-# Training takes this part of the time that is left for the search, or of that of a search without a limit.
+# Training takes this part of the time that is left for the search.
 TRAINING_SHARE = 0.25
-USUAL_SEARCH_S = 240.0
 # What resembles the original less is beyond what training brings back in such a time.
 LEAST_COSINE = 0.6
 EPOCHS, PATIENCE = 200, 30
@@ -79,7 +80,7 @@ class LeverSearch:
     """One lever on one model. `trains`: whether candidates may be trained; `cuts`: how many shares are tried.
 
     `apply`: runs a step on the model of the record; `judge`: a candidate's answers. `left_s`: seconds that the search
-    still has; None: no limit.
+    still has; infinite: it has no limit.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class LeverSearch:
         *,
         apply: Callable[[StepRecord, Context], StepRecord],
         judge: Callable[[Candidate], Candidate],
-        left_s: Callable[[], float | None],
+        left_s: Callable[[], float],
         trains: bool,
         cuts: int,
     ) -> None:
@@ -106,16 +107,23 @@ class LeverSearch:
         """
         kept, lost = 0.0, MOST + STEP
         base, gone = start, 0.0  # what is cut, and the share that has gone from it before
+        # By the digest of a cut model: channels and ranks go in steps, so that several shares may give the same one.
+        known: dict[str, list[Cut]] = {}
         for number in range(len(shares) or self._cuts):
             share = shares[number] if shares else _next_share(kept, lost)
             if lost - kept < CLOSE_ENOUGH or self._is_over:
                 return
             left = (share - gone) / (1 - gone)
             step = LEVERS[self._technique](left, self._objective)
-            found = self.tried(step, base, f"{100 * left:.0f} % {_TAKEN[self._technique]}")
-            if not found:
-                return
-            yield from found
+            variant = f"{100 * left:.0f} % {_TAKEN[self._technique]}"
+            with self._context.span("candidate", f"{self._technique} {variant}"):
+                record = self._made(step, base)
+                if not record.changes:
+                    return
+                digest = model_digest(record.path)
+                new = [] if digest in known else self._judged(record, base, variant)
+            yield from new
+            found = known.setdefault(digest, new)
             last = found[-1].candidate
             if last.unscored:
                 return  # how much more may go is known when this has been scored
@@ -130,14 +138,18 @@ class LeverSearch:
 
     def after(self, step: Step, start: tuple[StepRecord, ...]) -> tuple[StepRecord, ...]:
         """`start` with one more step, whose model nobody judges."""
-        record = self._apply(replace(start[-1], step=step, changes={}), self._context)
+        record = self._made(step, start)
         return (*(start if start[-1].changes else start[:-1]), record) if record.changes else start
+
+    def _made(self, step: Step, start: tuple[StepRecord, ...]) -> StepRecord:
+        """The record of a step on the model that `start` ends with."""
+        return self._apply(replace(start[-1], step=step, changes={}), self._context)
 
     def tried(self, step: Step, start: tuple[StepRecord, ...], variant: str) -> list[Cut]:
         """The candidate that a step makes of the model that `start` ends with; and, where it has lost its answers, the
         same after training. Empty: the step changes nothing."""
         with self._context.span("candidate", f"{self._technique} {variant}"):
-            record = self._apply(replace(start[-1], step=step, changes={}), self._context)
+            record = self._made(step, start)
             return self._judged(record, start, variant) if record.changes else []
 
     def _judged(self, record: StepRecord, start: tuple[StepRecord, ...], variant: str) -> list[Cut]:
@@ -160,11 +172,9 @@ class LeverSearch:
 
     def _trained(self, record: StepRecord) -> StepRecord | None:
         """The model trained towards the original; None where that brought nothing, or cannot be done."""
-        left_s = self._left_s()
-        budget_s = TRAINING_SHARE * (USUAL_SEARCH_S if left_s is None else left_s)
-        deadline = self._context.clock() + budget_s
-        if self._context.deadline is not None:
-            deadline = min(deadline, self._context.deadline)
+        left_s = TRAINING_SHARE * self._left_s()
+        deadline = None if math.isinf(left_s) else self._context.clock() + left_s
+        deadline = min((one for one in (deadline, self._context.deadline) if one is not None), default=None)
         step = recovery(record.model, self._context.data, EPOCHS, PATIENCE)
         try:
             trained = self._apply(replace(record, step=step, changes={}), replace(self._context, deadline=deadline))
@@ -176,8 +186,7 @@ class LeverSearch:
 
     @property
     def _is_over(self) -> bool:
-        left_s = self._left_s()
-        return left_s is not None and left_s <= 0
+        return self._left_s() <= 0
 
 
 def _next_share(kept: float, lost: float) -> float:

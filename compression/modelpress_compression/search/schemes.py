@@ -7,7 +7,7 @@
     in blocks   weights in 8, 4 and 2 bits that products read as they are: where size counts
 
 How each of them is built: quantization.py. A short time is for what was asked for, so that the last two change places
-where the goal is about size.
+where the goal is about size; for `smallest` arithmetic waits until everything else has been tried.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import partial
 from modelpress_compression.measure.task import GivenScores
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.quantize import Quantize
-from modelpress_compression.recipe import ACCURATE, BALANCED, Goal, Recipe
+from modelpress_compression.recipe import ACCURATE, BALANCED, SMALLEST, Goal, Recipe
 from modelpress_compression.search.judge import FLOAT_FLOOR_DB
 from modelpress_compression.search.mixed_bits import MixedBitsSearch
 from modelpress_compression.search.mixed_schemes import MixedSchemeSearch
@@ -44,8 +44,18 @@ class Schemes:
         """Adds those of one scheme after the other. Raises ModelNotRunnableError, TimeLimitError."""
         yield from self._stored()
         parts = (self._in_blocks, self._in_8_bits) if self.recipe.size_first else (self._in_8_bits, self._in_blocks)
-        for part in parts:
+        for part in parts[:1] if self.waits else parts:
             yield from part()
+
+    def rest(self) -> Iterator[None]:
+        """Adds what is no smaller than stored weights, where nothing but size counts: once all else has been tried."""
+        if self.waits:
+            yield from self._in_8_bits()
+
+    @property
+    def waits(self) -> bool:
+        """Whether some are left for `rest`."""
+        return self.far and self.goal.objective == SMALLEST
 
     def further(self) -> Iterator[None]:
         """Adds those that a far search has besides, where the others are there."""
@@ -91,11 +101,10 @@ class Schemes:
             self._in_4_bits(replace(WEIGHT_ONLY, weights="int4"))
             yield
             return
-        if self.goal.search_time_s is not None:
-            # The prices of bits take long, and may not be through in time.
-            nearest = replace(WEIGHT_ONLY, weights="int4", rounding="nearest")
-            self._add_in_blocks(nearest, "4 bits in blocks, to the nearest")
-            yield
+        # The prices of bits take long, and may not be through in time.
+        nearest = replace(WEIGHT_ONLY, weights="int4", rounding="nearest")
+        self._add_in_blocks(nearest, "4 bits in blocks, to the nearest")
+        yield
         yield from self._mixed_bits()
 
     def _add_in_blocks(self, config: QuantizeConfig, variant: str) -> None:

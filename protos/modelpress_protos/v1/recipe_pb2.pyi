@@ -1024,7 +1024,9 @@ class Goal(_message.Message):
     min_speedup: _builtins.float
     """Least median speed-up of the first benchmark row over the original."""
     search_time_s: _builtins.float
-    """Seconds after which no further candidate is begun; not set: until all have been tried."""
+    """Seconds after which the search ends, whatever is being built then. Not set: a search that goes far ends after 240,
+    or 30 times what its first candidate took, where that is longer.
+    """
     @_builtins.property
     def techniques(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Techniques that candidates may use."""

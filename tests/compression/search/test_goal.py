@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from modelpress_compression.measure.task import Labelled
 from modelpress_compression.passes.quantize.weight_only.mixed_bits import Form, MixedBits
 from modelpress_compression.recipe import OBJECTIVES
 from modelpress_compression.report.build import report_schema
-from modelpress_compression.search import judge, quantization
+from modelpress_compression.search import judge, quantization, search_time
 from modelpress_compression.search.judge import SCREENING_SAMPLES
+from modelpress_compression.search.levers import Cut, LeverSearch
 
 
 @pytest.fixture
@@ -260,6 +262,53 @@ def test_a_candidate_that_takes_too_long_is_left(
     assert any("4 bits in blocks, to the nearest" in name for name in names)
     assert not any("priced at" in name for name in names)
     assert report["size_ratio"] > 3
+
+
+@pytest.mark.usefixtures("timed_by_size")
+def test_a_far_search_ends_without_a_search_time(
+    digits: Model, samples: InputData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first cut would be trained for ever: the usual time ends it, progress is that of the time, and the report
+    says what is left out."""
+    monkeypatch.setattr(search_time, "USUAL_S", 3.0)
+    monkeypatch.setattr(search_time, "TIMES_FIRST", 1)
+    monkeypatch.setattr(LeverSearch, "cuts", _endless)
+    seen: list[tuple[str, float, str]] = []
+    report = compress(
+        digits,
+        goal(objective="smallest", techniques=["prune"]),
+        data=samples,
+        on_progress=lambda stage, index, stages, fraction, message: seen.append((stage, fraction, message)),
+    ).report
+    jsonschema.validate(report, report_schema())
+    assert report["search"]["limit_s"] >= 3
+    assert report["search"]["time_s"] >= 3
+    assert report["search"]["untried"] >= 5
+    (more,) = [item for item in report["advice"] if "--search-time" in item["command"]]
+    assert f"up to {report['search']['untried']} more models" in more["text"]
+    assert "--goal smallest --search-time 1m" in more["command"]
+    assert any("more" in message for stage, _, message in seen if stage == "search")
+    fractions = [fraction for stage, fraction, message in seen if "endless" in message]
+    assert fractions[-1] > fractions[0] + 0.5
+
+
+def _endless(lever: LeverSearch, *_: object) -> Iterator[Cut]:
+    while True:
+        lever._context.check_time()
+        lever._context.progress(0.5, "endless")
+        time.sleep(0.05)
+        yield from ()
+
+
+@pytest.mark.usefixtures("timed_by_size")
+def test_for_the_smallest_arithmetic_comes_last(digits: Model, samples: InputData) -> None:
+    """It makes no file smaller than stored weights do: cuts are tried first, and the time may end before it."""
+    report = compress(digits, goal(objective="smallest", techniques=["prune", "quantize"]), data=samples).report
+    names = [row["name"] for row in report["candidates"]]
+    cuts = [place for place, name in enumerate(names) if name.startswith("prune") and "quantize" not in name]
+    arithmetic = [place for place, name in enumerate(names) if "quantize static" in name or "dynamic" in name]
+    assert cuts
+    assert min(arithmetic) > max(cuts)
 
 
 @pytest.mark.usefixtures("timed_by_size")

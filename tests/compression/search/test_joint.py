@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,7 @@ def joint_of(model: Model, folder: Path) -> JointSearch:
         context,
         apply=lambda record, context: apply_step(record.step, record.model, record.path, context, target()),
         judge=judge.answers,
-        left_s=lambda: None,
+        left_s=lambda: math.inf,
         trains=False,
         cuts=1,
     )
