@@ -33,7 +33,9 @@ from modelpress_compression.graph.read import (
     only_consumer,
     required,
 )
+from modelpress_compression.passes.quantize.dead_ends import dead_ends
 from modelpress_compression.passes.quantize.eligible import why_not_matrix, why_not_weight
+from modelpress_compression.passes.quantize.plain_forms import has_8_bit_pooling
 
 LAYER_OPERATORS = ("Conv", "MatMul", "Gemm")
 _OWN_RANGE = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool")
@@ -42,8 +44,6 @@ _SAME_RANGE = (
     "Resize",
 )  # fmt: skip
 _ACTIVATION_FUNCTIONS = ("Relu", "Clip")
-# Behind these onnxruntime moves a DequantizeLinear (qdq_propagation.cc).
-_DEQUANTIZED_BEHIND = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice")
 # A Conv that sums up fewer products for each output is memory-bound: the integer kernel does not win.
 MIN_PRODUCTS = 32
 # A product of fewer weights likewise: the heads of two small classifiers, of 500 and 640, cost them 4 to 6 % of their
@@ -97,10 +97,10 @@ class Plan:
         return activation.all_consumers or (user in self.members and index < len(activations_of(user)))
 
 
-def why_not_static(node: onnx_ir.Node) -> str | None:
-    """Why a layer is not quantized statically; None: it can be."""
-    if _ends_onnxruntime(node):
-        return "a subgraph reads what only moves its output about, and onnxruntime cannot open that in 8 bits"
+def why_not_static(node: onnx_ir.Node, barred: Mapping[onnx_ir.Value, str]) -> str | None:
+    """Why a layer is not quantized statically; None: it can be. `barred`: the `dead_ends` of its graph."""
+    if reason := next((barred[value] for value in outputs_of(node) if value in barred), None):
+        return reason
     if node.op_type != "Conv":
         return why_not_matrix(node) or _why_not_gemm(node)
     # A small kernel can still do much work: it runs once for every pixel.
@@ -119,21 +119,6 @@ def _why_not_gemm(node: onnx_ir.Node) -> str | None:
         if bias is None or bias.ndim != 1:
             return "its bias is no constant vector"
     return None
-
-
-def _ends_onnxruntime(node: onnx_ir.Node) -> bool:
-    """Whether a process that opens the model would be aborted if what the node writes were in 8 bits: where a subgraph
-    reads what a DequantizeLinear is moved to, version 1.31 looks for a place that the If or Loop does not have among
-    its inputs."""
-    frontier = [(value, False) for value in outputs_of(node)]
-    while frontier:
-        value, moved = frontier.pop()
-        for user in value.consumers():
-            if moved and user.graph is not node.graph:
-                return True
-            if is_op(user, *_DEQUANTIZED_BEHIND, "Identity") and user.graph is node.graph and user.inputs[0] is value:
-                frontier.append((user.outputs[0], moved or user.op_type != "Identity"))
-    return False
 
 
 def is_memory_bound(node: onnx_ir.Node) -> bool:
@@ -158,8 +143,9 @@ def make_plan(graph: onnx_ir.Graph, layers: Iterable[onnx_ir.Node], *, full: boo
     # wait for an input that is there in 8 bits.
     available: set[onnx_ir.Value] = set()
     candidates: list[onnx_ir.Node] = []
+    barred = dead_ends(graph)
     for node in graph:
-        if node in paying or (node in chosen and node.inputs[0] in available) or _connects(node, available):
+        if node in paying or (node in chosen and node.inputs[0] in available) or _connects(node, available, barred):
             candidates.append(node)
             available.update(outputs_of(node))
     # Backward: what is worth it. A chain in 8 bits that no layer reads in the end would be dequantized for nothing;
@@ -173,11 +159,11 @@ def make_plan(graph: onnx_ir.Graph, layers: Iterable[onnx_ir.Node], *, full: boo
     return Plan(graph, nodes, _activations(nodes, kept), full)
 
 
-def _connects(node: onnx_ir.Node, available: Collection[onnx_ir.Value]) -> bool:
+def _connects(node: onnx_ir.Node, available: Collection[onnx_ir.Value], barred: Collection[onnx_ir.Value]) -> bool:
     """Whether the node passes on in 8 bits what it gets in 8 bits."""
     if node.domain or node.op_type not in (*_OWN_RANGE, *_SAME_RANGE) or not _has_8_bit_form(node):
         return False
-    if _ends_onnxruntime(node):
+    if any(value in barred for value in outputs_of(node)):
         return False
     there = [value in available for value in activations_of(node)]
     if node.op_type == "Concat":
@@ -193,7 +179,7 @@ def _has_8_bit_form(node: onnx_ir.Node) -> bool:
         return False
     if node.op_type == "Resize":
         return _moves_only(node)
-    return node.op_type != "AveragePool" or not attribute(node, "ceil_mode", 0)
+    return node.op_type != "AveragePool" or has_8_bit_pooling(node)
 
 
 def _moves_only(resize: onnx_ir.Node) -> bool:

@@ -29,6 +29,7 @@ from modelpress_compression.passes.quantize.dynamic import quantize_nodes
 from modelpress_compression.passes.quantize.expand import expand_fused
 from modelpress_compression.passes.quantize.expand_products import expand_products
 from modelpress_compression.passes.quantize.float16 import compute_in_float16, store_in_float16
+from modelpress_compression.passes.quantize.plain_forms import make_plain
 from modelpress_compression.passes.quantize.ranges.output_error import output_distances
 from modelpress_compression.passes.quantize.reconstruction.rounders import METHODS, learn_rounding
 from modelpress_compression.passes.quantize.report import Findings
@@ -162,6 +163,8 @@ def _expand(work: Model, config: QuantizeConfig, findings: Findings) -> None:
     """Brings fused nodes into forms that can be in 8 bits, and says of the others why they cannot."""
     _widen(work, OTHER_FLOATS, findings)
     expand_fused(work, Editor(work))
+    if config.scheme == "static":
+        make_plain(work, Editor(work))
     if expand_products(work, Editor(work)):
         infer_shapes(work.ir)
     # Stored weights are made into floats when the model is loaded, and then transposed for those who want them so.

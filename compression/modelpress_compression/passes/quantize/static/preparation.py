@@ -28,6 +28,7 @@ from modelpress_compression.graph.watch import Listener
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, is_excluded
 from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.dead_ends import dead_ends
 from modelpress_compression.passes.quantize.plan import LAYER_OPERATORS, Plan, make_plan, why_not_static
 from modelpress_compression.passes.quantize.ranges.choice import (
     improved_weights,
@@ -114,14 +115,14 @@ def prepare(
 
 def _choose(model: Model, config: QuantizeConfig, findings: Findings) -> list[onnx_ir.Node]:
     """The layers of the main graph that can be quantized; why the others cannot goes into the findings."""
-    chosen = []
+    chosen, barred = [], dead_ends(model.graph)
     for node in model.nodes():
         if node.op_type not in LAYER_OPERATORS or node.domain or is_excluded(node.name, config.exclude):
             continue
         if node.graph is not model.graph:
             if node.op_type == "Conv":
                 findings.skip(node, "it lies inside an If, Loop or Scan, where calibration cannot observe its input")
-        elif (reason := why_not_static(node)) is None:
+        elif (reason := why_not_static(node, barred)) is None:
             chosen.append(node)
         elif node.op_type == "Conv":
             findings.skip(node, reason)  # a product's turn comes again with the dynamic rewrites
