@@ -17,6 +17,9 @@ in float32 where that errs too much. Where the outputs err by more than permitte
                           more than is permitted (roundings of different weights are independent, so that errors add)
     proof                 the model so made is compared with the original; while it errs too much, as many again as a
                           quarter of those that moved move on
+    bisection             where it does not, fewer of these moves are tried, each time half: of a network that decides
+                          within (a detector of lines, say), any change at all costs 30 dB, and errors of fifty weights
+                          add up to far more than they do together
     descent               of those that moved, the largest ones go one form back where the outputs permit it: the order
                           above goes by errors, and a step too far can cost a tenth of the file
 
@@ -72,6 +75,7 @@ _GROWTH = 0.25
 _LEAST_GAIN = 0.05  # in size, of `store_rest`
 # How many models are made to find out which weights moved too far.
 _DESCENTS = 6
+_LEAST_SHARE = 0.01  # of all weights' bytes, that another model is worth making for
 _CHANNELS, _BLOCKS, _HALF, _PLAIN = range(4)
 _BYTES = (1.0, 1.0 + 4 / STORED_BLOCK, 2.0, 4.0)  # of a weight, in each of them
 
@@ -116,17 +120,17 @@ def store_all(
     sizes = {name: tensor.size for name, tensor in tensors if tensor is not None}
     storing.errors = storing.errors or _errors_of_weights(model, config, context)
     ladder = _Ladder(storing.errors, sizes)
+    trial = _Trial(model, config, context, known, permitted)
     ladder.climb_until(permitted)
-    while True:
-        context.check_time()
-        result = _stored(model, config, context, ladder.forms)
-        error = _error(model, result, context, known)
-        storing.keeps(error)
-        if error <= permitted:
-            return _descended(model, config, context, ladder, permitted, known, storing) or result
+    while not (tried := trial(ladder.forms)).kept:
         if not ladder.climb(1 + math.ceil(_GROWTH * len(ladder.moved))):
-            reason = f"stored in float16 its outputs keep {decibels(error):.1f} dB alone"
+            storing.keeps(tried.error)
+            reason = f"stored in float16 its outputs keep {decibels(tried.error):.1f} dB alone"
             return PassResult(original, warnings=(f"Weights stay in float32: {reason}.",))
+    best = _with_fewer_moves(ladder, trial) or tried
+    best = _descended(ladder, trial) or best
+    storing.keeps(best.error)
+    return best.result
 
 
 def store_rest(
@@ -145,24 +149,59 @@ def store_rest(
     return replace(result, model=stored.model, changes={**result.changes, **stored.changes}) if stored.changed else None
 
 
-def _descended(
-    model: Model,
-    config: QuantizeConfig,
-    context: Context,
-    ladder: _Ladder,
-    permitted: float,
-    known: KnownOutputs,
-    storing: Storing,
-) -> PassResult | None:
+@dataclass(frozen=True)
+class _Tried:
+    """A model with its weights in some forms. `error`: of its outputs, a share of their power; `kept`: it is permitted."""
+
+    result: PassResult
+    error: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Stores the weights in given forms and compares the outputs. `known`: those of the `model`."""
+
+    model: Model
+    config: QuantizeConfig
+    context: Context
+    known: KnownOutputs
+    permitted: float
+
+    def __call__(self, forms: Forms) -> _Tried:
+        self.context.check_time()
+        result = _stored(self.model, self.config, self.context, forms)
+        error = _error(self.model, result, self.context, self.known)
+        return _Tried(result, error, error <= self.permitted)
+
+
+def _with_fewer_moves(ladder: _Ladder, trial: _Trial) -> _Tried | None:
+    """What is kept with the fewest of the ladder's moves, to which it goes back; None: it takes all of them.
+
+    Ends where what is left to gain is little beside the weights. Begins with no move, even where more of them did not
+    do: of a network that decides within, more moves may err more.
+    """
+    best = None
+    failed, kept = 0, len(ladder.path)
+    worth = _LEAST_SHARE * ladder.bytes_after(0)
+    while kept - failed > 1 and ladder.bytes_after(kept) - ladder.bytes_after(failed) > worth:
+        half = (kept + failed) // 2
+        tried = trial(ladder.forms_after(half))
+        if tried.kept:
+            best, kept = tried, half
+        else:
+            failed = half
+    ladder.back_to(kept)
+    return best
+
+
+def _descended(ladder: _Ladder, trial: _Trial) -> _Tried | None:
     """The result with the largest of the moved weights one form back, where that is permitted; None: nowhere."""
     best = None
     for name in ladder.moved[:_DESCENTS]:
-        context.check_time()
         forms = {**ladder.forms, name: ladder.forms[name] - 1}
-        result = _stored(model, config, context, forms)
-        if (error := _error(model, result, context, known)) <= permitted:
-            ladder.forms, best = forms, result
-            storing.keeps(error)
+        if (tried := trial(forms)).kept:
+            ladder.forms, best = forms, tried
     return best
 
 
@@ -178,6 +217,20 @@ class _Ladder:
         self._errors, self._sizes = errors, sizes
         self._first = {name: _HALF if math.isnan(own[_CHANNELS]) else _CHANNELS for name, own in errors.items()}
         self.forms = dict(self._first)
+        self.path: list[tuple[str, int]] = []  # all moves: the weight, and the form that it took
+
+    def forms_after(self, moves: int) -> dict[str, int]:
+        """Of all weights, after so many of the moves."""
+        return {**self._first, **dict(self.path[:moves])}
+
+    def bytes_after(self, moves: int) -> float:
+        """Of all weights."""
+        return sum(self._sizes[name] * _BYTES[form] for name, form in self.forms_after(moves).items())
+
+    def back_to(self, moves: int) -> None:
+        """Forgets the moves after so many."""
+        self.forms = self.forms_after(moves)
+        del self.path[moves:]
 
     @property
     def moved(self) -> list[str]:
@@ -204,7 +257,9 @@ class _Ladder:
         for _ in range(steps):
             if not waiting:
                 break
-            _, name, self.forms[name] = heapq.heappop(waiting)
+            _, name, form = heapq.heappop(waiting)
+            self.forms[name] = form
+            self.path.append((name, form))
             following = self._step(name)
             if following[2] != self.forms[name]:
                 heapq.heappush(waiting, following)
