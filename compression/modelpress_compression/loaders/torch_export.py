@@ -16,6 +16,7 @@ from modelpress_compression.loaders.expert_ops import expert_operators, take_pro
 from modelpress_compression.loaders.exporters import ExportRequest, export_plain, export_program
 from modelpress_compression.loaders.exporting import export_checked
 from modelpress_compression.loaders.formats.refusals import refused
+from modelpress_compression.loaders.map_operator import write_maps_as_scans
 from modelpress_compression.loaders.plain_attention import attention_of, write_out
 from modelpress_compression.loaders.program_check import check_archive
 from modelpress_compression.loaders.program_inputs import match_specs, number_inputs, program_specs, tied_sizes
@@ -91,6 +92,7 @@ def convert_program(
     def export_dynamo(request: ExportRequest) -> Path:
         return export_program(program, request, "program.onnx")
 
+    write_maps_as_scans(program)  # `run` has a copy of its own, as it was
     attention = attention_of(program)
 
     def export_products(request: ExportRequest) -> Path:

@@ -31,6 +31,7 @@ from modelpress_compression.loaders.program_trees import output_labels
 from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.specs import TensorSpec
 from oracles.plain_run import run_onnx
+from torch._higher_order_ops.map import map as map_rows
 from torch.utils import _pytree as pytree
 
 PROGRAM = "models/model.json"
@@ -703,3 +704,36 @@ def test_samples_are_not_read(exported: Path, tmp_path: Path, make: SimpleNamesp
     torch.save(((Cache([torch.zeros(2)]),), {}), sample)
     changed = make.rewrite(exported, tmp_path / "m.pt2", {"data/sample_inputs/model.pt": sample.getvalue()})
     assert load(changed).inputs[0].name == "x"
+
+
+class MapsRows(torch.nn.Module):
+    """A body for each row, with a weight of its own, two outputs, and another body within a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, sums = map_rows(lambda row: (torch.relu(self.layer(row)), row.sum()), x)
+        negated = lambda given: (map_rows(lambda row: -row, given),)  # noqa: E731
+        (either,) = torch.cond(x.sum() > 0, negated, lambda given: (given + 1,), (rows,))
+        return either, sums
+
+
+def test_a_map_is_a_scan_that_carries_nothing(tmp_path: Path, make: SimpleNamespace) -> None:
+    """Of any number of rows, and within a branch as well; rtol 1e-5."""
+    module = MapsRows().eval()
+    path = make.save_program(
+        module, (torch.randn(4, 6),), tmp_path / "m.pt2", dynamic_shapes=({0: torch.export.Dim("n")},)
+    )
+    model = load(path)
+    assert [node.op_type for node in model.nodes()].count("Scan") == 2
+    for count in (2, 5):
+        for sign in (1, -1):
+            x = sign * torch.rand(count, 6)
+            got = run_onnx(model, [{"x": x.numpy()}])[0].values()
+            with torch.no_grad():
+                rows = torch.relu(module.layer(x))
+            expected = (-rows if sign > 0 else rows + 1, x.sum(1))
+            for one, wanted in zip(got, expected, strict=True):
+                np.testing.assert_allclose(one, wanted.numpy(), rtol=1e-5, atol=1e-6)
