@@ -1,7 +1,7 @@
 """Pruning at 30 and 50 % of the MACs: cut alone, repaired, and in rounds with training in between.
 
     python benchmarks/pruning_rounds.py --models DIR [--only NAME ...] [--shares 0.3 0.5] [--ways none repair rounds]
-                                        [--rounds 3] [--epochs 20]
+                                        [--rounds 3] [--epochs 20] [--base METRIC]
 
 Each row is a run of `compress` on the model's representative inputs, in a process of its own: the task metric by the
 model's own script (DIR is as for `pruning_quality.py`), the MACs and the parameters that are left, the speed-up on one
@@ -45,8 +45,8 @@ _HEAD = (
 )
 
 
-def row_of(name: str, way: str, share: float, models: Path, rounds: int, epochs: int) -> str:
-    """One row of the table."""
+def row_of(name: str, way: str, share: float, models: Path, rounds: int, epochs: int, base: float | None) -> str:
+    """One row of the table. `base`: the metric in float32, where it is known."""
     case = next(case for case in CASES if case.name == name)
     options = {"structure": "channel", "sparsity": share, "sparsity_of": "macs", **WAYS[way]}
     if way == "rounds":
@@ -63,7 +63,7 @@ def row_of(name: str, way: str, share: float, models: Path, rounds: int, epochs:
         folder = Path(temporary)
         model = load(models / case.file, case.inputs)
         data = representative(name, models, model, folder)
-        base = metric_of(model, case, models, folder)
+        base = metric_of(model, case, models, folder) if base is None else base
         began = time.process_time()
         result = compress(model, recipe, data=data, work_directory=folder)
         seconds = time.process_time() - began
@@ -89,11 +89,13 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=tuple(WAYS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--base", type=float, help="the metric in float32, where it is known; of one model")
     parser.add_argument("--row", nargs=3, metavar=("NAME", "WAY", "SHARE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
         name, way, share = options.row
-        print(row_of(name, way, float(share), options.models.resolve(), options.rounds, options.epochs))
+        models = options.models.resolve()
+        print(row_of(name, way, float(share), models, options.rounds, options.epochs, options.base))
         return
     print(_HEAD, flush=True)
     for row in [(name, way, str(share)) for name in options.only for share in options.shares for way in options.ways]:

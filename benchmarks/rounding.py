@@ -3,10 +3,11 @@
     python benchmarks/rounding.py --models DIR [--only NAME ...] [--schemes static weight_only] [--weights int4]
                                   [--roundings nearest gptq adaround brecq] [--steps N] [--block-size N]
 
-Every model is fused and quantized from three quarters of its representative inputs. Of each result: how many weights
-have 8 bits in place of 4, the file's size as a share of the original's, the signal to noise of the worst output on the
-quarter held out in dB, the task metric by the model's own script (DIR is as for `real_models.py`), CPU seconds, and the
-process's peak of memory in MiB. Each row is made by a process of its own.
+Every model is fused and quantized from three quarters of its representative inputs; those that show the same thing,
+such as crops of one photo, lie on the same side. Of each result: how many weights have 8 bits in place of 4, the file's
+size as a share of the original's, the signal to noise of the worst output on the quarter held out in dB, the task
+metric by the model's own script (DIR is as for `real_models.py`), CPU seconds, and the process's peak of memory in MiB.
+Each row is made by a process of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from model_evaluation import evaluate
 from modelpress_compression import load
+from modelpress_compression.holding_out import parted
 from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.fidelity import compare_outputs
 from modelpress_compression.model import file_size_bytes
@@ -48,9 +50,7 @@ def row_of(name: str, models: Path, config: QuantizeConfig) -> str:
         with np.load(folder / "data.npz") as arrays:
             kept = {key: arrays[key] for key in arrays.files if len(model.inputs) == 1 or key in _names(model.inputs)}
         data = InputData.from_arrays(kept, model.inputs)
-        count = len(data) // (data.fixed_batch or 1)
-        given = data.only([index for index in range(count) if index % 4])
-        held_out = data.only([index for index in range(count) if not index % 4])
+        given, held_out = parted(data, 4)
         fused = Fuse(FuseConfig())(model, Context(given, folder)).model
         began = time.process_time()
         result = Quantize(config)(fused, Context(given, folder))

@@ -2,7 +2,7 @@
 
 1. Candidates are built with dynamic and with static quantization, and judged: answers first, then latency against the
    float model (judge.py).
-2. Heads of more classes than there are samples stay in float32 under dynamic, unless there are labels (heads.py).
+2. Heads of more classes than there are samples stay in float32 under dynamic, unless there are labels (graph/heads.py).
 3. Static is also tried with memory-bound layers in 8 bits, which do not gain on their own, and with sums in 8 bits at
    the end of a chain; small networks gain by them.
 4. If static does not keep the answers, layers go back to float32 until it does, those first that make the most error
@@ -26,6 +26,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from modelpress_compression.graph.heads import unvouched_heads
 from modelpress_compression.measure.task import Task, model_digest
 from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.passes.base import Context, PassResult, Skip
@@ -35,7 +36,6 @@ from modelpress_compression.passes.quantize.static.quantizer import StaticQuanti
 from modelpress_compression.passes.quantize.weight_only.storage import Storing, store_all, store_rest
 from modelpress_compression.recipe import Recipe, Step
 from modelpress_compression.search.candidates import Candidate, fastest, pareto_set
-from modelpress_compression.search.heads import unvouched_heads
 from modelpress_compression.search.judge import FLOAT_FLOOR_DB, Judge
 from modelpress_compression.search.mixed import fewest_in_float, order_of
 from modelpress_compression.search.recall import Recall

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from modelpress_compression import InputData, Model, Recipe, compress
+from modelpress_compression.graph.heads import unvouched_heads
 from modelpress_compression.inputs import EvaluationData
 from modelpress_compression.measure.fidelity import Fidelity, OutputFidelity
 from modelpress_compression.measure.latency import Speedup, Timings
@@ -24,7 +25,6 @@ from modelpress_compression.passes.quantize.weight_only.storage import store_res
 from modelpress_compression.recipe import Step
 from modelpress_compression.search import quantization
 from modelpress_compression.search.candidates import Candidate, fastest, pareto_set
-from modelpress_compression.search.heads import unvouched_heads
 from modelpress_compression.search.judge import Judge, RaceTimings
 from modelpress_compression.search.mixed import fewest_in_float, order_of
 from modelpress_compression.search.quantization import SchemeSearch

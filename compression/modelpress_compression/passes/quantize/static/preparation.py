@@ -214,6 +214,8 @@ def _without_catastrophes(quantizer: StaticQuantizer) -> StaticQuantizer:
         if error < FLOOR_DB and name not in quantizer.kept_in_float:
             left.append(name)
             findings.skip(layer, f"8 bits here alone would leave the outputs {error:.1f} dB")
+    if not left:
+        return quantizer
     return replace(quantizer.keeping_in_float(left), findings=quantizer.findings.plus(findings))
 
 
@@ -244,8 +246,9 @@ def _for_the_hardest_samples(quantizer: StaticQuantizer, histograms: Histograms)
     closer = _distances(again)
     if closer.error >= distances.error:
         return quantizer, distances
-    spared = _without_catastrophes(again)
-    return spared, _distances(spared) if spared.kept_in_float != again.kept_in_float else closer
+    # Of weights in 4 bits those that are a catastrophe on these samples get 8, before float32 is thought of.
+    spared = _without_catastrophes(with_wide_weights(again))
+    return spared, closer if spared is again else _distances(spared)
 
 
 def _with_corrected_biases(quantizer: StaticQuantizer, plain: Distances) -> StaticQuantizer:

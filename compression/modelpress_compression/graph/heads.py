@@ -5,7 +5,8 @@ measured without labels, and still biases the model for or against that class. A
 classes kept 34 dB with only its head quantized dynamically, for processors without VNNI, but read 1.6 points fewer
 words. Static quantization corrects the mean error of every class by its bias, whether a sample shows the class or not;
 with only its head in 8 bits the same model reads as well as before. So such heads compute in float32 under dynamic
-quantization only, and can still be stored in 8 bits.
+quantization only, and can still be stored in 8 bits. In 4 bits the mean is not all: with its head in 4 bits, and 13 of
+30 others in 8, the same model read 5 points fewer words than with its head in 8 bits too.
 """
 
 from __future__ import annotations
