@@ -11,7 +11,6 @@ import numpy as np
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.linear import Mask, Places, Rows, drawn, pieces
 from modelpress_compression.graph.padding import counted_among
-from modelpress_compression.holding_out import HELD_OUT
 from modelpress_compression.inputs import Array
 from modelpress_compression.passes.repair.correction import HeldOut, choose_correction
 from modelpress_compression.passes.repair.layers import Layer
@@ -50,18 +49,20 @@ class Fitter:
         self._bias = layer.bias.astype(np.float32).reshape(groups, 1, answers)
         self._made = masks.get((layer.weight.name or "", layer.output_axis))
         self._read = _read_mask(layer, masks, groups)
-        self._rows = -(-_rows(start.shape) // samples)  # of each sample
+        self._rows = _rows_each(start.shape, samples)
         self._sums = Sums.zeros(groups, inputs, answers)
         self._held_out = HeldOut()
         self._waiting: list[tuple[Rows, Rows]] = []  # not in the sums yet
         self._count, self._total, self._squares = 0, np.zeros((groups, answers)), 0.0
 
     @staticmethod
-    def size_bytes(layer: Layer) -> int:
-        """Memory that fitting this layer takes: the sums, as much again while the equations are solved, and rows."""
+    def size_bytes(layer: Layer, samples: int, held_out: int) -> int:
+        """Memory that fitting this layer takes: the sums, as much again while the equations are solved, and the rows of
+        so many samples held out."""
         groups, inputs, answers = shape = layer.linear.matrix(layer.numbers).shape
-        held_out: int = 4 * groups * (inputs + answers) * _rows(shape) // HELD_OUT
-        return 2 * Sums.size_bytes(groups, inputs, answers) + held_out
+        rows = held_out * len(layer.all) * _rows_each(shape, samples)
+        held_bytes: int = 4 * groups * (inputs + answers) * rows
+        return 2 * Sums.size_bytes(groups, inputs, answers) + held_bytes
 
     def take(self, sample: Sample) -> None:
         """Rows of one sample."""
@@ -147,9 +148,10 @@ class Fitter:
         return Fit(self.layer.name, found.error_before / spread, found.error_after / spread)
 
 
-def _rows(shape: tuple[int, ...]) -> int:
+def _rows_each(shape: tuple[int, ...], samples: int) -> int:
+    """How many rows of each sample are taken, where it has as many. `shape`: g, K and O of the weight."""
     groups, inputs, _ = shape
-    return int(np.clip(ROWS_PER_INPUT * inputs, *(ROWS if groups == 1 else GROUPED_ROWS)))
+    return -(-int(np.clip(ROWS_PER_INPUT * inputs, *(ROWS if groups == 1 else GROUPED_ROWS))) // samples)
 
 
 def _read_mask(layer: Layer, masks: Masks, groups: int) -> Mask | None:

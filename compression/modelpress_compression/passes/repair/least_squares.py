@@ -32,6 +32,7 @@ from modelpress_compression.graph.outputs import tensor_outputs
 from modelpress_compression.graph.read import label
 from modelpress_compression.graph.watch import taps
 from modelpress_compression.graph.watch.portions import WATCHED_BYTES
+from modelpress_compression.holding_out import held_out
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, Skip
@@ -75,12 +76,14 @@ def repair(full: Model, changed: Model, changes: Changes, context: Context) -> R
         warning = f"{changes.layers} were not fitted anew: with one sample no fit can be checked; give more."
         return Repair(changed, warnings=(warning,))
     fitted = changed.clone()
-    layers, skipped = _layers(full, fitted, changes)
+    held = held_out(samples)
+    count = len(samples) // (samples.fixed_batch or 1)
+    layers, skipped = _layers(full, fitted, changes, count, len(held))
     outputs = [value.name for value in tensor_outputs(full.graph) if value.name]
     # What both are asked for, in all: the outputs once more in the end, where the fits are judged.
     names_full = [*(name for layer in layers for name in layer.names_full), *outputs]
     names_cut = [*(name for layer in layers for name in layer.names_cut), *outputs]
-    pair = Paired(full, fitted, samples, names_full, names_cut, context)
+    pair = Paired(full, fitted, samples, names_full, names_cut, held, context)
     fits = _fit_all(layers, changes.masks, pair, Editor(fitted), context)
     if not fits:
         return Repair(changed, skipped=skipped)
@@ -89,11 +92,13 @@ def repair(full: Model, changed: Model, changes: Changes, context: Context) -> R
     return Repair(fitted, tuple(fits), skipped)
 
 
-def _layers(full: Model, fitted: Model, changes: Changes) -> tuple[list[Layer], tuple[Skip, ...]]:
-    """Those that can be fitted within the memory, and why others cannot."""
+def _layers(
+    full: Model, fitted: Model, changes: Changes, samples: int, held_out: int
+) -> tuple[list[Layer], tuple[Skip, ...]]:
+    """Those that can be fitted within the memory, and why others cannot. `samples`: how many, `held_out` included."""
     originals = {label(node): node for node in full.graph}
     found, skipped = find_layers(fitted, changes.tensors, changes.readers, originals)
-    layers = [layer for layer in found if Fitter.size_bytes(layer) <= MAX_FITTING_BYTES]
+    layers = [layer for layer in found if Fitter.size_bytes(layer, samples, held_out) <= MAX_FITTING_BYTES]
     large = [
         Skip(layer.name, "Not fitted anew: its sums would take over 1 GiB.") for layer in found if layer not in layers
     ]
@@ -128,7 +133,8 @@ def _batches(layers: Iterable[Layer], pair: Paired) -> Iterator[list[Layer]]:
     batch: list[Layer] = []
     for layer in layers:
         both = [*batch, layer]
-        if batch and (sum(map(Fitter.size_bytes, both)) > MAX_FITTING_BYTES or _seen(both, pair) > WATCHED_BYTES):
+        size_bytes = sum(Fitter.size_bytes(one, pair.count, len(pair.held_out)) for one in both)
+        if batch and (size_bytes > MAX_FITTING_BYTES or _seen(both, pair) > WATCHED_BYTES):
             yield batch
             both = [layer]
         batch = both

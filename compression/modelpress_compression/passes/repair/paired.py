@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from modelpress_compression.graph.padding import counted_positions, without_padding
 from modelpress_compression.graph.watch.portions import sample_bytes
 from modelpress_compression.graph.watch.wavefront import Wavefront
-from modelpress_compression.holding_out import held_out
 from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
@@ -38,7 +37,8 @@ class Sample:
 class Paired:
     """Both models side by side. `names_full`, `names_cut`: what will be asked for, as often as it will be.
 
-    `bytes_full`, `bytes_cut`: of these values, what one sample makes of each.
+    `held_out`: numbers of the samples that no fit sees. `bytes_full`, `bytes_cut`: of these values, what one sample
+    makes of each.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Paired:
         samples: InputData,
         names_full: Sequence[str],
         names_cut: Sequence[str],
+        held_out: Collection[int],
         context: Context,
     ) -> None:
         self._samples = samples
@@ -55,7 +56,7 @@ class Paired:
         self.bytes_full, self.bytes_cut = (
             sample_bytes(model, set(names), samples) for model, names in ((full, names_full), (cut, names_cut))
         )
-        self._held_out = held_out(samples)
+        self.held_out = held_out
         self._full, self._cut = (
             Wavefront(model, samples, names, MAX_KEPT_BYTES, context.check_time)
             for model, names in ((full, names_full), (cut, names_cut))
@@ -65,7 +66,7 @@ class Paired:
         """Every sample; to be exhausted. Raises ModelNotRunnableError, TimeLimitError."""
         full, cut = self._full.advance(names_full), self._cut.advance(names_cut)
         for index, (feed, wanted, given) in enumerate(zip(self._samples.feeds(1), full, cut, strict=True)):
-            yield Sample(index, index in self._held_out, wanted, given, counted_positions(feed))
+            yield Sample(index, index in self.held_out, wanted, given, counted_positions(feed))
 
 
 @dataclass(frozen=True)

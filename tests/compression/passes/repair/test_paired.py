@@ -65,7 +65,7 @@ def test_samples_bring_their_mask(model_from_text: Any, tmp_path: Path) -> None:
     model = model_from_text(MASKED)
     mask, x = np.array([[1, 0, 1], [1, 1, 1]]), np.zeros((2, 3, 2), np.float32)
     samples = InputData.from_arrays({"attention_mask": mask, "x": x}, model.inputs)
-    pair = Paired(model, model, samples, ["y"], ["y"], Context(samples, tmp_path))
+    pair = Paired(model, model, samples, ["y"], ["y"], frozenset({1}), Context(samples, tmp_path))
     padded, full = pair.advance(["y"], ["y"])
     np.testing.assert_array_equal(padded.mask, [[True, False, True]])
     assert full.mask is None

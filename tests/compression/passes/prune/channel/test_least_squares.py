@@ -11,6 +11,7 @@ from modelpress_compression.graph.edit import replace_numbers
 from modelpress_compression.passes.repair import least_squares
 from modelpress_compression.passes.repair.fitter import Fitter
 from modelpress_compression.passes.repair.layers import Layer
+from modelpress_compression.passes.repair.normal_equations import Sums
 from onnx import helper
 
 
@@ -261,3 +262,23 @@ def test_padding_does_not_count(channel_model: Any, prune_channels_of: Any, name
         assert result.changes["layers_repaired"] == 1
         found.append(result.model.graph.initializers["w2"].const_value.numpy())
     np.testing.assert_array_equal(*found)
+
+
+def test_rows_held_out_are_counted_as_they_are(
+    channel_model: Any, images: Any, prune_channels_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four images, given 16 times each, two are held out with all their copies: a fit is sized for their rows."""
+    copies = np.repeat(images(4), 16, axis=0)
+    fit, seen = Fitter.fit, []
+
+    def counted(self: Fitter, editor: Any) -> Any:
+        held = [part for parts in self._held_out._parts.values() for part in parts]
+        held_bytes = sum(inputs.nbytes + answers.nbytes for inputs, answers in held)
+        sized_bytes = Fitter.size_bytes(self.layer, 64, 32) - 2 * Sums.size_bytes(*self._start.shape)
+        seen.append((len(self._held_out), held_bytes / sized_bytes))
+        return fit(self, editor)
+
+    monkeypatch.setattr(Fitter, "fit", counted)
+    prune_channels_of(residual_model(channel_model), {"x": copies}, sparsity=0.5)
+    assert {samples for samples, _ in seen} == {32}
+    assert max(share for _, share in seen) == 1.0
