@@ -6,7 +6,7 @@
 3. Static is also tried with memory-bound layers in 8 bits, which do not gain on their own, and with sums in 8 bits at
    the end of a chain; small networks gain by them.
 4. If static does not keep the answers, layers go back to float32 until it does, those first that make the most error
-   for the time that they take: a bisection over that order (mixed.py).
+   for the time that they take: a bisection over that order (kept_in_float.py).
 5. For each candidate that keeps the answers, another one stores the weights that are still in float32 in fewer bits
    too; it computes as before.
 6. The fastest candidate is taken that is surely faster than float32 at every batch size that the recipe measures; among
@@ -37,7 +37,7 @@ from modelpress_compression.passes.quantize.weight_only.storage import Storing, 
 from modelpress_compression.recipe import Recipe, Step
 from modelpress_compression.search.candidates import Candidate, fastest, pareto_set
 from modelpress_compression.search.judge import FLOAT_FLOOR_DB, Judge
-from modelpress_compression.search.mixed import fewest_in_float, order_of
+from modelpress_compression.search.kept_in_float import fewest_in_float, order_of
 from modelpress_compression.search.recall import Recall
 from modelpress_compression.search.steps import StepRecord, keep, scaled
 from modelpress_compression.target import DEVICES, Device

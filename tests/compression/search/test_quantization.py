@@ -26,7 +26,7 @@ from modelpress_compression.recipe import Step
 from modelpress_compression.search import quantization
 from modelpress_compression.search.candidates import Candidate, fastest, pareto_set
 from modelpress_compression.search.judge import Judge, RaceTimings
-from modelpress_compression.search.mixed import fewest_in_float, order_of
+from modelpress_compression.search.kept_in_float import fewest_in_float, order_of
 from modelpress_compression.search.quantization import SchemeSearch
 from modelpress_compression.search.steps import StepRecord
 from onnx import TensorProto, helper, numpy_helper
