@@ -4,6 +4,7 @@
     write          a graph into a file, weight after weight, as one protobuf or with a data file beside it
     stored_in      the graph with its weights read from the file that `write` made
     for_session    a graph as onnxruntime takes it: a small protobuf, and where it finds the weights
+    WeightFile     weights that a pass has made, one after the other
 
 So memory holds a weight only while a pass works on it, and a session's own copy while there is a session.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +162,35 @@ def load_all(ir: onnx_ir.Model) -> None:
     for holder in _holders(ir):
         if holder.in_file is not None:
             holder.put(_in_memory(holder.in_file))
+
+
+class WeightFile:
+    """A new file in a folder, for the weights that are made of a large model's: each is written when it is there, and
+    read from the file from then on. The folder has to be there as long as sessions are opened."""
+
+    def __init__(self, folder: Path) -> None:
+        descriptor, name = tempfile.mkstemp(prefix="made-", suffix=".weights", dir=folder)
+        os.close(descriptor)
+        self._path = Path(name)
+
+    @classmethod
+    def for_large(cls, size_bytes: int, folder: Path) -> WeightFile | None:
+        """None: a model of this size is handled in memory."""
+        return cls(folder) if is_large(size_bytes) else None
+
+    def put(self, tensor: onnx_ir.TensorProtocol) -> onnx_ir.TensorProtocol:
+        """The same numbers in the file; a small tensor is left as it is. Raises OSError."""
+        if tensor.nbytes < MAPPED_BYTES:
+            return tensor
+        with self._path.open("ab") as file:
+            file.write(bytes(-file.tell() % ALIGNMENT_BYTES))
+            offset = file.tell()
+            _copy(tensor, file)
+        return _mapped(tensor, self._path, offset)
+
+    def remove(self) -> None:
+        """Gives the room back. What is mapped already can still be read, but not by a new session."""
+        self._path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

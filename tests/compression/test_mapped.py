@@ -18,6 +18,7 @@ import yaml
 from modelpress_compression import Recipe, compress, load, mapped
 from modelpress_compression import model as model_module
 from modelpress_compression.errors import CompressionError
+from modelpress_compression.graph.edit import Editor
 from modelpress_compression.model import Model, Provenance, file_size_bytes, read_ir
 from modelpress_compression.pipeline.preflight import held_bytes
 from modelpress_compression.runtime import _malloc_trim, open_session, run, session_of
@@ -334,3 +335,36 @@ def test_what_was_freed_goes_back_before_a_session_on_a_large_file(
     open_session(path)
     assert held_bytes() < before - 25e6
     assert blocks[0][0] == 1
+
+
+def test_made_weights_lie_in_a_file(tmp_path: Path) -> None:
+    """Each as it was put, one behind the other; a small tensor stays where it is, and a small model has no file."""
+    assert mapped.WeightFile.for_large(mapped.LARGE_BYTES - 1, tmp_path) is None
+    weights = mapped.WeightFile.for_large(mapped.LARGE_BYTES, tmp_path)
+    assert weights is not None
+    arrays = [RNG.normal(size=(size, 200)).astype(dtype) for size, dtype in ((200, np.float32), (301, np.float64))]
+    put = [weights.put(onnx_ir.Tensor(array, name=f"w{number}")) for number, array in enumerate(arrays)]
+    for tensor, array in zip(put, arrays, strict=True):
+        assert isinstance(tensor, onnx_ir.ExternalTensor)
+        assert tensor.offset is not None
+        assert tensor.offset % mapped.ALIGNMENT_BYTES == 0
+        np.testing.assert_array_equal(tensor.numpy(), array)
+    small = onnx_ir.Tensor(np.zeros(3, np.float32))
+    assert weights.put(small) is small
+    weights.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_editor_s_large_constants_lie_in_its_file(tmp_path: Path) -> None:
+    """New ones, and those that get other numbers; the model runs on them, and without a file they are in memory."""
+    square = (WIDTH, WIDTH)
+    for weights in (mapped.WeightFile(tmp_path), None):
+        model = load(layers(tmp_path / "model.onnx", 1)).clone()
+        editor = Editor(model, weights)
+        value = next(value for value in model.graph.initializers.values() if value.shape == square)
+        editor.replace_numbers(value, np.eye(WIDTH))
+        new = editor.constant(model.graph, np.ones(square, np.float32), "new")
+        kinds = {isinstance(one.const_value, onnx_ir.ExternalTensor) for one in (value, new)}
+        assert kinds == {weights is not None}
+        with session_of(model) as session:
+            assert run(session, {"x": np.zeros((1, WIDTH), np.float32)})

@@ -17,16 +17,20 @@ from numpy.typing import NDArray
 
 from modelpress_compression.graph.read import constant_tensor, graph_of
 from modelpress_compression.inputs import Array
+from modelpress_compression.mapped import WeightFile
 from modelpress_compression.model import Model
 
 Inputs = Sequence[onnx_ir.Value | None]
 
 
 class Editor:
-    """Changes a model that belongs to the caller. New names never meet old ones, in any graph of the model."""
+    """Changes a model that belongs to the caller. New names never meet old ones, in any graph of the model.
 
-    def __init__(self, model: Model) -> None:
-        self.ir = model.ir
+    `weights`: the file that large constants go to, new ones and those that get other numbers; None: to memory.
+    """
+
+    def __init__(self, model: Model, weights: WeightFile | None = None) -> None:
+        self.ir, self._weights = model.ir, weights
         self._names: set[str] = set()
         for graph in model.graphs():
             self._names.update(value.name for value in graph.inputs if value.name)
@@ -52,7 +56,7 @@ class Editor:
 
     def hold(self, graph: onnx_ir.Graph, tensor: onnx_ir.TensorProtocol, wish: str) -> onnx_ir.Value:
         """A new initializer of `graph` with a tensor as it is."""
-        name = self.name(wish)
+        name, tensor = self.name(wish), self._weights.put(tensor) if self._weights is not None else tensor
         value = onnx_ir.Value(
             name=name,
             type=onnx_ir.TensorType(tensor.dtype),
@@ -61,6 +65,12 @@ class Editor:
         )
         graph.register_initializer(value)
         return value
+
+    def replace_numbers(self, value: onnx_ir.Value, array: Array) -> None:
+        """As the function of this name."""
+        replace_numbers(value, array)
+        if self._weights is not None and value.producer() is None and value.const_value is not None:
+            value.const_value = self._weights.put(value.const_value)
 
     def make(
         self,

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from modelpress_compression.graph.shapes import sample_shapes
 from modelpress_compression.holding_out import parted
+from modelpress_compression.mapped import WeightFile
 from modelpress_compression.measure.fidelity import KnownOutputs
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, Skip
@@ -25,7 +28,7 @@ MAX_SAMPLES = 64
 MIN_SAMPLES = 8  # with fewer, all of them calibrate, and judge
 # Share of the error at the outputs that must go.
 LEAST_GAIN = 0.2  # 1 dB: less may be of these samples alone
-MAX_BYTES = 1024**3  # 1 GiB: of the weights that take rotations in, which memory holds
+MAX_BYTES = 1024**3  # 1 GiB: of the weights that take rotations in; to try more takes many minutes
 
 # The model in fewer bits, made quickly: what is tried, rotated and not.
 Trial = Callable[[Model, Context], Model]
@@ -55,11 +58,14 @@ def with_rotated_streams(
         findings.skipped.append(Skip("model", why))
     if not streams or size > MAX_BYTES:
         return model
-    rotate(turned, streams)
+    weights = WeightFile.for_large(model.weight_bytes(), context.work_directory)
+    rotate(turned, streams, weights=weights)
     if tries:
         reason = why_not_rotated(*_errors((model, turned), context, quickly))
         if reason is not None:
             findings.skipped.append(reason)
+            if weights is not None:
+                weights.remove()
             return model
     findings.changes[ROTATED] = len(streams)
     return turned
@@ -80,5 +86,10 @@ def _errors(models: Sequence[Model], context: Context, quickly: Trial) -> list[f
     count = len(samples) // (samples.fixed_batch or 1)
     halves = parted(samples, every=2) if count >= MIN_SAMPLES else (samples, samples)
     calibrating, judging = (replace(context, data=half, progress=lambda share, message: None) for half in halves)
-    known = KnownOutputs()
-    return [output_distances(models[0], quickly(model, calibrating), judging, known).error for model in models]
+    known, errors = KnownOutputs(), []
+    for model in models:
+        # What is made on the way goes at once.
+        with TemporaryDirectory(dir=context.work_directory, prefix="trial-") as folder:
+            quick = quickly(model, replace(calibrating, work_directory=Path(folder)))
+            errors.append(output_distances(models[0], quick, judging, known).error)
+    return errors

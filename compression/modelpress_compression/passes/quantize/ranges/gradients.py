@@ -26,6 +26,7 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.encodings.weight import QuantizedWeight
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.outputs import tensor_outputs
 from modelpress_compression.graph.padding import counted_among, counted_positions
@@ -60,8 +61,8 @@ class GradientProbe:
     """Estimates trials on one model, that of `setup`; made by `gradient_probe`.
 
     `outputs`: names of the float outputs. `activations`: by the activation's name, that of a value which those alone
-    read who would read it in 8 bits. `weights`: by the name of the layer's output, that of its weight and what 8 bits
-    change of it. `workers`: how many samples are looked at at a time.
+    read who would read it in 8 bits. `weights`: by the name of the layer's output, that of its weight and the weight in
+    8 bits. `workers`: how many samples are looked at at a time.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class GradientProbe:
         executor: Executor,
         outputs: Sequence[str],
         activations: Mapping[str, str],
-        weights: Mapping[str, tuple[str, Tensor]],
+        weights: Mapping[str, tuple[str, QuantizedWeight]],
         samples: InputData,
         workers: int,
     ) -> None:
@@ -138,7 +139,8 @@ class GradientProbe:
         import torch
 
         if trial.is_weight:
-            return self._weights[trial.name][1]
+            # Made anew as well: the changes of all weights would be as large as the model.
+            return torch.from_numpy(self._weights[trial.name][1].dequantize()) - value
         parameters = trial.parameters
         if parameters is None:
             extremes = Range(float(value.min()), float(value.max()))
@@ -186,19 +188,16 @@ def gradient_probe(setup: QuantizationSetup, samples: InputData | None = None) -
     return GradientProbe(setup, executor, outputs, activations, weights, samples, workers)
 
 
-def _own_weights(plan: Plan, store: WeightStore) -> dict[str, tuple[str, Tensor]]:
+def _own_weights(plan: Plan, store: WeightStore) -> dict[str, tuple[str, QuantizedWeight]]:
     """Gives each layer of a plan a weight that no other reads. By the name of the layer's output: that of the weight,
-    and what 8 bits change of it."""
-    import torch
-
+    and the weight in 8 bits."""
     # All are rounded before any gets another name, since rounders know weights by their names.
-    rounded = {node: store.layer(node).dequantize() for node in plan.layers}
+    rounded = {node: store.layer(node) for node in plan.layers}
     found = {}
-    for node, values in rounded.items():
-        weight = store.array(node.inputs[1])
-        mine = store.editor.constant(plan.graph, weight, f"{label(node)}_weight")
+    for node, quantized in rounded.items():
+        mine = store.editor.constant(plan.graph, store.array(node.inputs[1]), f"{label(node)}_weight")
         node.replace_input_with(1, mine)
-        found[node.outputs[0].name or ""] = (mine.name or "", torch.from_numpy(values - weight))
+        found[node.outputs[0].name or ""] = (mine.name or "", quantized)
     return found
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
-from modelpress_compression.graph.edit import Editor, replace_numbers
+from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.read import (
     MICROSOFT,
     attribute,
@@ -62,7 +62,7 @@ class Slot:
         """Gives the operand other numbers, in its type; `what`: appended to its name where others read it too."""
         value = required(self.node, self.index)
         if len(value.uses()) == 1 and not value.is_graph_output():
-            replace_numbers(value, numbers)
+            editor.replace_numbers(value, numbers)
             return
         new = editor.constant(graph_of(self.node), numbers.astype(self.array.dtype), f"{value.name or 'weight'}_{what}")
         self.node.replace_input_with(self.index, new)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor, clean
+from modelpress_compression.mapped import WeightFile
 from modelpress_compression.model import Model
 from modelpress_compression.passes.quantize.scaling.streams import Stream
 
@@ -66,9 +67,12 @@ class Rotation:
         return np.asarray(values.reshape(rows.shape) / np.sqrt(self._power), np.float64)
 
 
-def rotate(model: Model, streams: Sequence[Stream], seed: int = 0) -> None:
-    """Turns the model's streams in place, by the weights around them. The answers stay, up to rounding in float32."""
-    editor = Editor(model)
+def rotate(model: Model, streams: Sequence[Stream], seed: int = 0, weights: WeightFile | None = None) -> None:
+    """Turns the model's streams in place, by the weights around them. The answers stay, up to rounding in float32.
+
+    `weights`: the file that turned weights go to; None: to memory.
+    """
+    editor = Editor(model, weights)
     for stream in streams:
         rotation = Rotation(stream.channels, seed)
         for fold in stream.folds:

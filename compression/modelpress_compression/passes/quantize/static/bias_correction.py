@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from modelpress_compression.encodings.products import added_bias
 from modelpress_compression.graph.edit import Editor, set_input
-from modelpress_compression.graph.linear import parts_along
 from modelpress_compression.graph.read import constant_array, graph_of, input_of, is_constant, label
 from modelpress_compression.graph.watch import stream
 from modelpress_compression.graph.watch.portions import portions
@@ -52,9 +51,9 @@ def mean_shifts(setup: QuantizationSetup, parameters: Parameters) -> Shifts:
         names = [name for pair in together for name in pair]
         for tensors in stream(copy, names, samples, setup.context.check_time, padding=False):
             for name, twin in together:
-                shift, positions = summed_difference(tensors[twin], tensors[name], twins[name][1])
+                changed, plain = (channel_sums(tensors[one], twins[name][1]) for one in (twin, name))
                 total, count = sums[name]
-                sums[name] = (total + shift, count + positions)
+                sums[name] = (total + (changed[0] - plain[0]), count + plain[1])
     return {name: total / count for name, (total, count) in sums.items() if count and np.isfinite(total).all()}
 
 
@@ -84,15 +83,10 @@ def channel_axis(node: onnx_ir.Node) -> int:
     return 1 if node.op_type == "Conv" else -1
 
 
-def summed_difference(changed: Array, plain: Array, axis: int) -> tuple[NDArray[np.float64], int]:
-    """What `changed` has more than `plain`, summed over the positions of each channel: [channels]; and how many
-    positions there are."""
-    sums = np.zeros(changed.shape[axis])
-    for part, other in zip(parts_along(changed, axis), parts_along(plain, axis), strict=True):
-        difference = part.astype(np.float32, copy=False) - other.astype(np.float32, copy=False)
-        others = tuple(np.delete(np.arange(difference.ndim), axis).tolist())
-        sums += difference.sum(axis=others, dtype=np.float64)
-    return sums, changed.size // max(changed.shape[axis], 1)
+def channel_sums(values: Array, axis: int) -> tuple[NDArray[np.float64], int]:
+    """The sum over the positions of each channel, [channels], and how many positions there are."""
+    others = tuple(np.delete(np.arange(values.ndim), axis).tolist())
+    return values.sum(axis=others, dtype=np.float64), values.size // max(values.shape[axis], 1)
 
 
 def can_shift(node: onnx_ir.Node) -> bool:

@@ -25,6 +25,7 @@ from modelpress_compression.decibels import decibels
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.read import label, required
 from modelpress_compression.graph.watch import Listener
+from modelpress_compression.mapped import WeightFile
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context, is_excluded
 from modelpress_compression.passes.quantize.config import QuantizeConfig
@@ -133,7 +134,7 @@ def _move_scales(
     model: Model, layers: list[onnx_ir.Node], config: QuantizeConfig, context: Context, findings: Findings
 ) -> None:
     """Equalization and SmoothQuant, in place: the float model answers as before, and is easier to quantize."""
-    editor = Editor(model)
+    editor = Editor(model, WeightFile.for_large(model.weight_bytes(), context.work_directory))
     if config.equalize and (count := equalize(model, layers, editor)):
         findings.changes[_EQUALIZED] = count
     if config.smooth_quant and context.data.can_be_fitted and layers:

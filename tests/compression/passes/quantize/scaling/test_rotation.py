@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx_ir
 import pytest
+from modelpress_compression import mapped
+from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
-from modelpress_compression.passes.base import PassResult
+from modelpress_compression.passes.base import Context, PassResult
+from modelpress_compression.passes.quantize import rotate as rotate_step
+from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.report import Findings
+from modelpress_compression.passes.quantize.rotate import with_rotated_streams
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
@@ -106,3 +114,36 @@ def test_always_says_why_not(mlp: Model, vectors, build, rng, quantize: Apply) -
     assert any("its residual stream was not rotated: 's2' is an output of the model" in reason for reason in reasons)
     result = quantize(decoder(build, rng, 25), tokens(rng, 16), scheme="dynamic", rotate="always", exclude=["*"])
     assert not result.changed
+
+
+def test_of_a_large_model_turned_weights_lie_in_a_file(
+    build: Callable[..., Model], rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers; what was tried is gone from the folder, and so is the file where no rotation is taken."""
+    model = decoder(build, rng, 25)
+    data = InputData(model.inputs, dict(tokens(rng, 16)), True)
+    config, context = QuantizeConfig(scheme="weight_only", weights="int4"), Context(data, tmp_path)
+
+    def turned(error_of_turned: float) -> Model:
+        errors = iter((1.0, error_of_turned))
+
+        def quickly(one: Model, few: Context) -> Model:
+            (few.work_directory / "left behind").touch()
+            return one
+
+        monkeypatch.setattr(rotate_step, "output_distances", lambda *_: SimpleNamespace(error=next(errors)))
+        return with_rotated_streams(model, config, context, Findings(), quickly)
+
+    expected = turned(0.1)
+    monkeypatch.setattr(mapped, "LARGE_BYTES", 0)
+    monkeypatch.setattr(mapped, "MAPPED_BYTES", 4096)
+    assert turned(1.0) is model
+    assert not list(tmp_path.iterdir())
+    found = turned(0.1)
+    assert len(list(tmp_path.iterdir())) == 1
+    inside = {name for name, value in found.graph.initializers.items() if value.const_value.nbytes >= 4096}  # type: ignore[union-attr]
+    assert inside == {"table", "head", *(f"{name}{block}" for name in ("up", "down") for block in range(2))}
+    for name in inside:
+        tensor = found.graph.initializers[name].const_value
+        assert isinstance(tensor, onnx_ir.ExternalTensor)
+        np.testing.assert_array_equal(tensor.numpy(), expected.graph.initializers[name].const_value.numpy())  # type: ignore[union-attr]

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir
 import pytest
+from modelpress_compression import mapped
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
@@ -55,3 +57,28 @@ def test_the_model_is_left_alone(cnn: Model, quantizer: StaticQuantizer, images:
     full_shifts(replace(quantizer.setup, plan=plan), quantizer.ranges.on(plan))
     np.testing.assert_array_equal(mean_output(quantizer.quantize()[0], images), before)
     assert "corrected" not in " ".join(node.name or "" for node in quantizer.setup.model.graph)
+
+
+def test_of_a_large_model_the_rounded_weights_lie_in_a_file(
+    quantizer: StaticQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shifts are those of a small one (1e-6), and nothing is left behind."""
+    setup, parameters = replace(quantizer.setup, plan=quantizer.plan), quantizer.ranges.on(quantizer.plan)
+    expected = full_shifts(setup, parameters)
+    monkeypatch.setattr(mapped, "LARGE_BYTES", 0)
+    monkeypatch.setattr(mapped, "MAPPED_BYTES", 512)
+    mapping, opened = mapped._mapped, []
+
+    def counted(tensor: onnx_ir.TensorProtocol, path: Path, offset: int) -> onnx_ir.ExternalTensor:
+        opened.append(path.parent.parent)
+        return mapping(tensor, path, offset)
+
+    monkeypatch.setattr(mapped, "_mapped", counted)
+    before = set(tmp_path.iterdir())
+    found = full_shifts(setup, parameters)
+    assert len(opened) == len(quantizer.plan.layers)
+    assert set(opened) == {tmp_path}
+    assert set(tmp_path.iterdir()) == before
+    assert sorted(found) == sorted(expected)
+    for name, shift in found.items():
+        np.testing.assert_allclose(shift, expected[name], rtol=1e-6, atol=1e-9)
