@@ -34,8 +34,9 @@ MAX_SAMPLES = 128
 # Fewer that are held out say too little.
 MIN_HELD_OUT = 4
 MAX_SUMS_BYTES = 512 * 1024**2  # 512 MiB: of one batch
-# Factorizing takes some four copies more, so that the largest stays within 1 GiB.
-MAX_BYTES = 200 * 1024**2  # 200 MiB: of one H, 5120 inputs
+MAX_BYTES = 200 * 1024**2  # 200 MiB: of one H, 5120 inputs; with what factorizing takes, the largest stays in 1 GiB
+_FACTORIZING_COPIES = 4
+_WATCHED_COPIES = 2  # onnxruntime's, and what it hands out
 # Rows for each input of a layer: more only takes time.
 ROWS_PER_INPUT = 8
 ROWS = (4096, 65536)  # fewest and most rows of a layer, where the data has as many
@@ -74,7 +75,10 @@ def _held_out(samples: InputData) -> frozenset[int]:
 
 
 class Hessians:
-    """Of the second inputs of a model's MatMul, Gemm and Conv nodes; the model may be changed once this is made."""
+    """Of the second inputs of a model's MatMul, Gemm and Conv nodes; the model may be changed once this is made.
+
+    `held_bytes`: of memory at the most, while one batch is gathered or one H factorized.
+    """
 
     def __init__(
         self, model: Model, context: Context, only: Collection[str] | None = None, *, holds_out: bool = False
@@ -97,7 +101,9 @@ class Hessians:
             self._plan(weight, nodes, model)
         copies = 2 if self._unseen else 1
         jobs = list({job.readings: job for job in self._jobs.values()}.values())
-        self._batches = _batches(jobs, copies, sample_bytes(model, _names(jobs), context.data))
+        read_bytes = sample_bytes(model, _names(jobs), context.data)
+        self._batches = _batches(jobs, copies, read_bytes)
+        self.held_bytes = max((_held_bytes(batch, copies, read_bytes) for batch in self._batches), default=0)
         self._model = model.clone()
 
     def _plan(self, weight: onnx_ir.Value, nodes: Sequence[onnx_ir.Node], model: Model) -> None:
@@ -173,6 +179,13 @@ def _batches(jobs: Sequence[_Job], copies: int, read_bytes: Mapping[str, int]) -
         else:
             batches.append([job])
     return batches
+
+
+def _held_bytes(batch: Sequence[_Job], copies: int, read_bytes: Mapping[str, int]) -> int:
+    """Of a batch: its sums, and what one sample makes of their inputs, or a factorization's copies of the largest H."""
+    sums = copies * sum(job.size_bytes for job in batch)
+    seen = _WATCHED_COPIES * sum(read_bytes[name] for name in _names(batch))
+    return sums + max(seen, _FACTORIZING_COPIES * max(job.size_bytes for job in batch))
 
 
 def _gather(

@@ -35,7 +35,10 @@ from modelpress_compression.inputs import InputData
 from modelpress_compression.mapped import is_large
 from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.parallel import workers_within
+from modelpress_compression.passes.base import Context
+from modelpress_compression.passes.hessians import Hessians
 from modelpress_compression.passes.quantize.reconstruction.rounders import METHODS
+from modelpress_compression.passes.quantize.rounding.gptq import rounds_by_data
 from modelpress_compression.passes.quantize.scaling.streams import find_streams
 from modelpress_compression.passes.quantize.static import bias_correction, full_bias_correction
 from modelpress_compression.passes.repair import least_squares, paired
@@ -72,6 +75,8 @@ class Cost:
     `streams`: of a large model no more copies are held than sessions need. `gradients`: whether it needs gradients of
     the outputs, for which the activations of whole samples are held. `watches`: whether it looks at activations.
     `keeps`: of how many samples it keeps activations to go on from, and how many bytes of them at the most.
+    `holds`: bytes besides, of what it has found of the data. `large`: copies in `memory` where the model is large and
+    `streams` does not hold; None: the same. `makes`: copies of a large model's weights that it writes besides.
 
     Runs are those of the float model that take as long: an unoptimized or instrumented model counts for several.
     """
@@ -84,13 +89,16 @@ class Cost:
     streams: bool = True
     watches: bool = False
     keeps: tuple[int, int] = (0, 0)
+    holds: int = 0
+    large: float | None = None
+    makes: float = 0.0
 
 
-# Of two models; while a piece runs, what it starts from and what it makes, which are smaller than the largest value.
+# Of two models, or twice of one: while a piece runs, what it starts from and what it makes.
 _KEPT_COPIES = 2
 _CORRECTION = bias_correction.MAX_SAMPLES, _KEPT_COPIES * full_bias_correction.MAX_KEPT_BYTES
 _REPAIR = least_squares.MAX_SAMPLES, _KEPT_COPIES * paired.MAX_KEPT_BYTES
-GOAL = Cost(100, 60, 10.0, 3.0, gradients=True, watches=True, keeps=_CORRECTION)
+GOAL = Cost(100, 60, 10.0, 3.0, gradients=True, watches=True, keeps=_CORRECTION, makes=3.0)
 MEASURING = Cost(300, 4, 4.0, 0.0)
 # Of a goal that searches as far as it can: some ten models are cut and judged, and two of them quantized.
 LEVERS = Cost(800, 500, 10.0, 8.0, gradients=True, watches=True, keeps=_REPAIR)
@@ -98,8 +106,11 @@ TRAININGS = 5  # of cut models, in such a search
 TRIED_CUTS = 4  # by `prune` with `min_cosine`; more where layers bear little
 _LIGHT = Cost(20, 1, 4.0, 1.0)
 _STEPS = {
-    "quantize auto": Cost(100, 45, 10.0, 4.0, gradients=True, watches=True, keeps=_CORRECTION),
-    "quantize static": Cost(100, 25, 10.0, 2.0, gradients=True, streams=False, watches=True, keeps=_CORRECTION),
+    "quantize auto": Cost(100, 45, 10.0, 4.0, gradients=True, watches=True, keeps=_CORRECTION, makes=2.0),
+    # Large: numbers and gradients of the weights, their 8 bits, and a session.
+    "quantize static": Cost(
+        100, 25, 10.0, 2.0, gradients=True, streams=False, watches=True, keeps=_CORRECTION, large=4.0, makes=2.0
+    ),
     "prune channel": Cost(100, 30, 6.0, 2.0, streams=False, watches=True, keeps=_REPAIR),
     "factorize": Cost(100, 30, 8.0, 2.0, streams=False, watches=True, keeps=_REPAIR),
 }
@@ -154,7 +165,9 @@ def needs(recipe: Recipe, model: Model, path: Path, data: InputData, *, judged: 
         copies_bytes += min(LEARNING_BYTES, _LEARNING_COPIES * min(_LEARNING_SAMPLES, len(data)) * sum(made))
     memory_bytes = held_bytes() + fixed_bytes + copies_bytes
     # What weights in fewer bits of a large model stand for is in a file while a session opens (see `prefold`).
-    disk_bytes = model_bytes * (1 + is_large(model_bytes) + sum(cost.disk for cost in costs))
+    disk = 1 + sum(cost.disk for cost in costs)
+    disk += is_large(model_bytes) * (1 + sum(cost.makes for cost in costs))
+    disk_bytes = model_bytes * disk
     time_s = runs * (run_s + OVERHEAD_S)
     if levers:
         training_s = TRAINING_RUNS * EPOCHS * len(data) * (run_s + OVERHEAD_S)
@@ -186,14 +199,14 @@ def check_room(needs: Needs, work_directory: Path, memory_limit_bytes: int | Non
 def held_activations(cost: Cost, made: Sequence[int], samples: int) -> float:
     """Bytes of activations, and of their gradients, that are held at the most. `made`: of each value of a sample."""
     if not cost.watches:
-        return 0.0
+        return float(cost.holds)
     total, largest = sum(made), max(made, default=0)
     watched = WATCHED_COPIES * min(total, max(WATCHED_BYTES, largest))
     kept_samples, kept_bytes = cost.keeps
     kept = min(kept_bytes, _KEPT_COPIES * min(kept_samples, samples) * largest)
     one = GRADIENT_COPIES * total if cost.gradients else 0.0
     gradients = one * workers_within(MAX_GRADIENT_BYTES, one) if one <= MAX_GRADIENT_BYTES else 0.0
-    return max(watched + kept, gradients)
+    return max(watched + kept, gradients, cost.holds)
 
 
 def _costs(recipe: Recipe, model: Model, data: InputData) -> Iterator[Cost]:
@@ -211,9 +224,16 @@ def _costs(recipe: Recipe, model: Model, data: InputData) -> Iterator[Cost]:
             runs_per_sample=tried * cost.runs_per_sample,
             memory=cost.memory + rotated * ROTATED_COPIES,
             disk=count * cost.disk,
-            # Rounding by the data's products looks at the inputs of weights.
-            watches=cost.watches or (_kind(step) == "quantize weight_only" and data.can_be_fitted),
+            makes=cost.makes + rotated * ROTATED_COPIES,
+            holds=_held_by_rounding(step, model, data),
         )
+
+
+def _held_by_rounding(step: Step, model: Model, data: InputData) -> int:
+    """Where weights are rounded by the products of their inputs: of these, which are gathered batch by batch."""
+    if step.technique != "quantize" or not rounds_by_data(step.config) or not data.can_be_fitted:
+        return 0
+    return Hessians(model, Context(data, Path()), holds_out=True).held_bytes
 
 
 def _may_rotate(step: Step, model: Model, data: InputData) -> bool:
@@ -242,8 +262,10 @@ def _learns(step: Step) -> bool:
 
 def _copies(cost: Cost, model_bytes: int) -> float:
     """Of the weights, at the most."""
-    if not cost.streams or not is_large(model_bytes):
+    if not is_large(model_bytes):
         return cost.memory
+    if not cost.streams:
+        return cost.memory if cost.large is None else cost.large
     pairs = fit_together((model_bytes, model_bytes))
     return min(cost.memory, 1.5 + SPARE_BYTES / model_bytes if pairs else 1.0 + NEW_WEIGHTS)
 

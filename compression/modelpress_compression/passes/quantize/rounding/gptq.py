@@ -193,6 +193,11 @@ def _rounded(
     return linear.weight(gptq(weights, scales, lows, highs, *sums()), weight.shape)
 
 
+def rounds_by_data(config: QuantizeConfig) -> bool:
+    """Whether all weights are rounded by the products of their inputs."""
+    return config.rounding in _ASKING or (config.rounding == "auto" and config.is_narrow)
+
+
 def make_rounder(
     model: Model, config: QuantizeConfig, context: Context, findings: Findings, only: Collection[str] | None = None
 ) -> Rounder:
@@ -201,8 +206,7 @@ def make_rounder(
     `rounding: auto` is GPTQ for 4 bits, where that gains much, and to the nearest for 8; static quantization, which
     knows the error of each weight, decides layer by layer and names those in `only`.
     """
-    wanted = config.rounding in _ASKING or (config.rounding == "auto" and (only or config.is_narrow))
-    if not wanted:
+    if not (rounds_by_data(config) or (config.rounding == "auto" and only)):
         return NearestRounder()
     if not context.data.can_be_fitted:
         if config.rounding in _ASKING:
