@@ -20,6 +20,7 @@ import onnx_ir
 from onnx_ir.passes import common
 
 from modelpress_compression.errors import CompressionError, ModelNotRunnableError, RejectedModelError
+from modelpress_compression.graph.read import is_op
 from modelpress_compression.graph.shapes import infer_shapes, values_of
 from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.loaders.strided_views import reshape_strided_views
@@ -31,6 +32,8 @@ OVERRIDABLE_IR_VERSION = 4
 MIN_OPSET = 13  # QuantizeLinear with an axis
 # 17 has LayerNormalization; 13 is tried where that fails.
 _TARGETS = (17, MIN_OPSET)
+
+_RESIZE_WITH_COORDINATES = 11
 
 _NO_NAMES = ("", "?", "-1", "None", "unk")
 
@@ -212,4 +215,17 @@ def _convert(model: Model, target: int) -> Model | None:
         return None
     if converted.opset != target or [value.name for value in converted.graph.outputs] != outputs:
         return None
+    if model.opset < _RESIZE_WITH_COORDINATES <= target:
+        _resize_as_before(converted)
     return converted
+
+
+def _resize_as_before(converted: Model) -> None:
+    """Up to opset 10 Upsample and Resize had one way to find coordinates. The converter leaves that to the defaults of
+    opset 11, which are others."""
+    for node in converted.nodes():
+        if is_op(node, "Resize"):
+            node.attributes["coordinate_transformation_mode"] = onnx_ir.AttrString(
+                "coordinate_transformation_mode", "asymmetric"
+            )
+            node.attributes["nearest_mode"] = onnx_ir.AttrString("nearest_mode", "floor")

@@ -12,6 +12,7 @@ from modelpress_compression.errors import ModelNotRunnableError
 from modelpress_compression.loaders import load
 from modelpress_compression.model import MAX_IR_VERSION, MAX_OPSET
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import InferenceSession
 from oracles.plain_run import run_onnx
 
 
@@ -99,6 +100,31 @@ def test_old_operator_sets_are_raised(tmp_path: Path, make: SimpleNamespace, ops
     x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
     wanted = np.exp(x) / np.exp(x).sum(1, keepdims=True)
     np.testing.assert_allclose(run_onnx(model, [{"x": x}])[0]["y"], wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize(("operator", "opset"), [("Upsample", 9), ("Resize", 10)])
+@pytest.mark.parametrize("factors", [(2.0, 2.0), (1.5, 2.5)])
+def test_images_are_enlarged_as_before(  # type: ignore[no-untyped-def]
+    tmp_path: Path, make: SimpleNamespace, operator, opset, mode, factors
+) -> None:
+    """Newer operator sets find coordinates otherwise by default; outputs are those of the file, equal to 1e-6."""
+    path = make.write_onnx(
+        make.onnx_model(
+            [helper.make_node(operator, ["x", "scales"], ["y"], mode=mode)],
+            inputs={"x": [1, 2, "h", "w"]},
+            outputs={"y": [1, 2, "h2", "w2"]},
+            initializers=[numpy_helper.from_array(np.asarray([1, 1, *factors], np.float32), "scales")],
+            opset=opset,
+            ir_version=4,
+        ),
+        tmp_path / "m.onnx",
+    )
+    model = load(path)
+    assert model.opset == 17
+    x = {"x": np.random.default_rng(0).standard_normal((1, 2, 5, 7)).astype(np.float32)}
+    (expected,) = InferenceSession(path).run(None, x)
+    np.testing.assert_allclose(run_onnx(model, [x])[0]["y"], expected, atol=1e-6)
 
 
 def test_files_newer_than_onnxruntime(tmp_path: Path, make: SimpleNamespace) -> None:
