@@ -40,8 +40,8 @@ def main() -> None:
     told: list[preflight.Needs] = []
     estimate = preflight.needs
 
-    def needs(recipe: Recipe, original: Model, path: Path, samples: InputData) -> preflight.Needs:
-        told.append(estimate(recipe, original, path, samples))
+    def needs(recipe: Recipe, original: Model, path: Path, samples: InputData, *, judged: bool) -> preflight.Needs:
+        told.append(estimate(recipe, original, path, samples, judged=judged))
         return told[-1]
 
     run.needs = needs

@@ -46,14 +46,14 @@ def held_out(data: InputData, every: int = HELD_OUT) -> frozenset[int]:
 def parted(data: InputData, every: int = HELD_OUT) -> tuple[InputData, InputData]:
     """The samples to fit to, and those that are held out; nothing is copied."""
     held = held_out(data, every)
-    feeds = range(len(data) // (data.fixed_batch or 1))
+    feeds = range(data.feed_count)
     return data.only([feed for feed in feeds if feed not in held]), data.only(sorted(held))
 
 
 def random_share(data: InputData, share: float, seed: int) -> tuple[Indices, Indices]:
     """Indices of samples: those to train with, in a random order, and about this share of all, held out, in theirs."""
     order = np.random.default_rng(seed).permutation(len(data)).astype(np.int64)
-    groups, unit = groups_of_alike(data), data.fixed_batch or 1
+    groups, unit = groups_of_alike(data), data.feed_size
     sizes = np.bincount(groups)
     left = max(1, round(len(data) * share / unit)) * unit
     if len(sizes) < 2 or sizes.min() > len(data) - unit:
@@ -69,8 +69,7 @@ def random_share(data: InputData, share: float, seed: int) -> tuple[Indices, Ind
 
 def _groups_of_feeds(data: InputData) -> Indices:
     """The group of each feed; feeds of several samples go together where any of these are alike."""
-    size = data.fixed_batch or 1
-    count = len(data) // size
+    size, count = data.feed_size, data.feed_count
     groups = groups_of_alike(data)[: count * size]
     _, first = np.unique(groups, return_index=True)
     return joined(count, np.arange(len(groups)) // size, first[groups] // size)

@@ -81,7 +81,7 @@ class InputData:
         found = [text for spec in self.specs if (text := _integers_for_floats(spec, self.arrays[spec.name]))]
         if self.provided and not self.varied:
             found.append("all samples are the same: ranges and agreement measured on them say nothing about others.")
-        elif self.provided and len(self) <= (self.fixed_batch or 1):
+        elif self.provided and len(self) <= self.feed_size:
             found.append(
                 "there is one sample alone: ranges and agreement measured on it say next to nothing about others. "
                 "Give some dozens that differ as real inputs do."
@@ -109,6 +109,16 @@ class InputData:
         fixed = [size for size in sizes if isinstance(size, int)]
         return fixed[0] if len(fixed) == 1 and not self.whole_feeds else None
 
+    @property
+    def feed_size(self) -> int:
+        """How many samples the smallest feed has: one, or the model's fixed batch."""
+        return self.fixed_batch or 1
+
+    @property
+    def feed_count(self) -> int:
+        """How many of these there are: of `feeds(1)`."""
+        return len(self) // self.feed_size
+
     def feeds(self, batch_size: int = 1, limit: int | None = None) -> Iterator[Feeds]:
         """Feeds of `batch_size` samples (or the model's own fixed batch), at most `limit` samples, in order.
 
@@ -135,7 +145,7 @@ class InputData:
 
         Where the model insists on larger batches, as many as fill one. Nothing is copied.
         """
-        count = max(limit, self.fixed_batch or 1)
+        count = max(limit, self.feed_size)
         if len(self) <= count:
             return self
         step, rest = divmod(len(self), count)
@@ -153,7 +163,7 @@ class InputData:
 
     def only(self, feeds: Sequence[int]) -> InputData:
         """The samples of these feeds of `feeds(1)`; nothing is copied."""
-        size = self.fixed_batch or 1
+        size = self.feed_size
         rows = [row for feed in feeds for row in range(feed * size, (feed + 1) * size)]
         return self._sliced(np.asarray(rows, np.int64))
 

@@ -199,3 +199,11 @@ def test_one_sample_and_equal_samples_are_pointed_out() -> None:
     assert "one sample alone" in InputData.from_arrays({"x": images(1)}, IMAGE).oddities[0]
     same = np.repeat(images(1), 5, axis=0)
     assert "all samples are the same" in InputData.from_arrays({"x": same}, IMAGE).oddities[0]
+
+
+@pytest.mark.parametrize(("extent", "size", "count"), [("n", 1, 7), (3, 3, 2)])
+def test_feeds_are_counted(extent: str | int, size: int, count: int) -> None:
+    """One for each sample, or for each whole batch that the model insists on."""
+    data = InputData.from_arrays({"x": np.zeros((7, 2), np.float32)}, (TensorSpec("x", "float32", (extent, 2)),))
+    assert (data.feed_size, data.feed_count) == (size, count)
+    assert [len(feed["x"]) for feed in data.feeds(1)] == [size] * count

@@ -242,7 +242,7 @@ def compare_answers(
         for name, total in sums.items():
             holds = False if name in values else name in classes or None
             total.add(before[name], after.get(partners.get(name, "")), holds, mask)
-        samples += data.fixed_batch or 1
+        samples += data.feed_size
     return _summary("provided" if data.provided else "synthetic", samples, sums)
 
 

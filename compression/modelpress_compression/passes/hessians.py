@@ -192,7 +192,7 @@ def _gather(
     model: Model, batch: Sequence[_Job], samples: InputData, unseen: frozenset[int], context: Context
 ) -> dict[frozenset[Reading], tuple[Matrix, Matrix | None]]:
     """Streams the samples through the model; the second sums are of the `unseen` ones."""
-    count = max(1, len(samples) // (samples.fixed_batch or 1))
+    count = max(1, samples.feed_count)
     sums = {job.readings: (_Sum(job, count), _Sum(job, count) if unseen else None) for job in batch}
     for index, found in enumerate(stream(model, _names(batch), samples, context.check_time)):
         for job in batch:

@@ -280,13 +280,13 @@ def _one_run(path: Path, data: InputData) -> tuple[float, int]:
     session = open_session(path)
     before = held_bytes()
     times_s = []
-    for feed in list(data.feeds(1, limit=RUNS_TIMED * (data.fixed_batch or 1))) * RUNS_TIMED:
+    for feed in list(data.feeds(1, limit=RUNS_TIMED * data.feed_size)) * RUNS_TIMED:
         began = time.thread_time()
         run(session, feed)
         times_s.append(time.thread_time() - began)
         if sum(times_s) > 5.0:
             break
-    return min(times_s) / (data.fixed_batch or 1), max(0, held_bytes() - before)
+    return min(times_s) / data.feed_size, max(0, held_bytes() - before)
 
 
 def held_bytes() -> int:

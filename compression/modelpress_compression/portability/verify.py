@@ -101,7 +101,7 @@ def verify(
         "model": str(path),
         "sha256": model.provenance.sha256,
         "data": "provided" if bench.data.provided else "synthetic",
-        "samples": len(bench.feeds) * (bench.data.fixed_batch or 1),
+        "samples": len(bench.feeds) * bench.data.feed_size,
         "computes_in_8_bits": bench.atol == QUANTIZED_ATOL,
         "here": {key: found[key] for key in ("cpu", "instructions", "system", "python", "onnxruntime")},
         "places": [asdict(row) for row in rows],

@@ -39,7 +39,7 @@ def grounds(judge: Judge) -> Grounds | None:
     if not can_hold_out(data):
         return None
     fitted, held = parted(data, EVERY)
-    if _feeds(held) < MIN_JUDGING:
+    if held.feed_count < MIN_JUDGING:
         return None  # so many of them are alike
     other = replace(
         judge,
@@ -55,8 +55,4 @@ def grounds(judge: Judge) -> Grounds | None:
 
 def can_hold_out(data: InputData) -> bool:
     """Whether there is enough of it to fit to one part and judge by another."""
-    return data.vouches and _feeds(data) >= MIN_SAMPLES
-
-
-def _feeds(data: InputData) -> int:
-    return len(data) // (data.fixed_batch or 1)
+    return data.vouches and data.feed_count >= MIN_SAMPLES

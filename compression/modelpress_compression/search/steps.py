@@ -95,7 +95,7 @@ def save(model: Model, path: Path, *, weights: bool = True) -> Model:
 def broken(path: Path, data: InputData, reference: Path, backend: Backend = CPU) -> str | None:
     """Why the model in `path` cannot be used; None where it runs in the `backend`, and is finite wherever `reference`
     is."""
-    feeds = list(data.feeds(1, limit=CHECK_FEEDS * (data.fixed_batch or 1)))
+    feeds = list(data.feeds(1, limit=CHECK_FEEDS * data.feed_size))
     try:
         finite = [_finite(outputs) for outputs in map_in_order(backend.open(path).run, feeds)]
     except (ModelNotRunnableError, UnsupportedOperatorError) as error:

@@ -53,7 +53,7 @@ def width_times(
 
     Raises ModelNotRunnableError, TimeLimitError.
     """
-    few = replace(context, data=context.data.spread(_CALIBRATED * (context.data.fixed_batch or 1)))
+    few = replace(context, data=context.data.spread(_CALIBRATED * context.data.feed_size))
     models = [_narrowed(model, groups, prune, share) for share in (0.0, *MEASURED)]
     pairs = [one for narrow in models for one in _both_forms(narrow, quantize, few)]
     with context.alone():

@@ -83,6 +83,6 @@ def stream(
                 check_time()
                 yield values
                 values.clear()
-                count += samples.fixed_batch or 1
+                count += samples.feed_size
                 if done is not None:
                     done(min(1.0, count / len(samples)))

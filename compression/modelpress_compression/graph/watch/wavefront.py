@@ -72,7 +72,7 @@ class Wavefront:
         alive = self._still_needed(piece.nodes)
         # Sequences and optionals have no size to count: they are computed again.
         kept: list[Values] | None = [] if all(_is_tensor(value) for value in alive) else None
-        used_bytes, count = 0, len(self._samples) // (self._samples.fixed_batch or 1)
+        used_bytes, count = 0, self._samples.feed_count
         for values in self._run(piece):
             handed_out = {name: values[name] for name in asked}
             yield handed_out

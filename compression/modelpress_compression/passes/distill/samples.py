@@ -79,7 +79,7 @@ class DataSplit:
 def split(data: InputData, hold_out: float, batch_size: int, seed: int) -> DataSplit:
     """Holds out a random share; nothing where there are fewer than 10 samples or than two feeds."""
     train, validation = random_share(data, hold_out, seed)
-    unit = data.fixed_batch or 1
+    unit = data.feed_size
     if len(data) < LEAST_SAMPLES or min(len(train), len(validation)) < unit:
         everything = np.arange(len(data), dtype=np.int64)
         return DataSplit(data, everything, everything, batch_size)

@@ -83,7 +83,7 @@ def _errors(models: Sequence[Model], context: Context, quickly: Trial) -> list[f
     """Of two forms of one model in fewer bits at its outputs, on samples that they were not calibrated on."""
     context.progress(0.0, "trying rotations of residual streams")
     samples = context.data.spread(MAX_SAMPLES)
-    count = len(samples) // (samples.fixed_batch or 1)
+    count = samples.feed_count
     halves = parted(samples, every=2) if count >= MIN_SAMPLES else (samples, samples)
     calibrating, judging = (replace(context, data=half, progress=lambda share, message: None) for half in halves)
     known, errors = KnownOutputs(), []

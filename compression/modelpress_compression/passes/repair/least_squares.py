@@ -72,12 +72,12 @@ class Changes:
 def repair(full: Model, changed: Model, changes: Changes, context: Context) -> Repair:
     """Fits the layers of a copy of `changed` to those of `full`. Raises TimeLimitError, ModelNotRunnableError."""
     samples = context.data.spread(MAX_SAMPLES)
-    if len(samples) // (samples.fixed_batch or 1) < 2:
+    if samples.feed_count < 2:
         warning = f"{changes.layers} were not fitted anew: with one sample no fit can be checked; give more."
         return Repair(changed, warnings=(warning,))
     fitted = changed.clone()
     held = held_out(samples)
-    count = len(samples) // (samples.fixed_batch or 1)
+    count = samples.feed_count
     layers, skipped = _layers(full, fitted, changes, count, len(held))
     outputs = [value.name for value in tensor_outputs(full.graph) if value.name]
     # What both are asked for, in all: the outputs once more in the end, where the fits are judged.

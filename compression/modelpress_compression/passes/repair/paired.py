@@ -52,7 +52,7 @@ class Paired:
         context: Context,
     ) -> None:
         self._samples = samples
-        self.count = len(samples) // (samples.fixed_batch or 1)
+        self.count = samples.feed_count
         self.bytes_full, self.bytes_cut = (
             sample_bytes(model, set(names), samples) for model, names in ((full, names_full), (cut, names_cut))
         )

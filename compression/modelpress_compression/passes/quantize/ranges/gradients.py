@@ -82,7 +82,7 @@ class GradientProbe:
     def errors(self, trials: Sequence[Trial], done: Listener | None = None) -> list[float] | None:
         """The error of each trial; None: gradients are not finite. Raises ModelNotRunnableError, TimeLimitError."""
         squares, signal = np.zeros(len(trials)), 0.0
-        count = len(self._samples) // (self._samples.fixed_batch or 1)
+        count = self._samples.feed_count
         numbered = enumerate(self._samples.feeds(batch_size=1))
         with one_thread():
             found = map_in_order(lambda item: self._on(*item, trials), numbered, self._workers)

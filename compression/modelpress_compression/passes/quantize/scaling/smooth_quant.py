@@ -109,7 +109,7 @@ def _observe(model: Model, edges: Sequence[Edge], context: Context) -> dict[str,
         for edge in edges
     }
     samples = context.data.spread(MAX_SAMPLES)
-    halves = len(samples) // (samples.fixed_batch or 1) >= MIN_SAMPLES
+    halves = samples.feed_count >= MIN_SAMPLES
     each = -(-ROWS // max(1, len(samples) // (2 if halves else 1)))
     for part in portions(model, [(edge.name,) for edge in edges], samples):
         together = [edges[place] for place in part]

@@ -151,7 +151,8 @@ def store_rest(
 
 @dataclass(frozen=True)
 class _Tried:
-    """A model with its weights in some forms. `error`: of its outputs, a share of their power; `kept`: it is permitted."""
+    """A model with its weights in some forms. `error`: of its outputs, a share of their power; `kept`: whether it is
+    permitted."""
 
     result: PassResult
     error: float
