@@ -7,9 +7,10 @@
               brings; w has those of c and f in any order
     W'        [c, f], W transposed and reshaped by nodes, which `views` makes constants of
 
-Dense layers of Flax and Keras, and heads that share the table of an embedding ("btd,vd->btv"), are such an Einsum. One
-stays as it is where a label of W is one of A's and of the result's too, where a label stands twice in one operand, and
-where those of A or of the result stand in another order. Reference of FusedMatMul: onnxruntime's
+Dense layers of Flax and Keras, heads that share the table of an embedding ("btd,vd->btv"), and projections that put
+heads in front ("bsd,dhe->bhse", "bhse,hed->bsd") are such an Einsum; where labels of A or of the result stand in
+another order, there is a Transpose. One stays as it is where a label of W is one of A's and of the result's too, and
+where a label stands twice in one operand. Reference of FusedMatMul: onnxruntime's
 docs/ContribOperators.md.
 """
 
@@ -22,7 +23,16 @@ import numpy as np
 import onnx_ir
 
 from modelpress_compression.graph.edit import Editor, Spot
-from modelpress_compression.graph.read import MICROSOFT, attribute, constant_tensor, graph_of, input_of, is_op, label
+from modelpress_compression.graph.read import (
+    MICROSOFT,
+    attribute,
+    constant_tensor,
+    graph_of,
+    input_of,
+    is_op,
+    label,
+    required,
+)
 from modelpress_compression.model import Model
 
 _UNKNOWN = ("transA", "transBatchA", "transBatchB")
@@ -32,11 +42,25 @@ _UNKNOWN = ("transA", "transBatchA", "transBatchB")
 class _Product:
     """Labels of an Einsum by a constant, as above. `open`: A has further axes before them, which "..." stands for."""
 
-    batch: str
-    summed: str
-    free: str
+    first: str
     weight: str
+    result: str
     open: bool
+
+    @property
+    def batch(self) -> str:
+        """Those of A that are in the result."""
+        return "".join(name for name in self.first if name in self.result)
+
+    @property
+    def summed(self) -> str:
+        """The others of A."""
+        return "".join(name for name in self.first if name not in self.result)
+
+    @property
+    def free(self) -> str:
+        """Those of the result that A has not."""
+        return "".join(name for name in self.result if name not in self.first)
 
     @property
     def is_plain(self) -> bool:
@@ -75,9 +99,10 @@ def _expand_einsum(node: onnx_ir.Node, editor: Editor) -> bool:
     extents = dict(zip(product.weight, weight.shape.numpy(), strict=True))
     order = [product.weight.index(name) for name in product.summed + product.free]
     spot = Spot(editor, node, label(node))
-    factor = input_of(node, 0)
+    factor = required(node, 0)
     if order != sorted(order):
         weight = spot.emit("Transpose", weight, perm=order)
+    factor = _reordered(factor, product.first, product.batch + product.summed, spot)
     if not product.is_plain:
         sizes = [math.prod(extents[name] for name in names) for names in (product.summed, product.free)]
         weight = spot.emit("Reshape", weight, spot.constant(np.asarray(sizes, np.int64), "matrix"))
@@ -89,7 +114,11 @@ def _expand_einsum(node: onnx_ir.Node, editor: Editor) -> bool:
     if len(product.free) > 1:
         shape = [*kept, *(extents[name] for name in product.free)]
         result = spot.emit("Reshape", result, spot.constant(np.asarray(shape, np.int64), "axes"))
-    return _put(node, result, editor)
+    return _put(node, _reordered(result, product.batch + product.free, product.result, spot), editor)
+
+
+def _reordered(value: onnx_ir.Value, labels: str, wanted: str, spot: Spot) -> onnx_ir.Value:
+    return value if labels == wanted else spot.emit("Transpose", value, perm=[labels.index(name) for name in wanted])
 
 
 def _labels(equation: str) -> _Product | None:
@@ -101,12 +130,11 @@ def _labels(equation: str) -> _Product | None:
     is_open = first.startswith("...") and result.startswith("...")
     if is_open:
         first, result = first[3:], result[3:]
-    batch = "".join(name for name in first if name in result)  # elsewhere than at the front, the order fails below
-    summed, free = first[len(batch) :], result[len(batch) :]
-    ordered = first.startswith(batch) and result.startswith(batch) and sorted(weight) == sorted(summed + free)
+    product = _Product(first, weight, result, is_open)
+    in_order = first == product.batch + product.summed and result == product.batch + product.free
+    fits = sorted(weight) == sorted(product.summed + product.free) and product.summed and product.free
     unique = all(len(set(names)) == len(names) for names in (first, result, weight)) and "." not in first + result
-    product = _Product(batch, summed, free, weight, is_open)
-    return product if ordered and unique and summed and free and (product.is_plain or not is_open) else None
+    return product if fits and unique and (not is_open or (product.is_plain and in_order)) else None
 
 
 def _weight(node: onnx_ir.Node) -> onnx_ir.Value | None:
