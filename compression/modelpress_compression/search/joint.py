@@ -11,6 +11,12 @@ branches beside skip connections go, and each layer's form.
 Budgets are halved as in `budgets`. A model of loose widths and few bits competes with a narrow one of 8 bits, and one
 whose channels go where 8 bits gain the least with one that is cut for its time in float32, which cutting first and
 quantizing then never compares.
+
+Factors of a layer are no option here. As one they promise fewer bytes, of two classifiers of 28 x 28 pixels by 40 and
+18 % at 24 dB. But widths together err less than the sum of their prices, and factors hardly do: within four minutes,
+what kept the answers came out 10 and 2 % larger than without them. Of a sentence encoder they promise 1 to 2 %: its
+weights in 4 bits err less than factors of half their numbers do. As a lever (levers.py) they are fitted to what earlier
+cuts have left.
 """
 
 from __future__ import annotations
