@@ -38,6 +38,8 @@ SAME_TIME = 0.02
 SAME_PRODUCT = 0.03
 # How far a few rounds may be off: what misses a bound by no more is timed in all rounds before it is left.
 FEW_ROUNDS_SLACK = 1.05
+# How far all rounds may be: a figure this close to a bound may be on its other side the next time.
+ALL_ROUNDS_SLACK = 1.01
 SAME_SIZE = 0.01
 # Share of the signal's power, -40 dB: what rounds to the same answer in nearly all cases.
 NEGLIGIBLE_ERROR = 1e-4
@@ -134,20 +136,46 @@ def contenders(candidates: Sequence[Figures], original: int, objective: str, lim
     if limits.max_latency_ms is not None or limits.min_speedup is not None:
         return [place for place, reason in reasons.items() if not reason]
     last = max(number for number, decider in enumerate(deciders) if decider in (_TIME, _PRODUCT))
-    loosely = [(what, _LOOSER.get(keep, keep)) for what, keep in deciders[: last + 1]]
-    places: set[int] = set()
+
+    def left(max_slowdown: float) -> list[int]:
+        bounds = _Bounds(max_slowdown, FEW_ROUNDS_SLACK)
+        return _decided(deciders[: last + 1], candidates, original, objective, limits, dict(reasons), bounds)
+
     # Without those that are a little slow as well: among them may be one that outdoes all the others.
-    for most in (MEASURED_SLOWDOWN, MEASURED_SLOWDOWN * FEW_ROUNDS_SLACK):
-        places.update(_decided(loosely, candidates, original, objective, limits, dict(reasons), most))
+    places = {*left(MEASURED_SLOWDOWN), *left(MEASURED_SLOWDOWN * FEW_ROUNDS_SLACK)}
     if places == {original}:
-        places.update(_decided(loosely, candidates, original, objective, limits, dict(reasons), math.inf))
+        places.update(left(math.inf))
     return sorted(places)
+
+
+def settled(candidates: Sequence[Figures], original: int, objective: str, limits: Limits) -> bool:
+    """Whether the same is taken where the bounds on time lie a little elsewhere, so that times of more rounds would
+    hardly change the choice. Raises ValueError for an unknown objective."""
+    reasons = {place: "" if place == original else one.refusal for place, one in enumerate(candidates)}
+
+    def taken(slack: float) -> int:
+        bounds = _Bounds(MEASURED_SLOWDOWN * slack, slack)
+        return _decided(_deciders(objective), candidates, original, objective, limits, dict(reasons), bounds)[0]
+
+    return taken(ALL_ROUNDS_SLACK) == taken(1.0) == taken(1 / ALL_ROUNDS_SLACK)
 
 
 def _deciders(objective: str) -> Sequence[tuple[str, _Keep]]:
     if objective not in _DECIDERS:
         raise ValueError(f"objective {objective!r} is not one of {', '.join(_DECIDERS)}")
     return _DECIDERS[objective]
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """On what is measured. `max_slowdown`: the most of the original's time that `balanced` takes. `slack`: by which
+    factor a product of size and time may lie further from the best."""
+
+    max_slowdown: float = MEASURED_SLOWDOWN
+    slack: float = 1.0
+
+
+_EXACTLY = _Bounds()
 
 
 def _decided(
@@ -157,16 +185,16 @@ def _decided(
     objective: str,
     limits: Limits,
     reasons: dict[int, str],
-    max_slowdown: float = MEASURED_SLOWDOWN,
+    bounds: _Bounds = _EXACTLY,
 ) -> list[int]:
     """The places that limits and deciders leave; `reasons` gets why each of the others is not among them."""
     first = candidates[original]
     left = [place for place, reason in reasons.items() if not reason]
     left = _within_limits(left, candidates, first, limits, reasons)
     if objective == BALANCED:
-        left = _not_slower(left, candidates, original, reasons, max_slowdown)
+        left = _not_slower(left, candidates, original, reasons, bounds.max_slowdown)
     for what, keep in deciders:
-        kept = set(keep([candidates[place] for place in left], first))
+        kept = set(keep([candidates[place] for place in left], first, bounds.slack))
         for place in left:
             if candidates[place] not in kept:
                 reasons[place] = what
@@ -207,24 +235,23 @@ def _not_slower(
     return kept or places
 
 
-_Keep = Callable[[Sequence[Figures], Figures], Sequence[Figures]]
+_Keep = Callable[[Sequence[Figures], Figures, float], Sequence[Figures]]  # of candidates, original and slack
 
 
-def _least_size(candidates: Sequence[Figures], original: Figures) -> Sequence[Figures]:
+def _least_size(candidates: Sequence[Figures], original: Figures, slack: float) -> Sequence[Figures]:
     most = min(one.size_bytes for one in candidates) * (1 + SAME_SIZE)
     return [one for one in candidates if one.size_bytes <= most]
 
 
-def _least_time(candidates: Sequence[Figures], original: Figures) -> Sequence[Figures]:
+def _least_time(candidates: Sequence[Figures], original: Figures, slack: float) -> Sequence[Figures]:
     best = min(candidates, key=lambda one: one.time_s)
     return [one for one in candidates if one.times_of(best).low <= 1 + SAME_TIME]
 
 
-def _least_product(
-    candidates: Sequence[Figures], original: Figures, same: float = 1 + SAME_PRODUCT
-) -> Sequence[Figures]:
-    """Those that are as good as the best to within `same`, and not worse than the original."""
+def _least_product(candidates: Sequence[Figures], original: Figures, slack: float) -> Sequence[Figures]:
+    """Those that are as good as the best to within `SAME_PRODUCT`, and not worse than the original."""
     best = min(candidates, key=lambda one: one.size_bytes * one.time_s)
+    same = (1 + SAME_PRODUCT) * slack
 
     def over(one: Figures, other: Figures) -> float:
         # Not by the interval, which is wide on a busy machine: more would count as equal there, and the choice be
@@ -234,16 +261,12 @@ def _least_product(
     return [one for one in candidates if one is best or (over(one, best) <= same and over(one, original) <= 1)]
 
 
-def _nearly_least_product(candidates: Sequence[Figures], original: Figures) -> Sequence[Figures]:
-    return _least_product(candidates, original, (1 + SAME_PRODUCT) * FEW_ROUNDS_SLACK)
-
-
-def _least_error(candidates: Sequence[Figures], original: Figures) -> Sequence[Figures]:
+def _least_error(candidates: Sequence[Figures], original: Figures, slack: float) -> Sequence[Figures]:
     least = min(one.error for one in candidates)
     return [one for one in candidates if one.error <= least]
 
 
-def _hardly_an_error(candidates: Sequence[Figures], original: Figures) -> Sequence[Figures]:
+def _hardly_an_error(candidates: Sequence[Figures], original: Figures, slack: float) -> Sequence[Figures]:
     most = max(NEGLIGIBLE_ERROR, min(one.error for one in candidates))
     return [one for one in candidates if one.error <= most]
 
@@ -252,7 +275,6 @@ _SIZE = ("another is smaller", _least_size)
 _TIME = ("another is faster", _least_time)
 _PRODUCT = ("another is better in size and time together", _least_product)
 _ERROR = ("another is as good and closer to the original", _least_error)
-_LOOSER: Mapping[_Keep, _Keep] = MappingProxyType({_least_product: _nearly_least_product})
 # What decides, one after the other, with what is said of those that it leaves behind.
 _DECIDERS: Mapping[str, Sequence[tuple[str, _Keep]]] = MappingProxyType(
     {

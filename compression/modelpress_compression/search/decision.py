@@ -20,7 +20,7 @@ from modelpress_compression.passes.base import Skip
 from modelpress_compression.recipe import FASTEST, SMALLEST, Constraints, Goal
 from modelpress_compression.report.formats import duration
 from modelpress_compression.search.candidates import pareto_set
-from modelpress_compression.search.choice import Choice, Figures, Limits, choose, contenders
+from modelpress_compression.search.choice import Choice, Figures, Limits, choose, contenders, settled
 from modelpress_compression.search.entries import Entry, size_change
 from modelpress_compression.search.family import ORIGINAL, FamilyMember, family
 from modelpress_compression.search.judge import Judge
@@ -32,6 +32,9 @@ from modelpress_compression.target import DEVICES, Target
 ROUNDS, FIRST_ROUNDS = 60, 20
 # Those that can win have more rounds where all of these take no longer: small models, whose times scatter the most.
 MOST_ROUNDS, MORE_ROUNDS_S = 240, 1.5
+# As many again, so often, where figures lie so close to a bound that the choice would be another the next time; in all
+# no longer than this.
+MOST_TURNS, TURNS_S = 4, 6.0
 CHECKED_ROUNDS = 15  # of a winner by remembered times
 BUDGET_S = 20.0  # of timing, for each batch size
 # Of size or time: less is not worth another command.
@@ -111,14 +114,21 @@ class Decision:
         original = Figures("the original", file_size_bytes(self.judge.original), first.times_s[0], 0.0)
         figures = [_figures(entry, one) for entry, one in zip(racers, first.times_s[1:], strict=True)]
         figures = [original, *(self._refused(one, original) for one in figures)]
-        left = contenders(figures, 0, self.goal.objective, _limits(self.judge.recipe.limits))
+        asked = self.goal.objective, _limits(self.judge.recipe.limits)
+        left = contenders(figures, 0, *asked)
         if len(left) == 1:
             return figures, first.remembered
         places = [place for place in left if place]
-        more = self._prices([racers[place - 1] for place in places], _rounds_more(figures, [0, *places]), anew=anew)
-        for place, times_s in zip([0, *places], more.times_s, strict=True):
-            figures[place] = replace(figures[place], times_s=np.concatenate([figures[place].times_s, times_s]))
-        return figures, first.remembered or more.remembered
+        remembered = first.remembered
+        rounds, turns = _rounds_more(figures, [0, *places])
+        for turn in range(turns):
+            more = self._prices([racers[place - 1] for place in places], rounds, turn, anew=anew)
+            remembered = remembered or more.remembered
+            for place, times_s in zip([0, *places], more.times_s, strict=True):
+                figures[place] = replace(figures[place], times_s=np.concatenate([figures[place].times_s, times_s]))
+            if settled(figures, 0, *asked):
+                break
+        return figures, remembered
 
     def _holds(self, entry: Entry, figures: Sequence[Figures], place: int) -> bool:
         """Whether the entry is still as fast, against the original, as its remembered times say."""
@@ -186,12 +196,13 @@ class Decision:
     def _place(self, entry: Entry) -> int:
         return next(place for place, other in enumerate(self.entries) if other is entry)
 
-    def _prices(self, racers: Sequence[Entry], rounds: int, *, anew: bool = False) -> Prices:
-        """Times of the original, at place 0, and of all racers."""
+    def _prices(self, racers: Sequence[Entry], rounds: int, turn: int = 0, *, anew: bool = False) -> Prices:
+        """Times of the original, at place 0, and of all racers. `turn`: of several with as many rounds."""
         self.judge.context.check_time()
         self.judge.context.progress(BUILT, f"timing {len(racers)} candidates")
         budget_s = BUDGET_S * min(rounds, ROUNDS) / ROUNDS
-        return self.judge.prices([entry.candidate.record.path for entry in racers], rounds, budget_s, anew=anew)
+        paths = [entry.candidate.record.path for entry in racers]
+        return self.judge.prices(paths, rounds, budget_s, turn, anew=anew)
 
     def _refused(self, figures: Figures, original: Figures) -> Figures:
         """A result larger than the original is for those who ask for speed alone."""
@@ -273,10 +284,11 @@ class Decision:
         return float(max(np.median(times_s[0] / one) for one in times_s[1:]))
 
 
-def _rounds_more(figures: Sequence[Figures], places: Sequence[int]) -> int:
-    """How many rounds more these models run."""
+def _rounds_more(figures: Sequence[Figures], places: Sequence[int]) -> tuple[int, int]:
+    """How many rounds more these models run, and at most how often."""
     round_s = sum(max(figures[place].time_s, MIN_TIMING_S) for place in places)
-    return int(np.clip(MORE_ROUNDS_S / round_s, ROUNDS - FIRST_ROUNDS, MOST_ROUNDS - FIRST_ROUNDS))
+    rounds = int(np.clip(MORE_ROUNDS_S / round_s, ROUNDS - FIRST_ROUNDS, MOST_ROUNDS - FIRST_ROUNDS))
+    return rounds, int(np.clip(TURNS_S / (rounds * round_s), 1, MOST_TURNS))
 
 
 def _figures(entry: Entry, times_s: Times) -> Figures:

@@ -260,9 +260,12 @@ class Judge:
             return replace(candidate, reason=_not_faster("in float32", worst))
         return candidate
 
-    def prices(self, paths: Sequence[Path], rounds: int, budget_s: float, *, anew: bool = False) -> Prices:
-        """Of the float model, at place 0, and these: [models, rounds]. `anew`: not what was remembered."""
-        parts = [model_digest(self.float_path), self.recipe.benchmark.to_dict(), rounds]
+    def prices(
+        self, paths: Sequence[Path], rounds: int, budget_s: float, turn: int = 0, *, anew: bool = False
+    ) -> Prices:
+        """Of the float model, at place 0, and these: [models, rounds]. `turn`: of several with as many rounds. `anew`:
+        not what was remembered."""
+        parts = [model_digest(self.float_path), self.recipe.benchmark.to_dict(), rounds, turn]
         return self.recall.prices(paths, parts, lambda some: self.timed(some, rounds, budget_s).times_s, anew=anew)
 
     def timed(self, paths: Sequence[Path], rounds: int, budget_s: float) -> RaceTimings:

@@ -14,6 +14,7 @@ from modelpress_compression.search.choice import (
     Limits,
     choose,
     contenders,
+    settled,
 )
 
 ROUNDS = 30
@@ -70,6 +71,17 @@ def test_times_near_a_bound_are_measured_again() -> None:
     near, far = figures("near", 260_000, 10.5), figures("far", 200_000, 12.0)
     second, third = figures("second", 294_000, 10.1), figures("third", 340_000, 10.1)
     assert contenders((ORIGINAL, STORED, near, far, second, third), 0, "balanced", Limits()) == [1, 2, 4]
+
+
+def test_what_lies_on_a_bound_is_not_settled() -> None:
+    """The smaller of two may be 2.9 % slower: at 3 % the next rounds may say otherwise, at 1 and at 6 % they will not.
+    The same holds where the smaller of two has a product about as good as the best."""
+    for slowdown, sure in ((1.03, False), (1.01, True), (1.06, True)):
+        edge = figures("edge", 200_000, 10.0 * slowdown, noise=1e-3)
+        assert settled((ORIGINAL, STORED, edge), 0, "balanced", Limits()) == sure
+    for product, sure in ((1.03, False), (1.0, True), (1.07, True)):
+        faster = figures("faster", 300_000, 10.0 * 280 / 300 / product, noise=1e-3)
+        assert settled((ORIGINAL, STORED, faster), 0, "balanced", Limits()) == sure
 
 
 def test_nothing_comes_back_unchanged_for_a_few_rounds() -> None:
