@@ -114,19 +114,50 @@ def bind(module: torch.jit.ScriptModule, specs: Sequence[TensorSpec]) -> Binding
 
 
 def returns_list(module: torch.jit.ScriptModule) -> bool:
-    """Whether `forward` gives a list of tensors, which exporters write as one sequence."""
-    schema: Any = getattr(module.forward, "schema")  # noqa: B009  torch does not type it
-    return [str(item.type) for item in schema.returns] == ["List[Tensor]"]
+    """Whether `forward` gives a list of tensors, by itself or in a tuple: exporters write it as one sequence, or not at
+    all."""
+    return any(_holds_list(item.type) for item in _returns(module))
 
 
-def spread(module: torch.jit.ScriptModule, count: int) -> torch.jit.ScriptModule:
-    """A module that gives the `count` tensors of the list that `module`, of tensors alone, gives."""
+def spread(module: torch.jit.ScriptModule, given: Sequence[torch.Tensor]) -> torch.jit.ScriptModule:
+    """A module that gives, one by one, the tensors in what `module`, of tensors alone, gives; its lists are as long as
+    those for the inputs `given`."""
+    with torch.no_grad(), quiet():
+        result: Any = module(*given)
     parameters = ", ".join(f"{item.name}: {item.type}" for item in arguments(module))
-    given = ", ".join(f"{item.name}={item.name}" for item in arguments(module))
-    results = ", ".join(f"result_{number}" for number in range(count))
-    return _around(
-        module, f"def forward(self, {parameters}):\n    {results} = self.inner.forward({given})\n    return {results}\n"
-    )
+    names = ", ".join(f"{item.name}={item.name}" for item in arguments(module))
+    lines, tensors = [f"result = self.inner.forward({names})"], list[str]()
+    for item in _returns(module):
+        _take_apart(item.type, result, "result", lines, tensors)
+    lines.append(f"return {', '.join(tensors)}")
+    return _around(module, f"def forward(self, {parameters}):\n" + "".join(f"    {line}\n" for line in lines))
+
+
+def _returns(module: torch.jit.ScriptModule) -> Sequence[Any]:
+    schema: Any = getattr(module.forward, "schema")  # noqa: B009  torch does not type it
+    returns: Sequence[Any] = schema.returns
+    return returns
+
+
+def _holds_list(kind: Any) -> bool:
+    if kind.kind() == "TupleType":
+        return any(_holds_list(element) for element in kind.elements())
+    return str(kind) == "List[Tensor]"
+
+
+def _take_apart(kind: Any, value: Any, name: str, lines: list[str], tensors: list[str]) -> None:
+    """Appends lines that take `name`, of type `kind`, which held `value` once, apart into `tensors`."""
+    if kind.kind() == "TupleType":
+        for number, element in enumerate(kind.elements()):
+            _take_apart(element, value[number], f"{name}[{number}]", lines, tensors)
+    elif str(kind) == "List[Tensor]":
+        parts = [f"part_{len(tensors) + number}" for number in range(len(value))]
+        lines.append(
+            f"{', '.join(parts)} = {name}" if len(parts) > 1 else f"{parts[0]} = {name}[0]" if parts else "pass"
+        )
+        tensors.extend(parts)
+    else:
+        tensors.append(name)
 
 
 def _around(module: torch.jit.ScriptModule, forward: str) -> torch.jit.ScriptModule:

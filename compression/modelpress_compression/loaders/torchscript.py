@@ -71,9 +71,9 @@ def _load(path: Path, specs: Sequence[TensorSpec], provenance: Provenance) -> Mo
     trials = find_trials(run, binding.specs, REFUSALS)
 
     def plain() -> torch.jit.ScriptModule:
-        module, count = original(), len(trials.runs[0].expected)
-        module = spread(module, count) if count > 1 and returns_list(module) else module
-        return in_plain_operators(module, list(to_tensors(trials.runs[0].feeds).values()))
+        module, given = original(), list(to_tensors(trials.runs[0].feeds).values())
+        module = spread(module, given) if len(trials.runs[0].expected) > 1 and returns_list(module) else module
+        return in_plain_operators(module, given)
 
     atol = QUANTIZED_ATOL if quantized else FLOAT16_ATOL if _holds_float16(module) else ATOL
     model = export_checked(SCRIPT_EXPORTERS, plain, binding.specs, trials, provenance, atol=atol)

@@ -736,3 +736,34 @@ def test_scripted_encoder_with_a_mask(tmp_path: Path, save_script: Save) -> None
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
     got = run_onnx(load(path, ["src:float32[n,t,8]"]), [{"src": x.numpy()}])[0]["output"]
     np.testing.assert_allclose(got, plain, rtol=1e-4, atol=1e-5)
+
+
+class Floors(torch.nn.Module):
+    """A result and, beside it, a list that grows layer by layer; many rows take another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(6, 6) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[list[torch.Tensor], torch.Tensor]]:
+        floors: list[torch.Tensor] = []
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+            floors.append(x)
+        if x.size(0) > 20:
+            x = x * 2
+        return x, (floors, x.sum())
+
+
+def test_lists_in_tuples_keep_control_flow(tmp_path: Path, save_script: Save) -> None:
+    """Each tensor is an output, in order, and branches on sizes that no trial has are branches still; rtol 1e-5."""
+    module = Floors().eval()
+    model = load(save_script(module, tmp_path / "m.pt"), ["x:float32[n,6]"])
+    assert "If" in [node.op_type for node in model.nodes()]
+    for count in (2, 30):
+        x = torch.randn(count, 6)
+        with torch.no_grad():
+            last, (floors, total) = module(x)
+        got = run_onnx(model, [{"x": x.numpy()}])[0].values()
+        for one, wanted in zip(got, (last, *floors, total), strict=True):
+            np.testing.assert_allclose(one, wanted.numpy(), rtol=1e-5, atol=1e-6)
