@@ -141,8 +141,9 @@ def contenders(candidates: Sequence[Figures], original: int, objective: str, lim
         bounds = _Bounds(max_slowdown, FEW_ROUNDS_SLACK)
         return _decided(deciders[: last + 1], candidates, original, objective, limits, dict(reasons), bounds)
 
-    # Without those that are a little slow as well: among them may be one that outdoes all the others.
-    places = {*left(MEASURED_SLOWDOWN), *left(MEASURED_SLOWDOWN * FEW_ROUNDS_SLACK)}
+    # Without those near the bound as well, on either side: among them may be one that outdoes all the others.
+    nearly = MEASURED_SLOWDOWN / FEW_ROUNDS_SLACK, MEASURED_SLOWDOWN, MEASURED_SLOWDOWN * FEW_ROUNDS_SLACK
+    places = {place for most in nearly for place in left(most)}
     if places == {original}:
         places.update(left(math.inf))
     return sorted(places)

@@ -46,6 +46,10 @@ class Prices:
     times_s: Times
     remembered: bool = False
 
+    def then(self, more: Prices) -> Prices:
+        """With the rounds of the same models that followed."""
+        return Prices(np.concatenate([self.times_s, more.times_s], axis=1), self.remembered or more.remembered)
+
 
 @dataclass(frozen=True)
 class Recall:
