@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from modelpress_compression import InputData, Model, Recipe, compress
 from modelpress_compression.inputs import EvaluationData
 from modelpress_compression.measure.fidelity import Fidelity, OutputFidelity
+from modelpress_compression.measure.latency import Timings
 from modelpress_compression.measure.task import Labelled
 from modelpress_compression.passes.quantize.weight_only.mixed_bits import Form, MixedBits
 from modelpress_compression.recipe import OBJECTIVES
@@ -68,6 +70,22 @@ def test_a_balance_prunes_only_where_labels_judge(digits: Model, samples: InputD
     assert any("prune" in row["name"] for row in report["candidates"])
     assert report["accuracy"]["drop"] <= 0.02
     assert report["size_ratio"] > 3
+
+
+@pytest.mark.parametrize(("time_s", "fewest"), [(1e-5, 120), (1e-2, 20)])
+def test_small_models_are_left_after_more_rounds(
+    digits: Model, monkeypatch: pytest.MonkeyPatch, time_s: float, fewest: int
+) -> None:
+    """All candidates run in 20 rounds, and in 100 more where these say little: those of ten microseconds."""
+    asked: Counter[int] = Counter()
+
+    def timed(models: Sequence[Path], data: InputData, *, batch_size: int, rounds: int, **_: Any) -> Timings:
+        asked[len(models)] += rounds
+        return Timings(batch_size, (1,) * len(models), np.full((len(models), rounds), time_s))
+
+    monkeypatch.setattr(judge, "time_interleaved", timed)
+    compress(digits, goal())
+    assert asked[max(asked)] == fewest
 
 
 @pytest.mark.usefixtures("timed_by_size")
