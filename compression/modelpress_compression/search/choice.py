@@ -39,7 +39,7 @@ SAME_PRODUCT = 0.03
 # How far a few rounds may be off: what misses a bound by no more is timed in all rounds before it is left.
 FEW_ROUNDS_SLACK = 1.05
 # How far all rounds may be: a figure this close to a bound may be on its other side the next time.
-ALL_ROUNDS_SLACK = 1.01
+ALL_ROUNDS_SLACK = 1.02
 SAME_SIZE = 0.01
 # Share of the signal's power, -40 dB: what rounds to the same answer in nearly all cases.
 NEGLIGIBLE_ERROR = 1e-4
