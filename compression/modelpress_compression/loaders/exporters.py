@@ -3,7 +3,9 @@
 1. torch.onnx's exporter for TorchScript, on the frozen module: keeps control flow and dynamic dimensions.
 2. The same on the module as it is: freezing refuses some modules.
 3. TorchScript -> torch.export program -> ONNX.
-4. One run recorded operator by operator -> ONNX: control flow and sizes are those of that run, so it can only pass the
+4. The exporter for TorchScript on what torch traces when Python runs the graph (`script_replay`): control flow is that
+   of one run, sizes stay dynamic. Detectors with objects, dicts and growing lists go this way.
+5. One run recorded operator by operator -> ONNX: control flow and sizes are those of that run, so it can only pass the
    check where no dimension is dynamic.
 """
 
@@ -20,6 +22,8 @@ from torch.onnx import utils
 
 from modelpress_compression.inputs import Feeds
 from modelpress_compression.loaders.expert_ops import translations
+from modelpress_compression.loaders.script_graph import in_plain_operators
+from modelpress_compression.loaders.script_replay import Replay
 from modelpress_compression.loaders.symbolics import SYMBOLICS
 from modelpress_compression.loaders.torch_run import to_tensors
 from modelpress_compression.model import EXTERNAL_DATA_THRESHOLD_BYTES
@@ -86,8 +90,19 @@ def export_converted(request: ExportRequest) -> Path:
     return export_program(program, request, "converted.onnx")
 
 
-def export_recorded(request: ExportRequest) -> Path:
+def export_replayed(request: ExportRequest) -> Path:
     """Way 4."""
+    replay = Replay(request.module())
+    with torch.no_grad():
+        replay(*request.args())
+        traced: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
+            replay, request.args(), check_trace=False
+        )
+    return _legacy(torch.jit.freeze(in_plain_operators(traced.eval())), request, "replayed.onnx")
+
+
+def export_recorded(request: ExportRequest) -> Path:
+    """Way 5."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with torch.no_grad():
@@ -121,8 +136,10 @@ def export_program(program: torch.export.ExportedProgram, request: ExportRequest
 
 
 SCRIPT_EXPORTERS: tuple[Callable[[ExportRequest], Path], ...] = (
-    export_frozen, export_plain, export_converted, export_recorded,
+    export_frozen, export_plain, export_converted, export_replayed, export_recorded,
 )  # fmt: skip
+# Those whose results have the branches and loops of one run.
+OF_ONE_RUN = (export_converted, export_replayed, export_recorded)
 
 
 @contextlib.contextmanager

@@ -6,9 +6,10 @@ What an exporter wrote gets the user's names and dynamic dimensions, and is show
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir
@@ -31,6 +32,7 @@ Exporter = Callable[[ExportRequest], Path]
 _OPERATOR = re.compile(r"(?P<op>(?:aten|prim|quantized|prims|torchvision|[a-z]\w*)::\w+)")
 _SIZE = re.compile(r"\b[su]\d+\b")
 _ONNX_NAMES = {"float32": "FLOAT", "float64": "DOUBLE"}
+_NO_WARNINGS: Mapping[Exporter, str] = MappingProxyType({})
 _DATA_TYPES = {name: onnx_ir.DataType[_ONNX_NAMES.get(name, name.upper())] for name in DTYPES}
 
 
@@ -43,10 +45,12 @@ def export_checked(
     *,
     labels: Sequence[str | None] = (),
     atol: float = ATOL,
+    warnings: Mapping[Exporter, str] = _NO_WARNINGS,
 ) -> Model:
     """The first exporter's result that repeats `trials`. `module()`: a fresh module that takes `specs` in order.
 
     `labels`: names for as many of the last outputs, None for one that has none of its own. `atol`: as `agreement`.
+    `warnings`: what is said where these exporters made it.
 
     Raises UnsupportedOperatorError or ModelNotRunnableError with what the exporters said.
     """
@@ -59,7 +63,8 @@ def export_checked(
             try:
                 with quiet():
                     path = exporter(request)
-                return _finished(path, provenance, request.specs, trials, atol)
+                model = _finished(path, provenance, request.specs, trials, atol)
+                return model.with_warnings(warnings[exporter]) if exporter in warnings else model
             except Disagreement as error:
                 failures.append((name, f"the result differs from the original: {error}"))
             except CompressionError as error:

@@ -78,7 +78,7 @@ class Binding:
             f"{item.name}={_SCALARS[item.type].format(name=item.name) if item.type in _SCALARS else item.name}"
             for item in self.arguments
         )
-        return _around(module, f"def forward(self, {parameters}):\n    return self.inner.forward({given})\n")
+        return around(module, f"def forward(self, {parameters}):\n    return self.inner.forward({given})\n")
 
     def scalars(self, feeds: Feeds) -> dict[str, int | float | bool]:
         """Values of the arguments that are plain numbers to the module."""
@@ -130,7 +130,7 @@ def spread(module: torch.jit.ScriptModule, given: Sequence[torch.Tensor]) -> tor
     for item in _returns(module):
         _take_apart(item.type, result, "result", lines, tensors)
     lines.append(f"return {', '.join(tensors)}")
-    return _around(module, f"def forward(self, {parameters}):\n" + "".join(f"    {line}\n" for line in lines))
+    return around(module, f"def forward(self, {parameters}):\n" + "".join(f"    {line}\n" for line in lines))
 
 
 def _returns(module: torch.jit.ScriptModule) -> Sequence[Any]:
@@ -160,8 +160,8 @@ def _take_apart(kind: Any, value: Any, name: str, lines: list[str], tensors: lis
         tensors.append(name)
 
 
-def _around(module: torch.jit.ScriptModule, forward: str) -> torch.jit.ScriptModule:
-    """A module whose `forward` is written so, and which has `module` as its `inner`."""
+def around(module: torch.jit.ScriptModule, forward: str) -> torch.jit.ScriptModule:
+    """A module whose `forward` is written so, in TorchScript, and which has `module` as its `inner`."""
     holder = torch.nn.Module()
     holder.inner = module
     with quiet():  # torch.jit.script is deprecated; there is no other way to wrap a TorchScript module

@@ -15,8 +15,8 @@ from modelpress_compression.archive import Archive
 from modelpress_compression.errors import InvalidInputsError
 from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.loaders.checked_copy import checked_copy
-from modelpress_compression.loaders.exporters import SCRIPT_EXPORTERS
-from modelpress_compression.loaders.exporting import export_checked
+from modelpress_compression.loaders.exporters import OF_ONE_RUN, SCRIPT_EXPORTERS
+from modelpress_compression.loaders.exporting import Exporter, export_checked
 from modelpress_compression.loaders.formats.refusals import refused
 from modelpress_compression.loaders.hints import suggest_inputs
 from modelpress_compression.loaders.quiet import quiet
@@ -42,6 +42,11 @@ QUANTIZED_WARNING = (
 BFLOAT16_WARNING = (
     "The module computes in bfloat16, which onnxruntime does not on a CPU; the ONNX model computes in float32, on the "
     "same weights, and its inputs and outputs are float32."
+)
+BRANCH_WARNING = (
+    "The module has branches or loops that torch's exporter cannot write; the ONNX model has those that were taken for "
+    "the inputs it was converted with. It was compared with the module at several sizes; where your inputs may take "
+    "another branch, compare them as well."
 )
 # torch's default for x86 computes other numbers in transposed convolutions than its weights stand for.
 _QUANTIZED_ENGINE = "fbgemm"
@@ -76,7 +81,8 @@ def _load(path: Path, specs: Sequence[TensorSpec], provenance: Provenance) -> Mo
         return in_plain_operators(module, given)
 
     atol = QUANTIZED_ATOL if quantized else FLOAT16_ATOL if _holds_float16(module) else ATOL
-    model = export_checked(SCRIPT_EXPORTERS, plain, binding.specs, trials, provenance, atol=atol)
+    lost: dict[Exporter, str] = dict.fromkeys(OF_ONE_RUN, BRANCH_WARNING) if _branches(module) else {}
+    model = export_checked(SCRIPT_EXPORTERS, plain, binding.specs, trials, provenance, atol=atol, warnings=lost)
     warnings = [BFLOAT16_WARNING] if wide or any(spec.dtype == "bfloat16" for spec in specs) else []
     warnings += [QUANTIZED_WARNING] if quantized else []
     warnings += [STATE_WARNING.format(names=", ".join(state))] if state else []
@@ -132,6 +138,12 @@ class _Runner:
 
 def _holds_float16(module: torch.jit.ScriptModule) -> bool:
     return any(tensor.dtype == torch.float16 for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _branches(module: torch.jit.ScriptModule) -> bool:
+    """Whether a run may take one of several ways."""
+    graph: Any = module.inlined_graph
+    return any(graph.findAllNodes(kind, recurse=True) for kind in ("prim::If", "prim::Loop"))
 
 
 def _assigned(module: torch.jit.ScriptModule) -> list[str]:
