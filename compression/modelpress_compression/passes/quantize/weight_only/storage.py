@@ -73,8 +73,10 @@ IN_BLOCKS, IN_FLOAT16 = "weights_in_blocks", "float16_weights"
 PROBE_SAMPLES = 4
 _GROWTH = 0.25
 _LEAST_GAIN = 0.05  # in size, of `store_rest`
-# How many models are made to find out which weights moved too far.
+# How many models are made to find out which weights moved too far, and the samples that these run on: what they find is
+# then made once more, and runs on all.
 _DESCENTS = 6
+_FEW_SAMPLES, _ON_FEW = 12, 0.9  # and the share of the permitted error that these may have
 _LEAST_SHARE = 0.01  # of all weights' bytes, that another model is worth making for
 _CHANNELS, _BLOCKS, _HALF, _PLAIN = range(4)
 _BYTES = (1.0, 1.0 + 4 / STORED_BLOCK, 2.0, 4.0)  # of a weight, in each of them
@@ -127,10 +129,13 @@ def store_all(
             storing.keeps(tried.error)
             reason = f"stored in float16 its outputs keep {decibels(tried.error):.1f} dB alone"
             return PassResult(original, warnings=(f"Weights stay in float32: {reason}.",))
-    best = _with_fewer_moves(ladder, trial) or tried
-    best = _descended(ladder, trial) or best
-    storing.keeps(best.error)
-    return best.result
+    few = replace(context, data=context.data.spread(_FEW_SAMPLES))
+    quick = replace(trial, context=few, known=KnownOutputs(), permitted=_ON_FEW * permitted)
+    if _with_fewer_moves(ladder, quick) | _descended(ladder, quick):
+        fewer = trial(ladder.forms)
+        tried = fewer if fewer.kept else tried
+    storing.keeps(tried.error)
+    return tried.result
 
 
 def store_rest(
@@ -176,34 +181,33 @@ class _Trial:
         return _Tried(result, error, error <= self.permitted)
 
 
-def _with_fewer_moves(ladder: _Ladder, trial: _Trial) -> _Tried | None:
-    """What is kept with the fewest of the ladder's moves, to which it goes back; None: it takes all of them.
+def _with_fewer_moves(ladder: _Ladder, trial: _Trial) -> bool:
+    """Goes back to the fewest of the ladder's moves that are kept, and says whether these are fewer.
 
     Ends where what is left to gain is little beside the weights. Begins with no move, even where more of them did not
     do: of a network that decides within, more moves may err more.
     """
-    best = None
-    failed, kept = 0, len(ladder.path)
+    most = len(ladder.path)
+    failed, kept = 0, most
     worth = _LEAST_SHARE * ladder.bytes_after(0)
     while kept - failed > 1 and ladder.bytes_after(kept) - ladder.bytes_after(failed) > worth:
         half = (kept + failed) // 2
-        tried = trial(ladder.forms_after(half))
-        if tried.kept:
-            best, kept = tried, half
+        if trial(ladder.forms_after(half)).kept:
+            kept = half
         else:
             failed = half
     ladder.back_to(kept)
-    return best
+    return kept < most
 
 
-def _descended(ladder: _Ladder, trial: _Trial) -> _Tried | None:
-    """The result with the largest of the moved weights one form back, where that is permitted; None: nowhere."""
-    best = None
+def _descended(ladder: _Ladder, trial: _Trial) -> bool:
+    """Takes the largest of the moved weights one form back, each where that is permitted; whether it is anywhere."""
+    before = ladder.forms
     for name in ladder.moved[:_DESCENTS]:
         forms = {**ladder.forms, name: ladder.forms[name] - 1}
-        if (tried := trial(forms)).kept:
-            ladder.forms, best = forms, tried
-    return best
+        if trial(forms).kept:
+            ladder.forms = forms
+    return ladder.forms is not before
 
 
 def _initializers(model: Model) -> Iterator[onnx_ir.Value]:
