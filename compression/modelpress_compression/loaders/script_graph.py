@@ -56,7 +56,7 @@ def in_plain_operators(module: torch.jit.ScriptModule, example: Sequence[torch.T
     _number_constants(module)
     wide = holds_bfloat16(module)
     quantized = holds_quantized(module)
-    if not wide and not quantized and _kinds(module).isdisjoint(_ANSWERS):
+    if not wide and not quantized and kinds_of(module).isdisjoint(_ANSWERS):
         return module
     with quiet():
         if wide:
@@ -109,10 +109,11 @@ def holds_bfloat16(module: torch.jit.ScriptModule) -> bool:
 
 def holds_quantized(module: torch.jit.ScriptModule) -> bool:
     """Whether layers or tensors of the module are quantized."""
-    return not _kinds(module).isdisjoint(QUANTIZED - {"prim::is_quantized"})
+    return not kinds_of(module).isdisjoint(QUANTIZED - {"prim::is_quantized"})
 
 
-def _kinds(module: torch.jit.ScriptModule) -> set[str]:
+def kinds_of(module: torch.jit.ScriptModule) -> set[str]:
+    """Of all operators that `forward` runs, those of its methods and blocks included."""
     return {node.kind() for node in nodes_of(module.inlined_graph)}
 
 

@@ -15,6 +15,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -32,7 +33,7 @@ _MEMORY_FORMATS = (torch.contiguous_format, torch.preserve_format, torch.channel
 _TO_THE_END = 2**63 - 1
 _ALPHA = "alpha"  # of additions: as a place it is, to Python, that of an older form
 # Where Python's functions of operators lie.
-_FUNCTIONS: tuple[Any, ...] = (torch._C._VariableFunctions, torch._C._nn, torch.Tensor, torch)
+_FUNCTIONS: tuple[Any, ...] = (torch._C._VariableFunctions, torch._C._nn, torch.Tensor)
 
 
 class Replay(torch.nn.Module):
@@ -133,7 +134,8 @@ class _Run:
         self.members = members
         self.values: dict[int, Any] = {}
         self.attributes: dict[tuple[int, str], Any] = {}  # of modules, that were assigned to: they stay as they are
-        self.views: dict[int, _View] = {}  # by the tensor, which `values` keep
+        # By a tensor's number, with the tensor: once that is gone, another one may have its number.
+        self.views: dict[int, tuple[torch.Tensor, _View]] = {}
 
     def block(self, block: Any, inputs: Sequence[Any]) -> list[Any]:
         """What a block, or a graph, gives."""
@@ -186,13 +188,17 @@ class _Run:
         """A part of a tensor, or of a list; it is known as such where its places follow each other."""
         result = _operator(node, node.kind(), given)
         if isinstance(result, torch.Tensor) and (len(given) == 3 or given[4] == 1):
-            whole = self.views.get(id(given[0])) or _View.whole(given[0])
-            self.views[id(result)] = whole.part(given[1], given[2] or 0, keeps_axis=len(given) > 3)
+            whole = self._view_of(given[0]) or _View.whole(given[0])
+            self.views[id(result)] = result, whole.part(given[1], given[2] or 0, keeps_axis=len(given) > 3)
         return [result]
+
+    def _view_of(self, tensor: torch.Tensor) -> _View | None:
+        _, view = self.views.get(id(tensor), (None, None))
+        return view
 
     def _copy(self, node: Any, given: list[Any]) -> list[Any]:
         """Into a part of a tensor: exporters lose that, so that there is another tensor from then on."""
-        view = self.views.get(id(given[0]))
+        view = self._view_of(given[0])
         if view is None:
             return [_operator(node, node.kind(), given)]
         filled = view.filled(given[0], given[1])
@@ -233,14 +239,6 @@ _PYTHON_TYPES: Mapping[str, Any] = MappingProxyType(
 )  # fmt: skip
 
 
-def _least(_: Any, given: list[Any], choose: Callable[..., Any] = min) -> Any:
-    return choose(*given)
-
-
-def _most(node: Any, given: list[Any]) -> Any:
-    return _least(node, given, max)
-
-
 # What makes and takes apart values, and asks about tensors: of the node and its inputs.
 _STRUCTURE: Mapping[str, Callable[[Any, list[Any]], Any]] = MappingProxyType(
     {
@@ -260,8 +258,8 @@ _STRUCTURE: Mapping[str, Callable[[Any, list[Any]], Any]] = MappingProxyType(
         "prim::dtype": lambda node, given: _DTYPES.index(given[0].dtype),
         "prim::isinstance": _is_instance,
         "prim::layout": lambda node, given: 0,
-        "prim::max": _most,
-        "prim::min": _least,
+        "prim::max": lambda node, given: max(*given),
+        "prim::min": lambda node, given: min(*given),
         "prim::tolist": lambda node, given: given[0].tolist(),
         "prim::type": lambda node, given: given[0].type,
         "prim::unchecked_cast": lambda node, given: given[0],
@@ -276,7 +274,7 @@ def _operator(node: Any, kind: str, given: list[Any]) -> Any:
         raise NotImplementedError(f"{kind} is not run in Python")
     if space != "aten":
         return getattr(getattr(torch.ops, space), name)(*given)
-    arguments = torch._C.parse_schema(node.schema()).arguments
+    arguments = _arguments(node.schema())
     first = arguments[0].type.kind() if arguments else ""
     if name in _ON_PYTHON and (first != "TensorType" or name not in _ON_BOTH):
         return _ON_PYTHON[name](*given)
@@ -284,6 +282,13 @@ def _operator(node: Any, kind: str, given: list[Any]) -> Any:
         rest = {item.name: value for item, value in zip(arguments[1:], given[1:], strict=True)}
         return _ON_TENSORS[name](given[0], **rest)
     return _called(name, arguments, given)
+
+
+@cache
+def _arguments(schema: str) -> Sequence[Any]:
+    """Of an operator: a loop asks again in every round."""
+    arguments: Sequence[Any] = torch._C.parse_schema(schema).arguments
+    return arguments
 
 
 def _called(name: str, arguments: Sequence[Any], given: Sequence[Any]) -> Any:
@@ -367,16 +372,8 @@ def _key(values: Any, key: Any) -> Any:
     return key if isinstance(values, dict) else int(key)
 
 
-def _updated(values: dict[Any, Any], others: Any) -> None:
-    values.update(others)
-
-
 def _range_length(start: Any, stop: Any, step: Any) -> int:
     return len(range(int(start), int(stop), int(step)))
-
-
-def _dict_of(values: Any = ()) -> dict[Any, Any]:
-    return dict(values)
 
 
 def _listed(method: str) -> Callable[[dict[Any, Any]], list[Any]]:
@@ -392,8 +389,10 @@ def _inserted(values: list[Any], place: Any, value: Any) -> None:
     values.insert(int(place), value)
 
 
-def _popped(values: Any, *key: Any) -> Any:
-    return values.pop(*key)
+def _formatted(text: str, *values: Any) -> str:
+    """As TorchScript does it. Python's own would read widths and attributes out of a user's text."""
+    first, *rest = text.split("{}")
+    return first + "".join(f"{value}{part}" for value, part in zip(values, rest, strict=False))
 
 
 # Operators that Python has itself, on numbers, texts, lists and dicts.
@@ -407,15 +406,16 @@ _ON_PYTHON: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "__isnot__": operator.is_not, "__not__": operator.not_, "__range_length": _range_length,
         "_set_item": _set_item, "add": operator.add, "append": _appended, "ceil": math.ceil,
         "copy": lambda values: values.copy(),
-        "dict": _dict_of, "div": operator.truediv, "eq": operator.eq, "exp": math.exp,
+        "dict": dict, "div": operator.truediv, "eq": operator.eq, "exp": math.exp,
         "extend": lambda values, others: values.extend(others), "floor": math.floor, "floordiv": operator.floordiv,
-        "format": lambda text, *values: text.format(*values), "ge": operator.ge,
+        "format": _formatted, "ge": operator.ge,
         "get": lambda values, *given: values.get(*given),
         "gt": operator.gt, "insert": _inserted, "items": _listed("items"), "keys": _listed("keys"), "le": operator.le,
         "len": lambda values: values.shape[0] if isinstance(values, torch.Tensor) else len(values), "list": list,
         "log": math.log, "log2": math.log2, "lt": operator.lt, "mul": operator.mul, "ne": operator.ne,
-        "neg": operator.neg, "pop": _popped, "pow": operator.pow, "remainder": operator.mod, "round": round,
-        "slice": _sliced, "sqrt": math.sqrt, "sub": operator.sub, "update": _updated, "values": _listed("values"),
+        "neg": operator.neg, "pop": lambda values, *key: values.pop(*key), "pow": operator.pow,
+        "remainder": operator.mod, "round": round,
+        "slice": _sliced, "sqrt": math.sqrt, "sub": operator.sub, "update": dict.update, "values": _listed("values"),
         "warn": lambda *_: None,
     }
 )  # fmt: skip

@@ -21,7 +21,12 @@ from modelpress_compression.loaders.formats.refusals import refused
 from modelpress_compression.loaders.hints import suggest_inputs
 from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.loaders.script_check import check_script
-from modelpress_compression.loaders.script_graph import holds_bfloat16, holds_quantized, in_plain_operators
+from modelpress_compression.loaders.script_graph import (
+    holds_bfloat16,
+    holds_quantized,
+    in_plain_operators,
+    kinds_of,
+)
 from modelpress_compression.loaders.script_inputs import arguments, bind, returns_list, spread
 from modelpress_compression.loaders.source import Source
 from modelpress_compression.loaders.torch_run import REFUSALS, runner, to_tensors
@@ -48,6 +53,7 @@ BRANCH_WARNING = (
     "the inputs it was converted with. It was compared with the module at several sizes; where your inputs may take "
     "another branch, compare them as well."
 )
+_BRANCHES = frozenset({"prim::If", "prim::Loop"})
 # torch's default for x86 computes other numbers in transposed convolutions than its weights stand for.
 _QUANTIZED_ENGINE = "fbgemm"
 
@@ -81,7 +87,9 @@ def _load(path: Path, specs: Sequence[TensorSpec], provenance: Provenance) -> Mo
         return in_plain_operators(module, given)
 
     atol = QUANTIZED_ATOL if quantized else FLOAT16_ATOL if _holds_float16(module) else ATOL
-    lost: dict[Exporter, str] = dict.fromkeys(OF_ONE_RUN, BRANCH_WARNING) if _branches(module) else {}
+    lost: dict[Exporter, str] = (
+        dict.fromkeys(OF_ONE_RUN, BRANCH_WARNING) if not _BRANCHES.isdisjoint(kinds_of(module)) else {}
+    )
     model = export_checked(SCRIPT_EXPORTERS, plain, binding.specs, trials, provenance, atol=atol, warnings=lost)
     warnings = [BFLOAT16_WARNING] if wide or any(spec.dtype == "bfloat16" for spec in specs) else []
     warnings += [QUANTIZED_WARNING] if quantized else []
@@ -138,12 +146,6 @@ class _Runner:
 
 def _holds_float16(module: torch.jit.ScriptModule) -> bool:
     return any(tensor.dtype == torch.float16 for tensor in (*module.parameters(), *module.buffers()))
-
-
-def _branches(module: torch.jit.ScriptModule) -> bool:
-    """Whether a run may take one of several ways."""
-    graph: Any = module.inlined_graph
-    return any(graph.findAllNodes(kind, recurse=True) for kind in ("prim::If", "prim::Loop"))
 
 
 def _assigned(module: torch.jit.ScriptModule) -> list[str]:

@@ -131,7 +131,8 @@ def store_all(
             return PassResult(original, warnings=(f"Weights stay in float32: {reason}.",))
     few = replace(context, data=context.data.spread(_FEW_SAMPLES))
     quick = replace(trial, context=few, known=KnownOutputs(), permitted=_ON_FEW * permitted)
-    if _with_fewer_moves(ladder, quick) | _descended(ladder, quick):
+    has_fewer, has_descended = _with_fewer_moves(ladder, quick), _descended(ladder, quick)
+    if has_fewer or has_descended:
         fewer = trial(ladder.forms)
         tried = fewer if fewer.kept else tried
     storing.keeps(tried.error)
