@@ -1,6 +1,7 @@
 """Ways from a torch module to an ONNX file. Of a TorchScript module they are tried in this order:
 
-1. torch.onnx's exporter for TorchScript, on the frozen module: keeps control flow and dynamic dimensions.
+1. torch.onnx's exporter for TorchScript, on the frozen module: keeps control flow and dynamic dimensions. Writes into
+   parts of tensors are written anew (`script_parts`).
 2. The same on the module as it is: freezing refuses some modules.
 3. TorchScript -> torch.export program -> ONNX.
 4. The exporter for TorchScript on what torch traces when Python runs the graph (`script_replay`): control flow is that
@@ -23,6 +24,7 @@ from torch.onnx import utils
 from modelpress_compression.inputs import Feeds
 from modelpress_compression.loaders.expert_ops import translations
 from modelpress_compression.loaders.script_graph import in_plain_operators
+from modelpress_compression.loaders.script_parts import write_anew
 from modelpress_compression.loaders.script_replay import Replay
 from modelpress_compression.loaders.symbolics import SYMBOLICS
 from modelpress_compression.loaders.torch_run import to_tensors
@@ -51,6 +53,7 @@ def export_frozen(request: ExportRequest) -> Path:
     """Way 1."""
     module = request.module()
     frozen = module if not hasattr(module, "training") else torch.jit.freeze(module)
+    write_anew(frozen.graph)
     return _legacy(frozen, request, "frozen.onnx")
 
 
