@@ -18,7 +18,7 @@ import torch
 from modelpress_compression.archive import Archive
 from modelpress_compression.loaders.formats.pickle_scan import MAX_PICKLE_BYTES
 from modelpress_compression.loaders.formats.torch_archive import inner_members
-from modelpress_compression.loaders.script_inputs import Argument, arguments, signature
+from modelpress_compression.loaders.script_inputs import Argument, arguments, input_names, signature
 
 _MAX_NODES = 20_000  # followed from one argument
 _TYPES = {
@@ -52,7 +52,8 @@ def suggest_inputs(module: torch.jit.ScriptModule, path: Path) -> str:
             text += f" It was traced with {argument.name}:{traced[index]}."
         if argument.required:
             shape = traced[index] if index < len(traced) else ""
-            options.append(f"--input '{_option(argument, layer, sequence, shape)}'")
+            option = _option(argument, layer, sequence, shape)
+            options += [f"--input '{option.replace(argument.name, name, 1)}'" for name in input_names(argument)]
     return f"{text} Try {' '.join(options)}, with your own numbers or words for dimensions that vary."
 
 

@@ -3,6 +3,7 @@ results one by one."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import torch
 
 from modelpress_compression.errors import InvalidInputsError
-from modelpress_compression.inputs import Feeds
 from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.specs import TensorSpec
 
 # Arguments that an ONNX input of no dimensions can stand for, and how TorchScript makes them of a tensor.
 _SCALARS = {"int": "int({name})", "float": "float({name})", "bool": "bool({name})"}
 _TENSORS = ("Tensor", "Optional[Tensor]")
+_GROUP = re.compile(
+    r"(?:Optional\[)?(?:(?P<list>List\[Tensor\])|(?P<tuple>Tuple\[Tensor(?:,Tensor)*\])|(?P<dict>Dict\[str,Tensor\]))\]?"
+)
 
 
 @dataclass(frozen=True)
@@ -62,55 +65,142 @@ def signature(module: torch.jit.ScriptModule) -> str:
 
 
 @dataclass(frozen=True)
-class Binding:
-    """`specs`: in the order of `forward`'s arguments. `names[i]`: the argument that spec i feeds."""
+class Given:
+    """An argument, and the inputs that it is made of: one, or as many as its list, tuple or dict has tensors."""
 
+    argument: Argument
     specs: tuple[TensorSpec, ...]
-    arguments: tuple[Argument, ...]
+
+    def made_of(self, names: Sequence[str]) -> str:
+        """The argument's value in TorchScript, of tensors with these names."""
+        kind, _ = _group(self.argument.type)
+        if kind == "Dict":
+            keys = (spec.name.removeprefix(f"{self.argument.name}.") for spec in self.specs)
+            return "{" + ", ".join(f"{key!r}: {name}" for key, name in zip(keys, names, strict=True)) + "}"
+        if kind:
+            listed = "".join(f"{name}, " for name in names)
+            return f"[{listed}]" if kind == "List" else f"({listed})"
+        return _SCALARS.get(self.argument.type, "{name}").format(name=names[0])
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What the user's inputs are to `forward`. `given`: in the order of its arguments. `direct`: it takes them as they
+    are."""
+
+    given: tuple[Given, ...]
     direct: bool
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The inputs in the order of `forward`'s arguments."""
+        return tuple(spec for item in self.given for spec in item.specs)
 
     def wrap(self, module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
         """A module that takes tensors alone, in the order of `specs`."""
         if self.direct:
             return module
-        parameters = ", ".join(f"{item.name}: Tensor" for item in self.arguments)
-        given = ", ".join(
-            f"{item.name}={_SCALARS[item.type].format(name=item.name) if item.type in _SCALARS else item.name}"
-            for item in self.arguments
-        )
-        return around(module, f"def forward(self, {parameters}):\n    return self.inner.forward({given})\n")
-
-    def scalars(self, feeds: Feeds) -> dict[str, int | float | bool]:
-        """Values of the arguments that are plain numbers to the module."""
-        pairs = zip(self.specs, self.arguments, strict=True)
-        return {spec.name: feeds[spec.name].item() for spec, item in pairs if item.type in _SCALARS}
+        names = [f"input_{number}" for number in range(len(self.specs))]
+        parameters = ", ".join(f"{name}: Tensor" for name in names)
+        values, rest = [], iter(names)
+        for item in self.given:
+            made = item.made_of([next(rest) for _ in item.specs])
+            values.append(f"{item.argument.name}={made}")
+        return around(module, f"def forward(self, {parameters}):\n    return self.inner.forward({', '.join(values)})\n")
 
 
 def bind(module: torch.jit.ScriptModule, specs: Sequence[TensorSpec]) -> Binding:
     """Inputs by the arguments' names where all of them are such names, by position elsewhere.
 
+    The tensors of a list or tuple `parts` are `parts.0`, `parts.1`, ..., those of a dict `parts.KEY`. By position, one
+    list or dict takes what the other arguments leave; keys of a dict are then the names of its inputs.
+
     Raises InvalidInputsError where the number or the types do not fit.
     """
     have = arguments(module)
-    by_name = {item.name: item for item in have}
-    if all(spec.name in by_name for spec in specs):
-        order = {item.name: index for index, item in enumerate(have)}
-        specs = sorted(specs, key=lambda spec: order[spec.name])
-        chosen = [by_name[spec.name] for spec in specs]
-    else:
-        chosen = have[: len(specs)]
-    missing = [item.name for item in have if item.required and item not in chosen]
-    if missing or len(specs) > len(have):
-        given = ", ".join(map(str, specs))
+    given = _by_name(have, specs) or _by_position(have, specs)
+    chosen = [item.argument for item in given]
+    if [item for item in have if item.required and item not in chosen] or sum(len(item.specs) for item in given) < len(
+        specs
+    ):
+        listed = ", ".join(map(str, specs))
+        groups = [item for item in have if _group(item.type)[0]]
         raise InvalidInputsError(
-            f"The module is {signature(module)}, but the inputs given are {given}; "
-            f"give one --input for each argument that has no default."
+            f"The module is {signature(module)}, but the inputs given are {listed}; "
+            f"give one --input for each argument that has no default"
+            + "".join(f", and for each tensor of {item.name!r} ({', '.join(input_names(item))})" for item in groups)
+            + "."
         )
-    for spec, argument in zip(specs, chosen, strict=True):
-        _check(spec, argument)
+    for item in given:
+        for spec in item.specs:
+            _check(spec, item.argument)
     # Of arguments that are left to their defaults, exporters make inputs.
     direct = chosen == have and all(item.type in _TENSORS for item in chosen)
-    return Binding(tuple(specs), tuple(chosen), direct)
+    return Binding(tuple(given), direct)
+
+
+def _by_name(have: Sequence[Argument], specs: Sequence[TensorSpec]) -> list[Given]:
+    """Empty where an input has no argument's name, or places of a list are left out."""
+    named: dict[str, list[TensorSpec]] = {}
+    for spec in specs:
+        name, _, part = spec.name.partition(".")
+        argument = next((item for item in have if item.name == (name if part else spec.name)), None)
+        if argument is None or bool(part) != bool(_group(argument.type)[0]):
+            return []
+        named.setdefault(argument.name, []).append(spec)
+    found = []
+    for argument in (item for item in have if item.name in named):
+        kind, count = _group(argument.type)
+        own = {spec.name: spec for spec in named[argument.name]}
+        if kind in ("List", "Tuple"):
+            places = [f"{argument.name}.{place}" for place in range(count or len(own))]
+            if set(places) != own.keys():
+                return []
+            own = {name: own[name] for name in places}
+        found.append(Given(argument, tuple(own.values())))
+    return found
+
+
+def _by_position(have: Sequence[Argument], specs: Sequence[TensorSpec]) -> list[Given]:
+    """As far as the inputs go; one list or dict takes what the others leave. Empty where there are two, and where an
+    input has a name of `_by_name`'s."""
+    counts = [_group(item.type)[1] for item in have]
+    groups = {item.name for item in have if _group(item.type)[0]}
+    if counts.count(0) > 1 or any(spec.name.partition(".")[0] in groups for spec in specs if "." in spec.name):
+        return []
+    if 0 in counts:
+        others = [item for item in have if _group(item.type)[1] and item.required]
+        left = len(specs) - sum(_group(item.type)[1] for item in others)
+        counts = [
+            max(left, 0) if not count else count if item in others else 0
+            for item, count in zip(have, counts, strict=True)
+        ]
+    found, rest = [], list(specs)
+    for argument, count in zip(have, counts, strict=True):
+        if not count:
+            continue
+        if len(rest) < count:
+            break
+        found.append(Given(argument, tuple(rest[:count])))
+        rest = rest[count:]
+    return found
+
+
+def _group(kind: str) -> tuple[str, int]:
+    """What holds the tensors of such an argument (List, Tuple, Dict, or nothing), and how many; 0: any number."""
+    match = _GROUP.fullmatch(kind)
+    if match is None:
+        return "", 1
+    found = match["tuple"] or match["list"] or match["dict"]
+    return ("Tuple", found.count("Tensor")) if match["tuple"] else ("List" if match["list"] else "Dict", 0)
+
+
+def input_names(argument: Argument) -> list[str]:
+    """How the inputs of an argument are named; the first two of a list, and KEY for the keys of a dict."""
+    kind, count = _group(argument.type)
+    if kind == "Dict":
+        return [f"{argument.name}.KEY"]
+    return [f"{argument.name}.{place}" for place in range(count or 2)] if kind else [argument.name]
 
 
 def returns_list(module: torch.jit.ScriptModule) -> bool:
@@ -182,8 +272,9 @@ def _check(spec: TensorSpec, argument: Argument) -> None:
 
 
 def _check_type(argument: Argument) -> None:
-    if argument.type not in (*_SCALARS, *_TENSORS):
+    if argument.type not in (*_SCALARS, *_TENSORS) and not _group(argument.type)[0]:
         raise InvalidInputsError(
-            f"The module's argument {argument.name!r} is a {argument.type}; only tensors and numbers can be inputs "
-            f"of an ONNX model. Wrap the module in one that takes tensors, and script that."
+            f"The module's argument {argument.name!r} is a {argument.type}; only numbers, tensors, and lists, "
+            f"tuples and dicts of tensors can be inputs of an ONNX model. Wrap the module in one that takes tensors, "
+            f"and script that."
         )

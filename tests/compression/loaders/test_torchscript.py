@@ -120,13 +120,13 @@ class Encoder(torch.nn.Module):
         return self.layer(x)
 
 
-class Keyed(torch.nn.Module):
-    def forward(self, x: dict[str, torch.Tensor]) -> torch.Tensor:
-        return x["a"] + x["b"]
+class Numbered(torch.nn.Module):
+    def forward(self, x: dict[int, torch.Tensor]) -> torch.Tensor:
+        return x[0] + x[1]
 
 
 @pytest.mark.parametrize("specs", [[], ["a:float32[n,4]", "b:float32[n,4]"]])
-@pytest.mark.parametrize(("module", "said"), [(Encoder, "no method 'forward'.*it has encode"), (Keyed, "is a Dict")])
+@pytest.mark.parametrize(("module", "said"), [(Encoder, "no method 'forward'.*it has encode"), (Numbered, "is a Dict")])
 def test_what_has_no_inputs_of_tensors(module, said, specs, save_script: Save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Says so, whether inputs were given or not."""
     with pytest.raises(InvalidInputsError, match=said):
@@ -260,15 +260,75 @@ def test_modules_in_training_mode(tmp_path: Path, save_script: Save, small_net: 
     np.testing.assert_allclose(run_onnx(model, [{"x": x}])[0]["output"], wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_lists_of_tensors_are_explained(tmp_path: Path, save_script: Save) -> None:
-    """An argument that ONNX cannot have is named."""
+class Joins(torch.nn.Module):
+    """Takes a list of any length, and a pair that may be left out, as recurrent layers do."""
 
-    class Joins(torch.nn.Module):
-        def forward(self, parts: list[torch.Tensor]) -> torch.Tensor:
-            return torch.cat(parts)
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
 
-    with pytest.raises(InvalidInputsError, match="'parts' is a List"):
-        load(save_script(Joins(), tmp_path / "m.pt"), ["parts:float32[batch,4]"])
+    def forward(
+        self,
+        x: torch.Tensor,
+        parts: list[torch.Tensor],
+        pair: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        total = self.layer(x)
+        for index, part in enumerate(parts):
+            total = total + self.layer(part) * (index + 2)
+        if pair is not None:
+            total = total + pair[0] * pair[1]
+        return total + torch.cat(parts, 1).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "given"),
+    [
+        (["x", "parts.0", "parts.1"], ["x", "parts.0", "parts.1"]),
+        (["parts.1", "x", "parts.0"], ["x", "parts.0", "parts.1"]),
+        (["a", "b", "c", "d"], ["a", "b", "c", "d"]),
+        (["pair.1", "pair.0", "x", "parts.0"], ["x", "parts.0", "pair.0", "pair.1"]),
+    ],
+)
+def test_lists_and_tuples_of_tensors(names: list[str], given: list[str], tmp_path: Path, save_script: Save) -> None:
+    """An input for each tensor, by name in any order; by position, the list takes what is left. rtol 1e-5."""
+    torch.manual_seed(0)
+    module = Joins().eval()
+    model = load(save_script(module, tmp_path / "m.pt"), [f"{name}:float32[batch,4]" for name in names])
+    assert [spec.name for spec in model.inputs] == given
+    x = {name: torch.randn(3, 4) for name in given}
+    pair = (x["pair.0"], x["pair.1"]) if "pair.0" in x else None
+    parts = [tensor for name, tensor in list(x.items())[1:] if not name.startswith("pair")]
+    wanted = module(x[given[0]], parts, pair).detach().numpy()
+    got = run_onnx(model, [{name: tensor.numpy() for name, tensor in x.items()}])[0]["output"]
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+class Keyed(torch.nn.Module):
+    def forward(self, x: dict[str, torch.Tensor]) -> torch.Tensor:
+        return x["a"] - x["b"]
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["x.b", "x.a"]])
+def test_dicts_of_tensors(names: list[str], tmp_path: Path, save_script: Save) -> None:
+    """Keys are the inputs' names, with the argument's before them or not."""
+    model = load(save_script(Keyed(), tmp_path / "m.pt"), [f"{name}:float32[n,4]" for name in names])
+    feed = {name: np.full((2, 4), 3 if name.endswith("a") else 1, np.float32) for name in names}
+    np.testing.assert_array_equal(run_onnx(model, [feed])[0]["output"], np.full((2, 4), 2, np.float32))
+
+
+class TwoLists(torch.nn.Module):
+    def forward(self, left: list[torch.Tensor], right: list[torch.Tensor]) -> torch.Tensor:
+        return left[0] - right[0]
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["left.0", "right.1"], []])
+def test_how_the_tensors_of_lists_are_named(names: list[str], tmp_path: Path, save_script: Save) -> None:
+    """Said where it cannot be told which tensor goes where, where a place is left out, and where no input is given."""
+    path = save_script(TwoLists(), tmp_path / "m.pt")
+    with pytest.raises(InvalidInputsError, match=r"left\.0.*left\.1.*right\.0.*right\.1"):
+        load(path, [f"{name}:float32[batch,4]" for name in names])
+    assert len(load(path, ["left.0:float32[n,4]", "right.0:float32[n,4]"]).inputs) == 2
 
 
 def test_operators_without_onnx(tmp_path: Path, save_script: Save) -> None:
