@@ -22,6 +22,8 @@ in float32 where that errs too much. Where the outputs err by more than permitte
                           add up to far more than they do together
     descent               of those that moved, the largest ones go one form back where the outputs permit it: the order
                           above goes by errors, and a step too far can cost a tenth of the file
+    confirmation          bisection and descent look at a few samples; of what these permit, the smallest is taken that
+                          all of them permit
 
 Errors of single weights are measured in one session, whose weights are inputs with defaults: a run is given one of them
 rounded. Only models that need it pay for it: most keep 35 to 50 dB with all weights in 8 bits.
@@ -76,7 +78,8 @@ _LEAST_GAIN = 0.05  # in size, of `store_rest`
 # How many models are made to find out which weights moved too far, and the samples that these run on: what they find is
 # then made once more, and runs on all.
 _DESCENTS = 6
-_FEW_SAMPLES, _ON_FEW = 12, 0.9  # and the share of the permitted error that these may have
+FEW_SAMPLES, _ON_FEW = 12, 0.9  # and the share of the permitted error that these may have
+_CONFIRMED = 6  # forms at most, that few samples let through, are tried on all
 _LEAST_SHARE = 0.01  # of all weights' bytes, that another model is worth making for
 _CHANNELS, _BLOCKS, _HALF, _PLAIN = range(4)
 _BYTES = (1.0, 1.0 + 4 / STORED_BLOCK, 2.0, 4.0)  # of a weight, in each of them
@@ -125,16 +128,15 @@ def store_all(
     trial = _Trial(model, config, context, known, permitted)
     ladder.climb_until(permitted)
     while not (tried := trial(ladder.forms)).kept:
-        if not ladder.climb(1 + math.ceil(_GROWTH * len(ladder.moved))):
+        if not ladder.climb(1 + math.ceil(_GROWTH * len(ladder.moved(ladder.forms)))):
             storing.keeps(tried.error)
             reason = f"stored in float16 its outputs keep {decibels(tried.error):.1f} dB alone"
             return PassResult(original, warnings=(f"Weights stay in float32: {reason}.",))
-    few = replace(context, data=context.data.spread(_FEW_SAMPLES))
-    quick = replace(trial, context=few, known=KnownOutputs(), permitted=_ON_FEW * permitted)
-    has_fewer, has_descended = _with_fewer_moves(ladder, quick), _descended(ladder, quick)
-    if has_fewer or has_descended:
-        fewer = trial(ladder.forms)
-        tried = fewer if fewer.kept else tried
+    # A few samples say little of all: more than one is tried of the forms that they let through.
+    for forms in _ways_back(ladder, _on_few_samples(trial, tried))[:_CONFIRMED]:
+        if (nearer := trial(forms)).kept:
+            tried = nearer
+            break
     storing.keeps(tried.error)
     return tried.result
 
@@ -182,33 +184,45 @@ class _Trial:
         return _Tried(result, error, error <= self.permitted)
 
 
-def _with_fewer_moves(ladder: _Ladder, trial: _Trial) -> bool:
-    """Goes back to the fewest of the ladder's moves that are kept, and says whether these are fewer.
+def _on_few_samples(trial: _Trial, tried: _Tried) -> _Trial:
+    """The trial on few of its samples, of which one that is hard can make most of the error: what is permitted of them
+    is to what they say of `tried` as it is on all."""
+    few = replace(trial.context, data=trial.context.data.spread(FEW_SAMPLES))
+    quick = replace(trial, context=few, known=KnownOutputs())
+    seen = _error(trial.model, tried.result, few, quick.known)
+    return replace(quick, permitted=_ON_FEW * trial.permitted * (seen / tried.error if tried.error else 1.0))
+
+
+def _ways_back(ladder: _Ladder, trial: _Trial) -> list[Forms]:
+    """Forms that take fewer bytes than where the ladder stands and that the trial keeps, the smallest first."""
+    kept = _with_fewer_moves(ladder, trial)
+    forms = kept[-1] if kept else ladder.forms
+    # Each of the largest weights that moved, one form back where that is kept too.
+    for name in ladder.moved(forms)[:_DESCENTS]:
+        back = {**forms, name: forms[name] - 1}
+        if trial(back).kept:
+            kept.append(forms := back)
+    return kept[::-1]
+
+
+def _with_fewer_moves(ladder: _Ladder, trial: _Trial) -> list[Forms]:
+    """Forms after fewer and fewer of the ladder's moves, all of which are kept.
 
     Ends where what is left to gain is little beside the weights. Begins with no move, even where more of them did not
     do: of a network that decides within, more moves may err more.
     """
-    most = len(ladder.path)
-    failed, kept = 0, most
+    forms: list[Forms] = []
+    failed, kept = 0, len(ladder.path)
     worth = _LEAST_SHARE * ladder.bytes_after(0)
     while kept - failed > 1 and ladder.bytes_after(kept) - ladder.bytes_after(failed) > worth:
         half = (kept + failed) // 2
-        if trial(ladder.forms_after(half)).kept:
+        fewer = ladder.forms_after(half)
+        if trial(fewer).kept:
             kept = half
+            forms.append(fewer)
         else:
             failed = half
-    ladder.back_to(kept)
-    return kept < most
-
-
-def _descended(ladder: _Ladder, trial: _Trial) -> bool:
-    """Takes the largest of the moved weights one form back, each where that is permitted; whether it is anywhere."""
-    before = ladder.forms
-    for name in ladder.moved[:_DESCENTS]:
-        forms = {**ladder.forms, name: ladder.forms[name] - 1}
-        if trial(forms).kept:
-            ladder.forms = forms
-    return ladder.forms is not before
+    return forms
 
 
 def _initializers(model: Model) -> Iterator[onnx_ir.Value]:
@@ -233,15 +247,9 @@ class _Ladder:
         """Of all weights."""
         return sum(self._sizes[name] * _BYTES[form] for name, form in self.forms_after(moves).items())
 
-    def back_to(self, moves: int) -> None:
-        """Forgets the moves after so many."""
-        self.forms = self.forms_after(moves)
-        del self.path[moves:]
-
-    @property
-    def moved(self) -> list[str]:
+    def moved(self, forms: Forms) -> list[str]:
         """The weights that are not in their first form, the largest first."""
-        moved = [name for name, form in self.forms.items() if form != self._first[name]]
+        moved = [name for name, form in forms.items() if form != self._first[name]]
         return sorted(moved, key=lambda name: -self._sizes[name])
 
     def _step(self, name: str) -> tuple[float, str, int]:
