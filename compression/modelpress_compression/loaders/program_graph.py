@@ -9,6 +9,7 @@ from typing import Any
 
 from modelpress_compression.errors import CompressionError
 from modelpress_compression.loaders.formats.refusals import refused
+from modelpress_compression.loaders.vmapped import VMAP_FUNCTIONS
 
 _NAME = re.compile(r"(?:[A-Za-z_][A-Za-z0-9_.]*)?")
 # Weights go by any name that a module or a key of a dict may have; torch puts it between quotes.
@@ -125,7 +126,7 @@ def _reject(what: str) -> CompressionError:
 
 def _check_target(target: str) -> None:
     parts = target.split(".")
-    if target in _PYTHON_OPERATORS or _SYMBOLIC.fullmatch(target):
+    if target in _PYTHON_OPERATORS or target in VMAP_FUNCTIONS or _SYMBOLIC.fullmatch(target):
         return
     plain = all(part.isidentifier() and (not part.startswith("__") or part in _DUNDER_OPERATORS) for part in parts)
     if not plain or parts[:2] != ["torch", "ops"] or len(parts) not in (4, 5) or parts[3] in _FORBIDDEN_OPERATORS:

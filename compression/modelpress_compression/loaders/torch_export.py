@@ -12,6 +12,7 @@ import torch
 from modelpress_compression.archive import Archive
 from modelpress_compression.inputs import Array, Feeds
 from modelpress_compression.loaders.checked_copy import checked_copy
+from modelpress_compression.loaders.complex_numbers import as_pairs, holds_complex
 from modelpress_compression.loaders.expert_ops import expert_operators, take_products
 from modelpress_compression.loaders.exporters import ExportRequest, export_plain, export_program
 from modelpress_compression.loaders.exporting import export_checked
@@ -26,6 +27,7 @@ from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.loaders.source import Source
 from modelpress_compression.loaders.torch_run import REFUSALS, flatten, to_tensors
 from modelpress_compression.loaders.trials import Run, find_trials, first_line
+from modelpress_compression.loaders.vmapped import on_batches
 from modelpress_compression.model import Model, Provenance
 from modelpress_compression.specs import TensorSpec
 
@@ -47,7 +49,7 @@ def _read(path: Path) -> torch.export.ExportedProgram:
         with quiet():
             program = torch.export.load(str(path))
             _forget_ranges_of_expressions(program)
-            return program
+            return on_batches(program)
     except Exception as error:
         raise refused("PROGRAM_VERSION", version=torch.__version__, reason=first_line(error)) from error
 
@@ -99,7 +101,15 @@ def convert_program(
         write_out(program, attention)
         return export_program(program, request, "products.onnx")
 
-    exporters = (export_dynamo, *([export_products] if attention else []), export_plain)
+    def export_pairs(request: ExportRequest) -> Path:
+        return export_program(as_pairs(program), request, "pairs.onnx")
+
+    exporters = (
+        export_dynamo,
+        *([export_products] if attention else []),
+        *([export_pairs] if holds_complex(program) else []),
+        export_plain,
+    )
     outputs = [*labels, *(output_name(buffer) for buffer in stateless.state.values())]
     model = export_checked(exporters, lambda: _Flat(program), specs, trials, provenance, labels=outputs)
     return model.with_warnings(*warnings, *stateless.warnings)

@@ -37,9 +37,11 @@ _FIRST_BATCHES = (_TRACE_BATCH, 1, 4, 8)  # the last two: for models that split 
 _OTHER_BATCHES = (3, 1, 2, 4, 8, 16)
 # How lines of torch's messages start that tell of its own insides.
 _NOISE = ("File ", "Traceback", "~", "<---", "The following", "at ", "(Refer to", "Use tlparse")
+_WHERE = "\nWhile executing "  # behind it torch shows the user's source
 _LONGEST_CHAIN = 20
 # What torch.onnx says of an operator that it lacks, and of the node that calls it.
 _NO_FUNCTION = "No ONNX function found"
+_COMPLEX = "complex-valued"
 _NODE = re.compile(r"target=torch\.ops\.(?P<library>\w+)\.(?P<operator>\w+)")
 
 
@@ -252,12 +254,14 @@ def first_line(error: BaseException) -> str:
     while (cause := chain[-1].__cause__) is not None and len(chain) < _LONGEST_CHAIN:
         chain.append(cause)
     if _NO_FUNCTION in str(chain[-1]) and (node := next(filter(None, map(_NODE.search, map(str, chain))), None)):
-        return f"the exporter has no ONNX for the operator {node['library']}::{node['operator']}"
+        complex_numbers = " on complex numbers" if _COMPLEX in str(chain[-1]) else ""
+        return f"the exporter has no ONNX for the operator {node['library']}::{node['operator']}{complex_numbers}"
     return _useful_line(chain[-1])
 
 
 def _useful_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = str(error).partition(_WHERE)[0]
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     useful = [line for line in lines if not line.startswith(_NOISE)]
     if unknown := [line for line in useful if line.startswith("Unknown builtin op: ")]:
         return unknown[0].rstrip(".")[:300]

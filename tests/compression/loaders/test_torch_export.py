@@ -31,6 +31,7 @@ from modelpress_compression.loaders.program_trees import output_labels
 from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.specs import TensorSpec
 from oracles.plain_run import run_onnx
+from torch._higher_order_ops.associative_scan import associative_scan
 from torch._higher_order_ops.map import map as map_rows
 from torch.utils import _pytree as pytree
 
@@ -737,3 +738,60 @@ def test_a_map_is_a_scan_that_carries_nothing(tmp_path: Path, make: SimpleNamesp
             expected = (-rows if sign > 0 else rows + 1, x.sum(1))
             for one, wanted in zip(got, expected, strict=True):
                 np.testing.assert_allclose(one, wanted.numpy(), rtol=1e-5, atol=1e-6)
+
+
+class Spectral(torch.nn.Module):
+    """A layer of a Fourier neural operator: complex weights, a product of complex tensors, a write into one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 6, 5, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        modes = torch.fft.rfft(x)
+        mixed = torch.zeros(x.shape[0], 6, modes.shape[-1], dtype=torch.complex64)
+        mixed[:, :, :5] = torch.einsum("bix,iox->box", modes[:, :, :5], self.weight)
+        return torch.fft.irfft(mixed, n=16)
+
+
+def test_complex_weights(tmp_path: Path) -> None:
+    """Where torch's exporter has no ONNX on complex numbers, it gets real and imaginary parts; any batch, rtol 1e-4."""
+    torch.manual_seed(0)
+    module = Spectral().eval()
+    x = torch.randn(3, 4, 16)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, tmp_path / "m.pt2")
+    model = load(tmp_path / "m.pt2")
+    assert "MatMul" in [node.op_type for node in model.nodes()]
+    for given in (x, torch.randn(1, 4, 16)):
+        got = run_onnx(model, [{model.inputs[0].name: given.numpy()}])[0]["output"]
+        np.testing.assert_allclose(got, module(given).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+class Recurrence(torch.nn.Module):
+    """h[t] = a[t] h[t - 1] + b[t], as state-space models have it, and a product for each row."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def joined(left: Any, right: Any) -> Any:
+            return left[0] * right[0], left[1] * right[0] + right[1]
+
+        _, state = associative_scan(joined, (a, b), dim=1, combine_mode="generic")
+        return state, torch.vmap(torch.dot)(a[:, :, 0], b[:, :, 0])
+
+
+def test_vmap_and_associative_scan(tmp_path: Path) -> None:
+    """Operators on whole batches take the place of calls that open levels, at any batch; rtol 1e-5."""
+    batch = torch.export.Dim("batch")
+    given = torch.rand(3, 4, 2), torch.rand(3, 4, 2)
+    program = torch.export.export(Recurrence(), given, dynamic_shapes=({0: batch}, {0: batch}), strict=True)
+    torch.export.save(program, tmp_path / "m.pt2")
+    model = load(tmp_path / "m.pt2")
+    names = [spec.name for spec in model.inputs]
+    for rows in (3, 1, 5):
+        a, b = torch.rand(rows, 4, 2), torch.rand(rows, 4, 2)
+        state, products = run_onnx(model, [dict(zip(names, (a.numpy(), b.numpy()), strict=True))])[0].values()
+        wanted = torch.zeros(rows, 2)
+        for step in range(4):
+            wanted = a[:, step] * wanted + b[:, step]
+            np.testing.assert_allclose(state[:, step], wanted.numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(products, (a * b)[:, :, 0].sum(1).numpy(), rtol=1e-5, atol=1e-6)

@@ -117,6 +117,14 @@ def test_the_first_of_errors_that_led_to_others_is_told() -> None:
     outer = RuntimeError("Error when translating node %q : call_function[target=torch.ops.aten.linalg_qr.default]")
     outer.__cause__ = RuntimeError("No ONNX function found for <object at 0x7f>. Failure message: none")
     assert first_line(outer) == "the exporter has no ONNX for the operator aten::linalg_qr"
+    outer.__cause__ = RuntimeError("No ONNX function found for <x>. Failure message: none for the complex-valued input")
+    assert first_line(outer) == "the exporter has no ONNX for the operator aten::linalg_qr on complex numbers"
+
+
+def test_the_source_that_failed_is_not_what_is_told() -> None:
+    """torch shows the lines of the user's code behind the reason."""
+    text = "no gradients of complex\n\nWhile executing %s : call_function\nFile 'm.py', line 3\n    y = x[:3]\n"
+    assert first_line(RuntimeError(text)) == "no gradients of complex"
 
 
 def test_an_operator_that_torch_does_not_know_is_told() -> None:
