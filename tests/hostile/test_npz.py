@@ -47,11 +47,11 @@ def objects() -> bytes:
 
 
 def bomb() -> bytes:
-    """A gigabyte of zeros in a megabyte."""
+    """Zeros that fill a little more than a small file may unpack to, in 270 kB: a thousandth of that."""
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as sink:
-        sink.write(array(f"({(1 << 30) // 512}, 2, 64)", data=b""))
-        for _ in range(1 << 10):
+        sink.write(array(f"({(257 << 20) // 512}, 2, 64)", data=b""))
+        for _ in range(257):
             sink.write(bytes(1 << 20))
     return target.getvalue()
 

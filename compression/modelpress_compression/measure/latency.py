@@ -231,7 +231,8 @@ def time_interleaved(
     """
     if not together and not fit_together(map(file_size_bytes, models)):
         plan = _Plan(models, data, threads, batch_size, rounds, budget_s, backend)
-        return _time_in_turn(plan, random.Random(seed))  # noqa: S311  # an order, not a secret
+        with _no_garbage_collection():
+            return _time_in_turn(plan, random.Random(seed))  # noqa: S311  # an order, not a secret
     began = time.perf_counter()
     openers = [partial(backend.open, threads=threads)] * len(models)
     runners = open_together(models, openers)
@@ -281,8 +282,7 @@ def _time_in_turn(plan: _Plan, shuffler: random.Random) -> Timings:
             once_s.clear()  # those before were looked at with batches that this one refuses
         else:
             limit_s = min(WARM_UP_MAX_S, plan.budget_s * WARM_UP_SHARE / len(plan.models))
-            with _no_garbage_collection():
-                once_s.append(_warm_up(runner, feeds, limit_s))
+            once_s.append(_warm_up(runner, feeds, limit_s))
         size = taken
         del runner  # before the next one is there
     runs = _runs_per_round(once_s, alike=plan.threads > 1)
@@ -295,10 +295,9 @@ def _time_in_turn(plan: _Plan, shuffler: random.Random) -> Timings:
         shuffler.shuffle(order)
         for which in order:
             runner = plan.backend.open(plan.models[which], threads=plan.threads)
-            with _no_garbage_collection():
-                _warm_up(runner, feeds, once_s[which] * WARM_UP_RUNS)
-                timer = _Timer(runner, feeds, runs[which])
-                timed[which] += [timer.time(index) for index in rounds]
+            _warm_up(runner, feeds, once_s[which] * WARM_UP_RUNS)
+            timer = _Timer(runner, feeds, runs[which])
+            timed[which] += [timer.time(index) for index in rounds]
             del runner, timer
     samples = _samples(list(zip(*timed, strict=True)))
     return robust_timings(samples, size, runs, plan.threads, elsewhere=plan.backend.elsewhere)

@@ -6,10 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from google.rpc import error_details_pb2
 from modelpress_compression.specs import TensorSpec
 from modelpress_protos import recipe as recipe_language
@@ -24,13 +26,48 @@ INPUT = spec_to_proto(TensorSpec.parse("x:float32[batch,1,28,28]"))
 LIMITS = Limits(time_s=120.0, memory_bytes=8 * 1024**3)
 
 
+IN_THE_LOOP_OF_THE_EXECUTOR = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where tasks have their files."""
+    return tmp_path_factory.mktemp("tasks")
+
+
 @pytest.fixture
-async def executor(tmp_path: Path) -> AsyncIterator[LocalExecutor]:
-    """One as the server has it: workers are forked."""
-    made = LocalExecutor(fork=True, sandbox="auto", temp_root=tmp_path)
+def place(root: Path) -> Path:
+    """A folder there for one test."""
+    return Path(tempfile.mkdtemp(dir=root))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def executor(root: Path) -> AsyncIterator[LocalExecutor]:
+    """One as the server has it: workers are forked, here for all tests from one process that has loaded the engine."""
+    made = LocalExecutor(fork=True, sandbox="auto", temp_root=root)
     await made.start()
     yield made
     await made.close()
+
+
+# What each of two libraries is missed by, in one process: its imports take seconds. What tasks load later is left out.
+LACKING = """
+import sys
+
+def missed():
+    try:
+        from modelpress_server.worker import tasks
+        tasks._LAZY = ()
+        tasks.preload()
+    except ModuleNotFoundError as error:
+        return error.name
+    return "none"
+
+for name in ("onnxruntime", "openvino"):
+    sys.modules[name] = None
+    print(f"{name}: {missed()}")
+    del sys.modules[name]
+"""
 
 
 def lay_out(root: Path, name: str, *, hints: bool = False) -> worker_pb2.ModelFiles:
@@ -57,9 +94,10 @@ def info_of(event: worker_pb2.WorkerEvent) -> error_details_pb2.ErrorInfo:
         ("model.pt2", common_pb2.MODEL_FORMAT_TORCH_EXPORT),
     ],
 )
-async def test_inspecting(executor: LocalExecutor, tmp_path: Path, name: str, model_format: int) -> None:
+@IN_THE_LOOP_OF_THE_EXECUTOR
+async def test_inspecting(executor: LocalExecutor, place: Path, name: str, model_format: int) -> None:
     """Every format that the server reads is inspected inside the sandbox."""
-    files = lay_out(tmp_path, name, hints=name.endswith(".pt"))
+    files = lay_out(place, name, hints=name.endswith(".pt"))
     request = worker_pb2.WorkerRequest(inspect=worker_pb2.InspectTask(model=files))
     event = await executor.run(request, limits=LIMITS, on_event=lambda _: None)
     assert event.WhichOneof("event") == "inspected", event
@@ -67,20 +105,21 @@ async def test_inspecting(executor: LocalExecutor, tmp_path: Path, name: str, mo
     assert event.inspected.inspection.op_counts["Conv"] == 2
 
 
-async def test_compressing(executor: LocalExecutor, tmp_path: Path) -> None:
+@IN_THE_LOOP_OF_THE_EXECUTOR
+async def test_compressing(executor: LocalExecutor, place: Path) -> None:
     """A compression with data leaves its artifacts in the output folder, tells its stages, and sums up its report."""
-    files = lay_out(tmp_path, "model.onnx")
-    output = tmp_path / "task" / "output"
+    files = lay_out(place, "model.onnx")
+    output = place / "task" / "output"
     output.mkdir()
     for name in ("samples.npz", "eval.npz"):
-        shutil.copy(MNIST / name, tmp_path / "task" / name)
+        shutil.copy(MNIST / name, place / "task" / name)
     recipe = recipe_language.from_dict({"version": 1, "steps": [{"fuse": {}}], "benchmark": {"rounds": 5}})
     task = worker_pb2.CompressTask(
         job="projects/default/jobs/j1",
         model=files,
         recipe=recipe,
-        data_path=str(tmp_path / "task" / "samples.npz"),
-        eval_path=str(tmp_path / "task" / "eval.npz"),
+        data_path=str(place / "task" / "samples.npz"),
+        eval_path=str(place / "task" / "eval.npz"),
         output_directory=str(output),
         time_limit_s=60.0,
     )
@@ -110,14 +149,15 @@ async def test_compressing(executor: LocalExecutor, tmp_path: Path) -> None:
         ("samples.npz", False, "UNSUPPORTED_FORMAT"),
     ],
 )
+@IN_THE_LOOP_OF_THE_EXECUTOR
 async def test_what_the_user_can_mend(
-    executor: LocalExecutor, tmp_path: Path, name: str, hints: bool, reason: str
+    executor: LocalExecutor, place: Path, name: str, hints: bool, reason: str
 ) -> None:
     """Errors of the engine arrive with their reason; no path of this machine is in them."""
-    request = worker_pb2.WorkerRequest(inspect=worker_pb2.InspectTask(model=lay_out(tmp_path, name, hints=hints)))
+    request = worker_pb2.WorkerRequest(inspect=worker_pb2.InspectTask(model=lay_out(place, name, hints=hints)))
     event = await executor.run(request, limits=LIMITS, on_event=lambda _: None)
     assert info_of(event).reason == reason
-    assert str(tmp_path) not in str(event)
+    assert str(place) not in str(event)
 
 
 async def test_code_without_a_sandbox_is_refused_where_one_is_required(
@@ -146,7 +186,5 @@ async def test_code_without_a_sandbox_is_refused_where_one_is_required(
 
 def test_a_worker_starts_without_the_libraries_of_extras() -> None:
     """A backend's library need not be installed; what the engine itself needs must be."""
-    code = "import sys; sys.modules[sys.argv[1]] = None; from modelpress_server.worker.tasks import preload; preload()"
-    for name, status in (("openvino", 0), ("onnxruntime", 1)):
-        run = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=False)
-        assert run.returncode == status, run.stderr
+    run = subprocess.run([sys.executable, "-c", LACKING], capture_output=True, text=True, check=False)
+    assert run.stdout.split() == ["onnxruntime:", "onnxruntime", "openvino:", "none"], run.stderr
