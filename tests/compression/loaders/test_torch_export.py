@@ -269,6 +269,7 @@ FACTORY = json.dumps({"default_factory_module": "this", "default_factory_name": 
         edit(["graph_module", "graph", "nodes", 0, "target"], "torch.load"),
         edit(["graph_module", "graph", "nodes", 0, "target"], "torch.ops.load_library"),
         edit(["graph_module", "graph", "nodes", 0, "target"], "torch.ops.aten.from_file.default"),
+        edit(["graph_module", "graph", "nodes", 0, "target"], "torch._functorch.predispatch.torch.load"),
         edit(["graph_module", "graph", "nodes", 0, "target"], "_operator.methodcaller"),
         edit(["graph_module", "graph", "nodes", 0, "target"], "#custom"),
         edit([*SPEC, "forward_arg_names"], ["x=exit()"]),
