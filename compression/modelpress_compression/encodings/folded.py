@@ -1,7 +1,7 @@
 """Weights in fewer bits for operators that take floats alone: onnxruntime makes float32 of them when it loads a model.
 
-    16 bits  W = Cast(H)                                               half precision
-    8 bits   W = Cast(Q) * scale                                       a scale a channel
+    half     W = Cast(H)                                               float16
+    levels   W = Cast(Q) * scale                                       8 or 16 bits, a scale a channel
     blocks   W = Reshape(Cast(Q) * scale)                              Q [rows, blocks, size], scale [rows, blocks, 1]
     rows     W = Cast(Gather(Q, index)) * Gather(scale, index)         rows of a table, a scale each
     4 bits   F = Cast(P);  high = floor(F / 16);  low = F - 16 high    P [rows, blocks, size / 2]: two levels a byte
@@ -37,17 +37,17 @@ from modelpress_compression.graph.read import (
 _NO_OFFSET = np.zeros((), np.int8)
 
 
-def write_16_bits(editor: Editor, graph: onnx_ir.Graph, array: NDArray[np.float32], name: str) -> onnx_ir.Value:
-    """A value that stands for the array, stored in half precision."""
+def write_half(editor: Editor, graph: onnx_ir.Graph, array: NDArray[np.float32], name: str) -> onnx_ir.Value:
+    """A value that stands for the array, stored in float16."""
     head = Spot(editor, graph[0], name)
     return head.real(head.constant(array.astype(np.float16), "float16"))
 
 
-def write_8_bits(
+def write_levels(
     editor: Editor, graph: onnx_ir.Graph, weight: QuantizedWeight, name: str, shape: Sequence[int] | None = None
 ) -> onnx_ir.Value:
-    """A value that stands for the weight, whose zero point is 0 and whose scale is of its rank; in another `shape`
-    where that is given."""
+    """A value that stands for the weight of 8 or 16 bits, whose zero point is 0 and whose scale is of its rank; in
+    another `shape` where that is given."""
     head = Spot(editor, graph[0], name)
     real = head.real(head.constant(weight.levels, "quantized"))
     product = head.emit("Mul", real, head.constant(weight.scale, "scale"))
@@ -89,24 +89,25 @@ def write_rows(editor: Editor, node: onnx_ir.Node, stored: StoredWeight) -> onnx
     return spot.emit("Mul", spot.real(row), factor)
 
 
-def read_8_bits(node: onnx_ir.Node) -> tuple[StoredWeight, ...]:
-    """The weight that a Mul hands out; its scale has the rank of its levels."""
+def read_levels(node: onnx_ir.Node) -> tuple[StoredWeight, ...]:
+    """The weight of 8 or 16 bits that a Mul hands out; its scale has the rank of its levels."""
     if is_op(only_consumer(node.outputs[0]), "Floor"):
         return ()  # two levels a byte
     for real, scale in (node.inputs, node.inputs[::-1]):
         values = _behind(real, ("Cast", 0))
-        levels, factors = _narrow(values), constant_array(scale)
+        levels, factors = _integers(values, onnx_ir.DataType.INT16), constant_array(scale)
         if values is None or scale is None or levels is None or factors is None or factors.ndim > levels.ndim:
             continue
         factors = factors.reshape((1,) * (levels.ndim - factors.ndim) + factors.shape)
-        return (StoredWeight(QuantizedWeight(levels, factors, _NO_OFFSET), values, scale),)
+        weight = QuantizedWeight(levels, factors, np.zeros((), levels.dtype), bits=8 * levels.itemsize)
+        return (StoredWeight(weight, values, scale),)
     return ()
 
 
 def read_rows(node: onnx_ir.Node) -> tuple[StoredWeight, ...]:
     """The table of a Gather whose rows are scaled behind it."""
     values, scale = input_of(node, 0), _behind(factor_behind(node.outputs[0]), ("Gather", 0))
-    levels, factors = _narrow(values), constant_array(scale)
+    levels, factors = _integers(values), constant_array(scale)
     if values is None or scale is None or levels is None or factors is None:
         return ()
     return (StoredWeight(QuantizedWeight(levels, factors, _NO_OFFSET), values, scale),)
@@ -163,8 +164,8 @@ def _behind(value: onnx_ir.Value | None, *path: tuple[str, int]) -> onnx_ir.Valu
     return value
 
 
-def _narrow(value: onnx_ir.Value | None) -> Levels | None:
-    """The numbers of a constant of 8-bit integers."""
+def _integers(value: onnx_ir.Value | None, *wider: onnx_ir.DataType) -> Levels | None:
+    """The numbers of a constant of 8-bit integers, or of `wider` ones."""
     tensor = constant_tensor(value)
-    is_narrow = tensor is not None and tensor.dtype in (onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8)
-    return tensor.numpy() if tensor is not None and is_narrow else None
+    kinds = (onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8, *wider)
+    return tensor.numpy() if tensor is not None and tensor.dtype in kinds else None

@@ -16,7 +16,7 @@ _READERS: Mapping[str, Callable[[onnx_ir.Node], tuple[StoredWeight, ...]]] = Map
         "GatherBlockQuantized": n_bits.read_table,
         "MatMulInteger": products.read,
         "ConvInteger": products.read,
-        "Mul": folded.read_8_bits,
+        "Mul": folded.read_levels,
         "Gather": folded.read_rows,
         "Reshape": folded.read_4_bits,
     }

@@ -26,7 +26,7 @@ FORMATS = [
     *(("MatMulNBits", bits) for bits in (2, 4, 8)),
     *(("MatMulNBits, no zero points", bits) for bits in (2, 4, 8)),
     *(("GatherBlockQuantized", bits) for bits in (4, 8)),
-    *(("folded", bits) for bits in (4, 8)),
+    *(("folded", bits) for bits in (4, 8, 16)),
     ("packed", 4),
     ("rows", 8),
     ("MatMulInteger", 8),
@@ -40,7 +40,8 @@ def random_weight(
     in_rows = name.startswith(("MatMulN", "Gather")) or (name, bits) == ("folded", 4)
     signed = name in ("rows", "folded", "MatMulInteger", "per channel", "packed") and not in_rows
     low = -(1 << (bits - 1)) if signed else 0
-    levels = rng.integers(low, low + (1 << bits), (rows, columns)).astype(np.int8 if signed else np.uint8)
+    kind = np.int16 if bits == 16 else np.int8 if signed else np.uint8
+    levels = rng.integers(low, low + (1 << bits), (rows, columns)).astype(kind)
     blocks = -(-columns // size)
     by_column, by_row = (columns,), (rows, 1)
     shapes = {
@@ -55,7 +56,7 @@ def random_weight(
     scale = rng.uniform(0.01, 0.02, shape).astype(np.float32)
     zero_point = rng.integers(low, low + (1 << bits), shape).astype(levels.dtype)
     if name in ("rows", "folded") and not in_rows:
-        return QuantizedWeight(levels, scale, np.zeros((), np.int8))
+        return QuantizedWeight(levels, scale, np.zeros((), kind), bits=bits)
     if name == "packed":
         zero_point[:] = 0
     if "no zero points" in name:
@@ -97,7 +98,7 @@ def write(editor: Editor, node, name: str, weight: QuantizedWeight) -> None:  # 
         if name == "folded" and weight.bits == 4:
             real = folded.write_4_bits(editor, graph, weight, weight.levels.shape, "w")
         elif name == "folded":
-            real = folded.write_8_bits(editor, graph, weight, "w")
+            real = folded.write_levels(editor, graph, weight, "w")
         else:
             store = qdq.store_packed if name == "packed" else qdq.store
             real = qdq.write(editor, node, store(editor, graph, weight, "w"), "w")

@@ -45,7 +45,7 @@ def store_in_float16(model: Model, exclude: tuple[str, ...], findings: Findings)
             if reason := why_not_float16(weight):
                 findings.skip(users[0], f"weight {value.name!r} {reason}")
                 continue
-            real = folded.write_16_bits(editor, graph, weight, value.name or "weight")
+            real = folded.write_half(editor, graph, weight, value.name or "weight")
             onnx_ir.convenience.replace_all_uses_with(value, real)
             stored.update(users)
     findings.changes.update(node.op_type for node in stored)

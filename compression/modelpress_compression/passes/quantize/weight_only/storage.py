@@ -4,7 +4,7 @@ Each weight is stored in one of three forms, depthwise convolutions and stems in
 
     channels   8 bits with a scale a channel             1 byte a weight
     blocks     8 bits with a scale for 32 weights        1.125 bytes
-    float16    half precision                            2 bytes
+    16 bits    with a scale a channel, or float16        2 bytes
 
 All begin in the first, but for weights with outliers among their rows, which the second serves far better: those begin
 there. On a text recognizer, four convolutions of 37 made most of the error for the sake of few weights. With them in
@@ -70,7 +70,7 @@ from modelpress_compression.runtime import run, run_all, session_of
 from modelpress_compression.target import DEVICES
 
 # In the changes, besides STORED, which counts those of both forms in 8 bits.
-IN_BLOCKS, IN_FLOAT16 = "weights_in_blocks", "float16_weights"
+IN_BLOCKS, IN_16_BITS, IN_FLOAT16 = "weights_in_blocks", "weights_in_16_bits", "float16_weights"
 # Feeds on which the error of single weights is measured: it varies little from one to the next.
 PROBE_SAMPLES = 4
 _GROWTH = 0.25
@@ -81,7 +81,7 @@ _DESCENTS = 6
 FEW_SAMPLES, _ON_FEW = 12, 0.9  # and the share of the permitted error that these may have
 _CONFIRMED = 6  # forms at most, that few samples let through, are tried on all
 _LEAST_SHARE = 0.01  # of all weights' bytes, that another model is worth making for
-_CHANNELS, _BLOCKS, _HALF, _PLAIN = range(4)
+_CHANNELS, _BLOCKS, _WIDE, _PLAIN = range(4)
 _BYTES = (1.0, 1.0 + 4 / STORED_BLOCK, 2.0, 4.0)  # of a weight, in each of them
 
 # By its name, how far on a weight is; those that are not named are in the first form.
@@ -106,9 +106,9 @@ class Storing:
 def store_all(
     model: Model, config: QuantizeConfig, context: Context, floor_db: float, storing: Storing | None = None
 ) -> PassResult:
-    """A clone with all weights in 8 bits or float16, whose outputs keep `floor_db` on the context's data.
+    """A clone with all weights in 8 or 16 bits, whose outputs keep `floor_db` on the context's data.
 
-    The model as it was where not even float16 keeps that, with the reason. `storing`: of calls for other floors before.
+    The model as it was where not even 16 bits keep that, with the reason. `storing`: of calls for other floors before.
     Raises ModelNotRunnableError, TimeLimitError.
     """
     storing = storing or Storing()
@@ -130,7 +130,7 @@ def store_all(
     while not (tried := trial(ladder.forms)).kept:
         if not ladder.climb(1 + math.ceil(_GROWTH * len(ladder.moved(ladder.forms)))):
             storing.keeps(tried.error)
-            reason = f"stored in float16 its outputs keep {decibels(tried.error):.1f} dB alone"
+            reason = f"stored in 16 bits its outputs keep {decibels(tried.error):.1f} dB alone"
             return PassResult(original, warnings=(f"Weights stay in float32: {reason}.",))
     # A few samples say little of all: more than one is tried of the forms that they let through.
     for forms in _ways_back(ladder, _on_few_samples(trial, tried))[:_CONFIRMED]:
@@ -235,7 +235,7 @@ class _Ladder:
 
     def __init__(self, errors: Mapping[str, Sequence[float]], sizes: Mapping[str, int]) -> None:
         self._errors, self._sizes = errors, sizes
-        self._first = {name: _HALF if math.isnan(own[_CHANNELS]) else _CHANNELS for name, own in errors.items()}
+        self._first = {name: _WIDE if math.isnan(own[_CHANNELS]) else _CHANNELS for name, own in errors.items()}
         self.forms = dict(self._first)
         self.path: list[tuple[str, int]] = []  # all moves: the weight, and the form that it took
 
@@ -259,7 +259,7 @@ class _Ladder:
         def worth(form: int) -> float:
             return (errors[now] - errors[form]) / (self._sizes[name] * (_BYTES[form] - _BYTES[now]))
 
-        last = _HALF if self._first[name] == _CHANNELS else _PLAIN
+        last = _WIDE if self._first[name] == _CHANNELS else _PLAIN
         best = max(range(now + 1, last + 1), key=worth, default=now)
         return (0.0 if best == now else -worth(best), name, best)
 
@@ -285,19 +285,23 @@ class _Ladder:
             pass
 
 
-def _has_blocks(context: Context) -> bool:
+def _in_onnxruntime(context: Context) -> bool:
+    """Whether onnxruntime itself loads the result: OpenVINO 2026 takes weights in blocks for products of another shape,
+    and TensorRT has no integers of 16 bits."""
     return not DEVICES[context.target.device].pairs
 
 
 def _stored(model: Model, config: QuantizeConfig, context: Context, forms: Forms) -> PassResult:
     """All weights that can be are stored, each in its form."""
     work, findings = model.clone(), Findings()
-    eight, blocks = replace(config, weights="int8"), _has_blocks(context)
-    writer = WeightWriter(Editor(work), eight, NearestRounder(), folded=True, blocks=blocks)
+    eight, any_form = replace(config, weights="int8"), _in_onnxruntime(context)
+    writer = WeightWriter(Editor(work), eight, NearestRounder(), folded=True, blocks=any_form)
     for graph, weight in list(storable_weights(work, config)):
         form = forms.get(weight.name or "", _CHANNELS)
-        if form == _HALF:
-            if why_not_float16(np.asarray(constant_array(weight), np.float32)) is None:
+        if form == _WIDE:
+            if any_form and writer.store_16_bits(graph, weight):
+                findings.changes[IN_16_BITS] += 1
+            elif why_not_float16(np.asarray(constant_array(weight), np.float32)) is None:
                 writer.store_half(graph, weight)
                 findings.changes[IN_FLOAT16] += 1
             continue
@@ -309,7 +313,7 @@ def _stored(model: Model, config: QuantizeConfig, context: Context, forms: Forms
     if writer.in_blocks:
         findings.changes[IN_BLOCKS] = writer.in_blocks
     for graph, constant in list(other_constants(work, config)):
-        if forms.get(constant.name or "", _HALF) == _HALF:
+        if forms.get(constant.name or "", _WIDE) == _WIDE:
             writer.store_half(graph, constant)
             findings.changes[IN_FLOAT16] += 1
     clean(work)
@@ -362,8 +366,8 @@ def _errors_of_weights(
 ) -> dict[str, tuple[float, float, float, float]]:
     """By the name of each weight of the main graph: the error at the outputs with it alone in each form.
 
-    That of float16, a ten-thousandth of 8 bits' or less, counts as none. A weight whose rows have no blocks errs in
-    them as it does by channels, and so moves on to float16.
+    That of 16 bits, a ten-thousandth of 8 bits' or less, counts as none. A weight whose rows have no blocks errs in
+    them as it does by channels, and so moves on to 16 bits.
     """
     weights = own_weights(model, config)
     constants = {
@@ -372,7 +376,7 @@ def _errors_of_weights(
         if graph is model.graph and constant.is_initializer() and constant.name
     }
     errors: Errors = {}
-    blocks = _has_blocks(context)
+    blocks = _in_onnxruntime(context)
     with weight_probe(model, (*weights, *constants), context) as error:
         # One weight after the other: all of them rounded are twice a model.
         for name, weight in weights.items():

@@ -1,4 +1,4 @@
-"""Weights stored in fewer bits: as many in 8 bits as the outputs permit, the rest in float16."""
+"""Weights stored in fewer bits: as many in 8 bits as the outputs permit, the rest in 16."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.ranges.output_error import output_distances
-from modelpress_compression.passes.quantize.weight_only.storage import FEW_SAMPLES, IN_BLOCKS, IN_FLOAT16, store_all
+from modelpress_compression.passes.quantize.weight_only.storage import (
+    FEW_SAMPLES,
+    IN_16_BITS,
+    IN_BLOCKS,
+    IN_FLOAT16,
+    store_all,
+)
 from modelpress_compression.passes.quantize.weight_only.store import STORED
 from modelpress_compression.target import Target
 from onnx import helper
@@ -51,16 +57,16 @@ def test_the_outputs_keep_the_floor(uneven: Model, tmp_path: Path, floor_db: flo
     """Whatever the floor, the error is below it, and every weight is stored in 8 or 16 bits."""
     context = context_of(uneven, tmp_path)
     result = store_all(uneven, CONFIG, context, floor_db)
-    assert result.changes.get(STORED, 0) + result.changes.get(IN_FLOAT16, 0) == 2
+    assert result.changes.get(STORED, 0) + result.changes.get(IN_16_BITS, 0) == 2
     assert output_distances(uneven, result.model, context).error <= 10 ** (-floor_db / 10)
     assert result.model.weight_bytes() < 0.6 * uneven.weight_bytes()
 
 
-def test_only_as_many_as_must_go_to_float16(uneven: Model, tmp_path: Path) -> None:
+def test_only_as_many_as_must_go_to_16_bits(uneven: Model, tmp_path: Path) -> None:
     """A low floor leaves all weights in 8 bits, a high one does not."""
     context = context_of(uneven, tmp_path)
-    assert IN_FLOAT16 not in store_all(uneven, CONFIG, context, 10.0).changes
-    assert store_all(uneven, CONFIG, context, 55.0).changes[IN_FLOAT16] >= 1
+    assert IN_16_BITS not in store_all(uneven, CONFIG, context, 10.0).changes
+    assert store_all(uneven, CONFIG, context, 55.0).changes[IN_16_BITS] >= 1
 
 
 def test_rows_with_outliers_are_in_blocks(channel_model: Callable[..., Model], tmp_path: Path) -> None:
@@ -81,7 +87,7 @@ def test_openvino_gets_no_blocks(channel_model: Callable[..., Model], tmp_path: 
         assert IN_BLOCKS not in store_all(model, CONFIG, context, floor_db).changes
 
 
-def test_blocks_come_before_float16(channel_model: Callable[..., Model], tmp_path: Path) -> None:
+def test_blocks_come_before_16_bits(channel_model: Callable[..., Model], tmp_path: Path) -> None:
     """A floor 1 dB over what channels keep is held by blocks, without float16; two weights are in 8 bits still."""
     model = two_products(channel_model, 64, outlier=3.0)
     context = context_of(model, tmp_path)
@@ -90,14 +96,39 @@ def test_blocks_come_before_float16(channel_model: Callable[..., Model], tmp_pat
     floor_db = decibels(output_distances(model, by_channel.model, context).error) + 1
     result = store_all(model, CONFIG, context, floor_db)
     assert result.changes[IN_BLOCKS] >= 1
-    assert IN_FLOAT16 not in result.changes
+    assert IN_16_BITS not in result.changes
     assert result.changes[STORED] == 2
     assert output_distances(model, result.model, context).error <= 10 ** (-floor_db / 10)
     assert result.model.weight_bytes() < 0.3 * model.weight_bytes()
 
 
+def test_16_bits_with_scales_keep_more_than_float16(channel_model: Callable[..., Model], tmp_path: Path) -> None:
+    """80 dB, where float16 keeps 74 of normal weights."""
+    model = two_products(channel_model, 24, outlier=1.0)
+    context = context_of(model, tmp_path)
+    result = store_all(model, CONFIG, context, 80.0)
+    assert result.changes == {IN_16_BITS: 2}
+    assert output_distances(model, result.model, context).error <= 10**-8
+    assert result.model.weight_bytes() < 0.6 * model.weight_bytes()
+
+
+def test_float16_takes_channels_with_outliers(channel_model: Callable[..., Model], tmp_path: Path) -> None:
+    """One of 4,096 weights of a channel is a thousand times as large as the rest, which float16 does not mind."""
+    weights = np.random.default_rng(7).normal(size=(4097, 1))
+    weights[0] = 1000.0
+    model = channel_model(
+        [helper.make_node("MatMul", ["x", "a"], ["y"])], {"a": weights}, ["batch", 4097], ["batch", 1]
+    )
+    samples = np.random.default_rng(8).normal(size=(8, 4097)).astype(np.float32)
+    samples[:, 0] = 0.0
+    context = Context(InputData.from_arrays({"x": samples}, model.inputs), tmp_path)
+    result = store_all(model, CONFIG, context, 60.0)
+    assert result.changes == {IN_FLOAT16: 1}
+    assert output_distances(model, result.model, context).error <= 10**-6
+
+
 def test_the_cheapest_move_comes_first(channel_model: Callable[..., Model], tmp_path: Path) -> None:
-    """Of two weights that err about alike, the one of a sixteenth of the size goes to float16."""
+    """Of two weights that err about alike, the one of a sixteenth of the size goes to 16 bits."""
     rng = np.random.default_rng(5)
     nodes = [helper.make_node("MatMul", ["x", "a"], ["h"]), helper.make_node("MatMul", ["h", "b"], ["y"])]
     model = channel_model(nodes, {"a": rng.normal(size=(32, 20)), "b": rng.normal(size=(20, 500))},
@@ -105,18 +136,16 @@ def test_the_cheapest_move_comes_first(channel_model: Callable[..., Model], tmp_
     context = context_of(model, tmp_path)
     error = output_distances(model, store_all(model, CONFIG, context, 0.0).model, context).error
     result = store_all(model, CONFIG, context, decibels(error) + 1)
-    halves = [
-        value.name for value in result.model.graph.initializers.values() if value.dtype == onnx_ir.DataType.FLOAT16
-    ]
-    assert halves == ["a_float16"]
+    wide = [value.name for value in result.model.graph.initializers.values() if value.dtype == onnx_ir.DataType.INT16]
+    assert wide == ["a_quantized"]
 
 
-def test_a_floor_beyond_float16_leaves_the_model_alone(uneven: Model, tmp_path: Path) -> None:
-    """150 dB is more than float16 keeps: the model comes back as it was, with the reason."""
+def test_a_floor_beyond_16_bits_leaves_the_model_alone(uneven: Model, tmp_path: Path) -> None:
+    """150 dB is more than 16 bits keep: the model comes back as it was, with the reason."""
     result = store_all(uneven, CONFIG, context_of(uneven, tmp_path), 150.0)
     assert not result.changed
     assert result.model is uneven
-    assert "float16" in result.warnings[0]
+    assert "16 bits" in result.warnings[0]
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3], ids=["like the others", "harder than the others"])
@@ -124,7 +153,7 @@ def test_what_any_change_costs_is_not_counted_for_each_weight(
     channel_model: Callable[..., Model], tmp_path: Path, scale: float
 ) -> None:
     """A remainder, of which any change makes another, errs by 25 dB for each of 16 weights: by their sum, all
-    of them would have to stay. One has rows that 8 bits serve badly; with it in float16, the rest is in 8 bits.
+    of them would have to stay. One has rows that 8 bits serve badly; with it in 16, the rest is in 8 bits.
 
     That is found on few samples, `scale` times as large as the others: smaller ones err more for their size."""
     rng = np.random.default_rng(6)
@@ -147,4 +176,4 @@ def test_what_any_change_costs_is_not_counted_for_each_weight(
     by_channel = store_all(model, CONFIG, context, 0.0)
     floor_db = decibels(output_distances(model, by_channel.model, context).error) + 1
     result = store_all(model, CONFIG, context, floor_db)
-    assert result.changes == {STORED: 15, IN_FLOAT16: 1}
+    assert result.changes == {STORED: 15, IN_16_BITS: 1}
