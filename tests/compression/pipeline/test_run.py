@@ -85,6 +85,7 @@ def test_progress_never_falls_and_reaches_one(digits: Model, samples: InputData)
     assert fractions[-1] == 1.0
 
 
+@pytest.mark.usefixtures("timed_by_size")
 def test_without_data_inputs_are_synthetic(digits: Model) -> None:
     """The report says so, and auto does not trust static ranges that nothing vouches for."""
     result = compress(digits, Recipe.preset("default"))

@@ -109,12 +109,18 @@ class Outcome:
 
 def subjects() -> Iterator[Subject]:
     """All of them, those of the node tests first."""
+    for case, operator in cases():
+        yield from subjects_of(case, operator)
+    yield from light_subjects()
+
+
+def cases() -> Iterator[tuple[Any, conformance.Key]]:
+    """The tests, and what they are about."""
     for case in conformance.cases():
-        yield from subjects_of(case, conformance.operator_of(case))
+        yield case, conformance.operator_of(case)
     for kind in _FOLDERS:
         for case in conformance.folder_cases(kind):
-            yield from subjects_of(case, ("", kind))
-    yield from light_subjects()
+            yield case, ("", kind)
 
 
 def subjects_of(case: Any, operator: conformance.Key) -> Iterator[Subject]:

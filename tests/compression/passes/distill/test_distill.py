@@ -210,7 +210,9 @@ def test_a_gpu_that_is_not_there_is_told(conv_net: Model, images: Any, step: Any
     """With the device cuda and no GPU the CPU computes, to the same result, and the report says so."""
     reports = {}
     for device in ("cpu", "cuda"):
-        recipe = Recipe.from_dict({"version": 1, "steps": [step], "target": {"device": device}})
+        recipe = Recipe.from_dict(
+            {"version": 1, "steps": [step], "target": {"device": device}, "benchmark": {"rounds": 5}}
+        )
         reports[device] = compress(conv_net, recipe, data={"x": images(64)}).report
     assert any("ran on the CPU" in warning for warning in reports["cuda"]["warnings"])
     assert not any("ran on the CPU" in warning for warning in reports["cpu"]["warnings"])
