@@ -137,26 +137,25 @@ def contenders(candidates: Sequence[Figures], original: int, objective: str, lim
         return [place for place, reason in reasons.items() if not reason]
     last = max(number for number, decider in enumerate(deciders) if decider in (_TIME, _PRODUCT))
 
-    def left(max_slowdown: float) -> list[int]:
-        bounds = _Bounds(max_slowdown, FEW_ROUNDS_SLACK)
-        return _decided(deciders[: last + 1], candidates, original, objective, limits, dict(reasons), bounds)
+    def left(slower: float) -> list[int]:
+        slack = _Slack(slower, FEW_ROUNDS_SLACK)
+        return _decided(deciders[: last + 1], candidates, original, objective, limits, dict(reasons), slack)
 
-    # Without those near the bound as well, on either side: among them may be one that outdoes all the others.
-    nearly = MEASURED_SLOWDOWN / FEW_ROUNDS_SLACK, MEASURED_SLOWDOWN, MEASURED_SLOWDOWN * FEW_ROUNDS_SLACK
-    places = {place for most in nearly for place in left(most)}
+    # The bound lies at several places: what is on its nearer side at one of them may be what outdoes all the others.
+    places = {place for power in (-1.0, -0.5, 0.0, 0.5, 1.0) for place in left(FEW_ROUNDS_SLACK**power)}
     if places == {original}:
         places.update(left(math.inf))
     return sorted(places)
 
 
 def settled(candidates: Sequence[Figures], original: int, objective: str, limits: Limits) -> bool:
-    """Whether the same is taken where the bounds on time lie a little elsewhere, so that times of more rounds would
-    hardly change the choice. Raises ValueError for an unknown objective."""
+    """Whether the same is taken where ratios of times are as far off as their intervals permit, so that times of more
+    rounds would hardly change the choice. Raises ValueError for an unknown objective."""
     reasons = {place: "" if place == original else one.refusal for place, one in enumerate(candidates)}
 
-    def taken(slack: float) -> int:
-        bounds = _Bounds(MEASURED_SLOWDOWN * slack, slack)
-        return _decided(_deciders(objective), candidates, original, objective, limits, dict(reasons), bounds)[0]
+    def taken(factor: float) -> int:
+        slack = _Slack(factor, factor)
+        return _decided(_deciders(objective), candidates, original, objective, limits, dict(reasons), slack)[0]
 
     return taken(ALL_ROUNDS_SLACK) == taken(1.0) == taken(1 / ALL_ROUNDS_SLACK)
 
@@ -168,15 +167,24 @@ def _deciders(objective: str) -> Sequence[tuple[str, _Keep]]:
 
 
 @dataclass(frozen=True)
-class _Bounds:
-    """On what is measured. `max_slowdown`: the most of the original's time that `balanced` takes. `slack`: by which
-    factor a product of size and time may lie further from the best."""
+class _Slack:
+    """By which factors ratios of times may be off, in favour of the candidate that they are of; below 1 against it.
 
-    max_slowdown: float = MEASURED_SLOWDOWN
-    slack: float = 1.0
+    They are off by more where their intervals say so. `slower`: of the ratio to the original's time that `balanced`
+    looks at, `product`: of those in products of size and time.
+    """
+
+    slower: float = 1.0
+    product: float = 1.0
 
 
-_EXACTLY = _Bounds()
+_EXACTLY = _Slack()
+
+
+def _with(slack: float, ratio: Speedup) -> float:
+    if slack == 1.0:
+        return ratio.median
+    return min(ratio.low, ratio.median / slack) if slack > 1.0 else max(ratio.high, ratio.median / slack)
 
 
 def _decided(
@@ -186,16 +194,16 @@ def _decided(
     objective: str,
     limits: Limits,
     reasons: dict[int, str],
-    bounds: _Bounds = _EXACTLY,
+    slack: _Slack = _EXACTLY,
 ) -> list[int]:
     """The places that limits and deciders leave; `reasons` gets why each of the others is not among them."""
     first = candidates[original]
     left = [place for place, reason in reasons.items() if not reason]
     left = _within_limits(left, candidates, first, limits, reasons)
     if objective == BALANCED:
-        left = _not_slower(left, candidates, original, reasons, bounds.max_slowdown)
+        left = _not_slower(left, candidates, original, reasons, slack.slower)
     for what, keep in deciders:
-        kept = set(keep([candidates[place] for place in left], first, bounds.slack))
+        kept = set(keep([candidates[place] for place in left], first, slack.product))
         for place in left:
             if candidates[place] not in kept:
                 reasons[place] = what
@@ -217,23 +225,21 @@ def _within_limits(
 
 
 def _not_slower(
-    places: list[int], candidates: Sequence[Figures], original: int, reasons: dict[int, str], most: float
+    places: list[int], candidates: Sequence[Figures], original: int, reasons: dict[int, str], slack: float
 ) -> list[int]:
-    """Without the candidates that take clearly more time than the original.
+    """Without the candidates that take more time than the original.
 
-    What cannot be told from it stays: on a busy machine weights that are only stored otherwise may seem 4 % slower, and
-    the model would come back as it was.
+    Where that leaves the original alone, what cannot be told from it stays: on a busy machine weights that are only
+    stored otherwise may seem 4 % slower, and the model would come back as it was.
     """
-    most = max(most, 1 + UNFELT_S / candidates[original].time_s)
-    kept = []
-    for place in places:
-        slowdown = candidates[place].times_of(candidates[original])
-        if place == original or slowdown.median <= most or slowdown.low <= 1:
-            kept.append(place)
-        else:
-            reasons[place] = f"{slowdown.median:.2f} times the original's time"
+    most = max(MEASURED_SLOWDOWN, 1 + UNFELT_S / candidates[original].time_s)
+    slowdowns = {place: candidates[place].times_of(candidates[original]) for place in places if place != original}
+    as_fast = {place for place, slowdown in slowdowns.items() if _with(slack, slowdown) <= most}
+    as_fast = as_fast or {place for place, slowdown in slowdowns.items() if slowdown.low <= 1}
+    for place in slowdowns.keys() - as_fast:
+        reasons[place] = f"{slowdowns[place].median:.2f} times the original's time"
     # Where limits left nothing else, a slow candidate is what was asked for.
-    return kept or places
+    return [place for place in places if place == original or place in as_fast] or places
 
 
 _Keep = Callable[[Sequence[Figures], Figures, float], Sequence[Figures]]  # of candidates, original and slack
@@ -252,12 +258,12 @@ def _least_time(candidates: Sequence[Figures], original: Figures, slack: float) 
 def _least_product(candidates: Sequence[Figures], original: Figures, slack: float) -> Sequence[Figures]:
     """Those that are as good as the best to within `SAME_PRODUCT`, and not worse than the original."""
     best = min(candidates, key=lambda one: one.size_bytes * one.time_s)
-    same = (1 + SAME_PRODUCT) * slack
+    same = 1 + SAME_PRODUCT
 
     def over(one: Figures, other: Figures) -> float:
-        # Not by the interval, which is wide on a busy machine: more would count as equal there, and the choice be
-        # another.
-        return one.times_of(other).median * one.size_bytes / other.size_bytes
+        # In the end not by the interval, which is wide on a busy machine: more would count as equal there, and the
+        # choice be another.
+        return _with(slack, one.times_of(other)) * one.size_bytes / other.size_bytes
 
     return [one for one in candidates if one is best or (over(one, best) <= same and over(one, original) <= 1)]
 
