@@ -52,23 +52,24 @@ def suggest_inputs(module: torch.jit.ScriptModule, path: Path) -> str:
             text += f" It was traced with {argument.name}:{traced[index]}."
         if argument.required:
             shape = traced[index] if index < len(traced) else ""
-            option = _option(argument, layer, sequence, shape)
-            options += [f"--input '{option.replace(argument.name, name, 1)}'" for name in input_names(argument)]
+            kind = _suggested(argument, layer, sequence, shape)
+            options += [f"--input '{name}:{kind}'" for name in input_names(argument)]
     return f"{text} Try {' '.join(options)}, with your own numbers or words for dimensions that vary."
 
 
-def _option(argument: Argument, layer: FirstLayer | None, sequence: str | None, traced: str) -> str:
+def _suggested(argument: Argument, layer: FirstLayer | None, sequence: str | None, traced: str) -> str:
+    """What to say of an input behind its name."""
     if sequence and "mask" in argument.name:
-        return f"{argument.name}:{sequence.split(':', 1)[1]}"  # a mask has the shape of the ids that it masks
+        return sequence.split(":", 1)[1]  # a mask has the shape of the ids that it masks
     if layer:
-        return layer.spec
+        return layer.spec.split(":", 1)[1]
     if argument.type in ("int", "bool"):
-        return f"{argument.name}:int64[]"
+        return "int64[]"
     if argument.type == "float":
-        return f"{argument.name}:float32[]"
+        return "float32[]"
     dtype, _, dims = traced.partition("[")
     _, varies, rest = dims.rstrip("]").partition(",")
-    return f"{argument.name}:{dtype}[batch,{rest}]" if varies else f"{argument.name}:float32[batch,...]"
+    return f"{dtype}[batch,{rest}]" if varies else "float32[batch,...]"
 
 
 def first_layers(module: torch.jit.ScriptModule) -> list[FirstLayer]:

@@ -22,6 +22,8 @@ from modelpress_compression.loaders.quiet import quiet
 from modelpress_compression.loaders.script_quantized import QUANTIZED, dequantize, nodes_of
 
 _BFLOAT16, _FLOAT32 = 15, 6  # of c10::ScalarType, as graphs have them
+# Where slices end that have no end.
+TO_THE_END = 2**63 - 1
 _DTYPE_ARGUMENTS = ("dtype", "cpu_dtype")
 # What a module asks about how it is run, and the answers in inference on a CPU; nested tensors are padded ones here.
 _ANSWERS = {

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +30,17 @@ class Argument:
     name: str
     type: str
     required: bool
+
+    @cached_property
+    def group(self) -> str:
+        """What holds its tensors: List, Tuple, Dict; empty: it is one itself, or a number."""
+        match = _GROUP.fullmatch(self.type)
+        return "" if match is None else "Tuple" if match["tuple"] else "List" if match["list"] else "Dict"
+
+    @property
+    def count(self) -> int:
+        """How many inputs it is made of; 0: any number."""
+        return self.type.count("Tensor") if self.group == "Tuple" else 0 if self.group else 1
 
 
 def arguments(module: torch.jit.ScriptModule) -> list[Argument]:
@@ -73,7 +85,7 @@ class Given:
 
     def made_of(self, names: Sequence[str]) -> str:
         """The argument's value in TorchScript, of tensors with these names."""
-        kind, _ = _group(self.argument.type)
+        kind = self.argument.group
         if kind == "Dict":
             keys = (spec.name.removeprefix(f"{self.argument.name}.") for spec in self.specs)
             return "{" + ", ".join(f"{key!r}: {name}" for key, name in zip(keys, names, strict=True)) + "}"
@@ -124,7 +136,7 @@ def bind(module: torch.jit.ScriptModule, specs: Sequence[TensorSpec]) -> Binding
         specs
     ):
         listed = ", ".join(map(str, specs))
-        groups = [item for item in have if _group(item.type)[0]]
+        groups = [item for item in have if item.group]
         raise InvalidInputsError(
             f"The module is {signature(module)}, but the inputs given are {listed}; "
             f"give one --input for each argument that has no default"
@@ -145,12 +157,12 @@ def _by_name(have: Sequence[Argument], specs: Sequence[TensorSpec]) -> list[Give
     for spec in specs:
         name, _, part = spec.name.partition(".")
         argument = next((item for item in have if item.name == (name if part else spec.name)), None)
-        if argument is None or bool(part) != bool(_group(argument.type)[0]):
+        if argument is None or bool(part) != bool(argument.group):
             return []
         named.setdefault(argument.name, []).append(spec)
     found = []
     for argument in (item for item in have if item.name in named):
-        kind, count = _group(argument.type)
+        kind, count = argument.group, argument.count
         own = {spec.name: spec for spec in named[argument.name]}
         if kind in ("List", "Tuple"):
             places = [f"{argument.name}.{place}" for place in range(count or len(own))]
@@ -164,13 +176,13 @@ def _by_name(have: Sequence[Argument], specs: Sequence[TensorSpec]) -> list[Give
 def _by_position(have: Sequence[Argument], specs: Sequence[TensorSpec]) -> list[Given]:
     """As far as the inputs go; one list or dict takes what the others leave. Empty where there are two, and where an
     input has a name of `_by_name`'s."""
-    counts = [_group(item.type)[1] for item in have]
-    groups = {item.name for item in have if _group(item.type)[0]}
+    counts = [item.count for item in have]
+    groups = {item.name for item in have if item.group}
     if counts.count(0) > 1 or any(spec.name.partition(".")[0] in groups for spec in specs if "." in spec.name):
         return []
     if 0 in counts:
-        others = [item for item in have if _group(item.type)[1] and item.required]
-        left = len(specs) - sum(_group(item.type)[1] for item in others)
+        others = [item for item in have if item.count and item.required]
+        left = len(specs) - sum(item.count for item in others)
         counts = [
             max(left, 0) if not count else count if item in others else 0
             for item, count in zip(have, counts, strict=True)
@@ -186,18 +198,9 @@ def _by_position(have: Sequence[Argument], specs: Sequence[TensorSpec]) -> list[
     return found
 
 
-def _group(kind: str) -> tuple[str, int]:
-    """What holds the tensors of such an argument (List, Tuple, Dict, or nothing), and how many; 0: any number."""
-    match = _GROUP.fullmatch(kind)
-    if match is None:
-        return "", 1
-    found = match["tuple"] or match["list"] or match["dict"]
-    return ("Tuple", found.count("Tensor")) if match["tuple"] else ("List" if match["list"] else "Dict", 0)
-
-
 def input_names(argument: Argument) -> list[str]:
     """How the inputs of an argument are named; the first two of a list, and KEY for the keys of a dict."""
-    kind, count = _group(argument.type)
+    kind, count = argument.group, argument.count
     if kind == "Dict":
         return [f"{argument.name}.KEY"]
     return [f"{argument.name}.{place}" for place in range(count or 2)] if kind else [argument.name]
@@ -272,7 +275,7 @@ def _check(spec: TensorSpec, argument: Argument) -> None:
 
 
 def _check_type(argument: Argument) -> None:
-    if argument.type not in (*_SCALARS, *_TENSORS) and not _group(argument.type)[0]:
+    if argument.type not in (*_SCALARS, *_TENSORS) and not argument.group:
         raise InvalidInputsError(
             f"The module's argument {argument.name!r} is a {argument.type}; only numbers, tensors, and lists, "
             f"tuples and dicts of tensors can be inputs of an ONNX model. Wrap the module in one that takes tensors, "

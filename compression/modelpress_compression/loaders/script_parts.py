@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-_TO_THE_END = 2**63 - 1
+from modelpress_compression.loaders.script_graph import TO_THE_END
+
 _PARTS = frozenset({"aten::slice", "aten::select"})
 _VIEWS = _PARTS | {f"aten::{name}" for name in ("permute", "squeeze", "t", "transpose", "unsqueeze", "view")}
 
@@ -76,9 +77,9 @@ def _bounds(view: Any) -> tuple[int, int]:
     """Where a part begins and ends along its axis; negative from the end."""
     if view.kind() == "aten::select":
         index: int = view.inputsAt(2).toIValue()
-        return index, index + 1 or _TO_THE_END
+        return index, index + 1 or TO_THE_END
     first, last = view.inputsAt(2).toIValue(), view.inputsAt(3).toIValue()
-    return first or 0, _TO_THE_END if last is None else last
+    return first or 0, TO_THE_END if last is None else last
 
 
 def _around(graph: Any, view: Any, value: Any) -> Any:
@@ -90,9 +91,9 @@ def _around(graph: Any, view: Any, value: Any) -> Any:
     pieces = [value]
     if first:
         pieces.insert(0, _made(graph, "aten::slice", whole, axis, 0, first, 1))
-    if last != _TO_THE_END:
-        behind = _made(graph, "aten::slice", whole, axis, first, _TO_THE_END, 1) if first > 0 > last else whole
-        pieces.append(_made(graph, "aten::slice", behind, axis, last, _TO_THE_END, 1))
+    if last != TO_THE_END:
+        behind = _made(graph, "aten::slice", whole, axis, first, TO_THE_END, 1) if first > 0 > last else whole
+        pieces.append(_made(graph, "aten::slice", behind, axis, last, TO_THE_END, 1))
     if len(pieces) == 1:
         return value
     listed = _made(graph, "prim::ListConstruct", *pieces)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from modelpress_compression.loaders.script_graph import TO_THE_END
 from modelpress_compression.loaders.script_inputs import around
 from modelpress_compression.loaders.torch_run import tensors_of
 
@@ -30,7 +31,6 @@ _DTYPES = (
     torch.bfloat16,
 )  # fmt: skip
 _MEMORY_FORMATS = (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
-_TO_THE_END = 2**63 - 1
 _ALPHA = "alpha"  # of additions: as a place it is, to Python, that of an older form
 # Where Python's functions of operators lie.
 _FUNCTIONS: tuple[Any, ...] = (torch._C._VariableFunctions, torch._C._nn, torch.Tensor)
@@ -320,7 +320,7 @@ def _place(index: Any) -> int | None:
 
 
 def _slice(self: torch.Tensor, dim: int, start: Any, end: Any, step: Any) -> torch.Tensor:
-    end = None if isinstance(end, int) and end == _TO_THE_END else end
+    end = None if isinstance(end, int) and end == TO_THE_END else end
     return self[(*[slice(None)] * (dim % self.dim()), slice(start, end, step))]
 
 
