@@ -1,4 +1,4 @@
-"""Workers that are forked from a process that has done their imports: ready in a tenth of a second, not in seconds.
+"""Workers that are forked from a process that does their imports: ready in a tenth of a second, not in seconds.
 
 The other side is `worker.zygote`. The zygote is started before the first task; when it ends, its workers end with it,
 and the next start gets a new one. Where it finds that nothing can be forked, workers do their own imports.
@@ -73,6 +73,7 @@ class Zygote:
 
     def __init__(self, process: Process, control: socket.socket, output: asyncio.StreamReader, folder: Path) -> None:
         self.alive = True
+        self.unfit = ""  # why it forks nothing any more, which it may find with later imports
         self._process = process
         self._control = control
         self._folder = folder
@@ -86,7 +87,7 @@ class Zygote:
 
     @classmethod
     async def start(cls, command: WorkerCommand) -> tuple[Zygote | None, str]:
-        """A zygote that has done its imports; None with the reason where nothing can be forked.
+        """A zygote that has imported what every task needs; None with the reason where nothing can be forked.
 
         Raises StartError, OSError; cancellation kills it.
         """
@@ -190,8 +191,9 @@ class Zygote:
     def _take(self, event: worker_pb2.ZygoteEvent) -> None:
         kind = event.WhichOneof("event")
         if kind in ("imported", "unfit"):
+            self.unfit = event.unfit.why
             if not self._ready.done():
-                self._ready.set_result(event.unfit.why)
+                self._ready.set_result(self.unfit)
         elif kind == "forked":
             self._take_fork(event.forked)
         elif kind == "ended":
@@ -238,7 +240,7 @@ class ForkStarter:
     @property
     def ready(self) -> bool:
         """See `Starter.ready`."""
-        return self._zygote is not None and self._zygote.alive
+        return self._zygote is not None and self._zygote.alive and not self._zygote.unfit
 
     async def open(self) -> None:
         """See `Starter.open`."""
@@ -247,9 +249,14 @@ class ForkStarter:
     async def start(self, ends: ChildEnds, directory: Path, user: WorkerUser | None) -> WorkerProcess:
         """See `Starter.start`."""
         zygote = await self._current()
-        if zygote is None:
-            return await self._exec.start(ends, directory, user)
-        return await zygote.fork(ends, directory, user)
+        if zygote is not None:
+            try:
+                return await zygote.fork(ends, directory, user)
+            except OSError:
+                if not zygote.unfit:
+                    raise
+                self._give_up(zygote.unfit)
+        return await self._exec.start(ends, directory, user)
 
     async def close(self) -> None:
         """See `Starter.close`."""
@@ -261,8 +268,12 @@ class ForkStarter:
 
     async def _current(self) -> Zygote | None:
         """One that lives; None: nothing can be forked here. Several that ask meanwhile wait for the same one."""
-        if self._unfit or self.ready:
+        if self.ready:
             return self._zygote
+        if self._zygote is not None and self._zygote.unfit:  # it lives on for its workers, which end with it
+            self._give_up(self._zygote.unfit)
+        if self._unfit:
+            return None
         if self._starting is None:
             self._starting = asyncio.create_task(self._renew())
             self._starting.add_done_callback(self._started)
@@ -278,7 +289,12 @@ class ForkStarter:
             logger.warning("the process that workers are forked from has ended, and its workers with it")
             await self._zygote.close()
             self._zygote = None
-        self._zygote, self._unfit = await Zygote.start(self._command)
+        self._zygote, unfit = await Zygote.start(self._command)
         if self._zygote is None:
-            logger.warning("workers cannot be forked here, each does its own imports: %s", self._unfit)
+            self._give_up(unfit)
         return self._zygote
+
+    def _give_up(self, unfit: str) -> None:
+        if not self._unfit:
+            logger.warning("workers cannot be forked here, each does its own imports: %s", unfit)
+        self._unfit = unfit

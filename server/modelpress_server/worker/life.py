@@ -80,13 +80,19 @@ def live(confinement: Confinement, place: Place, load: Callable[[], ModuleType])
 
 def imported(name: str) -> ModuleType:
     """The module that runs tasks, a dotted name or the path of a file, with all that a task will need."""
-    tasks = _load_tasks(name)
-    tasks.preload()
+    tasks = load_tasks(name)
+    for _ in tasks.preload():
+        pass
+    freeze()
+    return tasks
+
+
+def freeze() -> None:
+    """Keeps the garbage collector from what has been imported."""
     # The libraries' objects live as long as the process: looking through a million of them in every full collection
     # would more than double the time of a small job, and have a forked process copy the memory that they lie in.
     gc.collect()
     gc.freeze()
-    return tasks
 
 
 class TaskPipes(NamedTuple):
@@ -143,7 +149,7 @@ def _flush() -> None:
     sys.stderr.flush()
 
 
-def _load_tasks(name: str) -> ModuleType:
+def load_tasks(name: str) -> ModuleType:
     """The module that runs tasks: a dotted name, or the path of a file."""
     if not name.endswith(".py"):
         return import_module(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -48,8 +48,10 @@ _BACKENDS = "modelpress_compression.backends."
 _WITH_THREADS = ("modelpress_compression.backends.openvino",)
 
 
-def preload() -> None:
-    """Imports everything that a task touches, so that it need not wait for that."""
+def preload() -> Iterator[None]:
+    """Imports what a task may touch beside what this module needs itself, a library or module at each step.
+
+    Raises ModuleNotFoundError."""
     for module in pkgutil.walk_packages(modelpress_compression.__path__, "modelpress_compression."):
         if module.name.startswith(_WITH_THREADS):
             continue
@@ -59,10 +61,12 @@ def preload() -> None:
             # A backend whose library is an extra that is not installed; whatever else is lacking is a fault.
             if not module.name.startswith(_BACKENDS) or (error.name or "").startswith("modelpress_"):
                 raise
+        yield
     for name in _LAZY:
         # Another version may have it elsewhere: then a task pays for its import, and nothing else is lost.
         with contextlib.suppress(ImportError):
             import_module(name)
+        yield
 
 
 def run(request: worker_pb2.WorkerRequest, context: TaskContext) -> worker_pb2.WorkerEvent:

@@ -1,6 +1,12 @@
-"""The process that workers are forked from: it has done their imports, and does nothing else.
+"""The process that workers are forked from: it does their imports, and nothing else.
 
-    import -> see that there is one thread -> say Imported -> at each request fork a worker -> tell of its end
+    import what every task needs -> see that there is one thread -> say Imported
+      -> at each request fork a worker -> tell of its end
+      -> between requests: import the rest
+
+The rest takes longer than all else, and no task needs much of it. So the first worker does not wait for it, and a
+server for one job, as `compress-client upload --local` has it, never does it: it begins with the second request, or
+when there is nothing to do.
 
 `python -m modelpress_server.worker.zygote`, started by `executors.zygote`. What is forked has no thread but the one
 that forks, so whatever another one held at that moment would be held for ever: a zygote with a second thread forks
@@ -11,6 +17,7 @@ the Python installation; what a user sent goes from the server to the worker, by
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -18,6 +25,7 @@ import socket
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -27,9 +35,10 @@ from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_server.sandbox import linux
 from modelpress_server.sandbox.worker_user import WorkerUser
 from modelpress_server.worker.__main__ import argument_parser, confinement
-from modelpress_server.worker.life import Confinement, Place, imported, live
+from modelpress_server.worker.life import Confinement, Place, freeze, live, load_tasks
 
 MAX_MESSAGE_BYTES = 64 * 1024
+IDLE_MS = 2000
 _TASKS = Path("/proc/self/task")
 _DESCRIPTORS = Path("/proc/self/fd")
 
@@ -42,7 +51,8 @@ def main() -> None:
     linux.forbid_new_privileges()
     linux.die_with_parent(arguments.parent_pid)
     control = socket.socket(fileno=arguments.control_fd)
-    tasks = imported(arguments.tasks)
+    tasks = load_tasks(arguments.tasks)
+    freeze()
     # Workers change their users and, until they are confined, read the installation; nothing else is needed.
     linux.drop_capabilities(keep=(linux.CAP_DAC_READ_SEARCH, linux.CAP_SETGID, linux.CAP_SETUID))
     if why := unfit():
@@ -72,6 +82,9 @@ class Nursery:
         self._control = control
         self._tasks = tasks
         self._shared = shared
+        self._rest: Iterator[None] | None = tasks.preload()  # None: it is done
+        self._unfit = ""
+        self._requests = 0
         self._workers: dict[int, int] = {}  # a descriptor that tells of its end -> process id
         self._poll = select.poll()
         self._poll.register(control, select.POLLIN)
@@ -79,11 +92,34 @@ class Nursery:
     def serve(self) -> None:
         """Until the server has closed its end: then the workers are killed by the kernel, with this process's end."""
         while True:
-            for descriptor, _ in self._poll.poll():
+            events = self._poll.poll(self._patience_ms())
+            if not events:
+                self._import_more()
+            for descriptor, _ in events:
                 if descriptor != self._control.fileno():
                     self._bury(descriptor)
                 elif not self._take_request():
                     return
+
+    def _patience_ms(self) -> int | None:
+        """How long nothing must happen before more is imported; None: nothing is."""
+        if self._rest is None or (self._requests == 1 and self._workers):
+            return None
+        return 0 if self._requests > 1 else IDLE_MS
+
+    def _import_more(self) -> None:
+        try:
+            next(self._rest or iter(()))
+        except StopIteration:
+            self._rest = None
+            freeze()
+        except Exception:  # noqa: BLE001  # a worker that does its own imports will say the same
+            self._rest = None
+            self._give_up(f"imports failed: {traceback.format_exc()}")
+
+    def _give_up(self, why: str) -> None:
+        self._unfit = why
+        self._tell(worker_pb2.ZygoteEvent(unfit=worker_pb2.Unfit(why=why)))
 
     def _take_request(self) -> bool:
         data, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 3)
@@ -91,7 +127,12 @@ class Nursery:
             return False
         request = worker_pb2.ForkRequest.FromString(data)
         answer = worker_pb2.Forked(number=request.number)
+        self._requests += 1
         try:
+            if not self._unfit and (why := unfit()):  # later imports may start threads
+                self._give_up(why)
+            if self._unfit:
+                raise OSError(errno.EAGAIN, self._unfit)
             answer.pid = self._fork(request, descriptors)
         except OSError as error:
             answer.error = error.errno or -1

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_server.worker.context import TaskContext
 
 
-def preload() -> None:
+def preload() -> Iterator[None]:
     """Nothing to import: these workers start fast."""
-    print("printed before the task")
+    yield from ()
+
+
+print("printed before the task")
 
 
 def run(request: worker_pb2.WorkerRequest, context: TaskContext) -> worker_pb2.WorkerEvent:

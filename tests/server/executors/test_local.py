@@ -25,6 +25,19 @@ MIB = 1024 * 1024
 FAKE_TASKS = Path(__file__).with_name("fake_tasks.py").read_text("utf-8")
 # Goes behind what fake_tasks.py holds.
 THREADED = "\n\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+# What the zygote imports between requests.
+THREADED_LATER = """
+
+def preload():
+    yield
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+"""
+LACKING_LATER = """
+
+def preload():
+    yield
+    import no_such_module
+"""
 BOTH_WAYS = pytest.mark.parametrize("fork", [True, False], ids=["fork", "exec"])
 
 
@@ -325,6 +338,32 @@ class TestForking:
         assert [(await bench.answer("describe"))["parent"] for _ in range(2)] == [os.getpid()] * 2
         assert caplog.text.count("workers cannot be forked here") == 1
         assert "there are 2 threads" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("later", "why"), [(THREADED_LATER, "there are 2 threads"), (LACKING_LATER, "no_such_module")]
+    )
+    async def test_imports_between_requests(
+        self, start_bench: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, later: str, why: str
+    ) -> None:
+        """They begin with the second one; where they forbid forking, what runs goes on, and the log says so once."""
+        tasks = tmp_path / "later_tasks.py"
+        tasks.write_text(FAKE_TASKS + later, "utf-8")
+        bench = await start_bench(fork=True, tasks=str(tasks))
+        running = [asyncio.create_task(bench.run("sleep")) for _ in range(2)]
+        pids = await until(lambda: len(bench.sleepers()) == 2 and bench.sleepers())
+        await asyncio.sleep(0.2)  # between two requests
+        if later == THREADED_LATER:  # the other kind of worker fails with such imports as well
+            assert (await bench.answer("describe"))["parent"] == os.getpid()
+        else:
+            with pytest.raises(WorkerUnavailableError):
+                await bench.run("describe")
+        assert not bench.executor._starter.ready
+        assert all(runs(pid) for pid in pids)
+        assert caplog.text.count("workers cannot be forked here") == 1
+        assert why in caplog.text
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
     async def test_imports_that_fail(self, start_bench: Any, caplog: pytest.LogCaptureFixture) -> None:
         """No worker can be started, and the log says why; each try is a new one."""

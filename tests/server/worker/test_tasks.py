@@ -58,7 +58,8 @@ def missed():
     try:
         from modelpress_server.worker import tasks
         tasks._LAZY = ()
-        tasks.preload()
+        for _ in tasks.preload():
+            pass
     except ModuleNotFoundError as error:
         return error.name
     return "none"

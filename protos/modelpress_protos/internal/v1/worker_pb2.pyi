@@ -577,11 +577,13 @@ class ZygoteEvent(_message.Message):
     ENDED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def imported(self) -> Global___Imported:
-        """Imports are done, and it has one thread: workers can be forked."""
+        """What every task needs is imported, and it has one thread: workers can be forked."""
 
     @_builtins.property
     def unfit(self) -> Global___Unfit:
-        """Imports are done, but nothing can be forked; it ends."""
+        """Nothing can be forked: after the first imports, when it ends, or after later ones, when it only waits for the
+        workers that it has.
+        """
 
     @_builtins.property
     def forked(self) -> Global___Forked:
