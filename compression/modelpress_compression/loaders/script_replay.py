@@ -3,7 +3,10 @@
 Exporters for TorchScript stop at what only a scripted module has: objects of classes, dicts, lists that grow, and loops
 over them, as torchvision's detectors have. Where such a module is run by Python, torch's tracer sees the operators on
 tensors alone: what a trace of the original module would hold. Sizes stay traced, so that dimensions which vary stay
-dynamic; branches and the number of rounds of a loop are those of the inputs that it is run on.
+dynamic; branches and the number of rounds of other loops are those of the inputs that it is run on.
+
+Of a loop with as many rounds as a tensor says, one round is recorded where it can be, and it stays a loop
+(`script_rounds`).
 
 A graph's values are Python's: lists, dicts, tuples and numbers are themselves, types of tensors are numbers as in
 TorchScript, and sizes are, while torch traces, tensors without axes.
@@ -11,11 +14,12 @@ TorchScript, and sizes are, while torch traces, tensors without axes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -23,6 +27,16 @@ import torch
 
 from modelpress_compression.loaders.script_graph import TO_THE_END
 from modelpress_compression.loaders.script_inputs import around
+from modelpress_compression.loaders.script_rounds import (
+    Exchange,
+    NotRecordedError,
+    Round,
+    is_none,
+    is_tracing,
+    repeated,
+    tensors_within,
+    used,
+)
 from modelpress_compression.loaders.torch_run import tensors_of
 
 _DTYPES = (
@@ -70,12 +84,13 @@ class _Member:
 
 
 class _Members:
-    """What modules and their members hold."""
+    """What modules and their members hold; it lasts as long as the `Replay`."""
 
     def __init__(self, module: torch.jit.ScriptModule) -> None:
         self._holder: Any = around(module, "def forward(self):\n    return 0\n")
         self._paths = {id(module): "self.inner"}
         self._read: dict[str, Any] = {}
+        self.functions: list[Any] = []  # that traces of the module call
 
     def get(self, owner: Any, name: str) -> Any:
         """The attribute of a module or member."""
@@ -120,7 +135,7 @@ class _View:
 
     def filled(self, view: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The base with values in the place of this part, which is `view`."""
-        indices = [torch.as_tensor(first) for first in self.first]
+        indices = [_as_tensor(first) for first in self.first]
         for place, axis in enumerate(self.axes):
             along = torch.arange(view.size(place)) + self.first[axis]
             indices[axis] = along.reshape([-1, *[1] * (len(self.axes) - place - 1)])
@@ -136,6 +151,8 @@ class _Run:
         self.attributes: dict[tuple[int, str], Any] = {}  # of modules, that were assigned to: they stay as they are
         # By a tensor's number, with the tensor: once that is gone, another one may have its number.
         self.views: dict[int, tuple[torch.Tensor, _View]] = {}
+        # By a list's number, with the list, and what it held: its tensors as rows of one.
+        self.rows: dict[int, tuple[list[Any], list[Any], torch.Tensor]] = {}
 
     def block(self, block: Any, inputs: Sequence[Any]) -> list[Any]:
         """What a block, or a graph, gives."""
@@ -163,12 +180,57 @@ class _Run:
 
     def _loop(self, node: Any, given: list[Any]) -> list[Any]:
         (body,) = node.blocks()
+        if is_tracing() and isinstance(given[0], torch.Tensor) and given[1] is True:
+            with contextlib.suppress(NotRecordedError):
+                return self._repeated(body, given[0], given[2:])
         most, going, carried = int(given[0]), bool(given[1]), given[2:]
         index = 0
         while going and index < most:
             going, *carried = self.block(body, [index, *carried])
             index += 1
         return carried
+
+    def _repeated(self, body: Any, count: torch.Tensor, carried: list[Any]) -> list[Any]:
+        """What a loop gives that stays one. Raises NotRecordedError; nothing has changed then."""
+        if is_none(count) or not all(isinstance(value, torch.Tensor) for value in carried):
+            raise NotRecordedError("there is no round, or a number is carried along")
+        values = {number: self.values[number] for number in used(body)}
+        outer = list({id(tensor): tensor for tensor in tensors_within([values, self.attributes])}.values())
+        first, lists = len(carried), list[list[Any]]()
+
+        def run(index: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Round:
+            exchange = Exchange({id(old): new for old, new in zip(outer, tensors[first:], strict=True)})
+            inner = _Run(self.members)
+            inner.values = {number: exchange.of(value) for number, value in values.items()}
+            inner.attributes = exchange.of(self.attributes)
+            given = dict(inner.values)
+            going, *left = inner.block(body, [index, *tensors[:first]])
+            if going is not True:
+                raise NotRecordedError("a round may be the last one")
+            written = {
+                first + place: inner.values[number]
+                for place, tensor in enumerate(outer)
+                for number, value in values.items()
+                if value is tensor and inner.values[number] is not given[number]
+            }
+            grown = exchange.grown()
+            lists.extend(own for own, _ in grown)
+            return Round({**dict(enumerate(left)), **written}, tuple(row for _, row in grown))
+
+        left = repeated(run, count, [*carried, *outer], self.members.functions)
+        for place, tensor in enumerate(outer, start=first):
+            if place in left.states:
+                self._replace(tensor, left.states[place])
+        for own, rows in zip(lists, left.rows, strict=True):
+            own.extend(rows.unbind(0))
+            self.rows[id(own)] = own, [*own], rows
+        return [left.states[place] for place in range(first)]
+
+    def _stack(self, node: Any, given: list[Any]) -> list[Any]:
+        """Of what a loop found: as many as it finds, and not as many as in the run that is traced."""
+        own, held, rows = self.rows.get(id(given[0]), (None, [], None))
+        same = own is given[0] and len(held) == len(own) and all(map(operator.is_, held, own))
+        return [rows if same and given[1] == 0 else _operator(node, node.kind(), given)]
 
     def _get(self, node: Any, given: list[Any]) -> list[Any]:
         owner, name = given[0], node.s("name")
@@ -189,7 +251,8 @@ class _Run:
         result = _operator(node, node.kind(), given)
         if isinstance(result, torch.Tensor) and (len(given) == 3 or given[4] == 1):
             whole = self._view_of(given[0]) or _View.whole(given[0])
-            self.views[id(result)] = result, whole.part(given[1], given[2] or 0, keeps_axis=len(given) > 3)
+            first = 0 if given[2] is None else given[2]  # a tensor while torch traces: it is not asked
+            self.views[id(result)] = result, whole.part(given[1], first, keeps_axis=len(given) > 3)
         return [result]
 
     def _view_of(self, tensor: torch.Tensor) -> _View | None:
@@ -201,19 +264,21 @@ class _Run:
         view = self._view_of(given[0])
         if view is None:
             return [_operator(node, node.kind(), given)]
-        filled = view.filled(given[0], given[1])
-        for number, value in self.values.items():
-            if value is view.base:
-                self.values[number] = filled
-            elif isinstance(value, list):
-                value[:] = [filled if item is view.base else item for item in value]
+        self._replace(view.base, view.filled(given[0], given[1]))
         return [given[1]]
+
+    def _replace(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        for number, value in self.values.items():
+            if value is old:
+                self.values[number] = new
+            elif isinstance(value, list):
+                value[:] = [new if item is old else item for item in value]
 
 
 _CONTROL: Mapping[str, Callable[[_Run, Any, list[Any]], list[Any]]] = MappingProxyType(
     {
-        "aten::copy_": _Run._copy, "aten::select": _Run._view, "aten::slice": _Run._view, "prim::GetAttr": _Run._get,
-        "prim::If": _Run._if, "prim::Loop": _Run._loop, "prim::SetAttr": _Run._set,
+        "aten::copy_": _Run._copy, "aten::select": _Run._view, "aten::slice": _Run._view, "aten::stack": _Run._stack,
+        "prim::GetAttr": _Run._get, "prim::If": _Run._if, "prim::Loop": _Run._loop, "prim::SetAttr": _Run._set,
     }
 )  # fmt: skip
 
@@ -258,8 +323,8 @@ _STRUCTURE: Mapping[str, Callable[[Any, list[Any]], Any]] = MappingProxyType(
         "prim::dtype": lambda node, given: _DTYPES.index(given[0].dtype),
         "prim::isinstance": _is_instance,
         "prim::layout": lambda node, given: 0,
-        "prim::max": lambda node, given: max(*given),
-        "prim::min": lambda node, given: min(*given),
+        "prim::max": lambda node, given: _extreme(max, torch.maximum, given),
+        "prim::min": lambda node, given: _extreme(min, torch.minimum, given),
         "prim::tolist": lambda node, given: given[0].tolist(),
         "prim::type": lambda node, given: given[0].type,
         "prim::unchecked_cast": lambda node, given: given[0],
@@ -310,6 +375,11 @@ def _of_python(argument: str, value: Any) -> Any:
     return _MEMORY_FORMATS[value] if argument == "memory_format" and isinstance(value, int) else value
 
 
+def _as_tensor(number: Any) -> torch.Tensor:
+    """Without axes. What `torch.as_tensor` gives is a constant of a trace, be it a tensor that is traced."""
+    return number if isinstance(number, torch.Tensor) else torch.full((), number)
+
+
 def _sliced(values: Any, start: Any = None, end: Any = None, step: Any = 1) -> Any:
     """Of a list or a text."""
     return values[_place(start) : _place(end) : _place(step)]
@@ -351,6 +421,8 @@ def _to(self: torch.Tensor, other: torch.Tensor | None = None, **options: Any) -
 def _tensor(data: Any, dtype: Any = None, device: Any = None, **_: Any) -> torch.Tensor:
     if isinstance(data, torch.Tensor):  # a size, while torch traces: as a new tensor it would be a constant
         return data if dtype is None else data.to(_of_python("dtype", dtype))
+    if isinstance(data, bool | int | float):
+        return torch.full((), data, dtype=_of_python("dtype", dtype), device=device)
     return torch.tensor(data, dtype=_of_python("dtype", dtype), device=device)
 
 
@@ -359,8 +431,24 @@ def _size(self: torch.Tensor, dim: int | None = None) -> Any:
 
 
 def _int(value: Any) -> Any:
-    """A size, while torch traces, stays what it is."""
-    return value if isinstance(value, torch.Tensor) and not value.is_floating_point() else int(value)
+    """A size, or a number that was read from a tensor, stays one while torch traces."""
+    if not isinstance(value, torch.Tensor):
+        return int(value)
+    if not value.is_floating_point():
+        return value
+    return value.to(torch.int64) if is_tracing() else int(value)
+
+
+def _item(self: torch.Tensor) -> Any:
+    return self.reshape(()) if is_tracing() else self.item()
+
+
+def _extreme(of_numbers: Callable[..., Any], of_tensors: Callable[..., torch.Tensor], given: Sequence[Any]) -> Any:
+    """Of two numbers, or of those in a list; one that is traced may be the other one next time."""
+    numbers = given[0] if len(given) == 1 else given
+    if not any(isinstance(number, torch.Tensor) for number in numbers):
+        return of_numbers(numbers)
+    return reduce(of_tensors, map(_as_tensor, numbers))
 
 
 def _set_item(values: Any, key: Any, value: Any) -> Any:
@@ -427,5 +515,13 @@ _ON_BOTH = frozenset(_ON_PYTHON) - {
 }  # fmt: skip
 # Operators on tensors that Python writes otherwise; they take their arguments by name.
 _ON_TENSORS: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {"index": _index, "index_put_": _index_put, "size": _size, "slice": _slice, "tensor": _tensor, "to": _to}
-)
+    {
+        "index": _index,
+        "index_put_": _index_put,
+        "item": _item,
+        "size": _size,
+        "slice": _slice,
+        "tensor": _tensor,
+        "to": _to,
+    }
+)  # fmt: skip

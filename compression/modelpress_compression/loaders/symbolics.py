@@ -10,6 +10,7 @@
 - torchvision's `nms` and `roi_align`, which are ONNX's NonMaxSuppression and RoiAlign.
 - Products with the weights of experts, and the histogram that says how many rows each of them has (`expert_ops`).
 - An LSTM's cell, an axis made into several, and `not` of a number.
+- Resizing to sizes that are computed: the exporter loses how many axes there are, which what follows may need.
 
 Each function gets the exporter's graph context `g` and the operator's arguments.
 """
@@ -205,6 +206,20 @@ def _unflatten(g: Any, value: Any, dim: Any, sizes: Any) -> Any:
     return result
 
 
+def _resize(name: str, rank: int, mode: str) -> Callable[..., Any]:
+    own = symbolic_helper._interpolate_helper(  # type: ignore[no-untyped-call]
+        f"upsample_{name}", rank, mode
+    )
+
+    def symbolic(g: Any, value: Any, *arguments: Any) -> Any:
+        result = own(g, value, *arguments)
+        if symbolic_helper._get_tensor_rank(result) is None:
+            result.setType(value.type().with_sizes([None] * rank))
+        return result
+
+    return symbolic
+
+
 def _lstm_cell(g: Any, value: Any, state: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
     """One step: gates [batch, 4 * hidden] in torch's order input, forget, cell, output."""
     hidden, cell = symbolic_helper._unpack_list(state)
@@ -263,6 +278,10 @@ def _grouped_mm(g: Any, rows: Any, weight: Any, ends: Any = None, bias: Any = No
     return g.op("Concat", *parts, axis_i=0)
 
 
+_RESIZED = (
+    ("nearest1d", 3, "nearest"), ("nearest2d", 4, "nearest"), ("nearest3d", 5, "nearest"),
+    ("linear1d", 3, "linear"), ("bilinear2d", 4, "linear"), ("trilinear3d", 5, "linear"), ("bicubic2d", 4, "cubic"),
+)  # fmt: skip
 # "__not_": the exporter cuts a last underscore off, for it marks operators that work in place.
 SYMBOLICS: dict[str, Callable[..., Any]] = {
     "aten::__not_": _not,
@@ -276,4 +295,5 @@ SYMBOLICS: dict[str, Callable[..., Any]] = {
     "aten::to_padded_tensor": _padded,
     "torchvision::nms": _nms,
     "torchvision::roi_align": _roi_align,
+    **{f"aten::upsample_{name}": _resize(name, rank, mode) for name, rank, mode in _RESIZED},
 }
