@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-import zipfile
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,12 +24,12 @@ from modelpress_client import names, recipes
 from modelpress_client.async_job import AsyncJob
 from modelpress_client.connection import Connection
 from modelpress_client.convert import Conversion
-from modelpress_client.errors import TimedOutError, TransferError, UnusableInputError, UsageError, from_job_status
+from modelpress_client.errors import TimedOutError, TransferError, UsageError, from_job_status
 from modelpress_client.inputs import parse_inputs
 from modelpress_client.report import Report
 from modelpress_client.resources import Model
 from modelpress_client.settings import DEFAULT_PROJECT, DEFAULT_SERVER, RetryPolicy, Settings
-from modelpress_client.sources import check_source, prepared
+from modelpress_client.sources import check_data, check_source, prepared
 from modelpress_client.transfers import LocalBlob, OnProgress, hash_file
 from modelpress_client.uploads import upload_blobs
 
@@ -365,10 +364,5 @@ def _labelled(present: Mapping[str, str], labels: Mapping[str, str], remove: Col
 
 
 async def _data_blob(path: Path, on_progress: OnProgress | None) -> LocalBlob:
-    blob = await hash_file(path, on_progress)
-    if not await asyncio.to_thread(zipfile.is_zipfile, path):
-        raise UnusableInputError(
-            f"{path} is not an .npz file; write it with numpy.savez(FILE, INPUT_NAME=array, ...).",
-            reason="INVALID_DATA",
-        )
-    return blob
+    await asyncio.to_thread(check_data, path)
+    return await hash_file(path, on_progress)

@@ -33,7 +33,7 @@ def parse_duration_s(text: str) -> float:
     """`10ms`, `90s`, `10m`, `1h`, in seconds. A number without a unit is refused. Raises ValueError."""
     number, unit = _split(text, "10ms, 90s or 10m")
     if not unit:
-        raise ValueError(f"{text!r} needs a unit: {text}ms, {text}s or {text}m?")
+        raise ValueError(f"{text!r} needs a unit, such as {text}ms, {text}s or {text}m")
     factor = _SECONDS.get(unit.lower())
     if factor is None:
         raise ValueError(f"{text!r} has no unit of time; write us, ms, s, m or h")
@@ -46,7 +46,7 @@ def parse_share(text: str) -> float:
     """`1%` or `0.01`. A bare `1` could mean either one percent or everything, and is refused. Raises ValueError."""
     number, unit = _split(text, "1% or 0.01")
     if unit == "%" and number > 100:
-        raise ValueError(f"{text!r} is more than there is; write 1% or 0.01")
+        raise ValueError(f"{text!r} is more than all of it; a share is at most 100%, such as 1% or 0.01")
     if unit == "%":
         return number / 100
     if unit:

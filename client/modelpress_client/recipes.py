@@ -107,6 +107,10 @@ def build(
         before = changed.get("constraints") or {}
         if given and isinstance(before, Mapping):
             changed["constraints"] = {**before, **given}
+        # A goal's own limits count before the constraints: what is asked for now takes their place.
+        paths = {text.partition("=")[0].strip() for text in overrides} | {f"constraints.{name}" for name in given}
+        if isinstance(goal := changed.get("goal"), Mapping):
+            changed["goal"] = {name: value for name, value in goal.items() if f"constraints.{name}" not in paths}
         return language.from_dict(changed)
     except errors.InvalidRecipeError as error:
         violations = [_with_hint(violation, document, presets) for violation in error.violations]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import zipfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -51,6 +52,15 @@ def check_source(path: Path, wanted: Conversion) -> Source:
     if not converts and found is not None and found.way_out is not None:
         raise UnusableInputError(found.refusal(str(looked_at)), details={"path": str(path)})
     return Source(path, found, converts)
+
+
+def check_data(path: Path) -> None:
+    """Looks whether a file of arrays may be one. Raises UnusableInputError."""
+    if not zipfile.is_zipfile(path):
+        raise UnusableInputError(
+            f"{path} is not an .npz file; write it with numpy.savez(FILE, INPUT_NAME=array, ...).",
+            reason="INVALID_DATA",
+        )
 
 
 def format_of(path: Path) -> Format | None:

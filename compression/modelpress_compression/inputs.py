@@ -19,6 +19,7 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from modelpress_compression.archive import Archive, Member
+from modelpress_compression.counted import counted
 from modelpress_compression.errors import CompressionError, InvalidDataError
 from modelpress_compression.picked import picked
 from modelpress_compression.specs import TensorSpec
@@ -199,7 +200,7 @@ class InputData:
         data = cls(specs, arrays, labels=labels)
         if data.fixed_batch and len(data) < data.fixed_batch:
             raise InvalidDataError(
-                f"{where} holds {len(data)} samples, but the model takes {data.fixed_batch} at a time."
+                f"{where} holds {counted(len(data), 'sample')}, but the model takes {data.fixed_batch} at a time."
             )
         return data
 
@@ -262,7 +263,7 @@ def _check_labels(labels: Array, samples: int, where: str) -> None:
     if labels.dtype.kind not in "biuf":
         raise InvalidDataError(f"{where}: 'labels' must be numbers, not {labels.dtype}.")
     if labels.ndim == 0 or len(labels) != samples:
-        raise InvalidDataError(f"{where}: {samples} samples, but labels of shape {labels.shape}.")
+        raise InvalidDataError(f"{where}: {counted(samples, 'sample')}, but labels of shape {labels.shape}.")
 
 
 def _match_names(arrays: dict[str, Array], specs: tuple[TensorSpec, ...], where: str) -> dict[str, Array]:

@@ -78,7 +78,7 @@ class InvalidFieldsError(ServiceError):
     def __init__(self, violations: Sequence[FieldViolation]) -> None:
         shown = "; ".join(f"{item.field}: {item.description}" for item in violations[:SHOWN_VIOLATIONS])
         more = f"; and {len(violations) - SHOWN_VIOLATIONS} more" if len(violations) > SHOWN_VIOLATIONS else ""
-        super().__init__(f"The request has {len(violations)} wrong field(s): {shown}{more}")
+        super().__init__(f"The request is not valid: {shown}{more}")
         self.violations = tuple(violations)
 
 

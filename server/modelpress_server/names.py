@@ -87,7 +87,7 @@ def parse_name(name: str, collection: Collection, field: str = "name") -> tuple[
     parts = name.split("/")
     well_formed = len(parts) == 4 and parts[0] == "projects" and parts[2] == collection
     if not well_formed or not _PROJECT.fullmatch(parts[1]) or not _ID.fullmatch(parts[3]):
-        wanted = f"projects/{{project}}/{collection}/{{id}}, with an id of 26 letters and digits as lists show it"
+        wanted = f"projects/{{project}}/{collection}/{{id}}, with an id of 26 letters and digits, as lists show it"
         raise _wrong(field, name, wanted)
     return parts[1], parts[3]
 

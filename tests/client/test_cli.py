@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,8 +218,6 @@ def test_no_compress_and_detach(run_cli: RunCli, fake_server: Any, model_file: P
 
 def test_recipe_reaches_the_job(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path) -> None:
     """File, overrides and constraints make the recipe; data and labels go along."""
-    import zipfile
-
     (tmp_path / "r.yaml").write_text("version: 1\nsteps:\n- prune: {sparsity: 1e-1}\n- quantize:\n")
     with zipfile.ZipFile(tmp_path / "data.npz", "w") as archive:
         archive.writestr("x.npy", b"")
@@ -474,6 +473,17 @@ def test_one_job(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: 
     assert (ran.code, "neither a job nor a model" in ran.err) == (2, True)
 
 
+def test_what_is_no_data_is_refused_before_the_upload(
+    run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path
+) -> None:
+    """A large model is not sent for a slip in the name of another file."""
+    (tmp_path / "x.npy").write_bytes(b"\x93NUMPY")
+    for option in ("--data", "--eval"):
+        ran = run_cli("upload", model_file, option, "x.npy", "--server", fake_server.address)
+        assert (ran.code, "x.npy is not an .npz file" in ran.err) == (2, True)
+    assert not fake_server.models
+
+
 def test_inspect(run_cli: RunCli, fake_server: Any, model_file: Path) -> None:
     """A file or a model; nothing is compressed."""
     at = ("--server", fake_server.address)
@@ -481,6 +491,8 @@ def test_inspect(run_cli: RunCli, fake_server: Any, model_file: Path) -> None:
     assert "x:float32[N,4]" in ran.out
     assert "It is small." in ran.out
     assert run_cli("inspect", "m1", "--json", *at).document["inspection"]["parameter_count"] == 24_600
+    ran = run_cli("inspect", "folder/net.onnx", *at)
+    assert (ran.code, "There is no file 'folder/net.onnx'" in ran.err) == (2, True)
     assert fake_server.jobs == {}
 
 
@@ -536,6 +548,40 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     )
 
 
+def test_advised_commands_repeat_what_was_given(
+    run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path
+) -> None:
+    """They run as they are: the same files, server and drop, the goal that is advised, and no limit that it leaves."""
+    with zipfile.ZipFile(tmp_path / "a b.npz", "w") as archive:
+        archive.writestr("x.npy", b"")
+    fake_server.report["advice"] = [
+        {"text": "More.", "command": "compress-client upload MODEL --data FILE.npz --eval FILE.npz --goal fastest"}
+    ]
+    at = f"--server {fake_server.address}"
+    (tmp_path / "r.yaml").write_text("version: 1\ngoal: {objective: balanced}\n")
+    given = [
+        "--recipe",
+        "r.yaml",
+        "--data",
+        tmp_path / "a b.npz",
+        "--max-drop",
+        "1%",
+        "--max-size=5MB",
+        "--timeout",
+        90,
+    ]
+    more = ["--goal", "smallest", "--set", "goal.techniques=[fuse]", "--set", "benchmark.rounds=9", "-o", "out.onnx"]
+    ran = run_cli(*at.split(), "upload", model_file, *given, *more, "--json")
+    (advice,) = ran.document["advice"]
+    assert advice["command"] == (
+        f"compress-client upload {model_file} {at} --recipe r.yaml --data '{tmp_path}/a b.npz' --max-drop 1% "
+        "--output out.onnx --set benchmark.rounds=9 --eval FILE.npz --goal fastest"
+    )
+    model = ran.document["model"]
+    ran = run_cli("compress", model, *at.split(), "--json")
+    assert ran.document["advice"][0]["command"].startswith(f"compress-client compress {model} {at} --data FILE.npz")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt(fake_server: Any, model_file: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Exit 130; the job goes on, and the text says how to follow and to cancel it."""
@@ -548,7 +594,7 @@ def test_interrupt(fake_server: Any, model_file: Path, tmp_path: Path, number: s
     out, err = process.communicate()
     assert process.returncode == 130, err
     assert "projects/default/jobs/j2 goes on" in err
-    assert "compress-client cancel projects/default/jobs/j2" in err
+    assert f"compress-client cancel projects/default/jobs/j2 --server {fake_server.address}" in err
     assert "Traceback" not in err
     assert out == ""
 

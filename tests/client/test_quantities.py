@@ -43,7 +43,7 @@ def test_shares(text: str, share: float) -> None:
         (parse_share, "1", "1%"),
         (parse_share, "5", "5%"),
         (parse_share, "-1", "form"),
-        (parse_share, "150%", "more than there is"),
+        (parse_share, "150%", "at most 100%"),
         (parse_share, "1MB", "no share"),
         (parse_share, "nan", "form"),
         (parse_size_bytes, "5 apples", "no unit of size"),

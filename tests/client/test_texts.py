@@ -14,7 +14,7 @@ from modelpress_client import errors, names, recipes
 from modelpress_client.cli import units
 from modelpress_client.cli.progress import describe
 from modelpress_client.cli.report_markdown import to_markdown
-from modelpress_client.cli.report_rows import changes_text
+from modelpress_client.cli.report_rows import changes_text, fidelity_lines
 from modelpress_client.cli.report_text import print_report
 from modelpress_client.errors import INPUT_REASONS, InvalidRecipeError, ModelpressError, ServerError, UsageError
 from modelpress_client.inputs import format_input, parse_input, parse_inputs
@@ -113,6 +113,18 @@ def test_yaml_of_a_recipe_is_a_recipe(tmp_path: Path) -> None:
     assert recipes.build(recipes.load_yaml(tmp_path / "r.yaml")) == recipe
 
 
+def test_what_is_asked_for_replaces_the_limits_of_a_goal() -> None:
+    """A goal in a file has limits of its own, which would count before those of the options."""
+    document = {"version": 1, "goal": {"max_drop": 0.01, "max_size_bytes": 3000, "min_speedup": 2.0}}
+    recipe = recipes.build(document, overrides=["constraints.max_size_bytes=9000"], max_drop=0.02)
+    assert recipe.HasField("goal")
+    assert not recipe.goal.HasField("max_drop")
+    assert not recipe.goal.HasField("max_size_bytes")
+    assert recipe.goal.min_speedup == 2.0
+    assert (recipe.constraints.max_drop, recipe.constraints.max_size_bytes) == (0.02, 9000)
+    assert recipes.build({"version": 1, "goal": {"max_drop": 0.01}}, max_drop=0.02).HasField("goal")
+
+
 def test_a_step_that_a_goal_lacks() -> None:
     """Overriding one names the presets that have it, the one made for that first; no other preset is named."""
     presets = [
@@ -183,6 +195,31 @@ def test_markdown_cannot_be_injected(fake_server: Any) -> None:
     assert "<script>" not in text
     assert "\n# title" not in text
     assert r"\|\`x\`\[a\](b)" in text
+
+
+def test_advice_is_code_in_markdown(fake_server: Any) -> None:
+    """It can be copied: nothing in the command is escaped."""
+    fake_server.report["advice"] = [{"text": "a_b", "command": "compress-client upload MODEL --max-drop 0.01 [a_b]"}]
+    text = to_markdown(Report.from_dict(fake_server.report))
+    assert r"- a\_b `compress-client upload MODEL --max-drop 0.01 [a_b]`" in text
+
+
+def test_equal_outputs_are_identical(fake_server: Any) -> None:
+    """As report.html says; one sample is no samples."""
+    fake_server.report["fidelity"]["outputs"]["y"] = {"cosine": 1.0, "sqnr_db": 200.0, "max_abs_error": 0.0}
+    fake_server.report["fidelity"]["samples"] = 1
+    lines = fidelity_lines(Report.from_dict(fake_server.report))
+    assert lines[0].startswith("measured on 1 sample of")
+    assert lines[-1] == "y: identical"
+
+
+def test_why_no_step_was_taken(fake_server: Any) -> None:
+    """Where the original came back, what spoke against each candidate stands in no step."""
+    rows = [{"id": f"c{number}", "name": f"way {number}", "reason": reason} for number, reason in enumerate("aab")]
+    fake_server.report.update(steps=[], candidates=rows)
+    report = Report.from_dict(fake_server.report)
+    for text in (printed(report), to_markdown(report)):
+        assert text.index("No step was taken") < text.index("2 candidates: a") < text.index("1 candidate: b (way 2)")
 
 
 def printed(report: Report) -> str:

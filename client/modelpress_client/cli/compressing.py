@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shlex
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from modelpress_client.cli import again
 from modelpress_client.cli.options import SharedHelp, compression_options
 from modelpress_client.cli.result_files import ResultFiles, digests_of
 from modelpress_client.cli.session import Session, run
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from modelpress_client.async_job import AsyncJob
     from modelpress_client.cli.progress import Display
     from modelpress_client.own_metric import OwnMetric
-    from modelpress_client.report import Advice, Report
+    from modelpress_client.report import Report
     from modelpress_client.resources import Model
 
 
@@ -71,6 +71,10 @@ class Wanted:
         }
         given = [f"{path}={value}" for path, value in values.items() if value is not None]
         return (*given, *self.overrides)
+
+    def sent_data(self, own: OwnMetric | None) -> list[Path]:
+        """The files of arrays that go to the server; what a metric of the user's own takes does not."""
+        return [path for path in (self.data, None if own else self.eval_data) if path is not None]
 
 
 @click.command(cls=SharedHelp, short_help="Upload a model, compress it, download the result.")
@@ -119,7 +123,7 @@ def upload(
         from modelpress_client.convert import Conversion
         from modelpress_client.inputs import parse_inputs
         from modelpress_client.names import parse_labels
-        from modelpress_client.sources import check_source, stem_of
+        from modelpress_client.sources import check_data, check_source, stem_of
 
         files = _result_files(wanted, stem_of(path), source=path)
         async with _display(session) as display:
@@ -128,6 +132,8 @@ def upload(
             conversion = Conversion(architecture, trust_pickle, tuple(specs), state_dict_key, ignore_weights)
             await asyncio.to_thread(check_source, path, conversion)
             own = _own_metric(wanted)
+            for data in wanted.sent_data(own):
+                await asyncio.to_thread(check_data, data)
             recipe = None if wanted.no_compress else await _recipe(session, wanted)
             model = await session.client.upload(
                 path,
@@ -148,7 +154,7 @@ def upload(
                 return None
             job, report = ended
             await _fetch(session, job, report, files, display)
-        return _print_result(session, job, report, files, str(path))
+        return _print_result(session, job, report, files, ["upload", str(path)])
 
     run(body)
 
@@ -175,7 +181,7 @@ def compress(model_name: str, **options: Any) -> None:
                 return None
             job, report = ended
             await _fetch(session, job, report, files, display)
-        return _print_result(session, job, report, files, model_name)
+        return _print_result(session, job, report, files, ["compress", model_name])
 
     run(body)
 
@@ -342,9 +348,13 @@ async def _tell_warnings(job: AsyncJob, display: Display) -> None:
                 display.warning(line.text)
 
 
-def _print_result(session: Session, job: AsyncJob, report: Report, files: ResultFiles, source: str) -> int | None:
+def _print_result(
+    session: Session, job: AsyncJob, report: Report, files: ResultFiles, words: Sequence[str]
+) -> int | None:
+    """`words`: of this call, as `upload` and the path."""
     from modelpress_client.cli.report_text import print_report
 
+    advice = [(item.text, again.advised(session.given, words, item.command)) for item in report.advice]
     if session.shared.json:
         session.out.document(
             {
@@ -355,13 +365,13 @@ def _print_result(session: Session, job: AsyncJob, report: Report, files: Result
                 "from_cache": job.message.from_cache,
                 "report": report.to_dict(),
                 "candidates": list(report.candidates),
-                "advice": [{"text": item.text, "command": _command(item, source)} for item in report.advice],
+                "advice": [{"text": text, "command": command} for text, command in advice],
             }
         )
     else:
         session.out.show(lambda console: print_report(console, report))
-    for item in report.advice:
-        session.out.hint(f"{item.text}\n  {_command(item, source)}")
+    for text, command in advice:
+        session.out.hint(f"{text}\n  {command}")
     cached = " (an identical job had succeeded before; --skip-cache runs it again)" if job.message.from_cache else ""
     project = f"\nProject {files.project}" if "project.zip" in job.artifacts else ""
     session.out.hint(f"Job     {job.name}{cached}\nModel   {files.model}\nReport  {files.report_html}{project}")
@@ -370,11 +380,6 @@ def _print_result(session: Session, job: AsyncJob, report: Report, files: Result
     broken = "; ".join(report.constraints.violations) or "see the report"
     session.out.hint(f"A constraint is not met: {broken}")
     return EXIT_CONSTRAINT_NOT_MET
-
-
-def _command(advice: Advice, source: str) -> str:
-    """The command with what was compressed in its place."""
-    return advice.command.replace("MODEL", shlex.quote(source))
 
 
 def _stored(session: Session, model: Model) -> None:

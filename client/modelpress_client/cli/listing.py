@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from modelpress_client.cli import again
 from modelpress_client.cli.options import SharedHelp, label_option
 from modelpress_client.cli.session import Session, run
-from modelpress_client.errors import EXIT_CONSTRAINT_NOT_MET, NotFoundError, UnusableInputError
+from modelpress_client.errors import EXIT_CONSTRAINT_NOT_MET, NotFoundError, UnusableInputError, UsageError
 
 if TYPE_CHECKING:
     from modelpress_client.cli.progress import Display
@@ -49,7 +50,13 @@ def inspect(path_or_model: str, inputs: tuple[str, ...]) -> None:
 async def _model_of(session: Session, path_or_model: str, inputs: tuple[str, ...], shown: Display) -> Model:
     path = Path(path_or_model)
     if not await asyncio.to_thread(path.exists):
-        return await session.client.model(path_or_model)
+        try:
+            return await session.client.model(path_or_model)
+        except UsageError:
+            raise UsageError(
+                f"There is no file '{path_or_model}', and a model's name ends in 26 letters and digits; 'models' "
+                "lists them."
+            ) from None
     return await session.client.upload(path, inputs=inputs, on_progress=shown.transfer)
 
 
@@ -126,7 +133,7 @@ def watch(job_name: str) -> None:
         found.raise_unless_succeeded()
         session.out.document(found.to_dict())
         session.out.data(f"{found.name} {found.state}")
-        session.out.hint(f"Fetch it: compress-client download {found.name}")
+        session.out.hint(f"Fetch it: {again.command(session.given, 'download', found.name)}")
         return None if found.message.summary.constraints_met else EXIT_CONSTRAINT_NOT_MET
 
     run(body)

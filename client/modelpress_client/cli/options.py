@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from modelpress_client.cli import again
 from modelpress_client.quantities import parse_duration_s, parse_share, parse_size_bytes
 from modelpress_client.settings import DEFAULT_PROJECT, DEFAULT_SERVER
 
@@ -137,6 +138,12 @@ class SharedHelp(click.Command):
         super().__init__(*args, **kwargs)
         self._shared = _shared_options()
         self.params += self._shared
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        """Notes them as they were given: commands that are advised repeat them."""
+        if not context.resilient_parsing:
+            again.remember(self, context, arguments)
+        return super().parse_args(context, arguments)
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the command's own options, then the shared ones."""

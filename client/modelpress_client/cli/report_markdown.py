@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from modelpress_protos.printable import printable
 
 from modelpress_client.cli import units
-from modelpress_client.cli.report_rows import changes_text, fidelity_lines, main_rows, skipped_lines
+from modelpress_client.cli.report_rows import changes_text, fidelity_lines, main_rows, skipped_lines, untaken_lines
 from modelpress_client.report import Report
 
 
@@ -24,9 +24,10 @@ def to_markdown(report: Report) -> str:
         ),
         _list("Outputs", fidelity_lines(report)),
         _steps(report),
+        _list("No step was taken", untaken_lines(report)),
         _list("Warnings", report.warnings),
         _list("Constraints not met", report.constraints.violations),
-        _list("What would help", [f"{item.text} `{item.command}`" for item in report.advice]),
+        _items("What would help", [f"{_escape(item.text)} {_code(item.command)}" for item in report.advice]),
         _environment(report),
     ]
     return "\n\n".join(block for block in blocks if block)
@@ -52,7 +53,11 @@ def _environment(report: Report) -> str:
 
 
 def _list(title: str, lines: Iterable[str]) -> str:
-    items = [f"- {_escape(line)}" for line in lines]
+    return _items(title, map(_escape, lines))
+
+
+def _items(title: str, escaped: Iterable[str]) -> str:
+    items = [f"- {line}" for line in escaped]
     return "\n".join([f"## {title}", "", *items]) if items else ""
 
 
@@ -63,6 +68,11 @@ def _table(header: list[str], rows: Iterable[Sequence[str | list[str]]], *, alig
 
 def _cell(value: str | list[str]) -> str:
     return _escape(value) if isinstance(value, str) else "<br>".join(map(_escape, value))
+
+
+def _code(text: str) -> str:
+    """In a span of code nothing is escaped, and a backtick would end it."""
+    return f"`{printable(text).replace('`', '')}`"
 
 
 def _escape(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modelpress_client.cli import units
-from modelpress_client.report import LatencyRow, Report, Speedup, StepReport
+from modelpress_client.report import LatencyRow, LeftAlone, Report, Speedup, StepReport
 
 MAX_REASONS = 4  # per step; report.html has all
 EVEN = 0.01  # a change below 1 % is none
@@ -37,7 +37,7 @@ def main_rows(report: Report) -> list[Row]:
         drop = accuracy.drop
         moved = None if drop is None else drop if accuracy.lower_is_better else -drop
         change = "" if moved is None else f"{moved:+.4f}" if moved else "unchanged"
-        samples = f" ({accuracy.samples} samples)" if accuracy.samples is not None else ""
+        samples = f" ({units.counted(accuracy.samples, 'sample')})" if accuracy.samples is not None else ""
         rows.append(
             Row(
                 f"{accuracy.metric}{samples}",
@@ -56,7 +56,8 @@ def fidelity_lines(report: Report) -> list[str]:
     if fidelity is None:
         return []
     source = "your data" if fidelity.data == "provided" else "synthetic inputs (pass --data for real ones)"
-    lines = [f"measured on {fidelity.samples if fidelity.samples is not None else 'unknown'} samples of {source}"]
+    samples = "samples" if fidelity.samples is None else units.counted(fidelity.samples, "sample")
+    lines = [f"measured on {samples} of {source}"]
     if fidelity.top1_agreement is not None:
         lines.append(f"same class as the original on {fidelity.top1_agreement:.2%} of them")
     for name, output in fidelity.outputs.items():
@@ -65,7 +66,9 @@ def fidelity_lines(report: Report) -> list[str]:
             f"SQNR {output.sqnr_db:.1f} dB" if output.sqnr_db is not None else "",
             f"largest error {units.number(output.max_abs_error, 3)}" if output.max_abs_error is not None else "",
         ]
-        lines.append(f"{name}: {', '.join(filter(None, figures)) or 'not measured'}")
+        # Of equal outputs the ratio to the noise has no end; the number that stands for it means nothing.
+        same = output.max_abs_error == 0
+        lines.append(f"{name}: {'identical' if same else ', '.join(filter(None, figures)) or 'not measured'}")
     return lines
 
 
@@ -86,7 +89,16 @@ def skipped_lines(step: StepReport) -> list[str]:
     """`12 nodes: weight is not constant`; the most frequent reasons first. Names stand in report.html and in JSON."""
     shown = [str(row) for row in step.left_alone[:MAX_REASONS]]
     rest = len(step.left_alone) - MAX_REASONS
-    return [*shown, f"{rest} other reason{'' if rest == 1 else 's'}: see the report"] if rest > 0 else shown
+    return [*shown, f"{units.counted(rest, 'other reason')}: see the report"] if rest > 0 else shown
+
+
+def untaken_lines(report: Report) -> list[str]:
+    """Of a result that no step made: why none of the candidates was taken; the most frequent reasons first."""
+    names: dict[str, list[str]] = {}
+    for row in report.candidates if not report.steps else ():
+        names.setdefault(str(row.get("reason") or ""), []).append(str(row.get("name")))
+    rows = [LeftAlone(len(named), "candidate", reason, tuple(named)) for reason, named in names.items() if reason]
+    return [str(row) for row in sorted(rows, key=lambda row: -row.count)]
 
 
 def _ratio_row(name: str, before: int | None, after: int | None, ratio: float | None) -> Row:
@@ -107,7 +119,7 @@ def _count_row(name: str, before: int | None, after: int | None) -> Row:
 
 def _latency_row(row: LatencyRow) -> Row:
     provider = row.execution_provider.removesuffix("ExecutionProvider")
-    threads = "" if row.threads is None else f", {row.threads} thread{'s' if row.threads != 1 else ''}"
+    threads = "" if row.threads is None else f", {units.counted(row.threads, 'thread')}"
     batch = "" if row.batch_size is None else f", batch {row.batch_size}"
     speedup = row.speedup
     change, good = ("", None) if speedup.median is None else _speed(speedup.median, speedup, row)

@@ -7,7 +7,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from modelpress_client.cli import units
-from modelpress_client.cli.report_rows import changes_text, fidelity_lines, main_rows, skipped_lines
+from modelpress_client.cli.report_rows import changes_text, fidelity_lines, main_rows, skipped_lines, untaken_lines
 from modelpress_client.cli.tables import plain_table
 from modelpress_client.report import Report
 
@@ -24,6 +24,7 @@ def print_report(console: Console, report: Report) -> None:
     _figures(console, report)
     _section(console, "Outputs", fidelity_lines(report), style="red" if report.damage else "")
     _steps(console, report)
+    _section(console, "No step was taken", untaken_lines(report), style="")
     if report.warnings:
         console.print(Text("\nWarnings", style="bold yellow"))
         for warning in report.warnings:

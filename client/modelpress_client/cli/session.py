@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from modelpress_client.cli import again
 from modelpress_client.cli.options import Shared, shared_of
 from modelpress_client.cli.output import Output, write
 from modelpress_client.errors import EXIT_INTERRUPTED, TimedOutError
@@ -25,12 +26,15 @@ Body = Callable[["Session"], Awaitable[int | None]]
 
 
 class Session:
-    """What a command works with. `job` is set once a job exists, so that an interruption can name it."""
+    """What a command works with. `given`: its options as they were spelled.
+
+    `job` is set once a job exists, so that an interruption can name it.
+    """
 
     client: AsyncClient
 
-    def __init__(self, shared: Shared) -> None:
-        self.shared = shared
+    def __init__(self, shared: Shared, given: again.Given) -> None:
+        self.shared, self.given = shared, given
         self.out = Output(as_json=shared.json, quiet=shared.quiet)
         self.job = ""
 
@@ -40,7 +44,7 @@ class Session:
             return "Nothing was started on the server. What was sent is kept: the same command goes on from there."
         if self.shared.local:
             return f"{self.job} goes on when --local is used again on the same data directory."
-        follow, stop = f"compress-client watch {self.job}", f"compress-client cancel {self.job}"
+        follow, stop = (again.command(self.given, name, self.job) for name in ("watch", "cancel"))
         return f"{self.job} goes on. Follow it: {follow}. Stop it: {stop}"
 
 
@@ -50,7 +54,8 @@ class InterruptedCommandError(Exception):
 
 def run(body: Body) -> None:
     """Runs the body and leaves with its exit code."""
-    session = Session(shared_of(click.get_current_context()))
+    context = click.get_current_context()
+    session = Session(shared_of(context), again.given(context))
     try:
         code = asyncio.run(_main(session, body))
     except KeyboardInterrupt:

@@ -96,7 +96,7 @@ def print_usage(console: Console, found: server_pb.Usage) -> None:
     facts(
         console,
         [
-            ("Stored", f"{stored} in {found.blobs} files"),
+            ("Stored", f"{stored} in {units.counted(found.blobs, 'file')}"),
             ("Findings", f"{units.size(found.findings_bytes)} of {units.size(found.max_findings_bytes)}"),
             ("Models", f"{of(found.models, found.max_models)}, {after(found.model_ttl_seconds)}"),
             ("Jobs waiting", of(found.queued_jobs, found.max_queued_jobs)),

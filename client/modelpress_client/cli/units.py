@@ -32,6 +32,11 @@ def count(value: float | None) -> str:
     return f"{scaled:.3g}{unit}"
 
 
+def counted(number: int, what: str) -> str:
+    """1 sample, 1,200 samples."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def milliseconds(value: float | None) -> str:
     """0.213 ms."""
     return NOT_MEASURED if value is None else f"{value:.3g} ms" if value < 1000 else f"{value:,.0f} ms"

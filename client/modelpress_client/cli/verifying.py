@@ -73,13 +73,14 @@ async def _verified(path: Path, wanted: Verification, out: Output, timeout_s: fl
 def _print(console: Console, document: dict[str, Any]) -> None:
     from rich.text import Text
 
+    from modelpress_client.cli import units
     from modelpress_client.cli.tables import plain_table
 
     here = document["here"]
     source = "your data" if document["data"] == "provided" else "made-up inputs"
     console.print(
-        f"\nCompared with onnxruntime {here['onnxruntime']} here ({here['cpu']}), on {document['samples']} samples of "
-        f"{source}:\n"
+        f"\nCompared with onnxruntime {here['onnxruntime']} here ({here['cpu']}), on "
+        f"{units.counted(document['samples'], 'sample')} of {source}:\n"
     )
     table = plain_table("Place", "How", "Verdict", "SQNR", "Largest error", "Same class", "", right=(3, 4, 5))
     for row in document["places"]:

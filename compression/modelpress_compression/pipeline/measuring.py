@@ -220,12 +220,12 @@ def verdict(recipe: Recipe, measured: Measured, original_size_bytes: int, size_b
         source = "" if measured.fidelity.data == "provided" else " on synthetic inputs"
         answers = f"{kept} with the original {share:.2%}{source}"
     missed = f"; not met: {'; '.join(measured.violations)}" if measured.violations else ""
-    if headline:
-        return f"{asked}{headline}, {answers}{missed}."
-    speed = _speed(measured.latency[0].speedup)
-    if measured.latency[0].speedup.high * FAR_SLOWER < 1.0:
-        return f"{asked}{speed}, {got}, {answers}{missed}."
-    return f"{asked}{got}, {speed}, {answers}{missed}."
+    if not headline:
+        speed = _speed(measured.latency[0].speedup)
+        far_slower = measured.latency[0].speedup.high * FAR_SLOWER < 1.0
+        headline = f"{speed}, {got}" if far_slower else f"{got}, {speed}"
+    said = f"{asked}{headline}, {answers}{missed}."
+    return said[0].upper() + said[1:]
 
 
 def _speed(speedup: Speedup) -> str:

@@ -43,7 +43,7 @@ from modelpress_compression.passes.quantize.scaling.streams import find_streams
 from modelpress_compression.passes.quantize.static import bias_correction, full_bias_correction
 from modelpress_compression.passes.repair import least_squares, paired
 from modelpress_compression.recipe import Recipe, Step
-from modelpress_compression.report.formats import duration, size
+from modelpress_compression.report.formats import duration, plain_size
 from modelpress_compression.runtime import SPARE_BYTES, fit_together, open_session, run
 from modelpress_compression.search.grounds import can_hold_out
 from modelpress_compression.search.levers import EPOCHS, TRAINING_SHARE
@@ -133,7 +133,8 @@ class Needs:
 
     def __str__(self) -> str:
         """'about 2 min, 1.20 GB of memory, 400 MB of disk'."""
-        return f"about {duration(self.time_s)}, {size(self.memory_bytes)} of memory, {size(self.disk_bytes)} of disk"
+        memory, disk = plain_size(self.memory_bytes), plain_size(self.disk_bytes)
+        return f"about {duration(self.time_s)}, {memory} of memory, {disk} of disk"
 
 
 def needs(recipe: Recipe, model: Model, path: Path, data: InputData, *, judged: bool = False) -> Needs:
@@ -188,7 +189,7 @@ def check_room(needs: Needs, work_directory: Path, memory_limit_bytes: int | Non
         ("memory", needs.memory_bytes, memory, MemoryLimitError),
         ("disk space", needs.disk_bytes, disk, DiskSpaceError),
     ):
-        text = f"about {size(needed)} of {what}, and {size(there)} are there"
+        text = f"about {plain_size(needed)} of {what}, and {plain_size(there)} are there"
         if needed > UNCERTAINTY * there:
             raise error(f"The job would need {text}. Take a smaller model or fewer techniques, or give it more room.")
         if needed > there:

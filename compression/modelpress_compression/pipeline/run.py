@@ -238,6 +238,9 @@ def _prepare(
         context.log(backend.remark)
     labelled = task if isinstance(task, Labelled) else None
     warnings = [*_randomness(model), *data_warnings(model, path, context.data, labelled)]
+    # Without labels cosine compares the outputs with the original's.
+    if task is None and (metric := recipe.limits.metric) not in (None, "cosine"):
+        warnings.append(f"The metric {metric} was not measured: it needs labels, which --eval gives.")
     warnings += own_answers(path, backend, context.data)
     if isinstance(task, OwnMetric):
         progress.update(0.0, "scoring the original with your metric")

@@ -23,6 +23,11 @@ def size(value: float | None) -> str:
     return _scaled(value, ("B", "kB", "MB", "GB", "TB"))
 
 
+def plain_size(value: float | None) -> str:
+    """As `size`, for messages and logs, where a no-break space would be written out."""
+    return size(value).replace(_SPACE, " ")
+
+
 def count(value: float | None) -> str:
     """'22.6 M', '1.43 G'; below 10,000 the number itself."""
     if value is not None and abs(value) < 10_000:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
+from modelpress_compression.counted import counted
 from modelpress_compression.measure.metric_names import SHARES
 from modelpress_compression.report import sections
 from modelpress_compression.report.figures import latency_picture, layer_picture, legend, size_bar
@@ -187,7 +188,7 @@ def _latency_card(latency: Any) -> str:
     row = latency[0]
     speedup = row["speedup"]
     note = ", ".join(filter(None, (speed_words(speedup), interval(speedup), against_medians(row))))
-    setting = f"Latency, batch {row['batch_size']}, {row['threads']} thread{'s' if row['threads'] != 1 else ''}"
+    setting = f"Latency, batch {row['batch_size']}, {counted(row['threads'], 'thread')}"
     before, after = (milliseconds(row[role]["p50_ms"]) for role in ("original", "optimized"))
     return _card(setting, before, after, note, worse=speed_kind(speedup) == "slower")
 
@@ -196,13 +197,13 @@ def _quality_card(report: Mapping[str, Any]) -> str:
     accuracy, fidelity = report["accuracy"], report["fidelity"]
     if accuracy is not None:
         better = "lower is better" if accuracy.get("lower_is_better") else "higher is better"
-        source = "your metric" if accuracy["samples"] is None else f"{accuracy['samples']:,} labelled samples"
+        source = "your metric" if accuracy["samples"] is None else counted(accuracy["samples"], "labelled sample")
         note = f"{source}, {better}"
         before, after = _metric(accuracy, "original"), _metric(accuracy, "optimized")
         return _card(f"Accuracy, {accuracy['metric']}", before, after, note, worse=bool(report.get("damage")))
     if fidelity is None:
         return _card("Fidelity", NOT_MEASURED, NOT_MEASURED, "not measured")
-    samples = f"on {fidelity['samples']:,} {fidelity['data']} samples"
+    samples = f"on {counted(fidelity['samples'], fidelity['data'] + ' sample')}"
     cosine = _lowest_cosine(fidelity)
     if fidelity["top1_agreement"] is not None:
         value, note = percent(fidelity["top1_agreement"]), f"same top answer, {samples}"
@@ -240,7 +241,7 @@ def _body(report: Mapping[str, Any]) -> str:
         sections.section(
             "Outputs against the original",
             sections.outputs(fidelity),
-            f"Compared on {fidelity['samples']:,} {fidelity['data']} samples." if fidelity else "",
+            f"Compared on {counted(fidelity['samples'], fidelity['data'] + ' sample')}." if fidelity else "",
         ),
         sections.section("Graph", sections.operators(report) + sections.files(report)),
         sections.section("Environment", sections.environment(report["environment"])),

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from modelpress_compression.counted import counted
 from modelpress_compression.decibels import MAX_SQNR_DB
 from modelpress_compression.measure.damage import DAMAGE_COSINE, DAMAGE_DROP
 from modelpress_compression.report.figures import family_picture
@@ -130,22 +131,18 @@ def _left_alone(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     lines = [
-        tag("li", folded(f"{_counted(row['count'], row['what'])}: {escape(row['reason'])}", _nodes(row["names"])))
+        tag("li", folded(f"{counted(row['count'], row['what'])}: {escape(row['reason'])}", _nodes(row["names"])))
         for row in rows
     ]
     first, rest = lines[:MAX_OPEN_REASONS], lines[MAX_OPEN_REASONS:]
-    more = folded(_counted(len(rest), "other reason"), tag("ul", "".join(rest), class_="reasons")) if rest else ""
+    more = folded(counted(len(rest), "other reason"), tag("ul", "".join(rest), class_="reasons")) if rest else ""
     total = ", ".join(
-        _counted(number, what)
+        counted(number, what)
         for what in ("node", "candidate")
         if (number := sum(row["count"] for row in rows if row["what"] == what))
     )
     listed = tag("ul", "".join(first), class_="reasons")
     return tag("div", tag("p", f"Left alone: {total}", class_="quiet") + listed + more, class_="left")
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _nodes(nodes: Sequence[str]) -> str:
@@ -244,7 +241,7 @@ def layer_times(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [_layer_time(row) for row in timed]
     headers = ("Layer", "Original", "Result", "Kernel", "Share of error", "Why not faster")
     first, rest = lines[:MAX_OPEN_LAYERS], lines[MAX_OPEN_LAYERS:]
-    more = folded(_counted(len(rest), "more layer"), table(headers, rest, numeric=(1, 2, 4))) if rest else ""
+    more = folded(counted(len(rest), "more layer"), table(headers, rest, numeric=(1, 2, 4))) if rest else ""
     return table(headers, first, numeric=(1, 2, 4)) + more
 
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from modelpress_compression.counted import counted
 from modelpress_compression.measure.fidelity import Fidelity
 from modelpress_compression.measure.latency import MIN_TIMING_S, SESSION_SPREAD, Times
 from modelpress_compression.measure.task import GivenScores, model_digest
 from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.passes.base import Skip
 from modelpress_compression.recipe import FASTEST, SMALLEST, Constraints, Goal
-from modelpress_compression.report.formats import duration
+from modelpress_compression.report.formats import duration, plain_size
 from modelpress_compression.search.candidates import pareto_set
 from modelpress_compression.search.choice import Choice, Figures, Limits, choose, contenders, settled
 from modelpress_compression.search.entries import Entry, size_change
@@ -43,6 +44,13 @@ BUDGET_S = 20.0  # of timing, for each batch size
 # Of size or time: less is not worth another command.
 _WORTH_ADVICE = 1.1
 _MORE_TIME = 5  # times the time of a search that was not through are worth another command
+# Limits by their names in recipes: the client's option, and the unit of its value.
+_BOUNDS = {
+    "max_size_bytes": ("--max-size", "B"),
+    "min_ratio": ("--min-ratio", ""),
+    "max_latency_ms": ("--max-latency", "ms"),
+    "min_speedup": ("--min-speedup", ""),
+}
 BUILT = 0.8  # share of a goal's progress when all candidates are built and judged
 
 
@@ -204,7 +212,7 @@ class Decision:
     def _prices(self, racers: Sequence[Entry], rounds: int, turn: int = 0, *, anew: bool = False) -> Prices:
         """Times of the original, at place 0, and of all racers. `turn`: of several with as many rounds."""
         self.judge.context.check_time()
-        self.judge.context.progress(BUILT, f"timing {len(racers)} candidates")
+        self.judge.context.progress(BUILT, f"timing {counted(len(racers), 'candidate')}")
         budget_s = BUDGET_S * min(rounds, ROUNDS) / ROUNDS
         paths = [entry.candidate.record.path for entry in racers]
         return self.judge.prices(paths, rounds, budget_s, turn, anew=anew)
@@ -238,13 +246,12 @@ class Decision:
         taken, original = figures[choice.taken], figures[0]
         sound = [one for one in figures if not one.refusal]
         drafts = {id(one) for entry, one in zip(racers, figures[1:], strict=True) if entry.candidate.draft}
-        command = self._command
         if not self.judge.context.data.vouches and (faster := self._unproven_speedup()) is not None:
             gain = faster * taken.time_s / original.time_s
             if gain >= _WORTH_ADVICE:
                 yield {
                     "text": f"Representative inputs would let 8-bit arithmetic be used: about {gain:.1f} times faster.",
-                    "command": f"{command} --data FILE.npz",
+                    "command": self._command(self._asked, with_data=True),
                 }
         for objective, best in (
             (SMALLEST, min(sound, key=lambda one: one.size_bytes)),
@@ -252,32 +259,48 @@ class Decision:
         ):
             smaller, faster_by = taken.size_bytes / best.size_bytes, taken.time_s / best.time_s
             if max(smaller if objective == SMALLEST else 0, faster_by if objective == FASTEST else 0) >= _WORTH_ADVICE:
-                size, speed = best.size_bytes / 1e6, original.time_s / best.time_s
+                size, speed = plain_size(best.size_bytes), f"{original.time_s / best.time_s:.2f} times"
                 gives = "may give" if id(best) in drafts else "would give"
+                bounded = any(getattr(self.judge.recipe.limits, name) is not None for name in _BOUNDS)
+                goal = f"Without the limits, the goal {objective}" if bounded else f"The goal {objective}"
                 yield {
-                    "text": f"Another goal {gives} {size:.3g} MB at {speed:.2f} times the original's speed.",
-                    "command": f"{command} --goal {objective}",
+                    "text": f"{goal} {gives} {size} at {speed} the original's speed.",
+                    "command": self._command([f"--goal {objective}"]),
                 }
         yield from self._more_time()
 
+    def _command(self, options: Sequence[str], *, with_data: bool = False) -> str:
+        """The client's, for this target, data and drop, with these options besides."""
+        recipe, task = self.judge.recipe, self.judge.task
+        words = ["compress-client upload MODEL"]
+        device = DEVICES[recipe.target.device]
+        if not device.missing and device.name != Target().device:
+            words.append(f"--target {device.name}")
+        if with_data or self.judge.context.data.provided:
+            words.append("--data FILE.npz")
+        if task is not None:
+            words.append("--metric FILE.py:FUNCTION" if isinstance(task, GivenScores) else "--eval FILE.npz")
+        if (drop := recipe.limits.max_drop) is not None:
+            words.append(f"--max-drop {_plain(drop, trim='0')}")  # 1 could be one percent or everything
+        return " ".join([*words, *options])
+
     @property
-    def _command(self) -> str:
-        """The client's, for this target."""
-        device = DEVICES[self.judge.recipe.target.device]
-        asked = not device.missing and device.name != Target().device
-        return f"compress-client upload MODEL{f' --target {device.name}' if asked else ''}"
+    def _asked(self) -> list[str]:
+        """The options of the client for this goal: its objective, and the limits on size and time."""
+        limits = self.judge.recipe.limits
+        stated = [(option, getattr(limits, name), unit) for name, (option, unit) in _BOUNDS.items()]
+        bounds = [f"{option} {_plain(value)}{unit}" for option, value, unit in stated if value is not None]
+        return [f"--goal {self.goal.objective}", *bounds]
 
     def _more_time(self) -> Iterator[dict[str, str]]:
         """What the end of its time has left out of the search."""
         if not self.time.untried:
             return
         minutes = max(1, round(_MORE_TIME * self.time.limit_s / 60))
-        data = " --data FILE.npz" if self.judge.context.data.provided else ""
-        labels = " --eval FILE.npz" if self.judge.task is not None else ""
         tries = f"--search-time {minutes}m tries up to {self.time.untried} more models"
         yield {
             "text": f"The search was over after {duration(self.time.limit_s)}, before all was tried: {tries}.",
-            "command": f"{self._command}{data}{labels} --goal {self.goal.objective} --search-time {minutes}m",
+            "command": self._command([*self._asked, f"--search-time {minutes}m"]),
         }
 
     def _unproven_speedup(self) -> float | None:
@@ -287,6 +310,11 @@ class Decision:
             return None
         times_s = self.judge.prices([one.record.path for one in unproven], ROUNDS // 4, BUDGET_S / 4).times_s
         return float(max(np.median(times_s[0] / one) for one in times_s[1:]))
+
+
+def _plain(value: float, trim: Literal["-", "0"] = "-") -> str:
+    """Without an exponent, which the client's options do not take."""
+    return np.format_float_positional(value, trim=trim)
 
 
 def _rounds_more(figures: Sequence[Figures], places: Sequence[int]) -> tuple[int, int]:

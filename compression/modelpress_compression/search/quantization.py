@@ -26,6 +26,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from modelpress_compression.counted import counted
 from modelpress_compression.graph.heads import unvouched_heads
 from modelpress_compression.measure.task import Task, model_digest
 from modelpress_compression.model import Model, file_size_bytes
@@ -159,8 +160,8 @@ class SchemeSearch:
 
         def keeps(count: int) -> bool:
             self.context.check_time()
-            self.context.progress(_STATIC, f"trying static quantization with {count} layers in float32")
-            variant = f"{count} layer{'s' if count > 1 else ''} in float32"
+            self.context.progress(_STATIC, f"trying static quantization with {counted(count, 'layer')} in float32")
+            variant = f"{counted(count, 'layer')} in float32"
             kept = order[:count]
             return not self.add_static(variant, kept).reason
 
@@ -281,7 +282,7 @@ class SchemeSearch:
 
     def measure_speed(self) -> None:
         self.context.check_time()
-        self.context.progress(_MIXED, f"timing {len(self.candidates)} candidates")
+        self.context.progress(_MIXED, f"timing {counted(len(self.candidates), 'candidate')}")
         self.candidates = self.judge.speed(self.candidates)
 
     def in_float(self) -> None:
@@ -355,7 +356,7 @@ class SchemeSearch:
         if skip.node not in self.heads:
             return skip
         classes, samples = self.heads[skip.node], len(self.context.data)
-        return Skip(skip.node, f"{samples} samples cannot vouch for the weights of its {classes} classes")
+        return Skip(skip.node, f"{counted(samples, 'sample')} cannot vouch for the weights of its {classes} classes")
 
     def _part(self, start: float, stop: float) -> Context:
         return replace(self.context, progress=scaled(self.context.progress, start, stop))

@@ -31,7 +31,7 @@ def test_a_far_slower_result_says_so_first(median: float, first: str) -> None:
 @pytest.mark.parametrize("size_bytes", [3_990, 4_000, 4_010])
 def test_a_few_bytes_are_no_change(size_bytes: int) -> None:
     """Nobody reads "1.00 times larger"."""
-    assert verdict(Recipe(), measured(1.25), 4_000, size_bytes).startswith("no smaller, 1.25 times faster")
+    assert verdict(Recipe(), measured(1.25), 4_000, size_bytes).startswith("No smaller, 1.25 times faster")
 
 
 def test_a_far_slower_result_carries_a_warning() -> None:

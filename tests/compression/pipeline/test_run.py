@@ -53,6 +53,14 @@ def test_the_whole_way(digits: Model, samples: InputData, labelled: EvaluationDa
     assert "<html" in written["report.html"][0].read_text()
 
 
+def test_a_metric_without_labels_is_not_forgotten(digits: Model, samples: InputData) -> None:
+    """It was asked for, and needs them; cosine compares the outputs themselves."""
+    for metric, warned in (("top1", True), ("cosine", False)):
+        asked = recipe({"fuse": {}}, constraints={"metric": metric})
+        warnings = compress(digits, asked, data=samples).report["warnings"]
+        assert any("top1 was not measured" in text for text in warnings) is warned
+
+
 def test_the_original_is_not_touched(digits: Model, samples: InputData) -> None:
     """The model that was given answers exactly as before."""
     before = outputs(digits, samples)

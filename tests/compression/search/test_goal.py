@@ -294,7 +294,7 @@ def test_a_far_search_ends_without_a_search_time(
     seen: list[tuple[str, float, str]] = []
     report = compress(
         digits,
-        goal(objective="smallest", techniques=["prune"]),
+        goal(objective="smallest", techniques=["prune"], max_drop=0.02, max_size_bytes=12_000_000),
         data=samples,
         on_progress=lambda stage, index, stages, fraction, message: seen.append((stage, fraction, message)),
     ).report
@@ -304,7 +304,8 @@ def test_a_far_search_ends_without_a_search_time(
     assert report["search"]["untried"] >= 5
     (more,) = [item for item in report["advice"] if "--search-time" in item["command"]]
     assert f"up to {report['search']['untried']} more models" in more["text"]
-    assert "--goal smallest --search-time 1m" in more["command"]
+    same = "compress-client upload MODEL --data FILE.npz --max-drop 0.02 --goal smallest --max-size 12000000B"
+    assert more["command"] == f"{same} --search-time 1m"
     assert any("more" in message for stage, _, message in seen if stage == "search")
     fractions = [fraction for stage, fraction, message in seen if "endless" in message]
     assert fractions[-1] > fractions[0] + 0.5

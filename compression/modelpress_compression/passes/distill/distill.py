@@ -82,7 +82,7 @@ class Distill:
         samples = split(data, config.hold_out, config.batch_size, config.seed)
         if not samples.held_out:
             warnings.append(
-                f"{len(data)} samples are too few to hold some out: the best state was chosen on those that it "
+                f"The samples ({len(data)}) are too few to hold some out: the best state was chosen on those that it "
                 f"was trained on."
             )
         if reason := device_warning(context.target.device):

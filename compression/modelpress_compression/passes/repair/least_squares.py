@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from modelpress_compression.counted import counted
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.outputs import tensor_outputs
 from modelpress_compression.graph.read import label
@@ -109,7 +110,7 @@ def _fit_all(layers: Sequence[Layer], masks: Masks, pair: Paired, editor: Editor
     """Level by level."""
     fits: list[Fit] = []
     done = 0
-    context.progress(0.0, f"repairing {len(layers)} layers")
+    context.progress(0.0, f"repairing {counted(len(layers), 'layer')}")
     for _, level in groupby(sorted(layers, key=lambda layer: layer.level), key=lambda layer: layer.level):
         for batch in _batches(level, pair):
             fits += _fit(batch, masks, pair, editor)

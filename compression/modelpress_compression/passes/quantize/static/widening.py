@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir
 
+from modelpress_compression.counted import counted
 from modelpress_compression.decibels import decibels, power_share
 from modelpress_compression.graph.edit import Editor
 from modelpress_compression.graph.heads import unvouched_heads
@@ -47,7 +48,7 @@ ADDS_UP = 1.5
 _WIDENINGS = 4
 _MOST_AT_ONCE = 0.2
 _FEW_SHOWN = (
-    "8 bits instead of 4: it has {classes} classes and the data {samples} samples; errors in the weights of a class "
+    "8 bits instead of 4: it has {classes} classes and the data {samples}; errors in the weights of a class "
     "that none of them shows move no figure, and still bias the model for or against it"
 )
 
@@ -70,7 +71,10 @@ def _with_wide_heads(quantizer: StaticQuantizer) -> StaticQuantizer:
     if not layers:
         return quantizer
     for layer in layers:
-        findings.skip(layer, _FEW_SHOWN.format(classes=heads[layer.name or ""], samples=len(setup.context.data)))
+        findings.skip(
+            layer,
+            _FEW_SHOWN.format(classes=heads[layer.name or ""], samples=counted(len(setup.context.data), "sample")),
+        )
     return _measured(replace(_widened(quantizer, layers), findings=quantizer.findings.plus(findings)), layers)
 
 
