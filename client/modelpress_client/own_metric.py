@@ -6,11 +6,13 @@ one score is lost. Scores are kept between commands: who was interrupted does no
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import hashlib
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -59,13 +61,14 @@ class OwnMetric:
         return metric is not None and ":" in metric
 
     def check(self) -> None:
-        """Raises UsageError where there is no such file or module, before anything is sent."""
+        """Raises UsageError where there is no such file, function in it, or module, before anything is sent."""
         place, _, function = self.spec.rpartition(":")
         if not place or not function.isidentifier():
             raise UsageError(f"--metric {self.spec}: write FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION.")
         if place.endswith(".py"):
             if not Path(place).is_file():
                 raise UsageError(f"--metric {self.spec}: there is no file {place}.")
+            _check_defines(Path(place), function, f"--metric {self.spec}")
         elif _module_spec(place) is None:
             raise UsageError(f"--metric {self.spec}: there is no module {place} in this Python ({sys.executable}).")
 
@@ -161,6 +164,19 @@ class _Store:
             temporary.replace(self.path)
         except OSError:
             temporary.unlink(missing_ok=True)
+
+
+def _check_defines(file: Path, function: str, option: str) -> None:
+    """Whether the file is Python, and has such a name in it; nothing in it is run. Raises UsageError."""
+    try:
+        content = file.read_bytes()
+        tree = ast.parse(content)
+    except (OSError, SyntaxError, ValueError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        raise UsageError(f"{option}: {file}{line} cannot be read as Python: {getattr(error, 'msg', error)}.") from None
+    if not re.search(rf"\b{function}\b|import \*", content.decode(errors="replace")):
+        there = ", ".join(item.name for item in tree.body if isinstance(item, ast.FunctionDef))
+        raise UsageError(f"{option}: {file} has no function {function}; it has {there or 'none'}.")
 
 
 def _module_spec(name: str) -> ModuleSpec | None:

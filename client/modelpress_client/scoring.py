@@ -35,8 +35,10 @@ def _score(spec: str, model: str, evaluation: str) -> dict[str, Any]:
     function = _function(spec)
     value = function(model, _arrays(evaluation))
     try:
-        score = float(value)
+        score = None if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError):
+        score = None
+    if score is None:
         return {"error": f"it returned {value!r:.80}, a {type(value).__name__}; it must return a number"}
     if not math.isfinite(score):
         return {"error": f"it returned {score}; it must return a finite number"}

@@ -30,7 +30,7 @@ def raises(path, evaluation):
     return {}["missing"]
 
 def nothing(path, evaluation):
-    return "good"
+    return "0.5"
 
 def nan(path, evaluation):
     return float("nan")
@@ -77,7 +77,7 @@ async def test_it_gets_path_and_arrays(metrics: Path, model: Path, tmp_path: Pat
     ("function", "said"),
     [
         ("raises", r"it raised KeyError: 'missing' \(metrics.py, line 14\)"),
-        ("nothing", "it returned 'good', a str; it must return a number"),
+        ("nothing", "it returned '0.5', a str; it must return a number"),
         ("nan", "it returned nan"),
         ("hangs", "it took more than 1 s"),
         ("leaves", "it raised SystemExit: enough"),
@@ -116,6 +116,19 @@ def test_slips_are_found_before_anything_is_sent(metrics: Path, spec: str, said:
     with pytest.raises(UsageError, match=said):
         OwnMetric(spec).check()
     assert not OwnMetric.names_one("top1")
+
+
+def test_a_file_without_the_function_is_found_before_anything_is_sent(metrics: Path, tmp_path: Path) -> None:
+    """Nothing in the file is run for it; where the function may come from elsewhere, its turn decides."""
+    with pytest.raises(UsageError, match="has no function bytes_off; it has bytes_of, raises"):
+        OwnMetric(f"{metrics}:bytes_off").check()
+    broken = tmp_path / "broken.py"
+    broken.write_text("x = 1\ndef f(:")
+    with pytest.raises(UsageError, match=r"broken.py, line 2 cannot be read as Python"):
+        OwnMetric(f"{broken}:f").check()
+    broken.write_text("from elsewhere import *\nraise SystemExit")
+    OwnMetric(f"{broken}:f").check()
+    OwnMetric(f"{metrics}:bytes_of").check()
 
 
 class Server:

@@ -228,6 +228,16 @@ def printed(report: Report) -> str:
     return console.export_text(styles=True)
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_narrow_terminals_show_all_figures(fake_server: Any, width: int) -> None:
+    """The change is what people look for: other columns give way before it is cut off."""
+    console = Console(record=True, width=width, file=StringIO())
+    print_report(console, Report.from_dict(fake_server.report))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    assert all(words in text for words in ("(torchscript)", "3.64x smaller", "1.93x faster", "[1.80, 2.00]"))
+
+
 def test_what_was_left_alone_is_counted(fake_server: Any) -> None:
     """One line for each reason, on the terminal and in Markdown; of single nodes the name; rare reasons as a number."""
     rows = [{"count": 12, "what": "node", "reason": "too small", "names": [f"conv_{index}" for index in range(12)]}]

@@ -10,7 +10,7 @@ import click
 PROGRAM = "compress-client"
 _KEY = "modelpress.given"
 # Of a call to a server; its token is never shown.
-_SERVER = ("--server", "--ca", "--cert", "--key")
+_SERVER = ("--server", "--local", "--data-dir", "--ca", "--cert", "--key")
 # What advice changes, and the limits, which it names where they are to hold.
 _CHANGED = ("--goal", "--search-time")
 _LIMITS = ("--max-size", "--min-ratio", "--max-latency", "--min-speedup")

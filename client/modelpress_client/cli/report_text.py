@@ -8,7 +8,7 @@ from rich.text import Text
 
 from modelpress_client.cli import units
 from modelpress_client.cli.report_rows import changes_text, fidelity_lines, main_rows, skipped_lines, untaken_lines
-from modelpress_client.cli.tables import plain_table
+from modelpress_client.cli.tables import WIDE, plain_table
 from modelpress_client.report import Report
 
 _GOOD = {True: "green", False: "red", None: "dim"}
@@ -59,7 +59,9 @@ def print_layers(console: Console, report: Report) -> None:
 
 def _figures(console: Console, report: Report) -> None:
     console.print()
-    table = plain_table("", f"Original ({report.original.format})", "Optimized (onnx)", "Change", right=(1, 2))
+    space = " " if console.width >= WIDE else "\n"
+    before, after = f"Original{space}({report.original.format})", f"Optimized{space}(onnx)"
+    table = plain_table("", before, after, "Change", right=(1, 2), wrap=(0, 3))
     for row in main_rows(report):
         table.add_row(
             Text(row.name, style="bold"), row.original, row.optimized, Text(row.change, style=_GOOD[row.good])
