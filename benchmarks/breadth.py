@@ -8,8 +8,9 @@ libraries are imported once. FILE has one line of JSON for each cell, so that a 
 `--continue` the cells of docs/breadth.json count as run where FILE has none of them. `--docs` writes docs/breadth.json
 and, from it, docs/breadth.md.
 
-Needs `pip install -e '.[benchmarks]'`. TensorFlow (with keras and tf2onnx) and Paddle (with paddle2onnx) are in
-environments of their own, whose Pythons MODELPRESS_TENSORFLOW_PYTHON and MODELPRESS_PADDLE_PYTHON name.
+Needs `pip install -e '.[benchmarks]'`. TensorFlow and Paddle are in environments of their own, whose Pythons
+MODELPRESS_TENSORFLOW_PYTHON and MODELPRESS_PADDLE_PYTHON name: `pip install tensorflow-cpu tf2onnx keras` and
+`pip install paddlepaddle paddle2onnx packaging` (which paddle2onnx imports and does not ask for).
 """
 
 from __future__ import annotations

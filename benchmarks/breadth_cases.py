@@ -293,13 +293,20 @@ def _foreign(name: str, producer: str, folder: Path) -> Made:
     command = [python, script, producer, name, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise NotMade(_plain(" ".join(done.stderr.strip().splitlines()[-1:]))[:300])
+        raise NotMade(_why(done.stderr))
     feeds: dict[str, dict[str, np.ndarray]] = {}
     with np.load(folder / "feeds.npz") as arrays:
         for key in arrays:
             number, _, of = key.partition("/")
             feeds.setdefault(number, {})[of] = arrays[key]
     return Made(folder / "model.onnx", (), tuple(feeds.values()), ((),) * len(feeds), dynamic=True)
+
+
+def _why(said: str) -> str:
+    """The last exception in what a process said, which may go on in lines of its own; else the last line."""
+    lines = ["", *said.strip().splitlines()]
+    named = (line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception)\b", line))
+    return _plain(next(named, lines[-1]))[:300]
 
 
 def warm_up() -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -102,10 +103,15 @@ class Alike:
     `selections`: what the first tells beside its outputs; None: nothing. `obeys`: whether the second is given that.
     """
 
-    first: Model
+    original: Model
     second: Model
     selections: Selections | None = None
     obeys: bool = False
+
+    @cached_property
+    def first(self) -> Model:
+        """The original as it is asked; a copy of its graph where it tells something, and its answers may be known."""
+        return self.original if self.selections is None else telling(self.original, self.selections)
 
     def given(self, before: Mapping[str, Array]) -> dict[str, Array]:
         """What the second is fed beside the inputs, where this is what the first answered."""
@@ -125,7 +131,7 @@ def asked_alike(first: Model, second: Model, selections: Selections | None) -> A
     if selections is None:
         return Alike(first, second)
     asked = obeying(second, selections)
-    return Alike(telling(first, selections), asked or second, selections, asked is not None)
+    return Alike(first, asked or second, selections, asked is not None)
 
 
 def told_names(model: Model) -> list[str]:

@@ -3,12 +3,17 @@
 First by ONNX shape inference with those extents bound, and by rules for the com.microsoft operators that it does not
 know. What it cannot tell (a Reshape to a computed shape, an operator without rule) is found by running the model once
 with all values as outputs. What neither finds stays unknown: nothing is guessed.
+
+A recipe asks often, and of the same graph: what was found is remembered by what inference sees of it, which is all but
+large weights. Extents that depend on data are those of one run in any case.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from types import MappingProxyType
 
@@ -19,7 +24,7 @@ from onnx_ir.passes.common import InlinePass
 
 from modelpress_compression.graph.read import int_attribute, ints_attribute, string_attribute
 from modelpress_compression.graph.values import plausible_values
-from modelpress_compression.graph.watch.shapes import observe_shapes
+from modelpress_compression.graph.watch.shapes import TAKEN_BRANCH, observe_shapes
 from modelpress_compression.inputs import Feeds, InputData
 from modelpress_compression.model import Model, forget_maps
 
@@ -30,6 +35,9 @@ SMALL_TENSOR_BYTES = 1024
 MAX_INFERENCE_ROUNDS = 8
 # Values of all nodes are held at once while the model is run for their shapes.
 MAX_RUN_BYTES = 4 * 1024**3  # 4 GiB
+
+# Graphs whose shapes are remembered.
+REMEMBERED = 8
 
 # Output 0 has the shape of input 0.
 _SAME_SHAPE = frozenset((
@@ -63,10 +71,43 @@ def static_shapes(model: Model, input_shapes: Mapping[str, Shape] | None = None)
     if ir.functions:
         ir = InlinePass()(ir).model
     _forget_shapes(ir, bound)
-    _infer(ir)
-    if any(not _is_known(value) for node in ir.graph.all_nodes() for value in node.outputs):
-        _observe(ir, model, bound)
+    light = without_weights(ir)
+    key = hashlib.sha256(onnx_ir.to_proto(light).SerializeToString(deterministic=True)).digest()
+    known = _REMEMBERED.pop(key, None)
+    if known is not None:
+        _recall(known, ir)
+    else:
+        _infer(ir, light)
+        if any(not _is_known(value) for node in ir.graph.all_nodes() for value in node.outputs):
+            _observe(ir, model, bound)
+        known = [_known(node) for node in ir.graph.all_nodes()]
+    _REMEMBERED[key] = known  # the last to be forgotten
+    if len(_REMEMBERED) > REMEMBERED:
+        _REMEMBERED.popitem(last=False)
     return ir
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Of a node: what its outputs are, as far as it is known, and which branch a run took."""
+
+    outputs: tuple[tuple[Shape | None, onnx_ir.TypeProtocol | None], ...]
+    branch: str | None
+
+
+_REMEMBERED: OrderedDict[bytes, list[_Known]] = OrderedDict()
+
+
+def _known(node: onnx_ir.Node) -> _Known:
+    return _Known(tuple((shape_of(value), value.type) for value in node.outputs), node.meta.get(TAKEN_BRANCH))
+
+
+def _recall(known: Iterable[_Known], ir: onnx_ir.Model) -> None:
+    for node, found in zip(ir.graph.all_nodes(), known, strict=True):
+        if found.branch is not None:
+            node.meta[TAKEN_BRANCH] = found.branch
+        for value, (shape, type_) in zip(node.outputs, found.outputs, strict=True):
+            value.shape, value.type = None if shape is None else onnx_ir.Shape(shape), type_
 
 
 def infer_shapes(ir: onnx_ir.Model) -> None:
@@ -172,9 +213,8 @@ def _forget_shapes(ir: onnx_ir.Model, bound: Mapping[str, Shape]) -> None:
             value.shape = onnx_ir.Shape(shape)
 
 
-def _infer(ir: onnx_ir.Model) -> None:
-    """Inference, then own rules, until neither finds more."""
-    light = without_weights(ir)
+def _infer(ir: onnx_ir.Model, light: onnx_ir.Model) -> None:
+    """Inference, then own rules, until neither finds more. `light`: the same, `without_weights`."""
     for _ in range(MAX_INFERENCE_ROUNDS):
         inferred = inferred_copy(light)
         if inferred is None:
@@ -332,7 +372,7 @@ def _observe(ir: onnx_ir.Model, model: Model, bound: Mapping[str, Shape]) -> Non
     weight_bytes = sum(tensor.nbytes for tensor in model.tensors())
     feeds = _plausible_feeds(model, bound) if weight_bytes <= MAX_RUN_BYTES else None
     if feeds is not None and observe_shapes(replace(model, ir=ir), feeds):
-        _infer(ir)
+        _infer(ir, without_weights(ir))
 
 
 def _plausible_feeds(model: Model, bound: Mapping[str, Shape]) -> Feeds | None:

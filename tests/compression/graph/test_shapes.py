@@ -7,8 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 import pytest
+from modelpress_compression.graph import shapes
 from modelpress_compression.graph.shapes import sample_shapes, shape_of, static_shapes
-from modelpress_compression.inputs import InputData
+from modelpress_compression.graph.watch.shapes import TAKEN_BRANCH, observe_shapes
+from modelpress_compression.inputs import Feeds, InputData
 from modelpress_compression.model import Model
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]>'
@@ -30,6 +32,35 @@ def test_the_branch_that_runs_is_looked_into(model_from_text: Callable[..., Mode
     assert found["w"] == (2, 6)
     assert found["y"] == (2, 6)
     assert len(list(model.nodes())) == 8
+
+
+def test_a_graph_is_run_once_for_its_shapes(
+    model_from_text: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run told is remembered with the branch that it took, by graph and by extents; each caller gets a graph of
+    its own."""
+    runs: list[Model] = []
+
+    def observe(model: Model, feeds: Feeds) -> bool:
+        runs.append(model)
+        return observe_shapes(model, feeds)
+
+    monkeypatch.setattr(shapes, "observe_shapes", observe)
+    text = (
+        f"{HEAD} g (float[N,6] x) => (float[a,b] y) {{ r = NonZero(x) s = Shape(r) w = ConstantOfShape(s)"
+        " c = Cast<to=9>(q) y = If (c) <then_branch = t () => (float[a,b] u) { u = Relu(w) }, "
+        "else_branch = e () => (float[a,b] v) { v = MatMul(w, k) }> }"
+    )
+    weights = {"k": np.ones((12, 7), np.float32), "q": np.float32([0.0])}
+    first, again = (static_shapes(model_from_text(text, weights), {"x": (2, 6)}) for _ in range(2))
+    assert len(runs) == 1
+    for graph in (first, again):
+        (branching,) = (node for node in graph.graph if node.op_type == "If")
+        assert branching.meta[TAKEN_BRANCH] == "else_branch"
+        assert shape_of(branching.outputs[0]) == (2, 7)
+        branching.outputs[0].shape = ir.Shape([9, 9])  # is nobody else's
+    static_shapes(model_from_text(text, weights), {"x": (3, 6)})
+    assert len(runs) == 2
 
 
 def test_shapes_of_one_sample(model_from_text: Callable[..., Model]) -> None:
