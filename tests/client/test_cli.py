@@ -385,6 +385,30 @@ def test_refuses_early_what_needs_the_users_code(run_cli: RunCli, fake_server: A
     assert fake_server.seen == []
 
 
+def test_a_slash_at_the_end_means_a_folder(run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path) -> None:
+    """Also where it is not there yet; a file of that name is none."""
+    at = ("--server", fake_server.address)
+    assert run_cli("upload", model_file, "-o", "new/results/", *at).code == 0
+    assert {path.name for path in (tmp_path / "new" / "results").iterdir()} >= {"net.optimized.onnx", "net.report.json"}
+    (job,) = fake_server.jobs
+    assert run_cli("download", job, "-o", "other/", *at).code == 0
+    assert (tmp_path / "other" / "net.optimized.onnx").is_file()
+    ran = run_cli("download", job, "-o", "net.onnx/", *at)
+    assert (ran.code, "cannot be made" in ran.err) == (2, True)
+
+
+def test_a_result_that_cannot_be_written_is_still_there(
+    run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path
+) -> None:
+    """The disk may be full when a long job ends: the message says where the result is."""
+    (tmp_path / "net.report.json").mkdir()
+    ran = run_cli("upload", model_file, "--server", fake_server.address, "--json")
+    (job,) = fake_server.jobs
+    assert ran.code == 2
+    assert ran.document["error"]["details"]["job"] == job
+    assert f"compress-client download {job} -o FOLDER/ --server {fake_server.address}" in ran.err
+
+
 def test_output_is_never_the_model(run_cli: RunCli, model_file: Path) -> None:
     """The original must survive."""
     ran = run_cli("upload", model_file, "-o", model_file)

@@ -328,6 +328,17 @@ async def _watched(job: AsyncJob, display: Display) -> Report:
 
 
 async def _fetch(session: Session, job: AsyncJob, report: Report, files: ResultFiles, display: Display) -> None:
+    """Brings the result. What the server has made, maybe in hours, is not lost where this machine cannot take it."""
+    try:
+        await _written(session, job, report, files, display)
+    except ModelpressError as error:
+        fetch = again.command(session.given, "download", job.name, "-o", "FOLDER/")
+        session.out.hint(f"The job has succeeded, and its result is on the server. Fetch it: {fetch}")
+        error.details.setdefault("job", job.name)
+        raise
+
+
+async def _written(session: Session, job: AsyncJob, report: Report, files: ResultFiles, display: Display) -> None:
     for told in await asyncio.to_thread(files.make_room, report.original.sha256, digests_of(job)):
         session.out.hint(told)
     await job.download(files.model, on_progress=display.transfer)

@@ -35,6 +35,21 @@ class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic in the stu
             self.fail(f"{error}.", parameter, context)
 
 
+class OutputPath(click.Path):
+    """A file or a folder. A name that ends in a slash is a folder, which is made: a path would forget the slash."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        if isinstance(value, str) and value.endswith("/"):
+            try:
+                Path(value).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                self.fail(f"the folder {value} cannot be made: {error.strerror}.", parameter, context)
+        return super().convert(value, parameter, context)
+
+
 @dataclass(frozen=True)
 class Shared:
     """What the shared options say."""
@@ -241,7 +256,7 @@ def compression_options(function: FunctionT) -> FunctionT:
         click.option(
             "-o",
             "--output",
-            type=click.Path(path_type=Path),
+            type=OutputPath(),
             metavar="FILE",
             help="Where the result goes: a file or a folder.  [default: STEM.optimized.onnx in the current folder]",
         ),

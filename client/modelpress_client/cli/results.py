@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from modelpress_client.cli.keeping import Room
-from modelpress_client.cli.options import SharedHelp
+from modelpress_client.cli.options import OutputPath, SharedHelp
 from modelpress_client.cli.output import json_text
 from modelpress_client.cli.result_files import ARTIFACTS, digests_of, suffix_of
 from modelpress_client.cli.session import Session, run
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=OutputPath(),
     metavar="PATH",
     help="A file, or a folder.  [default: STEM.optimized.onnx, STEM.report.json, STEM.report.html, STEM.project.zip]",
 )
@@ -161,7 +161,7 @@ async def _stem(session: Session, job: AsyncJob) -> str:
 
 def _targets(stem: str, wanted: tuple[str, ...], output: Path | None) -> dict[str, Path]:
     """Where each artifact goes."""
-    if output is not None and len(wanted) == 1 and not output.is_dir() and not str(output).endswith("/"):
+    if output is not None and len(wanted) == 1 and not output.is_dir():
         return {wanted[0]: output}
     if output is not None and output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file; for several artifacts it must be a folder.")

@@ -297,7 +297,7 @@ class Decision:
         if not self.time.untried:
             return
         minutes = max(1, round(_MORE_TIME * self.time.limit_s / 60))
-        tries = f"--search-time {minutes}m tries up to {self.time.untried} more models"
+        tries = f"--search-time {minutes}m tries up to {counted(self.time.untried, 'more model')}"
         yield {
             "text": f"The search was over after {duration(self.time.limit_s)}, before all was tried: {tries}.",
             "command": self._command([*self._asked, f"--search-time {minutes}m"]),
