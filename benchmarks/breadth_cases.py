@@ -80,8 +80,9 @@ def made(name: str, producer: str, folder: Path) -> Made:
 
 
 def _plain(text: str) -> str:
-    """One line, without the colours of a terminal."""
-    return " ".join(re.sub("\x1b\\[[0-9;]*m", "", text).split())
+    """One line, without the colours of a terminal and the folders of this machine."""
+    uncoloured = re.sub("\x1b\\[[0-9;]*m", "", text)
+    return " ".join(re.sub(r"(?<![\w:/])/(?:[\w.-]+/)+", "", uncoloured).split())
 
 
 def _opened(path: Path) -> Callable[..., Any] | None:

@@ -45,7 +45,7 @@ def document(rows: Sequence[Row], everything: Sequence[tuple[str, str]], recipes
         "boxes), both models select what the loaded one selects, and the scores of all candidates are compared beside "
         "them: of untrained scores, which are nearly equal, a thousandth of noise in the image makes others the best. "
         "What is still further away, static and int4, is held against the model with its weights disturbed as much at "
-        "random. Detectors without figures were measured otherwise, and are to run anew.",
+        "random. A row without figures was loaded alone.",
         "",
         *_table(["model", "producer", "load", *recipes], [cells(row, recipes) for row in rows]),
         "",
