@@ -300,7 +300,7 @@ def _check_array(spec: TensorSpec, array: Array, where: str) -> None:
     if words != (array.dtype.kind == "U") or not (words or np.can_cast(array.dtype, spec.array_dtype, "same_kind")):
         raise InvalidDataError(f"{where}: array {spec.name!r} is {array.dtype}, the input {spec} cannot take that.")
     if array.dtype.kind == "f" and not _all_finite(array):
-        raise InvalidDataError(f"{where}: array {spec.name!r} holds NaN or infinite values.")
+        raise InvalidDataError(f"{where}: array {spec.name!r} holds NaN or infinite values. Leave these samples out.")
 
 
 def _integers_for_floats(spec: TensorSpec, array: Array) -> str:
@@ -391,6 +391,6 @@ def _map(path: Path, name: str) -> Array:
     except Exception as error:  # the header is a Python literal of any kind: numpy raises whatever its parsers do
         raise InvalidDataError(
             f"The data file: {name[:80]!r} is no readable array of numbers ({' '.join(str(error).split())[:200]}); "
-            f"write it with numpy.savez."
+            f"write plain numbers, in one shape for all samples, with numpy.savez."
         ) from error
     return array

@@ -610,7 +610,7 @@ def test_advised_commands_repeat_what_was_given(
 def test_interrupt(fake_server: Any, model_file: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Exit 130; the job goes on, and the text says how to follow and to cancel it."""
     fake_server.script.hang_job = True
-    process = start("upload", str(model_file), "--server", fake_server.address, cwd=tmp_path)
+    process = start("upload", str(model_file), "--json", "--server", fake_server.address, cwd=tmp_path)
     while not any(call.startswith("WatchJob") for call in fake_server.seen):
         assert process.poll() is None
         time.sleep(0.01)
@@ -620,7 +620,7 @@ def test_interrupt(fake_server: Any, model_file: Path, tmp_path: Path, number: s
     assert "projects/default/jobs/j2 goes on" in err
     assert f"compress-client cancel projects/default/jobs/j2 --server {fake_server.address}" in err
     assert "Traceback" not in err
-    assert out == ""
+    assert json.loads(out)["error"]["details"] == {"job": "projects/default/jobs/j2"}
 
 
 def imported_by(code: str) -> set[str]:

@@ -65,7 +65,7 @@ def _run(arguments: list[str]) -> int:
     except click.ClickException as error:
         code = _misused(out, error)
     except (KeyboardInterrupt, click.Abort, InterruptedCommandError) as error:
-        code = interrupted(out, str(error) or "Nothing was started on the server.")
+        code = interrupted(out, str(error) or "Nothing was started on the server.", getattr(error, "job", ""))
     except BrokenPipeError:
         # The reader has gone (`| head`); the interpreter must not try to flush at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -49,7 +49,11 @@ class Session:
 
 
 class InterruptedCommandError(Exception):
-    """Ctrl-C or SIGTERM."""
+    """Ctrl-C or SIGTERM. `job`: the name of the one that goes on; empty: none does."""
+
+    def __init__(self, message: str, job: str) -> None:
+        super().__init__(message)
+        self.job = job
 
 
 def run(body: Body) -> None:
@@ -59,7 +63,7 @@ def run(body: Body) -> None:
     try:
         code = asyncio.run(_main(session, body))
     except KeyboardInterrupt:
-        raise InterruptedCommandError(session.what_goes_on()) from None
+        raise InterruptedCommandError(session.what_goes_on(), session.job) from None
     raise SystemExit(code or 0)
 
 
@@ -136,9 +140,9 @@ def _retry(timeout_s: float | None) -> RetryPolicy:
     )
 
 
-def interrupted(out: Output, message: str) -> int:
+def interrupted(out: Output, message: str, job: str) -> int:
     """Says that the command was interrupted."""
-    if out.as_json:
-        out.document({"error": {"reason": "INTERRUPTED", "message": message, "details": {}}})
+    details = {"job": job} if job else {}
+    out.document({"error": {"reason": "INTERRUPTED", "message": message, "details": details}})
     write(sys.stderr, f"Interrupted. {message}")
     return EXIT_INTERRUPTED

@@ -114,12 +114,14 @@ def number(value: Any) -> str:
 
 
 def change(before: float | None, after: float | None) -> str:
-    """'−74 %', '+3 %', 'unchanged'; empty where one is not known."""
-    if not before or after is None:
+    """'−74 %', '+3 %', 'unchanged'; empty where one is not known, and of 0, of which nothing is a share."""
+    if before is None or after is None:
         return ""
-    difference = after / before - 1
     if after == before:
         return "unchanged"
+    if before == 0:
+        return ""
+    difference = after / before - 1
     sign = "−" if difference < 0 else "+"
     if abs(difference) < 0.0005:
         return "≈ equal"

@@ -159,7 +159,7 @@ def _cards(report: Mapping[str, Any]) -> str:
             "Multiply-accumulates",
             count(original["macs"]),
             count(optimized["macs"]),
-            change(original["macs"], optimized["macs"]) or "shapes are not known",
+            "shapes are not known" if original["macs"] is None else change(original["macs"], optimized["macs"]),
         ),
     ]
     return tag("div", "".join(cards), class_="cards")

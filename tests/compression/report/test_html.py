@@ -169,6 +169,14 @@ def test_numbers_read_well() -> None:
     assert {text: shown.replace("\u00a0", " ") for text, shown in expected.items()} == {text: text for text in expected}
 
 
+def test_a_model_without_weights_has_no_unknown_figures(inputs: ReportInputs) -> None:
+    """No multiply-accumulates are no unknown ones."""
+    none = replace(inputs.original, macs=0)
+    page = render_html(build_report(replace(inputs, original=none, optimized=none)))
+    assert "shapes are not known" not in page
+    assert (change(0, 0), change(0, 5)) == ("unchanged", "")
+
+
 def test_a_damaged_result_is_set_off(inputs: ReportInputs) -> None:
     """In the first words and in red, also where the recipe allowed it; a sound one is not."""
     assert "Damaged" not in render_html(build_report(inputs))

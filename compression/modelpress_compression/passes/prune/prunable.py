@@ -151,5 +151,5 @@ def _vectors(model: Model, pruned: set[int]) -> list[Skip]:
             tensor = constant_tensor(value)
             if tensor is not None and id(value) not in pruned and tensor.dtype in _FLOATS and len(tensor.shape) == 1:
                 count += tensor.size > 1
-    reason = f"{count} biases and parameters of normalizations are left alone: they are few, and each one matters."
-    return [Skip("biases and normalizations", reason)] if count else []
+    left = f"{count} biases and parameters of normalizations"
+    return [Skip(left, "They are few, and each one matters.")] if count else []
