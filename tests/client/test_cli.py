@@ -302,6 +302,7 @@ def test_constraint_not_met(run_cli: RunCli, fake_server: Any, model_file: Path,
     ran = run_cli("upload", model_file, "--max-drop", "0.01", "--json", "--server", fake_server.address)
     assert ran.code == 6
     assert ran.document["report"]["constraints"]["met"] is False
+    assert "A constraint is not met: " in ran.err
     assert "0.03 is more than 0.01" in ran.err
     assert (tmp_path / "net.optimized.onnx").exists()
     assert run_cli("watch", "j2", "--server", fake_server.address).code == 6
@@ -367,6 +368,15 @@ def test_wrong_usage(run_cli: RunCli, arguments: list[str]) -> None:
     with_json = run_cli("--json", *arguments)
     assert with_json.code == 2
     assert with_json.document["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--timeout", "abc", "jobs"], "'abc' is not a valid number"), (["jobs", "--limit", "x"], "whole number")],
+)
+def test_numbers_are_called_numbers(run_cli: RunCli, arguments: list[str], said: str) -> None:
+    """Not float ranges: the words are for people."""
+    assert said in run_cli(*arguments).err
 
 
 def test_refuses_early_what_needs_the_users_code(run_cli: RunCli, fake_server: Any, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def upload(
     run(body)
 
 
-@click.command(cls=SharedHelp, short_help="The same for a model that the server has.")
+@click.command(cls=SharedHelp, short_help="Compress a model that the server already has.")
 @click.argument("model_name", metavar="MODEL")
 @compression_options
 def compress(model_name: str, **options: Any) -> None:
@@ -388,8 +388,9 @@ def _print_result(
     session.out.hint(f"Job     {job.name}{cached}\nModel   {files.model}\nReport  {files.report_html}{project}")
     if report.constraints.met:
         return None
-    broken = "; ".join(report.constraints.violations) or "see the report"
-    session.out.hint(f"A constraint is not met: {broken}")
+    broken = report.constraints.violations
+    several = "Constraints are" if len(broken) > 1 else "A constraint is"
+    session.out.hint(f"{several} not met: {'; '.join(broken) or 'see the report'}")
     return EXIT_CONSTRAINT_NOT_MET
 
 

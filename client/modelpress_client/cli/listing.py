@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from modelpress_client.cli import again
-from modelpress_client.cli.options import SharedHelp, label_option
+from modelpress_client.cli.options import SharedHelp, WholeNumber, label_option
 from modelpress_client.cli.session import Session, run
 from modelpress_client.errors import EXIT_CONSTRAINT_NOT_MET, NotFoundError, UnusableInputError, UsageError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 JOB_STATES = ("queued", "running", "cancelling", "succeeded", "failed", "cancelled", "expired")
 MODEL_STATES = ("processing", "active", "rejected")
 limit_option = click.option(
-    "--limit", type=click.IntRange(min=1), default=50, show_default=True, help="At most so many."
+    "--limit", type=WholeNumber(min=1), metavar="N", default=50, show_default=True, help="At most so many."
 )
 
 

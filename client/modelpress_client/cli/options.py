@@ -18,7 +18,21 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 _KEY = "modelpress.shared"
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+class Number(click.FloatRange):
+    """Called a number, in the help and in errors."""
+
+    name = "number"
+
+
+class WholeNumber(click.IntRange):
+    """Likewise."""
+
+    name = "whole number"
+
+
+POSITIVE = Number(min=0, min_open=True)
 
 
 class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic in the stubs of some versions only
@@ -136,7 +150,7 @@ def _shared_options() -> list[click.Option]:
         click.Option(["--project"], metavar="NAME", help=f"The project.  [default: {DEFAULT_PROJECT}]", **common),
         click.Option(
             ["--timeout", "timeout_s"],
-            type=click.FloatRange(min=0, min_open=True),
+            type=POSITIVE,
             metavar="SECONDS",
             help="Longest time for the whole command (exit code 5).",
             **common,
@@ -231,8 +245,8 @@ def compression_options(function: FunctionT) -> FunctionT:
         click.option(
             "--max-drop",
             type=Quantity(parse_share, "FLOAT|PERCENT"),
-            help="Largest allowed fall of the metric, as 1% or 0.01; without labels, of the agreement. Of this and the "
-            "next four: exit code 6 when not met.",
+            help="Largest allowed fall of the metric, as 1% or 0.01; without labels, of the agreement. Exit code 6 "
+            "where this or one of the next four is not met.",
         ),
         click.option("--max-size", type=Quantity(parse_size_bytes, "SIZE"), help="Largest allowed file, as 5MB."),
         click.option("--min-ratio", type=POSITIVE, metavar="FLOAT", help="How many times smaller it must be."),
@@ -269,7 +283,8 @@ def compression_options(function: FunctionT) -> FunctionT:
         label_option("A label of the model and the job. Repeatable."),
         click.option(
             "--priority",
-            type=click.IntRange(-100, 100),
+            type=WholeNumber(-100, 100),
+            metavar="N",
             default=0,
             show_default=True,
             help="The highest of the project's queued jobs is next, the oldest among equals.",

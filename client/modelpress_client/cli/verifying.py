@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from modelpress_client.cli.options import FILE, SharedHelp, shared_of
+from modelpress_client.cli.options import FILE, SharedHelp, WholeNumber, shared_of
 from modelpress_client.cli.output import Output
 from modelpress_client.errors import EXIT_CONSTRAINT_NOT_MET, TimedOutError
 from modelpress_client.verification import CPUS, Verification
@@ -34,7 +34,7 @@ _SAME_DB = 200.0  # what the engine says of equal floats
     "--cpu", "cpus", multiple=True, type=click.Choice(CPUS), help="A CPU to run on. Repeatable.  [default: all]"
 )
 @click.option("--qemu", is_flag=True, help="Emulate CPUs with QEMU even where this one can stand in for them.")
-@click.option("--samples", type=click.IntRange(min=1), metavar="N", help="At most so many.  [default: 16]")
+@click.option("--samples", type=WholeNumber(min=1), metavar="N", help="At most so many.  [default: 16]")
 @click.pass_context
 def verify(
     context: click.Context,
