@@ -37,6 +37,8 @@ def print_comparison(console: Console, first: Row, second: Row) -> None:
     """Both with all their figures."""
     table = plain_table("", _id(first), _id(second), wrap=(1, 2))
     for name, write in _FIGURES.items():
+        if name == "Speed":  # stands with its interval
+            continue
         table.add_row(Text(name, style="bold"), Text(write(first)), Text(write(second)))
     console.print(table)
 

@@ -241,6 +241,10 @@ def _prepare(
     # Without labels cosine compares the outputs with the original's.
     if task is None and (metric := recipe.limits.metric) not in (None, "cosine"):
         warnings.append(f"The metric {metric} was not measured: it needs labels, which --eval gives.")
+    if task is None and context.data.labels is not None:
+        warnings.append(
+            "The data holds labels, which training alone uses. Give them with --eval as well to judge the result by them."
+        )
     warnings += own_answers(path, backend, context.data)
     if isinstance(task, OwnMetric):
         progress.update(0.0, "scoring the original with your metric")

@@ -61,6 +61,14 @@ def test_a_metric_without_labels_is_not_forgotten(digits: Model, samples: InputD
         assert any("top1 was not measured" in text for text in warnings) is warned
 
 
+def test_labels_beside_the_data_do_not_judge(digits: Model, samples: InputData, labelled: EvaluationData) -> None:
+    """They are for training; who gave them in the hope of a metric is told where they belong."""
+    given = {**samples.head(32).arrays, "labels": np.zeros(32, np.int64)}
+    for judge, warned in ((None, True), (labelled, False)):
+        report = compress(digits, recipe({"fuse": {}}), data=given, eval_data=judge).report
+        assert any("training alone" in text for text in report["warnings"]) is warned
+
+
 def test_the_original_is_not_touched(digits: Model, samples: InputData) -> None:
     """The model that was given answers exactly as before."""
     before = outputs(digits, samples)
