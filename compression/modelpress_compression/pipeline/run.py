@@ -243,7 +243,7 @@ def _prepare(
         warnings.append(f"The metric {metric} was not measured: it needs labels, which --eval gives.")
     if task is None and context.data.labels is not None:
         warnings.append(
-            "The data holds labels, which training alone uses. Give them with --eval as well to judge the result by them."
+            "The data holds labels, which training alone uses. Give them with --eval as well to judge the result."
         )
     warnings += own_answers(path, backend, context.data)
     if isinstance(task, OwnMetric):
