@@ -204,13 +204,18 @@ def _gather(
     return {key: (total.finish(), kept.finish() if kept is not None else None) for key, (total, kept) in sums.items()}
 
 
+def rows_each(groups: int, inputs: int, samples: int) -> int:
+    """How many rows of each sample tell enough of a layer."""
+    low, high = ROWS
+    fewest = low if groups == 1 else DEPTHWISE_ROWS
+    return -(-int(np.clip(ROWS_PER_INPUT * inputs, fewest, high)) // samples)
+
+
 class _Sum:
     """One H while it is gathered: a random part of each sample's rows, added up in chunks."""
 
     def __init__(self, job: _Job, samples: int) -> None:
-        low, high = ROWS
-        fewest = low if job.groups == 1 else DEPTHWISE_ROWS
-        self._rows = -(-int(np.clip(ROWS_PER_INPUT * job.inputs, fewest, high)) // samples)
+        self._rows = rows_each(job.groups, job.inputs, samples)
         self._total = np.zeros((job.groups, job.inputs, job.inputs))
         self._waiting: list[NDArray[np.float32]] = []
 

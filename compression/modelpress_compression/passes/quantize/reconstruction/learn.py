@@ -5,7 +5,8 @@
 B: the block; x, W: what it reads and its weights in float32; x^: what it reads in the quantized model, whose earlier
 blocks have their levels already; W0: the rounding that there is (GPTQ's); f: see `soft_rounding`.
 
-    adaround    a block is one layer with its Relu or Clip (Nagel et al., arXiv:2004.10568)
+    adaround    a block is one layer with its Relu or Clip (Nagel et al., arXiv:2004.10568); it learns from sums over
+                what it reads (see `layer_sums`)
     brecq       a block ends where one value alone leads on: a residual block, or one layer of a chain (Li et al.,
                 arXiv:2102.05426), and while it learns, half of the activations are not quantized (QDrop)
 
@@ -40,6 +41,7 @@ from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.quantize.reconstruction.dropping import add_dropping
 from modelpress_compression.passes.quantize.reconstruction.grids import Grid, Levels
+from modelpress_compression.passes.quantize.reconstruction.layer_sums import Layer, LayerReader
 from modelpress_compression.passes.quantize.reconstruction.samples import (
     Sample,
     Tensors,
@@ -48,15 +50,11 @@ from modelpress_compression.passes.quantize.reconstruction.samples import (
     may_be_batched,
     together,
 )
-from modelpress_compression.passes.quantize.reconstruction.soft_rounding import SoftRounding, beta_at
+from modelpress_compression.passes.quantize.reconstruction.soft_rounding import Annealing, SoftRounding
 
 MAX_SAMPLES = 256
 MAX_KEPT_BYTES = 256 * 1024**2  # 256 MiB of activations, of each of the two models
 BATCH = 16
-# Of Adam, whose steps are about as long as this: V can cross its range in as many as there are.
-LEARNING_RATE, WAY = 0.1, 50.0
-# lambda: less of it leaves weights between two levels, where rounding them in the end undoes what was learned.
-DECIDING = 300.0
 DROPPED = 0.5  # of the activations, under brecq
 MAX_BLOCKS = 128
 # Of the time that is left, for all blocks together.
@@ -188,10 +186,12 @@ class _Work:
             self._leave(block, "too few samples have finite activations here")
             return
         try:
+            layer = self._layer(block, samples)
             trial = _Trial.open(self.student, block, target, grids, self.method == "brecq", judged[0].given)
             trial.find_batching(train)
             before = trial.error(judged, {name: grid.levels for name, grid in grids.items()})
-            levels = trial.learn(train, self.steps, stop_at, self.context)
+            annealing = Annealing(self.steps, stop_at, self.context.check_time)
+            levels = trial.learn(train, annealing) if layer is None else _named_levels(names, layer.learn(annealing))
             after = trial.error(judged, levels) if levels is not None else math.inf
         except NotExecutableError as error:
             self._leave(block, f"it cannot be trained: {error}")
@@ -205,11 +205,23 @@ class _Work:
             self.levels[name] = grids[name], levels[name]
             replace_numbers(self.weights[name][0], grids[name].real(levels[name]))
 
+    def _layer(self, block: Block, samples: Sequence[Sample]) -> Layer | None:
+        """The block, where it is a layer that can learn from sums."""
+        if self.method != "adaround":
+            return None
+        (weight,) = block.weights
+        reader = LayerReader.open(self.original, self.student, block, self.weights[weight.name or ""][1])
+        return Layer(reader, samples) if reader is not None and all(map(reader.has, samples)) else None
+
     def _leave(self, block: Block, reason: str) -> None:
         for value in block.weights:
             grid = self.weights[value.name or ""][1]
             replace_numbers(value, grid.real(grid.levels))
             self.reasons[value.name or ""] = reason
+
+
+def _named_levels(names: Sequence[str], levels: Levels | None) -> dict[str, Levels] | None:
+    return None if levels is None else dict.fromkeys(names, levels)
 
 
 def _values_of(model: Model) -> set[str]:
@@ -282,40 +294,28 @@ class _Trial:
                 power += sum(float(value.double().square().sum()) for value in item.wanted.values())
         return errors / power if power else math.inf
 
-    def learn(
-        self, samples: Sequence[Sample], steps: int, stop_at: float, context: Context
-    ) -> dict[str, Levels] | None:
+    def learn(self, samples: Sequence[Sample], annealing: Annealing) -> dict[str, Levels] | None:
         """The levels that gradient descent arrives at; None: it met values that are not finite."""
         generator = np.random.default_rng(_SEED)
         device = self._executor.device
         soft = {name: SoftRounding(grid, device) for name, grid in self._grids.items()}
         base = {name: _tensor(grid.real(grid.levels), self._executor) for name, grid in self._grids.items()}
         scale = self._mean_error(samples, base)
-        optimizer = torch.optim.Adam([item.offsets for item in soft.values()], lr=max(LEARNING_RATE, WAY / steps))
-        began, step, share = time.monotonic(), 0, 0.0
-        random = torch.random.fork_rng(devices=[])
-        with random:
+
+        def pull() -> None:
+            chosen = [samples[place] for place in generator.integers(len(samples), size=BATCH)]
+            weights = {name: item.weight() for name, item in soft.items()}
+            parts = together(chosen, self._batched)
+            for number, item in enumerate(parts):
+                answers = self._answers(self._mixed(item), weights, DROPPED if self._drops else 1.0)
+                # By number: a sample may have been drawn twice.
+                again = number + 1 < len(parts)
+                (_mean_squares(answers, item) / scale / len(parts)).backward(retain_graph=again)  # type: ignore[no-untyped-call]
+
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
-            while share < 1:
-                context.check_time()
-                optimizer.zero_grad()
-                chosen = [samples[place] for place in generator.integers(len(samples), size=BATCH)]
-                weights = {name: item.weight() for name, item in soft.items()}
-                beta = beta_at(share)
-                parts = together(chosen, self._batched)
-                for number, item in enumerate(parts):
-                    answers = self._answers(self._mixed(item), weights, DROPPED if self._drops else 1.0)
-                    # By number: a sample may have been drawn twice.
-                    again = number + 1 < len(parts)
-                    (_mean_squares(answers, item) / scale / len(parts)).backward(retain_graph=again)  # type: ignore[no-untyped-call]
-                if beta is not None:
-                    sum((DECIDING * item.undecided(beta) for item in soft.values()), torch.zeros(())).backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                step += 1
-                # Where time is short the annealing is done in what there is, instead of being cut off.
-                share = max(step / steps, (time.monotonic() - began) / max(stop_at - began, 1e-9))
-        levels = {name: item.levels() for name, item in soft.items()}
-        return levels if all(bool(item.offsets.isfinite().all()) for item in soft.values()) else None
+            finite = annealing.run(list(soft.values()), pull)
+        return {name: item.levels() for name, item in soft.items()} if finite else None
 
     def _mean_error(self, samples: Sequence[Sample], weights: Tensors) -> float:
         """What the loss is measured by: the mean error with the rounding that there is."""

@@ -14,6 +14,10 @@ it there.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -26,6 +30,10 @@ _STRETCH, _SHIFT = 1.2, -0.1
 _START, _START_FAR = 0.5, 0.05
 _FIRST_BETA, _LAST_BETA = 20.0, 2.0
 WARMUP = 0.2  # of the steps, before anything draws h to its ends
+# Of Adam, whose steps are about as long as this: V can cross its range in as many as there are.
+LEARNING_RATE, WAY = 0.1, 50.0
+# lambda: less of it leaves weights between two levels, where rounding them in the end undoes what was learned.
+DECIDING = 300.0
 
 
 class SoftRounding:
@@ -64,6 +72,34 @@ class SoftRounding:
         with torch.no_grad():
             found = self._level + self._step * (self._moved >= 0.5)
         return np.asarray(found.cpu().numpy(), np.int16)
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """`steps` of gradient descent, fewer where `stop_at` by `time.monotonic` comes before; `check_time` raises
+    TimeLimitError."""
+
+    steps: int
+    stop_at: float
+    check_time: Callable[[], None]
+
+    def run(self, weights: Sequence[SoftRounding], pull: Callable[[], None]) -> bool:
+        """`pull`: adds the gradients of what is minimized, in units of the error before. Returns whether all is finite
+        in the end."""
+        optimizer = torch.optim.Adam([item.offsets for item in weights], lr=max(LEARNING_RATE, WAY / self.steps))
+        began, step, share = time.monotonic(), 0, 0.0
+        while share < 1:
+            self.check_time()
+            optimizer.zero_grad()
+            pull()
+            beta = beta_at(share)
+            if beta is not None:
+                sum((DECIDING * item.undecided(beta) for item in weights), torch.zeros(())).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            step += 1
+            # Where time is short the annealing is done in what there is, instead of being cut off.
+            share = max(step / self.steps, (time.monotonic() - began) / max(self.stop_at - began, 1e-9))
+        return all(bool(item.offsets.isfinite().all()) for item in weights)
 
 
 def beta_at(share: float) -> float | None:

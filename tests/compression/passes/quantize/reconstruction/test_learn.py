@@ -89,10 +89,11 @@ def test_no_layer_is_taken_that_is_not_better(
 ) -> None:
     """Levels that err more on what is held out are left, layer by layer, with the reason; the result is GPTQ's."""
 
-    def spoiled(self: Any, *_: object) -> dict[str, NDArray[np.int16]]:
-        return {name: grid.levels + np.int16(1) for name, grid in self._grids.items()}
+    def spoiled(self: Any, *_: object) -> NDArray[np.int16]:
+        reader = self._reader
+        return reader.linear.weight(reader.grid.levels + np.int16(1), reader.shape).astype(np.int16)
 
-    monkeypatch.setattr(module._Trial, "learn", spoiled)
+    monkeypatch.setattr(module.Layer, "learn", spoiled)
     options = {"scheme": "static", "weights": "int4"}
     plain = quantize(deep, correlated[0], rounding="gptq", **options)
     learned = quantize(deep, correlated[0], rounding="adaround", rounding_steps=1, **options)
