@@ -6,6 +6,7 @@
     shapes of values between standard operators, and
     names of nodes that came without                     left out: whoever loads the file finds them
     names of values between nodes that passes made       a letter and a number
+    what exporters write for debugging (metadata.py)     left out
 
 onnxruntime computes the first two when it loads the model, so that latency and memory stay as they are. Passes work on
 plain constants; it is only what is written that is compact.
@@ -22,6 +23,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor, Spot
+from modelpress_compression.graph.metadata import clear_debug_metadata
 from modelpress_compression.graph.read import constant_array, constant_tensor, is_op, is_overwritten
 from modelpress_compression.graph.subgraphs import subgraphs
 from modelpress_compression.model import GIVEN_NAME, Model
@@ -36,9 +38,11 @@ _WANT_CONSTANTS = ("QuantizeLinear", "DequantizeLinear", "Loop", "Scan", "If")
 
 
 def compacted(model: Model, *, weights: bool = True) -> Model:
-    """A copy to be written into a file. `weights` False: its weights stay in the types that they have."""
+    """A copy to be written into a file. `weights` False: it is given back as it was, with its weights in the types that
+    they have."""
     clone = model.clone()
     if weights:
+        clear_debug_metadata(clone.ir)
         editor = Editor(clone)
         for graph in list(clone.graphs()):
             for value in list(graph.initializers.values()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ class Candidate:
     ranges is missing. `screened`: its answers were judged on a few samples alone; `remembered`: by an earlier job.
     `unscored`: only the score of who computes the metric is missing. `draft`: builds and judges it in full; what is
     there until then has its size and its times alone. `closer`: builds and judges the next one that stores its weights
-    with less error, for where all samples refuse this one; None of that: there is none."""
+    with less error, for where all samples refuse this one; None of that: there is none. `computes_as`: the file of the
+    model whose arithmetic it has, where its weights are only stored otherwise and are the same once it is loaded."""
 
     scheme: str
     record: StepRecord
@@ -45,6 +47,7 @@ class Candidate:
     remembered: bool = False
     draft: Callable[[], Candidate] | None = None
     closer: Callable[[], Candidate | None] | None = None
+    computes_as: Path | None = None
 
     @property
     def name(self) -> str:

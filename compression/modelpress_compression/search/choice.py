@@ -52,7 +52,8 @@ class Figures:
     `times_s` [rounds]: the geometric mean over batch sizes; two that have so many rounds have run the first of them
     together. `error`: the share of the outputs' power that is error, of the worst output. `drop`: of the task's metric,
     or of the accuracy that the original expects of itself; 0 where it is not known. `refusal`: why its answers cannot
-    stand for the original's; empty: they can.
+    stand for the original's; empty: they can. `kernels`: equal where two are the same computation once they are loaded,
+    as with weights that are only stored otherwise; empty: not known.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Figures:
     error: float
     drop: float = 0.0
     refusal: str = ""
+    kernels: str = ""
 
     @property
     def time_s(self) -> float:
@@ -229,12 +231,15 @@ def _not_slower(
 ) -> list[int]:
     """Without the candidates that take more time than the original.
 
-    Where that leaves the original alone, what cannot be told from it stays: on a busy machine weights that are only
-    stored otherwise may seem 4 % slower, and the model would come back as it was.
+    What is the same computation as one that stays, or as the original, stays: on a busy machine weights that are only
+    stored otherwise may seem 8 % slower. Where that leaves the original alone, so does what cannot be told from it, and
+    the model does not come back as it was.
     """
     most = max(MEASURED_SLOWDOWN, 1 + UNFELT_S / candidates[original].time_s)
     slowdowns = {place: candidates[place].times_of(candidates[original]) for place in places if place != original}
     as_fast = {place for place, slowdown in slowdowns.items() if _with(slack, slowdown) <= most}
+    alike = {candidates[place].kernels for place in (original, *as_fast)} - {""}
+    as_fast |= {place for place in slowdowns if candidates[place].kernels in alike}
     as_fast = as_fast or {place for place, slowdown in slowdowns.items() if slowdown.low <= 1}
     for place in slowdowns.keys() - as_fast:
         reasons[place] = f"{slowdowns[place].median:.2f} times the original's time"

@@ -124,7 +124,8 @@ class Decision:
         first = self._prices(racers, FIRST_ROUNDS, anew=anew)
         if np.median(first.times_s[0]) < MIN_TIMING_S:
             first = first.then(self._prices(racers, SMALL_ROUNDS, anew=anew))
-        original = Figures("the original", file_size_bytes(self.judge.original), first.times_s[0], 0.0)
+        own = self.judge.original
+        original = Figures("the original", file_size_bytes(own), first.times_s[0], 0.0, kernels=str(own))
         figures = [_figures(entry, one) for entry, one in zip(racers, first.times_s[1:], strict=True)]
         figures = [original, *(self._refused(one, original) for one in figures)]
         asked = self.goal.objective, _limits(self.judge.recipe.limits)
@@ -328,7 +329,15 @@ def _figures(entry: Entry, times_s: Times) -> Figures:
     candidate = entry.candidate
     fidelity = candidate.fidelity
     drop = candidate.drop if candidate.drop is not None else fidelity.expected_drop if fidelity is not None else None
-    return Figures(entry.name, candidate.size_bytes, times_s, 1 - candidate.cosine, drop or 0.0, candidate.reason)
+    return Figures(
+        entry.name,
+        candidate.size_bytes,
+        times_s,
+        1 - candidate.cosine,
+        drop or 0.0,
+        candidate.reason,
+        str(candidate.computes_as or candidate.record.path),
+    )
 
 
 def _limits(constraints: Constraints) -> Limits:

@@ -200,7 +200,7 @@ class SchemeSearch:
             make = partial(store_all, self.model, config, self.context, floor_db, storing)
             return self.add("weight_only", make, named, asked=[floor_db])
 
-        return self._until_kept(store, storing, variant, floor_db, CLOSE_FLOOR_DB)
+        return self._until_kept(store, self.path, variant, floor_db, CLOSE_FLOOR_DB)
 
     def _storing_of(self, path: Path) -> Storing:
         """What was found out of the model in a file."""
@@ -209,7 +209,7 @@ class SchemeSearch:
     def _until_kept(
         self,
         store: Callable[[str, float], Candidate | None],
-        storing: Storing,
+        path: Path,
         variant: str,
         floor_db: float,
         last_db: float = 0.0,
@@ -217,12 +217,16 @@ class SchemeSearch:
         """What `store` adds under a name and for a floor: with less and less error until the answers are kept, and
         further should all samples refuse what a few of them have let through. The last one; None: nothing is stored.
 
-        `last_db`: the least of the last floor."""
+        `path`: of the model whose weights are stored. `last_db`: the least of the last floor."""
+        storing = self._storing_of(path)
 
         def following(floor_db: float, left: int) -> Candidate | None:
             named = variant if left == _CLOSER else f"{variant}, for {floor_db:.0f} dB"
             candidate = store(named, floor_db)
-            if candidate is None or not left or not candidate.record.changes or candidate.unscored:
+            if candidate is None:
+                return None
+            candidate = self.candidates[-1] = replace(candidate, computes_as=path)
+            if not left or not candidate.record.changes or candidate.unscored:
                 return candidate
             kept_db = min(max(floor_db, storing.kept_db), _WHOLE_DB)
             # A later job, for which this one is not built again, goes on from here as well.
@@ -246,7 +250,7 @@ class SchemeSearch:
                 floor_db = min(max(own_db + _REST_MARGIN_DB, FLOAT_FLOOR_DB), _REST_FLOOR_DB)
                 confirmed = cache(partial(self.judge.confirmed, candidate))  # once, for however many floors
                 store = partial(self._with_rest, candidate, confirmed, floor_db)
-                self._until_kept(store, self._storing_of(candidate.record.path), variant, floor_db)
+                self._until_kept(store, candidate.record.path, variant, floor_db)
         if self.judge.recipe.limits.max_size_bytes is not None:
             config = replace(self.step.config, scheme="weight_only")
             self.add("weight_only", lambda: Quantize(config)(self.model, self._part(_MIXED, _MIXED)))

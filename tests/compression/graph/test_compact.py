@@ -7,6 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 from modelpress_compression.graph.compact import compacted, stored_bytes
 from modelpress_compression.loaders import load
@@ -147,3 +148,16 @@ def test_statistics_that_onnxruntime_writes_over_stand_alone(channel_model, outp
         runs = [next(iter(run(session, {"x": x}).values())) for _ in range(3)]
     for got in runs:
         np.testing.assert_array_equal(got, outputs_of(model, x))
+
+
+def test_what_exporters_write_for_debugging_is_left_out(channel_model) -> None:  # type: ignore[no-untyped-def]
+    """Of nodes and values; the whole model's metadata is the user's."""
+    model = _model(channel_model, EXACT)
+    node = next(iter(model.graph))
+    node.metadata_props["pkg.torch.onnx.stack_trace"] = "File '/home/me/model.py'"
+    node.outputs[0].metadata_props["pkg.onnxscript.optimizer"] = "folded"
+    model.ir.metadata_props["classes"] = "cat,dog"
+    proto = onnx_ir.to_proto(compacted(model).ir)
+    assert not any(one.metadata_props for one in (*proto.graph.node, *proto.graph.value_info))
+    assert {one.key: one.value for one in proto.metadata_props} == {"classes": "cat,dog"}
+    assert node.metadata_props

@@ -55,6 +55,19 @@ def test_a_smaller_file_at_the_same_speed_is_taken() -> None:
     assert choose((ORIGINAL, STORED), 0, "balanced").taken == 1
 
 
+def test_what_computes_the_same_is_no_slower() -> None:
+    """Weights that are only stored otherwise seem 8 % slower than the same model with its weights in float32: noise."""
+    fused = replace(figures("fused", 995_000, 10.0), kernels="fused")
+    seems_slow = replace(figures("stored", 280_000, 10.8), kernels="fused")
+    models = (replace(ORIGINAL, kernels="original"), fused, seems_slow)
+    assert choose(models, 0, "balanced").taken == 2
+    assert choose((models[0], fused, replace(seems_slow, kernels="own")), 0, "balanced").taken != 2
+    # Of a model that fusing leaves as it is, they compute as the original.
+    assert choose((replace(ORIGINAL, kernels="fused"), seems_slow), 0, "balanced").taken == 1
+    slow = replace(fused, times_s=fused.times_s * 1.08)
+    assert choose((models[0], slow, seems_slow), 0, "balanced").taken == 0
+
+
 def test_a_slower_file_that_is_hardly_smaller_is_not() -> None:
     """0.1 % smaller at 1.12 times the time: the original stays."""
     worse = figures("worse", 999_000, 11.2)
