@@ -553,6 +553,13 @@ def test_local_without_the_server_package(run_cli: RunCli, monkeypatch: pytest.M
     assert "pip install 'modelpress[server]'" in ran.err
 
 
+def test_local_and_a_server_are_two_places(run_cli: RunCli) -> None:
+    """Asking for both is refused: the job would run where it was not meant to."""
+    ran = run_cli("--local", "--server", "models.example:50051", "info")
+    assert ran.code == 2
+    assert "leave out --server, or --local" in ran.err
+
+
 def test_local_uses_a_running_server(
     run_cli: RunCli, fake_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ import click
 from modelpress_client.cli import again
 from modelpress_client.cli.options import Shared, shared_of
 from modelpress_client.cli.output import Output, write
-from modelpress_client.errors import EXIT_INTERRUPTED, TimedOutError
+from modelpress_client.errors import EXIT_INTERRUPTED, TimedOutError, UsageError
 
 if TYPE_CHECKING:
     from modelpress_client.async_client import AsyncClient
@@ -101,6 +101,8 @@ async def _client(session: Session) -> AsyncIterator[None]:
 
     shared = session.shared
     if shared.local:
+        if "--server" in session.given:
+            raise UsageError("--local uses a server of its own on this machine: leave out --server, or --local.")
         from modelpress_client.local import default_data_dir, local_server
 
         async with (
