@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import NoneType
 from typing import Any
 
 from modelpress_compression import mapped
@@ -140,10 +141,16 @@ def compress(
     `memory`: what earlier searches for a goal have found out about the same model and data, and where this one leaves
     what it finds; None: everything is found anew, and nothing is left.
 
-    Raises InvalidDataError, MetricError, ModelNotRunnableError, UnsupportedOperatorError, TimeLimitError, and before
-    the long work MemoryLimitError and DiskSpaceError where the job cannot fit. A step that breaks the model is undone
-    and reported; a result that is slower and not smaller is replaced by the model as it was given.
+    Raises TypeError for arguments of other types, InvalidDataError, MetricError, ModelNotRunnableError,
+    UnsupportedOperatorError, TimeLimitError, and before the long work MemoryLimitError and DiskSpaceError where the job
+    cannot fit. A step that breaks the model is undone and reported; a result that is slower and not smaller is replaced
+    by the model as it was given.
     """
+    _expect("model", model, Model, "a Model, as load(PATH) gives it")
+    _expect("recipe", recipe, Recipe, "a Recipe, as Recipe.preset(NAME) and Recipe.from_dict(...) give it")
+    arrays = "a mapping of names to arrays"
+    _expect("data", data, (InputData, Mapping, NoneType), arrays)
+    _expect("eval_data", eval_data, (EvaluationData, Mapping, NoneType), arrays)
     recipe = steps_before(recipe)
     deadline = None if time_limit_s is None else clock() + time_limit_s
     log = on_log or (lambda severity, text: None)
@@ -427,6 +434,12 @@ def _step_row(record: StepRecord) -> StepRow:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _expect(name: str, given: object, kinds: type | tuple[type, ...], what: str) -> None:
+    """Raises TypeError with what is expected, where it would be an AttributeError far from here."""
+    if not isinstance(given, kinds):
+        raise TypeError(f"{name} must be {what}; it is of type {type(given).__name__}")
 
 
 def _input_data(model: Model, data: InputData | Mapping[str, Array] | None) -> InputData:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -74,6 +75,23 @@ def test_the_original_is_not_touched(digits: Model, samples: InputData) -> None:
     before = outputs(digits, samples)
     compress(digits, recipe({"prune": {"sparsity": 0.9}}, {"quantize": {"scheme": "dynamic"}}), data=samples)
     np.testing.assert_array_equal(outputs(digits, samples), before)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"model": "model.onnx"}, "model must be a Model, as load(PATH) gives it; it is of type str"),
+        ({"recipe": "default"}, "recipe must be a Recipe"),
+        ({"data": np.zeros((4, 1, 28, 28), np.float32)}, "data must be a mapping of names to arrays"),
+        ({"eval_data": "eval.npz"}, "eval_data must be a mapping of names to arrays"),
+    ],
+)
+def test_arguments_of_other_types(digits: Model, changed: dict[str, Any], told: str) -> None:
+    """What each has to be, and what makes it."""
+    given = {"model": digits, "recipe": recipe(), **changed}
+    with pytest.raises(TypeError) as caught:
+        compress(given.pop("model"), given.pop("recipe"), **given)
+    assert told in str(caught.value)
 
 
 def test_no_steps_only_convert_and_measure(digits: Model, samples: InputData) -> None:
