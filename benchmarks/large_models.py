@@ -253,7 +253,7 @@ def run_child(path: Path, name: str, folder: Path) -> None:
     )
     result.write(folder)
     size = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
-    print(f"{size / MB:.0f} MB, {result.report['verdict']}")
+    print(f"{size / MB:.0f} MB: {result.report['verdict']}")
 
 
 def compress_remotely(path: Path, size_bytes: int, name: str) -> bool:
