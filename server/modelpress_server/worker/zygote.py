@@ -82,7 +82,8 @@ class Nursery:
         self._control = control
         self._tasks = tasks
         self._shared = shared
-        self._rest: Iterator[None] | None = tasks.preload()  # None: it is done
+        self._rest: Iterator[None] = tasks.preload()
+        self._imports_done = False
         self._unfit = ""
         self._requests = 0
         self._workers: dict[int, int] = {}  # a descriptor that tells of its end -> process id
@@ -103,18 +104,18 @@ class Nursery:
 
     def _patience_ms(self) -> int | None:
         """How long nothing must happen before more is imported; None: nothing is."""
-        if self._rest is None or (self._requests == 1 and self._workers):
+        if self._imports_done or (self._requests == 1 and self._workers):
             return None
         return 0 if self._requests > 1 else IDLE_MS
 
     def _import_more(self) -> None:
         try:
-            next(self._rest or iter(()))
+            next(self._rest)
         except StopIteration:
-            self._rest = None
+            self._imports_done = True
             freeze()
         except Exception:  # noqa: BLE001  # a worker that does its own imports will say the same
-            self._rest = None
+            self._imports_done = True
             self._give_up(f"imports failed: {traceback.format_exc()}")
 
     def _give_up(self, why: str) -> None:

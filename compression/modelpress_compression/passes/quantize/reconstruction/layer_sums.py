@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from modelpress_compression.executor import Executor
 from modelpress_compression.graph.blocks import Block
 from modelpress_compression.graph.linear import Linear, Matrix, drawn, linear_of, pieces
-from modelpress_compression.graph.read import constant_array, input_of
+from modelpress_compression.graph.read import constant_array, input_of, only_consumer, required
 from modelpress_compression.model import Model
 from modelpress_compression.passes.hessians import rows_each
 from modelpress_compression.passes.quantize.reconstruction.grids import Grid, Levels
@@ -73,10 +73,11 @@ class LayerReader:
     def open(cls, original: Model, student: Model, block: Block, grid: Grid) -> LayerReader | None:
         """None: the block is no layer with one input, or one of too many. Raises NotExecutableError."""
         (weight,) = block.weights
-        node = next((node for node in student.graph if input_of(node, 1) is weight), None)
-        twin = _node_of(original, node)
-        linear = linear_of(node) if node is not None else ""
-        if node is None or twin is None or isinstance(linear, str) or len(block.inputs) != 1:
+        node = only_consumer(weight)
+        if node is None or input_of(node, 1) is not weight or len(block.inputs) != 1:
+            return None
+        twin, linear = _twin(original, node), linear_of(node)
+        if twin is None or isinstance(linear, str):
             return None
         shape = grid.weight.shape
         parts = (grid.weight, grid.scale, grid.low, grid.high, grid.levels)
@@ -89,10 +90,9 @@ class LayerReader:
         shift = np.zeros(groups * outputs)
         for bias, sign in zip(biases, (1.0, -1.0), strict=True):
             shift += 0.0 if bias is None else sign * bias.astype(np.float64)
-        read = node.inputs[0].name if node.inputs[0] is not None else ""
-        part = None
+        read, part = required(node, 0).name or "", None
         if read != block.inputs[0]:
-            part = Executor(student, inputs=block.inputs, outputs=[read or ""])
+            part = Executor(student, inputs=block.inputs, outputs=[read])
         return cls(linear, own, shape, block, shift.reshape(groups, 1, outputs), part)
 
     def has(self, sample: Sample) -> bool:
@@ -165,7 +165,7 @@ class Layer:
         return self._reader.linear.weight(levels, self._reader.shape).astype(np.int16)
 
 
-def _node_of(model: Model, other: onnx_ir.Node | None) -> onnx_ir.Node | None:
+def _twin(model: Model, other: onnx_ir.Node) -> onnx_ir.Node | None:
     """The node that makes a value of the same name."""
-    name = other.outputs[0].name if other is not None else None
+    name = other.outputs[0].name
     return next((node for node in model.graph if node.outputs and node.outputs[0].name == name), None)
