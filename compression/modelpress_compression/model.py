@@ -18,6 +18,8 @@ MAX_OPSET = 26
 MAX_IR_VERSION = 13
 # Key in `Node.meta`: the name that the loader gave to a node without one, the same every time, so not worth its bytes.
 GIVEN_NAME = "modelpress.given_name"
+# Key in `Node.meta`: a pass made the node and its name.
+MADE = "modelpress.made"
 # Protobuf cannot hold 2 GiB; beyond this the weights go into a file of their own.
 EXTERNAL_DATA_THRESHOLD_BYTES = 1536 * 1024 * 1024  # 1.5 GiB
 

@@ -2,14 +2,16 @@
 
     a float32 constant that is one number throughout     Expand(number, shape)
     a float32 constant that 16 bits hold exactly         Cast(float16 or bfloat16)
+    scales of biases, products of two other scales       Mul (bias_scales.py)
     small constants that are equal                       one
     shapes of values between standard operators, and
     names of nodes that came without                     left out: whoever loads the file finds them
+    names of conversions that passes made                left out
     names of values between nodes that passes made       a letter and a number
     what exporters write for debugging (metadata.py)     left out
 
-onnxruntime computes the first two when it loads the model, so that latency and memory stay as they are. Passes work on
-plain constants; it is only what is written that is compact.
+onnxruntime computes the first three when it loads the model, so that latency and memory stay as they are. Passes work
+on plain constants; it is only what is written that is compact.
 """
 
 from __future__ import annotations
@@ -22,16 +24,19 @@ import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 
+from modelpress_compression.graph import bias_scales
 from modelpress_compression.graph.edit import Editor, Spot
 from modelpress_compression.graph.metadata import clear_debug_metadata
 from modelpress_compression.graph.read import constant_array, constant_tensor, is_op, is_overwritten
 from modelpress_compression.graph.subgraphs import subgraphs
-from modelpress_compression.model import GIVEN_NAME, Model
+from modelpress_compression.model import GIVEN_NAME, MADE, Model
 
 MIN_BYTES = 1024  # 1 KiB: a node and its names take up to 200 bytes
 _MAX_EQUAL_BYTES = 1024
 _GLIMPSE = 256  # elements of a constant that tell nearly always
 _STANDARD_DOMAINS = ("", "ai.onnx.ml")
+# Whose names nobody looks for. Those of layers that passes made stay: people find them in a viewer.
+_CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast", "Expand", "Mul")
 _NARROW = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 # They want constants, or numbers that are constants when onnxruntime looks for its patterns.
 _WANT_CONSTANTS = ("QuantizeLinear", "DequantizeLinear", "Loop", "Scan", "If")
@@ -47,10 +52,11 @@ def compacted(model: Model, *, weights: bool = True) -> Model:
         for graph in list(clone.graphs()):
             for value in list(graph.initializers.values()):
                 _narrow(editor, graph, value)
+        bias_scales.share(clone)
+    _shorten_names(clone)
     for graph in list(clone.graphs()):
         _merge_small(graph)
         _forget_derived(graph, inner=graph is not clone.graph)
-    _shorten_names(clone)
     return clone
 
 
@@ -125,7 +131,8 @@ def _forget_derived(graph: onnx_ir.Graph, *, inner: bool) -> None:
     onnxruntime wants both; of SequenceMap's it wants types alone.
     """
     for node in graph:
-        if node.name == node.meta.get(GIVEN_NAME):
+        is_made = node.meta.get(MADE) and is_op(node, *_CONVERSIONS)
+        if is_made or node.name == node.meta.get(GIVEN_NAME):
             node.name = ""  # None has a copy make up one
         for body in subgraphs(node).values() if is_op(node, "SequenceMap") else ():
             for value in body.inputs:

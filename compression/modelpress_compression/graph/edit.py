@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from modelpress_compression.graph.read import constant_tensor, graph_of
 from modelpress_compression.inputs import Array
 from modelpress_compression.mapped import WeightFile
-from modelpress_compression.model import Model
+from modelpress_compression.model import MADE, Model
 
 Inputs = Sequence[onnx_ir.Value | None]
 
@@ -85,9 +85,10 @@ class Editor:
         """A new node that is in no graph yet; `outputs`: what to append to the outputs' names."""
         self._import(domain)
         values = [onnx_ir.Value(name=self.name(f"{wish}_{op_type}{suffix}")) for suffix in outputs]
-        return onnx_ir.node(
-            op_type, inputs, attributes, domain=domain, outputs=values, name=self.name(f"{wish}/{op_type}")
-        )
+        name = self.name(f"{wish}/{op_type}")
+        node = onnx_ir.node(op_type, inputs, attributes, domain=domain, outputs=values, name=name)
+        node.meta[MADE] = True
+        return node
 
     def emit(
         self,

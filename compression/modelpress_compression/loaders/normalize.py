@@ -7,6 +7,7 @@
 - tensors of Constant nodes are initializers, in subgraphs too;
 - no node ends in outputs without a name, which a file may list and which are gone from any copy of it;
 - strided views are Reshapes where they are nothing else;
+- scales of biases are constants, where a file has them as products of two others;
 - every node has a name, and no two values of a graph share one;
 - shapes and types are inferred as far as ONNX can.
 """
@@ -20,6 +21,7 @@ import onnx_ir
 from onnx_ir.passes import common
 
 from modelpress_compression.errors import CompressionError, ModelNotRunnableError, RejectedModelError
+from modelpress_compression.graph import bias_scales
 from modelpress_compression.graph.read import is_op
 from modelpress_compression.graph.shapes import infer_shapes, values_of
 from modelpress_compression.loaders.quiet import quiet
@@ -64,6 +66,7 @@ def normalize(model: Model) -> Model:
     name_nodes(model)
     infer_shapes(model.ir)
     reshape_strided_views(model)
+    bias_scales.write_out(model)
     return model
 
 

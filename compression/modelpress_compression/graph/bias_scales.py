@@ -1,0 +1,91 @@
+"""Scales of biases that are added to the accumulators of integer products: each is that of the input times the weight's.
+
+    DequantizeLinear(b, s)      s[c] = x_scale * w_scale[c]
+
+A file that holds the factors anyway need not hold s: `share` writes the product as a node, which onnxruntime computes
+when it loads the model, before it looks for integer products. `write_out` puts the numbers back, since all who read weights
+want their scales as constants.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir
+
+from modelpress_compression.graph.edit import Editor, clean
+from modelpress_compression.graph.read import constant_array, constant_tensor, input_of, is_op
+from modelpress_compression.model import Model
+
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm")
+_BIAS = 2
+# Of a node with one output in a file, without names; and of a constant, without its name and numbers.
+_NODE_BYTES, _CONSTANT_BYTES = 24, 14
+
+
+def share(model: Model) -> None:
+    """Makes scales into products where that takes fewer bytes and gives the same numbers; in place."""
+    editor = Editor(model)
+    for graph in list(model.graphs()):
+        for node in list(graph):
+            scale = _scale_of_bias(node)
+            factors = _factors(node)
+            if scale is None or factors is None or not _is_shorter(scale, factors):
+                continue
+            numbers = [constant_array(value) for value in (scale, *factors)]
+            if not any(array is None for array in numbers) and np.array_equal(numbers[0], numbers[1] * numbers[2]):
+                node.replace_input_with(1, editor.emit(node, "Mul", factors, node.name or "bias")[0])
+                if not scale.uses():
+                    del graph.initializers[scale.name or ""]
+
+
+def write_out(model: Model) -> None:
+    """Makes products that are scales of 32-bit integers into constants again; in place."""
+    editor = Editor(model)
+    found = False
+    for graph in list(model.graphs()):
+        for node in list(graph):
+            scale = input_of(node, 1)
+            product = scale.producer() if scale is not None and _dequantizes_int32(node) else None
+            if scale is None or product is None or not is_op(product, "Mul"):
+                continue
+            one, other = map(constant_array, product.inputs)
+            if one is not None and other is not None and one.dtype == other.dtype == np.float32:
+                node.replace_input_with(1, editor.constant(graph, one * other, f"{node.name}_scale"))
+                found = True
+    if found:
+        clean(model)
+
+
+def _dequantizes_int32(node: onnx_ir.Node) -> bool:
+    tensor = constant_tensor(input_of(node, 0)) if is_op(node, "DequantizeLinear") else None
+    return tensor is not None and tensor.dtype == onnx_ir.DataType.INT32
+
+
+def _scale_of_bias(node: onnx_ir.Node) -> onnx_ir.Value | None:
+    """An initializer with a number for each channel, of float32, that is read here alone."""
+    scale = input_of(node, 1) if _dequantizes_int32(node) else None
+    tensor = constant_tensor(scale)
+    if scale is None or tensor is None or tensor.dtype != onnx_ir.DataType.FLOAT or len(tensor.shape) != 1:
+        return None
+    return scale if scale.is_initializer() and len(scale.uses()) == 1 and not scale.is_graph_output() else None
+
+
+def _factors(node: onnx_ir.Node) -> tuple[onnx_ir.Value, onnx_ir.Value] | None:
+    """The scales of input and weight of the one product that the node makes the bias of."""
+    uses = list(node.outputs[0].uses())
+    if len(uses) != 1 or uses[0][1] != _BIAS or not is_op(uses[0][0], *_PRODUCTS):
+        return None
+    found = [factor for factor in map(_scale_behind, uses[0][0].inputs[:_BIAS]) if factor is not None]
+    return (found[0], found[1]) if len(found) == _BIAS else None
+
+
+def _scale_behind(value: onnx_ir.Value | None) -> onnx_ir.Value | None:
+    node = None if value is None else value.producer()
+    scale = input_of(node, 1) if node is not None and is_op(node, "DequantizeLinear") else None
+    return scale if scale is not None and scale.is_initializer() else None
+
+
+def _is_shorter(scale: onnx_ir.Value, factors: tuple[onnx_ir.Value, onnx_ir.Value]) -> bool:
+    tensor = constant_tensor(scale)
+    names = sum(len(factor.name or "") for factor in factors)
+    return tensor is not None and _NODE_BYTES + names < _CONSTANT_BYTES + 2 * len(scale.name or "") + tensor.nbytes
