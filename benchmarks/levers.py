@@ -1,7 +1,7 @@
 """What a goal gains by all techniques together over quantization alone, at one point of the task's metric.
 
     python benchmarks/levers.py --models DIR [--only NAME ...] [--drop 0.01] [--inputs N] [--search-time SECONDS]
-                                [--page FILE]
+                                [--render]
 
 Every model goes through `compress` with its own representative inputs and with the model's own evaluation as the metric
 that decides: once with `fuse` and `quantize` alone, once with all techniques, for each of the objectives fastest and
@@ -9,17 +9,24 @@ smallest. mnist and fashion are judged on labelled images that no evaluation see
 itself, as accuracy-aware tuning does elsewhere, so that their last column is what the search was held to. With
 `--inputs`, mnist and fashion get so many training images, without labels, in place of their few representative inputs.
 At the end all results of a model are timed in the same rounds.
+
+Figures are gathered in docs/levers.json, a model at a time; docs/levers.md is written from them (`--render`: that
+alone). Below the table it says of every model what was tried, what came nearest beyond the permitted drop, and which
+layers take the time of the fastest result.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from model_evaluation import evaluate, representative
@@ -27,6 +34,7 @@ from modelpress_compression import Recipe, compress, load
 from modelpress_compression.inputs import Array, InputData
 from modelpress_compression.measure.latency import time_interleaved
 from modelpress_compression.model import Model
+from modelpress_compression.report.environment import environment
 from pruning_quality import CASES, Case
 
 OBJECTIVES = ("fastest", "smallest")
@@ -34,16 +42,23 @@ ALONE = ("fuse", "quantize")
 ROUNDS, BUDGET_S = 200, 30.0
 # Of the training images, those that judge; what a model is given are the first.
 JUDGES = slice(4000, 8000)
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+RESULTS, PAGE = DOCS / "levers.json", DOCS / "levers.md"
 HEADER = """# All techniques together, and quantization alone
 
-Written by `benchmarks/levers.py`; do not edit.
-
+Written by `benchmarks/levers.py`; do not edit. Each model may lose one point of its metric. Times are those of one
+thread and one sample, all results of a model in the same interleaved rounds.
 """
+TABLE = (
+    "|model|goal|techniques|times smaller|times as fast|metric|search|taken|",
+    "|---|---|---|---|---|---|---|---|",
+)
+_SLOWEST = 4  # layers that are named
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one search gave. `path`: its file; `name`: of the candidate that was taken."""
+    """What one search gave. `path`: its file; `name`: of the candidate that was taken; `tried`: sentences on others."""
 
     objective: str
     techniques: str
@@ -51,6 +66,7 @@ class Result:
     path: Path
     metric: float
     seconds: float
+    tried: tuple[str, ...]
 
 
 def images(case: Case, models: Path, chosen: slice) -> dict[str, Array] | None:
@@ -107,13 +123,42 @@ def results(
             done.model.save(path)
             chosen = next((row["name"] for row in done.candidates if row["chosen"]), "the model itself")
             metric = float(evaluate(case.name, models, "--model", str(path), "--threads", "1"))
-            yield Result(objective, "quantization alone" if techniques else "all", chosen, path, metric, seconds)
+            told = () if techniques else tuple(tried(done.report, objective))
+            yield Result(objective, "quantization alone" if techniques else "all", chosen, path, metric, seconds, told)
 
 
-def rows(
-    case: Case, models: Path, drop: float, count: int | None, search_time_s: float | None
-) -> tuple[list[str], dict[str, float]]:
-    """Lines of the table, and by objective the gain of all techniques in what it asks for."""
+def tried(report: dict[str, Any], objective: str) -> Iterator[str]:
+    """What a search with all techniques measured, the best that lost too much, and where its result's time goes."""
+    measured = [row for row in report["candidates"] if row.get("drop") is not None]
+    cut = [row for row in measured if "prune" in row["name"] or "factorize" in row["name"]]
+    yield (
+        f"`{objective}`: {len(measured)} models were measured, {len(cut)} of them cut; "
+        f"{sum('falls by' in row['reason'] for row in cut)} of these lost too much."
+    )
+    lost = [row for row in cut if "falls by" in row["reason"]]
+    if lost:
+        nearest = min(lost, key=lambda row: row["drop"])
+        yield (
+            f"The cut that lost too much by the least: {nearest['name']}, "
+            f"{report['original']['onnx_size_bytes'] / nearest['size_bytes']:.2f} times smaller; {nearest['reason']}."
+        )
+    timed = [row for row in report["layers"] if row.get("optimized_ms")]
+    total = sum(row["optimized_ms"] for row in timed)
+    if objective == "fastest" and total:
+        slowest = sorted(timed, key=lambda row: -row["optimized_ms"])[:_SLOWEST]
+        told = "; ".join(
+            f"{row['name']} ({row['op_type']}) {row['optimized_ms'] / total:.0%}{_why(row)}" for row in slowest
+        )
+        yield f"The result's time goes to: {told}.".replace("%", " %").replace("  %", " %")
+
+
+def _why(row: dict[str, Any]) -> str:
+    return f", {row['why'].rstrip('.')}" if row.get("why") else ""
+
+
+def figures(case: Case, models: Path, drop: float, count: int | None, search_time_s: float | None) -> dict[str, Any]:
+    """All that the page says of a model: lines of the table, by objective the gain of all techniques in what it asks
+    for, and what was tried."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = load(models / case.file, case.inputs)
@@ -136,42 +181,53 @@ def rows(
                 f"{speed.median:.2f} [{speed.low:.2f}, {speed.high:.2f}]|{base:.4f} → {one.metric:.4f}|"
                 f"{one.seconds:.0f} s|{one.name}|"
             )
-        gains = {"fastest": speeds[1] / speeds[0], "smallest": sizes[2] / sizes[3]}
-        return lines, gains
+        return {
+            "lines": lines,
+            "gains": {"fastest": speeds[1] / speeds[0], "smallest": sizes[2] / sizes[3]},
+            "tried": [text for one in found for text in one.tried],
+            "measured_on": f"{datetime.date.today().isoformat()}, {environment()['cpu']}",
+        }
+
+
+def page(results: dict[str, Any]) -> str:
+    """docs/levers.md."""
+    means = {
+        name: math.exp(sum(math.log(one["gains"][name]) for one in results.values()) / len(results))
+        for name in OBJECTIVES
+    }
+    summary = (
+        f"All techniques over quantization alone, geometric mean of {len(results)} models: {means['fastest']:.2f} "
+        f"times as fast by `fastest`, {means['smallest']:.2f} times smaller by `smallest`."
+    )
+    blocks = [HEADER, summary, "", *TABLE, *(line for one in results.values() for line in one["lines"])]
+    for name, one in results.items():
+        gains = ", ".join(f"`{objective}` {one['gains'][objective]:.2f}" for objective in OBJECTIVES)
+        blocks += ["", f"## {name}", "", f"Gained over quantization alone: {gains}. {one['measured_on']}.", ""]
+        blocks += [f"- {text}" for text in one["tried"]]
+    return "\n".join([*blocks, ""])
 
 
 def main() -> None:
     """Prints the table, and writes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--models", type=Path, help="folder with the models and their eval_NAME.py")
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--drop", type=float, default=0.01)
     parser.add_argument("--inputs", type=int, help="training images for mnist and fashion, without labels")
     parser.add_argument("--search-time", type=float)
-    parser.add_argument("--page", type=Path)
+    parser.add_argument("--render", action="store_true", help="write the page from the figures that there are")
     arguments = parser.parse_args()
-    lines = [
-        "|model|goal|techniques|times smaller|times as fast|metric|search|taken|",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    gains: dict[str, list[float]] = {objective: [] for objective in OBJECTIVES}
-    print("\n".join(lines), flush=True)
+    results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+    if not arguments.render:
+        print("\n".join(TABLE), flush=True)
     for case in CASES:
-        if arguments.only and case.name not in arguments.only:
+        if arguments.render or (arguments.only and case.name not in arguments.only):
             continue
-        found, gain = rows(case, arguments.models, arguments.drop, arguments.inputs, arguments.search_time)
-        print("\n".join(found), flush=True)
-        lines += found
-        for objective in OBJECTIVES:
-            gains[objective].append(gain[objective])
-    means = {name: math.exp(sum(map(math.log, values)) / len(values)) for name, values in gains.items()}
-    summary = (
-        f"All techniques over quantization alone, geometric mean: {means['fastest']:.2f} times as fast by `fastest`, "
-        f"{means['smallest']:.2f} times smaller by `smallest`."
-    )
-    print(summary)
-    if arguments.page:
-        arguments.page.write_text("\n".join([HEADER + summary, "", *lines, ""]), encoding="utf-8")
+        found = figures(case, arguments.models, arguments.drop, arguments.inputs, arguments.search_time)
+        print("\n".join([*found["lines"], *found["tried"]]), flush=True)
+        results[case.name] = found
+        RESULTS.write_text(json.dumps(results, indent=1), "utf-8")
+    PAGE.write_text(page(results), "utf-8")
 
 
 if __name__ == "__main__":

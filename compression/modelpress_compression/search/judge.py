@@ -2,7 +2,8 @@
 
 A candidate keeps the answers if all of these hold that apply:
 
-1. No output's cosine with the original's falls below 0.95 (10 dB).
+1. No output's cosine with the original's falls below 0.95 (10 dB). Without labels, and unless damage is allowed, the
+   expected drop is at most 10 points, on made-up inputs too: more is damage (damage.py).
 2. With labels, or with a metric of the user's own: it falls by at most `max_drop` (0.01 if it is not set).
 3. Without labels, `max_drop` set: agreement with the original is at least `1 - max_drop`. With the metric cosine, the
    cosine takes the place of agreement, and `max_drop` is 0.01 if it is not set.
@@ -37,6 +38,7 @@ from modelpress_compression.backends.cpu import CPU
 from modelpress_compression.errors import MetricError
 from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.accuracy import Evaluation, accuracy_after
+from modelpress_compression.measure.damage import damage_of
 from modelpress_compression.measure.fidelity import Fidelity, KnownOutputs, compare_outputs
 from modelpress_compression.measure.latency import Speedup, Times, Timings, ratio_interval, time_interleaved
 from modelpress_compression.measure.task import GivenScores, NotScoredError, OwnMetric, Task, model_digest
@@ -204,7 +206,12 @@ class Judge:
             )
         if candidate.size_bytes >= file_size_bytes(self.float_path) and candidate.technique != "fuse":
             return "its file would not be smaller than in float32"
-        return "" if self.task is not None else self._disagrees(fidelity, slack, fitted=candidate.is_fitted)
+        if self.task is not None:
+            return ""
+        # On made-up inputs classes say nothing of a point, but what the whole job would be called damaged for is not it.
+        if not self.recipe.limits.allow_damage and (damage := damage_of(fidelity, None, slack)):
+            return f"it would no longer resemble the original: {damage}"
+        return self._disagrees(fidelity, slack, fitted=candidate.is_fitted)
 
     @cached_property
     def _original_metric(self) -> Evaluation:

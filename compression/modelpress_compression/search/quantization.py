@@ -51,6 +51,7 @@ _REST_MARGIN_DB, _REST_FLOOR_DB = 6.0, 26.0
 # float16 for the weights that are left is 27 dB away from float32, and no worse an answer. Weights alone are stored
 # like this the last time: more than what counts as no error (choice.NEGLIGIBLE_ERROR), 40 dB.
 _CLOSER_DB, _CLOSER = 2.0, 3
+_ROUNDING_DB = 0.01  # of a power and back
 CLOSE_FLOOR_DB = 43.0
 _WHOLE_DB = 150.0  # float32 is no nearer to itself
 # Shares of the step's progress when dynamic, static and the mixed candidates are built and judged.
@@ -220,25 +221,29 @@ class SchemeSearch:
         `path`: of the model whose weights are stored. `last_db`: the least of the last floor."""
         storing = self._storing_of(path)
 
-        def following(floor_db: float, left: int) -> Candidate | None:
+        def following(floor_db: float, left: int, kept_before_db: float) -> Candidate | None:
             named = variant if left == _CLOSER else f"{variant}, for {floor_db:.0f} dB"
             candidate = store(named, floor_db)
             if candidate is None:
                 return None
             candidate = self.candidates[-1] = replace(candidate, computes_as=path)
-            if not left or not candidate.record.changes or candidate.unscored:
+            if not left or candidate.unscored:
                 return candidate
-            kept_db = min(max(floor_db, storing.kept_db), _WHOLE_DB)
             # A later job, for which this one is not built again, goes on from here as well.
-            facts = self.recall.facts("kept", [model_digest(candidate.record.path)], lambda: {"db": kept_db})
-            next_db = max(facts["db"] + _CLOSER_DB, last_db if left == 1 else 0.0)
-            closer = partial(following, next_db, left - 1)
+            asked = [model_digest(candidate.record.path), floor_db]
+            facts = self.recall.facts("kept", asked, lambda: {"db": min(storing.kept_db, _WHOLE_DB)})
+            if not candidate.record.changes:
+                # Not to be had. What is, if it keeps more than what was refused, may do.
+                most_db = facts["db"] - _ROUNDING_DB
+                return following(most_db, 0, most_db) if most_db > kept_before_db else candidate
+            kept_db = max(floor_db, facts["db"])
+            closer = partial(following, max(kept_db + _CLOSER_DB, last_db if left == 1 else 0.0), left - 1, kept_db)
             if candidate.reason:
                 return closer()
             self.candidates[-1] = replace(candidate, closer=closer)
             return self.candidates[-1]
 
-        return following(floor_db, _CLOSER)
+        return following(floor_db, _CLOSER, floor_db)
 
     def smaller(self, candidates: Sequence[Candidate] | None = None) -> None:
         """Each of the candidates (None: of all) that keeps the answers with the rest of its weights stored in 8 bits;

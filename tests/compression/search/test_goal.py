@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from modelpress_compression import InputData, Model, Recipe, compress
 from modelpress_compression.inputs import EvaluationData
+from modelpress_compression.measure.damage import DAMAGE_DROP
 from modelpress_compression.measure.fidelity import Fidelity, OutputFidelity
 from modelpress_compression.measure.latency import Timings
 from modelpress_compression.measure.task import Labelled
@@ -23,6 +24,7 @@ from modelpress_compression.report.build import report_schema
 from modelpress_compression.search import judge, quantization, search_time
 from modelpress_compression.search.judge import SCREENING_SAMPLES
 from modelpress_compression.search.levers import Cut, LeverSearch
+from onnx import helper
 
 
 @pytest.fixture
@@ -146,6 +148,22 @@ def test_what_is_stored_too_roughly_is_stored_closer(
     assert "cosine 0.5000" in stored["reason"]
     assert closer["chosen"]
     assert stored["size_bytes"] < closer["size_bytes"] < rows["quantize dynamic"]["size_bytes"]
+
+
+@pytest.mark.usefixtures("timed_by_size")
+@pytest.mark.parametrize("shared", [3e2, 3e5])
+def test_damage_is_never_taken(channel_model, shared: float) -> None:  # type: ignore[no-untyped-def]
+    """Scores far above what tells the classes apart keep 40 dB in 8 bits, and other classes: what the job would be
+    called damaged for is stored closer, as far as 16 bits help, or not at all."""
+    rng = np.random.default_rng(2)
+    weight = (shared * rng.standard_normal((64, 1)) + rng.standard_normal((64, 96))).astype(np.float32)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], "head")]
+    report = compress(channel_model(nodes, {"w": weight}, ["n", 64], ["n", 96]), goal()).report
+    assert report["constraints"]["met"]
+    assert report["fidelity"]["expected_drop"] <= DAMAGE_DROP
+    refused = [row["name"] for row in report["candidates"] if "no longer resemble" in row["reason"]]
+    assert "quantize weight_only, weights stored in fewer bits, computing in float32" in refused
+    assert report["size_ratio"] > (1.8 if shared < 1e3 else 0.99)
 
 
 @pytest.mark.usefixtures("timed_by_size")
