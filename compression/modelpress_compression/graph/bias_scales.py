@@ -1,9 +1,9 @@
-"""Scales of biases that are added to the accumulators of integer products: each is that of the input times the weight's.
+"""Scales of biases that are added to accumulators of integer products: each is that of the input times the weight's.
 
     DequantizeLinear(b, s)      s[c] = x_scale * w_scale[c]
 
 A file that holds the factors anyway need not hold s: `share` writes the product as a node, which onnxruntime computes
-when it loads the model, before it looks for integer products. `write_out` puts the numbers back, since all who read weights
+when it loads the model, before it looks for integer products. `write_out` puts the numbers back: all who read weights
 want their scales as constants.
 """
 

@@ -208,7 +208,7 @@ class Judge:
             return "its file would not be smaller than in float32"
         if self.task is not None:
             return ""
-        # On made-up inputs classes say nothing of a point, but what the whole job would be called damaged for is not it.
+        # Classes of made-up inputs say nothing of a point, but the whole job would be called damaged for ten.
         if not self.recipe.limits.allow_damage and (damage := damage_of(fidelity, None, slack)):
             return f"it would no longer resemble the original: {damage}"
         return self._disagrees(fidelity, slack, fitted=candidate.is_fitted)

@@ -35,15 +35,18 @@ class Depthwise:
         layer, channels, points = problem.layer, problem.layer.channels, problem.layer.points
         filters = min(ranks[0], points, layer.answers)
         parts = problem.decompositions("depthwise", _of_channels)
-        depth = np.stack([part.features(filters).T for part in parts])  # [C, t, points]
+        # The first filter of every channel, then the second: fewer filters are the first of these.
+        depth = np.stack([part.features(filters).T for part in parts], axis=1)  # [t, C, points]
 
         def project(matrix: Matrix) -> Matrix:
-            projected: Matrix = np.matmul(depth, matrix.reshape(channels, points, -1))
-            return projected.reshape(channels * filters, -1)
+            projected: Matrix = np.matmul(depth[:, :, None], matrix.reshape(channels, points, -1))
+            return projected.reshape(filters * channels, -1)
 
-        plain = np.concatenate([part.mixing(filters) for part in parts]), total_lost(parts, filters)
-        mixing, error = problem.least_squares(project) or plain
-        kernel = depth.reshape(channels * filters, 1, *layer.kernel)
+        plain = np.stack([part.mixing(filters) for part in parts], axis=1), total_lost(parts, filters)
+        mixing, error = problem.nested_least_squares("depthwise", filters * channels, project) or plain
+        # onnxruntime wants the filters of a channel side by side.
+        mixing = mixing.reshape(filters, channels, -1).swapaxes(0, 1).reshape(filters * channels, -1)
+        kernel = depth.swapaxes(0, 1).reshape(channels * filters, 1, *layer.kernel)
         stages = (Stage(kernel, all_axes(layer), channels), mixing_stage(layer, mixing[None]))
         return Factors("depthwise", (filters,), stages, error)
 

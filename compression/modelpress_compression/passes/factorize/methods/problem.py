@@ -24,6 +24,7 @@ class Problem:
         self.matrix = layer.matrix
         self.moments = moments
         self._kept: dict[Hashable, Sequence[Decomposition]] = {}
+        self._fits: dict[Hashable, NestedFit] = {}
 
     def decompositions(
         self, name: Hashable, make: Callable[[Problem], Sequence[Decomposition]]
@@ -36,20 +37,66 @@ class Problem:
     def least_squares(self, project: Callable[[Matrix], Matrix]) -> tuple[Matrix, float] | None:
         """The mixing P [F, O] of the least error for features T of a layer of one group, and the error; None without
         data. `project`: from M [K, n] to T^T M [F, n]."""
+        fit = self._fit(project)
+        return None if fit is None else self._fitted(fit, len(fit))
+
+    def nested_least_squares(
+        self, name: Hashable, count: int, project: Callable[[Matrix], Matrix]
+    ) -> tuple[Matrix, float] | None:
+        """The same for `count` features of which fewer are the first of them: what was found out under this name for
+        more is enough."""
+        if name not in self._fits or len(self._fits[name]) < count:
+            fit = self._fit(project)
+            if fit is None:
+                return None
+            self._fits[name] = fit
+        return self._fitted(self._fits[name], count)
+
+    def _fit(self, project: Callable[[Matrix], Matrix]) -> NestedFit | None:
         if self.moments is None:
             return None
-        weight, moments = self.matrix[0], self.moments[0]
-        weighed = project(moments)  # T^T H [F, K]
-        gram, right = project(weighed.T), weighed @ weight
-        gram = gram + _TINY * np.trace(gram) / len(gram) * np.eye(len(gram))
-        mixing: Matrix = np.linalg.solve(gram, right)
-        return mixing, share_lost(self._energy, float(np.vdot(mixing, right)))
+        weighed = project(self.moments[0])  # T^T H [F, K]
+        return NestedFit(project(weighed.T), weighed @ self.matrix[0])
+
+    def _fitted(self, fit: NestedFit, count: int) -> tuple[Matrix, float]:
+        return fit.mixing(count), share_lost(self._energy, fit.kept(count))
 
     @cached_property
     def _energy(self) -> float:
         """Of the answers of the first group."""
         weight = self.matrix[0]
         return float(np.vdot(weight, weight if self.moments is None else self.moments[0] @ weight))
+
+
+class NestedFit:
+    """The mixing P of least error for the first features T of an order, for any number of them, by one Cholesky factor:
+    its first rows and columns are the factor of theirs.
+
+    `gram`: T^T H T [F, F], which is used up; `right`: T^T H W [F, O].
+    """
+
+    def __init__(self, gram: Matrix, right: Matrix) -> None:
+        import torch
+
+        diagonal = np.einsum("ii->i", gram)
+        diagonal += _TINY * diagonal.mean()
+        self._lower = torch.linalg.cholesky(torch.from_numpy(np.ascontiguousarray(gram)))
+        self._whitened = torch.linalg.solve_triangular(self._lower, torch.from_numpy(right), upper=False)
+
+    def __len__(self) -> int:
+        return len(self._whitened)
+
+    def mixing(self, count: int) -> Matrix:
+        """P [count, O]."""
+        import torch
+
+        upper = self._lower[:count, :count].mT
+        mixing: Matrix = torch.linalg.solve_triangular(upper, self._whitened[:count], upper=True).numpy()
+        return mixing
+
+    def kept(self, count: int) -> float:
+        """Of the energy."""
+        return float(self._whitened[:count].square().sum())
 
 
 class Decomposition:
@@ -115,5 +162,6 @@ def damped(moments: Matrix) -> Matrix | None:
     means = np.trace(moments, axis1=1, axis2=2) / size
     if not np.isfinite(moments).all() or (means <= 0).any():
         return None
-    result: Matrix = moments / means[:, None, None] + DAMPING * np.eye(size)
+    result: Matrix = moments / means[:, None, None]
+    np.einsum("gii->gi", result)[:] += DAMPING
     return result

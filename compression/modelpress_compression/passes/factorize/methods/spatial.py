@@ -43,7 +43,8 @@ class Spatial:
             cube = matrix.reshape(channels * rows, columns, -1)
             return np.tensordot(column, cube, (0, 0)).reshape(rank * columns, -1)
 
-        mixing, error = problem.least_squares(project) or (parts[0].mixing(rank), total_lost(parts, rank))
+        fitted = problem.nested_least_squares("spatial", rank * columns, project)
+        mixing, error = fitted or (parts[0].mixing(rank), total_lost(parts, rank))
         row = mixing.reshape(rank, columns, answers).transpose(2, 0, 1)[:, :, None, :]
         stages = (Stage(column.T.reshape(rank, channels, rows, 1), (0,)), Stage(row, (1,)))
         return Factors("spatial", (rank,), stages, error)
