@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir
+from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor, clean
 from modelpress_compression.graph.read import constant_array, constant_tensor, input_of, is_op
@@ -31,8 +32,8 @@ def share(model: Model) -> None:
             factors = _factors(node)
             if scale is None or factors is None or not _is_shorter(scale, factors):
                 continue
-            numbers = [constant_array(value) for value in (scale, *factors)]
-            if not any(array is None for array in numbers) and np.array_equal(numbers[0], numbers[1] * numbers[2]):
+            product = _product(*factors)
+            if product is not None and np.array_equal(np.asarray(constant_array(scale)), product):
                 node.replace_input_with(1, editor.emit(node, "Mul", factors, node.name or "bias")[0])
                 if not scale.uses():
                     del graph.initializers[scale.name or ""]
@@ -45,15 +46,22 @@ def write_out(model: Model) -> None:
     for graph in list(model.graphs()):
         for node in list(graph):
             scale = input_of(node, 1)
-            product = scale.producer() if scale is not None and _dequantizes_int32(node) else None
-            if scale is None or product is None or not is_op(product, "Mul"):
-                continue
-            one, other = map(constant_array, product.inputs)
-            if one is not None and other is not None and one.dtype == other.dtype == np.float32:
-                node.replace_input_with(1, editor.constant(graph, one * other, f"{node.name}_scale"))
+            maker = scale.producer() if scale is not None and _dequantizes_int32(node) else None
+            product = _product(*maker.inputs) if maker is not None and is_op(maker, "Mul") else None
+            if product is not None:
+                node.replace_input_with(1, editor.constant(graph, product, f"{node.name}_scale"))
                 found = True
     if found:
         clean(model)
+
+
+def _product(one: onnx_ir.Value | None, other: onnx_ir.Value | None) -> NDArray[np.float32] | None:
+    """Of two constants in float32, one of which is a single number: hostile shapes would blow up."""
+    numbers = [constant_array(one), constant_array(other)]
+    first, second = (None if array is None or array.dtype != np.float32 else array for array in numbers)
+    if first is None or second is None or 1 not in (first.size, second.size):
+        return None
+    return np.asarray(np.multiply(first, second), np.float32)
 
 
 def _dequantizes_int32(node: onnx_ir.Node) -> bool:
