@@ -22,7 +22,7 @@ from modelpress_compression.archive import Archive, Member
 from modelpress_compression.counted import counted
 from modelpress_compression.errors import CompressionError, InvalidDataError
 from modelpress_compression.picked import picked
-from modelpress_compression.specs import TensorSpec
+from modelpress_compression.specs import DTYPES, TensorSpec
 
 Array = NDArray[np.generic]
 Feeds = dict[str, Array]
@@ -250,6 +250,19 @@ class EvaluationData:
     def read(cls, path: str | os.PathLike[str], specs: tuple[TensorSpec, ...], work_directory: Path) -> EvaluationData:
         """Reads an .npz with inputs and `labels`. Raises InvalidDataError."""
         return cls.from_arrays(_unpack(Path(path), work_directory), specs, where="The evaluation file")
+
+
+def specs_of(path: str | os.PathLike[str], work_directory: Path) -> tuple[TensorSpec, ...]:
+    """The inputs that an .npz of samples is for, if its arrays are all that a model takes: as many samples as there are
+    in each, the other dimensions as they are. Raises InvalidDataError."""
+    arrays = _unpack(Path(path), work_directory)
+    if LABELS in arrays:
+        arrays = {name: array for name, array in arrays.items() if name not in (LABELS, *SETTINGS)}
+    return tuple(
+        TensorSpec(name, array.dtype.name, ("batch", *array.shape[1:]))
+        for name, array in arrays.items()
+        if array.ndim and array.dtype.name in DTYPES
+    )
 
 
 def _setting(name: str, array: Array, where: str) -> int:

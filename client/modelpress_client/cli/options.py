@@ -202,7 +202,8 @@ def compression_options(function: FunctionT) -> FunctionT:
             "inputs",
             multiple=True,
             metavar="'NAME:DTYPE[DIM,...]'",
-            help="An input, for formats that do not record them; a word as DIM is a dynamic dimension. Repeatable.",
+            help="An input, for formats that do not record them, if arrays of --data do not tell; a word as DIM is a "
+            "dynamic dimension. Repeatable.",
         ),
         click.option(
             "--recipe",

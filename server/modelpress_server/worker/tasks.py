@@ -11,13 +11,13 @@ from pathlib import Path
 
 import modelpress_compression
 import threadpoolctl
-from modelpress_compression.errors import RejectedModelError
-from modelpress_compression.inputs import EvaluationData, InputData
+from modelpress_compression.errors import CompressionError, InvalidInputsError, RejectedModelError
+from modelpress_compression.inputs import EvaluationData, InputData, specs_of
 from modelpress_compression.inspection import inspect_model
 from modelpress_compression.loaders import load
 from modelpress_compression.loaders.formats import detect
 from modelpress_compression.memory import Memory
-from modelpress_compression.model import Model
+from modelpress_compression.model import Model, Provenance
 from modelpress_compression.pipeline import Result, compress, stages_of
 from modelpress_protos.internal.v1 import worker_pb2
 from modelpress_protos.v1 import model_service_pb2
@@ -100,7 +100,7 @@ def _compress(task: worker_pb2.CompressTask, context: TaskContext) -> worker_pb2
     began = context.clock()
     recipe = messages.recipe_from_proto(task.recipe)
     context.events.progress("load", 0, len(stages_of(recipe)), 0.0, "loading the model")
-    model = _load(task.model, context)
+    model = _load(task.model, context, task.data_path or task.eval_path)
     found = _found(task.model, model)
     _refuse_blocking(found.inspection)
     context.events.send(worker_pb2.WorkerEvent(loaded=found))
@@ -146,13 +146,34 @@ def _write(result: Result, directory: Path) -> worker_pb2.CompressResult:
     return message
 
 
-def _load(files: worker_pb2.ModelFiles, context: TaskContext) -> Model:
+def _load(files: worker_pb2.ModelFiles, context: TaskContext, data_path: str = "") -> Model:
+    """`data_path`: samples, which tell what the inputs are where neither the file nor the user does."""
     paths = _paths(files)
     if context.sandbox.mode == "require" and context.sandbox.level < LEVEL_FILES_AND_NETWORK:
         _refuse_code(paths)
     inputs = [messages.spec_from_proto(spec) for spec in files.input_hints]
     provenance = messages.provenance_from_proto(files.source) if files.HasField("source") else None
-    return load(paths, inputs, provenance=provenance)
+    try:
+        return load(paths, inputs, provenance=provenance)
+    except InvalidInputsError:
+        model = _load_for(data_path, paths, provenance, context.directory) if data_path and not inputs else None
+        if model is None:
+            raise
+        return model
+
+
+def _load_for(data_path: str, paths: Sequence[Path], provenance: Provenance | None, directory: Path) -> Model | None:
+    """The model with the inputs that the samples are for; None where it is not for them."""
+    try:
+        specs = specs_of(data_path, directory)
+        model = load(paths, specs, provenance=provenance)
+    except CompressionError:
+        return None
+    listed = ", ".join(map(str, specs))
+    return model.with_warnings(
+        f"The file does not record its inputs; they were taken from the data: {listed}. Give --input where other "
+        "dimensions vary."
+    )
 
 
 def _refuse_code(paths: Sequence[Path]) -> None:

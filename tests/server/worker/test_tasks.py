@@ -143,6 +143,24 @@ async def test_compressing(executor: LocalExecutor, place: Path) -> None:
     assert fractions[-1] == 1.0
 
 
+@IN_THE_LOOP_OF_THE_EXECUTOR
+async def test_data_tell_what_inputs_are(executor: LocalExecutor, place: Path) -> None:
+    """A file that records none, and samples: their names, types and dimensions are those of the inputs, which is said;
+    what stands beside samples for a metric is no input."""
+    files = lay_out(place, "model_traced.pt")
+    output = place / "task" / "output"
+    output.mkdir()
+    shutil.copy(MNIST / "eval.npz", place / "task" / "eval.npz")
+    recipe = recipe_language.from_dict({"version": 1, "steps": [{"fuse": {}}], "benchmark": {"rounds": 5}})
+    eval_path = str(place / "task" / "eval.npz")
+    task = worker_pb2.CompressTask(model=files, recipe=recipe, eval_path=eval_path, output_directory=str(output))
+    event = await executor.run(worker_pb2.WorkerRequest(compress=task), limits=LIMITS, on_event=lambda _: None)
+    assert event.WhichOneof("event") == "compressed", event
+    report = json.loads((output / "report.json").read_text("utf-8"))
+    assert any("taken from the data: x:float32[batch,1,28,28]." in warning for warning in report["warnings"])
+    assert report["accuracy"]["original"] > 0.97
+
+
 @pytest.mark.parametrize(
     ("name", "hints", "reason"),
     [
