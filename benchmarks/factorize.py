@@ -1,7 +1,7 @@
 """Factorization beside channel pruning: cost, fidelity and latency at the same multiply-accumulates.
 
     python benchmarks/factorize.py [--models DIR --only NAME ...] [--architectures NAME ... --cache DIR]
-                                   [--budgets SHARE ...] [--tables SHARE ...] [--samples N] [--no-latency]
+                                   [--budgets SHARE ...] [--tables SHARE ...] [--samples N] [--no-latency] [--render]
 
 Every model is fused; then, at each budget, `factorize: {budget}` and channel pruning (global, least squares) whose
 sparsity is searched so that it leaves as many multiply-accumulates. Half of the samples are given to both, fidelity is
@@ -9,18 +9,25 @@ that on the other half, towards the model as it was loaded. DIR is as for `real_
 well. ARCHITECTURES are those of `architectures.py`, with random weights and inputs: of them fidelity says little but
 which of two is nearer. With --tables embedding tables alone are factorized, to these shares of their numbers, with the
 samples and without, in place of all else. Latency is that of the fused model over the result's, in interleaved rounds
-on one thread.
+on one thread. Real models are quantized as well (static, 8 bits): fused, and factorized to each budget.
+
+Rows are gathered in docs/factorization.json, a model at a time, but for those of tables; docs/factorization.md is
+written from them (`--render`: that alone).
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from model_evaluation import evaluate
@@ -39,11 +46,31 @@ from modelpress_compression.passes.fuse.config import FuseConfig
 from modelpress_compression.passes.fuse.fuse import Fuse
 from modelpress_compression.passes.prune.config import PruneConfig
 from modelpress_compression.passes.prune.prune import Prune
+from modelpress_compression.passes.quantize.config import QuantizeConfig
+from modelpress_compression.passes.quantize.quantize import Quantize
+from modelpress_compression.report.environment import environment
 from pruning_quality import CASES
 
 BUDGETS = (0.75, 0.5, 0.3)
 ROUNDS, LATENCY_BUDGET_S = 30, 4.0
 _SEARCHES = 6  # of the sparsity that leaves as many MACs
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+RESULTS, PAGE = DOCS / "factorization.json", DOCS / "factorization.md"
+TABLE = (
+    "| model | what | MACs | parameters | speed-up | SQNR, dB | metric | s | peak MiB |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+)
+HEADER = """# What factorization gives
+
+Written by `benchmarks/factorize.py`; do not edit.
+
+`factorize: {budget}` beside channel pruning with repair that leaves as many multiply-accumulates, and, for trained
+models, static quantization to 8 bits behind it. MACs and parameters are shares of the fused model's, the speed-up is
+over it, measured on one thread with one sample in interleaved rounds; SQNR is that of the first output on samples that
+nobody fitted anything to; the metric is the task's own. Seconds and peak memory are those of the row's own work.
+Architectures without a metric have random weights: their spectra are flat, so that low ranks keep less of them than of
+trained ones, and their SQNR says only which of two is nearer.
+"""
 
 
 @dataclass(frozen=True)
@@ -124,8 +151,19 @@ def pruned_to(one: Subject, macs: int) -> Model:
     return Prune(config)(one.fused, one.context).model
 
 
-def row_of(one: Subject, what: str, model: Model, seconds: float, timed: bool) -> str:
-    """One row of the table."""
+@contextmanager
+def own_costs() -> Iterator[list[float]]:
+    """Seconds, and the peak of this process's memory in MiB, of what is done within; Linux alone tells the latter."""
+    Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak begins anew
+    found, began = list[float](), time.monotonic()
+    yield found
+    status = Path("/proc/self/status").read_text("ascii")
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    found += [time.monotonic() - began, int(peak.split()[1]) / 1024]
+
+
+def row_of(one: Subject, what: str, model: Model, costs: list[float], timed: bool) -> str:
+    """One row of the table. `costs`: as of `own_costs`; empty: it was there."""
     paths = [one.folder / f"{name}.onnx" for name in ("loaded", "fused", "result")]
     for item, path in zip((one.model, one.fused, model), paths, strict=True):
         item.save(path)
@@ -144,38 +182,48 @@ def row_of(one: Subject, what: str, model: Model, seconds: float, timed: bool) -
         latency,
         sqnr,
         one.metric(model),
-        f"{seconds:.1f}",
+        f"{costs[0]:.1f}" if costs else "",
+        f"{costs[1]:.0f}" if costs else "",
     )
     return "| " + " | ".join(cells) + " |"
 
 
 def rows_of(one: Subject, budgets: list[float], timed: bool) -> Iterator[str]:
-    """Rows of all budgets."""
-    yield row_of(one, "fused", one.fused, 0.0, timed)
+    """Rows of all budgets, and for a trained model those in 8 bits."""
+    yield row_of(one, "fused", one.fused, [], timed)
+    if one.evaluation is not None:
+        yield in_8_bits(one, "8 bits", one.fused, timed)
     for budget in budgets:
-        began = time.monotonic()
-        result = Factorize(FactorizeConfig(budget=budget))(one.fused, one.context)
-        took_s = time.monotonic() - began
+        with own_costs() as costs:
+            result = Factorize(FactorizeConfig(budget=budget))(one.fused, one.context)
         methods = sorted({str(row["method"]) for row in result.details})
-        yield row_of(one, f"factorize {budget} ({', '.join(methods)})", result.model, took_s, timed)
-        began = time.monotonic()
-        model = pruned_to(one, one.macs(result.model))
-        yield row_of(one, f"prune {budget}", model, time.monotonic() - began, timed)
+        yield row_of(one, f"factorize {budget} ({', '.join(methods)})", result.model, costs, timed)
+        if one.evaluation is not None:
+            yield in_8_bits(one, f"factorize {budget}, 8 bits", result.model, timed)
+        with own_costs() as costs:
+            model = pruned_to(one, one.macs(result.model))
+        yield row_of(one, f"prune {budget}", model, costs, timed)
+
+
+def in_8_bits(one: Subject, what: str, model: Model, timed: bool) -> str:
+    """The row of a model in static 8 bits."""
+    with own_costs() as costs:
+        quantized = Quantize(QuantizeConfig(scheme="static"))(model, one.context).model
+    return row_of(one, what, quantized, costs, timed)
 
 
 def table_rows_of(one: Subject, shares: list[float], timed: bool) -> Iterator[str]:
     """Rows of a model's embedding tables alone, by how often rows are read, and with all rows alike."""
-    yield row_of(one, "fused", one.fused, 0.0, timed)
+    yield row_of(one, "fused", one.fused, [], timed)
     layers, _ = find_layers(one.fused, (), {})
     others = tuple(layer.name for layer in layers if not layer.is_table)
     for share in shares:
         for what, given in (("by reads", one.given), ("rows alike", one.given.only(range(1)))):
-            began = time.monotonic()
             config = FactorizeConfig(rank_ratio=share, embeddings="always", exclude=others)
-            result = Factorize(config)(one.fused, Context(given, one.folder))
-            took_s = time.monotonic() - began
+            with own_costs() as costs:
+                result = Factorize(config)(one.fused, Context(given, one.folder))
             lost = ", ".join(f"{float(row['relative_error']):.3f}" for row in result.details)
-            yield row_of(one, f"tables {share}, {what} (lost {lost})", result.model, took_s, timed)
+            yield row_of(one, f"tables {share}, {what} (lost {lost})", result.model, costs, timed)
 
 
 def main() -> None:
@@ -188,8 +236,11 @@ def main() -> None:
     parser.add_argument("--tables", nargs="*", type=float, help="embedding tables alone, at these shares of their size")
     parser.add_argument("--samples", type=int, default=256, help="half are given, half judge")
     parser.add_argument("--no-latency", action="store_true")
+    parser.add_argument("--render", action="store_true", help="write the page from the rows that there are")
     arguments = parser.parse_args()
-    print("| model | what | MACs | parameters | speed-up | SQNR, dB | metric | s |\n" + "| --- " * 8 + "|", flush=True)
+    results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+    if not arguments.render:
+        print("\n".join(TABLE), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder, samples = Path(temporary), arguments.samples
         subjects = random_ones(arguments.architectures, arguments.cache, samples, folder)
@@ -197,9 +248,25 @@ def main() -> None:
             subjects = chain(real(arguments.only, arguments.models.resolve(), samples, folder), subjects)
         for one in subjects:
             timed, tables = not arguments.no_latency, arguments.tables
-            rows = table_rows_of(one, tables, timed) if tables else rows_of(one, arguments.budgets, timed)
-            for row in rows:
+            found = []
+            for row in table_rows_of(one, tables, timed) if tables else rows_of(one, arguments.budgets, timed):
                 print(row, flush=True)
+                found.append(row)
+            if not tables:
+                about = f"{datetime.date.today().isoformat()}, {environment()['cpu']}, {samples} samples at most"
+                results[one.name] = {"rows": found, "about": about}
+                RESULTS.write_text(json.dumps(results, indent=1), "utf-8")
+    PAGE.write_text(page(results), "utf-8")
+
+
+def page(results: dict[str, Any]) -> str:
+    """docs/factorization.md: trained models first."""
+    order = [case.name for case in CASES]
+    names = [*(name for name in order if name in results), *sorted(results.keys() - set(order))]
+    blocks = [HEADER]
+    for name in names:
+        blocks += [f"## {name}", "", f"{results[name]['about']}.", "", *TABLE, *results[name]["rows"], ""]
+    return "\n".join(blocks)
 
 
 if __name__ == "__main__":
