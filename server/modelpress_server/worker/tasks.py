@@ -6,6 +6,7 @@ import contextlib
 import os
 import pkgutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -166,14 +167,18 @@ def _load_for(data_path: str, paths: Sequence[Path], provenance: Provenance | No
     """The model with the inputs that the samples are for; None where it is not for them."""
     try:
         specs = specs_of(data_path, directory)
-        model = load(paths, specs, provenance=provenance)
     except CompressionError:
         return None
-    listed = ", ".join(map(str, specs))
-    return model.with_warnings(
-        f"The file does not record its inputs; they were taken from the data: {listed}. Give --input where other "
-        "dimensions vary."
-    )
+    # NumPy's floats are of 64 bits where nobody asks for others, a network's hardly ever.
+    narrow = [replace(spec, dtype="float32") if spec.dtype == "float64" else spec for spec in specs]
+    for tried in (specs, narrow):
+        with contextlib.suppress(CompressionError):
+            listed = ", ".join(map(str, tried))
+            return load(paths, tried, provenance=provenance).with_warnings(
+                f"The file does not record its inputs; they were taken from the data: {listed}. Give --input where "
+                "other dimensions vary."
+            )
+    return None
 
 
 def _refuse_code(paths: Sequence[Path]) -> None:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2
@@ -143,14 +144,17 @@ async def test_compressing(executor: LocalExecutor, place: Path) -> None:
     assert fractions[-1] == 1.0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @IN_THE_LOOP_OF_THE_EXECUTOR
-async def test_data_tell_what_inputs_are(executor: LocalExecutor, place: Path) -> None:
+async def test_data_tell_what_inputs_are(executor: LocalExecutor, place: Path, dtype: str) -> None:
     """A file that records none, and samples: their names, types and dimensions are those of the inputs, which is said;
-    what stands beside samples for a metric is no input."""
+    what stands beside samples for a metric is no input. NumPy's own floats are taken for the network's."""
     files = lay_out(place, "model_traced.pt")
     output = place / "task" / "output"
     output.mkdir()
-    shutil.copy(MNIST / "eval.npz", place / "task" / "eval.npz")
+    with np.load(MNIST / "eval.npz") as arrays:
+        samples = {"x": arrays["x"].astype(dtype), "labels": arrays["labels"]}
+    np.savez(place / "task" / "eval.npz", **samples)
     recipe = recipe_language.from_dict({"version": 1, "steps": [{"fuse": {}}], "benchmark": {"rounds": 5}})
     eval_path = str(place / "task" / "eval.npz")
     task = worker_pb2.CompressTask(model=files, recipe=recipe, eval_path=eval_path, output_directory=str(output))
