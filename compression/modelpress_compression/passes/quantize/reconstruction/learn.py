@@ -39,13 +39,15 @@ from modelpress_compression.holding_out import held_out
 from modelpress_compression.inputs import InputData
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
-from modelpress_compression.passes.quantize.reconstruction.dropping import add_dropping
+from modelpress_compression.passes.quantize.reconstruction.dropping import add_dropping, at_random
 from modelpress_compression.passes.quantize.reconstruction.grids import Grid, Levels
 from modelpress_compression.passes.quantize.reconstruction.layer_sums import Layer, LayerReader
 from modelpress_compression.passes.quantize.reconstruction.samples import (
+    BATCH,
     Sample,
     Tensors,
     Values,
+    batch_size,
     gathered,
     may_be_batched,
     together,
@@ -54,7 +56,6 @@ from modelpress_compression.passes.quantize.reconstruction.soft_rounding import 
 
 MAX_SAMPLES = 256
 MAX_KEPT_BYTES = 256 * 1024**2  # 256 MiB of activations, of each of the two models
-BATCH = 16
 DROPPED = 0.5  # of the activations, under brecq
 MAX_BLOCKS = 128
 # Of the time that is left, for all blocks together.
@@ -301,9 +302,10 @@ class _Trial:
         soft = {name: SoftRounding(grid, device) for name, grid in self._grids.items()}
         base = {name: _tensor(grid.real(grid.levels), self._executor) for name, grid in self._grids.items()}
         scale = self._mean_error(samples, base)
+        count = batch_size(samples)
 
         def pull() -> None:
-            chosen = [samples[place] for place in generator.integers(len(samples), size=BATCH)]
+            chosen = [samples[place] for place in generator.integers(len(samples), size=count)]
             weights = {name: item.weight() for name, item in soft.items()}
             parts = together(chosen, self._batched)
             for number, item in enumerate(parts):
@@ -334,7 +336,7 @@ class _Trial:
         for name, plain in item.plain.items():
             own = mixed[name]
             if own.is_floating_point() and own.shape == plain.shape:
-                mixed[name] = torch.where(torch.rand_like(own) < DROPPED, own, plain)
+                mixed[name] = torch.where(at_random(own, DROPPED), own, plain)
         return mixed
 
     def _in_batches(self, samples: Sequence[Sample]) -> Iterator[Sample]:

@@ -20,6 +20,7 @@ from modelpress_compression.inputs import Array, values_bytes
 
 MAX_BYTES = 256 * 1024**2  # 256 MiB: of one block
 MAX_FEED_BYTES = 16 * 1024**2  # 16 MiB: of what runs at once
+BATCH, MIN_BATCH = 16, 4  # samples of a step
 Values = Mapping[str, Array]
 Tensors = dict[str, Tensor]
 
@@ -88,6 +89,12 @@ def _joined_samples(samples: Sequence[Sample]) -> Sample:
         _joined([item.counts for item in samples]),
         samples[0].held_out,
     )
+
+
+def batch_size(samples: Sequence[Sample]) -> int:
+    """Samples of a step: fewer of large ones. A picture of 112 x 112 has as many positions to learn from as 16 of
+    28 x 28, and steps on the first blocks of a network would take most of the time."""
+    return min(BATCH, max(MIN_BATCH, MAX_FEED_BYTES // max(samples[0].size_bytes, 1)))
 
 
 def may_be_batched(samples: Sequence[Sample]) -> bool:
