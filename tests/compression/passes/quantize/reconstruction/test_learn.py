@@ -17,7 +17,6 @@ from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.quantize import Quantize
 from modelpress_compression.passes.quantize.reconstruction import learn as module
 from modelpress_compression.passes.quantize.reconstruction import samples as samples_module
-from modelpress_compression.passes.quantize.reconstruction import learn
 from modelpress_compression.passes.quantize.reconstruction.dropping import add_dropping, at_random
 from modelpress_compression.passes.quantize.reconstruction.rounders import LEARNED_LAYERS
 from numpy.typing import NDArray
@@ -81,7 +80,7 @@ def test_it_gains_on_samples_not_seen(
     random = scheme == "weight_only" and rounding == "brecq"
     gains = []
     for seed in range(6 if random else 1):
-        monkeypatch.setattr(learn, "_SEED", seed)
+        monkeypatch.setattr(module, "_SEED", seed)
         learned = quantize(deep, given, rounding=rounding, rounding_steps=200, **options)
         assert learned.changes[LEARNED_LAYERS] >= 3
         gains.append(sqnr(deep, learned.model, unseen) - sqnr(deep, plain.model, unseen))
