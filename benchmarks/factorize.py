@@ -53,6 +53,8 @@ from pruning_quality import CASES
 
 BUDGETS = (0.75, 0.5, 0.3)
 ROUNDS, LATENCY_BUDGET_S = 30, 4.0
+_ALIKE = 0.05  # of the multiply-accumulates
+_POINT = 0.01  # of a metric
 _SEARCHES = 6  # of the sparsity that leaves as many MACs
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS, PAGE = DOCS / "factorization.json", DOCS / "factorization.md"
@@ -259,11 +261,69 @@ def main() -> None:
     PAGE.write_text(page(results), "utf-8")
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What the page's summary reads of a row."""
+
+    macs: float
+    speed: float
+    sqnr_db: float
+    metric: float | None
+
+    @classmethod
+    def of(cls, row: str) -> tuple[str, Figures] | None:
+        """With what was done, but for the methods in brackets; None: it was not timed."""
+        cells = [cell.strip() for cell in row.strip("| ").split(" | ")]
+        _, what, macs, _, speed, sqnr, metric, *_ = [*cells, "", ""]
+        if not speed or not sqnr:
+            return None
+        found = cls(float(macs), float(speed.split()[0]), float(sqnr), float(metric) if metric else None)
+        return what.split(" (", maxsplit=1)[0], found
+
+
+def summary(results: dict[str, Any]) -> Iterator[str]:
+    """How often factors are faster or nearer than pruning to the same cost, and in 8 bits than 8 bits alone."""
+    by_model = {name: dict(filter(None, map(Figures.of, one["rows"]))) for name, one in results.items()}
+    for budget in BUDGETS:
+        pairs = [
+            (rows[f"factorize {budget}"], rows[f"prune {budget}"])
+            for rows in by_model.values()
+            if f"factorize {budget}" in rows and f"prune {budget}" in rows
+        ]
+        alike = [(one, other) for one, other in pairs if abs(one.macs - other.macs) <= _ALIKE]
+        if alike:
+            speeds = [np.exp(np.mean([np.log(pair[place].speed) for pair in alike])) for place in (0, 1)]
+            nearer = sum(one.sqnr_db > other.sqnr_db for one, other in alike)
+            faster = sum(one.speed > other.speed for one, other in alike)
+            yield (
+                f"- At {budget} of the multiply-accumulates, {len(alike)} models whose two ways cost the same to within "
+                f"{_ALIKE}: factors are nearer to the original in {nearer}, faster in {faster}; in the geometric mean "
+                f"factors are {speeds[0]:.2f} times as fast as the fused model, pruned ones {speeds[1]:.2f}."
+            )
+    for name, rows in by_model.items():
+        alone = rows.get("8 bits")
+        factored = {what: one for what, one in rows.items() if what.startswith("factorize") and what.endswith("8 bits")}
+        if alone is None or not factored:
+            continue
+        what, best = max(factored.items(), key=lambda item: item[1].speed)
+        kept = [one for one in factored.values() if alone.metric and one.metric and one.metric >= alone.metric - _POINT]
+        fastest = max((one.speed for one in kept), default=None)
+        yield (
+            f"- {name} in 8 bits: {alone.speed:.2f} times as fast as fused ({alone.metric}). Factorized before, the "
+            f"fastest is {what.removesuffix(', 8 bits')}, {best.speed:.2f} times ({best.metric}); "
+            + (
+                "none keeps the metric to within a point."
+                if fastest is None
+                else f"of those that keep the metric to within a point, {fastest:.2f} times."
+            )
+        )
+
+
 def page(results: dict[str, Any]) -> str:
     """docs/factorization.md: trained models first."""
     order = [case.name for case in CASES]
     names = [*(name for name in order if name in results), *sorted(results.keys() - set(order))]
-    blocks = [HEADER]
+    blocks = [HEADER, *summary({name: results[name] for name in names}), ""]
     for name in names:
         blocks += [f"## {name}", "", f"{results[name]['about']}.", "", *TABLE, *results[name]["rows"], ""]
     return "\n".join(blocks)
