@@ -296,7 +296,7 @@ def summary(results: dict[str, Any]) -> Iterator[str]:
             nearer = sum(one.sqnr_db > other.sqnr_db for one, other in alike)
             faster = sum(one.speed > other.speed for one, other in alike)
             yield (
-                f"- At {budget} of the multiply-accumulates, {len(alike)} models whose two ways cost the same to within "
+                f"- At {budget} of the multiply-accumulates, {len(alike)} models whose two ways cost the same within "
                 f"{_ALIKE}: factors are nearer to the original in {nearer}, faster in {faster}; in the geometric mean "
                 f"factors are {speeds[0]:.2f} times as fast as the fused model, pruned ones {speeds[1]:.2f}."
             )
