@@ -231,7 +231,7 @@ class SchemeSearch:
                 return candidate
             # A later job, for which this one is not built again, goes on from here as well.
             asked = [model_digest(candidate.record.path), floor_db]
-            facts = self.recall.facts("kept", asked, lambda: {"db": min(storing.kept_db, _WHOLE_DB)})
+            facts = self.recall.facts("kept", asked, lambda: {"db": max(0.0, min(storing.kept_db, _WHOLE_DB))})
             if not candidate.record.changes:
                 # Not to be had. What is, if it keeps more than what was refused, may do.
                 most_db = facts["db"] - _ROUNDING_DB
