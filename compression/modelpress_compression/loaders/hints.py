@@ -54,7 +54,10 @@ def suggest_inputs(module: torch.jit.ScriptModule, path: Path) -> str:
             shape = traced[index] if index < len(traced) else ""
             kind = _suggested(argument, layer, sequence, shape)
             options += [f"--input '{name}:{kind}'" for name in input_names(argument)]
-    return f"{text} Try {' '.join(options)}, with your own numbers or words for dimensions that vary."
+    return (
+        f"{text} Try {' '.join(options)}, with your own numbers or words for dimensions that vary; or give --data with "
+        "the inputs' names, which says it as well."
+    )
 
 
 def _suggested(argument: Argument, layer: FirstLayer | None, sequence: str | None, traced: str) -> str:
