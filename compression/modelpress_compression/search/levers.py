@@ -1,7 +1,12 @@
 """Techniques that take a little, or more and more, of a model away: each as far as the answers permit.
 
-    prune        a share of the channels, those of the least activations for what they cost, wherever they are; repaired
+    prune        a share of the channels, those that the answers need least for what they cost, wherever they are;
+                 repaired
     factorize    layers as products of smaller ones, until a share of the cost is gone; repaired
+
+What the answers need least is told by gradients of the answers or by activations. Which of the two is right differs
+from model to model: at 0.8 of its multiply-accumulates a sentence encoder keeps its 64.8 % of right neighbours by
+gradients, and 61.8 by activations. So the first share is cut both ways, and what errs less goes on.
 
 How far a lever goes is found by measuring: the share grows until the answers are lost, and then the gap is halved. What
 has lost its answers, but still resembles the original, is trained towards it (`distill`) and judged once more where the
@@ -15,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 
 from modelpress_compression.errors import TimeLimitError, UnsupportedOperatorError
@@ -46,11 +52,11 @@ EPOCHS, PATIENCE = 200, 30
 _COSTS = MappingProxyType({SMALLEST: "parameters", FASTEST: "latency"})
 
 
-def _pruned(share: float, objective: str) -> Step:
+def _pruned(criterion: str, share: float, objective: str) -> Step:
     cost = _COSTS.get(objective, "macs")
     return Step(
         "prune",
-        PruneConfig(structure="channel", scope="global", sparsity=share, criterion="activation", normalize=cost),
+        PruneConfig(structure="channel", scope="global", sparsity=share, criterion=criterion, normalize=cost),
     )
 
 
@@ -58,9 +64,24 @@ def _factorized(share: float, objective: str) -> Step:
     return Step("factorize", FactorizeConfig(budget=1 - share, budget_of=_COSTS.get(objective, "macs")))
 
 
-# Each makes the step that takes a share away, for an objective.
-LEVERS: Mapping[str, Callable[[float, str], Step]] = MappingProxyType({"prune": _pruned, "factorize": _factorized})
-_TAKEN = MappingProxyType({"prune": "of the channels", "factorize": "of the cost, by factors"})
+@dataclass(frozen=True)
+class Way:
+    """How a lever chooses what goes. `step`: takes a share away, for an objective; `told`: what names say of it."""
+
+    step: Callable[[float, str], Step]
+    told: str
+
+
+# Those of each lever; the first share tells which of them goes on.
+LEVERS: Mapping[str, tuple[Way, ...]] = MappingProxyType(
+    {
+        "prune": (
+            Way(partial(_pruned, "taylor"), "of the channels, by gradients"),
+            Way(partial(_pruned, "activation"), "of the channels"),
+        ),
+        "factorize": (Way(_factorized, "of the cost, by factors"),),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -109,24 +130,33 @@ class LeverSearch:
         base, gone = start, 0.0  # what is cut, and the share that has gone from it before
         # By the digest of a cut model: channels and ranks go in steps, so that several shares may give the same one.
         known: dict[str, list[Cut]] = {}
+        ways = LEVERS[self._technique]
         for number in range(len(shares) or self._cuts):
             share = shares[number] if shares else _next_share(kept, lost)
             if lost - kept < CLOSE_ENOUGH or self._is_over:
                 return
             left = (share - gone) / (1 - gone)
-            step = LEVERS[self._technique](left, self._objective)
-            variant = f"{100 * left:.0f} % {_TAKEN[self._technique]}"
-            with self._context.span("candidate", f"{self._technique} {variant}"):
-                record = self._made(step, base)
-                if not record.changes:
+            taken = f"{100 * left:.0f} %"
+            with self._context.span("candidate", f"{self._technique} {taken}"):
+                made = self._made_in(ways, left, base)
+                if not made:
                     return
-                digest = model_digest(record.path)
-                new = [] if digest in known else self._judged(record, base, variant)
+                judged = {
+                    digest: self._judge(self._candidate(record, f"{taken} {way.told}"))
+                    for digest, (way, record) in made.items()
+                    if digest not in known
+                }
+                nearest = min(made, key=lambda digest: _distance(judged[digest])) if len(made) > 1 else next(iter(made))
+                new = self.also_trained(judged[nearest], _chain(base)) if nearest in judged else []
+            yield from (Cut(candidate, _chain(base)) for digest, candidate in judged.items() if digest != nearest)
             yield from new
-            found = known.setdefault(digest, new)
+            if any(candidate.unscored for candidate in judged.values()):
+                return  # how much more may go, and in which way, is known when these have been scored
+            found = known.setdefault(nearest, new)
+            ways = (made[nearest][0],)
             last = found[-1].candidate
             if last.unscored:
-                return  # how much more may go is known when this has been scored
+                return
             if last.reason:
                 if shares:
                     return
@@ -139,7 +169,7 @@ class LeverSearch:
     def after(self, step: Step, start: tuple[StepRecord, ...]) -> tuple[StepRecord, ...]:
         """`start` with one more step, whose model nobody judges."""
         record = self._made(step, start)
-        return (*(start if start[-1].changes else start[:-1]), record) if record.changes else start
+        return (*_chain(start), record) if record.changes else start
 
     def _made(self, step: Step, start: tuple[StepRecord, ...]) -> StepRecord:
         """The record of a step on the model that `start` ends with."""
@@ -152,11 +182,33 @@ class LeverSearch:
             record = self._made(step, start)
             return self._judged(record, start, variant) if record.changes else []
 
+    def _made_in(
+        self, ways: tuple[Way, ...], share: float, start: tuple[StepRecord, ...]
+    ) -> dict[str, tuple[Way, StepRecord]]:
+        """By the digest of its model, the record of each way to take a share; empty where none takes anything.
+
+        Ways that give the same model are the first of them. A way that the model does not permit, for an operator
+        without a gradient, say, is left where there are others.
+        """
+        found: dict[str, tuple[Way, StepRecord]] = {}
+        for number, way in enumerate(ways):
+            try:
+                record = self._made(way.step(share, self._objective), start)
+            except UnsupportedOperatorError as error:
+                if number == len(ways) - 1 and not found:
+                    raise
+                self._context.log(f"{self._technique}: {error.message}")
+                continue
+            if record.changes:
+                found.setdefault(model_digest(record.path), (way, record))
+        return found
+
+    def _candidate(self, record: StepRecord, variant: str) -> Candidate:
+        return Candidate(variant, record, file_size_bytes(record.path), technique=self._technique)
+
     def _judged(self, record: StepRecord, start: tuple[StepRecord, ...], variant: str) -> list[Cut]:
         """The candidate; and, where it has lost its answers, the same after training."""
-        before = start if start[-1].changes else start[:-1]
-        candidate = Candidate(variant, record, file_size_bytes(record.path), technique=self._technique)
-        return self.also_trained(self._judge(candidate), before)
+        return self.also_trained(self._judge(self._candidate(record, variant)), _chain(start))
 
     def also_trained(self, judged: Candidate, before: tuple[StepRecord, ...]) -> list[Cut]:
         """A judged candidate, and the same after training where that can bring its answers back. `before`: the steps
@@ -187,6 +239,17 @@ class LeverSearch:
     @property
     def _is_over(self) -> bool:
         return self._left_s() <= 0
+
+
+def _chain(start: tuple[StepRecord, ...]) -> tuple[StepRecord, ...]:
+    """The steps before one on the model that `start` ends with: its last may have done nothing."""
+    return start if start[-1].changes else start[:-1]
+
+
+def _distance(candidate: Candidate) -> tuple[bool, float, float]:
+    """From the original: what has lost its answers is further than what has not, by the task before the outputs."""
+    drop = 0.0 if candidate.drop is None else candidate.drop
+    return bool(candidate.reason), drop, 1.0 - candidate.cosine
 
 
 def _next_share(kept: float, lost: float) -> float:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from modelpress_compression import InputData, Model
+from modelpress_compression.errors import UnsupportedOperatorError
+from modelpress_compression.measure.fidelity import Fidelity, OutputFidelity
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.fuse.config import FuseConfig
 from modelpress_compression.recipe import BALANCED, SMALLEST, Step
@@ -158,4 +160,54 @@ def test_parameters_count_for_the_smallest(start: tuple[StepRecord, ...], sample
             cuts=1,
         )
         list(lever.cuts(start))
-    assert [step.config.normalize for step in steps] == ["parameters", "macs"]
+    assert [step.config.normalize for step in steps] == ["parameters", "parameters", "macs", "macs"]
+
+
+@pytest.mark.parametrize("better", ["taylor", "activation"])
+def test_the_first_share_tells_how_importance_is_judged(
+    start: tuple[StepRecord, ...], samples: InputData, tmp_path: Path, better: str
+) -> None:
+    """It is cut both ways, and both are shown; all further cuts are made in the way that keeps more."""
+    bench, asked = Bench(samples, tmp_path, limit=0.6), list[str]()
+
+    def apply(before: StepRecord, context: Context) -> StepRecord:
+        asked.append(before.step.config.criterion)
+        record = bench.apply(before, context)
+        path = tmp_path / f"{asked[-1]} {record.path.name}"
+        path.write_text(path.name)
+        return replace(record, path=path)
+
+    def judge(candidate: Candidate) -> Candidate:
+        cosine = 0.99 if candidate.record.path.name.startswith(better) else 0.98
+        output = OutputFidelity(cosine, 20.0, 0.0)
+        fidelity = Fidelity("provided", 30, {"y": output}, None, None)
+        return replace(bench.judge(candidate), fidelity=fidelity)
+
+    lever = LeverSearch(
+        "prune", BALANCED, bench.context, apply=apply, judge=judge, left_s=lambda: math.inf, trains=False, cuts=4
+    )
+    found = list(lever.cuts(start))
+    assert asked == ["taylor", "activation", *[better] * 3]
+    assert len(found) == 5
+    assert ("by gradients" in found[-1].candidate.name) == (better == "taylor")
+
+
+def test_a_model_without_gradients_is_cut_by_its_activations(
+    start: tuple[StepRecord, ...], samples: InputData, tmp_path: Path
+) -> None:
+    """An operator that passes none leaves the other way; where that does not work either, the error is the user's."""
+    bench = Bench(samples, tmp_path, limit=0.6)
+    refused = {"taylor"}
+
+    def apply(before: StepRecord, context: Context) -> StepRecord:
+        if before.step.config.criterion in refused:
+            raise UnsupportedOperatorError("no gradient")
+        return bench.apply(before, context)
+
+    lever = LeverSearch(
+        "prune", BALANCED, bench.context, apply=apply, judge=bench.judge, left_s=lambda: math.inf, trains=False, cuts=2
+    )
+    assert [cut.candidate.record.step.config.criterion for cut in lever.cuts(start)] == ["activation"] * 2
+    refused.add("activation")
+    with pytest.raises(UnsupportedOperatorError):
+        list(lever.cuts(start))
