@@ -10,7 +10,7 @@ thread, CPU seconds of the job, and the process's peak of memory in MiB.
     none        every layer loses the same share of its least important channels (`activation`), nothing is repaired
     repair      the least important of the whole model go, by their MACs; the layers behind them are fitted
     sensitive   the same, importance by gradients of the answers (`taylor`)
-    rounds      as `repair`, in rounds, each trained towards the original
+    rounds      as `repair`, in rounds, each trained towards the original; sensitive-rounds: as `sensitive`
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "repair": {"criterion": "activation", **_GLOBAL},
         "sensitive": {"criterion": "taylor", **_GLOBAL},
         "rounds": {"criterion": "activation", **_GLOBAL},
+        "sensitive-rounds": {"criterion": "taylor", **_GLOBAL},
     }
 )
 _HEAD = (
@@ -49,7 +50,7 @@ def row_of(name: str, way: str, share: float, models: Path, rounds: int, epochs:
     """One row of the table. `base`: the metric in float32, where it is known."""
     case = next(case for case in CASES if case.name == name)
     options = {"structure": "channel", "sparsity": share, "sparsity_of": "macs", **WAYS[way]}
-    if way == "rounds":
+    if way.endswith("rounds"):
         options |= {"rounds": rounds, "epochs": epochs}
     recipe = Recipe.from_dict(
         {
