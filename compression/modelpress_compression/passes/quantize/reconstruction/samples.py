@@ -20,7 +20,8 @@ from modelpress_compression.inputs import Array, values_bytes
 
 MAX_BYTES = 256 * 1024**2  # 256 MiB: of one block
 MAX_FEED_BYTES = 16 * 1024**2  # 16 MiB: of what runs at once
-BATCH, MIN_BATCH = 16, 4  # samples of a step
+BATCH, MIN_BATCH = 16, 4  # samples of a step,
+STEP_BYTES = 4 * 1024**2  # 4 MiB: and what they read and answer
 Values = Mapping[str, Array]
 Tensors = dict[str, Tensor]
 
@@ -93,8 +94,9 @@ def _joined_samples(samples: Sequence[Sample]) -> Sample:
 
 def batch_size(samples: Sequence[Sample]) -> int:
     """Samples of a step: fewer of large ones. A picture of 112 x 112 has as many positions to learn from as 16 of
-    28 x 28, and steps on the first blocks of a network would take most of the time."""
-    return min(BATCH, max(MIN_BATCH, MAX_FEED_BYTES // max(samples[0].size_bytes, 1)))
+    28 x 28, and steps on the first blocks of a network would take most of the time: what they compute within is several
+    times what they read and answer."""
+    return min(BATCH, max(MIN_BATCH, STEP_BYTES // max(samples[0].size_bytes, 1)))
 
 
 def may_be_batched(samples: Sequence[Sample]) -> bool:
