@@ -20,8 +20,8 @@ from modelpress_compression.inputs import Array, values_bytes
 
 MAX_BYTES = 256 * 1024**2  # 256 MiB: of one block
 MAX_FEED_BYTES = 16 * 1024**2  # 16 MiB: of what runs at once
-BATCH, MIN_BATCH = 16, 4  # samples of a step,
-STEP_BYTES = 4 * 1024**2  # 4 MiB: and what they read and answer
+BATCH, MIN_BATCH = 16, 4  # samples of a step
+STEP_BYTES = 4 * 1024**2  # 4 MiB: of what they read and answer
 Values = Mapping[str, Array]
 Tensors = dict[str, Tensor]
 
