@@ -240,7 +240,6 @@ def main() -> None:
     parser.add_argument("--no-latency", action="store_true")
     parser.add_argument("--render", action="store_true", help="write the page from the rows that there are")
     arguments = parser.parse_args()
-    results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
     if not arguments.render:
         print("\n".join(TABLE), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -256,9 +255,9 @@ def main() -> None:
                 found.append(row)
             if not tables:
                 about = f"{datetime.date.today().isoformat()}, {environment()['cpu']}, {samples} samples at most"
-                results[one.name] = {"rows": found, "about": about}
+                results = gathered() | {one.name: {"rows": found, "about": about}}
                 RESULTS.write_text(json.dumps(results, indent=1), "utf-8")
-    PAGE.write_text(page(results), "utf-8")
+    PAGE.write_text(page(gathered()), "utf-8")
 
 
 @dataclass(frozen=True)
@@ -317,6 +316,12 @@ def summary(results: dict[str, Any]) -> Iterator[str]:
                 else f"of those that keep the metric to within a point, {fastest:.2f} times."
             )
         )
+
+
+def gathered() -> dict[str, Any]:
+    """The rows so far, by model."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+    return results
 
 
 def page(results: dict[str, Any]) -> str:

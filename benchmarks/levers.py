@@ -189,6 +189,12 @@ def figures(case: Case, models: Path, drop: float, count: int | None, search_tim
         }
 
 
+def gathered() -> dict[str, Any]:
+    """The figures so far, by model."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+    return results
+
+
 def page(results: dict[str, Any]) -> str:
     """docs/levers.md."""
     means = {
@@ -217,7 +223,6 @@ def main() -> None:
     parser.add_argument("--search-time", type=float)
     parser.add_argument("--render", action="store_true", help="write the page from the figures that there are")
     arguments = parser.parse_args()
-    results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
     if not arguments.render:
         print("\n".join(TABLE), flush=True)
     for case in CASES:
@@ -225,9 +230,9 @@ def main() -> None:
             continue
         found = figures(case, arguments.models, arguments.drop, arguments.inputs, arguments.search_time)
         print("\n".join([*found["lines"], *found["tried"]]), flush=True)
-        results[case.name] = found
-        RESULTS.write_text(json.dumps(results, indent=1), "utf-8")
-    PAGE.write_text(page(results), "utf-8")
+        # Read only now: another run may have gone through another model meanwhile.
+        RESULTS.write_text(json.dumps(gathered() | {case.name: found}, indent=1), "utf-8")
+    PAGE.write_text(page(gathered()), "utf-8")
 
 
 if __name__ == "__main__":
