@@ -146,14 +146,17 @@ def tried(report: dict[str, Any], objective: str) -> Iterator[str]:
     total = sum(row["optimized_ms"] for row in timed)
     if objective == "fastest" and total:
         slowest = sorted(timed, key=lambda row: -row["optimized_ms"])[:_SLOWEST]
-        told = "; ".join(
-            f"{row['name']} ({row['op_type']}) {row['optimized_ms'] / total:.0%}{_why(row)}" for row in slowest
-        )
+        told = "; ".join(f"{row['name']}{_kind(row)} {row['optimized_ms'] / total:.0%}{_why(row)}" for row in slowest)
         yield f"The result's time goes to: {told}.".replace("%", " %").replace("  %", " %")
 
 
+def _kind(row: dict[str, Any]) -> str:
+    return f" ({row['op_type']})" if row["op_type"] else ""
+
+
 def _why(row: dict[str, Any]) -> str:
-    return f", {row['why'].rstrip('.')}" if row.get("why") else ""
+    why = str(row.get("why") or "").rstrip(".")
+    return f": {why[0].lower()}{why[1:]}" if why[1:2].islower() or why.startswith("It ") else f": {why}" if why else ""
 
 
 def figures(case: Case, models: Path, drop: float, count: int | None, search_time_s: float | None) -> dict[str, Any]:

@@ -146,7 +146,7 @@ class LeverSearch:
                     for digest, (way, record) in made.items()
                     if digest not in known
                 }
-                nearest = min(made, key=lambda digest: _distance(judged[digest])) if len(made) > 1 else next(iter(made))
+                nearest = _nearest(judged) if len(made) > 1 else next(iter(made))
                 new = self.also_trained(judged[nearest], _chain(base)) if nearest in judged else []
             yield from (Cut(candidate, _chain(base)) for digest, candidate in judged.items() if digest != nearest)
             yield from new
@@ -246,10 +246,16 @@ def _chain(start: tuple[StepRecord, ...]) -> tuple[StepRecord, ...]:
     return start if start[-1].changes else start[:-1]
 
 
-def _distance(candidate: Candidate) -> tuple[bool, float, float]:
-    """From the original: what has lost its answers is further than what has not, by the task before the outputs."""
-    drop = 0.0 if candidate.drop is None else candidate.drop
-    return bool(candidate.reason), drop, 1.0 - candidate.cosine
+def _nearest(judged: Mapping[str, Candidate]) -> str:
+    """The digest of the candidate nearest to the original: what keeps the answers is before what has lost them, then the
+    task decides, or the outputs where it was not asked of all."""
+    by_task = all(candidate.drop is not None for candidate in judged.values())
+
+    def distance(digest: str) -> tuple[bool, float]:
+        candidate = judged[digest]
+        return bool(candidate.reason), candidate.drop or 0.0 if by_task else 1.0 - candidate.cosine
+
+    return min(judged, key=distance)
 
 
 def _next_share(kept: float, lost: float) -> float:
