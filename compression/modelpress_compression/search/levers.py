@@ -247,13 +247,13 @@ def _chain(start: tuple[StepRecord, ...]) -> tuple[StepRecord, ...]:
 
 
 def _nearest(judged: Mapping[str, Candidate]) -> str:
-    """The digest of the candidate nearest to the original: what keeps the answers is before what has lost them, then the
-    task decides, or the outputs where it was not asked of all."""
+    """The digest of the candidate nearest to the original: what keeps the answers comes before what has lost them, then
+    the task decides, or the outputs where it was not asked of all."""
     by_task = all(candidate.drop is not None for candidate in judged.values())
 
     def distance(digest: str) -> tuple[bool, float]:
         candidate = judged[digest]
-        return bool(candidate.reason), candidate.drop or 0.0 if by_task else 1.0 - candidate.cosine
+        return bool(candidate.reason), (candidate.drop or 0.0) if by_task else 1.0 - candidate.cosine
 
     return min(judged, key=distance)
 
