@@ -156,7 +156,9 @@ def _kind(row: dict[str, Any]) -> str:
 
 def _why(row: dict[str, Any]) -> str:
     why = str(row.get("why") or "").rstrip(".")
-    return f": {why[0].lower()}{why[1:]}" if why[1:2].islower() or why.startswith("It ") else f": {why}" if why else ""
+    if why.startswith("It "):
+        why = f"it {why.removeprefix('It ')}"
+    return f": {why}" if why else ""
 
 
 def figures(case: Case, models: Path, drop: float, count: int | None, search_time_s: float | None) -> dict[str, Any]:
