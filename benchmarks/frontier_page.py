@@ -17,22 +17,6 @@ Row = Mapping[str, Any]
 MAX_DROP, HALF_A_DIGIT = 0.01, 5e-5  # metrics are printed with four digits
 LABELS = {tool.name: tool.label for tool in TOOLS} | {OURS: "**ours**", FLOAT: "float32"}
 
-# Of points that are not matched, by model, tool and point: what is known of the cause.
-WHY = {
-    ("ppocr_rec", "onnxruntime", "static, percentile, convolutions and products"): (
-        "Ours lie on both sides of it: 0.43 of the time with 8 bits nearly everywhere, 0.76 with 8 bits in storage. "
-        "Between them `balanced` tried 1 to 16 layers in float32, which by the model's own probabilities lose 0.7 to "
-        "2.0 points, more than its 0.6; `balanced-10` permits the fastest and needs none. Theirs quantizes "
-        "convolutions and products alone. `fastest-3`, which mixes schemes layer by layer, has not run."
-    ),
-    ("effnet_lite0", "onnxruntime", "static, minmax, QOperator"): (
-        "In pairs of QuantizeLinear and DequantizeLinear, biases in 32 bits have a scale for each value beside them, "
-        "which that form does without: 88 kB of 4.94 MB. With the convolutions' biases left in float32, which "
-        "onnxruntime quantizes itself when it opens the model, the same file has 4.85 MB, ends as the same "
-        "QLinearConv, and its outputs differ by 1e-6 at most (tried by hand; the engine does not write it so)."
-    ),
-}
-
 INTRODUCTION = f"""\
 # The front beside other tools
 
@@ -107,13 +91,7 @@ def _unmatched(models: Mapping[str, Row]) -> list[str]:
                     name, LABELS[row["tool"]], row["name"], *_figures(row), row["by"]["name"],
                     ", ".join(row["by"]["misses"]),
                 ])  # fmt: skip
-    known = [
-        f"- {name}, {LABELS[row['tool']]}: {row['name']}: {WHY[name, row['tool'], row['name']]}"
-        for name, model in models.items()
-        for row in model["points"]
-        if row.get("standing") == "not matched" and (name, row["tool"], row["name"]) in WHY
-    ]
-    return [*_markdown(rows), "", *known] if len(rows) > 1 else ["None."]
+    return _markdown(rows) if len(rows) > 1 else ["None."]
 
 
 def _smallest(models: Mapping[str, Row]) -> list[str]:
