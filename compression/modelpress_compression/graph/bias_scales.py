@@ -14,7 +14,7 @@ import onnx_ir
 from numpy.typing import NDArray
 
 from modelpress_compression.graph.edit import Editor, clean
-from modelpress_compression.graph.read import constant_array, constant_tensor, input_of, is_op
+from modelpress_compression.graph.read import constant_array, constant_tensor, graph_of, input_of, is_op
 from modelpress_compression.model import Model
 
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm")
@@ -23,36 +23,37 @@ _BIAS = 2
 _NODE_BYTES, _CONSTANT_BYTES = 24, 14
 
 
-def share(model: Model) -> None:
+def share(editor: Editor, graph: onnx_ir.Graph) -> None:
     """Makes scales into products where that takes fewer bytes and gives the same numbers; in place."""
-    editor = Editor(model)
-    for graph in list(model.graphs()):
-        for node in list(graph):
-            scale = _scale_of_bias(node)
-            factors = _factors(node)
-            if scale is None or factors is None or not _is_shorter(scale, factors):
-                continue
-            product = _product(*factors)
-            if product is not None and np.array_equal(np.asarray(constant_array(scale)), product):
-                node.replace_input_with(1, editor.emit(node, "Mul", factors, node.name or "bias")[0])
-                if not scale.uses():
-                    del graph.initializers[scale.name or ""]
+    for node in list(graph):
+        scale = _scale_of_bias(node)
+        factors = _factors(node)
+        if scale is None or factors is None or not _is_shorter(scale, factors):
+            continue
+        product = _product(*factors)
+        if product is not None and np.array_equal(np.asarray(constant_array(scale)), product):
+            node.replace_input_with(1, editor.emit(node, "Mul", factors, node.name or "bias")[0])
+            del graph.initializers[scale.name or ""]
 
 
 def write_out(model: Model) -> None:
     """Makes products that are scales of 32-bit integers into constants again; in place."""
+    found = [
+        (node, product) for graph in model.graphs() for node in graph if (product := _shared_scale(node)) is not None
+    ]
+    if not found:
+        return
     editor = Editor(model)
-    found = False
-    for graph in list(model.graphs()):
-        for node in list(graph):
-            scale = input_of(node, 1)
-            maker = scale.producer() if scale is not None and _dequantizes_int32(node) else None
-            product = _product(*maker.inputs) if maker is not None and is_op(maker, "Mul") else None
-            if product is not None:
-                node.replace_input_with(1, editor.constant(graph, product, f"{node.name}_scale"))
-                found = True
-    if found:
-        clean(model)
+    for node, product in found:
+        node.replace_input_with(1, editor.constant(graph_of(node), product, f"{node.name}_scale"))
+    clean(model)
+
+
+def _shared_scale(node: onnx_ir.Node) -> NDArray[np.float32] | None:
+    """The numbers of a scale that is a product; None: it is none."""
+    scale = input_of(node, 1) if _dequantizes_int32(node) else None
+    maker = None if scale is None else scale.producer()
+    return _product(*maker.inputs) if maker is not None and is_op(maker, "Mul") else None
 
 
 def _product(one: onnx_ir.Value | None, other: onnx_ir.Value | None) -> NDArray[np.float32] | None:

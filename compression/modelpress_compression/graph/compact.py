@@ -52,7 +52,7 @@ def compacted(model: Model, *, weights: bool = True) -> Model:
         for graph in list(clone.graphs()):
             for value in list(graph.initializers.values()):
                 _narrow(editor, graph, value)
-        bias_scales.share(clone)
+            bias_scales.share(editor, graph)
     _shorten_names(clone)
     for graph in list(clone.graphs()):
         _merge_small(graph)

@@ -21,11 +21,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from modelpress_compression.errors import TimeLimitError, UnsupportedOperatorError
 from modelpress_compression.holding_out import random_share
+from modelpress_compression.inputs import InputData
 from modelpress_compression.measure.fidelity import KnownOutputs, compare_outputs
 from modelpress_compression.measure.task import Task
 from modelpress_compression.model import Model
@@ -78,6 +80,7 @@ def prune_in_rounds(
         share = max(0.0, (due - before) / (1 - before))
         cut = rounds.cut(base, number, share, number - last)
         if not cut.changes:
+            record = rounds.told(record, cut)
             continue
         record = rounds.joined(base, cut, number)
         gone = 1 - (1 - before) * (1 - _removed(cut.changes, config.sparsity_of))
@@ -121,10 +124,13 @@ class _Rounds:
 
     def sqnr_db(self, record: StepRecord) -> float:
         """What the outputs of the record's model keep on samples that training does not see."""
+        return compare_outputs(self._original, record.path, self._unseen, known=self._known).sqnr_db
+
+    @cached_property
+    def _unseen(self) -> InputData:
         data = self._context.data
         _, held = random_share(data, DistillConfig().hold_out, DistillConfig().seed)
-        unseen = data.only(sorted({int(index) // data.feed_size for index in held}))
-        return compare_outputs(self._original, record.path, unseen, known=self._known).sqnr_db
+        return data.only(sorted({int(index) // data.feed_size for index in held}))
 
     def trained(self, record: StepRecord, number: int) -> StepRecord:
         """The record's model after training towards the original."""
@@ -154,13 +160,20 @@ class _Rounds:
         """The record with what the next step did to its model; what is said of nodes is said once."""
         details = tuple({"round": number, **row} for row in last.details)
         return replace(
-            record,
+            _Rounds.told(record, last),
             model=last.model,
             path=last.path,
             changes=_sum(record.changes, last.changes),
+            details=(*record.details, *details),
+        )
+
+    @staticmethod
+    def told(record: StepRecord, last: StepRecord) -> StepRecord:
+        """The record with what another step says, each thing once."""
+        return replace(
+            record,
             skipped=tuple(dict.fromkeys((*record.skipped, *last.skipped))),
             warnings=tuple(dict.fromkeys((*record.warnings, *last.warnings))),
-            details=(*record.details, *details),
             notes=tuple(dict.fromkeys((*record.notes, *last.notes))),
         )
 

@@ -9,6 +9,7 @@ import pytest
 from modelpress_compression import Recipe, compress
 from modelpress_compression.graph import bias_scales
 from modelpress_compression.graph.compact import compacted
+from modelpress_compression.graph.edit import Editor
 from modelpress_compression.loaders import load
 from modelpress_compression.model import Model
 from onnx import helper
@@ -87,5 +88,5 @@ def test_others_stay(channel_model, change: str) -> None:  # type: ignore[no-unt
         else:
             for factor in (required for reader, _ in node.outputs[0].uses() for required in reader.inputs[:2]):
                 factor.producer().inputs[1].name += "long" * CHANNELS
-    bias_scales.share(model)
+    bias_scales.share(Editor(model), model.graph)
     assert _biases(model) == ["constant", "constant"]

@@ -135,6 +135,14 @@ def test_where_training_brings_nothing_the_whole_model_is_cut_again(
     assert [row["round"] for row in record.details] == [3]
 
 
+def test_where_nothing_can_go_the_reasons_stay(prune: Prune, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every round finds the same, and it is said once."""
+    monkeypatch.setattr(rounds, "apply_step", Bench(grain=1.0).apply)
+    record = prune(sparsity=0.5, rounds=3)
+    assert not record.changes
+    assert record.skipped == (Skip("head", "It is the head."),)
+
+
 def test_one_cut_is_taken_where_it_errs_less(
     prune: Prune, judged: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
