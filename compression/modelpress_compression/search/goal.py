@@ -48,6 +48,9 @@ _JOINT = 0.7  # share of the progress when the levers' models are quantized
 _QUANTIZED = 2  # of what the levers made, those that went the furthest
 _BALANCE = 0.2  # share of the progress of a balance that a far search may follow
 _WHOLE = 0.3  # share of the progress when the candidates of the whole model are built and judged
+# Of a limited time, what is kept for cuts while the whole model is quantized. Else all of it went by before the first
+# one where the metric of the user's own takes long, and a cut is what gains the most there.
+_FOR_CUTS = 0.6
 
 
 def pursue(
@@ -102,7 +105,7 @@ class GoalSearch:
     entries: list[Entry] = field(default_factory=list)
     numbers: Iterator[int] = field(default_factory=count)  # of folders
     time: SearchTime = field(init=False)
-    _waiting: list[tuple[Schemes, tuple[StepRecord, ...]]] = field(default_factory=list)
+    _waiting: list[tuple[Schemes, Iterator[None], tuple[StepRecord, ...]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.time = SearchTime(self.goal.search_time_s, far=self.far)
@@ -114,11 +117,12 @@ class GoalSearch:
             candidate = Candidate("", fused, file_size_bytes(fused.path), technique="fuse")
             self._enter([self.judge.answers(candidate)], self.judge)
         if "quantize" in self.goal.techniques:
-            self._quantized(self._of_whole, self._before)
+            kept = _FOR_CUTS if self.far and self._grounds is not None else 0.0
+            self._quantized(self._of_whole, self._before, kept)
         self._build_cut()
-        for schemes, before in self._waiting:
+        for schemes, added, before in self._waiting:
             if not self.time.has_left_out(1):
-                self._add(schemes, schemes.rest(), before)
+                self._add(schemes, added, before)
 
     def build_further(self) -> None:
         """What a far search has besides, once `build` has made those of one that was not far."""
@@ -183,14 +187,20 @@ class GoalSearch:
             before, [], target, lambda: apply_step(before.step, before.model, before.path, context, target)
         )
 
-    def _quantized(self, schemes: Schemes, before: tuple[StepRecord, ...]) -> None:
-        """Every scheme on one float model; those that can wait until all else is there."""
-        self._add(schemes, schemes.candidates(), before)
+    def _quantized(self, schemes: Schemes, before: tuple[StepRecord, ...], kept: float = 0.0) -> None:
+        """Every scheme on one float model; those that can wait until all else is there. `kept`: share of the time that
+        is not for it; what is left out for that waits too."""
+        candidates = schemes.candidates()
+        if not self._add(schemes, candidates, before, kept):
+            self._waiting.append((schemes, candidates, before))
         if schemes.waits:
-            self._waiting.append((schemes, before))
+            self._waiting.append((schemes, schemes.rest(), before))
 
-    def _add(self, schemes: Schemes, added: Iterator[None], before: tuple[StepRecord, ...]) -> None:
-        """The candidates of these schemes, as they come."""
+    def _add(
+        self, schemes: Schemes, added: Iterator[None], before: tuple[StepRecord, ...], kept: float = 0.0
+    ) -> bool:
+        """The candidates of these schemes, as they come, one at least. Whether all are there for which there is time;
+        else there is more in `added`."""
         search = schemes.search
         entered = len(search.candidates)
         with self.time.lasts(self.context):
@@ -200,9 +210,12 @@ class GoalSearch:
                 self.time.first_is_built()
                 if self.time.has_left_out(1):
                     break
+                if self.time.share_left <= kept:
+                    return False
                 # From the second on: whatever the time, there is one.
                 search.context = self.time.within(search.context)
         self._enter(search.candidates[entered:], search.judge, before)
+        return True
 
     def _scheme_search(self, model: Model, path: Path, context: Context, judge: Judge) -> SchemeSearch:
         target = self._folder(f"quantize-{next(self.numbers)}")

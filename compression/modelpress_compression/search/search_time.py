@@ -61,6 +61,11 @@ class SearchTime:
         """Seconds until the search ends; infinite where it has no limit."""
         return self.limit_s - self.taken_s
 
+    @property
+    def share_left(self) -> float:
+        """Of the whole search, from 1 down to 0; 1 where it has no limit."""
+        return 1.0 if math.isinf(self.limit_s) else max(0.0, self.left_s / self.limit_s)
+
     def has_left_out(self, models: int, kept_s: float = 0.0) -> bool:
         """Whether the time is up, but for what is kept for others. So many models at the most are then not tried."""
         is_up = self.left_s <= kept_s

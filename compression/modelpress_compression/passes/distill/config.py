@@ -83,7 +83,13 @@ class DistillConfig(Config):
         32, 4, "Samples a step; models with a batch size of their own are run as often as it takes.", gte=1, lte=65536
     )
     optimizer: str = option("adamw", 5, "AdamW, or SGD with Nesterov momentum 0.9.", choices=("adamw", "sgd"))
-    learning_rate: float = option(1e-3, 6, "Learning rate after the warm-up; it falls to zero along a cosine.", gt=0)
+    learning_rate: float | None = option(
+        None,
+        6,
+        "Learning rate after the warm-up; it falls to zero along a cosine. Not set: it is found, from 1e-3 (sgd: 1e-2) "
+        "down, by what the samples held out say.",
+        gt=0,
+    )
     weight_decay: float = option(0.0, 7, "Decay of the weights, not of biases and scales.", gte=0)
     warmup: float = option(
         0.05, 8, "Share of the steps in which the learning rate rises to its full value.", gte=0, lt=1

@@ -39,6 +39,7 @@ def train(task: DistillationTask) -> DistillationResult:
         "features_matched": len(objective.features),
         "epochs": len(history.epochs),
         "best_epoch": history.best_epoch,
+        "learning_rate": history.learning_rate,
     }
     weights = len(executor.parameters_by_name)
     if history.first_loss <= PERFECT:
