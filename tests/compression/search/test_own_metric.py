@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -13,6 +14,7 @@ import pytest
 from modelpress_compression import InputData, Model, Recipe, compress
 from modelpress_compression.errors import MetricError
 from modelpress_compression.report.build import report_schema
+from modelpress_compression.search import search_time
 
 pytestmark = pytest.mark.usefixtures("timed_by_size")
 
@@ -113,3 +115,19 @@ def test_it_cannot_make_a_broken_model_pass(digits: Model) -> None:
     (taken,) = [row for row in report["candidates"] if row["chosen"]]
     assert taken["cosine"] >= 0.95
     assert not report["damage"]
+
+
+def test_time_is_kept_for_cuts(digits: Model, samples: InputData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores take nearly all of a search: some of its time is for cut models all the same, and then for what is left of
+    quantization."""
+    now = SimpleNamespace(s=100.0)
+    monkeypatch.setattr(search_time, "time", SimpleNamespace(monotonic=lambda: now.s))
+
+    def slow(path: str, evaluation: Any) -> float:
+        now.s += 4
+        return 0.9
+
+    report = compress(digits, goal(objective="fastest", search_time_s=24), data=samples, metric=slow).report
+    names = [row["name"] for row in report["candidates"]]
+    assert any(name.startswith("prune") for name in names)
+    assert any(name.startswith("quantize") for name in names)

@@ -66,6 +66,16 @@ def test_a_search_that_goes_far_later_has_it_from_then_on(clock: Clock) -> None:
     assert search.share(0.3) == 50 / (50 + USUAL_S)
 
 
+def test_the_share_that_is_left(clock: Clock) -> None:
+    """All of it where there is no limit, none once it is over."""
+    assert SearchTime(None, far=False).share_left == 1
+    search = SearchTime(10.0, far=False)
+    clock.now_s += 4
+    assert search.share_left == pytest.approx(0.6)
+    clock.now_s += 7
+    assert search.share_left == 0
+
+
 def test_what_the_end_leaves_out_is_counted(clock: Clock, samples: InputData, tmp_path: Path) -> None:
     """Nothing before it; a candidate that it interrupts is one, without an error."""
     search, context = SearchTime(10.0, far=False), Context(samples, tmp_path)
