@@ -156,12 +156,20 @@ def made_by(one: Installed, prepared: Prepared, limits: Limits, without: Sequenc
     done = {outcome["name"] for outcome in _kept(prepared, one.tool)}
     missing = [label for label in one.labels if label not in done and f"{one.tool.name}:{label}" not in without]
     if missing:
-        model, calibration = inputs_of(prepared)
-        bounds = [str(limits.timeout_s), str(limits.memory_bytes)]
-        command = [str(one.python), str(one.tool.script), str(model), str(calibration), str(folder), *bounds, *missing]
-        with (folder / "log.txt").open("w") as log:
-            subprocess.run(command, stdout=log, stderr=log, env=_environment(), check=False)
+        make(one, *inputs_of(prepared), folder, limits, missing)
     return _kept(prepared, one.tool)
+
+
+def make(
+    one: Installed, model: Path, calibration: Path, folder: Path, limits: Limits, labels: Sequence[str]
+) -> list[Outcome]:
+    """These points of a tool, in a folder that is there: see frontier_adapters/points.py. All outcomes of the folder,
+    each with its `file`."""
+    bounds = [str(limits.timeout_s), str(limits.memory_bytes)]
+    command = [str(one.python), str(one.tool.script), str(model), str(calibration), str(folder), *bounds, *labels]
+    with (folder / "log.txt").open("w") as log:
+        subprocess.run(command, stdout=log, stderr=log, env=_environment(), check=False)
+    return _outcomes(folder)
 
 
 def _folder(prepared: Prepared, tool: Tool) -> Path:
@@ -169,9 +177,13 @@ def _folder(prepared: Prepared, tool: Tool) -> Path:
 
 
 def _kept(prepared: Prepared, tool: Tool) -> list[Outcome]:
+    return [outcome | {"tool": tool.name} for outcome in _outcomes(_folder(prepared, tool))]
+
+
+def _outcomes(folder: Path) -> list[Outcome]:
     found: list[Outcome] = []
-    for path in sorted(_folder(prepared, tool).glob("*/outcome.json")):
-        found.append(json.loads(path.read_text("utf-8")) | {"tool": tool.name, "file": str(path.parent / "model.onnx")})
+    for path in sorted(folder.glob("*/outcome.json")):
+        found.append(json.loads(path.read_text("utf-8")) | {"file": str(path.parent / "model.onnx")})
     return found
 
 

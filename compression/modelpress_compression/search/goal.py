@@ -196,9 +196,7 @@ class GoalSearch:
         if schemes.waits:
             self._waiting.append((schemes, schemes.rest(), before))
 
-    def _add(
-        self, schemes: Schemes, added: Iterator[None], before: tuple[StepRecord, ...], kept: float = 0.0
-    ) -> bool:
+    def _add(self, schemes: Schemes, added: Iterator[None], before: tuple[StepRecord, ...], kept: float = 0.0) -> bool:
         """The candidates of these schemes, as they come, one at least. Whether all are there for which there is time;
         else there is more in `added`."""
         search = schemes.search
