@@ -24,6 +24,7 @@ from modelpress_compression.memory import Memory
 from modelpress_compression.model import Model, file_size_bytes
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.fuse.config import FuseConfig
+from modelpress_compression.passes.prune.config import PruneConfig
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.recipe import FASTEST, SMALLEST, Goal, Recipe, Step
 from modelpress_compression.report.formats import duration
@@ -225,7 +226,7 @@ class GoalSearch:
             held, all_samples = len(on.judge.context.data), len(self.context.data)
             self.context.log(f"nothing is fitted to {held} of {all_samples} samples, which judge what is cut")
         scored = isinstance(self.judge.task, GivenScores)
-        start, kept = before or (fused,), []
+        start, kept, prune = before or (fused,), [], PRUNE
         levers = self._levers
         # What was cut is quantized as the whole model was: this much of the time is kept for it.
         kept_s = min(_QUANTIZED * self.time.taken_s, self.time.left_s / 2)
@@ -240,6 +241,8 @@ class GoalSearch:
                     if not cut.candidate.reason or cut.candidate.unscored:
                         kept.append(cut)
             self.time.has_left_out(self._most_cuts - tried, kept_s)
+            if technique == "prune" and lever.nearest is not None:
+                prune = replace(PRUNE, criterion=lever.nearest.config.criterion)
             start = kept[-1].chain if kept else start
         for cut in reversed(kept[-_QUANTIZED:]):
             if "quantize" not in self.goal.techniques:
@@ -257,7 +260,7 @@ class GoalSearch:
         # By prices a cut may be kept where none that is even over the model was, above all in 8 bits.
         asked = (kept and self.recipe.size_first) or (self.far and self.recipe.time_first)
         if both and asked and not scored:
-            self._cut_and_quantized(before or (fused,), on)
+            self._cut_and_quantized(before or (fused,), on, prune)
 
     def _lever(self, technique: str, context: Context, on: Grounds, kept_s: float = 0.0) -> LeverSearch:
         """`kept_s`: seconds of the search that are not for it."""
@@ -280,18 +283,19 @@ class GoalSearch:
         """Of a lever."""
         return MANY_CUTS if self.far else FEW_CUTS
 
-    def _cut_and_quantized(self, start: tuple[StepRecord, ...], on: Grounds) -> None:
-        """Widths and forms as one choice."""
+    def _cut_and_quantized(self, start: tuple[StepRecord, ...], on: Grounds, prune: PruneConfig) -> None:
+        """Widths and forms as one choice. `prune`: how channels are chosen."""
         if self.time.has_left_out(CHOICES):
             return
         last, part = start[-1], self.time.within(self._part(_JOINT, BUILT, on.data))
         whole = self._scheme_search(last.model, last.path, part, on.judge)
         joint = JointSearch(
             whole,
-            self._forms(whole, on),
+            self._forms(whole, on, prune),
             self._lever("prune", part, on),
             start,
             lambda chain: self._scheme_search(chain[-1].model, chain[-1].path, part, on.judge),
+            prune,
         )
         with self.time.lasts(self.context):
             tried = 0
@@ -301,10 +305,10 @@ class GoalSearch:
                 if self.time.has_left_out(CHOICES - tried):
                     break
 
-    def _forms(self, whole: SchemeSearch, on: Grounds) -> Forms:
+    def _forms(self, whole: SchemeSearch, on: Grounds, prune: PruneConfig) -> Forms:
         """What is chosen beside the widths: what the goal is about."""
         if self.recipe.time_first:
-            return ComputedForms(whole, PRUNE)
+            return ComputedForms(whole, prune)
         priced = self._of_whole.bits if on.judge is self.judge else None
         return StoredForms(whole, priced or MixedBitsSearch(whole))
 

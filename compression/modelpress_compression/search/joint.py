@@ -51,7 +51,8 @@ _ALL = 0.99  # a recipe's sparsity is less than 1
 @dataclass
 class JointSearch:
     """`whole`: the search of schemes on the model that `start` ends with; `forms`: of its weights. `lever`: cuts it,
-    judges and trains. `quantized`: makes the search of schemes on what a chain of steps has made.
+    judges and trains. `quantized`: makes the search of schemes on what a chain of steps has made. `prune`: how channels
+    are chosen.
     """
 
     whole: SchemeSearch
@@ -59,6 +60,7 @@ class JointSearch:
     lever: LeverSearch
     start: tuple[StepRecord, ...]
     quantized: Callable[[tuple[StepRecord, ...]], SchemeSearch]
+    prune: PruneConfig = PRUNE
     _made: list[Cut] = field(default_factory=list)
 
     def cuts(self) -> Iterator[Cut]:
@@ -82,10 +84,10 @@ class JointSearch:
     @cached_property
     def _widths(self) -> list[list[Width]]:
         def measure() -> dict[str, Any]:
-            found = width_errors(self.whole.model, PRUNE, self.whole.context)
+            found = width_errors(self.whole.model, self.prune, self.whole.context)
             return {name: sorted(errors.items()) for name, errors in found.items()}
 
-        known = self.whole.known("prices of widths", measure)
+        known = self.whole.known(f"prices of widths by {self.prune.criterion}", measure)
         return [[Width(0.0, 0.0), *(Width(*pair) for pair in known.get(group.id, ()))] for group in self._groups]
 
     @cached_property
@@ -110,7 +112,7 @@ class JointSearch:
         count = len(self._parts)
         parts = [own[place] for own, place in zip(self._parts, choice[:count], strict=True)]
         forms = [own.forms[place] for own, place in zip(self._weights, choice[count:], strict=True)]
-        steps = cutting_steps(self._groups, self._branches, parts)
+        steps = cutting_steps(self._groups, self._branches, parts, self.prune)
         if not steps:
             return None  # forms alone are another search
         promised = decibels(sum(part.error for part in parts) + sum(form.error for form in forms))
@@ -142,12 +144,14 @@ class JointSearch:
         return f"{cut} by their prices, for {promised:.0f} dB with {self.forms.what}"
 
 
-def cutting_steps(groups: Sequence[Group], branches: Sequence[Branch], parts: Sequence[Width]) -> list[Step]:
+def cutting_steps(
+    groups: Sequence[Group], branches: Sequence[Branch], parts: Sequence[Width], prune: PruneConfig = PRUNE
+) -> list[Step]:
     """The steps that bring each group to its width, and take out each branch that goes; none where nothing goes."""
     ids = [*(group.id for group in groups), *(branch.id for branch in branches)]
     gone = [(pattern_of(name), min(part.gone, _ALL)) for name, part in zip(ids, parts, strict=True)]
     steps = []
-    for config, pairs in ((PRUNE, gone[: len(groups)]), (BLOCKS, gone[len(groups) :])):
+    for config, pairs in ((prune, gone[: len(groups)]), (BLOCKS, gone[len(groups) :])):
         overrides = tuple((name, share) for name, share in pairs if share)
         if overrides:
             steps.append(Step("prune", replace(config, overrides=overrides)))

@@ -101,7 +101,8 @@ class LeverSearch:
     """One lever on one model. `trains`: whether candidates may be trained; `cuts`: how many shares are tried.
 
     `apply`: runs a step on the model of the record; `judge`: a candidate's answers. `left_s`: seconds that the search
-    still has; infinite: it has no limit.
+    still has; infinite: it has no limit. `nearest`: the step that took the first share by the way that goes on; None
+    before.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class LeverSearch:
         self._technique, self._objective, self._context = technique, objective, context
         self._apply, self._judge, self._left_s = apply, judge, left_s
         self._trains, self._cuts = trains, cuts
+        self.nearest: Step | None = None
 
     def cuts(self, start: tuple[StepRecord, ...], shares: tuple[float, ...] = ()) -> Iterator[Cut]:
         """Candidates on the model that `start` ends with; those that keep the answers come with rising shares.
@@ -154,6 +156,7 @@ class LeverSearch:
                 return  # how much more may go, and in which way, is known when these have been scored
             found = known.setdefault(nearest, new)
             ways = (made[nearest][0],)
+            self.nearest = self.nearest or made[nearest][1].step
             last = found[-1].candidate
             if last.unscored:
                 return

@@ -18,9 +18,8 @@ from modelpress_compression.measure.fidelity import KnownOutputs
 from modelpress_compression.model import Model
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.prune.blocks import Branch, mended
-from modelpress_compression.passes.prune.channel.activation import ActivationMagnitude
 from modelpress_compression.passes.prune.channel.limits import Limits
-from modelpress_compression.passes.prune.channel.prune import refitted
+from modelpress_compression.passes.prune.channel.prune import CRITERIA, refitted
 from modelpress_compression.passes.prune.channel.ranking import select_by_layer
 from modelpress_compression.passes.prune.channel.weights import Weights
 from modelpress_compression.passes.prune.config import PruneConfig
@@ -34,13 +33,14 @@ _EXACT = 1e-12
 
 
 def width_errors(model: Model, config: PruneConfig, context: Context) -> dict[str, dict[float, float]]:
-    """By the group's id, the error of each share that may go from it; empty: measuring them would take too long.
+    """By the group's id, the error of each share that may go from it, chosen by the criterion of `config`; empty:
+    measuring them would take too long.
 
-    Raises ModelNotRunnableError, TimeLimitError.
+    Raises ModelNotRunnableError, TimeLimitError, and UnsupportedOperatorError where a criterion needs gradients.
     """
     analysis = find_groups(model)
     few = Context(context.data.spread(SAMPLES), context.work_directory, context.deadline, context.clock)
-    scores = ActivationMagnitude()(model, analysis.groups, few)
+    scores = CRITERIA[config.criterion](config)(model, analysis.groups, few)
     known = KnownOutputs()
     found: dict[str, dict[float, float]] = {}
     began = context.clock()

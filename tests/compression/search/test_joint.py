@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from modelpress_compression import InputData, Model, Recipe
+from modelpress_compression.channels import find_groups
 from modelpress_compression.measure.layer_times import LayerTime
 from modelpress_compression.passes.base import Context
 from modelpress_compression.passes.fuse.config import FuseConfig
@@ -18,8 +19,9 @@ from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.recipe import Step
 from modelpress_compression.search import width_times
 from modelpress_compression.search.entries import Entry
-from modelpress_compression.search.joint import PRUNE, JointSearch
+from modelpress_compression.search.joint import PRUNE, JointSearch, cutting_steps
 from modelpress_compression.search.joint_forms import ComputedForms
+from modelpress_compression.search.joint_solver import Width
 from modelpress_compression.search.judge import Judge
 from modelpress_compression.search.levers import LeverSearch
 from modelpress_compression.search.quantization import SchemeSearch
@@ -96,3 +98,13 @@ def test_a_branch_goes_where_narrow_layers_are_not_faster(
     if trained is not None:  # as it is called once it was trained in its 8 bits
         name = Entry(trained, built.whole.judge, integers[0].chain).name
         assert name == "prune by prices, quantize static, distill"
+
+
+@pytest.mark.parametrize("criterion", ["activation", "taylor"])
+def test_channels_go_by_the_criterion_that_is_given(residual: Model, criterion: str) -> None:
+    """Of every group the share of its width, in one step, and nothing of those that stay as wide."""
+    groups = find_groups(residual).groups
+    parts = [Width(0.5 if number else 0.0, 0.1) for number in range(len(groups))]
+    (step,) = cutting_steps(groups, [], parts, replace(PRUNE, criterion=criterion))
+    assert step.config.criterion == criterion
+    assert [share for _, share in step.config.overrides] == [0.5] * (len(groups) - 1)

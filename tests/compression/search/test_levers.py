@@ -188,6 +188,8 @@ def test_the_first_share_tells_how_importance_is_judged(
     )
     found = list(lever.cuts(start))
     assert asked == ["taylor", "activation", *[better] * 3]
+    assert lever.nearest is not None
+    assert lever.nearest.config.criterion == better
     assert len(found) == 5
     assert ("by gradients" in found[-1].candidate.name) == (better == "taylor")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from modelpress_compression.search.widths import owned_axes, width_errors
 CONFIG = PruneConfig(structure="channel", scope="layer", sparsity=0.0, criterion="activation", round_to=4)
 
 
-def test_errors_are_those_of_the_cut_model(digits: Model, samples: InputData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("criterion", ["activation", "taylor"])
+def test_errors_are_those_of_the_cut_model(digits: Model, samples: InputData, tmp_path: Path, criterion: str) -> None:
     """A recipe that cuts one group by a share that was measured errs as was said, and errors rise with the share."""
     context = Context(samples, tmp_path)
-    errors = width_errors(digits, CONFIG, context)
+    errors = width_errors(digits, replace(CONFIG, criterion=criterion), context)
     assert any(errors.values())
     for name, own in errors.items():
         rising = [error for _, error in sorted(own.items())]
@@ -30,7 +32,7 @@ def test_errors_are_those_of_the_cut_model(digits: Model, samples: InputData, tm
                 structure="channel",
                 scope="layer",
                 sparsity=0.0,
-                criterion="activation",
+                criterion=criterion,
                 round_to=4,
                 overrides=((name, 0.5),),
             )
