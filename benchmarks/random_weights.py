@@ -77,7 +77,7 @@ def rows_of(name: str, cache: Path, quark: Installed, samples: int, limits: Limi
             if outcome["outcome"] == "ok":
                 yield row("Quark", outcome["name"], Path(outcome["file"]), outcome["wall_s"])
             else:
-                yield f"| {name} | Quark | {outcome['name']} | {outcome['outcome']} | |"
+                yield f"| {name} | Quark | {outcome['name']} | {outcome['outcome']} | {outcome['wall_s']:.0f} |"
 
 
 def main() -> None:
