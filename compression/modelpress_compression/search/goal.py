@@ -49,8 +49,8 @@ _JOINT = 0.7  # share of the progress when the levers' models are quantized
 _QUANTIZED = 2  # of what the levers made, those that went the furthest
 _BALANCE = 0.2  # share of the progress of a balance that a far search may follow
 _WHOLE = 0.3  # share of the progress when the candidates of the whole model are built and judged
-# Of a limited time, what is kept for cuts while the whole model is quantized. Else all of it went by before the first
-# one where the metric of the user's own takes long, and a cut is what gains the most there.
+# Of a limited time, what is kept for cuts while the whole model is quantized, where time counts. Else all of it went by
+# before the first one where the metric of the user's own takes long.
 _FOR_CUTS = 0.6
 
 
@@ -118,12 +118,9 @@ class GoalSearch:
             candidate = Candidate("", fused, file_size_bytes(fused.path), technique="fuse")
             self._enter([self.judge.answers(candidate)], self.judge)
         if "quantize" in self.goal.techniques:
-            kept = _FOR_CUTS if self.far and self._grounds is not None else 0.0
-            self._quantized(self._of_whole, self._before, kept)
+            self._quantized(self._of_whole, self._before, self._for_cuts)
         self._build_cut()
-        for schemes, added, before in self._waiting:
-            if not self.time.has_left_out(1):
-                self._add(schemes, added, before)
+        self._build_waiting()
 
     def build_further(self) -> None:
         """What a far search has besides, once `build` has made those of one that was not far."""
@@ -132,13 +129,22 @@ class GoalSearch:
         # What levers made is made anew: they go further.
         self.entries = [entry for entry in self.entries if not entry.is_cut]
         if "quantize" in self.goal.techniques:
-            search, built = self._of_whole.search, len(self._of_whole.search.candidates)
+            search = self._of_whole.search
             search.context = self.time.within(search.context)
-            with self.time.lasts(self.context):
-                for _ in self._of_whole.further():
-                    pass
-            self._enter(search.candidates[built:], search.judge, self._before)
+            self._add(self._of_whole, self._of_whole.further(), self._before, self._for_cuts)
         self._build_cut()
+        self._build_waiting()
+
+    @property
+    def _for_cuts(self) -> float:
+        """The share of the time that they have to themselves; where size counts, bits gain more than cuts."""
+        return _FOR_CUTS if self.far and self.recipe.time_first and self._grounds is not None else 0.0
+
+    def _build_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for schemes, added, before in waiting:
+            if not self.time.has_left_out(1):
+                self._add(schemes, added, before)
 
     def _build_cut(self) -> None:
         if self._grounds is not None:
@@ -189,17 +195,14 @@ class GoalSearch:
         )
 
     def _quantized(self, schemes: Schemes, before: tuple[StepRecord, ...], kept: float = 0.0) -> None:
-        """Every scheme on one float model; those that can wait until all else is there. `kept`: share of the time that
-        is not for it; what is left out for that waits too."""
-        candidates = schemes.candidates()
-        if not self._add(schemes, candidates, before, kept):
-            self._waiting.append((schemes, candidates, before))
+        """Every scheme on one float model, but for those that can wait until all else is there. `kept`: see `_add`."""
+        self._add(schemes, schemes.candidates(), before, kept)
         if schemes.waits:
             self._waiting.append((schemes, schemes.rest(), before))
 
-    def _add(self, schemes: Schemes, added: Iterator[None], before: tuple[StepRecord, ...], kept: float = 0.0) -> bool:
-        """The candidates of these schemes, as they come, one at least. Whether all are there for which there is time;
-        else there is more in `added`."""
+    def _add(self, schemes: Schemes, added: Iterator[None], before: tuple[StepRecord, ...], kept: float = 0.0) -> None:
+        """The candidates of these schemes, as they come, one at least. `kept`: share of the time that is not for them;
+        those that are left out for that wait."""
         search = schemes.search
         entered = len(search.candidates)
         with self.time.lasts(self.context):
@@ -210,11 +213,11 @@ class GoalSearch:
                 if self.time.has_left_out(1):
                     break
                 if self.time.share_left <= kept:
-                    return False
+                    self._waiting.append((schemes, added, before))
+                    return
                 # From the second on: whatever the time, there is one.
                 search.context = self.time.within(search.context)
         self._enter(search.candidates[entered:], search.judge, before)
-        return True
 
     def _scheme_search(self, model: Model, path: Path, context: Context, judge: Judge) -> SchemeSearch:
         target = self._folder(f"quantize-{next(self.numbers)}")
