@@ -194,6 +194,44 @@ def test_the_first_share_tells_how_importance_is_judged(
     assert ("by gradients" in found[-1].candidate.name) == (better == "taylor")
 
 
+@pytest.mark.parametrize("asked_of_all", [False, True])
+def test_outputs_alone_do_not_decide_on_what_is_lost(
+    start: tuple[StepRecord, ...], samples: InputData, tmp_path: Path, asked_of_all: bool
+) -> None:
+    """A share that is lost both ways tells which way goes on where the task was asked of both; else the next one does,
+    and the way whose outputs were further away may be the one that keeps the answers."""
+    asked = list[tuple[str, float]]()
+
+    def apply(before: StepRecord, context: Context) -> StepRecord:
+        config = before.step.config
+        asked.append((config.criterion, config.sparsity))
+        path = tmp_path / f"{config.criterion} {config.sparsity}.onnx"
+        path.write_text(path.name)
+        return replace(before, path=path, changes={"done": 1})
+
+    def judge(candidate: Candidate) -> Candidate:
+        config = candidate.record.step.config
+        by_activations = config.criterion == "activation"
+        fidelity = Fidelity("provided", 30, {"y": OutputFidelity(0.7 + 0.1 * by_activations, 5.0, 0.0)}, None, None)
+        lost = config.sparsity > (0.1 if by_activations else 0.2)
+        drop = 0.1 * config.sparsity if asked_of_all or not lost else None
+        return replace(candidate, fidelity=fidelity, drop=drop, reason="lost" if lost else "")
+
+    context = Context(samples, tmp_path)
+    lever = LeverSearch(
+        "prune", BALANCED, context, apply=apply, judge=judge, left_s=lambda: math.inf, trains=False, cuts=3
+    )
+    found = list(lever.cuts(start))
+    criteria = [criterion for criterion, _ in asked]
+    if asked_of_all:
+        assert criteria == ["taylor", "activation", "taylor", "taylor"]
+    else:
+        assert criteria == ["taylor", "activation", "taylor", "activation", "taylor"]
+    assert any("by gradients" in cut.candidate.name and not cut.candidate.reason for cut in found)
+    assert lever.nearest is not None
+    assert lever.nearest.config.criterion == "taylor"
+
+
 def test_a_model_without_gradients_is_cut_by_its_activations(
     start: tuple[StepRecord, ...], samples: InputData, tmp_path: Path
 ) -> None:
