@@ -169,7 +169,9 @@ class Notifier:
 async def wait_until(event: asyncio.Event, timeout_s: float) -> bool:
     """Whether the event was set within the time."""
     try:
-        await asyncio.wait_for(event.wait(), timeout_s)
+        # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the event.
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
     except TimeoutError:
         return False
     return True

@@ -52,7 +52,8 @@ async def test_round_trip_is_exact_and_deduplicated(running: Running) -> None:
         assert await running.client.read(digest, offset) == content[offset:]
     again = await running.client.start_upload(content)
     assert (again.state, again.committed_size) == (COMPLETED, len(content))
-    answers = await running.client.send(chunks(again.name, content))
+    # The first chunk alone: grpc.aio replaces the status of a stream that ends during a write by a bare INTERNAL.
+    answers = await running.client.send(chunks(again.name, content)[:1])
     assert answers[-1].upload.state == COMPLETED
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from modelpress_server.waiting import QUEUE_NEWS_S, TOLD_IN_A_TURN, Notifier, SharedLook, Ticket
+import pytest
+from modelpress_server.waiting import QUEUE_NEWS_S, TOLD_IN_A_TURN, Notifier, SharedLook, Ticket, wait_until
 
 
 def told(tickets: list[Ticket]) -> int:
@@ -104,3 +105,23 @@ async def test_nobody_looks_again_at_what_has_not_changed() -> None:
     assert [await shared() for _ in range(4)] == [2, 3, 3, 3]
     version = None
     assert [await shared() for _ in range(2)] == [4, 5]
+
+
+@pytest.mark.parametrize("news_first", [True, False])
+async def test_news_do_not_hide_a_cancellation(news_first: bool) -> None:
+    """Who is cancelled while the event is set ends all the same, whichever comes first."""
+    event = asyncio.Event()
+    waiting = asyncio.create_task(wait_until(event, 60.0))
+    await asyncio.sleep(0.01)
+    for step in (event.set, waiting.cancel) if news_first else (waiting.cancel, event.set):
+        step()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+async def test_waiting_tells_whether_there_was_news() -> None:
+    """True as soon as the event is set, False when the time is over."""
+    event = asyncio.Event()
+    assert not await wait_until(event, 0.01)
+    event.set()
+    assert await wait_until(event, 60.0)

@@ -56,7 +56,8 @@ class Lookout:
         if self._clock.now_s() - self._read_at_s < STORE_INTERVAL_S:
             return
         try:
-            self._seen = await asyncio.wait_for(self._store.figures(), STORE_TIMEOUT_S)
+            async with asyncio.timeout(STORE_TIMEOUT_S):
+                self._seen = await self._store.figures()
         except Exception as error:  # noqa: BLE001  # the other metrics say most when the store is broken
             logger.warning("metrics: the store could not be read: %s", error or type(error).__name__)
             self._seen = None

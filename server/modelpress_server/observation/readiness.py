@@ -90,7 +90,8 @@ class Readiness:
 
 async def _within_time(check: Callable[[], Awaitable[Check]]) -> Check:
     try:
-        return await asyncio.wait_for(check(), CHECK_TIMEOUT_S)
+        async with asyncio.timeout(CHECK_TIMEOUT_S):
+            return await check()
     except TimeoutError:
         return Check(False, f"no answer within {CHECK_TIMEOUT_S:g} s")
     except Exception:

@@ -36,7 +36,7 @@ from modelpress_server.sites.machine import ThisMachine
 from modelpress_server.space import Space
 from modelpress_server.stores.s3 import S3BlobStore
 from modelpress_server.toolchain import made_by, processor_name
-from modelpress_server.waiting import ended
+from modelpress_server.waiting import ended, wait_until
 from modelpress_server.worker import DEFAULT_TASKS
 
 logger = logging.getLogger(__name__)
@@ -169,8 +169,7 @@ class Node:
         task.dropped = max(seen, task.dropped)
         if not task.events and task.ending is None:
             task.changed.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(task.changed.wait(), NEWS_WAIT_S)
+            await wait_until(task.changed, NEWS_WAIT_S)
         told = task.events[:NEWS_EVENTS]
         ending = task.ending if len(told) == len(task.events) else None
         return site_pb2.News(events=told, ending=ending).SerializeToString()
