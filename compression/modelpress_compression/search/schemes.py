@@ -12,6 +12,7 @@ where the goal is about size; for `smallest` arithmetic waits until everything e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,12 +21,14 @@ from modelpress_compression.measure.task import GivenScores
 from modelpress_compression.passes.quantize.config import QuantizeConfig
 from modelpress_compression.passes.quantize.quantize import Quantize
 from modelpress_compression.recipe import ACCURATE, BALANCED, SMALLEST, Goal, Recipe
+from modelpress_compression.search.candidates import Candidate
 from modelpress_compression.search.judge import FLOAT_FLOOR_DB
 from modelpress_compression.search.mixed_bits import MixedBitsSearch
 from modelpress_compression.search.mixed_schemes import MixedSchemeSearch
 from modelpress_compression.search.quantization import CLOSE_FLOOR_DB, SchemeSearch
 
 WEIGHT_ONLY = QuantizeConfig(scheme="weight_only")
+_IN_4_BITS = "4 bits in blocks"
 
 
 @dataclass
@@ -102,18 +105,29 @@ class Schemes:
             yield
             return
         # The prices of bits take long, and may not be through in time.
-        nearest = replace(WEIGHT_ONLY, weights="int4", rounding="nearest")
-        self._add_in_blocks(nearest, "4 bits in blocks, to the nearest")
+        in_4_bits = replace(WEIGHT_ONLY, weights="int4")
+        nearest = self._add_in_blocks(replace(in_4_bits, rounding="nearest"), f"{_IN_4_BITS}, to the nearest")
         yield
         yield from self._mixed_bits()
+        yield from self._rounded_well(in_4_bits, nearest)
 
-    def _add_in_blocks(self, config: QuantizeConfig, variant: str) -> None:
-        self.search.add("weight_only", partial(Quantize(config), self.search.model, self.search.context), variant)
+    def _rounded_well(self, config: QuantizeConfig, nearest: Candidate) -> Iterator[None]:
+        """4 bits for all, rounded by the data, where no mix that keeps the answers is as small as these are to the
+        `nearest` level. Prices tell answers only to within some decibels, and streams are rotated here."""
+        search = self.search
+        mixed = (one.size_bytes for one in search.candidates if not one.reason or one.unscored)
+        if nearest.reason and search.context.data.provided and nearest.size_bytes < min(mixed, default=math.inf):
+            self._add_in_blocks(config, _IN_4_BITS)
+            yield
+
+    def _add_in_blocks(self, config: QuantizeConfig, variant: str) -> Candidate:
+        search = self.search
+        return search.add("weight_only", partial(Quantize(config), search.model, search.context), variant)
 
     def _in_4_bits(self, config: QuantizeConfig) -> None:
         """Rounding them well takes a fifth of the search, and where 8 bits are faster they are hardly ever taken: so it
         waits until size and times speak for them."""
-        search, variant = self.search, "4 bits in blocks"
+        search, variant = self.search, _IN_4_BITS
         if not search.context.data.provided or isinstance(search.judge.task, GivenScores):
             self._add_in_blocks(config, variant)
             return

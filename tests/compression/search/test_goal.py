@@ -18,7 +18,7 @@ from modelpress_compression.measure.damage import DAMAGE_DROP
 from modelpress_compression.measure.fidelity import Fidelity, OutputFidelity
 from modelpress_compression.measure.latency import Timings
 from modelpress_compression.measure.task import Labelled
-from modelpress_compression.passes.quantize.weight_only.mixed_bits import Form, MixedBits
+from modelpress_compression.passes.quantize.weight_only.mixed_bits import EIGHT, FLOAT, Form, MixedBits
 from modelpress_compression.recipe import OBJECTIVES
 from modelpress_compression.report.build import report_schema
 from modelpress_compression.search import judge, quantization, search_time
@@ -298,6 +298,28 @@ def test_a_candidate_that_takes_too_long_is_left(
     assert any("4 bits in blocks, to the nearest" in name for name in names)
     assert not any("priced at" in name for name in names)
     assert report["size_ratio"] > 3
+
+
+@pytest.mark.usefixtures("timed_by_size")
+@pytest.mark.parametrize("mixes", [False, True])
+def test_4_bits_are_rounded_well_where_no_mix_is_as_small(
+    digits: Model, samples: InputData, monkeypatch: pytest.MonkeyPatch, mixes: bool
+) -> None:
+    """The metric refuses 4 bits to the nearest. Where mixes of bits give nothing as small, 4 bits rounded by the data
+    are tried, and taken; where they do, these would gain nothing."""
+    seen: list[int] = []
+
+    def metric(path: str, _: object) -> float:
+        seen.append(Path(path).stat().st_size)
+        return 0.0 if [size for size in seen if size < seen[0] / 4.5] == seen[-1:] else 1.0
+
+    if not mixes:
+        monkeypatch.setattr(MixedBits, "options", {"": (Form(EIGHT, 1, 0.0), Form(FLOAT, 4, 0.0))})
+    asked = goal(objective="smallest", techniques=["quantize"], max_drop=0.01)
+    report = compress(digits, asked, data=samples, metric=metric).report
+    rows = {row["name"].partition(", ")[2]: row for row in report["candidates"]}
+    assert "falls by 1.0" in rows["4 bits in blocks, to the nearest"]["reason"]
+    assert [row["chosen"] for name, row in rows.items() if name == "4 bits in blocks"] == ([] if mixes else [True])
 
 
 @pytest.mark.usefixtures("timed_by_size")
