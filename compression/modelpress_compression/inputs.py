@@ -87,6 +87,12 @@ class InputData:
                 "there is one sample alone: ranges and agreement measured on it say next to nothing about others. "
                 "Give some dozens that differ as real inputs do."
             )
+        left = len(self) % self.feed_size
+        if self.provided and left and self.feed_count:
+            found.append(
+                f"the model takes {self.feed_size:,} samples at a time, so that it is run without the last {left:,} of "
+                f"{len(self):,}."
+            )
         return tuple(found)
 
     @cached_property

@@ -201,6 +201,14 @@ def test_one_sample_and_equal_samples_are_pointed_out() -> None:
     assert "all samples are the same" in InputData.from_arrays({"x": same}, IMAGE).oddities[0]
 
 
+@pytest.mark.parametrize(("samples", "told"), [(7, True), (6, False)])
+def test_samples_that_fill_no_batch_are_pointed_out(samples: int, told: bool) -> None:
+    """A model that insists on three at a time leaves the seventh."""
+    pixels = np.random.default_rng(0).random((samples, 2), np.float32)
+    oddities = InputData.from_arrays({"x": pixels}, (TensorSpec("x", "float32", (3, 2)),)).oddities
+    assert [text.endswith("run without the last 1 of 7.") for text in oddities] == [True] * told
+
+
 @pytest.mark.parametrize(("extent", "size", "count"), [("n", 1, 7), (3, 3, 2)])
 def test_feeds_are_counted(extent: str | int, size: int, count: int) -> None:
     """One for each sample, or for each whole batch that the model insists on."""
