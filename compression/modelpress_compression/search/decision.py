@@ -228,12 +228,14 @@ class Decision:
         """The report's rows: those that were timed with their speed, the others with what spoke against them."""
         timed = {
             id(entry): (
-                replace(entry.candidate, speedup=figures[0].times_of(one), reason=reason),
+                replace(
+                    entry.candidate,
+                    speedup=figures[0].times_of(one),
+                    reason=self._reason(entry, place, figures, choice),
+                ),
                 choice.taken == place,
             )
-            for place, (entry, one, reason) in enumerate(
-                zip(racers, figures[1:], choice.reasons[1:], strict=True), start=1
-            )
+            for place, (entry, one) in enumerate(zip(racers, figures[1:], strict=True), start=1)
         }
         shown = [(entry, *timed.get(id(entry), (entry.candidate, False))) for entry in self.entries]
         fronts = pareto_set([candidate for _, candidate, _ in shown])
@@ -241,6 +243,15 @@ class Decision:
             candidate.to_dict(taken, front) | {"name": entry.name}
             for (entry, candidate, taken), front in zip(shown, fronts, strict=True)
         ]
+
+    def _reason(self, entry: Entry, place: int, figures: list[Figures], choice: Choice) -> str:
+        """Why a racer was not taken. A missing score is no reason where no score would have changed the choice."""
+        if entry.candidate.unscored:
+            scored = [*figures[:place], replace(figures[place], refusal=""), *figures[place + 1 :]]
+            again = choose(scored, 0, self.goal.objective, _limits(self.judge.recipe.limits))
+            if again.taken == choice.taken:
+                return again.reasons[place]
+        return choice.reasons[place]
 
     def _advice(self, figures: list[Figures], choice: Choice, racers: list[Entry]) -> Iterator[dict[str, str]]:
         """What other options would have brought, from what was measured."""

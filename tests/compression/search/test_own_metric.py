@@ -15,6 +15,7 @@ from modelpress_compression import InputData, Model, Recipe, compress
 from modelpress_compression.errors import MetricError
 from modelpress_compression.report.build import report_schema
 from modelpress_compression.search import search_time
+from modelpress_compression.search.family import FamilyMember
 
 pytestmark = pytest.mark.usefixtures("timed_by_size")
 
@@ -131,3 +132,24 @@ def test_time_is_kept_for_cuts(digits: Model, samples: InputData, monkeypatch: p
     names = [row["name"] for row in report["candidates"]]
     assert any(name.startswith("prune") for name in names)
     assert any(name.startswith("quantize") for name in names)
+
+
+def test_a_missing_score_is_no_reason_where_it_changes_nothing(digits: Model, samples: InputData) -> None:
+    """With the metric on another machine: what is larger than the smallest that holds needs no score, and the report
+    says that another is smaller; what is smaller still waits for its own."""
+
+    def candidates(**scores: float) -> list[FamilyMember]:
+        asked = goal(objective="smallest", techniques=["quantize"], client_metric={"name": "words", "scores": scores})
+        result = compress(digits, asked, data=samples)
+        return sorted(result.candidates, key=lambda row: row["size_bytes"])
+
+    offered = candidates()
+    waiting = [row for row in offered if row["reason"] == "words has not scored it yet"]
+    assert len(waiting) >= 3
+    (original,) = [row for row in offered if row["id"] == "original"]
+    rows = candidates(**{original["sha256"]: 0.9, waiting[1]["sha256"]: 0.9})
+    taken = next(place for place, row in enumerate(rows) if row["chosen"])
+    assert rows[taken]["sha256"] == waiting[1]["sha256"]
+    assert "words has not scored it yet" in [row["reason"] for row in rows[:taken]]
+    assert "words has not scored it yet" not in [row["reason"] for row in rows[taken:]]
+    assert "another is smaller" in [row["reason"] for row in rows[taken:]]
