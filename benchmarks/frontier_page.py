@@ -105,15 +105,20 @@ def _smallest(models: Mapping[str, Row]) -> list[str]:
         if SMALLEST_1 not in model.get("goals", {SMALLEST_1: {}}):
             continue
         ours = next((row for row in placed if row.get("job") == SMALLEST_1 and row["chosen"]), original)
-        theirs = min(
-            (row for row in placed if row["tool"] != OURS and row["place"]["loss"] <= MAX_DROP + HALF_A_DIGIT),
-            key=lambda row: row["size_bytes"],
-        )
+        theirs = smallest_of_theirs(model)
         rows.append([
             name, ours["name"], *_figures(ours), f"{LABELS[theirs['tool']]}: {theirs['name']}", *_figures(theirs),
             f"{ours['size_bytes'] / theirs['size_bytes']:.3f}",
         ])  # fmt: skip
     return _markdown(rows)
+
+
+def smallest_of_theirs(model: Row) -> Row:
+    """The smallest point of other tools, or the float model, that loses no more than a point."""
+    placed = [row for row in model["points"] if "place" in row and row["tool"] != OURS]
+    return min(
+        (row for row in placed if row["place"]["loss"] <= MAX_DROP + HALF_A_DIGIT), key=lambda row: row["size_bytes"]
+    )
 
 
 def _tools(results: Mapping[str, Any]) -> list[str]:

@@ -10,9 +10,9 @@ itself, as accuracy-aware tuning does elsewhere, so that their last column is wh
 `--inputs`, mnist and fashion get so many training images, without labels, in place of their few representative inputs.
 At the end all results of a model are timed in the same rounds.
 
-Figures are gathered in docs/levers.json, a model at a time; docs/levers.md is written from them (`--render`: that
-alone). Below the table it says of every model what was tried, what came nearest beyond the permitted drop, and which
-layers take the time of the fastest result.
+Figures are gathered in docs/levers.json, a model at a time; docs/levers.md is written from them and from what
+frontier.py knows of other tools (`--render`: that alone). Below the tables it says of every model what was tried, what
+came nearest beyond the permitted drop, and which layers take the time of the fastest result.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from frontier_page import LABELS, smallest_of_theirs
 from model_evaluation import evaluate, representative
 from modelpress_compression import Recipe, compress, load
 from modelpress_compression.inputs import Array, InputData
@@ -43,7 +44,8 @@ ROUNDS, BUDGET_S = 200, 30.0
 # Of the training images, those that judge; what a model is given are the first.
 JUDGES = slice(4000, 8000)
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-RESULTS, PAGE = DOCS / "levers.json", DOCS / "levers.md"
+RESULTS, PAGE, FRONTIER = DOCS / "levers.json", DOCS / "levers.md", DOCS / "frontier.json"
+MOST_DROP = 0.01
 HEADER = """# All techniques together, and quantization alone
 
 Written by `benchmarks/levers.py`; do not edit. Each model may lose one point of its metric. Times are those of one
@@ -52,6 +54,12 @@ thread and one sample, all results of a model in the same interleaved rounds.
 TABLE = (
     "|model|goal|techniques|times smaller|times as fast|metric|search|taken|",
     "|---|---|---|---|---|---|---|---|",
+)
+OTHERS = (
+    "## Beside other tools",
+    "",
+    "The smallest files of `smallest` with all techniques, and the smallest that onnxruntime's tools, onnxsim, Olive,",
+    "NNCF, neural-compressor and Quark make of the same models within the same drop ([frontier.md](frontier.md)).",
 )
 _SLOWEST = 4  # layers that are named
 
@@ -189,6 +197,7 @@ def figures(case: Case, models: Path, drop: float, count: int | None, search_tim
         return {
             "lines": lines,
             "gains": {"fastest": speeds[1] / speeds[0], "smallest": sizes[2] / sizes[3]},
+            "times_smaller": whole / sizes[3],
             "tried": [text for one in found for text in one.tried],
             "measured_on": f"{datetime.date.today().isoformat()}, {environment()['cpu']}",
         }
@@ -200,17 +209,35 @@ def gathered() -> dict[str, Any]:
     return results
 
 
+def beside_others(results: dict[str, Any]) -> Iterator[str]:
+    """A table of the smallest files beside those of other tools, as frontier.py has measured these. Sizes are those of
+    any machine; what loses more than a point is left out."""
+    measured = json.loads(FRONTIER.read_text("utf-8"))["models"]
+    yield from ("|model|smallest, times smaller|other tools, times smaller|tool|", "|---|---|---|---|")
+    ratios = []
+    for name, one in results.items():
+        best = smallest_of_theirs(measured[name])
+        theirs = 1 / best["place"]["size"]
+        ratios.append(one["times_smaller"] / theirs)
+        yield f"|{name}|{one['times_smaller']:.2f}|{theirs:.2f}|{LABELS[best['tool']]}: {best['name']}|"
+    yield ""
+    yield f"In the geometric mean {geometric_mean(ratios):.2f} times smaller than the best of theirs."
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of positive numbers."""
+    return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
 def page(results: dict[str, Any]) -> str:
     """docs/levers.md."""
-    means = {
-        name: math.exp(sum(math.log(one["gains"][name]) for one in results.values()) / len(results))
-        for name in OBJECTIVES
-    }
+    means = {name: geometric_mean([one["gains"][name] for one in results.values()]) for name in OBJECTIVES}
     summary = (
         f"All techniques over quantization alone, geometric mean of {len(results)} models: {means['fastest']:.2f} "
         f"times as fast by `fastest`, {means['smallest']:.2f} times smaller by `smallest`."
     )
     blocks = [HEADER, summary, "", *TABLE, *(line for one in results.values() for line in one["lines"])]
+    blocks += ["", *OTHERS, "", *beside_others(results)]
     for name, one in results.items():
         gains = ", ".join(f"`{objective}` {one['gains'][objective]:.2f}" for objective in OBJECTIVES)
         blocks += ["", f"## {name}", "", f"Gained over quantization alone: {gains}. {one['measured_on']}.", ""]
@@ -223,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="folder with the models and their eval_NAME.py")
     parser.add_argument("--only", nargs="*")
-    parser.add_argument("--drop", type=float, default=0.01)
+    parser.add_argument("--drop", type=float, default=MOST_DROP)
     parser.add_argument("--inputs", type=int, help="training images for mnist and fashion, without labels")
     parser.add_argument("--search-time", type=float)
     parser.add_argument("--render", action="store_true", help="write the page from the figures that there are")
