@@ -592,11 +592,13 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 def test_advised_commands_repeat_what_was_given(
     run_cli: RunCli, fake_server: Any, model_file: Path, tmp_path: Path
 ) -> None:
-    """They run as they are: the same files, server and drop, the goal that is advised, and no limit that it leaves."""
+    """They run as they are: the same files and server, the goal that is advised, and no limit that it leaves."""
     with zipfile.ZipFile(tmp_path / "a b.npz", "w") as archive:
         archive.writestr("x.npy", b"")
+    upload = "compress-client upload MODEL --data FILE.npz"
     fake_server.report["advice"] = [
-        {"text": "More.", "command": "compress-client upload MODEL --data FILE.npz --eval FILE.npz --goal fastest"}
+        {"text": "More.", "command": f"{upload} --eval FILE.npz --max-drop 0.01 --goal fastest"},
+        {"text": "Unbounded.", "command": f"{upload} --goal smallest"},
     ]
     at = f"--server {fake_server.address}"
     (tmp_path / "r.yaml").write_text("version: 1\ngoal: {objective: balanced}\n")
@@ -613,7 +615,8 @@ def test_advised_commands_repeat_what_was_given(
     ]
     more = ["--goal", "smallest", "--set", "goal.techniques=[fuse]", "--set", "benchmark.rounds=9", "-o", "out.onnx"]
     ran = run_cli(*at.split(), "upload", model_file, *given, *more, "--json")
-    (advice,) = ran.document["advice"]
+    advice, unbounded = ran.document["advice"]
+    assert "--max-drop" not in unbounded["command"]
     assert advice["command"] == (
         f"compress-client upload {model_file} {at} --recipe r.yaml --data '{tmp_path}/a b.npz' --max-drop 1% "
         "--output out.onnx --set benchmark.rounds=9 --eval FILE.npz --goal fastest"

@@ -13,7 +13,7 @@ _KEY = "modelpress.given"
 _SERVER = ("--server", "--local", "--data-dir", "--ca", "--cert", "--key")
 # What advice changes, and the limits, which it names where they are to hold.
 _CHANGED = ("--goal", "--search-time")
-_LIMITS = ("--max-size", "--min-ratio", "--max-latency", "--min-speedup")
+_LIMITS = ("--max-drop", "--max-size", "--min-ratio", "--max-latency", "--min-speedup")
 # For one call alone, or not for everyone to see.
 _ONCE = ("--token", "--timeout", "--json", "--quiet", "--skip-cache")
 

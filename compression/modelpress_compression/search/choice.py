@@ -7,8 +7,8 @@
 
 Each objective is a list of figures that decide one after the other. A figure keeps the candidates that it cannot tell
 from its best: files within 1 % are as large, latencies are as long where the interval of their ratio, taken round by
-round, leaves no more than 2 % between them and its median no more than 5 %, and products of size and time within 3 % are
-as good.
+round, leaves no more than 2 % between them and its median no more than 5 %, and products of size and time within 3 %
+are as good.
 So noise decides nothing that a measured difference in size or in error can decide, and the same model gets the same
 choice again, on a busy machine too.
 

@@ -279,10 +279,32 @@ class Decision:
                     "text": f"{goal} {gives} {size} at {speed} the original's speed.",
                     "command": self._command([f"--goal {objective}"]),
                 }
+        yield from self._without_bound(taken)
         yield from self._more_time()
 
-    def _command(self, options: Sequence[str], *, with_data: bool = False) -> str:
-        """The client's, for this target, data and drop, with these options besides."""
+    def _without_bound(self, taken: Figures) -> Iterator[dict[str, str]]:
+        """What the original's own probabilities would permit, where a bound on the drop counts changed answers: those
+        that nearly tie change at any rounding."""
+        if self.judge.task is not None or self.judge.recipe.limits.max_drop is None:
+            return
+        refused = ((entry.judge, entry.candidate) for entry in self.entries if entry.candidate.reason)
+        spared = [
+            one.size_bytes
+            for judge, one in refused
+            if one.fidelity is not None and one.fidelity.expected_drop is not None and judge.keeps_without_bound(one)
+        ]
+        if spared and taken.size_bytes / min(spared) >= _WORTH_ADVICE:
+            yield {
+                "text": (
+                    "Without labels, the bound on the drop counts every changed answer, also where two classes nearly "
+                    f"tie. Without it, this goal may give {plain_size(min(spared))}; with --eval, the metric decides."
+                ),
+                "command": self._command(self._asked, bounded=False),
+            }
+
+    def _command(self, options: Sequence[str], *, with_data: bool = False, bounded: bool = True) -> str:
+        """The client's, for this target and data, with these options besides. `bounded`: with this bound on the drop,
+        too."""
         recipe, task = self.judge.recipe, self.judge.task
         words = ["compress-client upload MODEL"]
         device = DEVICES[recipe.target.device]
@@ -292,7 +314,7 @@ class Decision:
             words.append("--data FILE.npz")
         if task is not None:
             words.append("--metric FILE.py:FUNCTION" if isinstance(task, GivenScores) else "--eval FILE.npz")
-        if (drop := recipe.limits.max_drop) is not None:
+        if (drop := recipe.limits.max_drop) is not None and bounded:
             words.append(f"--max-drop {_plain(drop, trim='0')}")  # 1 could be one percent or everything
         return " ".join([*words, *options])
 

@@ -213,6 +213,16 @@ class Judge:
             return f"it would no longer resemble the original: {damage}"
         return self._disagrees(fidelity, slack, fitted=candidate.is_fitted)
 
+    def keeps_without_bound(self, candidate: Candidate) -> bool:
+        """Whether the candidate keeps the answers, as far as they were compared, where nobody bounds the drop."""
+        constraints, goal = self.recipe.constraints, self.recipe.goal
+        free = replace(
+            self.recipe,
+            constraints=replace(constraints, max_drop=None),
+            goal=None if goal is None else replace(goal, max_drop=None),
+        )
+        return candidate.fidelity is not None and not replace(self, recipe=free)._differs(candidate)
+
     @cached_property
     def _original_metric(self) -> Evaluation:
         assert self.task is not None  # noqa: S101  # who has none does not ask

@@ -56,8 +56,8 @@ def test_a_smaller_file_at_the_same_speed_is_taken() -> None:
 
 
 def test_the_fastest_is_not_slow_where_times_scatter() -> None:
-    """A smaller file that takes 11 % more time is not taken for as fast, however wide the interval is; one that computes
-    as the fastest does is, whatever was measured."""
+    """A smaller file that takes 11 % more time is not taken for as fast, however wide the interval is; one that
+    computes as the fastest does is, whatever was measured."""
     fused = replace(figures("fused", 995_000, 10.0, noise=0.4), kernels="fused")
     slow = figures("static", 270_000, 11.1, noise=0.4)
     assert slow.times_of(fused).low <= 1.02

@@ -274,6 +274,26 @@ def test_levers_without_labels(digits: Model, samples: InputData, labelled: Eval
 
 
 @pytest.mark.usefixtures("timed_by_size")
+@pytest.mark.parametrize("expected_drop", [0.001, 0.1])
+def test_what_a_bound_on_changed_answers_costs_is_told(
+    digits: Model, samples: InputData, monkeypatch: pytest.MonkeyPatch, expected_drop: float
+) -> None:
+    """One answer in 64 changes, more than 1 %: nothing is smaller. The advice says what there would be where the
+    original is hardly less sure of the other class; else nothing."""
+
+    def compared(*_: Any, **__: Any) -> Fidelity:
+        outputs, agreement = {"logits": OutputFidelity(0.999, 30.0, 0.1)}, 63 / 64
+        return Fidelity("provided", 64, outputs, agreement, agreement, (), 0.95, expected_drop, True, 64)
+
+    monkeypatch.setattr(judge, "compare_outputs", compared)
+    report = compress(digits, goal(objective="smallest", techniques=["quantize"], max_drop=0.01), data=samples).report
+    assert report["size_ratio"] < 1.1
+    told = [advice for advice in report["advice"] if "counts every changed answer" in advice["text"]]
+    commands = ["compress-client upload MODEL --data FILE.npz --goal smallest"] if expected_drop < 0.01 else []
+    assert [advice["command"] for advice in told] == commands
+
+
+@pytest.mark.usefixtures("timed_by_size")
 def test_a_short_search_ends_in_time(digits: Model, samples: InputData, labelled: EvaluationData) -> None:
     """Less time than one candidate takes: the first ones are built, and one of them is taken."""
     report = compress(digits, goal(search_time_s=0.001), data=samples, eval_data=labelled).report
