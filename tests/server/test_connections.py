@@ -21,8 +21,10 @@ from server_harness import Client, Running, Serve, failing, until
 
 DESCRIPTORS = 256
 STRANGERS = 400
+# It limits itself: a `preexec_fn` would fork this process, whose gRPC threads of other tests do not survive that.
 SERVE = """
-import asyncio, sys
+import asyncio, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, ({descriptors}, {descriptors}))
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from modelpress_server.app import Server
@@ -44,12 +46,9 @@ asyncio.run(main())
 @pytest.fixture
 def poor_server(tmp_path: Path) -> Iterator[tuple[str, int]]:
     """Address and process id of a server that may open DESCRIPTORS files only."""
-    limits = (DESCRIPTORS, DESCRIPTORS)
+    script = SERVE.format(tests=str(Path(__file__).parent), descriptors=DESCRIPTORS)
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVE.format(tests=str(Path(__file__).parent)), str(tmp_path / "data")],
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits),  # noqa: PLW1509  # one thread runs
+        [sys.executable, "-c", script, str(tmp_path / "data")], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None
