@@ -20,16 +20,16 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
-from frontier_page import LABELS, smallest_of_theirs
+from frontier_page import LABELS, MAX_DROP, smallest_of_theirs
 from model_evaluation import evaluate, representative
 from modelpress_compression import Recipe, compress, load
 from modelpress_compression.inputs import Array, InputData
@@ -45,7 +45,6 @@ ROUNDS, BUDGET_S = 200, 30.0
 JUDGES = slice(4000, 8000)
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS, PAGE, FRONTIER = DOCS / "levers.json", DOCS / "levers.md", DOCS / "frontier.json"
-MOST_DROP = 0.01
 HEADER = """# All techniques together, and quantization alone
 
 Written by `benchmarks/levers.py`; do not edit. Each model may lose one point of its metric. Times are those of one
@@ -224,11 +223,6 @@ def beside_others(results: dict[str, Any]) -> Iterator[str]:
     yield f"In the geometric mean {geometric_mean(ratios):.2f} times smaller than the best of theirs."
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    """Of positive numbers."""
-    return math.exp(sum(math.log(value) for value in values) / len(values))
-
-
 def page(results: dict[str, Any]) -> str:
     """docs/levers.md."""
     means = {name: geometric_mean([one["gains"][name] for one in results.values()]) for name in OBJECTIVES}
@@ -250,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="folder with the models and their eval_NAME.py")
     parser.add_argument("--only", nargs="*")
-    parser.add_argument("--drop", type=float, default=MOST_DROP)
+    parser.add_argument("--drop", type=float, default=MAX_DROP)
     parser.add_argument("--inputs", type=int, help="training images for mnist and fashion, without labels")
     parser.add_argument("--search-time", type=float)
     parser.add_argument("--render", action="store_true", help="write the page from the figures that there are")
